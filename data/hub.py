@@ -1,0 +1,130 @@
+"""Opening an image data set with Hugging Face ``datasets``, and checking what can be checked without decoding an image."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one split.
+
+    Attributes:
+        rows: the Hugging Face data set, images undecoded.
+        labels: (n,) int64, -1 where the label is bad.
+        bad_labels: why, by row.
+    """
+
+    rows: Any
+    labels: np.ndarray
+    bad_labels: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from.
+
+    Attributes:
+        name: hub name, or a packaged builder of ``datasets``: ``imagefolder``, ``parquet`` …
+        data_dir: folder for ``imagefolder``.
+        data_files: file, pattern, list, or either by split.
+        config: configuration of a hub data set that has several.
+        revision: of a hub data set.
+        image_column: column with the images; None takes the only image column, or ``image``, ``img``.
+        label_column: column with the labels; None takes ``label``, ``labels``, ``fine_label``.
+    """
+
+    name: str
+    data_dir: str | None = None
+    data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None
+    config: str | None = None
+    revision: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+def open_source(source: Source) -> Any:
+    """The ``DatasetDict``. Raises ValueError with what to do when it cannot be opened."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    files = source.data_files
+    plain = files if files is None or isinstance(files, str) else {k: _as_list(v) for k, v in files.items()} if isinstance(files, Mapping) else list(files)
+    try:
+        opened = datasets.load_dataset(source.name, source.config, data_dir=source.data_dir, data_files=plain, revision=source.revision)
+    except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
+        where = source.data_dir or source.data_files or "the hub"
+        raise ValueError(f"data.name = {source.name!r} cannot be opened from {where}: {error}") from None
+    return opened
+
+
+def _as_list(value: str | Sequence[str]) -> str | list[str]:
+    return value if isinstance(value, str) else list(value)
+
+
+def image_column(features: Mapping[str, Any], wanted: str | None) -> str:
+    """The column with the images. Raises ValueError naming the columns there are."""
+    import datasets
+
+    if wanted is not None:
+        return _named(features, wanted, "data.image_column")
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    for name in [*images, "image", "img"]:
+        if name in features:
+            return name
+    raise ValueError(f"no image column found: set data.image_column to one of {', '.join(features)}")
+
+
+def label_column(features: Mapping[str, Any], wanted: str | None) -> str:
+    """The column with the labels. Raises ValueError naming the columns there are."""
+    if wanted is not None:
+        return _named(features, wanted, "data.label_column")
+    for name in ("label", "labels", "fine_label"):
+        if name in features:
+            return name
+    raise ValueError(f"no label column found: set data.label_column to one of {', '.join(features)}")
+
+
+def _named(features: Mapping[str, Any], wanted: str, key: str) -> str:
+    if wanted in features:
+        return wanted
+    near = difflib.get_close_matches(wanted, list(features), 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{key} = {wanted!r} is missing from the data: its columns are {', '.join(features)}{hint}")
+
+
+def class_names(rows: Any, column: str) -> list[str]:
+    """Names of the classes: of a ClassLabel, or the values there are, in order."""
+    import datasets
+
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    values = {value for value in rows[column] if value is not None}
+    if all(isinstance(value, int) for value in values):
+        return [str(value) for value in range(max(values, default=0) + 1)]
+    return sorted(map(str, values))
+
+
+def split_of(rows: Any, images: str, column: str, names: Sequence[str]) -> Split:
+    """A split with its labels as numbers; a label that is none of ``names`` is bad."""
+    import datasets
+
+    codes = {name: code for code, name in enumerate(names)}
+    values = rows[column]
+    labels, bad = np.full(len(values), -1, np.int64), {}
+    # Of a ClassLabel column, and of plain integers, the number is the code.
+    for row, value in enumerate(values):
+        code = value if isinstance(value, int) else codes.get(str(value), -1)
+        if value is None:
+            bad[row] = "missing label"
+        elif 0 <= code < len(names):
+            labels[row] = code
+        else:
+            bad[row] = f"label out of range 0 … {len(names) - 1}" if isinstance(value, int) else "label that no training row has"
+    return Split(rows.cast_column(images, datasets.Image(decode=False)), labels, bad)

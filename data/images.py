@@ -1,0 +1,170 @@
+"""Any image data set through Hugging Face ``datasets``: hub name, imagefolder, parquet."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+AUGMENTATIONS = ("none", "flip", "crop_flip", "resized_crop_flip")
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be trained on.
+
+    Attributes:
+        index: row of the split.
+        reason: what is wrong with it, the same words for the same kind of fault.
+    """
+
+    index: int
+    reason: str
+
+
+class BadRows(ValueError):
+    """More rows are bad than ``data.max_bad_fraction`` allows."""
+
+
+@dataclass
+class BadRowCount:
+    """Counts bad rows by reason and stops the run past a fraction.
+
+    Attributes:
+        allowed: fraction of the rows seen that may be bad.
+        seen: rows seen.
+        reasons: bad rows by reason.
+        first: index of the first row of each reason.
+    """
+
+    allowed: float
+    seen: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    first: dict[str, int] = field(default_factory=dict)
+
+    def add(self, rows: int, bad: list[BadRow]) -> None:
+        """Counts ``rows`` rows, of which ``bad`` were bad. Raises BadRows past the allowed fraction."""
+        self.seen += rows
+        for row in bad:
+            self.reasons[row.reason] = self.reasons.get(row.reason, 0) + 1
+            self.first.setdefault(row.reason, row.index)
+        if sum(self.reasons.values()) > self.allowed * self.seen:
+            raise BadRows(f"bad rows in the data: {self.summary()}; fix them, or allow a share with data.max_bad_fraction (now {self.allowed})")
+
+    def summary(self) -> str:
+        """``3 of 128: 2 undecodable image (first row 17), …``."""
+        named = ", ".join(f"{number} × {reason} (first at row {self.first[reason]})" for reason, number in self.reasons.items())
+        return f"{sum(self.reasons.values())} of {self.seen} rows: {named}" if named else f"0 of {self.seen} rows"
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """From a decoded image to pixels.
+
+    Attributes:
+        size: height and width given to the model.
+        channels: 1 or 3.
+        mean: subtracted from each channel, images in [0, 1].
+        std: divides each channel.
+        augmentation: for training: ``none``, ``flip``, ``crop_flip`` (pad by an eighth, crop) or ``resized_crop_flip``.
+    """
+
+    size: int
+    channels: int = 3
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+    augmentation: str = "none"
+
+    def __call__(self, image: Image.Image, draws: np.random.Generator | None) -> Tensor:
+        """(channels, size, size) float32; without ``draws`` nothing is augmented."""
+        image = image.convert("RGB" if self.channels == 3 else "L")
+        if draws is not None and self.augmentation == "resized_crop_flip":
+            image = self._resized_crop(image, draws)
+        elif image.size != (self.size, self.size):
+            image = self._resize(image)
+        pixels = np.asarray(image, np.float32).reshape(self.size, self.size, self.channels) / 255
+        if draws is not None and self.augmentation == "crop_flip":
+            pad = max(1, self.size // 8)
+            top, left = draws.integers(0, 2 * pad + 1, 2)
+            pixels = np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")[top : top + self.size, left : left + self.size]
+        if draws is not None and self.augmentation != "none" and draws.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        normalised = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32))
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        """Shorter side to ``size``, then the centre."""
+        scale = self.size / min(image.size)
+        width, height = (max(self.size, round(side * scale)) for side in image.size)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + self.size, top + self.size))
+
+    def _resized_crop(self, image: Image.Image, draws: np.random.Generator) -> Image.Image:
+        """A part of 25 to 100 % of the area and an aspect of 3/4 to 4/3, to ``size``."""
+        width, height = image.size
+        area, aspect = width * height * draws.uniform(0.25, 1), np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3)))
+        across, down = min(width, round((area * aspect) ** 0.5)), min(height, round((area / aspect) ** 0.5))
+        left, top = int(draws.integers(0, width - across + 1)), int(draws.integers(0, height - down + 1))
+        box = (left, top, left + max(1, across), top + max(1, down))
+        return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+
+
+class ImageRows(Dataset[dict[str, Any]]):
+    """Rows of a Hugging Face data set as model inputs.
+
+    Args:
+        rows: the split, its image column cast to undecoded images.
+        image_column: name of the column with the images.
+        labels: (n,) int64 label of each row, -1 where it is bad.
+        bad_labels: why, by row.
+        transform: from image to pixels.
+        seed: of the augmentation; None for evaluation.
+
+    An item is ``pixel_values``, ``labels`` and ``sample_ids``, or ``bad``: a BadRow. Index i stands for row i % n of epoch i // n.
+    """
+
+    def __init__(
+        self, rows: Any, image_column: str, labels: np.ndarray, bad_labels: Mapping[int, str], transform: ImageTransform, seed: int | None
+    ) -> None:
+        self.rows, self.image_column, self.labels, self.bad_labels = rows, image_column, labels, bad_labels
+        self.transform, self.seed = transform, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = index % len(self.rows)
+        if row in self.bad_labels:
+            return {"bad": BadRow(row, self.bad_labels[row])}
+        try:
+            image = _decode(self.rows[row][self.image_column])
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            return {"bad": BadRow(row, f"undecodable image ({type(error).__name__})")}
+        draws = None if self.seed is None else np.random.Generator(np.random.Philox(key=[self.seed, index]))
+        pixels = self.transform(image, draws)
+        return {"pixel_values": pixels, "labels": torch.tensor(int(self.labels[row])), "sample_ids": torch.tensor(index)}
+
+
+def _decode(value: Any) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return value
+    if not isinstance(value, Mapping) or (value.get("bytes") is None and value.get("path") is None):
+        raise ValueError("empty image")
+    image = Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"])
+    image.load()
+    return image
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of the good items; ``bad`` lists the BadRow of the others and ``rows`` counts them all."""
+    good = [item for item in items if "bad" not in item]
+    bad = [item["bad"] for item in items if "bad" in item]
+    batch: dict[str, Any] = {key: torch.stack([item[key] for item in good]) for key in good[0]} if good else {}
+    return batch | {"bad": bad, "rows": len(items)}

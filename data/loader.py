@@ -1,0 +1,76 @@
+"""A training loader that goes on where a checkpoint left it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class StepBatches(Sampler[list[int]]):
+    """Batches of a whole run, a function of (seed, step): every epoch is a permutation of its own.
+
+    Args:
+        length: rows of the data set.
+        batch_size: rows of a batch on one process.
+        batches: batches of the run on one process.
+        seed: of the permutations.
+        rank: of this process.
+        world_size: number of processes; together they see every row once an epoch.
+
+    An index is ``epoch * length + row``, so that augmentation draws anew each epoch.
+    """
+
+    def __init__(self, length: int, batch_size: int, batches: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if length < batch_size * world_size:
+            raise ValueError(f"{length} training rows are fewer than a batch of {batch_size} on {world_size} process(es): lower data.batch_size")
+        self.length, self.batch_size, self.batches, self.seed = length, batch_size, batches, seed
+        self.rank, self.world_size = rank, world_size
+        self.start = 0
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches of an epoch on one process; a rest that fills no batch is left to the next permutation."""
+        return self.length // (self.batch_size * self.world_size)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, drawn = torch.empty(0, dtype=torch.long), -1
+        for step in range(self.start, self.batches):
+            epoch, batch = divmod(step, self.per_epoch)
+            if epoch != drawn:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order, drawn = torch.randperm(self.length, generator=generator), epoch
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield (order[first : first + self.batch_size] + epoch * self.length).tolist()
+
+
+class ResumableLoader(DataLoader[Any]):
+    """DataLoader over StepBatches whose state is how many batches were taken, so that resuming repeats and skips none."""
+
+    def __init__(self, dataset: Dataset[Any], batches: StepBatches, **options: Any) -> None:
+        super().__init__(dataset, batch_sampler=batches, **options)
+        self._batches = batches
+        self._taken = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._taken = self._batches.start
+        for batch in super().__iter__():
+            self._taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches taken so far, and what the order depends on."""
+        return {"taken": self._taken, "batch_size": self._batches.batch_size, "world_size": self._batches.world_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on after the batches taken. Raises ValueError when the order would be another one."""
+        for name in ("batch_size", "world_size"):
+            now = getattr(self._batches, name)
+            if state[name] != now:
+                raise ValueError(f"cannot resume: the checkpoint was trained with {name} = {state[name]}, now it is {now}")
+        self._batches.start = state["taken"]

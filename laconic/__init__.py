@@ -1,0 +1,41 @@
+"""Laconic: transformers that are trained to run on fewer tokens.
+
+``compress(model, CompressionConfig(...))`` puts token routers and mergers into a Hugging Face model; ``Trace`` tells what they
+did; ``Budget`` holds the compression ratio. Imports are lazy, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .modules.budget import Budget
+    from .modules.compress import compress, decompress, stages_of
+    from .modules.config import CompressionConfig, StageConfig
+    from .modules.loading import from_pretrained
+    from .modules.state import Trace
+
+_HOMES = {
+    "Budget": "modules.budget",
+    "CompressionConfig": "modules.config",
+    "StageConfig": "modules.config",
+    "Trace": "modules.state",
+    "compress": "modules.compress",
+    "decompress": "modules.compress",
+    "from_pretrained": "modules.loading",
+    "stages_of": "modules.compress",
+}
+__all__ = ["Budget", "CompressionConfig", "StageConfig", "Trace", "__version__", "compress", "decompress", "from_pretrained", "stages_of"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'laconic' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

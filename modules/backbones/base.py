@@ -1,0 +1,107 @@
+"""What a backbone adapter tells about its family. One adapter a family, stateless, used as a class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..counting import BackboneShape
+from ..state import TokenState, Trace
+
+
+class Backbone:
+    """Where layers, masks, protected tokens and positions are in one family of models.
+
+    Attributes:
+        model_type: the family's ``config.model_type``.
+        sites: sites that the family offers.
+        classes: class names of the models it serves.
+    """
+
+    model_type: ClassVar[str]
+    sites: ClassVar[tuple[str, ...]]
+    classes: ClassVar[tuple[str, ...]]
+
+    @staticmethod
+    def base(model: PreTrainedModel) -> nn.Module:
+        """The model without its task head."""
+        return getattr(model, model.base_model_prefix, model)
+
+    @classmethod
+    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
+        """The transformer layers, in order."""
+        raise NotImplementedError
+
+    @classmethod
+    def shape(cls, model: PreTrainedModel) -> BackboneShape:
+        """What the cost of this model depends on, at its configured input size."""
+        raise NotImplementedError
+
+    @classmethod
+    def hidden_size(cls, config: PretrainedConfig) -> int:
+        return int(config.hidden_size)
+
+    @classmethod
+    def prefix(cls, config: PretrainedConfig) -> int:
+        """Protected tokens in front of the routable ones."""
+        raise NotImplementedError
+
+    @classmethod
+    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
+        """Notes on the trace what scorers and estimators may want to know of the model's inputs."""
+        labels = inputs.get("labels")
+        if trace.labels is None and isinstance(labels, Tensor):
+            trace.labels = labels
+
+    @classmethod
+    def cls_query_and_keys(cls, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Query of the first token (B, H, 1, D), keys of all (B, H, M, D) and the attention's scale, for this layer."""
+        raise NotImplementedError
+
+    @staticmethod
+    def valid_tokens(attention_mask: Tensor | None) -> Tensor | None:
+        """(B, M) bool from the mask that the model made for its layers, (B, 1, M, M) bool or additive; None without one."""
+        if attention_mask is None:
+            return None
+        if attention_mask.ndim != 4:
+            raise ValueError(
+                f"attention mask of shape {tuple(attention_mask.shape)}: compression understands (batch, 1, queries, keys); "
+                "use attn_implementation 'sdpa' or 'eager' for padded batches"
+            )
+        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > torch.finfo(attention_mask.dtype).min / 2
+        return seen.any(2).any(1)
+
+    @staticmethod
+    def mask_for(attention_mask: Tensor | None, state: TokenState, dtype: torch.dtype) -> Tensor | None:
+        """The mask that a layer needs for the current tokens.
+
+        Args:
+            attention_mask: (B, 1, N, N) the mask over the original tokens, bool or additive, or None.
+            state: the current tokens.
+            dtype: of an additive mask, that of the queries.
+
+        Returns:
+            mask[idx][:, idx] with filler masked out (B, 1, M, M), or the state's key bias alone (B, 1, 1, M), or None.
+        """
+        mask = None
+        if attention_mask is not None:
+            assert state.valid is not None
+            position = state.position
+            rows, tokens = position.shape
+            mask = attention_mask.expand(rows, -1, -1, -1)
+            mask = mask.gather(2, position[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+            mask = mask.gather(3, position[:, None, None, :].expand(-1, mask.shape[1], tokens, -1))
+            filler = ~state.valid[:, None, None]
+            mask = mask & ~filler if mask.dtype == torch.bool else mask.masked_fill(filler, torch.finfo(mask.dtype).min)
+        if state.key_bias is None:
+            return mask
+        bias = state.key_bias[:, None, None].to(dtype)
+        if mask is None:
+            return bias
+        if mask.dtype == torch.bool:
+            return torch.where(mask, bias, torch.finfo(dtype).min)
+        return mask + bias

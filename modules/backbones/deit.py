@@ -1,0 +1,18 @@
+"""DeiT of transformers: ViT with a distillation token after CLS."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from .vit import ViTBackbone
+
+
+class DeiTBackbone(ViTBackbone):
+    """Two protected tokens in front; otherwise a ViT."""
+
+    model_type = "deit"
+    classes = ("DeiTModel", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
+
+    @classmethod
+    def prefix(cls, config: PretrainedConfig) -> int:
+        return 2

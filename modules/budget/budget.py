@@ -1,0 +1,214 @@
+"""The budget of a model: from a target to keeps, from a step to a trace, from a trace to a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .. import parts
+from ..config import CompressionConfig, PartConfig
+from ..cost import CostModel
+from ..state import Trace
+from .regularizers.base import Regularizer
+from .schedules import SCHEDULES, progress
+
+MEASURES = ("macs_ratio", "keep")
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """What the model may cost.
+
+    Attributes:
+        target: requested value of the measure, in (0, 1].
+        measure: ``macs_ratio`` (MACs of the compressed forward ÷ dense; the keeps that fit are worked out) or ``keep`` (of
+            every stage that names none itself).
+        regularizer: pulls the soft ratio of trained scorers to the target; None leaves it free, which suits selectors that
+            hold the count by themselves.
+        ramp_until: fraction of training over which the regulariser's weight grows from 0.
+        schedule: how the target moves from ``start`` to ``target``: ``constant``, ``linear`` or ``cosine``.
+        start: target at step 0 of a schedule that moves.
+        schedule_until: fraction of training at which ``target`` is reached.
+        noise: strength of the exploration noise at step 0, in standard deviations of the scores.
+        noise_until: fraction of training at which the noise has fallen to 0.
+    """
+
+    target: float = 0.5
+    measure: str = "macs_ratio"
+    regularizer: PartConfig | str | Mapping[str, Any] | None = None
+    ramp_until: float = 0.1
+    schedule: str = "constant"
+    start: float = 1.0
+    schedule_until: float = 0.3
+    noise: float = 0.0
+    noise_until: float = 0.6
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic where a recipe holds a budget
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise ValueError(f"budget.measure = {self.measure!r} must be one of {', '.join(MEASURES)}")
+        for name in ("target", "start"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"budget.{name} = {getattr(self, name)} must be in (0, 1]: the fraction that is left, not removed")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"budget.schedule = {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
+        for name in ("ramp_until", "schedule_until", "noise_until"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"budget.{name} = {getattr(self, name)} must be in [0, 1]: a fraction of training")
+        if self.noise < 0:
+            raise ValueError(f"budget.noise = {self.noise} must be at least 0")
+        if self.regularizer is not None:
+            part = PartConfig.of(self.regularizer)
+            object.__setattr__(self, "regularizer", part)
+            if self.build_regularizer().weight < 0:  # type: ignore[union-attr]
+                raise ValueError(f"budget.regularizer: weight = {part.options['weight']} must be at least 0")
+
+    def build_regularizer(self) -> Regularizer | None:
+        """The regulariser itself, or None."""
+        if self.regularizer is None:
+            return None
+        part = PartConfig.of(self.regularizer)
+        cls = parts.find(f"{__package__}.regularizers", part.name, Regularizer)
+        parts.check_options(cls, "regularizer", part.name, dict(part.options), ())
+        built = cls(**part.options)
+        assert isinstance(built, Regularizer)
+        return built
+
+
+@dataclass(frozen=True)
+class BudgetLoss:
+    """What to add to the task's loss, and what to log.
+
+    Attributes:
+        total: scalar with gradient: the regulariser, weighted, and the estimators' own losses.
+        regularizer: unweighted, detached; None without one.
+        weight: of the regulariser at this step.
+        auxiliary: sum of the estimators' losses, detached; None without any.
+        soft_keep: mean keep probability by stage, detached; next to it the hard keep is on the routing.
+    """
+
+    total: Tensor
+    regularizer: Tensor | None
+    weight: float
+    auxiliary: Tensor | None
+    soft_keep: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Budget:
+    """Works out the keeps of a model's stages, makes the traces of training, and gives the loss that holds the ratio.
+
+    Args:
+        config: what the model may cost.
+        model: the model, dense still.
+        compression: its stages; a stage with a keep of its own has it always, the others share one.
+        total_steps: optimizer steps of the training, for schedules.
+        seed: of the draws.
+
+    Raises:
+        ValueError: the target cannot be met, or there is nothing to decide.
+
+    Example:
+        budget = Budget(BudgetConfig(target=0.5), model, CompressionConfig([StageConfig(layer=3)]), total_steps=1000)
+        model = compress(model, budget.compression)
+        trace = budget.trace(step)
+        loss = model(**batch, trace=trace).loss + budget.loss(trace, step).total
+    """
+
+    def __init__(
+        self, config: BudgetConfig, model: PreTrainedModel, compression: CompressionConfig, total_steps: int = 1, seed: int = 0
+    ) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.seed = seed
+        self.free = [stage.key for stage in compression.stages if stage.keep is None]
+        if not self.free:
+            raise ValueError("budget.target has nothing to decide: every stage has a keep of its own; leave keep out of one of them")
+        self.cost = CostModel(model, compression)
+        self.compression = compression.with_keep(self.resolve(config.target))
+        self.regularizer = config.build_regularizer()
+
+    def resolve(self, target: float) -> dict[str, float]:
+        """The keep by stage name that meets ``target`` from below, for the stages that leave it to the budget."""
+        if self.config.measure == "keep":
+            return dict.fromkeys(self.free, target)
+        return dict.fromkeys(self.free, self._keep_for(target))
+
+    def _keep_for(self, target: float) -> float:
+        """The largest keep, to four decimals, whose ``macs_ratio`` is at most ``target``."""
+
+        def ratio(keep: float) -> float:
+            return self.cost(dict.fromkeys(self.free, keep)).macs_ratio
+
+        low, high = 1, 10_000
+        if target >= 1 or ratio(1.0) <= target:
+            return 1.0
+        if ratio(low / 10_000) > target:
+            raise ValueError(
+                f"budget.target = {target} cannot be met: with one token left the macs_ratio is still {ratio(low / 10_000):.4f}; "
+                "raise the target or move the first stage to an earlier layer"
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if ratio(middle / 10_000) <= target else (low, middle)
+        return low / 10_000
+
+    def target(self, step: int) -> float:
+        """Requested value of the measure at a step."""
+        config = self.config
+        return SCHEDULES[config.schedule](config.start, config.target, progress(step, config.schedule_until, self.total_steps))
+
+    def trace(self, step: int, sample_ids: Tensor | None = None, labels: Tensor | None = None) -> Trace:
+        """The trace of a training forward.
+
+        Args:
+            step: optimizer step.
+            sample_ids: (B,) int64 identity of each row, so that draws do not depend on the batch or the rank.
+            labels: for estimators that need them, where the model is not called with ``labels``.
+        """
+        noise = self.config.noise * (1 - progress(step, self.config.noise_until, self.total_steps))
+        keep = self.resolve(round(self.target(step), 4)) if self.target(step) != self.config.target else {}
+        return Trace(step=step, seed=self.seed, sample_ids=sample_ids, labels=labels, noise=noise, keep=keep)
+
+    def loss(self, trace: Trace, step: int) -> BudgetLoss:
+        """The loss of one forward's routings.
+
+        Args:
+            trace: of the forward.
+            step: optimizer step, for the ramp.
+
+        Raises:
+            ValueError: no stage ran with this trace.
+        """
+        if not trace.routings:
+            raise ValueError("the trace has no routing: pass it to the model's forward as trace=trace, before asking for the loss")
+        device = next(iter(trace.routings.values())).scores.device
+        trained = [routing for routing in trace.routings.values() if routing.soft is not None]
+        total = torch.zeros((), device=device)
+        auxiliary = trace.auxiliary_loss
+        if auxiliary is not None:
+            total = total + auxiliary
+        value, weight = None, 0.0
+        if self.regularizer is not None and trained:
+            weight = self.regularizer.weight * progress(step, self.config.ramp_until, self.total_steps)
+            target = self.target(step) if self.config.measure == "macs_ratio" else None
+            value = self.regularizer(trained, target, self.cost)
+            total = total + weight * value
+        soft = {routing.stage: _mean_soft(routing.soft, routing.routable) for routing in trained}
+        return BudgetLoss(
+            total=total,
+            regularizer=None if value is None else value.detach(),
+            weight=weight,
+            auxiliary=None if auxiliary is None else auxiliary.detach(),
+            soft_keep=soft,
+        )
+
+
+def _mean_soft(soft: Tensor | None, routable: Tensor) -> Tensor:
+    assert soft is not None
+    return (soft.detach() * routable).sum() / routable.sum().clamp(min=1)

@@ -1,0 +1,39 @@
+"""What every regulariser shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...cost import CostModel
+from ...state import Routing
+
+
+def soft_keep(routing: Routing) -> Tensor:
+    """(B,) mean keep probability over the routable tokens of each row, with gradient."""
+    assert routing.soft is not None
+    routable = routing.routable
+    return (routing.soft * routable).sum(-1) / routable.sum(-1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Regularizer:
+    """Pulls the soft ratio of trained scorers towards what the budget requests.
+
+    Attributes:
+        weight: weight of the loss at the end of its ramp.
+    """
+
+    weight: float = 1.0
+
+    def __call__(self, routings: Sequence[Routing], target: float | None, cost: CostModel) -> Tensor:
+        """Unweighted loss, a float32 scalar.
+
+        Args:
+            routings: of the stages whose scorer is trained, at least one.
+            target: requested ``macs_ratio`` of this step; None when the budget is one of ``keep``.
+            cost: of the model.
+        """
+        raise NotImplementedError

@@ -1,0 +1,30 @@
+"""Squared distance of the soft relative MACs from the requested ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...cost import CostModel
+from ...state import Routing
+from .base import Regularizer, soft_keep
+
+
+@dataclass(frozen=True)
+class MacsSquared(Regularizer):
+    """(soft macs_ratio - target)², the relative MACs of the soft token counts (LTMP, arXiv 2305.19115, which weighs it by 10).
+
+    Under a budget of ``keep`` the target is the ``macs_ratio`` of the requested keeps.
+    """
+
+    weight: float = 10.0
+
+    def __call__(self, routings: Sequence[Routing], target: float | None, cost: CostModel) -> Tensor:
+        requested = {routing.stage: routing.requested for routing in routings}
+        if target is None:
+            target = cost(requested).macs_ratio
+        soft = cost.soft_macs_ratio({routing.stage: soft_keep(routing).mean() for routing in routings})
+        return (soft - torch.as_tensor(target, dtype=soft.dtype, device=soft.device)).square()

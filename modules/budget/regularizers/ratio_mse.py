@@ -1,0 +1,23 @@
+"""Squared distance of the soft keep from the requested one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...cost import CostModel
+from ...state import Routing
+from .base import Regularizer, soft_keep
+
+
+@dataclass(frozen=True)
+class RatioMSE(Regularizer):
+    """mean over stages and rows of (mean keep probability - keep)² (DynamicViT, arXiv 2106.02034, which weighs it by 2)."""
+
+    weight: float = 2.0
+
+    def __call__(self, routings: Sequence[Routing], target: float | None, cost: CostModel) -> Tensor:
+        return torch.stack([(soft_keep(routing) - routing.requested).square().mean() for routing in routings]).mean()

@@ -1,0 +1,33 @@
+"""How a value moves from its start to its end over training: one pure function each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+# start, end, progress in [0, 1] -> value
+Schedule = Callable[[float, float, float], float]
+
+
+def constant(start: float, end: float, progress: float) -> float:
+    """The end value from the first step."""
+    return end
+
+
+def linear(start: float, end: float, progress: float) -> float:
+    """A straight line from start to end."""
+    return start + (end - start) * progress
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """Half a cosine from start to end: end + (start - end)·½(1 + cos(π·progress)), as the warm-up of MoR (arXiv 2507.10524)."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosine": cosine}
+
+
+def progress(step: int, until: float, total_steps: int) -> float:
+    """How far ``step`` is on the way to ``until`` (a fraction of ``total_steps``), in [0, 1]."""
+    steps = until * total_steps
+    return 1.0 if steps <= 0 else min(1.0, step / steps)

@@ -1,0 +1,192 @@
+"""CompressionConfig: which stages a model has. Plain data, kept in ``config.compression`` of the model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from . import parts
+from .counting import COUNT_RULES
+from .estimators.base import Estimator
+from .mergers.base import Merger
+from .scorers.base import Scorer
+from .selectors.base import Selector
+
+SITES = ("before",)
+_PACKAGE = __name__.rpartition(".")[0]
+_KINDS: dict[str, type[Scorer | Selector | Merger | Estimator]] = {
+    "scorer": Scorer,
+    "selector": Selector,
+    "merger": Merger,
+    "estimator": Estimator,
+}
+# Arguments that the stage itself gives to a part's constructor.
+_GIVEN = {"scorer": ("hidden_size",), "selector": (), "merger": (), "estimator": ("features", "classes")}
+# What users of other systems write; each would silently mean the opposite here.
+_REMOVED_FRACTION = ("ratio", "drop", "drop_rate", "drop_ratio", "prune", "prune_rate", "pruning_rate", "removed", "reduction", "sparsity", "r")
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """A scorer, selector, merger or estimator by name, with its options.
+
+    Attributes:
+        name: the part's file name in its folder.
+        options: keyword arguments of its constructor.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic where a recipe holds a part
+
+    @staticmethod
+    def of(value: str | Mapping[str, Any] | PartConfig) -> PartConfig:
+        """From ``"top_k"``, from ``{"name": "top_k", "noise": 1.0}``, or as it is."""
+        if isinstance(value, PartConfig):
+            return value
+        if isinstance(value, str):
+            return PartConfig(value)
+        if "name" not in value:
+            raise ValueError(f"a part is a name or a mapping with 'name' and its options, not {dict(value)!r}")
+        if isinstance(value.get("options"), Mapping) and set(value) == {"name", "options"}:
+            return PartConfig(value["name"], dict(value["options"]))
+        return PartConfig(value["name"], {key: item for key, item in value.items() if key != "name"})
+
+    def build(self, kind: str, *given: Any) -> Any:
+        """The part itself.
+
+        Args:
+            kind: ``scorer``, ``selector``, ``merger`` or ``estimator``.
+            given: what the stage gives to every part of this kind.
+
+        Raises:
+            ValueError: an unknown name or option, or a value out of its range.
+        """
+        cls = parts.find(f"{_PACKAGE}.{kind}s", self.name, _KINDS[kind])
+        parts.check_options(cls, kind, self.name, dict(self.options), _GIVEN[kind])
+        return cls(*given, **self.options)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage: a router (scorer and selector) and a merger at a site.
+
+    Attributes:
+        layer: layer that the site belongs to, from 0.
+        keep: routable tokens leaving ÷ entering, in (0, 1]; None leaves it to the budget.
+        site: where at the layer; ``before`` shortens the sequence for this and all later layers.
+        scorer: gives every token a score.
+        selector: turns scores into a decision.
+        merger: what becomes of the tokens left out.
+        estimator: how a gradient reaches a trained scorer in training.
+        count: rule from ``keep`` to a number of tokens, a key of ``COUNT_RULES``.
+        name: name in logs and reports; None makes one of site and layer.
+    """
+
+    layer: int
+    keep: float | None = None
+    site: str = "before"
+    scorer: PartConfig | str | Mapping[str, Any] = PartConfig("learned")
+    selector: PartConfig | str | Mapping[str, Any] = PartConfig("top_k")
+    merger: PartConfig | str | Mapping[str, Any] = PartConfig("drop")
+    estimator: PartConfig | str | Mapping[str, Any] = PartConfig("straight_through")
+    count: str = "round"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        for kind in _KINDS:
+            object.__setattr__(self, kind, PartConfig.of(getattr(self, kind)))
+        if self.keep is not None and (isinstance(self.keep, bool) or not isinstance(self.keep, int | float)):
+            raise ValueError(f"compression.stages[].keep = {self.keep!r} must be a number in (0, 1]")
+        if self.name is None:
+            object.__setattr__(self, "name", f"{self.site}_{self.layer}")
+
+    @property
+    def key(self) -> str:
+        """The stage's name."""
+        assert self.name is not None
+        return self.name
+
+    def part(self, kind: str) -> PartConfig:
+        """The stage's ``scorer``, ``selector``, ``merger`` or ``estimator``."""
+        return PartConfig.of(getattr(self, kind))
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """The stages of a model, in any order; they run in the order of their sites.
+
+    Attributes:
+        stages: at most one a site.
+    """
+
+    stages: tuple[StageConfig, ...]
+
+    def __init__(self, stages: Iterable[StageConfig | Mapping[str, Any]]) -> None:
+        made = [stage if isinstance(stage, StageConfig) else stage_from_dict(stage) for stage in stages]
+        object.__setattr__(self, "stages", tuple(sorted(made, key=lambda stage: stage.layer)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, the inverse of ``from_dict``."""
+        return {"stages": [asdict(stage) for stage in self.stages]}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> CompressionConfig:
+        """From what ``to_dict`` gave. Raises ValueError for an unknown key."""
+        _check_keys(data, ["stages"], "compression")
+        return CompressionConfig(data["stages"])
+
+    def with_keep(self, keep: Mapping[str, float]) -> CompressionConfig:
+        """A copy whose stages keep what the mapping says, by stage name."""
+        return CompressionConfig(replace(stage, keep=keep.get(stage.key, stage.keep)) for stage in self.stages)
+
+    def check(self, layers: int, sites: tuple[str, ...]) -> None:
+        """Raises ValueError, naming the stage, the key and what is allowed, unless every stage can be built.
+
+        Args:
+            layers: number of layers of the backbone.
+            sites: sites that the backbone offers.
+        """
+        if not self.stages:
+            raise ValueError("compression.stages is empty: give at least one stage, or leave compression out for a dense model")
+        seen: set[tuple[str, int]] = set()
+        for stage in self.stages:
+            where = f"stage {stage.key!r}"
+            if stage.site not in sites:
+                raise ValueError(f"{where}: site = {stage.site!r} is not offered by this backbone: it has {', '.join(sites)}")
+            if isinstance(stage.layer, bool) or not isinstance(stage.layer, int) or not 0 <= stage.layer < layers:
+                raise ValueError(f"{where}: layer = {stage.layer!r} must be an integer from 0 to {layers - 1}, the backbone has {layers} layers")
+            if stage.keep is None:
+                raise ValueError(f"{where}: keep is not set: give the fraction of tokens kept, in (0, 1], or let a budget decide it")
+            if not 0 < stage.keep <= 1:
+                raise ValueError(f"{where}: keep = {stage.keep} must be in (0, 1]: the fraction that is kept, not removed")
+            if stage.count not in COUNT_RULES:
+                raise ValueError(f"{where}: count = {stage.count!r} is no count rule: there are {', '.join(COUNT_RULES)}")
+            if (stage.site, stage.layer) in seen:
+                raise ValueError(f"{where}: there are two stages {stage.site} layer {stage.layer}: a site holds one")
+            seen.add((stage.site, stage.layer))
+        names = [stage.key for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stage names must differ: {', '.join(names)}")
+
+
+def stage_from_dict(data: Mapping[str, Any]) -> StageConfig:
+    """A stage from plain data. Raises ValueError for an unknown key, or one that means the removed fraction."""
+    _check_keys(data, [item.name for item in fields(StageConfig)], "compression.stages[]")
+    if "layer" not in data:
+        raise ValueError("compression.stages[].layer is missing: which layer does the stage belong to, from 0")
+    return StageConfig(**data)
+
+
+def _check_keys(data: Mapping[str, Any], allowed: list[str], where: str) -> None:
+    for key in data:
+        if key in allowed:
+            continue
+        if key in _REMOVED_FRACTION:
+            raise ValueError(f"{where}.{key} is not a key: Laconic counts what is kept; give keep = 1 - removed, in (0, 1]")
+        near = difflib.get_close_matches(key, allowed, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{where}.{key} is not a key: there are {', '.join(allowed)}{hint}")

@@ -1,0 +1,142 @@
+"""How many tokens are kept, and what a forward costs: one set of functions for training, evaluation, cost, bench and export.
+
+Multiply-accumulates (MACs) follow the convention of DiffRate (arXiv 2305.17997), EViT (2202.07800) and ToMe (2210.09461):
+one MAC counts once; normalisation, activation functions and softmax count nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+# Decimal products such as 0.145 * 100 land a hair under the half that they mean; far above float64's error, far below 1 token.
+_HALF = 0.5 + 1e-9
+
+
+@overload
+def tokens_kept(present: int, keep: float) -> int: ...
+@overload
+def tokens_kept(present: Tensor, keep: float) -> Tensor: ...
+def tokens_kept(present: int | Tensor, keep: float) -> int | Tensor:
+    """Routable tokens that a stage keeps: max(1, round-half-up(keep * present)), and none of none.
+
+    Args:
+        present: routable tokens entering the stage, an int or an int64 tensor of any shape (one count per row).
+        keep: fraction kept, in (0, 1].
+
+    Returns:
+        The count, of the same type and shape as ``present``.
+
+    Raises:
+        ValueError: ``keep`` is outside (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep = {keep} must be in (0, 1]: it is the fraction of routable tokens that is kept, not removed")
+    if isinstance(present, Tensor):
+        count = torch.floor(present.double() * keep + _HALF).long()
+        return torch.minimum(count.clamp(min=1), present)
+    return min(present, max(1, math.floor(present * keep + _HALF)))
+
+
+@dataclass(frozen=True)
+class StageCount:
+    """What a count rule may look at, beside the tokens present and ``keep``.
+
+    Attributes:
+        original: routable tokens before the first stage.
+        index: position of the stage among the model's stages, from 0.
+    """
+
+    original: int | Tensor
+    index: int
+
+
+# present, keep, stage -> routable tokens that leave the stage, a merger's fused token included
+CountRule = Callable[[int | Tensor, float, StageCount], int | Tensor]
+
+
+def _round_half_up(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:
+    return tokens_kept(present, keep)
+
+
+def _dynamicvit(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:
+    """int(n0 * keep^(stage + 1)), counted from the tokens before the first stage (DynamicViT, arXiv 2106.02034)."""
+    fraction = keep ** (stage.index + 1)
+    if isinstance(stage.original, Tensor):
+        return torch.floor(stage.original.double() * fraction + 1e-9).long().clamp(min=1)
+    return max(1, math.floor(stage.original * fraction + 1e-9))
+
+
+def _evit(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:
+    """ceil(n * keep) tokens and one fused from the rest (EViT, arXiv 2202.07800)."""
+    if isinstance(present, Tensor):
+        return torch.minimum(torch.ceil(present.double() * keep - 1e-9).long() + 1, present)
+    return min(present, math.ceil(present * keep - 1e-9) + 1)
+
+
+COUNT_RULES: dict[str, CountRule] = {"round": _round_half_up, "dynamicvit": _dynamicvit, "evit": _evit}
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """Tokens that one layer processes, protected ones included: in attention and, after a reduction between, in the MLP."""
+
+    attention: int
+    mlp: int
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """What the cost of a backbone depends on. Channel counts, not bytes.
+
+    Attributes:
+        hidden: width C of the residual stream.
+        intermediate: width of the MLP's hidden layer.
+        layers: number of transformer layers.
+        prefix: protected tokens in front (CLS, distillation, registers).
+        patches: routable tokens at the configured input size.
+        embed_macs: MACs of the patch embedding per image.
+        head_macs: MACs of what follows the layers per image.
+        heads: attention heads.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    prefix: int
+    patches: int
+    embed_macs: int
+    head_macs: int
+    heads: int
+
+    def layer_macs(self, tokens: LayerTokens) -> int:
+        """4NC² + 2N²C with N tokens in attention, plus 2N'C·I with N' in the MLP of hidden width I."""
+        width, attention = self.hidden, tokens.attention
+        projections, products = 4 * attention * width**2, 2 * attention**2 * width
+        return projections + products + 2 * tokens.mlp * width * self.intermediate
+
+    def model_macs(self, layers: Sequence[LayerTokens]) -> int:
+        """MACs of one image's forward given the tokens of every layer, embedding and head included, stages excluded."""
+        if len(layers) != self.layers:
+            raise ValueError(f"token counts for {len(layers)} layers were given, the backbone has {self.layers}")
+        return self.embed_macs + sum(self.layer_macs(tokens) for tokens in layers) + self.head_macs
+
+    def dense_layers(self) -> list[LayerTokens]:
+        """Token counts of the uncompressed forward."""
+        tokens = self.prefix + self.patches
+        return [LayerTokens(tokens, tokens)] * self.layers
+
+    def activation_bytes(self, layers: Sequence[LayerTokens], bytes_per_value: int = 4) -> int:
+        """Estimated bytes a training step holds for backward per image with fused attention, without checkpointing.
+
+        Per token of a layer: inputs and outputs of two norms, queries, keys, values, attention output and its projection's
+        input (8C) and the MLP's hidden layer before and after its activation (2I). An estimate for planning: the bench
+        measures.
+        """
+        per_attention, per_mlp = 6 * self.hidden, 2 * self.hidden + 2 * self.intermediate
+        return bytes_per_value * sum(t.attention * per_attention + t.mlp * per_mlp for t in layers)

@@ -1,0 +1,44 @@
+"""Random draws that belong to a token, not to a process.
+
+A draw is a hash of (seed, step, sample id, stage, position). So it is the same on any number of ranks, in any batch, on any
+device, and again when gradient checkpointing recomputes; and it needs no generator whose state a checkpoint would have to hold.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(value: Tensor) -> Tensor:
+    """A bijective mixing of 32 bits held in int64 (two multiply-and-shift rounds, so that no product passes 63 bits)."""
+    value = ((value ^ (value >> 16)) * 0x7FEB352D) & _MASK
+    value = ((value ^ (value >> 15)) * 0x6C8E9CF5) & _MASK
+    return value ^ (value >> 16)
+
+
+def uniform(seed: int, step: int | Tensor, sample_ids: Tensor, stage: int, position: Tensor) -> Tensor:
+    """Uniform draws in (0, 1), one a token.
+
+    Args:
+        seed: seed of the run.
+        step: training step.
+        sample_ids: (B,) int64.
+        stage: index of the stage, so that two stages draw apart.
+        position: (B, M) int64 original positions.
+
+    Returns:
+        (B, M) float32, never exactly 0 or 1.
+    """
+    start = torch.full((), (seed * 0x9E3779B1 + stage * 0x85EBCA6B) & _MASK, dtype=torch.int64, device=position.device)
+    key = _mix(start ^ (torch.as_tensor(step, device=position.device) & _MASK))
+    key = _mix(key ^ (sample_ids & _MASK))
+    bits = _mix(_mix(key[:, None] ^ (position & _MASK)) ^ key[:, None])
+    return ((bits >> 8).float() + 0.5) / (1 << 24)
+
+
+def gumbel(draws: Tensor) -> Tensor:
+    """Standard Gumbel noise from uniform draws of the same shape."""
+    return -torch.log(-torch.log(draws))

@@ -1,0 +1,51 @@
+"""What every estimator shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..state import Decision, TokenState, Trace
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Paths for the gradient. Each leaves the forward's values untouched.
+
+    Attributes:
+        scale: (B, M) of value 1, multiplied onto the tokens that stay; None leaves them alone.
+        key_bias: (B, M) of value 0, added to the attention logits of each key in all later layers; None adds nothing.
+        loss: scalar to add to the task's loss, already weighted; None without one.
+    """
+
+    scale: Tensor | None = None
+    key_bias: Tensor | None = None
+    loss: Tensor | None = None
+
+
+class Estimator(nn.Module):
+    """Runs in training only, behind a trained scorer.
+
+    Args:
+        features: width of the scorer's per-token features.
+        classes: number of labels of the task.
+    """
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+
+    def forward(self, scores: Tensor, features: Tensor, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
+        """
+        Args:
+            scores: (B, M) float32 logits with gradient.
+            features: (B, M, F) what the scorer computed of each token on the way.
+            decision: which tokens stay.
+            state: the tokens before the decision.
+            trace: the forward they belong to.
+        """
+        raise NotImplementedError
+
+    def macs(self, tokens: int) -> int:
+        """MACs for one row in training; in evaluation an estimator costs nothing."""
+        return 0

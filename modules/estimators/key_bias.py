@@ -1,0 +1,19 @@
+"""Straight-through bias on the attention logits of the tokens that stay."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..state import Decision, TokenState, Trace
+from .base import Estimate, Estimator
+
+
+class KeyBiasEstimator(Estimator):
+    """Adds s - sg(s) to the logits of each key in all later layers: the score learns what attending to its token is worth.
+
+    The value is 0, the gradient is that of softly leaving the token out, which ``straight_through`` cannot see behind a norm.
+    The bias needs a gradient, for which some devices' fused attention has no kernel and torch takes its plain one.
+    """
+
+    def forward(self, scores: Tensor, features: Tensor, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
+        return Estimate(key_bias=scores - scores.detach())

@@ -1,0 +1,21 @@
+"""Straight-through weights on the tokens that stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..state import Decision, TokenState, Trace
+from .base import Estimate, Estimator
+
+
+class StraightThroughEstimator(Estimator):
+    """x * (1 + (s - sg(s))) with s = sigmoid(score): the value is untouched, the score gets <x, dL/dx>.
+
+    A pre-norm layer does not see the scale of its input, so this gradient reaches the score only by way of the residual
+    stream and is weak on ViTs; ``key_bias`` is the sharper signal at the price of a mask, ``information_gain`` the stable one.
+    """
+
+    def forward(self, scores: Tensor, features: Tensor, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
+        soft = torch.sigmoid(scores)
+        return Estimate(scale=1 + (soft - soft.detach()))

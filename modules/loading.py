@@ -1,0 +1,46 @@
+"""Loading a compressed model from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from .compress import PREFIX, compressed_class
+
+
+def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A compressed model from what its ``save_pretrained`` or ``laconic export --format merged`` wrote.
+
+    Args:
+        folder: local folder, or name of a repository on the hub.
+        kwargs: passed to transformers' ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision`` …).
+
+    Returns:
+        The model in evaluation mode, with its stages.
+
+    Raises:
+        FileNotFoundError: the folder has no ``config.json``.
+        ValueError: the config holds no compression, or its class is unknown.
+        RuntimeError: weights are missing, left over, or of another shape; nothing is initialised silently.
+    """
+    path = Path(folder)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json: give the folder of an export, or export the run first (laconic export)")
+    config = AutoConfig.from_pretrained(folder, **{key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir")})
+    if getattr(config, "compression", None) is None:
+        raise ValueError(
+            f"{folder} is a dense {config.model_type} model: config.json has no 'compression'. Load it with transformers and call laconic.compress"
+        )
+    names = config.architectures or []
+    base = getattr(transformers, names[0].removeprefix(PREFIX), None) if names else None
+    if base is None:
+        raise ValueError(f"{folder}: config.json names the architecture {names}, which transformers {transformers.__version__} does not have")
+    model, report = compressed_class(base).from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
+    wrong = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}
+    if wrong:
+        raise RuntimeError(f"{folder}: the weights do not fit the config: {wrong}")
+    assert isinstance(model, PreTrainedModel)
+    return model

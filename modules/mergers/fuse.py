@@ -1,0 +1,57 @@
+"""Fuse: the tokens that are left out become one token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..counting import BackboneShape
+from ..state import Decision, TokenState
+from .base import Merged, Merger, gather_tokens
+
+
+class FuseMerger(Merger):
+    """Fuses the rest into one token, their mean weighted by softmax of the scores (after EViT, arXiv 2202.07800).
+
+    The fused token comes last, counts as kept and can be routed by later stages. Its weights are normalised scores, so tokens
+    that are left out send a gradient to the scorer.
+    """
+
+    extra = 1
+
+    def forward(self, hidden_states: Tensor, scores: Tensor, decision: Decision, state: TokenState) -> Merged:
+        kept = gather_tokens(hidden_states, decision.index)
+        kept_state = state.select(decision.index, decision.valid)
+        if decision.index.shape[1] == state.tokens:
+            return Merged(kept, kept_state)
+        left_out = state.routable & ~decision.kept_mask(state.tokens)
+        some = left_out.any(-1, keepdim=True)
+        # A row that leaves nothing out (it is shorter than the others) gets an invalid filler instead of NaN.
+        logits = scores.masked_fill(~left_out, float("-inf")).masked_fill(~some, 0.0)
+        weights = (logits + state.size.clamp(min=1e-6).log()).softmax(-1)
+        fused = torch.einsum("bm,bmc->bc", weights.to(hidden_states.dtype), hidden_states).unsqueeze(1)
+        slot = kept_state.tokens
+        lowest = torch.where(left_out, state.position, state.source.shape[1] - 1).amin(-1, keepdim=True)
+        current = state.source.clamp(min=0)
+        absorbed = left_out.gather(1, current) & (state.source >= 0)
+        valid = kept_state.valid
+        if valid is not None:
+            valid = torch.cat([valid, some], 1)
+        return Merged(
+            torch.cat([kept, fused], 1),
+            replace(
+                kept_state,
+                size=torch.cat([kept_state.size, (state.size * left_out).sum(-1, keepdim=True)], 1),
+                source=kept_state.source.masked_fill(absorbed, slot),
+                position=torch.cat([kept_state.position, lowest], 1),
+                protected=torch.cat([kept_state.protected, torch.zeros_like(some)], 1),
+                valid=valid,
+                key_bias=None if kept_state.key_bias is None else functional.pad(kept_state.key_bias, (0, 1)),
+            ),
+        )
+
+    def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
+        return tokens * shape.hidden if kept < tokens else 0

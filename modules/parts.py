@@ -1,0 +1,56 @@
+"""Finding a part (scorer, selector, merger) by name: the folder is the registry, the file's name is the part's name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+
+def names(package: str) -> list[str]:
+    """Names of the parts in a package: its modules, without ``base``."""
+    path = importlib.import_module(package).__path__
+    return sorted(module.name for module in pkgutil.iter_modules(path) if module.name != "base")
+
+
+def find(package: str, name: str, base: type[Any]) -> type[Any]:
+    """The class that a part's file defines.
+
+    Args:
+        package: full name of the folder's package.
+        name: the part's name, as in a recipe.
+        base: class that the part derives from.
+
+    Raises:
+        ValueError: no file of that name; the message lists what there is.
+    """
+    kind = package.rsplit(".", 1)[-1]
+    allowed = names(package)
+    if name not in allowed:
+        near = difflib.get_close_matches(name, allowed, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{kind[:-1]} {name!r} does not exist: the {kind} are {', '.join(allowed)}{hint}")
+    module = importlib.import_module(f"{package}.{name}")
+    defined = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, base)]
+    return next(item for item in defined if item.__module__ == module.__name__)
+
+
+def check_options(cls: type[Any], kind: str, name: str, options: dict[str, Any], given: tuple[str, ...]) -> None:
+    """Raises ValueError when ``options`` has a key that the part's constructor does not take.
+
+    Args:
+        cls: the part's class.
+        kind: ``scorer``, ``selector`` or ``merger``, for the message.
+        name: the part's name, for the message.
+        options: keyword arguments from the config.
+        given: arguments that the stage passes itself and no config may set.
+    """
+    allowed = [key for key in inspect.signature(cls.__init__).parameters if key not in ("self", *given)]
+    for key in options:
+        if key not in allowed:
+            what = f"its options are {', '.join(allowed)}" if allowed else "it has no options"
+            near = difflib.get_close_matches(key, allowed, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{kind} {name!r} has no option {key!r}: {what}{hint}")

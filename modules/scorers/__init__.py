@@ -1,0 +1,1 @@
+"""E, the criterion: one class a file, found by the file's name."""

@@ -1,0 +1,27 @@
+"""Attention of the CLS token, from its query and all keys alone."""
+
+from __future__ import annotations
+
+import torch
+
+from ..counting import BackboneShape
+from .base import Scored, Scorer, ScorerInput
+
+
+class ClsAttentionScorer(Scorer):
+    """Mean over heads of softmax(q_cls · K) in the layer that follows (criterion of EViT, arXiv 2202.07800).
+
+    Only one row of the attention matrix is computed, with the layer's own norm and projections, so the layer keeps its fused
+    attention. Not trained: the criterion follows the backbone.
+    """
+
+    @torch.no_grad()
+    def forward(self, inputs: ScorerInput) -> Scored:
+        query, key, scale = inputs.backbone.cls_query_and_keys(inputs.layer, inputs.hidden_states)
+        logits = (query.float() * scale) @ key.float().transpose(-1, -2)
+        if inputs.state.valid is not None:
+            logits = logits.masked_fill(~inputs.state.valid[:, None, None], float("-inf"))
+        return Scored(logits.softmax(-1).mean(1).squeeze(1))
+
+    def macs(self, shape: BackboneShape, tokens: int) -> int:
+        return shape.hidden**2 * (tokens + 1) + tokens * shape.hidden

@@ -1,0 +1,16 @@
+"""Random scores: the control that every router must beat."""
+
+from __future__ import annotations
+
+
+from ..draws import uniform
+from .base import Scored, Scorer, ScorerInput
+
+
+class RandomScorer(Scorer):
+    """Uniform draws by (seed, step, sample id, position): random dropping, as in PatchDropout (arXiv 2208.07220)."""
+
+    def forward(self, inputs: ScorerInput) -> Scored:
+        state, trace = inputs.state, inputs.trace
+        rows = trace.rows_identity(state.rows, state.position.device)
+        return Scored(uniform(trace.seed, trace.step, rows, inputs.stage, state.position))

@@ -1,0 +1,39 @@
+"""Uniform grid: keeps tokens spread evenly over the image or sequence, whatever they show."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Scored, Scorer, ScorerInput
+
+
+def _reversed_bits(index: Tensor, bits: int) -> Tensor:
+    """``index`` with its lowest ``bits`` bits in reverse order: the van der Corput sequence."""
+    out = torch.zeros_like(index)
+    for bit in range(bits):
+        out = out | (((index >> bit) & 1) << (bits - 1 - bit))
+    return out
+
+
+class UniformGridScorer(Scorer):
+    """Ordered-dither ranks (Bayer 1973): the top k of them form an even grid for every k.
+
+    With a known patch grid the order is two-dimensional, else the van der Corput order of the positions.
+    """
+
+    def forward(self, inputs: ScorerInput) -> Scored:
+        state, grid = inputs.state, inputs.trace.grid
+        # Protected prefix tokens come first, so a patch's place in the grid is its position less their number.
+        place = (state.position - state.protected_per_row).clamp(min=0)
+        if grid is None:
+            bits = max(1, (state.source.shape[1] - 1).bit_length())
+            return Scored(-_reversed_bits(place, bits).float())
+        bits = max(1, (max(grid) - 1).bit_length())
+        row, column = place // grid[1], place % grid[1]
+        rank = torch.zeros_like(place)
+        for bit in range(bits):
+            # A Bayer matrix interleaves the bits of (row xor column) and row, most significant last.
+            pair = (((row ^ column) >> bit) & 1) << 1 | ((row >> bit) & 1)
+            rank = rank | pair << (2 * (bits - 1 - bit))
+        return Scored(-rank.float())

@@ -1,0 +1,39 @@
+"""Top-k: the highest scores stay, exactly as many as asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..state import Decision, TokenState
+from .base import Selector
+
+
+class TopKSelector(Selector):
+    """Keeps the ``count`` highest scores of each row, ties to the lower slot, and every protected token.
+
+    In training, scores are standardised over the batch and Gumbel noise is added, whose strength the schedule anneals to 0:
+    first any token may stay, so that the router learns about all of them, at last exactly those of evaluation.
+    """
+
+    lookahead = True
+
+    def forward(self, scores: Tensor, state: TokenState, count: int | Tensor, noise: Tensor | None) -> Decision:
+        rank = scores.detach()
+        if noise is not None:
+            routable = state.routable
+            spread = torch.where(routable, rank - rank[routable].mean(), 0.0).square().sum() / routable.sum()
+            rank = rank / (spread.sqrt() + 1e-3) + noise
+        rank = rank.masked_fill(state.protected, float("inf"))
+        if state.valid is None:
+            assert isinstance(count, int)
+            # A stable sort, not topk, whose choice among equal scores depends on the batch and the device.
+            order = rank.sort(dim=-1, descending=True, stable=True).indices
+            return Decision(order[:, : state.protected_per_row + count].sort(-1).values, None)
+        rank = rank.masked_fill(~state.valid, float("-inf"))
+        order = rank.sort(dim=-1, descending=True, stable=True).indices
+        total = count + (state.protected & state.valid).sum(-1)
+        width = int(total.max())
+        valid = torch.arange(width, device=rank.device) < total[:, None]
+        index = order[:, :width].masked_fill(~valid, state.tokens).sort(-1).values
+        return Decision(index.clamp(max=state.tokens - 1), valid)

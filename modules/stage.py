@@ -1,0 +1,111 @@
+"""A stage: router and merger at a site."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .backbones.base import Backbone
+from .config import StageConfig
+from .counting import COUNT_RULES, BackboneShape, StageCount
+from .draws import gumbel, uniform
+from .estimators.base import Estimate, Estimator
+from .mergers.base import Merged, Merger
+from .scorers.base import Scorer, ScorerInput
+from .selectors.base import Selector
+from .state import Decision, Routing, TokenState, Trace
+
+# Keeps the draws of a selector's noise apart from those of a random scorer.
+_NOISE = 1 << 20
+
+
+class Stage(nn.Module):
+    """Scores the tokens, decides which stay, and lets the merger do it.
+
+    Args:
+        config: what the stage is made of.
+        hidden_size: width of the tokens.
+        classes: number of labels of the task, for an auxiliary head.
+        index: position among the model's stages.
+        backbone: adapter of the model's family.
+
+    Raises:
+        ValueError: a part has no such name or option.
+    """
+
+    def __init__(self, config: StageConfig, hidden_size: int, classes: int, index: int, backbone: type[Backbone]) -> None:
+        super().__init__()
+        self.config = config
+        self.index = index
+        self.backbone = backbone
+        try:
+            self.scorer: Scorer = config.part("scorer").build("scorer", hidden_size)
+            self.selector: Selector = config.part("selector").build("selector")
+            self.merger: Merger = config.part("merger").build("merger")
+            estimator = config.part("estimator").build("estimator", self.scorer.features, classes)
+        except ValueError as error:
+            raise ValueError(f"stage {config.key!r}: {error}") from None
+        self.estimator: Estimator | None = estimator if self.scorer.trained else None
+
+    def keep(self, trace: Trace) -> float:
+        """Requested keep: what the trace asks for, else the stage's own."""
+        assert self.config.keep is not None
+        return trace.keep.get(self.config.key, self.config.keep)
+
+    def count(self, present: int | Tensor, keep: float, original: int | Tensor) -> int | Tensor:
+        """Routable tokens that leave, a merger's added token included."""
+        return COUNT_RULES[self.config.count](present, keep, StageCount(original, self.index))
+
+    def forward(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> Tensor:
+        """(B, M, C) tokens -> (B, K, C); the new TokenState and the Routing go onto the trace."""
+        state = trace.state
+        assert state is not None
+        keep, present = self.keep(trace), state.present
+        kept = self.count(present, keep, trace.original)
+        scored = self.scorer(ScorerInput(hidden_states, state, trace, self.index, layer, self.backbone))
+        decision = trace.replay.get(self.config.key)
+        if decision is None:
+            decision = self.selector(scored.scores, state, self._selected(kept, present), self._noise(state, trace))
+        estimate = Estimate()
+        if self.training and self.estimator is not None:
+            estimate = self.estimator(scored.scores, scored.features, decision, state, trace)
+        merged = self._merge(hidden_states, scored.scores, decision, state, estimate)
+        trace.routings[self.config.key] = Routing(
+            stage=self.config.key,
+            scores=scored.scores,
+            soft=scored.scores.sigmoid() if self.scorer.trained else None,
+            routable=state.routable,
+            decision=decision,
+            state=state,
+            requested=keep,
+            present=present,
+            kept=kept,
+            lookahead=self.scorer.lookahead or self.selector.lookahead,
+            auxiliary_loss=estimate.loss,
+        )
+        trace.state = merged.state
+        return merged.hidden_states
+
+    def _selected(self, kept: int | Tensor, present: int | Tensor) -> int | Tensor:
+        """Tokens for the selector: all, or ``kept`` less what the merger adds."""
+        if isinstance(kept, Tensor) or isinstance(present, Tensor):
+            return kept - self.merger.extra * (kept < present).long()  # type: ignore[operator, union-attr]
+        return kept - self.merger.extra if kept < present else kept
+
+    def _noise(self, state: TokenState, trace: Trace) -> Tensor | None:
+        if not self.scorer.trained or (isinstance(trace.noise, float) and trace.noise == 0):
+            return None
+        rows = trace.rows_identity(state.rows, state.position.device)
+        return gumbel(uniform(trace.seed, trace.step, rows, self.index + _NOISE, state.position)) * trace.noise
+
+    def _merge(self, hidden_states: Tensor, scores: Tensor, decision: Decision, state: TokenState, estimate: Estimate) -> Merged:
+        """Merges with the estimate's paths laid: through the tokens' scale, or through the bias of their keys."""
+        if estimate.scale is not None:
+            scale = estimate.scale.masked_fill(~state.routable, 1.0)
+            hidden_states = hidden_states * scale.unsqueeze(-1).to(hidden_states.dtype)
+        if estimate.key_bias is not None:
+            state = state.add_key_bias(estimate.key_bias.masked_fill(~state.routable, 0.0))
+        return self.merger(hidden_states, scores, decision, state)
+
+    def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
+        """MACs of this stage in evaluation for one row going from ``tokens`` to ``kept``, protected ones included."""
+        return self.scorer.macs(shape, tokens) + self.merger.macs(shape, tokens, kept)

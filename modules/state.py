@@ -1,0 +1,246 @@
+"""What travels with the tokens: TokenState, the Decision and Routing of one stage, and the Trace of one forward.
+
+Shapes: B rows of a batch, N tokens before the first stage, M tokens now, K tokens after a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """Where the tokens of a row came from. Immutable: a stage returns a new one.
+
+    Attributes:
+        size: (B, M) float32, source tokens that each token stands for.
+        source: (B, N) int64, current slot of each original token, -1 if it is gone.
+        position: (B, M) int64, original position of each token; of a merged token, that of its lowest source.
+        protected: (B, M) bool, tokens that no stage may touch.
+        valid: (B, M) bool, False for padding; None when no row has padding, which keeps every count on the host.
+        protected_per_row: protected tokens of a row, the same for all rows.
+        key_bias: (B, M) float32 that every later layer adds to the attention logits of each key; None adds nothing.
+    """
+
+    size: Tensor
+    source: Tensor
+    position: Tensor
+    protected: Tensor
+    valid: Tensor | None
+    protected_per_row: int
+    key_bias: Tensor | None = None
+
+    @staticmethod
+    def initial(rows: int, tokens: int, prefix: int, valid: Tensor | None, device: torch.device) -> TokenState:
+        """State before the first stage: every token stands for itself and the first ``prefix`` are protected."""
+        index = torch.arange(tokens, device=device).expand(rows, tokens)
+        size = torch.ones(rows, tokens, device=device)
+        return TokenState(
+            size=size if valid is None else size * valid,
+            source=index if valid is None else index.masked_fill(~valid, -1),
+            position=index,
+            protected=index < prefix,
+            valid=valid,
+            protected_per_row=prefix,
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.position.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.position.shape[1]
+
+    @property
+    def routable(self) -> Tensor:
+        """(B, M) bool: real tokens that a stage may touch."""
+        return ~self.protected if self.valid is None else ~self.protected & self.valid
+
+    @property
+    def present(self) -> int | Tensor:
+        """Routable tokens of a row: one int when all rows have the same, else int64 (B,)."""
+        if self.valid is None:
+            return self.tokens - self.protected_per_row
+        return self.routable.sum(-1)
+
+    def select(self, index: Tensor, valid: Tensor | None) -> TokenState:
+        """State after keeping only the tokens at ``index``.
+
+        Args:
+            index: (B, K) int64, sorted slots that stay.
+            valid: (B, K) bool, False where ``index`` is filler; None when all are real.
+        """
+        slots = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        # One slot more than there are tokens takes the writes of filler and the reads of tokens that were gone before.
+        moved = self.source.new_full((self.rows, self.tokens + 1), -1)
+        target = index if valid is None else index.masked_fill(~valid, self.tokens)
+        moved.scatter_(1, target, slots)
+        moved[:, -1] = -1
+        gone = self.source < 0
+        source = moved.gather(1, self.source.masked_fill(gone, self.tokens))
+        size = self.size.gather(1, index)
+        protected = self.protected.gather(1, index)
+        return replace(
+            self,
+            size=size if valid is None else size * valid,
+            source=source,
+            position=self.position.gather(1, index),
+            protected=protected if valid is None else protected & valid,
+            valid=valid,
+            key_bias=None if self.key_bias is None else self.key_bias.gather(1, index),
+        )
+
+    def add_key_bias(self, bias: Tensor) -> TokenState:
+        """State with (B, M) added to the bias of its keys."""
+        return replace(self, key_bias=bias if self.key_bias is None else self.key_bias + bias)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which tokens stay.
+
+    Attributes:
+        index: (B, K) int64 slots that stay, sorted, protected ones included.
+        valid: (B, K) bool, False where ``index`` is filler; None when every row keeps the same number.
+    """
+
+    index: Tensor
+    valid: Tensor | None
+
+    def kept_mask(self, tokens: int) -> Tensor:
+        """(B, tokens) bool: True at the slots that stay."""
+        mask = torch.zeros(self.index.shape[0], tokens + 1, dtype=torch.bool, device=self.index.device)
+        # Filler writes to a slot past the last token.
+        target = self.index if self.valid is None else self.index.masked_fill(~self.valid, tokens)
+        return mask.scatter_(1, target, True)[:, :tokens]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one stage did in one forward. Regularisers, meters, callbacks and pictures read it.
+
+    Attributes:
+        stage: name of the stage, the path of its site (``before_3``).
+        scores: (B, M) float32 scores of the scorer, with gradient where it has any.
+        soft: (B, M) float32 keep probabilities in (0, 1); None for a scorer that is not trained.
+        routable: (B, M) bool, the tokens that could be dropped.
+        decision: which slots stayed.
+        state: TokenState before the stage.
+        requested: keep that the config or the schedule asked for.
+        present: routable tokens entering, one int for every row or int64 (B,).
+        kept: routable tokens leaving, likewise.
+        lookahead: the decision for a token depends on later tokens.
+        auxiliary_loss: scalar that the stage's estimator adds to the task's loss in training; None without one.
+    """
+
+    stage: str
+    scores: Tensor
+    soft: Tensor | None
+    routable: Tensor
+    decision: Decision
+    state: TokenState
+    requested: float
+    present: int | Tensor
+    kept: int | Tensor
+    lookahead: bool
+    auxiliary_loss: Tensor | None = None
+
+    def counts(self) -> tuple[int, int]:
+        """Routable tokens (kept, present) summed over the rows. Synchronises with the device when rows differ."""
+        return self._total(self.kept), self._total(self.present)
+
+    def _total(self, count: int | Tensor) -> int:
+        return int(count.sum()) if isinstance(count, Tensor) else count * self.scores.shape[0]
+
+    @property
+    def achieved(self) -> float:
+        """Hard keep of this forward: routable tokens leaving ÷ entering, summed over rows before dividing."""
+        kept, present = self.counts()
+        return kept / max(present, 1)
+
+    @property
+    def kept_mask(self) -> Tensor:
+        """(B, M) bool: the decision at the stage's input, protected tokens True."""
+        return self.decision.kept_mask(self.scores.shape[1])
+
+
+@dataclass
+class Trace:
+    """Made by the caller for one forward: ``out = model(**batch, trace=trace)``. Two forwards need two traces.
+
+    What the caller gives:
+
+    Attributes:
+        step: training step, part of the seed of every random draw.
+        seed: seed of the run.
+        sample_ids: (B,) int64 identity of each row, so that a row draws the same noise on any number of ranks;
+            None numbers the rows of the batch.
+        noise: strength of the exploration noise on trained scores, 0 in evaluation.
+        keep: requested keep by stage name, over the stages' own; for schedules.
+        labels: (B,) int64 or (B, classes) probabilities, for estimators that learn from them; a model that is called with
+            ``labels`` puts them here itself.
+        replay: decisions to repeat by stage name, those of an earlier trace; for tests and comparisons.
+
+    What the forward leaves:
+
+    Attributes:
+        routings: the Routing of each stage that ran, by name, in order.
+        prefix: protected tokens in front.
+        state: the current TokenState, None before the first layer.
+        original: routable tokens before the first stage, one int for every row or int64 (B,).
+        layer_tokens: tokens that each layer processed, by layer index.
+        pixel_values: (B, channels, height, width) the model's input, for scorers that look at it.
+        grid: patches (down, across) of the input, None where there is no grid.
+    """
+
+    step: int | Tensor = 0
+    seed: int = 0
+    sample_ids: Tensor | None = None
+    noise: float | Tensor = 0.0
+    keep: Mapping[str, float] = field(default_factory=dict)
+    labels: Tensor | None = None
+    replay: Mapping[str, Decision] = field(default_factory=dict)
+    routings: dict[str, Routing] = field(default_factory=dict)
+    prefix: int = 0
+    state: TokenState | None = None
+    original: int | Tensor = 0
+    layer_tokens: dict[int, int] = field(default_factory=dict)
+    pixel_values: Tensor | None = None
+    grid: tuple[int, int] | None = None
+
+    @property
+    def auxiliary_loss(self) -> Tensor | None:
+        """Sum of what the estimators add to the task's loss in training; None where none adds anything."""
+        losses = [routing.auxiliary_loss for routing in self.routings.values() if routing.auxiliary_loss is not None]
+        return torch.stack(losses).sum() if losses else None
+
+    def decisions(self) -> dict[str, Decision]:
+        """The decisions of this forward, to give to another trace as ``replay``."""
+        return {name: routing.decision for name, routing in self.routings.items()}
+
+    def begin(self, state: TokenState) -> None:
+        """Called once, before the first layer."""
+        self.state = state
+        self.original = state.present
+
+    def rows_identity(self, rows: int, device: torch.device) -> Tensor:
+        """(B,) int64 identity of each row."""
+        if self.sample_ids is None:
+            return torch.arange(rows, device=device)
+        return self.sample_ids.to(device)
+
+
+def achieved_keep(traces: Sequence[Trace]) -> dict[str, float]:
+    """Hard keep by stage over several forwards, summed before dividing."""
+    totals: dict[str, tuple[int, int]] = {}
+    for trace in traces:
+        for name, routing in trace.routings.items():
+            kept, present = routing.counts()
+            before = totals.get(name, (0, 0))
+            totals[name] = (before[0] + kept, before[1] + present)
+    return {name: kept / max(present, 1) for name, (kept, present) in totals.items()}

@@ -1,0 +1,151 @@
+"""From a recipe to its parts: configuration, data, model, budget. Nothing is trained here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+
+from ..data.hub import Source
+from ..data.images import ImageTransform
+from ..data.module import ImageData, ImageDataModule, hub_images, scattered_digits
+from ..modules.backbones import backbone_for
+from ..modules.budget.budget import Budget
+from ..modules.compress import compress
+from ..modules.cost import CostModel
+from .recipe import DataRecipe, ModelRecipe, Recipe
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of.
+
+    Attributes:
+        recipe: the recipe.
+        data: splits.
+        model: compressed if the recipe says so.
+        cost: of the model.
+        budget: None for a dense model, or where every stage has its own keep.
+        total_steps: optimizer steps.
+    """
+
+    recipe: Recipe
+    data: ImageData
+    model: PreTrainedModel
+    cost: CostModel
+    budget: Budget | None
+    total_steps: int
+
+    def data_module(self) -> ImageDataModule:
+        """Loaders for this run."""
+        data, trainer = self.recipe.data, self.recipe.trainer
+        batches = self.total_steps * trainer.accumulate
+        return ImageDataModule(self.data, data.batch_size, data.eval_batch_size, batches, data.workers, self.recipe.seed)
+
+
+def build(recipe: Recipe, data: ImageData | None = None) -> Parts:
+    """Every part of a run; the same seed gives the same weights whatever the compression.
+
+    Args:
+        recipe: a checked recipe.
+        data: splits that another arm has opened already.
+
+    Raises:
+        ValueError: something that only shows against the real model or data: a layer that is not there, a missing column …
+    """
+    config = model_config(recipe.model)
+    data = data if data is not None else open_data(recipe.data, config, recipe.seed)
+    lightning.seed_everything(recipe.seed, verbose=False)
+    model = build_model(recipe.model, config, data)
+    steps = total_steps(recipe, data)
+    budget = None
+    if recipe.compression is not None:
+        # Draws of the stages' weights come after the backbone's, so a dense arm starts from the same backbone.
+        compression = recipe.compression
+        if recipe.budget is not None:
+            budget = Budget(recipe.budget, model, compression, steps, recipe.seed)
+            compression = budget.compression
+        model = compress(model, compression)
+    if recipe.trainer.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Parts(recipe, data, model, CostModel(model), budget, steps)
+
+
+def model_config(recipe: ModelRecipe) -> PretrainedConfig:
+    """The backbone's configuration, without its weights. Raises ValueError where it cannot be had or no adapter serves it."""
+    if recipe.config is not None:
+        settings = dict(recipe.config)
+        model_type = settings.pop("model_type")
+        backbone_for(model_type, _class_name(model_type))
+        try:
+            return AutoConfig.for_model(model_type, **settings)
+        except Exception as error:
+            # transformers checks its configs with errors of several kinds; each is the user's setting here.
+            raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
+    try:
+        config = AutoConfig.from_pretrained(recipe.name, revision=recipe.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.name = {recipe.name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if getattr(config, "compression", None) is not None:
+        raise ValueError(f"model.name = {recipe.name!r} is compressed already: start from the dense model")
+    backbone_for(config.model_type, _class_name(config.model_type))
+    return config
+
+
+def _class_name(model_type: str) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+    name = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(model_type, model_type)
+    # DeiT's mapping lists several heads; the plain one comes first.
+    return name if isinstance(name, str) else name[0]
+
+
+def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: ImageData) -> PreTrainedModel:
+    """The dense model with a head for the data's classes."""
+    names = dict(enumerate(data.classes))
+    config.id2label, config.label2id = names, {name: code for code, name in names.items()}
+    if recipe.config is not None:
+        return AutoModelForImageClassification.from_config(config, attn_implementation=recipe.attention)
+    return AutoModelForImageClassification.from_pretrained(
+        recipe.name, revision=recipe.revision, config=config, attn_implementation=recipe.attention, ignore_mismatched_sizes=True
+    )
+
+
+def open_data(recipe: DataRecipe, config: Any, seed: int) -> ImageData:
+    """The splits that a recipe names, as the model of ``config`` takes them."""
+    size, channels = config.image_size, config.num_channels
+    size = size if isinstance(size, int) else size[0]
+    if recipe.name == "scattered_digits":
+        if (size, channels) != (recipe.canvas.size, 1):
+            raise ValueError(
+                f"data.canvas.size = {recipe.canvas.size} with 1 channel does not fit model.config: image_size = {size}, num_channels = {channels}"
+            )
+        return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed)
+    transform = ImageTransform(size, channels, _per_channel(recipe.mean, channels), _per_channel(recipe.std, channels), recipe.augmentation)
+    source = Source(
+        recipe.name, recipe.data_dir, recipe.data_files, recipe.config, recipe.revision, recipe.image_column, recipe.label_column
+    )
+    return hub_images(
+        source, recipe.train_split, recipe.validation_split, recipe.test_split, recipe.validation_fraction, recipe.num_labels, transform, seed
+    )
+
+
+def _per_channel(values: list[float], channels: int) -> tuple[float, ...]:
+    if len(values) not in (1, channels):
+        values = values[:1] if len(set(values)) == 1 else values
+    if len(values) not in (1, channels):
+        raise ValueError(f"data.mean and data.std must have 1 or {channels} values, not {len(values)}")
+    return tuple(values) * (channels if len(values) == 1 else 1)
+
+
+def total_steps(recipe: Recipe, data: ImageData) -> int:
+    """Optimizer steps of a run."""
+    trainer = recipe.trainer
+    if trainer.max_steps is not None:
+        return trainer.max_steps
+    assert trainer.max_epochs is not None
+    rows = len(data.train)  # type: ignore[arg-type]
+    return max(1, math.floor(trainer.max_epochs * rows / (recipe.data.batch_size * trainer.accumulate * trainer.devices * trainer.num_nodes)))

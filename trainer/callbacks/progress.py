@@ -1,0 +1,118 @@
+"""One readable line every few steps, and a bar where there is a terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Throughput:
+    """Images a second since the last reading, validation excluded."""
+
+    def __init__(self) -> None:
+        self.images, self.seconds, self._since = 0, 0.0, 0.0
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self, images: int) -> None:
+        self.images += images
+        self.seconds += time.perf_counter() - self._since
+
+    def read(self) -> float:
+        """Images a second, and starts counting again."""
+        rate = self.images / self.seconds if self.seconds else 0.0
+        self.images, self.seconds = 0, 0.0
+        return rate
+
+
+class StepLine(Callback):
+    """Writes step, loss, achieved keep, images/s and time left, and the same as scalars.
+
+    Args:
+        console: where lines and the bar go; stderr, so that stdout stays machine-readable.
+        total_steps: optimizer steps of the run.
+        every: steps between lines.
+        title: name of the arm.
+    """
+
+    def __init__(self, console: Console, total_steps: int, every: int, title: str) -> None:
+        self.console, self.total_steps, self.every, self.title = console, total_steps, every, title
+        self.throughput = Throughput()
+        self.train_seconds = 0.0
+        self._bar: Progress | None = None
+        self._began = self._batch_began = 0.0
+        self._first_step = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._began, self._first_step = time.perf_counter(), trainer.global_step
+        if self.console.is_terminal and trainer.is_global_zero:
+            columns = TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar.add_task(self.title, total=self.total_steps, completed=trainer.global_step)
+            self._bar.start()
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch_began = time.perf_counter()
+        self.throughput.start()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.throughput.stop(len(batch["labels"]) * trainer.world_size)
+        self.train_seconds += time.perf_counter() - self._batch_began
+        step = trainer.global_step
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step)
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not whole or (step % self.every and step != self.total_steps):
+            return
+        rate = self.throughput.read()
+        loss, trace = float(outputs["task_loss"]), outputs["trace"]
+        scalars = {"train/loss": loss, "train/images_per_second": rate, "train/lr": trainer.optimizers[0].param_groups[0]["lr"]}
+        keeps = []
+        for name, routing in (trace.routings if trace is not None else {}).items():
+            scalars |= {f"{name}/keep_requested": routing.requested, f"{name}/keep_achieved": routing.achieved}
+            keeps.append(f"{routing.achieved:.3f}")
+        budget = outputs["budget"]
+        if budget is not None:
+            scalars |= {f"{name}/keep_soft": float(value) for name, value in budget.soft_keep.items()}
+            if budget.regularizer is not None:
+                scalars |= {"budget/regularizer": float(budget.regularizer), "budget/weight": budget.weight}
+            if budget.auxiliary is not None:
+                scalars["train/auxiliary_loss"] = float(budget.auxiliary)
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(scalars, step)
+        done = max(1, step - self._first_step)
+        left = (time.perf_counter() - self._began) / done * (self.total_steps - step)
+        keep = f"  keep {' '.join(keeps)}" if keeps else ""
+        if trainer.is_global_zero:
+            self.console.print(
+                f"{self.title}  step {step}/{self.total_steps}  loss {loss:.3f}{keep}  {rate:,.0f} images/s  {_clock(left)} left",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        accuracy = trainer.callback_metrics.get("val/accuracy")
+        if accuracy is not None and not trainer.sanity_checking and trainer.is_global_zero:
+            self.console.print(f"{self.title}  step {trainer.global_step}  validation accuracy {float(accuracy):.4f}", highlight=False)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def on_exception(self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,42 @@
+"""SIGTERM: save, then stop."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+
+class StopOnSigterm(Callback):
+    """Finishes the batch, writes a checkpoint and ends the fit; ``stopped`` tells that it did.
+
+    Args:
+        checkpoint: file to write.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.stopped = False
+        self._asked = False
+        self._before: Any = None
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        # After Lightning has put its own handler there, which would end the process with 0.
+        self._before = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._asked and not self.stopped:
+            self.stopped = True
+            trainer.save_checkpoint(self.checkpoint)
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)

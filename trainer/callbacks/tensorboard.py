@@ -1,0 +1,41 @@
+"""Histograms of scores and pictures of kept tokens for TensorBoard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from ..pictures import overlays
+
+
+class RoutingPictures(Callback):
+    """At every validation: the scores of each stage as a histogram, and images with their dropped patches darkened.
+
+    Args:
+        number: images drawn.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        trace = outputs["trace"]
+        if batch_idx or trace is None or trainer.sanity_checking or not isinstance(trainer.logger, TensorBoardLogger):
+            return
+        writer, step = trainer.logger.experiment, trainer.global_step
+        for name, routing in trace.routings.items():
+            writer.add_histogram(f"{name}/scores", torch.masked_select(routing.scores, routing.routable).float(), step)
+        if self.number:
+            writer.add_images("kept_tokens", overlays(trace, self.number), step, dataformats="NHWC")

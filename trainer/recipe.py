@@ -1,0 +1,147 @@
+"""What a recipe may say. Every key that is accepted is read; every other key is refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+
+from ..data.scattered_digits import Canvas
+from ..modules.budget.budget import BudgetConfig
+from ..modules.config import CompressionConfig
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Block(BaseModel):
+    """A block of a recipe: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class ModelRecipe(Block):
+    """Where the backbone comes from: a folder or hub name with weights, or a config of our own."""
+
+    name: str | None = Field(None, description="local folder or hub name; its weights are loaded")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    config: dict[str, Any] | None = Field(None, description="model_type and settings of a model with random weights")
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field("sdpa", description="attention implementation")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelRecipe:
+        if (self.name is None) == (self.config is None):
+            raise ValueError("give either model.name (a folder or hub name) or model.config (random weights)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("model.config.model_type is missing: vit or deit, for example")
+        return self
+
+
+class DataRecipe(Block):
+    """What is trained on."""
+
+    name: str = Field("scattered_digits", description="scattered_digits, imagefolder, parquet, or a hub name")
+    data_dir: str | None = Field(None, description="folder of an imagefolder")
+    data_files: str | list[str] | dict[str, str | list[str]] | None = Field(None, description="files, or files by split")
+    config: str | None = Field(None, description="configuration of a hub data set")
+    revision: str | None = Field(None, description="revision of a hub data set")
+    image_column: str | None = Field(None, description="column with the images; found by itself where there is one")
+    label_column: str | None = Field(None, description="column with the labels; found by itself where it has a usual name")
+    train_split: str = Field("train", description="split to train on")
+    validation_split: str | None = Field(None, description="split to validate on; none takes validation_fraction of the training rows")
+    test_split: str | None = Field(None, description="split to report on; none reports on validation")
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of training rows held out when there is no split")
+    num_labels: Annotated[int, Field(ge=2)] | None = Field(None, description="number of classes; counted where it is not given")
+    mean: list[float] = Field([0.5, 0.5, 0.5], description="subtracted from pixels in [0, 1], one or one a channel")
+    std: list[float] = Field([0.5, 0.5, 0.5], description="divides pixels, one or one a channel")
+    augmentation: Literal["none", "flip", "crop_flip", "resized_crop_flip"] = Field("none", description="of training images")
+    max_bad_fraction: Fraction = Field(0.0, description="share of bad rows past which the run stops")
+    batch_size: Count = Field(128, description="images a step and process, before accumulation")
+    eval_batch_size: Count = Field(256, description="images a step of validation and test")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="loader processes; 0 loads in the training process")
+    canvas: Canvas = Field(default_factory=Canvas, description="scattered_digits: size, scrambled, pieces")
+    train_samples: Count = Field(60_000, description="scattered_digits: training images")
+    eval_samples: Count = Field(2_000, description="scattered_digits: validation images, and as many for test")
+
+
+class OptimizerRecipe(Block):
+    """AdamW with a warm-up, then a cosine to a tenth or a straight hold."""
+
+    lr: Positive = Field(1e-3, description="peak learning rate of the backbone")
+    router_lr: Positive | None = Field(None, description="peak learning rate of routers and mergers; none takes lr")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="of matrices; norms, biases and embeddings have none")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="of AdamW")
+    warmup: Fraction = Field(0.05, description="fraction of training over which the learning rate grows from 0")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    final: Fraction = Field(0.0, description="learning rate at the end, as a fraction of the peak")
+
+
+class TrainerRecipe(Block):
+    """How long, on what, and how often to look."""
+
+    max_steps: Count | None = Field(None, description="optimizer steps; give this or max_epochs")
+    max_epochs: Count | None = Field(None, description="passes over the training rows")
+    strategy: Literal["auto", "plain"] = Field("auto", description="auto = plain on one process")
+    devices: Count = Field(1, description="processes on this machine")
+    num_nodes: Count = Field(1, description="machines")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 keeps weights in fp32 and computes in bf16")
+    accumulate: Count = Field(1, description="batches per optimizer step")
+    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest norm of the gradient; 0 does not clip")
+    gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, more time")
+    compile: bool = Field(False, description="torch.compile the model")
+    log_every: Count = Field(10, description="steps between log lines and scalars")
+    validate_every: Count | None = Field(None, description="steps between validations; none validates at the end only")
+    checkpoint_every: Count | None = Field(None, description="steps between checkpoints; one is always written at the end")
+    pictures: Annotated[int, Field(ge=0)] = Field(8, description="images whose kept tokens are drawn at each validation")
+    bench_rounds: Annotated[int, Field(ge=0)] = Field(40, description="paired rounds of the closing speed measurement; 0 leaves it out")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainerRecipe:
+        if (self.max_steps is None) == (self.max_epochs is None):
+            raise ValueError("give either trainer.max_steps or trainer.max_epochs")
+        return self
+
+
+def _compression(value: Any) -> CompressionConfig | None:
+    if value is None or isinstance(value, CompressionConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"compression is a block with stages, not {value!r}")
+    return CompressionConfig.from_dict(value)
+
+
+def _no_removed_fraction(value: Any) -> Any:
+    if isinstance(value, dict):
+        for key in value:
+            if key in ("drop", "drop_rate", "drop_ratio", "prune_rate", "sparsity", "reduction"):
+                raise ValueError(f"budget.{key} is not a key: Laconic counts what is left; give budget.target = 1 - removed")
+    return value
+
+
+class Recipe(Block):
+    """One run."""
+
+    task: Literal["image_classification"] = Field("image_classification", description="what is learned")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of weights, data order, augmentation and every draw")
+    model: ModelRecipe
+    compression: Annotated[
+        CompressionConfig | None, PlainValidator(_compression), PlainSerializer(lambda config: None if config is None else config.to_dict())
+    ] = Field(None, description="stages; none trains the dense model")
+    budget: Annotated[BudgetConfig | None, BeforeValidator(_no_removed_fraction)] = Field(None, description="what the model may cost")
+    data: DataRecipe = Field(default_factory=DataRecipe)
+    optimizer: OptimizerRecipe = Field(default_factory=OptimizerRecipe)
+    trainer: TrainerRecipe
+    baselines: list[str] = Field(default_factory=list, description="recipes trained first on the same samples, for the report")
+    output: str = Field("runs/{recipe}", description="folder of the run; {recipe} and {seed} are filled in")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        open_stages = [stage.key for stage in self.compression.stages if stage.keep is None] if self.compression else []
+        if self.compression is None and self.budget is not None:
+            raise ValueError("budget is set but compression is not: a dense model has nothing to budget; add compression.stages")
+        if open_stages and self.budget is None:
+            raise ValueError(f"stages {', '.join(open_stages)} have no keep and there is no budget: give keep, or budget.target")
+        if self.compression is not None and self.budget is not None and not open_stages:
+            raise ValueError("budget.target has nothing to decide: every stage has a keep of its own; leave keep out of one of them")
+        return self

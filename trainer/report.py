@@ -1,0 +1,134 @@
+"""The report of a run, as data and as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .bench import Bench
+
+PACKAGES = ("laconic", "torch", "lightning", "transformers", "deepspeed", "datasets", "peft", "tensorboard")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Figures of one trained model.
+
+    Attributes:
+        recipe: its name.
+        quality: on the split that the run reports on.
+        keep: ``requested`` and ``achieved`` by stage.
+        macs_ratio: of the forward that was run.
+        mean_token_fraction: likewise.
+        train_seconds: spent in training steps.
+        step_seconds: median of the paired measurement; None without one.
+        speedup: dense ÷ this, from pairs; None without a measurement.
+        of_oracle: oracle ÷ this, from pairs; None without a measurement.
+        memory: bytes of a training step; None without a measurement.
+    """
+
+    recipe: str
+    quality: float
+    keep: Mapping[str, Mapping[str, float]]
+    macs_ratio: float
+    mean_token_fraction: float
+    train_seconds: float
+    step_seconds: float | None = None
+    speedup: float | None = None
+    of_oracle: float | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``report.json`` holds; a value that was not measured is null."""
+
+    recipe: str
+    task: str
+    quality: Mapping[str, Any]
+    keep: Mapping[str, Mapping[str, float | None]]
+    macs_ratio: float | None
+    mean_token_fraction: float | None
+    step_time: Mapping[str, Any]
+    peak_memory: Mapping[str, Any]
+    baselines: Mapping[str, Any]
+    seed: int
+    train_seconds: float | None = None
+    export: Mapping[str, Any] = field(default_factory=lambda: {"format": None, "max_abs_logit_diff": None})
+    bad_rows: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    def save(self, folder: Path) -> None:
+        """Writes ``report.json``."""
+        write_json(folder / "report.json", self.to_dict())
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a figure depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found | {"platform": platform.platform(), "cores": str(os.cpu_count())}
+
+
+def with_bench(arm: Arm, name: str, bench: Bench | None) -> Arm:
+    """The arm with its measured figures."""
+    if bench is None:
+        return arm
+    if name == "dense":
+        return replace(arm, step_seconds=bench.dense_seconds, speedup=1.0, memory=bench.memory["dense"])
+    times = bench.arms[name]
+    return replace(
+        arm, step_seconds=times.seconds, speedup=times.speedup.median, of_oracle=times.of_oracle.median, memory=bench.memory[name]
+    )
+
+
+def table(arms: Mapping[str, Arm], metric: str, memory_kind: str | None) -> Table:
+    """Arms side by side."""
+    title = f"{metric} on held-out data, with training steps measured in pairs"
+    out = Table(title=title, title_justify="left")
+    for column in ("arm", metric, "keep requested", "keep achieved", "macs_ratio", "train step", "speed-up", "of oracle", "memory a step"):
+        out.add_column(column, justify="left" if column == "arm" else "right")
+    for name, arm in arms.items():
+        requested, achieved = (" ".join(f"{value:.3f}" for value in arm.keep[kind].values()) or "–" for kind in ("requested", "achieved"))
+        out.add_row(
+            name,
+            f"{arm.quality:.4f}",
+            requested,
+            achieved,
+            f"{arm.macs_ratio:.3f}",
+            _shown(arm.step_seconds, lambda value: f"{value * 1000:.0f} ms"),
+            _shown(arm.speedup, lambda value: f"{value:.2f}×"),
+            _shown(arm.of_oracle, lambda value: f"{value:.3f}"),
+            _shown(arm.memory, lambda value: f"{value / 2**20:.0f} MiB"),
+        )
+    if memory_kind is not None:
+        out.caption = {"cuda_peak": "memory: peak on the device", "saved_for_backward": "memory: bytes saved for backward"}[memory_kind]
+        out.caption_justify = "left"
+    return out
+
+
+def _shown(value: Any, form: Any) -> str:
+    return "–" if value is None else str(form(value))

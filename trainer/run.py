@@ -1,0 +1,340 @@
+"""A run from recipe to report: control arms first, then the recipe itself, then the paired measurement."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data.images import collate
+from ..data.module import ImageData
+from ..modules.compress import decompress, stages_of
+from ..modules.state import Trace
+from .bench import Bench, bench
+from .build import Parts, build
+from .callbacks.guards import NanGuard, RandomState
+from .callbacks.progress import StepLine
+from .callbacks.stop import StopOnSigterm
+from .callbacks.tensorboard import RoutingPictures
+from .pictures import overlays, save_kept_tokens
+from .recipe import Recipe
+from .recipe_files import LoadedRecipe, RecipeError, dump, load
+from .report import Arm, Report, table, versions, with_bench
+from .tasks.image_classification import ImageClassification
+
+PICTURED = 8
+
+
+class Stopped(Exception):
+    """SIGTERM came; a checkpoint was written and the run can be resumed."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One arm after training."""
+
+    parts: Parts
+    module: ImageClassification
+    arm: Arm
+
+
+def output_folder(loaded: LoadedRecipe) -> Path:
+    """Where a recipe's run goes."""
+    return Path(loaded.recipe.output.format(recipe=loaded.name, seed=loaded.recipe.seed))
+
+
+def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> list[LoadedRecipe]:
+    """The control arms, with the same overrides wherever they apply: a dense arm has no compression to override."""
+    arms = []
+    for name in loaded.recipe.baselines:
+        plain = load(name)
+        shared = [item for item in overrides if not item.startswith(("baselines", "output"))]
+        if plain.recipe.compression is None:
+            shared = [item for item in shared if not item.startswith(("compression", "budget"))]
+        arm = load(name, shared)
+        if arm.recipe.data != loaded.recipe.data or arm.recipe.seed != loaded.recipe.seed:
+            raise RecipeError(f"baseline {name}: its data or seed differ from {loaded.name}'s, so it would not train on the same samples")
+        arms.append(arm)
+    return arms
+
+
+def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None = None) -> Report:
+    """Trains a recipe and its baselines, measures, and writes the run folder.
+
+    Args:
+        loaded: the recipe.
+        overrides: that it was loaded with, for the baselines.
+        console: for progress.
+        resume: ``auto`` (the newest checkpoint of this run, if there is one) or the path of a checkpoint; None starts anew.
+
+    Raises:
+        Stopped: SIGTERM came.
+    """
+    folder = output_folder(loaded)
+    baselines = load_baselines(loaded, overrides)
+    arms: dict[str, Trained] = {}
+    data: ImageData | None = None
+    for arm in [*baselines, loaded]:
+        main = arm is loaded
+        name = _arm_name(arm, loaded, main)
+        where = folder if main else folder / "baselines" / arm.name
+        arms[name] = train_arm(arm, name, where, console, data, resume if main else ("auto" if resume else None))
+        data = arms[name].parts.data
+    measured = _bench(arms, loaded.recipe, console)
+    report = _report(loaded, arms, measured)
+    _pictures(arms, folder)
+    report.save(folder)
+    shown = {name: with_bench(trained.arm, name, measured) for name, trained in arms.items()}
+    console.print(table(shown, "accuracy", measured.memory_kind if measured else None))
+    if measured is not None:
+        _print_claims(measured, console)
+    console.print(f"report: {folder / 'report.json'}", highlight=False, soft_wrap=True)
+    return report
+
+
+def _arm_name(arm: LoadedRecipe, loaded: LoadedRecipe, main: bool) -> str:
+    """``dense``, or the scorer's name; the recipe's own where two would be called the same."""
+    if arm.recipe.compression is None:
+        return "dense"
+    scorers = {stage.part("scorer").name for stage in arm.recipe.compression.stages}
+    return "+".join(sorted(scorers)) if main or arm.recipe.compression != loaded.recipe.compression else arm.name
+
+
+def train_arm(
+    loaded: LoadedRecipe, name: str, folder: Path, console: Console, data: ImageData | None = None, resume: str | None = None
+) -> Trained:
+    """Trains and evaluates one recipe into its folder; the model is left on the CPU or device that it was trained on."""
+    recipe = loaded.recipe
+    quiet()
+    checkpoint = find_checkpoint(folder, resume)
+    parts = build(recipe, data)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    with (folder / "log.txt").open("a" if checkpoint else "w") as log:
+        both = _Tee(console, Console(file=log, width=160))
+        _describe(parts, name, both)
+        module = ImageClassification(parts.model, recipe.optimizer, parts.total_steps, parts.budget, recipe.seed, recipe.data.max_bad_fraction)
+        line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name)  # type: ignore[arg-type]
+        stop = StopOnSigterm(folder / "checkpoints" / "stopped.ckpt")
+        trainer = lightning_trainer(recipe, folder, parts.total_steps, [line, stop, NanGuard(), RandomState()])
+        data_module = parts.data_module()
+        if recipe.trainer.compile:
+            parts.model.compile()
+        trainer.fit(module, datamodule=data_module, ckpt_path=checkpoint, weights_only=True)
+        if stop.stopped:
+            raise Stopped(f"stopped by SIGTERM at step {trainer.global_step}; go on with: laconic train {loaded.name} --resume auto")
+        trainer.test(module, datamodule=data_module, verbose=False)
+        if module.bad_rows.reasons:
+            both.print(f"bad rows: {module.bad_rows.summary()}")
+    save_model(parts.model, folder / "model")
+    return Trained(parts, module, _arm(loaded.name, parts, module, line.train_seconds))
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """The final weights as safetensors with their config."""
+    model.to("cpu").save_pretrained(folder)
+
+
+def lightning_trainer(recipe: Recipe, folder: Path, steps: int, callbacks: Sequence[Callback]) -> lightning.Trainer:
+    """The Lightning Trainer that a recipe asks for."""
+    settings = recipe.trainer
+    checkpoints = ModelCheckpoint(
+        dirpath=folder / "checkpoints",
+        filename="{step}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=settings.checkpoint_every or steps,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
+    return lightning.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="auto",
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        precision={"fp32": "32-true", "bf16": "bf16-mixed"}[settings.precision],
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.clip or None,
+        val_check_interval=(settings.validate_every * settings.accumulate) if settings.validate_every else None,
+        check_val_every_n_epoch=None if settings.validate_every else 1,
+        num_sanity_val_steps=0,
+        logger=TensorBoardLogger(folder, name="tensorboard", version=""),
+        log_every_n_steps=settings.log_every,
+        callbacks=[*callbacks, checkpoints, RoutingPictures(settings.pictures)],
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from. Raises RecipeError where a named one does not exist."""
+    if resume is None:
+        return None
+    if resume != "auto":
+        path = Path(resume)
+        if not path.is_file():
+            raise RecipeError(f"--resume {resume}: there is no such checkpoint; give auto, or a .ckpt file of a run's checkpoints folder")
+        return path
+    found = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None
+
+
+def quiet() -> None:
+    """Keeps libraries' notices out of the log; what goes wrong is still shown."""
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+class _Tee:
+    """Prints to two consoles; what else is asked of a console is the first one's."""
+
+    def __init__(self, first: Console, second: Console) -> None:
+        self._first, self._second = first, second
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        self._first.print(*args, **kwargs)
+        self._second.print(*args, **kwargs)
+        self._second.file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._first, name)
+
+
+def _describe(parts: Parts, name: str, console: Any) -> None:
+    recipe, cost = parts.recipe, parts.cost()
+    total = sum(parameter.numel() for parameter in parts.model.parameters())
+    routers = sum(parameter.numel() for _, stage in stages_of(parts.model).values() for parameter in stage.parameters())
+    console.print(
+        f"{name}: {parts.model.config.model_type} with {total:,} parameters, {routers:,} of them in stages; "
+        f"{parts.total_steps:,} steps of {recipe.data.batch_size * recipe.trainer.accumulate} images; "
+        f"macs_ratio {cost.macs_ratio:.3f}, tokens by layer {' '.join(str(tokens.attention) for tokens in cost.layers)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _arm(recipe: str, parts: Parts, module: ImageClassification, seconds: float) -> Arm:
+    cost = parts.cost()
+    requested = {name: float(stage.config.keep or 1.0) for name, (_, stage) in stages_of(parts.model).items()}
+    return Arm(
+        recipe=recipe,
+        quality=module.accuracy,
+        keep={"requested": requested, "achieved": module.achieved_keep},
+        macs_ratio=cost.macs_ratio,
+        mean_token_fraction=cost.mean_token_fraction,
+        train_seconds=seconds,
+    )
+
+
+def _bench(arms: Mapping[str, Trained], recipe: Recipe, console: Console) -> Bench | None:
+    compressed = {name: trained for name, trained in arms.items() if name != "dense"}
+    if not recipe.trainer.bench_rounds or not compressed:
+        return None
+    return bench_models({name: trained.parts for name, trained in compressed.items()}, recipe, console)
+
+
+def bench_models(parts: Mapping[str, Parts], recipe: Recipe, console: Console) -> Bench:
+    """The paired measurement of compressed arms, on a batch of the recipe's own training data."""
+    first = next(iter(parts.values()))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [item for item in (first.data.train[index] for index in range(recipe.data.batch_size)) if "bad" not in item]
+    batch = {key: value.to(device) for key, value in collate(rows).items() if isinstance(value, Tensor)}
+    models = {name: copy.deepcopy(item.model).to(device) for name, item in parts.items()}
+    dense = decompress(copy.deepcopy(first.model)).to(device)
+
+    def loss(name: str, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.trainer.precision == "bf16"):
+            if name == "dense":
+                return model(pixel_values=inputs["pixel_values"], labels=inputs["labels"]).loss
+            budget = parts[name].budget
+            last = parts[name].total_steps
+            trace = budget.trace(last, inputs["sample_ids"]) if budget is not None else Trace(sample_ids=inputs["sample_ids"])
+            out = model(pixel_values=inputs["pixel_values"], labels=inputs["labels"], trace=trace)
+            if budget is not None:
+                return out.loss + budget.loss(trace, last).total
+            return out.loss if trace.auxiliary_loss is None else out.loss + trace.auxiliary_loss
+
+    rounds = recipe.trainer.bench_rounds or 40
+    with console.status(f"measuring training steps: {rounds} paired rounds"):
+        return bench(dense, models, batch, loss, rounds)
+
+
+def _report(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench | None) -> Report:
+    name, main = list(arms.items())[-1]
+    arm = main.arm
+    others = {key: with_bench(trained.arm, key, measured) for key, trained in arms.items() if trained is not main}
+    times = measured.arms[name] if measured is not None and name in measured.arms else None
+    dense = arm.quality if name == "dense" else others["dense"].quality if "dense" in others else None
+    return Report(
+        recipe=loaded.name,
+        task=loaded.recipe.task,
+        quality={
+            "metric": "accuracy",
+            "split": "test" if main.parts.data.has_test else "validation",
+            "dense": dense,
+            "compressed": None if name == "dense" else arm.quality,
+        },
+        keep=arm.keep,
+        macs_ratio=arm.macs_ratio,
+        mean_token_fraction=arm.mean_token_fraction,
+        step_time={
+            "dense": measured.dense_seconds if measured else None,
+            "compressed": times.seconds if times else None,
+            "oracle": times.oracle_seconds if times else None,
+            "speedup": times.speedup.median if times else None,
+            "of_oracle": times.of_oracle.median if times else None,
+            "paired": measured.to_dict() if measured else None,
+        },
+        peak_memory={
+            "kind": measured.memory_kind if measured else None,
+            "dense": measured.memory["dense"] if measured else None,
+            "compressed": measured.memory.get(name) if measured and name != "dense" else None,
+        },
+        baselines={key: vars(other) for key, other in others.items()},
+        seed=loaded.recipe.seed,
+        train_seconds=arm.train_seconds,
+        bad_rows=main.module.bad_rows.summary(),
+        versions=versions(),
+    )
+
+
+def _print_claims(measured: Bench, console: Console) -> None:
+    for name, arm in measured.arms.items():
+        console.print(
+            f"{name}: speed-up at least {arm.claimed_speedup:.2f}×, of oracle at least {arm.claimed_of_oracle:.3f} "
+            f"(lower 95 % bounds less the control's half-width {arm.control.half_width:.3f}; {measured.rounds} rounds)",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _pictures(arms: Mapping[str, Trained], folder: Path) -> None:
+    """``kept_tokens.png``: the same test images under every compressed arm."""
+    compressed = {name: trained for name, trained in arms.items() if name != "dense"}
+    if not compressed:
+        return
+    data = next(iter(arms.values())).parts.data
+    batch = collate([data.test[index] for index in range(PICTURED)])
+    rows, titles = [], [data.classes[int(label)] for label in batch["labels"]]
+    for name, trained in compressed.items():
+        trace = Trace(seed=trained.parts.recipe.seed, sample_ids=batch["sample_ids"])
+        with torch.no_grad():
+            trained.parts.model.eval()(pixel_values=batch["pixel_values"], trace=trace)
+        rows.append((name, overlays(trace, len(titles))))
+    save_kept_tokens(folder / "kept_tokens.png", rows, titles)

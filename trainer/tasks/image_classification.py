@@ -1,0 +1,118 @@
+"""Image classification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from transformers import PreTrainedModel
+
+from ...data.images import BadRowCount
+from ...modules.budget.budget import Budget
+from ...modules.state import Trace
+from ..optimization import learning_rate_schedule, parameter_groups
+from ..recipe import OptimizerRecipe
+
+
+class ImageClassification(lightning.LightningModule):
+    """Trains a classifier, dense or compressed.
+
+    Args:
+        model: takes ``pixel_values`` and ``labels``, gives ``loss`` and ``logits``.
+        optimizer: its settings.
+        total_steps: optimizer steps of the run.
+        budget: of a compressed model whose budget decides; None trains by the task's loss and the estimators' alone.
+        seed: of the draws.
+        max_bad_fraction: share of bad rows past which the run stops.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: OptimizerRecipe,
+        total_steps: int,
+        budget: Budget | None = None,
+        seed: int = 0,
+        max_bad_fraction: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer_recipe = optimizer
+        self.total_steps = total_steps
+        self.budget = budget
+        self.seed = seed
+        self.bad_rows = BadRowCount(max_bad_fraction)
+        self._correct = self._seen = 0
+        self._counts: dict[str, tuple[int, int]] = {}
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
+        """Returns ``loss``, the task's own ``task_loss``, ``trace`` and ``budget`` (a BudgetLoss or None) for callbacks."""
+        self._check_rows(batch)
+        trace, loss = self._trace(batch), None
+        out = self.model(pixel_values=batch["pixel_values"], labels=batch["labels"], **self._with(trace))
+        total = out.loss
+        if trace is not None and trace.routings:
+            if self.budget is not None:
+                loss = self.budget.loss(trace, self.global_step)
+                total = total + loss.total
+            elif trace.auxiliary_loss is not None:
+                total = total + trace.auxiliary_loss
+        return {"loss": total, "task_loss": out.loss.detach(), "trace": trace, "budget": loss}
+
+    def _trace(self, batch: dict[str, Any]) -> Trace | None:
+        if not hasattr(self.model.config, "compression"):
+            return None
+        if self.budget is not None:
+            return self.budget.trace(self.global_step, batch["sample_ids"])
+        return Trace(step=self.global_step, seed=self.seed, sample_ids=batch["sample_ids"])
+
+    @staticmethod
+    def _with(trace: Trace | None) -> dict[str, Trace]:
+        return {} if trace is None else {"trace": trace}
+
+    def on_validation_epoch_start(self) -> None:
+        self._correct, self._seen, self._counts = 0, 0, {}
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
+        self._check_rows(batch)
+        compressed = hasattr(self.model.config, "compression")
+        trace = Trace(seed=self.seed, sample_ids=batch["sample_ids"]) if compressed else None
+        out = self.model(pixel_values=batch["pixel_values"], **self._with(trace))
+        self._correct += int((out.logits.argmax(-1) == batch["labels"]).sum())
+        self._seen += len(batch["labels"])
+        for name, routing in (trace.routings if trace is not None else {}).items():
+            kept, present = routing.counts()
+            before = self._counts.get(name, (0, 0))
+            self._counts[name] = (before[0] + kept, before[1] + present)
+        return {"trace": trace, "logits": out.logits}
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/accuracy", self.accuracy, prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        self.log("test/accuracy", self.accuracy)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers over the last validation or test."""
+        return self._correct / max(1, self._seen)
+
+    @property
+    def achieved_keep(self) -> dict[str, float]:
+        """Hard keep by stage over the last validation or test, summed before dividing."""
+        return {name: kept / max(1, present) for name, (kept, present) in self._counts.items()}
+
+    def _check_rows(self, batch: dict[str, Any]) -> None:
+        self.bad_rows.add(batch["rows"], batch["bad"])
+
+    def configure_optimizers(self) -> Any:
+        recipe = self.optimizer_recipe
+        groups = parameter_groups(self.model, recipe.lr, recipe.router_lr, recipe.weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=recipe.betas, fused=True)
+        schedule = learning_rate_schedule(optimizer, recipe.schedule, self.total_steps, recipe.warmup, recipe.final)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
