@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -47,7 +47,8 @@ def compress(model: Model, config: CompressionConfig) -> Model:
     for stage in stages:
         stage.to(device=reference.device, dtype=reference.dtype).train(model.training)
     _install(model, stages, backbone)
-    model.__class__ = compressed_class(type(model))
+    original: Any = type(model)
+    model.__class__ = compressed_class(original)
     _register_outputs(model)
     model.config.compression = config.to_dict()
     return model
@@ -81,15 +82,22 @@ def stages_of(model: PreTrainedModel) -> dict[str, tuple[int, Stage]]:
     for module in model.modules():
         stage = getattr(module, "stage", None) if isinstance(module, CompressedLayer) else None
         if isinstance(stage, Stage):
-            found[stage.config.key] = (int(module.layer_index), stage)
+            found[stage.config.key] = (cast(int, module.layer_index), stage)
     return found
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Turns on transformers' gradient checkpointing, under the name that the installed version has for it."""
+    # 5.17 knows only the older name, which later versions deprecate.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def build_stages(model: PreTrainedModel, config: CompressionConfig, backbone: type[Backbone]) -> list[Stage]:
     """Checks the config against the model and builds its stages, changing nothing."""
     config.check(len(backbone.layers(model)), backbone.sites)
-    width, classes = backbone.hidden_size(model.config), int(model.config.num_labels)
-    return [Stage(stage, width, classes, index, backbone) for index, stage in enumerate(config.stages)]
+    spec = backbone.token_spec(model.config)
+    return [Stage(stage, spec, index, backbone) for index, stage in enumerate(config.stages)]
 
 
 class CompressedLayer(nn.Module):
@@ -126,7 +134,7 @@ class Generated:
         return _empty, (base_class(type(self)),), self.__dict__
 
 
-class CompressedModel(PreTrainedModel):
+class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """Mixin of generated model classes: makes the trace where the caller gives none, and notes the inputs on it."""
 
     backbone: type[Backbone]
@@ -180,14 +188,17 @@ def _compressed_layer_class(cls: Any) -> type[Any]:
 def _install(model: PreTrainedModel, stages: list[Stage], backbone: type[Backbone]) -> None:
     by_layer = {stage.config.layer: stage for stage in stages}
     for index, layer in enumerate(backbone.layers(model)):
-        layer.__class__ = _compressed_layer_class(type(layer))
+        plain: Any = type(layer)
+        layer.__class__ = _compressed_layer_class(plain)
+        assert isinstance(layer, CompressedLayer)
         layer.layer_index = index
         layer.backbone = backbone
         if index in by_layer:
             layer.stage = by_layer[index]
     base = backbone.base(model)
     if base is not model:
-        base.__class__ = compressed_class(type(base))
+        inner: Any = type(base)
+        base.__class__ = compressed_class(inner)
         _register_outputs(base)
 
 
@@ -198,6 +209,6 @@ def _register_outputs(model: Any) -> None:
     _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
 
 
-def _empty(cls: type[nn.Module]) -> Any:
+def _empty(cls: Any) -> Any:
     compressed = compressed_class(cls) if issubclass(cls, PreTrainedModel) else _compressed_layer_class(cls)
     return object.__new__(compressed)

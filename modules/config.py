@@ -23,7 +23,7 @@ _KINDS: dict[str, type[Scorer | Selector | Merger | Estimator]] = {
     "estimator": Estimator,
 }
 # Arguments that the stage itself gives to a part's constructor.
-_GIVEN = {"scorer": ("hidden_size",), "selector": (), "merger": (), "estimator": ("features", "classes")}
+_GIVEN = {"scorer": ("spec",), "selector": (), "merger": (), "estimator": ()}
 # What users of other systems write; each would silently mean the opposite here.
 _REMOVED_FRACTION = ("ratio", "drop", "drop_rate", "drop_ratio", "prune", "prune_rate", "pruning_rate", "removed", "reduction", "sparsity", "r")
 

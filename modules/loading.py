@@ -43,4 +43,7 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     if wrong:
         raise RuntimeError(f"{folder}: the weights do not fit the config: {wrong}")
     assert isinstance(model, PreTrainedModel)
+    for parameter in model.parameters():
+        # A mapped file lies at any address, and matrix products round by address: fresh memory answers bit for bit.
+        parameter.data = parameter.data.clone()
     return model

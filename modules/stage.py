@@ -10,7 +10,7 @@ from .counting import COUNT_RULES, BackboneShape, StageCount
 from .draws import gumbel, uniform
 from .estimators.base import Estimate, Estimator
 from .mergers.base import Merged, Merger
-from .scorers.base import Scorer, ScorerInput
+from .scorers.base import Scorer, ScorerInput, TokenSpec
 from .selectors.base import Selector
 from .state import Decision, Routing, TokenState, Trace
 
@@ -23,8 +23,7 @@ class Stage(nn.Module):
 
     Args:
         config: what the stage is made of.
-        hidden_size: width of the tokens.
-        classes: number of labels of the task, for an auxiliary head.
+        spec: the tokens that it scores.
         index: position among the model's stages.
         backbone: adapter of the model's family.
 
@@ -32,16 +31,16 @@ class Stage(nn.Module):
         ValueError: a part has no such name or option.
     """
 
-    def __init__(self, config: StageConfig, hidden_size: int, classes: int, index: int, backbone: type[Backbone]) -> None:
+    def __init__(self, config: StageConfig, spec: TokenSpec, index: int, backbone: type[Backbone]) -> None:
         super().__init__()
         self.config = config
         self.index = index
         self.backbone = backbone
         try:
-            self.scorer: Scorer = config.part("scorer").build("scorer", hidden_size)
+            self.scorer: Scorer = config.part("scorer").build("scorer", spec)
             self.selector: Selector = config.part("selector").build("selector")
             self.merger: Merger = config.part("merger").build("merger")
-            estimator = config.part("estimator").build("estimator", self.scorer.features, classes)
+            estimator = config.part("estimator").build("estimator")
         except ValueError as error:
             raise ValueError(f"stage {config.key!r}: {error}") from None
         self.estimator: Estimator | None = estimator if self.scorer.trained else None
@@ -67,7 +66,7 @@ class Stage(nn.Module):
             decision = self.selector(scored.scores, state, self._selected(kept, present), self._noise(state, trace))
         estimate = Estimate()
         if self.training and self.estimator is not None:
-            estimate = self.estimator(scored.scores, scored.features, decision, state, trace)
+            estimate = self.estimator(scored.scores, scored.answers, decision, state, trace)
         merged = self._merge(hidden_states, scored.scores, decision, state, estimate)
         trace.routings[self.config.key] = Routing(
             stage=self.config.key,
@@ -88,7 +87,7 @@ class Stage(nn.Module):
     def _selected(self, kept: int | Tensor, present: int | Tensor) -> int | Tensor:
         """Tokens for the selector: all, or ``kept`` less what the merger adds."""
         if isinstance(kept, Tensor) or isinstance(present, Tensor):
-            return kept - self.merger.extra * (kept < present).long()  # type: ignore[operator, union-attr]
+            return kept - self.merger.extra * (kept < present).long()  # type: ignore[union-attr]
         return kept - self.merger.extra if kept < present else kept
 
     def _noise(self, state: TokenState, trace: Trace) -> Tensor | None:
@@ -104,7 +103,8 @@ class Stage(nn.Module):
             hidden_states = hidden_states * scale.unsqueeze(-1).to(hidden_states.dtype)
         if estimate.key_bias is not None:
             state = state.add_key_bias(estimate.key_bias.masked_fill(~state.routable, 0.0))
-        return self.merger(hidden_states, scores, decision, state)
+        merged: Merged = self.merger(hidden_states, scores, decision, state)
+        return merged
 
     def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
         """MACs of this stage in evaluation for one row going from ``tokens`` to ``kept``, protected ones included."""

@@ -14,7 +14,7 @@ from ..data.images import ImageTransform
 from ..data.module import ImageData, ImageDataModule, hub_images, scattered_digits
 from ..modules.backbones import backbone_for
 from ..modules.budget.budget import Budget
-from ..modules.compress import compress
+from ..modules.compress import checkpoint_activations, compress
 from ..modules.cost import CostModel
 from .recipe import DataRecipe, ModelRecipe, Recipe
 
@@ -70,7 +70,7 @@ def build(recipe: Recipe, data: ImageData | None = None) -> Parts:
             compression = budget.compression
         model = compress(model, compression)
     if recipe.trainer.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return Parts(recipe, data, model, CostModel(model), budget, steps)
 
 
@@ -81,7 +81,8 @@ def model_config(recipe: ModelRecipe) -> PretrainedConfig:
         model_type = settings.pop("model_type")
         backbone_for(model_type, _class_name(model_type))
         try:
-            return AutoConfig.for_model(model_type, **settings)
+            # Where a family has several heads, transformers chooses by the architecture.
+            return AutoConfig.for_model(model_type, **{"architectures": [_class_name(model_type)], **settings})
         except Exception as error:
             # transformers checks its configs with errors of several kinds; each is the user's setting here.
             raise ValueError(f"model.config: {' '.join(str(error).split())}") from None

@@ -63,7 +63,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     path = find(name)
     data = _read(path, ())
     for override in overrides:
-        _apply(data, override)
+        apply_override(data, override)
     return LoadedRecipe(path.stem, check(data, str(path.name)))
 
 
@@ -104,7 +104,8 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one ``key.path=value`` in plain data, in place. Raises RecipeError where it is not of that form."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"override {override!r} must be key.path=value, trainer.max_steps=100 for example")

@@ -104,6 +104,23 @@ def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resu
     return report
 
 
+def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -> dict[str, Any]:
+    """Builds every arm and runs one training step of each, keeping nothing: what a long run would trip over at its start."""
+    quiet()
+    result: dict[str, Any] = {}
+    for arm in [*load_baselines(loaded, overrides), loaded]:
+        parts = build(arm.recipe)
+        module = ImageClassification(parts.model, arm.recipe.optimizer, parts.total_steps, parts.budget, arm.recipe.seed)
+        rows = [parts.data.train[index] for index in range(arm.recipe.data.batch_size)]
+        batch = collate(rows)
+        module.model.train()
+        loss = module.training_step(batch, 0)["loss"]
+        loss.backward()
+        result[arm.name] = {"loss": float(loss.detach()), "steps": parts.total_steps, "output": str(output_folder(arm))}
+        console.print(f"{arm.name}: built, one step's loss {float(loss.detach()):.3f}; would train {parts.total_steps:,} steps", highlight=False)
+    return result
+
+
 def _arm_name(arm: LoadedRecipe, loaded: LoadedRecipe, main: bool) -> str:
     """``dense``, or the scorer's name; the recipe's own where two would be called the same."""
     if arm.recipe.compression is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..counting import BackboneShape
+from ..scorers.base import TokenSpec
 from ..state import TokenState, Trace
 
 
@@ -42,8 +43,9 @@ class Backbone:
         raise NotImplementedError
 
     @classmethod
-    def hidden_size(cls, config: PretrainedConfig) -> int:
-        return int(config.hidden_size)
+    def token_spec(cls, config: PretrainedConfig) -> TokenSpec:
+        """What scorers are built for."""
+        return TokenSpec(hidden_size=config.hidden_size, classes=config.num_labels or 0)
 
     @classmethod
     def prefix(cls, config: PretrainedConfig) -> int:

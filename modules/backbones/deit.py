@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import PretrainedConfig
 
 from .vit import ViTBackbone
@@ -11,7 +13,7 @@ class DeiTBackbone(ViTBackbone):
     """Two protected tokens in front; otherwise a ViT."""
 
     model_type = "deit"
-    classes = ("DeiTModel", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
+    classes: ClassVar[tuple[str, ...]] = ("DeiTModel", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
 
     @classmethod
     def prefix(cls, config: PretrainedConfig) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..counting import BackboneShape
+from ..scorers.base import TokenSpec
 from ..state import Trace
 from .base import Backbone
 
@@ -22,7 +23,7 @@ class ViTBackbone(Backbone):
 
     model_type = "vit"
     sites = ("before",)
-    classes = ("ViTModel", "ViTForImageClassification")
+    classes: ClassVar[tuple[str, ...]] = ("ViTModel", "ViTForImageClassification")
 
     @classmethod
     def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
@@ -33,6 +34,11 @@ class ViTBackbone(Backbone):
     @classmethod
     def prefix(cls, config: PretrainedConfig) -> int:
         return 1
+
+    @classmethod
+    def token_spec(cls, config: PretrainedConfig) -> TokenSpec:
+        down, across = _pair(config.patch_size)
+        return TokenSpec(config.hidden_size, config.num_labels or 0, patch_values=down * across * config.num_channels)
 
     @classmethod
     def shape(cls, model: PreTrainedModel) -> BackboneShape:

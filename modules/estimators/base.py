@@ -25,27 +25,15 @@ class Estimate:
 
 
 class Estimator(nn.Module):
-    """Runs in training only, behind a trained scorer.
+    """Runs in training only, behind a trained scorer."""
 
-    Args:
-        features: width of the scorer's per-token features.
-        classes: number of labels of the task.
-    """
-
-    def __init__(self, features: int, classes: int) -> None:
-        super().__init__()
-
-    def forward(self, scores: Tensor, features: Tensor, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
+    def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
         """
         Args:
             scores: (B, M) float32 logits with gradient.
-            features: (B, M, F) what the scorer computed of each token on the way.
+            answers: (B, M, classes) log-probabilities, where the scorer's tokens answer the task; None otherwise.
             decision: which tokens stay.
             state: the tokens before the decision.
             trace: the forward they belong to.
         """
         raise NotImplementedError
-
-    def macs(self, tokens: int) -> int:
-        """MACs for one row in training; in evaluation an estimator costs nothing."""
-        return 0

@@ -15,5 +15,5 @@ class KeyBiasEstimator(Estimator):
     The bias needs a gradient, for which some devices' fused attention has no kernel and torch takes its plain one.
     """
 
-    def forward(self, scores: Tensor, features: Tensor, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
+    def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
         return Estimate(key_bias=scores - scores.detach())

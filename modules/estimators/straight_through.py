@@ -13,9 +13,9 @@ class StraightThroughEstimator(Estimator):
     """x * (1 + (s - sg(s))) with s = sigmoid(score): the value is untouched, the score gets <x, dL/dx>.
 
     A pre-norm layer does not see the scale of its input, so this gradient reaches the score only by way of the residual
-    stream and is weak on ViTs; ``key_bias`` is the sharper signal at the price of a mask, ``information_gain`` the stable one.
+    stream and is weak on ViTs; ``key_bias`` is the sharper signal at the price of a mask, the ``evidence`` scorer needs neither.
     """
 
-    def forward(self, scores: Tensor, features: Tensor, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
+    def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
         soft = torch.sigmoid(scores)
         return Estimate(scale=1 + (soft - soft.detach()))

@@ -32,7 +32,8 @@ class FuseMerger(Merger):
         # A row that leaves nothing out (it is shorter than the others) gets an invalid filler instead of NaN.
         logits = scores.masked_fill(~left_out, float("-inf")).masked_fill(~some, 0.0)
         weights = (logits + state.size.clamp(min=1e-6).log()).softmax(-1)
-        fused = torch.einsum("bm,bmc->bc", weights.to(hidden_states.dtype), hidden_states).unsqueeze(1)
+        # Multiply and sum, not a matrix product, whose rounding depends on where the tensors happen to lie in memory.
+        fused = (weights.to(hidden_states.dtype).unsqueeze(-1) * hidden_states).sum(1, keepdim=True)
         slot = kept_state.tokens
         lowest = torch.where(left_out, state.position, state.source.shape[1] - 1).amin(-1, keepdim=True)
         current = state.source.clamp(min=0)

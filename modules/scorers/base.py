@@ -15,6 +15,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class TokenSpec:
+    """What a scorer is built for.
+
+    Attributes:
+        hidden_size: width C of the tokens.
+        classes: number of labels of the task.
+        patch_values: pixels times channels of the patch that a token comes from; 0 where tokens are no patches.
+    """
+
+    hidden_size: int
+    classes: int
+    patch_values: int = 0
+
+
+@dataclass(frozen=True)
 class ScorerInput:
     """What a scorer may look at.
 
@@ -41,32 +56,31 @@ class Scored:
 
     Attributes:
         scores: (B, M) float32; values at protected tokens and padding are ignored.
-        features: (B, M, F) what a trained scorer computed of each token on the way, for estimators; None otherwise.
+        answers: (B, M, classes) float32 log-probabilities, where every token answers the task by itself; None otherwise.
     """
 
     scores: Tensor
-    features: Tensor | None = None
+    answers: Tensor | None = None
 
 
 class Scorer(nn.Module):
     """E, the criterion: gives every token a score, higher means keep.
 
+    Args:
+        spec: the tokens that it scores.
+
     Attributes:
-        trained: the scores are logits with a gradient; sigmoid gives keep probabilities.
+        trained: the scores have a gradient; their sigmoid is taken for a keep probability.
         lookahead: the score of a token depends on later tokens.
         reads_pixels: the scorer looks at the model's input image.
-        features: width F of the features that ``forward`` gives beside the scores.
     """
-
-    features: int
 
     trained: ClassVar[bool] = False
     lookahead: ClassVar[bool] = False
     reads_pixels: ClassVar[bool] = False
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, spec: TokenSpec) -> None:
         super().__init__()
-        self.features = 0
 
     def forward(self, inputs: ScorerInput) -> Scored:
         raise NotImplementedError

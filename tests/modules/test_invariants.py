@@ -1,0 +1,312 @@
+"""DESIGN's invariants, every method × every backbone family."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from laconic import Trace, decompress, stages_of
+from laconic.modules.compress import checkpoint_activations
+from laconic.modules.counting import COUNT_RULES, StageCount
+from tests.matrix import BACKBONES, METHODS, PATCH, Method, compressed, dense, images, labels, traced
+
+PREFIX = {"vit": 1, "deit": 2}
+matrix = pytest.mark.parametrize("family", BACKBONES)
+methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+
+
+def _gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if ".stage." not in name and p.grad is not None}
+
+
+def _named(text: str) -> str:
+    return text.replace(".stage", "")
+
+
+@matrix
+@methods
+def test_1_keep_1_gives_the_dense_outputs_and_backbone_gradients_bit_for_bit(family: str, method: Method) -> None:
+    plain, model = dense(family), compressed(family, method, 1.0, 1.0)
+    assert torch.equal(traced(model, images())[0], plain(images()).logits)
+    plain.train()
+    model.train()
+    ours = model(pixel_values=images(), labels=labels(), trace=Trace()).loss
+    reference = plain(pixel_values=images(), labels=labels()).loss
+    ours.backward()
+    reference.backward()
+    expected = _gradients(plain)
+    if not method.same_kernel:
+        torch.testing.assert_close(ours, reference, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(_gradients(model), expected, atol=1e-5, rtol=1e-4)
+        return
+    assert torch.equal(ours, reference)
+    if method.detached:
+        assert {name: torch.equal(grad, expected[name]) for name, grad in _gradients(model).items()} == dict.fromkeys(expected, True)
+
+
+@matrix
+@methods
+def test_1_decompress_restores_the_original(family: str, method: Method) -> None:
+    plain, model = dense(family), compressed(family, method, 0.5, 0.5)
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    restored = decompress(model)
+    assert type(restored) is type(plain)
+    assert {type(module) for module in restored.modules()} == {type(module) for module in plain.modules()}
+    assert {name: torch.equal(value, before[name]) for name, value in restored.state_dict().items()} == dict.fromkeys(before, True)
+    assert torch.equal(restored(images()).logits, plain(images()).logits)
+    assert restored.config.to_dict() == plain.config.to_dict()
+
+
+def _masked_reference(plain: PreTrainedModel, family: str, pixels: Tensor, trace: Trace) -> Tensor:
+    """Full-length forward in which tokens that a stage left out are only hidden from attention; a fused token is appended."""
+    base = getattr(plain, plain.base_model_prefix)
+    hidden = base.embeddings(pixels)
+    rows, alive = hidden.shape[0], torch.ones(hidden.shape[:2], dtype=torch.bool)
+    # Where each token of the compressed sequence sits in this full-length one.
+    slots = torch.arange(hidden.shape[1]).expand(rows, -1)
+    for index, layer in enumerate(base.layers):
+        routing = trace.routings.get(f"before_{index}")
+        if routing is not None:
+            left_out = routing.routable & ~routing.kept_mask
+            at = torch.zeros_like(alive).scatter(1, slots, left_out)
+            kept_slots = slots.gather(1, routing.decision.index)
+            if routing.kept != routing.decision.index.shape[1] - PREFIX[family]:
+                weights = (routing.scores.masked_fill(~left_out, -torch.inf) + routing.state.size.log()).softmax(-1)
+                tokens = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
+                hidden = torch.cat([hidden, (weights[..., None] * tokens).sum(1, keepdim=True)], 1)
+                alive = torch.cat([alive & ~at, torch.ones(rows, 1, dtype=torch.bool)], 1)
+                kept_slots = torch.cat([kept_slots, torch.full((rows, 1), hidden.shape[1] - 1)], 1)
+            else:
+                alive = alive & ~at
+            slots = kept_slots
+        hidden = layer(hidden, alive[:, None, None, :].expand(-1, 1, hidden.shape[1], -1))
+    return plain.classifier(base.layernorm(hidden)[:, 0])
+
+
+@matrix
+@methods
+def test_2_dropping_equals_masking(family: str, method: Method) -> None:
+    model = compressed(family, method, 0.5, 0.6)
+    logits, trace = traced(model, images())
+    assert len(trace.routings) == 2
+    torch.testing.assert_close(logits, _masked_reference(dense(family), family, images(), trace), atol=2e-5, rtol=1e-4)
+
+
+@matrix
+@methods
+def test_3_sizes_add_up_unless_tokens_are_dropped(family: str, method: Method) -> None:
+    model = compressed(family, method, 0.5, 0.6)
+    _, trace = traced(model, images())
+    assert trace.state is not None
+    total, originals = trace.state.size.sum(-1), trace.state.source.shape[1]
+    merges = method.parts.get("merger", "drop") != "drop"
+    assert bool((total == originals).all()) is merges
+    alive = trace.state.source >= 0
+    assert bool(alive.all()) is merges
+    for row in range(3):
+        for slot in range(trace.state.tokens):
+            assert (trace.state.source[row] == slot).sum() == trace.state.size[row, slot]
+
+
+@matrix
+@methods
+def test_4_protected_tokens_keep_their_place_and_order_is_preserved(family: str, method: Method) -> None:
+    model = compressed(family, method, 0.4, 0.4)
+    _, trace = traced(model, images())
+    prefix = PREFIX[family]
+    for routing in trace.routings.values():
+        index = routing.decision.index
+        assert torch.equal(index[:, :prefix], torch.arange(prefix).expand(3, -1))
+        assert bool((index[:, 1:] > index[:, :-1]).all())
+    assert trace.state is not None
+    assert bool(trace.state.protected[:, :prefix].all())
+    assert not bool(trace.state.protected[:, prefix:].any())
+
+
+@matrix
+@methods
+def test_5_a_batch_equals_its_rows_alone(family: str, method: Method) -> None:
+    model = compressed(family, method, 0.5, 0.6)
+    ids = torch.tensor([11, 5, 42])
+    together, trace = traced(model, images(), sample_ids=ids)
+    for row in range(3):
+        alone, own = traced(model, images()[row : row + 1], sample_ids=ids[row : row + 1])
+        torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-4)
+        for name, routing in own.routings.items():
+            assert torch.equal(routing.decision.index[0], trace.routings[name].decision.index[row])
+
+
+@matrix
+@methods
+def test_5_rows_of_different_lengths_in_a_batch_equal_the_rows_alone(family: str, method: Method) -> None:
+    model = compressed(family, method, 0.5, 0.6)
+    tokens = 36 + PREFIX[family]
+    mask = torch.ones(3, tokens, dtype=torch.long)
+    mask[1, -13:] = 0
+    mask[2, -20:] = 0
+    ids = torch.tensor([3, 1, 2])
+    together, trace = traced(model, images(), attention_mask=mask, sample_ids=ids)
+    for routing in trace.routings.values():
+        assert isinstance(routing.kept, Tensor)
+        assert routing.kept.tolist() == routing.decision.valid.sum(-1).sub(PREFIX[family]).add(_extra(routing, model)).tolist()  # type: ignore[union-attr]
+    for row in range(3):
+        alone, own = traced(model, images()[row : row + 1], attention_mask=mask[row : row + 1], sample_ids=ids[row : row + 1])
+        torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-4)
+        for name, routing in own.routings.items():
+            assert routing.achieved == pytest.approx(float(_row(trace.routings[name].kept, row)) / float(_row(trace.routings[name].present, row)))
+
+
+def _extra(routing: object, model: PreTrainedModel) -> int:
+    return stages_of(model)[routing.stage][1].merger.extra  # type: ignore[attr-defined]
+
+
+def _row(count: int | Tensor, row: int) -> float:
+    return float(count[row]) if isinstance(count, Tensor) else float(count)
+
+
+class _Given(nn.Module):
+    """Stands for the embeddings, so that a test can place padding where it likes."""
+
+    def __init__(self, hidden: Tensor, like: nn.Module) -> None:
+        super().__init__()
+        self.hidden, self.patch_embeddings = hidden, like.patch_embeddings
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        return self.hidden
+
+
+@matrix
+@pytest.mark.parametrize("method", [method for method in METHODS if not method.positional], ids=lambda method: method.name)
+def test_5_left_and_right_padding_are_alike(family: str, method: Method) -> None:
+    model = compressed(family, method, 0.5, 0.6)
+    prefix, real, padding = PREFIX[family], 9, 4
+    base = getattr(model, model.base_model_prefix)
+    tokens, filler = torch.randn(2, prefix + real, 16), torch.randn(2, padding, 16)
+    embeddings = base.embeddings
+    outputs = []
+    for order, mask in (
+        ([tokens, filler], [1] * (prefix + real) + [0] * padding),
+        ([tokens[:, :prefix], filler, tokens[:, prefix:]], [1] * prefix + [0] * padding + [1] * real),
+    ):
+        base.embeddings = _Given(torch.cat(order, 1), embeddings)
+        outputs.append(traced(model, images(2), attention_mask=torch.tensor([mask, mask]))[0])
+    base.embeddings = _Given(tokens, embeddings)
+    outputs.append(traced(model, images(2))[0])
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(outputs[0], outputs[2], atol=1e-5, rtol=1e-4)
+
+
+@matrix
+@methods
+def test_9_gradient_checkpointing_gives_the_same_loss_and_gradients(family: str, method: Method) -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = compressed(family, method, 0.5, 0.6).train()
+        if checkpointing:
+            checkpoint_activations(model)
+        trace = Trace(noise=0.5, step=3)
+        out = model(pixel_values=images(), labels=labels(), trace=trace)
+        loss = out.loss if trace.auxiliary_loss is None else out.loss + trace.auxiliary_loss
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].keys() == results[1][1].keys()
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+
+
+@matrix
+@methods
+def test_9_sdpa_and_eager_agree_under_the_same_decisions(family: str, method: Method) -> None:
+    fused = compressed(family, method, 0.5, 0.6).train()
+    eager = compressed(family, method, 0.5, 0.6, attn_implementation="eager").train()
+    first = Trace()
+    one = fused(pixel_values=images(), labels=labels(), trace=first).loss
+    two = eager(pixel_values=images(), labels=labels(), trace=Trace(replay=first.decisions())).loss
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    one.backward()
+    two.backward()
+    expected = {name: p.grad for name, p in eager.named_parameters() if p.grad is not None}
+    for name, parameter in fused.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-3)
+
+
+_CLEAN = """
+import sys, json, torch
+from safetensors.torch import load_file, save_file
+import laconic
+torch.set_num_threads(1)
+root = sys.argv[1]
+for name in json.loads(sys.argv[2]):
+    model = laconic.from_pretrained(f"{root}/{name}")
+    save_file({"logits": model(pixel_values=load_file(f"{root}/images")["pixels"]).logits.detach()}, f"{root}/{name}/logits")
+"""
+
+
+@matrix
+def test_10_saved_models_answer_bit_for_bit_in_a_clean_process(family: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file({"pixels": images()}, tmp_path / "images")
+    expected = {}
+    for method in METHODS:
+        model = compressed(family, method, 0.5, 0.6)
+        model.save_pretrained(tmp_path / method.name)
+        expected[method.name] = model(pixel_values=images()).logits
+    subprocess.run([sys.executable, "-c", _CLEAN, str(tmp_path), json.dumps(list(expected))], check=True, capture_output=True)
+    equal = {name: torch.equal(load_file(tmp_path / name / "logits")["logits"], logits) for name, logits in expected.items()}
+    assert equal == dict.fromkeys(expected, True)
+
+
+@matrix
+@methods
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+def test_11_achieved_counts_equal_the_count_rule(family: str, method: Method, dtype: torch.dtype, ties: bool) -> None:
+    model = compressed(family, method, 0.37, 0.61).to(dtype)
+    pixels = torch.zeros_like(images()) if ties else images()
+    _, trace = traced(model, pixels.to(dtype))
+    present = 36
+    rule = COUNT_RULES[method.parts.get("count", "round")]
+    assert trace.state is not None
+    for position, (routing, keep) in enumerate(zip(trace.routings.values(), (0.37, 0.61), strict=True)):
+        wanted = rule(present, keep, StageCount(36, position))
+        assert (routing.present, routing.kept) == (present, wanted)
+        present = int(wanted)
+    assert trace.state.tokens == present + PREFIX[family]
+    assert trace.layer_tokens == {
+        0: 36 + PREFIX[family],
+        1: int(next(iter(trace.routings.values())).kept) + PREFIX[family],
+        2: trace.state.tokens,
+        3: trace.state.tokens,
+    }
+
+
+@matrix
+def test_replaying_decisions_repeats_a_random_forward(family: str) -> None:
+    method = next(method for method in METHODS if method.name == "random")
+    model = compressed(family, method, 0.5, 0.6)
+    logits, trace = traced(model, images(), step=1)
+    other, again = traced(model, images(), step=2)
+    replayed, _ = traced(model, images(), step=2, replay=trace.decisions())
+    assert torch.equal(logits, replayed)
+    assert not torch.equal(logits, other)
+    assert not torch.equal(again.routings["before_1"].decision.index, trace.routings["before_1"].decision.index)
+
+
+@matrix
+def test_a_deep_copy_is_independent(family: str) -> None:
+    model = compressed(family, METHODS[0], 0.5, 0.6)
+    twin = copy.deepcopy(model)
+    expected = model(pixel_values=images()).logits
+    decompress(twin)
+    assert torch.equal(model(pixel_values=images()).logits, expected)
+    assert images().shape[-1] % PATCH == 0

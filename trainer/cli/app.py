@@ -1,0 +1,234 @@
+"""The verbs. Imports are inside them, so that ``laconic --help`` needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import console, emit, running, user_input
+
+app = typer.Typer(
+    name="laconic",
+    help="Train transformers to run on fewer tokens: launch recipes, measure them, export what they trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeName = Annotated[str, typer.Argument(help="name of a shipped recipe, or path of a YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="overrides, key.path=value")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout; progress goes to stderr")]
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="show this recipe, all keys resolved")] = None,
+    copy: Annotated[Path | None, typer.Option(help="write the resolved recipe to a file of your own")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the shipped recipes, show one, or copy it."""
+    from ..recipe_files import dump, load, shipped
+
+    if name is None:
+        listed = {key: path.read_text().splitlines()[0].lstrip("# ") for key, path in shipped().items()}
+        emit(listed, as_json)
+        if not as_json:
+            out = console(as_json)
+            for key, line in listed.items():
+                out.print(f"[bold]{key}[/bold]  {line}", highlight=False, soft_wrap=True)
+        return
+    with user_input():
+        loaded = load(name)
+        if copy is not None and copy.exists():
+            raise ValueError(f"--copy {copy}: the file exists already")
+    if copy is not None:
+        copy.write_text(dump(loaded.recipe))
+        console(as_json).print(f"written: {copy}", highlight=False)
+    emit(loaded.recipe.model_dump(mode="json"), as_json)
+    if not as_json and copy is None:
+        typer.echo(dump(loaded.recipe), nl=False)
+
+
+@app.command()
+def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check everything that can be checked without training."""
+    from dataclasses import asdict
+
+    with user_input():
+        from ..recipe_files import load
+
+        loaded = load(recipe, overrides or [])
+        from ..run import load_baselines
+        from ..validate import validate as check
+
+        checked = {loaded.name: check(loaded.recipe)}
+        for arm in load_baselines(loaded, overrides or []):
+            checked[arm.name] = check(arm.recipe)
+    emit({name: asdict(item) for name, item in checked.items()}, as_json)
+    out = console(as_json)
+    for name, item in checked.items():
+        keep = "  ".join(f"{stage} keep {value:.4f}" for stage, value in item.keep.items())
+        out.print(
+            f"{name} is valid: {item.parameters:,} parameters, {item.train_rows:,} training rows of {item.classes} classes, {item.steps:,} steps, "
+            f"macs_ratio {item.macs_ratio:.3f}, tokens by layer {' '.join(map(str, item.tokens))}{'  ' if keep else ''}{keep}, "
+            f"about {item.memory_bytes / 2**30:.2f} GiB to train",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check, build and run one step of every arm; keep nothing")] = False,
+    resume: Annotated[str | None, typer.Option(help="auto (the newest checkpoint of this run) or a .ckpt file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe and its control arms, measure them, write the run folder."""
+    given = overrides or []
+    with user_input():
+        from ..recipe_files import load
+
+        loaded = load(recipe, given)
+        from ..run import find_checkpoint, load_baselines, output_folder, rehearse
+        from ..run import train as run
+        from ..validate import validate as check
+
+        for arm in [loaded, *load_baselines(loaded, given)]:
+            check(arm.recipe)
+        find_checkpoint(output_folder(loaded), resume)
+    with running():
+        if dry_run:
+            emit(rehearse(loaded, given, console(as_json)), as_json)
+        else:
+            emit(run(loaded, given, console(as_json), resume).to_dict(), as_json)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(help="run folder, or folder of an export")], overrides: Overrides = None, as_json: Json = False
+) -> None:
+    """Quality, achieved ratios and latency, against the dense model and simpler ways to drop as many tokens."""
+    from rich.table import Table
+
+    with user_input():
+        from ..evaluate import evaluate as run
+        from ..evaluate import recipe_of
+
+        recipe = recipe_of(target, overrides or [])
+    out = console(as_json)
+    with running():
+        result = run(target, recipe, out)
+    emit(result, as_json)
+    table = Table(title=f"{target}: the same weights, {result['split']} split")
+    for column in ("run as", "accuracy", "keep achieved", "macs_ratio", "forward of a batch"):
+        table.add_column(column)
+    for name, item in result["variants"].items():
+        keep = " ".join(f"{value:.3f}" for value in item["keep"].values()) or "–"
+        table.add_row(name, f"{item['accuracy']:.4f}", keep, f"{item['macs_ratio']:.3f}", f"{item['latency'] * 1000:.0f} ms")
+    out.print(table)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="run folder")],
+    to: Annotated[str, typer.Option(help="folder to write")],
+    format: Annotated[str, typer.Option(help="merged")] = "merged",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint for others, and verify it in a clean process."""
+    with user_input():
+        if format != "merged":
+            raise ValueError(f"--format {format}: there is merged")
+        if dtype not in ("fp32", "bf16"):
+            raise ValueError(f"--dtype {dtype}: there are fp32 and bf16")
+        from ..evaluate import model_folder
+        from ..export.merged import export_merged
+
+        model_folder(run)
+        if Path(to).exists() and any(Path(to).iterdir()):
+            raise ValueError(f"--to {to}: the folder is not empty; give a new one")
+    with running():
+        record = export_merged(run, to, dtype)
+    emit(record, as_json)
+    console(as_json).print(
+        f"exported to {to}; loaded again in a clean process, the largest difference of the logits is {record['max_abs_logit_diff']:.1e}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def cost(
+    recipe: Annotated[str | None, typer.Argument(help="recipe; or give --model")] = None,
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="folder of a trained or exported model")] = None,
+    as_json: Json = False,
+) -> None:
+    """MACs, tokens and activation bytes by layer, from token counts alone."""
+    from rich.table import Table
+
+    with user_input():
+        if (recipe is None) == (model is None):
+            raise ValueError("give a recipe or --model")
+        from ..costing import cost_of_model, cost_of_recipe
+
+        result = cost_of_recipe(recipe, overrides or []) if recipe is not None else cost_of_model(str(model))
+    emit(result, as_json)
+    table = Table(title=f"one image: macs_ratio {result['macs_ratio']:.4f}, mean token fraction {result['mean_token_fraction']:.4f}")
+    for column in ("layer", "stage before it", "tokens", "MACs", "MACs dense", "of stage"):
+        table.add_column(column, justify="left" if column == "stage before it" else "right")
+    for row in result["layers"]:
+        table.add_row(*(f"{item:,}" if isinstance(item, int) else str(item or "") for item in row.values()))
+    out = console(as_json)
+    out.print(table)
+    out.print(
+        f"embedding {result['embed_macs']:,} and head {result['head_macs']:,} MACs; activations of a training step about "
+        f"{result['activation_bytes'] / 2**20:.2f} MiB an image, dense {result['dense_activation_bytes'] / 2**20:.2f} MiB",
+        highlight=False,
+    )
+
+
+@app.command()
+def bench(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="paired rounds; 30 or more for a figure to report")] = 40,
+    as_json: Json = False,
+) -> None:
+    """Training-step time and memory of dense, compressed and oracle, paired and interleaved."""
+    given = [*(overrides or []), f"trainer.bench_rounds={rounds}", "baselines=[]"]
+    with user_input():
+        from ..recipe_files import load
+
+        loaded = load(recipe, given)
+        if loaded.recipe.compression is None:
+            raise ValueError(f"{recipe} has no compression: there is nothing to compare with dense")
+        from ..validate import validate as check
+
+        check(loaded.recipe)
+    from ..costing import bench_recipe
+
+    with running():
+        emit(bench_recipe(loaded, console(as_json)), as_json)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Versions and devices, for a bug report."""
+    from ..environment import environment
+
+    found = environment()
+    emit(found, as_json)
+    if not as_json:
+        for key, value in found.items():
+            typer.echo(f"{key}: {value}")

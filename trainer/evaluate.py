@@ -1,0 +1,141 @@
+"""Evaluating a trained model: quality, achieved ratios and latency, against simpler ways to drop as many tokens."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from ..data.images import BadRowCount, collate
+from ..modules.compress import compress, decompress, stages_of
+from ..modules.config import CompressionConfig, stage_from_dict
+from ..modules.cost import CostModel
+from ..modules.loading import from_pretrained
+from ..modules.state import Trace
+from .build import model_config, open_data
+from .recipe import Recipe
+from .recipe_files import RecipeError, check
+
+CONTROLS = ("random", "uniform_grid", "patch_energy")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One way to run the weights.
+
+    Attributes:
+        accuracy: on the held-out split.
+        keep: achieved keep by stage.
+        macs_ratio: of the forward.
+        latency: median seconds of a forward of one batch.
+    """
+
+    accuracy: float
+    keep: Mapping[str, float]
+    macs_ratio: float
+    latency: float
+
+
+def model_folder(target: str) -> tuple[Path, Path]:
+    """Folder of the weights and path of the recipe, from a run folder or an export. Raises RecipeError."""
+    folder = Path(target)
+    if not folder.is_dir():
+        raise RecipeError(f"{target} is no folder: give a run folder, or the folder of an export")
+    recipe = folder / "recipe.yaml"
+    if not recipe.is_file():
+        raise RecipeError(f"{target} has no recipe.yaml: give a run folder, or the folder of an export")
+    for weights in (folder / "model", folder):
+        if (weights / "config.json").is_file():
+            return weights, recipe
+    raise RecipeError(f"{target} holds no trained model yet (model/config.json): the run has not ended; laconic train … --resume auto")
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """A trained model, compressed or dense, in evaluation mode."""
+    import json
+
+    if "compression" in json.loads((folder / "config.json").read_text()):
+        return from_pretrained(folder)
+    return AutoModelForImageClassification.from_pretrained(folder).eval()
+
+
+def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
+    """Quality and speed of the weights in ``target``: as trained, dense, and with each control's choice of as many tokens.
+
+    The controls run the same weights without retraining, so they show what the router's choice is worth at inference; how
+    well a model trained with a control does is the report's ``baselines``.
+    """
+    folder, _ = model_folder(target)
+    model = load_model(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    config = model_config(recipe.model) if recipe.model.config is not None else model.config
+    data = open_data(recipe.data, config, recipe.seed)
+    variants: dict[str, PreTrainedModel] = {}
+    if stages_of(model):
+        variants["compressed"] = model
+        for scorer in CONTROLS:
+            variants[scorer] = _with_scorer(model, scorer)
+        variants["dense"] = decompress(copy.deepcopy(model))
+    else:
+        variants["dense"] = model
+    loader = DataLoader(data.test, batch_size=recipe.data.eval_batch_size, collate_fn=collate, num_workers=recipe.data.workers)
+    results = {}
+    for name, variant in variants.items():
+        console.print(f"evaluating {name} on {len(data.test):,} images", highlight=False)  # type: ignore[arg-type]
+        results[name] = asdict(_evaluate(variant.eval(), loader, recipe, device))
+    return {"target": target, "split": "test" if data.has_test else "validation", "metric": "accuracy", "variants": results}
+
+
+def _with_scorer(model: PreTrainedModel, scorer: str) -> PreTrainedModel:
+    stages = model.config.compression["stages"]
+    swapped = CompressionConfig(stage_from_dict({**stage, "scorer": scorer}) for stage in stages)
+    return compress(decompress(copy.deepcopy(model)), swapped)
+
+
+@torch.no_grad()
+def _evaluate(model: PreTrainedModel, loader: DataLoader[Any], recipe: Recipe, device: torch.device) -> Evaluated:
+    bad, correct, seen, counts, seconds = BadRowCount(recipe.data.max_bad_fraction), 0, 0, {}, []
+    compressed = bool(stages_of(model))
+    for batch in loader:
+        bad.add(batch["rows"], batch["bad"])
+        pixels, labels = batch["pixel_values"].to(device), batch["labels"].to(device)
+        trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"].to(device))
+        start = time.perf_counter()
+        logits = model(pixel_values=pixels, **({"trace": trace} if compressed else {})).logits
+        correct += int((logits.argmax(-1) == labels).sum())
+        if len(labels) == loader.batch_size:
+            seconds.append(time.perf_counter() - start)
+        seen += len(labels)
+        for name, routing in trace.routings.items():
+            kept, present = routing.counts()
+            before = counts.get(name, (0, 0))
+            counts[name] = (before[0] + kept, before[1] + present)
+    return Evaluated(
+        accuracy=correct / max(1, seen),
+        keep={name: kept / max(1, present) for name, (kept, present) in counts.items()},
+        macs_ratio=CostModel(model)().macs_ratio,
+        latency=statistics.median(seconds) if seconds else float("nan"),
+    )
+
+
+def recipe_of(target: str, overrides: list[str]) -> Recipe:
+    """The recipe beside a trained model, with overrides laid over it."""
+    import yaml
+
+    from .recipe_files import apply_override
+
+    _, path = model_folder(target)
+    data = yaml.safe_load(path.read_text())
+    for override in overrides:
+        apply_override(data, override)
+    return check(data, str(path))

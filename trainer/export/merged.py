@@ -1,0 +1,97 @@
+"""The ``merged`` format: one folder of safetensors and config, routers included, for ``laconic.from_pretrained``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..evaluate import load_model, model_folder
+from ..recipe_files import RecipeError
+from ..report import versions, write_json
+
+PROBES = 8
+TOLERANCE = 1e-5
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Runs where nothing of this process is left: what the folder holds must be enough.
+_CLEAN = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from pathlib import Path
+from laconic.trainer.evaluate import load_model
+folder, probe, out = sys.argv[1:]
+model = load_model(Path(folder))
+with torch.no_grad():
+    logits = model(pixel_values=load_file(probe)["pixel_values"].to(model.dtype)).logits
+save_file({"logits": logits.float().contiguous()}, out)
+"""
+
+
+def export_merged(run: str, to: str, dtype: str = "fp32") -> dict[str, Any]:
+    """Writes and verifies an export; returns what ``export.json`` holds.
+
+    Args:
+        run: run folder.
+        to: folder to write; must not exist yet, or be empty.
+        dtype: of the weights, ``fp32`` or ``bf16``.
+
+    Raises:
+        RecipeError: the run has no model, or ``to`` is taken.
+        RuntimeError: the reloaded model answers otherwise; the folder is left for a look, without ``export.json``.
+    """
+    source, recipe = model_folder(run)
+    folder = Path(to)
+    if folder.exists() and any(folder.iterdir()):
+        raise RecipeError(f"--to {to}: the folder is not empty; give a new one")
+    model = load_model(source).to(_DTYPES[dtype])
+    model.save_pretrained(folder)
+    shutil.copy(recipe, folder / "recipe.yaml")
+    difference = _verify(model, folder)
+    record = {
+        "format": "merged",
+        "dtype": dtype,
+        "max_abs_logit_diff": difference,
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        "versions": versions(),
+    }
+    write_json(folder / "export.json", record)
+    _note_in_report(Path(run), record)
+    return record
+
+
+def _verify(model: Any, folder: Path) -> float:
+    """Largest difference of the logits between the model here and the folder loaded in a new process."""
+    config = model.config
+    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    pixels = torch.rand(PROBES, config.num_channels, size, size, generator=torch.Generator().manual_seed(0))
+    probe, answer = folder / "probe.partial", folder / "answer.partial"
+    try:
+        save_file({"pixel_values": pixels}, probe)
+        with torch.no_grad():
+            here = model(pixel_values=pixels.to(model.dtype)).logits.float()
+        command = [sys.executable, "-c", _CLEAN, str(folder), str(probe), str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"the export in {folder} cannot be loaded in a clean process: {done.stderr.strip().splitlines()[-1]}")
+        difference = float((load_file(answer)["logits"] - here).abs().max())
+    finally:
+        probe.unlink(missing_ok=True)
+        answer.unlink(missing_ok=True)
+    if difference > TOLERANCE:
+        raise RuntimeError(f"the export in {folder} answers otherwise than the run: largest difference of the logits {difference:.2e}")
+    return difference
+
+
+def _note_in_report(run: Path, record: dict[str, Any]) -> None:
+    path = run / "report.json"
+    if path.is_file():
+        report = json.loads(path.read_text())
+        report["export"] = {"format": record["format"], "max_abs_logit_diff": record["max_abs_logit_diff"]}
+        write_json(path, report)

@@ -1,0 +1,70 @@
+"""Everything of a recipe that can be checked without training: keys, paths, columns, layers, budgets, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..modules.budget.budget import Budget
+from ..modules.cost import CostModel
+from .build import build_model, model_config, open_data, total_steps
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a valid recipe amounts to.
+
+    Attributes:
+        parameters: of the model, stages included.
+        steps: optimizer steps.
+        classes: of the data.
+        train_rows: of the data.
+        keep: resolved keep by stage.
+        tokens: of each layer.
+        macs_ratio: of the compressed forward; 1 for a dense recipe.
+        memory_bytes: estimate for training on one process: weights, gradients, AdamW and activations of a batch.
+    """
+
+    parameters: int
+    steps: int
+    classes: int
+    train_rows: int
+    keep: dict[str, float]
+    tokens: list[int]
+    macs_ratio: float
+    memory_bytes: int
+
+
+def validate(recipe: Recipe) -> Checked:
+    """Checks a recipe against its real config and data; weights are neither loaded nor made.
+
+    Raises:
+        ValueError: what is wrong, and what is allowed.
+    """
+    config = model_config(recipe.model)
+    data = open_data(recipe.data, config, recipe.seed)
+    steps = total_steps(recipe, data)
+    with torch.device("meta"):
+        model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data)
+        compression = recipe.compression
+        if compression is not None and recipe.budget is not None:
+            compression = Budget(recipe.budget, model, compression, steps, recipe.seed).compression
+        cost_model = CostModel(model, compression)
+    cost = cost_model()
+    stages = [stage for _, stage in cost_model.stages]
+    parameters = sum(p.numel() for module in (model, *stages) for p in module.parameters())
+    activations = cost.activation_bytes * recipe.data.batch_size // (2 if recipe.trainer.precision == "bf16" else 1)
+    rows: Any = data.train
+    return Checked(
+        parameters=parameters,
+        steps=steps,
+        classes=len(data.classes),
+        train_rows=len(rows),
+        keep={stage.key: float(stage.keep or 1) for stage in (compression.stages if compression else ())},
+        tokens=[tokens.attention for tokens in cost.layers],
+        macs_ratio=cost.macs_ratio,
+        memory_bytes=parameters * 16 + activations,
+    )
