@@ -54,7 +54,13 @@ def open_source(source: Source) -> Any:
 
     datasets.disable_progress_bars()
     files = source.data_files
-    plain = files if files is None or isinstance(files, str) else {k: _as_list(v) for k, v in files.items()} if isinstance(files, Mapping) else list(files)
+    plain = (
+        files
+        if files is None or isinstance(files, str)
+        else {k: _as_list(v) for k, v in files.items()}
+        if isinstance(files, Mapping)
+        else list(files)
+    )
     try:
         opened = datasets.load_dataset(source.name, source.config, data_dir=source.data_dir, data_files=plain, revision=source.revision)
     except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:

@@ -56,7 +56,9 @@ class BadRowCount:
             self.reasons[row.reason] = self.reasons.get(row.reason, 0) + 1
             self.first.setdefault(row.reason, row.index)
         if sum(self.reasons.values()) > self.allowed * self.seen:
-            raise BadRows(f"bad rows in the data: {self.summary()}; fix them, or allow a share with data.max_bad_fraction (now {self.allowed})")
+            raise BadRows(
+                f"bad rows in the data: {self.summary()}; fix them, or allow a share with data.max_bad_fraction (now {self.allowed})"
+            )
 
     def summary(self) -> str:
         """``3 of 128: 2 undecodable image (first row 17), …``."""

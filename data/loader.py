@@ -25,7 +25,9 @@ class StepBatches(Sampler[list[int]]):
 
     def __init__(self, length: int, batch_size: int, batches: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if length < batch_size * world_size:
-            raise ValueError(f"{length} training rows are fewer than a batch of {batch_size} on {world_size} process(es): lower data.batch_size")
+            raise ValueError(
+                f"{length} training rows are fewer than a batch of {batch_size} on {world_size} process(es): lower data.batch_size"
+            )
         self.length, self.batch_size, self.batches, self.seed = length, batch_size, batches, seed
         self.rank, self.world_size = rank, world_size
         self.start = 0

@@ -101,7 +101,9 @@ class ScatteredDigits(Dataset[dict[str, Tensor]]):
         per_object = 1 + 2 * _TRIES
         # A generator of its own for every image, so that no image depends on the batch that it is drawn in.
         width = objects * per_object + canvas.scrambled * DIGIT**2 + canvas.pieces
-        draws = np.stack([np.random.Generator(np.random.Philox(key=[self.seed * 4 + _SPLITS[self.split], i])).random(width) for i in indices])
+        draws = np.stack(
+            [np.random.Generator(np.random.Philox(key=[self.seed * 4 + _SPLITS[self.split], i])).random(width) for i in indices]
+        )
         choices = draws[:, : objects * per_object].reshape(-1, objects, per_object)
         permutations = draws[:, objects * per_object : width - canvas.pieces].reshape(-1, canvas.scrambled, DIGIT**2)
         quarters = (draws[:, width - canvas.pieces :] * 4).astype(np.int64)

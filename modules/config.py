@@ -25,7 +25,19 @@ _KINDS: dict[str, type[Scorer | Selector | Merger | Estimator]] = {
 # Arguments that the stage itself gives to a part's constructor.
 _GIVEN = {"scorer": ("spec",), "selector": (), "merger": (), "estimator": ()}
 # What users of other systems write; each would silently mean the opposite here.
-_REMOVED_FRACTION = ("ratio", "drop", "drop_rate", "drop_ratio", "prune", "prune_rate", "pruning_rate", "removed", "reduction", "sparsity", "r")
+_REMOVED_FRACTION = (
+    "ratio",
+    "drop",
+    "drop_rate",
+    "drop_ratio",
+    "prune",
+    "prune_rate",
+    "pruning_rate",
+    "removed",
+    "reduction",
+    "sparsity",
+    "r",
+)
 
 
 @dataclass(frozen=True)
@@ -158,7 +170,9 @@ class CompressionConfig:
             if stage.site not in sites:
                 raise ValueError(f"{where}: site = {stage.site!r} is not offered by this backbone: it has {', '.join(sites)}")
             if isinstance(stage.layer, bool) or not isinstance(stage.layer, int) or not 0 <= stage.layer < layers:
-                raise ValueError(f"{where}: layer = {stage.layer!r} must be an integer from 0 to {layers - 1}, the backbone has {layers} layers")
+                raise ValueError(
+                    f"{where}: layer = {stage.layer!r} must be an integer from 0 to {layers - 1}, the backbone has {layers} layers"
+                )
             if stage.keep is None:
                 raise ValueError(f"{where}: keep is not set: give the fraction of tokens kept, in (0, 1], or let a budget decide it")
             if not 0 < stage.keep <= 1:

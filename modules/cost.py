@@ -51,7 +51,6 @@ class Cost:
         return sum(tokens.attention + tokens.mlp for tokens in self.layers) / (2 * self.dense_tokens * len(self.layers))
 
 
-
 class CostModel:
     """Cost as a function of the keeps of a model's stages.
 

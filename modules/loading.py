@@ -29,7 +29,9 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     path = Path(folder)
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json: give the folder of an export, or export the run first (laconic export)")
-    config = AutoConfig.from_pretrained(folder, **{key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir")})
+    config = AutoConfig.from_pretrained(
+        folder, **{key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir")}
+    )
     if getattr(config, "compression", None) is None:
         raise ValueError(
             f"{folder} is a dense {config.model_type} model: config.json has no 'compression'. Load it with transformers and call laconic.compress"
@@ -37,7 +39,9 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     names = config.architectures or []
     base = getattr(transformers, names[0].removeprefix(PREFIX), None) if names else None
     if base is None:
-        raise ValueError(f"{folder}: config.json names the architecture {names}, which transformers {transformers.__version__} does not have")
+        raise ValueError(
+            f"{folder}: config.json names the architecture {names}, which transformers {transformers.__version__} does not have"
+        )
     model, report = compressed_class(base).from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
     wrong = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}
     if wrong:

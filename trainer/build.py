@@ -130,7 +130,14 @@ def open_data(recipe: DataRecipe, config: Any, seed: int) -> ImageData:
         recipe.name, recipe.data_dir, recipe.data_files, recipe.config, recipe.revision, recipe.image_column, recipe.label_column
     )
     return hub_images(
-        source, recipe.train_split, recipe.validation_split, recipe.test_split, recipe.validation_fraction, recipe.num_labels, transform, seed
+        source,
+        recipe.train_split,
+        recipe.validation_split,
+        recipe.test_split,
+        recipe.validation_fraction,
+        recipe.num_labels,
+        transform,
+        seed,
     )
 
 
@@ -149,4 +156,6 @@ def total_steps(recipe: Recipe, data: ImageData) -> int:
         return trainer.max_steps
     assert trainer.max_epochs is not None
     rows = len(data.train)  # type: ignore[arg-type]
-    return max(1, math.floor(trainer.max_epochs * rows / (recipe.data.batch_size * trainer.accumulate * trainer.devices * trainer.num_nodes)))
+    return max(
+        1, math.floor(trainer.max_epochs * rows / (recipe.data.batch_size * trainer.accumulate * trainer.devices * trainer.num_nodes))
+    )

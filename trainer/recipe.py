@@ -51,7 +51,9 @@ class DataRecipe(Block):
     train_split: str = Field("train", description="split to train on")
     validation_split: str | None = Field(None, description="split to validate on; none takes validation_fraction of the training rows")
     test_split: str | None = Field(None, description="split to report on; none reports on validation")
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of training rows held out when there is no split")
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="share of training rows held out when there is no split"
+    )
     num_labels: Annotated[int, Field(ge=2)] | None = Field(None, description="number of classes; counted where it is not given")
     mean: list[float] = Field([0.5, 0.5, 0.5], description="subtracted from pixels in [0, 1], one or one a channel")
     std: list[float] = Field([0.5, 0.5, 0.5], description="divides pixels, one or one a channel")

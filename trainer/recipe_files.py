@@ -153,7 +153,11 @@ def _keys_at(model: Any, location: Sequence[Any]) -> list[str]:
     """Names of the keys at a place of the recipe, for a hint."""
     for part in location:
         annotation = model.model_fields[part].annotation if isinstance(model, type) and issubclass(model, BaseModel) else None
-        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union else (annotation,)
+        options = (
+            typing.get_args(annotation)
+            if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+            else (annotation,)
+        )
         model = next((item for item in options if isinstance(item, type) and (is_dataclass(item) or issubclass(item, BaseModel))), None)
         if model is None:
             return []

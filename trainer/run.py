@@ -117,7 +117,9 @@ def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -
         loss = module.training_step(batch, 0)["loss"]
         loss.backward()
         result[arm.name] = {"loss": float(loss.detach()), "steps": parts.total_steps, "output": str(output_folder(arm))}
-        console.print(f"{arm.name}: built, one step's loss {float(loss.detach()):.3f}; would train {parts.total_steps:,} steps", highlight=False)
+        console.print(
+            f"{arm.name}: built, one step's loss {float(loss.detach()):.3f}; would train {parts.total_steps:,} steps", highlight=False
+        )
     return result
 
 
@@ -142,7 +144,9 @@ def train_arm(
     with (folder / "log.txt").open("a" if checkpoint else "w") as log:
         both = _Tee(console, Console(file=log, width=160))
         _describe(parts, name, both)
-        module = ImageClassification(parts.model, recipe.optimizer, parts.total_steps, parts.budget, recipe.seed, recipe.data.max_bad_fraction)
+        module = ImageClassification(
+            parts.model, recipe.optimizer, parts.total_steps, parts.budget, recipe.seed, recipe.data.max_bad_fraction
+        )
         line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name)  # type: ignore[arg-type]
         stop = StopOnSigterm(folder / "checkpoints" / "stopped.ckpt")
         trainer = lightning_trainer(recipe, folder, parts.total_steps, [line, stop, NanGuard(), RandomState()])

@@ -74,4 +74,4 @@ class EvidenceScorer(Scorer):
         return (probabilities * (answers - prior.clamp(min=1e-12).log())).sum(-1)
 
     def macs(self, shape: BackboneShape, tokens: int) -> int:
-        return tokens * (self.values * self.width + 2 * self.width * self.classes)
+        return tokens * (self.values * self.width + self.width * self.classes + 2 * self.classes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from ..draws import uniform
 from .base import Scored, Scorer, ScorerInput
 

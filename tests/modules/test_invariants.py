@@ -161,7 +161,9 @@ def test_5_rows_of_different_lengths_in_a_batch_equal_the_rows_alone(family: str
         alone, own = traced(model, images()[row : row + 1], attention_mask=mask[row : row + 1], sample_ids=ids[row : row + 1])
         torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-4)
         for name, routing in own.routings.items():
-            assert routing.achieved == pytest.approx(float(_row(trace.routings[name].kept, row)) / float(_row(trace.routings[name].present, row)))
+            assert routing.achieved == pytest.approx(
+                float(_row(trace.routings[name].kept, row)) / float(_row(trace.routings[name].present, row))
+            )
 
 
 def _extra(routing: object, model: PreTrainedModel) -> int:

@@ -1,0 +1,130 @@
+"""Targets, schedules and regularisers (ORACLES 2)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from laconic import CompressionConfig, StageConfig, Trace, compress
+from laconic.modules.budget import Budget, BudgetConfig
+from laconic.modules.budget.schedules import cosine, linear, progress
+from tests.matrix import dense, images, labels
+
+STAGES = CompressionConfig([StageConfig(layer=1), StageConfig(layer=2)])
+
+
+def _budget(total_steps: int = 100, **settings: object) -> Budget:
+    return Budget(BudgetConfig(**settings), dense("vit"), STAGES, total_steps)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", [0.5, 0.6, 0.75, 0.9])
+def test_a_macs_ratio_is_met_from_below_by_the_largest_keep(target: float) -> None:
+    budget = _budget(target=target)
+    keep = budget.resolve(target)["before_1"]
+    assert budget.cost(budget.resolve(target)).macs_ratio <= target
+    above = budget.cost(dict.fromkeys(budget.free, min(1.0, keep + 1e-4))).macs_ratio
+    assert above > target
+
+
+def test_a_stage_with_its_own_keep_has_it_and_the_others_meet_the_target() -> None:
+    stages = CompressionConfig([StageConfig(layer=1, keep=0.9), StageConfig(layer=2)])
+    budget = Budget(BudgetConfig(target=0.75), dense("vit"), stages)
+    keeps = {stage.key: stage.keep for stage in budget.compression.stages}
+    assert keeps["before_1"] == 0.9
+    assert budget.cost({key: value for key, value in keeps.items() if value}).macs_ratio <= 0.75
+
+
+def test_targets_that_cannot_be_met_or_decide_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be met: with one token left the macs_ratio is still"):
+        _budget(target=0.1)
+    with pytest.raises(ValueError, match="nothing to decide"):
+        Budget(BudgetConfig(target=0.5), dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.5)]))
+    with pytest.raises(ValueError, match=r"budget.target = 1.2 must be in \(0, 1\]"):
+        BudgetConfig(target=1.2)
+    with pytest.raises(ValueError, match="regularizer 'ratio_mze' does not exist: .*did you mean 'ratio_mse'"):
+        BudgetConfig(regularizer="ratio_mze")
+    with pytest.raises(ValueError, match="has no option 'wieght': its options are weight; did you mean 'weight'"):
+        BudgetConfig(regularizer={"name": "ratio_mse", "wieght": 1})
+
+
+def test_schedules_pass_through_the_published_points() -> None:
+    # MoR's warm-up (ORACLES 3) is the cosine from 1 to C.
+    assert cosine(1, 0.4, 0) == 1
+    assert cosine(1, 0.4, 0.5) == pytest.approx((1 + 0.4) / 2)
+    assert cosine(1, 0.4, 1) == pytest.approx(0.4)
+    assert linear(1, 0.5, 0.25) == 0.875
+    assert [progress(step, 0.5, 100) for step in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_schedule_moves_what_the_forward_keeps(kind: str) -> None:
+    budget = _budget(measure="keep", target=0.5, schedule=kind, schedule_until=0.5, start=1.0)
+    model = compress(dense("vit"), budget.compression)
+    kept = []
+    for step in (0, 25, 50, 90):
+        trace = budget.trace(step)
+        model(pixel_values=images(), trace=trace)
+        kept.append(trace.routings["before_1"].kept)
+    assert kept == [36, 27, 18, 18]
+
+
+def test_noise_is_annealed_to_nothing() -> None:
+    budget = _budget(target=0.6, noise=2.0, noise_until=0.5)
+    assert [budget.trace(step).noise for step in (0, 25, 50, 80)] == [2.0, 1.0, 0.0, 0.0]
+
+
+def _loss(budget: Budget, shift: float, step: int = 100) -> tuple[float, float]:
+    """Regulariser and its gradient on the scores' common shift, scores all alike."""
+    model = compress(dense("vit"), budget.compression).train()
+    for _, stage in ((0, model.vit.layers[1].stage), (0, model.vit.layers[2].stage)):
+        torch.nn.init.zeros_(stage.scorer.score.weight)
+        torch.nn.init.constant_(stage.scorer.score.bias, shift)
+    trace = budget.trace(step)
+    model(pixel_values=images(), labels=labels(), trace=trace)
+    loss = budget.loss(trace, step)
+    loss.total.backward()
+    assert loss.regularizer is not None
+    return float(loss.regularizer), float(model.vit.layers[1].stage.scorer.score.bias.grad)
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def test_ratio_mse_is_the_squared_distance_is_0_at_the_target_and_pulls_towards_it() -> None:
+    budget = _budget(measure="keep", target=0.5, regularizer={"name": "ratio_mse", "weight": 2.0})
+    assert _loss(budget, 0.0)[0] == pytest.approx(0, abs=1e-12)
+    value, gradient = _loss(budget, _logit(0.8))
+    assert value == pytest.approx(0.3**2, rel=1e-5)
+    assert gradient > 0
+    assert _loss(budget, _logit(0.2))[1] < 0
+
+
+def test_macs_squared_is_0_at_the_target_and_pulls_towards_it() -> None:
+    budget = _budget(measure="keep", target=0.5, regularizer="macs_squared")
+    assert _loss(budget, 0.0)[0] == pytest.approx(0, abs=1e-12)
+    at = budget.cost({"before_1": 0.5, "before_2": 0.5}).macs_ratio
+    above, gradient = _loss(budget, _logit(0.75))
+    keep = torch.tensor(0.75)
+    expected = (float(budget.cost.soft_macs_ratio({"before_1": keep, "before_2": keep})) - at) ** 2
+    assert above == pytest.approx(expected, rel=1e-4)
+    assert gradient > 0
+    assert _loss(budget, _logit(0.3))[1] < 0
+
+
+def test_the_regulariser_ramps_up() -> None:
+    budget = _budget(target=0.6, regularizer="ratio_mse", ramp_until=0.5)
+    model = compress(dense("vit"), budget.compression)
+    weights = []
+    for step in (0, 25, 50, 80):
+        trace = budget.trace(step)
+        model(pixel_values=images(), trace=trace)
+        weights.append(budget.loss(trace, step).weight)
+    assert weights == [0.0, 1.0, 2.0, 2.0]
+
+
+def test_a_trace_that_no_model_has_seen_has_no_loss() -> None:
+    with pytest.raises(ValueError, match="the trace has no routing"):
+        _budget(target=0.6).loss(Trace(), 0)

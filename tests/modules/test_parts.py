@@ -1,0 +1,219 @@
+"""Properties of single parts: draws, scorers, the selector, the state, and how mistakes are named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
+from laconic.modules.draws import uniform
+from laconic.modules.selectors.top_k import TopKSelector
+from laconic.modules.state import Decision, TokenState, achieved_keep
+from tests.matrix import METHODS, compressed, dense, images, labels, traced
+
+
+def test_draws_are_uniform_and_belong_to_the_token() -> None:
+    ids, position = torch.arange(200), torch.arange(100).expand(200, -1)
+    draws = uniform(0, 1, ids, 0, position)
+    assert 0 < float(draws.min()) < float(draws.max()) < 1
+    assert float(draws.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(draws.var()) == pytest.approx(1 / 12, abs=0.002)
+    order = torch.randperm(200)
+    assert torch.equal(uniform(0, 1, ids[order], 0, position), draws[order])
+    assert abs(float(torch.corrcoef(torch.stack([draws.flatten(), uniform(0, 2, ids, 0, position).flatten()]))[0, 1])) < 0.02
+    assert abs(float(torch.corrcoef(torch.stack([draws.flatten(), uniform(0, 1, ids, 1, position).flatten()]))[0, 1])) < 0.02
+    assert abs(float(torch.corrcoef(torch.stack([draws[:-1].flatten(), draws[1:].flatten()]))[0, 1])) < 0.02
+
+
+def test_the_uniform_grid_at_a_quarter_takes_every_other_row_and_column() -> None:
+    method = next(method for method in METHODS if method.name == "uniform_grid")
+    model = compress(dense("vit"), method.config(0.25))
+    _, trace = traced(model, images())
+    grid = trace.routings["before_1"].kept_mask[0, 1:].view(6, 6)
+    assert int(grid.sum()) == 9
+    # 6 × 6 is no power of two, so the grid is even only as far as it goes: no two kept patches touch.
+    assert not bool((grid[:, 1:] & grid[:, :-1]).any())
+    assert not bool((grid[1:] & grid[:-1]).any())
+
+
+def test_patch_energy_does_not_change_with_brightness_or_contrast() -> None:
+    method = next(method for method in METHODS if method.name == "patch_energy")
+    model = compress(dense("vit"), method.config(0.3))
+    kept = [traced(model, pixels)[1].routings["before_1"].decision.index for pixels in (images(), images() * 3 - 2)]
+    assert torch.equal(kept[0], kept[1])
+
+
+def test_ties_go_to_the_lower_slot() -> None:
+    state = TokenState.initial(2, 7, 1, None, torch.device("cpu"))
+    decision = TopKSelector()(torch.zeros(2, 7), state, 3, None)
+    assert decision.index.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_noise_moves_decisions_only_while_it_is_there() -> None:
+    model = compressed("vit", METHODS[0], 0.5, 0.6)
+    plain, noisy, again = (traced(model, images(), noise=noise, step=4)[1] for noise in (0.0, 5.0, 5.0))
+    first = [trace.routings["before_1"].decision.index for trace in (plain, noisy, again)]
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(first[1], first[2])
+
+
+def test_selecting_twice_keeps_the_way_back_to_the_source() -> None:
+    state = TokenState.initial(1, 6, 1, None, torch.device("cpu"))
+    once = state.select(torch.tensor([[0, 2, 3, 5]]), None)
+    twice = once.select(torch.tensor([[0, 1, 3]]), None)
+    assert twice.position.tolist() == [[0, 2, 5]]
+    assert twice.source.tolist() == [[0, -1, 1, -1, -1, 2]]
+
+
+def test_filler_is_no_token() -> None:
+    state = TokenState.initial(2, 4, 1, torch.tensor([[True] * 4, [True, True, False, False]]), torch.device("cpu"))
+    decision = Decision(torch.tensor([[0, 1, 3], [0, 1, 3]]), torch.tensor([[True] * 3, [True, True, False]]))
+    after = state.select(decision.index, decision.valid)
+    assert after.size.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert after.source.tolist() == [[0, 1, -1, 2], [0, 1, -1, -1]]
+    assert decision.kept_mask(4).tolist() == [[True, True, False, True], [True, True, False, False]]
+
+
+def test_a_straight_through_score_gets_the_gradient_of_its_token() -> None:
+    model = compressed("vit", METHODS[1], 0.5, 0.6).train()
+    trace = Trace()
+    model(pixel_values=images(), labels=labels(), trace=trace).loss.backward()
+    assert float(model.vit.layers[1].stage.scorer.score.weight.grad.abs().sum()) > 0
+    assert float(model.vit.layers[2].stage.scorer.score.weight.grad.abs().sum()) > 0
+
+
+def test_key_bias_and_fused_tokens_send_a_gradient_to_the_score() -> None:
+    for name in ("learned_key_bias", "learned_fuse"):
+        method = next(method for method in METHODS if method.name == name)
+        model = compressed("vit", method, 0.5, 0.6).train()
+        model(pixel_values=images(), labels=labels(), trace=Trace()).loss.backward()
+        assert float(model.vit.layers[1].stage.scorer.score.weight.grad.abs().sum()) > 0
+
+
+def test_evidence_learns_without_touching_the_backbone_and_asks_for_labels() -> None:
+    method = next(method for method in METHODS if method.name == "evidence")
+    model = compressed("vit", method, 0.5, 0.6).train()
+    trace = Trace(labels=labels())
+    model(pixel_values=images(), trace=trace)
+    assert trace.auxiliary_loss is not None
+    trace.auxiliary_loss.backward()
+    touched = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert touched == {name for name, _ in model.named_parameters() if ".stage.scorer." in name}
+    with pytest.raises(ValueError, match="needs the labels in training"):
+        model(pixel_values=images(), trace=Trace())
+
+
+def test_evidence_finds_the_tokens_that_carry_the_label() -> None:
+    """Six of 36 patches hold the class's own pattern, the others noise of the same strength."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(5, 3, 4, 4, generator=generator)
+    model = compress(
+        dense("vit"), CompressionConfig([StageConfig(layer=0, keep=1 / 6, scorer="evidence", estimator="token_labels")])
+    ).train()
+    optimizer = torch.optim.Adam([p for name, p in model.named_parameters() if ".stage." in name], lr=1e-2)
+    found = 0.0
+    for step in range(150):
+        target = torch.randint(0, 5, (32,), generator=generator)
+        patches = torch.randn(32, 36, 3, 4, 4, generator=generator)
+        place = torch.rand(32, 36, generator=generator).argsort(-1)[:, :6]
+        patches[torch.arange(32)[:, None], place] = patterns[target][:, None]
+        pixels = patches.view(32, 6, 6, 3, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(32, 3, 24, 24)
+        trace = Trace(step=step)
+        model(pixel_values=pixels, labels=target, trace=trace)
+        assert trace.auxiliary_loss is not None
+        optimizer.zero_grad()
+        trace.auxiliary_loss.backward()
+        optimizer.step()
+        kept = trace.routings["before_0"].kept_mask[:, 1:]
+        found = float(kept.gather(1, place).float().mean())
+    assert found > 0.9
+
+
+def test_achieved_keep_is_summed_before_dividing() -> None:
+    model = compressed("vit", METHODS[0], 0.5, 0.6)
+    mask = torch.ones(1, 37, dtype=torch.long)
+    mask[:, -30:] = 0
+    long, short = traced(model, images(3))[1], traced(model, images(1), attention_mask=mask)[1]
+    total = achieved_keep([long, short])["before_1"]
+    assert total == pytest.approx((3 * 18 + 3) / (3 * 36 + 6))
+
+
+WRONG = [
+    ({"layer": 4}, r"layer = 4 must be an integer from 0 to 3, the backbone has 4 layers"),
+    ({"layer": -1}, r"must be an integer from 0 to 3"),
+    ({"keep": 0.0}, r"keep = 0.0 must be in \(0, 1\]: the fraction that is kept, not removed"),
+    ({"keep": 1.01}, r"must be in \(0, 1\]"),
+    ({"keep": None}, r"keep is not set"),
+    ({"site": "between"}, r"site = 'between' is not offered by this backbone: it has before"),
+    ({"scorer": "lerned"}, r"scorer 'lerned' does not exist: the scorers are .*; did you mean 'learned'\?"),
+    ({"scorer": {"name": "learned", "hiden": 3}}, r"scorer 'learned' has no option 'hiden'"),
+    ({"scorer": {"name": "learned", "width": 0}}, r"width = 0 must be at least 1"),
+    ({"merger": "mean"}, r"merger 'mean' does not exist: the mergers are drop, fuse"),
+    ({"count": "ceil"}, r"count = 'ceil' is no count rule: there are round, dynamicvit, evit"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[str(change) for change, _ in WRONG])
+def test_a_wrong_stage_is_refused_before_anything_is_changed(change: dict[str, object], message: str) -> None:
+    model = dense("vit")
+    before = {name: id(value) for name, value in model.state_dict().items()} | {name: type(m) for name, m in model.named_modules()}
+    settings = {"layer": 1, "keep": 0.5, **change}
+    with pytest.raises(ValueError, match=message):
+        compress(model, CompressionConfig([StageConfig(layer=0, keep=0.9), StageConfig(**settings)]))  # type: ignore[arg-type]
+    assert before.keys() == (set(model.state_dict()) | {name for name, _ in model.named_modules()})
+    assert {name: type(m) for name, m in model.named_modules()} == {name: before[name] for name, _ in model.named_modules()}
+    assert not hasattr(model.config, "compression")
+
+
+def test_keys_that_mean_the_removed_fraction_are_refused() -> None:
+    with pytest.raises(ValueError, match="Laconic counts what is kept; give keep = 1 - removed"):
+        CompressionConfig([{"layer": 0, "drop_rate": 0.3}])
+    with pytest.raises(ValueError, match="did you mean 'keep'"):
+        CompressionConfig([{"layer": 0, "kep": 0.3}])
+
+
+def test_backbones_without_an_adapter_are_refused_by_name() -> None:
+    from transformers import BertConfig, BertModel
+
+    small = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=10)
+    with pytest.raises(ValueError, match="no backbone adapter for model_type 'bert' .*: there are deit, vit"):
+        compress(BertModel(small), CompressionConfig([StageConfig(layer=0, keep=0.5)]))
+
+
+def test_compressing_twice_and_decompressing_a_dense_model_are_refused() -> None:
+    model = compressed("vit", METHODS[0], 0.5, 0.6)
+    with pytest.raises(ValueError, match="is compressed already"):
+        compress(model, METHODS[0].config(0.5))
+    with pytest.raises(ValueError, match="is not compressed"):
+        decompress(dense("vit"))
+
+
+def test_a_trace_serves_one_forward() -> None:
+    model, trace = compressed("vit", METHODS[0], 0.5, 0.6), Trace()
+    model(pixel_values=images(), trace=trace)
+    with pytest.raises(ValueError, match="make a new Trace for each forward"):
+        model(pixel_values=images(), trace=trace)
+
+
+def test_the_base_model_alone_drops_as_many_tokens_as_under_its_head() -> None:
+    model = compressed("vit", METHODS[0], 0.5, 0.6)
+    trace, inner = Trace(), Trace()
+    model(pixel_values=images(), trace=trace)
+    model.vit(pixel_values=images(), trace=inner)
+    assert trace.layer_tokens == inner.layer_tokens
+    assert model.vit(pixel_values=images()).last_hidden_state.shape[1] == trace.layer_tokens[3]
+
+
+def test_hidden_states_and_the_forwards_signature_are_as_in_transformers() -> None:
+    import inspect
+
+    plain, model = dense("vit"), compressed("vit", METHODS[0], 0.5, 0.6)
+    out = model(pixel_values=images(), output_hidden_states=True)
+    assert [state.shape[1] for state in out.hidden_states] == [37, 37, 19, 12, 12]
+    assert inspect.signature(model.forward).parameters.keys() == inspect.signature(plain.forward).parameters.keys()
+
+
+def test_one_graph_without_a_break() -> None:
+    model = compressed("vit", METHODS[0], 0.5, 0.6)
+    compiled = torch.compile(lambda pixels: model(pixel_values=pixels, trace=Trace()).logits, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images()), model(pixel_values=images()).logits)
