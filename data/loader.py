@@ -55,7 +55,8 @@ class ResumableLoader(DataLoader[Any]):
     """DataLoader over StepBatches whose state is how many batches were taken, so that resuming repeats and skips none."""
 
     def __init__(self, dataset: Dataset[Any], batches: StepBatches, **options: Any) -> None:
-        super().__init__(dataset, batch_sampler=batches, **options)
+        # A generator of its own: starting to read must not move the one that dropout draws from.
+        super().__init__(dataset, batch_sampler=batches, generator=torch.Generator(), **options)
         self._batches = batches
         self._taken = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,7 @@ def model_config(recipe: ModelRecipe) -> PretrainedConfig:
         settings = dict(recipe.config)
         model_type = settings.pop("model_type")
         backbone_for(model_type, _class_name(model_type))
+        _check_settings(model_type, settings)
         try:
             # Where a family has several heads, transformers chooses by the architecture.
             return AutoConfig.for_model(model_type, **{"architectures": [_class_name(model_type)], **settings})
@@ -94,6 +96,16 @@ def model_config(recipe: ModelRecipe) -> PretrainedConfig:
         raise ValueError(f"model.name = {recipe.name!r} is compressed already: start from the dense model")
     backbone_for(config.model_type, _class_name(config.model_type))
     return config
+
+
+def _check_settings(model_type: str, settings: dict[str, Any]) -> None:
+    """transformers keeps unknown settings without a word, so a slip of the pen would train another model."""
+    known = [key for key in vars(AutoConfig.for_model(model_type)) if not key.startswith("_")]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean model.config.{near[0]}?" if near else f"its settings are {', '.join(sorted(known))}"
+            raise ValueError(f"model.config.{key} is no setting of {model_type}; {hint}")
 
 
 def _class_name(model_type: str) -> str:

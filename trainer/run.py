@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from ..data.images import collate
 from ..data.module import ImageData
@@ -151,6 +153,8 @@ def train_arm(
         stop = StopOnSigterm(folder / "checkpoints" / "stopped.ckpt")
         trainer = lightning_trainer(recipe, folder, parts.total_steps, [line, stop, NanGuard(), RandomState()])
         data_module = parts.data_module()
+        # transformers gives loaded models in evaluation mode, and Lightning leaves them so: no router would learn.
+        parts.model.train()
         if recipe.trainer.compile:
             parts.model.compile()
         trainer.fit(module, datamodule=data_module, ckpt_path=checkpoint, weights_only=True)
@@ -215,6 +219,9 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
 
 def quiet() -> None:
     """Keeps libraries' notices out of the log; what goes wrong is still shown."""
+    # DeepSpeed guesses its device, with a warning on stdout, as soon as anything imports it.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

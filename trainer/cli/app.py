@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .output import console, emit, running, user_input
+from .output import console, emit, keep_stdout_clean, running, user_input
 
 app = typer.Typer(
     name="laconic",
@@ -24,6 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout; p
 
 def main() -> None:
     """Entry point."""
+    keep_stdout_clean()
     app()
 
 

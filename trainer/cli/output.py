@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
 
+_stdout: TextIO = sys.stdout
 FAILED, WRONG_INPUT, TERMINATED = 1, 2, 143
 
 
@@ -21,10 +23,20 @@ def console(as_json: bool) -> Console:
     return Console(file=stream, width=None if stream.isatty() else 160)
 
 
+def keep_stdout_clean() -> None:
+    """Under ``--json``, sends what libraries print to stderr, at the level of file descriptors; ``emit`` has the real stdout."""
+    global _stdout
+    if "--json" in sys.argv:
+        sys.stdout.flush()
+        _stdout = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+
 def emit(data: Any, as_json: bool) -> None:
     """Prints the machine-readable object, if it was asked for."""
     if as_json:
-        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+        _stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+        _stdout.flush()
 
 
 def end(message: str, code: int) -> typer.Exit:

@@ -113,6 +113,8 @@ class ImageClassification(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         recipe = self.optimizer_recipe
         groups = parameter_groups(self.model, recipe.lr, recipe.router_lr, recipe.weight_decay)
-        optimizer = torch.optim.AdamW(groups, betas=recipe.betas, fused=True)
+        # Lightning cannot clip the gradients of a fused optimizer under autocast.
+        fused = self.trainer.precision == "32-true"
+        optimizer = torch.optim.AdamW(groups, betas=recipe.betas, fused=fused)
         schedule = learning_rate_schedule(optimizer, recipe.schedule, self.total_steps, recipe.warmup, recipe.final)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,73 @@
+"""The package: what a wheel holds, what its top level is, and that its examples run."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TREE = ("modules", "trainer", "data", "recipes")
+
+
+def test_a_wheel_in_a_clean_environment_holds_the_tree(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)], check=True
+    )
+    (wheel,) = tmp_path.glob("laconic-*.whl")
+    expected = {
+        f"laconic/{path.relative_to(ROOT)}"
+        for folder in TREE
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    expected |= {f"laconic/{name}" for name in ("__init__.py", "__main__.py", "py.typed")}
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert held == expected
+    venv.create(tmp_path / "clean", with_pip=True)
+    python = tmp_path / "clean" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    check = "import laconic, pathlib; print(laconic.__version__, pathlib.Path(laconic.__file__).parent)"
+    version, where = subprocess.run([python, "-c", check], check=True, capture_output=True, text=True, cwd=tmp_path).stdout.split()
+    assert version == "0.1.0"
+    installed = {
+        str(path.relative_to(Path(where).parent)) for path in Path(where).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert installed == expected
+
+
+@pytest.mark.parametrize("name", TREE)
+def test_the_folders_refuse_to_be_imported_by_their_bare_names(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"import laconic.{name}, not {name}" in done.stderr
+
+
+def test_modules_import_neither_lightning_nor_the_other_folders() -> None:
+    for path in (ROOT / "modules").rglob("*.py"):
+        text = path.read_text()
+        assert "lightning" not in text.replace("Lightning", "")
+        assert "pydantic import" not in text
+        for other in ("trainer", "data", "recipes"):
+            assert f"from ..{other}" not in text
+            assert f"from ...{other}" not in text
+
+
+def test_the_public_names_are_there() -> None:
+    import laconic
+
+    assert all(getattr(laconic, name) is not None for name in laconic.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'compres'; it has"):
+        laconic.compres  # noqa: B018
+
+
+@pytest.mark.parametrize("example", ["plain_loop", "lightning_module"])
+def test_the_examples_of_own_loops_run(example: str) -> None:
+    main = runpy.run_path(str(ROOT / "docs" / "examples" / f"{example}.py"))["main"]
+    assert main(steps=3) == pytest.approx(0.36, abs=0.1)

@@ -1,0 +1,32 @@
+"""Runs that take seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+QUICK = [
+    "trainer.max_steps=2",
+    "trainer.log_every=1",
+    "trainer.bench_rounds=0",
+    "trainer.pictures=1",
+    "model.config.hidden_size=16",
+    "model.config.num_hidden_layers=2",
+    "model.config.intermediate_size=32",
+    "data.batch_size=8",
+    "data.train_samples=64",
+    "data.eval_samples=16",
+]
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> list[str]:
+    """Overrides that make a digit recipe tiny and keep its run in the test's folder."""
+    return [*QUICK, f"output={tmp_path / 'run'}"]
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(stderr=True, width=160)

@@ -1,0 +1,42 @@
+"""The paired measurement: its oracle does the same work, and its figures are ratios of what was timed."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from laconic import Trace
+from laconic.trainer.bench import _ratio, bench, sliced
+from tests.matrix import METHODS, compressed, dense, images, labels
+
+
+def test_the_oracle_sees_the_same_token_counts_without_a_router() -> None:
+    random = next(method for method in METHODS if method.name == "random")
+    model, trace = compressed("vit", random, 0.5, 0.6, attn_implementation="eager"), Trace()
+    with torch.no_grad(), FlopCounterMode(display=False) as ours:
+        model(pixel_values=images(1), trace=trace)
+    oracle = sliced(dense("vit", attn_implementation="eager"), trace.layer_tokens)
+    with torch.no_grad(), FlopCounterMode(display=False) as theirs:
+        oracle(pixel_values=images(1))
+    assert theirs.get_total_flops() == ours.get_total_flops()
+
+
+def test_a_bench_measures_every_arm_against_dense_and_its_own_oracle() -> None:
+    def loss(name: str, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(**batch, **({} if name == "dense" else {"trace": Trace()})).loss
+
+    batch = {"pixel_values": images(4), "labels": labels(4)}
+    arms = {"half": compressed("vit", METHODS[0], 0.5, 1.0), "tenth": compressed("vit", METHODS[0], 0.1, 1.0)}
+    measured = bench(dense("vit"), arms, batch, loss, rounds=3)  # type: ignore[arg-type]
+    assert set(measured.arms) == {"half", "tenth"}
+    assert measured.memory["tenth"] < measured.memory["half"] < measured.memory["dense"]
+    assert measured.memory_kind == "saved_for_backward"
+    assert measured.to_dict()["arms"]["half"]["claimed_of_oracle"] == measured.arms["half"].claimed_of_oracle
+
+
+def test_a_ratio_is_claimed_by_its_lower_bound() -> None:
+    exact = _ratio([2.0] * 40, [1.0] * 40)
+    assert (exact.median, exact.low, exact.high) == (2.0, 2.0, 2.0)
+    noisy = _ratio([2.0 + 0.1 * (i % 5) for i in range(40)], [1.0] * 40)
+    assert noisy.low <= noisy.median <= noisy.high
+    assert noisy.half_width > 0

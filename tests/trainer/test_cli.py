@@ -1,0 +1,101 @@
+"""The command line: exit codes, one JSON object, and messages without tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def _laconic(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "laconic", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_help_answers_in_under_a_second() -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = _laconic("--help")
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert all(verb in done.stdout for verb in ("recipes", "validate", "train", "evaluate", "export", "cost", "bench", "env"))
+    assert min(times) < 1
+    assert (
+        "torch"
+        not in subprocess.run([sys.executable, "-X", "importtime", "-m", "laconic", "--help"], capture_output=True, text=True, check=True)
+        .stderr.replace("torch.", "torch")
+        .split()
+    )
+
+
+def test_a_wrong_key_exits_2_with_one_message() -> None:
+    done = _laconic("validate", "vit_digits", "trainer.max_stps=3")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.strip().count("\n") == 0
+    assert "trainer.max_stps" in done.stderr
+    assert "max_steps" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "vit_digit"), "did you mean vit_digits"),
+        (("train", "vit_digits", "--resume", "none.ckpt"), "there is no such checkpoint"),
+        (("evaluate", "nowhere"), "nowhere is no folder"),
+        (("export", "nowhere", "--to", "x"), "nowhere is no folder"),
+        (("cost",), "give a recipe or --model"),
+        (("bench", "vit_digits_dense"), "there is nothing to compare"),
+    ],
+)
+def test_wrong_input_exits_2(arguments: tuple[str, ...], message: str) -> None:
+    done = _laconic(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_its_evaluation_export_and_cost_speak_json(tmp_path: Path, quick: list[str]) -> None:
+    run = str(tmp_path / "run")
+    done = _laconic("train", "vit_digits", *quick, "baselines=[]", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "report.json").read_text())
+    evaluated = json.loads(_laconic("evaluate", run, "--json").stdout)
+    assert evaluated["variants"]["compressed"]["keep"] == json.loads(done.stdout)["keep"]["achieved"]
+    exported = _laconic("export", run, "--to", str(tmp_path / "out"), "--json")
+    assert json.loads(exported.stdout)["format"] == "merged"
+    costs = [json.loads(_laconic(*call, "--json").stdout) for call in (("cost", "vit_digits", *quick), ("cost", "--model", run))]
+    assert costs[0] == costs[1]
+    assert costs[0]["macs"] == costs[0]["embed_macs"] + costs[0]["head_macs"] + sum(
+        row["macs"] + row["stage_macs"] for row in costs[0]["layers"]
+    )
+
+
+def test_recipes_env_validate_bench_and_dry_run_speak_json(tmp_path: Path, quick: list[str]) -> None:
+    assert "vit_digits" in json.loads(_laconic("recipes", "--json").stdout)
+    assert json.loads(_laconic("recipes", "vit_digits", "--json").stdout)["task"] == "image_classification"
+    copied = tmp_path / "mine.yaml"
+    assert _laconic("recipes", "vit_digits", "--copy", str(copied)).returncode == 0
+    assert set(json.loads(_laconic("validate", str(copied), *quick, "--json").stdout)) == {"mine", "vit_digits_dense", "vit_digits_random"}
+    assert json.loads(_laconic("env", "--json").stdout)["torch"]
+    measured = json.loads(_laconic("bench", "vit_digits", *quick, "--rounds", "2", "--json").stdout)
+    assert measured["rounds"] == 2
+    assert set(json.loads(_laconic("train", "vit_digits", *quick, "--dry-run", "--json").stdout)) >= {"vit_digits"}
+
+
+def test_a_failing_run_exits_1(tmp_path: Path, quick: list[str]) -> None:
+    done = _laconic("train", "vit_digits", *quick, "baselines=[]", "optimizer.lr=1e30", "trainer.max_steps=30", "trainer.clip=0")
+    assert done.returncode == 1
+    assert "not finite" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,113 @@
+"""Recipes: every shipped one runs; overlays, overrides, and how mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from transformers import ViTConfig, ViTForImageClassification
+
+from laconic.trainer.recipe_files import RecipeError, check, dump, load, shipped
+from laconic.trainer.run import train
+from laconic.trainer.validate import validate
+from tests.data.folders import image_folder
+
+
+def _overrides(name: str, tmp_path: Path, quick: list[str]) -> list[str]:
+    """What makes a shipped recipe small enough to run here, where no hub can be reached."""
+    if name != "vit_image_folder":
+        return [*quick, "baselines=[]"]
+    config = ViTConfig(hidden_size=16, num_hidden_layers=10, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    return [
+        f"model.name={tmp_path / 'vit'}",
+        f"data.data_dir={image_folder(tmp_path / 'images')}",
+        "data.batch_size=8",
+        "data.workers=0",
+        "trainer.max_epochs=null",
+        "trainer.max_steps=2",
+        "trainer.bench_rounds=0",
+        f"output={tmp_path / 'run'}",
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_shipped_recipe_is_valid_and_runs_two_steps(name: str, tmp_path: Path, quick: list[str], console: Console) -> None:
+    overrides = _overrides(name, tmp_path, quick)
+    loaded = load(name, overrides)
+    checked = validate(loaded.recipe)
+    report = train(loaded, overrides, console)
+    assert checked.steps == 2
+    assert report.macs_ratio == pytest.approx(checked.macs_ratio)
+    if loaded.recipe.compression is not None:
+        assert report.macs_ratio <= loaded.recipe.budget.target  # type: ignore[union-attr, operator]
+        for stage, keep in report.keep["requested"].items():
+            assert report.keep["achieved"][stage] == pytest.approx(keep, abs=0.05)  # type: ignore[arg-type]
+
+
+def test_an_override_and_an_overlay_reach_their_keys() -> None:
+    recipe = load("vit_digits_random", ["optimizer.lr=3e-3", "compression.stages.0.layer=2", "budget.target=0.6"]).recipe
+    assert recipe.optimizer.lr == 3e-3
+    assert recipe.compression is not None
+    assert (recipe.compression.stages[0].layer, recipe.compression.stages[0].part("scorer").name) == (2, "random")
+    assert recipe.baselines == []
+
+
+def test_the_dumped_recipe_is_the_recipe(tmp_path: Path) -> None:
+    recipe = load("vit_digits", ["seed=7"]).recipe
+    assert check(yaml.safe_load(dump(recipe)), "again") == recipe
+
+
+MISTAKES = [
+    (["trainer.max_stps=3"], r"trainer.max_stps is not a key; did you mean trainer.max_steps\?"),
+    (["trainr.max_steps=3"], r"trainr is not a key; did you mean trainer\?"),
+    (["budget.targt=0.3"], r"budget.targt is not a key; did you mean budget.target\?"),
+    (["budget.target=1.3"], r"budget.target = 1.3 must be in \(0, 1\]"),
+    (["budget.drop_rate=0.3"], r"Laconic counts what is left"),
+    (["trainer.max_steps=0"], r"trainer.max_steps = 0: input should be greater than or equal to 1"),
+    (["trainer.max_epochs=3"], r"give either trainer.max_steps or trainer.max_epochs"),
+    (["trainer.precision=fp16"], r"trainer.precision = 'fp16': input should be 'fp32' or 'bf16'"),
+    (["data.canvas.scrambld=3"], r"data.canvas.scrambld is not a key; did you mean data.canvas.scrambled\?"),
+    (["compression.stages.0.kep=0.3"], r"compression.stages\[\].kep is not a key: .*did you mean 'keep'\?"),
+    (["compression.stages.3.keep=0.3"], r"compression.stages is a list of 1, '3' is no index of it"),
+    (["compression.stages.0.keep=0.3"], r"budget.target has nothing to decide"),
+    (["budget=null"], r"stages before_0 have no keep and there is no budget"),
+    (["model.name=x"], r"give either model.name .* or model.config"),
+    (["seed"], r"override 'seed' must be key.path=value"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[item[0] for item, _ in MISTAKES])
+def test_a_mistake_names_the_key_and_the_cure(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load("vit_digits", overrides)
+
+
+def test_unknown_recipes_and_circles_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no recipe 'vit_digit': there are .*did you mean vit_digits\?"):
+        load("vit_digit")
+    with pytest.raises(RecipeError, match="does not exist"):
+        load(str(tmp_path / "none.yaml"))
+    (tmp_path / "a.yaml").write_text("base: b")
+    (tmp_path / "b.yaml").write_text("base: a")
+    with pytest.raises(RecipeError, match="leads back to itself: a → b → a"):
+        load(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["compression.stages.0.layer=9"], r"layer = 9 must be an integer from 0 to 5, the backbone has 6 layers"),
+        (["compression.stages.0.scorer=lerned"], r"did you mean 'learned'"),
+        (["budget.target=0.02"], r"budget.target = 0.02 cannot be met"),
+        (["data.canvas.size=40"], r"data.canvas.size = 40 with 1 channel does not fit model.config: image_size = 32"),
+        (["model.config.model_type=bert"], r"no backbone adapter for model_type 'bert'"),
+        (["model.config.hidden_sze=3"], r"hidden_sze"),
+        (["data.name=imagefolder", "data.data_dir=none"], r"data.name = 'imagefolder' cannot be opened"),
+    ],
+)
+def test_what_only_the_model_or_the_data_can_tell_is_told_by_validate(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate(load("vit_digits", overrides).recipe)

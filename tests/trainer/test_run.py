@@ -1,0 +1,204 @@
+"""Runs: what they write, that they resume exactly, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from safetensors.torch import load_file
+
+import laconic
+from laconic.data.images import BadRows
+from laconic.trainer.callbacks.guards import NanGuard, NotANumber
+from laconic.trainer.evaluate import evaluate, recipe_of
+from laconic.trainer.export.merged import export_merged
+from laconic.trainer.recipe_files import RecipeError, load
+from laconic.trainer.run import find_checkpoint, rehearse, train, train_arm
+from tests.data.folders import encoded, parquet
+
+REPORT = {
+    "recipe", "task", "quality", "keep", "macs_ratio", "mean_token_fraction", "step_time", "peak_memory", "baselines", "export", "versions", "seed",
+}  # fmt: skip
+
+
+def test_the_main_job_writes_its_folder_and_a_report_with_its_control_arms(tmp_path: Path, quick: list[str], console: Console) -> None:
+    overrides = [*quick, "trainer.bench_rounds=2"]
+    train(load("vit_digits", overrides), overrides, console)
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} >= {
+        "recipe.yaml",
+        "report.json",
+        "tensorboard",
+        "checkpoints",
+        "log.txt",
+        "kept_tokens.png",
+    }
+    report = json.loads((run / "report.json").read_text())
+    assert report.keys() >= REPORT
+    assert set(report["baselines"]) == {"dense", "random"}
+    assert report["quality"]["dense"] == report["baselines"]["dense"]["quality"]
+    assert report["step_time"].keys() >= {"dense", "compressed", "oracle", "speedup", "of_oracle"}
+    assert report["peak_memory"]["compressed"] < report["peak_memory"]["dense"]
+    assert report["baselines"]["random"]["step_seconds"] > 0
+    assert report["export"]["format"] is None
+    recipes = [(folder / "recipe.yaml").read_text() for folder in (run, run / "baselines" / "vit_digits_random")]
+    assert "seed: 0" in recipes[0]
+    assert "seed: 0" in recipes[1]
+
+
+def test_tensorboard_has_scalars_histograms_and_pictures(tmp_path: Path, quick: list[str], console: Console) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    overrides = [*quick, "baselines=[]", "budget.regularizer=ratio_mse"]
+    train(load("vit_digits", overrides), overrides, console)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    wanted = {
+        "train/loss",
+        "train/images_per_second",
+        "before_0/keep_requested",
+        "before_0/keep_achieved",
+        "before_0/keep_soft",
+        "budget/regularizer",
+    }
+    assert wanted <= set(tags["scalars"])
+    assert tags["histograms"] == ["before_0/scores"]
+    assert any(tag.startswith("kept_tokens") for tag in tags["images"])
+
+
+def test_arms_see_the_same_samples_and_the_same_first_weights(tmp_path: Path, quick: list[str], console: Console) -> None:
+    from laconic.trainer.build import build
+
+    parts = [build(load(name, [*quick, "baselines=[]"]).recipe) for name in ("vit_digits", "vit_digits_dense")]
+    dense = dict(parts[1].model.named_parameters())
+    assert all(torch.equal(value, dense[name]) for name, value in parts[0].model.named_parameters() if name in dense)
+    batches = [next(iter(item.data_module().train_dataloader())) for item in parts]
+    assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(tmp_path: Path, quick: list[str], console: Console, accumulate: int) -> None:
+    shared = [*quick, "baselines=[]", "trainer.max_steps=6", f"trainer.accumulate={accumulate}", "model.config.hidden_dropout_prob=0.1"]
+    shared = [item for item in shared if not item.startswith("output")]
+
+    def weights(folder: Path, *more: str, resume: str | None = None) -> dict[str, torch.Tensor]:
+        train_arm(load("vit_digits", [*shared, *more, f"output={folder}"]), "arm", folder, console, resume=resume)
+        return load_file(folder / "model" / "model.safetensors")
+
+    unbroken = weights(tmp_path / "whole")
+    weights(tmp_path / "broken", "trainer.checkpoint_every=4")
+    checkpoints = list((tmp_path / "broken" / "checkpoints").glob("*.ckpt"))
+    assert [path.name for path in checkpoints] == ["4.ckpt"]
+    resumed = weights(tmp_path / "broken", "trainer.checkpoint_every=4", resume="auto")
+    assert all(torch.equal(value, resumed[name]) for name, value in unbroken.items())
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path, "auto") is None
+    with pytest.raises(RecipeError, match="there is no such checkpoint"):
+        find_checkpoint(tmp_path, str(tmp_path / "none.ckpt"))
+
+
+def test_sigterm_saves_and_ends_with_143(tmp_path: Path, quick: list[str]) -> None:
+    overrides = [*quick, "baselines=[]", "trainer.max_steps=100000"]
+    command = [sys.executable, "-m", "laconic", "train", "vit_digits", *overrides]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 3/" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    deadline = time.time() + 60
+    rest = process.stdout.read()
+    assert process.wait(timeout=max(1, deadline - time.time())) == 143
+    assert (tmp_path / "run" / "checkpoints" / "stopped.ckpt").is_file()
+    assert "--resume auto" in rest
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([1.0, float("nan")])
+    guard: Callback = NanGuard()
+
+    class Trainer:
+        global_step = 7
+
+    with pytest.raises(NotANumber, match="not finite at step 7: lower optimizer.lr"):
+        guard.on_before_optimizer_step(Trainer(), None, torch.optim.SGD([weight], lr=0.1))  # type: ignore[arg-type]
+
+
+def test_bad_rows_stop_a_run_or_are_counted_in_its_report(tmp_path: Path, quick: list[str], console: Console) -> None:
+    images = [encoded(i) if i % 8 else b"broken" for i in range(64)]
+    path = parquet(tmp_path / "rows.parquet", images, [i % 3 for i in range(64)])
+    overrides = [
+        *quick,
+        "baselines=[]",
+        "data.name=parquet",
+        f"data.data_files={path}",
+        "model.config.num_channels=3",
+        "trainer.max_steps=6",
+    ]
+    with pytest.raises(BadRows, match="undecodable image"):
+        train(load("vit_digits", overrides), overrides, console)
+    lenient = [*overrides, "data.max_bad_fraction=0.5"]
+    report = train(load("vit_digits", lenient), lenient, console)
+    assert report.bad_rows is not None
+    assert "undecodable image (UnidentifiedImageError)" in report.bad_rows
+
+
+@pytest.mark.parametrize("setting", ["trainer.precision=bf16", "trainer.gradient_checkpointing=true", "data.workers=1"])
+def test_settings_that_change_how_a_step_is_computed_run(setting: str, tmp_path: Path, quick: list[str], console: Console) -> None:
+    overrides = [*quick, "baselines=[]", setting]
+    assert train(load("vit_digits", overrides), overrides, console).macs_ratio is not None
+
+
+def test_a_dry_run_keeps_nothing(tmp_path: Path, quick: list[str], console: Console) -> None:
+    result = rehearse(load("vit_digits", quick), quick, console)
+    assert set(result) == {"vit_digits", "vit_digits_dense", "vit_digits_random"}
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_answers_like_the_run_and_evaluate_reads_both(tmp_path: Path, quick: list[str], console: Console) -> None:
+    overrides = [*quick, "baselines=[]"]
+    train(load("vit_digits", overrides), overrides, console)
+    run, to = str(tmp_path / "run"), str(tmp_path / "export")
+    record = export_merged(run, to)
+    assert record["max_abs_logit_diff"] <= 1e-5
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["export"]["format"] == "merged"
+    assert {"config.json", "model.safetensors", "recipe.yaml", "export.json"} <= {path.name for path in Path(to).iterdir()}
+    assert not [path for path in Path(to).iterdir() if path.suffix in (".bin", ".pt", ".ckpt", ".pkl", ".partial")]
+    of_run, of_export = (evaluate(target, recipe_of(target, []), console)["variants"] for target in (run, to))
+    assert {name: item["accuracy"] for name, item in of_run.items()} == {name: item["accuracy"] for name, item in of_export.items()}
+    assert set(of_run) == {"compressed", "dense", "random", "uniform_grid", "patch_energy"}
+    with pytest.raises(RecipeError, match="not empty"):
+        export_merged(run, to)
+
+
+def test_damaged_exports_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from tests.matrix import METHODS, compressed, dense
+
+    compressed("vit", METHODS[0], 0.5, 0.6).save_pretrained(tmp_path / "good")
+    dense("vit").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="is a dense vit model: config.json has no 'compression'"):
+        laconic.from_pretrained(tmp_path / "dense")
+    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
+        laconic.from_pretrained(tmp_path)
+    weights = load_file(tmp_path / "good" / "model.safetensors")
+    lost = {name: value for name, value in weights.items() if "score.weight" not in name}
+    save_file(lost, tmp_path / "good" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="the weights do not fit the config: .*missing_keys.*score.weight"):
+        laconic.from_pretrained(tmp_path / "good")
