@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +16,8 @@ from torch.utils.data import Dataset
 AUGMENTATIONS = ("none", "flip", "crop_flip", "resized_crop_flip")
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be trained on.
+class BadRow(NamedTuple):
+    """A row that cannot be trained on. A tuple, since it travels in a batch, and Lightning rebuilds what batches hold.
 
     Attributes:
         index: row of the split.

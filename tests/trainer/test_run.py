@@ -148,6 +148,7 @@ def test_bad_rows_stop_a_run_or_are_counted_in_its_report(tmp_path: Path, quick:
         "data.name=parquet",
         f"data.data_files={path}",
         "model.config.num_channels=3",
+        "budget.target=0.7",
         "trainer.max_steps=6",
     ]
     with pytest.raises(BadRows, match="undecodable image"):
