@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .modules.budget import Budget
+    from .modules.budget import Budget, BudgetConfig
     from .modules.compress import compress, decompress, stages_of
     from .modules.config import CompressionConfig, StageConfig
     from .modules.loading import from_pretrained
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Budget": "modules.budget",
+    "BudgetConfig": "modules.budget",
     "CompressionConfig": "modules.config",
     "StageConfig": "modules.config",
     "Trace": "modules.state",
@@ -28,7 +29,18 @@ _HOMES = {
     "from_pretrained": "modules.loading",
     "stages_of": "modules.compress",
 }
-__all__ = ["Budget", "CompressionConfig", "StageConfig", "Trace", "__version__", "compress", "decompress", "from_pretrained", "stages_of"]
+__all__ = [
+    "Budget",
+    "BudgetConfig",
+    "CompressionConfig",
+    "StageConfig",
+    "Trace",
+    "__version__",
+    "compress",
+    "decompress",
+    "from_pretrained",
+    "stages_of",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from .bench import Bench
@@ -108,9 +109,21 @@ def with_bench(arm: Arm, name: str, bench: Bench | None) -> Arm:
 def table(arms: Mapping[str, Arm], metric: str, memory_kind: str | None) -> Table:
     """Arms side by side."""
     title = f"{metric} on held-out data, with training steps measured in pairs"
-    out = Table(title=title, title_justify="left")
-    for column in ("arm", metric, "keep requested", "keep achieved", "macs_ratio", "train step", "speed-up", "of oracle", "memory a step"):
-        out.add_column(column, justify="left" if column == "arm" else "right")
+    # Narrow enough for a terminal of 80 columns.
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    headers = (
+        "arm",
+        metric,
+        "keep\nrequested",
+        "keep\nachieved",
+        "macs_\nratio",
+        "train\nstep",
+        "speed\n-up",
+        "of\noracle",
+        "memory\na step",
+    )
+    for header in headers:
+        out.add_column(header, justify="left" if header == "arm" else "right", no_wrap=True)
     for name, arm in arms.items():
         requested, achieved = (" ".join(f"{value:.3f}" for value in arm.keep[kind].values()) or "–" for kind in ("requested", "achieved"))
         out.add_row(

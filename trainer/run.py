@@ -27,7 +27,7 @@ from ..modules.state import Trace
 from .bench import Bench, bench
 from .build import Parts, build
 from .callbacks.guards import NanGuard, RandomState
-from .callbacks.progress import StepLine
+from .callbacks.progress import RunLog, StepLine
 from .callbacks.stop import StopOnSigterm
 from .callbacks.tensorboard import RoutingPictures
 from .pictures import overlays, save_kept_tokens
@@ -144,12 +144,12 @@ def train_arm(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(dump(recipe))
     with (folder / "log.txt").open("a" if checkpoint else "w") as log:
-        both = _Tee(console, Console(file=log, width=160))
+        both = RunLog(console, log)
         _describe(parts, name, both)
         module = ImageClassification(
             parts.model, recipe.optimizer, parts.total_steps, parts.budget, recipe.seed, recipe.data.max_bad_fraction
         )
-        line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name)  # type: ignore[arg-type]
+        line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name)
         stop = StopOnSigterm(folder / "checkpoints" / "stopped.ckpt")
         trainer = lightning_trainer(recipe, folder, parts.total_steps, [line, stop, NanGuard(), RandomState()])
         data_module = parts.data_module()
@@ -162,7 +162,7 @@ def train_arm(
             raise Stopped(f"stopped by SIGTERM at step {trainer.global_step}; go on with: laconic train {loaded.name} --resume auto")
         trainer.test(module, datamodule=data_module, verbose=False)
         if module.bad_rows.reasons:
-            both.print(f"bad rows: {module.bad_rows.summary()}")
+            both.line(f"bad rows: {module.bad_rows.summary()}")
     save_model(parts.model, folder / "model")
     return Trained(parts, module, _arm(loaded.name, parts, module, line.train_seconds))
 
@@ -229,31 +229,14 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
-class _Tee:
-    """Prints to two consoles; what else is asked of a console is the first one's."""
-
-    def __init__(self, first: Console, second: Console) -> None:
-        self._first, self._second = first, second
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        self._first.print(*args, **kwargs)
-        self._second.print(*args, **kwargs)
-        self._second.file.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._first, name)
-
-
-def _describe(parts: Parts, name: str, console: Any) -> None:
+def _describe(parts: Parts, name: str, log: RunLog) -> None:
     recipe, cost = parts.recipe, parts.cost()
     total = sum(parameter.numel() for parameter in parts.model.parameters())
     routers = sum(parameter.numel() for _, stage in stages_of(parts.model).values() for parameter in stage.parameters())
-    console.print(
+    log.line(
         f"{name}: {parts.model.config.model_type} with {total:,} parameters, {routers:,} of them in stages; "
         f"{parts.total_steps:,} steps of {recipe.data.batch_size * recipe.trainer.accumulate} images; "
-        f"macs_ratio {cost.macs_ratio:.3f}, tokens by layer {' '.join(str(tokens.attention) for tokens in cost.layers)}",
-        highlight=False,
-        soft_wrap=True,
+        f"macs_ratio {cost.macs_ratio:.3f}, tokens by layer {' '.join(str(tokens.attention) for tokens in cost.layers)}"
     )
 
 

@@ -5,9 +5,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
 
-from laconic import Budget, CompressionConfig, StageConfig, compress
+from laconic import Budget, BudgetConfig, CompressionConfig, StageConfig, compress
 from laconic.data.scattered_digits import ScatteredDigits
-from laconic.modules.budget import BudgetConfig
 from laconic.trainer.optimization import parameter_groups
 
 STEPS = 20

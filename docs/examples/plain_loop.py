@@ -3,9 +3,8 @@
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from laconic import Budget, CompressionConfig, StageConfig, compress
+from laconic import Budget, BudgetConfig, CompressionConfig, StageConfig, compress
 from laconic.data.scattered_digits import ScatteredDigits
-from laconic.modules.budget import BudgetConfig
 from laconic.trainer.optimization import parameter_groups
 
 STEPS, BATCH = 20, 32
@@ -39,7 +38,7 @@ def main(steps: int = STEPS) -> float:
         loss.backward()
         optimizer.step()
     kept = trace.routings["before_0"]
-    print(f"loss {float(loss):.3f}, keep requested {kept.requested:.3f}, achieved {kept.achieved:.3f}")
+    print(f"loss {loss.item():.3f}, keep requested {kept.requested:.3f}, achieved {kept.achieved:.3f}")
     return kept.achieved
 
 

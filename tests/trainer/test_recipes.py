@@ -44,7 +44,8 @@ def test_every_shipped_recipe_is_valid_and_runs_two_steps(name: str, tmp_path: P
     if loaded.recipe.compression is not None:
         assert report.macs_ratio <= loaded.recipe.budget.target  # type: ignore[union-attr, operator]
         for stage, keep in report.keep["requested"].items():
-            assert report.keep["achieved"][stage] == pytest.approx(keep, abs=0.05)  # type: ignore[arg-type]
+            # Half a token of the few that such small images have.
+            assert report.keep["achieved"][stage] == pytest.approx(keep, abs=0.5 / 7)  # type: ignore[arg-type]
 
 
 def test_an_override_and_an_overlay_reach_their_keys() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, TextIO
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -31,18 +31,35 @@ class Throughput:
         return rate
 
 
+class RunLog:
+    """Writes lines to the console and to the run's ``log.txt``.
+
+    Args:
+        console: where people look.
+        file: the open log.
+    """
+
+    def __init__(self, console: Console, file: TextIO) -> None:
+        self.console, self.file = console, file
+
+    def line(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.file.write(text + "\n")
+        self.file.flush()
+
+
 class StepLine(Callback):
     """Writes step, loss, achieved keep, images/s and time left, and the same as scalars.
 
     Args:
-        console: where lines and the bar go; stderr, so that stdout stays machine-readable.
+        log: where lines go; the bar goes to its console.
         total_steps: optimizer steps of the run.
         every: steps between lines.
         title: name of the arm.
     """
 
-    def __init__(self, console: Console, total_steps: int, every: int, title: str) -> None:
-        self.console, self.total_steps, self.every, self.title = console, total_steps, every, title
+    def __init__(self, log: RunLog, total_steps: int, every: int, title: str) -> None:
+        self.lines, self.total_steps, self.every, self.title = log, total_steps, every, title
         self.throughput = Throughput()
         self.train_seconds = 0.0
         self._bar: Progress | None = None
@@ -51,9 +68,9 @@ class StepLine(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self._began, self._first_step = time.perf_counter(), trainer.global_step
-        if self.console.is_terminal and trainer.is_global_zero:
+        if self.lines.console.is_terminal and trainer.is_global_zero:
             columns = TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar = Progress(*columns, console=self.lines.console, transient=True)
             self._bar.add_task(self.title, total=self.total_steps, completed=trainer.global_step)
             self._bar.start()
 
@@ -92,16 +109,14 @@ class StepLine(Callback):
         left = (time.perf_counter() - self._began) / done * (self.total_steps - step)
         keep = f"  keep {' '.join(keeps)}" if keeps else ""
         if trainer.is_global_zero:
-            self.console.print(
-                f"{self.title}  step {step}/{self.total_steps}  loss {loss:.3f}{keep}  {rate:,.0f} images/s  {_clock(left)} left",
-                highlight=False,
-                soft_wrap=True,
+            self.lines.line(
+                f"{self.title}  step {step}/{self.total_steps}  loss {loss:.3f}{keep}  {rate:,.0f} images/s  {_clock(left)} left"
             )
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         accuracy = trainer.callback_metrics.get("val/accuracy")
         if accuracy is not None and not trainer.sanity_checking and trainer.is_global_zero:
-            self.console.print(f"{self.title}  step {trainer.global_step}  validation accuracy {float(accuracy):.4f}", highlight=False)
+            self.lines.line(f"{self.title}  step {trainer.global_step}  validation accuracy {float(accuracy):.4f}")
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if self._bar is not None:
