@@ -94,7 +94,9 @@ class TrainerRecipe(Block):
     compile: bool = Field(False, description="torch.compile the model")
     log_every: Count = Field(10, description="steps between log lines and scalars")
     validate_every: Count | None = Field(None, description="steps between validations; none validates at the end only")
-    checkpoint_every: Count | None = Field(None, description="steps between checkpoints; one is always written at the end")
+    checkpoint_every: Count | None = Field(
+        None, description="steps between checkpoints; none writes one at the end. The final weights are in model/ in any case"
+    )
     pictures: Annotated[int, Field(ge=0)] = Field(8, description="images whose kept tokens are drawn at each validation")
     bench_rounds: Annotated[int, Field(ge=0)] = Field(40, description="paired rounds of the closing speed measurement; 0 leaves it out")
 

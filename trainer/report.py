@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from .bench import Bench
@@ -110,7 +109,7 @@ def table(arms: Mapping[str, Arm], metric: str, memory_kind: str | None) -> Tabl
     """Arms side by side."""
     title = f"{metric} on held-out data, with training steps measured in pairs"
     # Narrow enough for a terminal of 80 columns.
-    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    out = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
     headers = (
         "arm",
         metric,

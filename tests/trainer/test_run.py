@@ -159,7 +159,16 @@ def test_bad_rows_stop_a_run_or_are_counted_in_its_report(tmp_path: Path, quick:
     assert "undecodable image (UnidentifiedImageError)" in report.bad_rows
 
 
-@pytest.mark.parametrize("setting", ["trainer.precision=bf16", "trainer.gradient_checkpointing=true", "data.workers=1"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "trainer.precision=bf16",
+        "trainer.gradient_checkpointing=true",
+        "trainer.validate_every=1",
+        "data.workers=1",
+        "model.config.model_type=deit",
+    ],
+)
 def test_settings_that_change_how_a_step_is_computed_run(setting: str, tmp_path: Path, quick: list[str], console: Console) -> None:
     overrides = [*quick, "baselines=[]", setting]
     assert train(load("vit_digits", overrides), overrides, console).macs_ratio is not None
