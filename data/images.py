@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -37,13 +37,15 @@ class BadRowCount:
     """Counts bad rows by reason and stops the run past a fraction.
 
     Attributes:
-        allowed: fraction of the rows seen that may be bad.
+        allowed: fraction of the rows that may be bad, of those seen or of ``expected``, whichever are more.
+        expected: rows that are still to come, so that one early bad row is not taken for a high share.
         seen: rows seen.
         reasons: bad rows by reason.
         first: index of the first row of each reason.
     """
 
     allowed: float
+    expected: int = 0
     seen: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
@@ -54,7 +56,7 @@ class BadRowCount:
         for row in bad:
             self.reasons[row.reason] = self.reasons.get(row.reason, 0) + 1
             self.first.setdefault(row.reason, row.index)
-        if sum(self.reasons.values()) > self.allowed * self.seen:
+        if sum(self.reasons.values()) > self.allowed * max(self.seen, self.expected):
             raise BadRows(
                 f"bad rows in the data: {self.summary()}; fix them, or allow a share with data.max_bad_fraction (now {self.allowed})"
             )
@@ -144,12 +146,12 @@ class ImageRows(Dataset[dict[str, Any]]):
         row = index % len(self.rows)
         if row in self.bad_labels:
             return {"bad": BadRow(row, self.bad_labels[row])}
-        try:
-            image = _decode(self.rows[row][self.image_column])
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            return {"bad": BadRow(row, f"undecodable image ({type(error).__name__})")}
         draws = None if self.seed is None else np.random.Generator(np.random.Philox(key=[self.seed, index]))
-        pixels = self.transform(image, draws)
+        try:
+            pixels = self.transform(_decode(self.rows[row][self.image_column]), draws)
+        except Exception as error:
+            # Decoders fail in many ways; whichever it is, the row is counted and named.
+            return {"bad": BadRow(row, f"undecodable image ({type(error).__name__})")}
         return {"pixel_values": pixels, "labels": torch.tensor(int(self.labels[row])), "sample_ids": torch.tensor(index)}
 
 
@@ -160,6 +162,11 @@ def _decode(value: Any) -> Image.Image:
         raise ValueError("empty image")
     image = Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"])
     image.load()
+    if image.mode.startswith("I;16"):
+        # PIL would cut 16-bit grey off at 255 instead of scaling it.
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"unsupported mode {image.mode}")
     return image
 
 

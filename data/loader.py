@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+# What the order of a run's rows depends on.
+_ORDER = ("length", "batch_size", "world_size", "seed")
+
 
 class StepBatches(Sampler[list[int]]):
     """Batches of a whole run, a function of (seed, step): every epoch is a permutation of its own.
@@ -68,11 +71,11 @@ class ResumableLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, int]:
         """Batches taken so far, and what the order depends on."""
-        return {"taken": self._taken, "batch_size": self._batches.batch_size, "world_size": self._batches.world_size}
+        return {"taken": self._taken} | {name: getattr(self._batches, name) for name in _ORDER}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on after the batches taken. Raises ValueError when the order would be another one."""
-        for name in ("batch_size", "world_size"):
+        for name in _ORDER:
             now = getattr(self._batches, name)
             if state[name] != now:
                 raise ValueError(f"cannot resume: the checkpoint was trained with {name} = {state[name]}, now it is {now}")

@@ -131,7 +131,8 @@ class Generated:
     """Lets pickle (spawned workers, ``copy``, ``torch.save`` of a model) rebuild a class that no module has by name."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (base_class(type(self)),), self.__dict__
+        # Without what torch.compile leaves on a module, which is bound to the original.
+        return _empty, (base_class(type(self)),), self.__getstate__()
 
 
 class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]

@@ -61,8 +61,8 @@ class PartConfig:
             return value
         if isinstance(value, str):
             return PartConfig(value)
-        if "name" not in value:
-            raise ValueError(f"a part is a name or a mapping with 'name' and its options, not {dict(value)!r}")
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise ValueError(f"a part is a name or a mapping with 'name' and its options, not {value!r}")
         if isinstance(value.get("options"), Mapping) and set(value) == {"name", "options"}:
             return PartConfig(value["name"], dict(value["options"]))
         return PartConfig(value["name"], {key: item for key, item in value.items() if key != "name"})
@@ -79,7 +79,10 @@ class PartConfig:
         """
         cls = parts.find(f"{_PACKAGE}.{kind}s", self.name, _KINDS[kind])
         parts.check_options(cls, kind, self.name, dict(self.options), _GIVEN[kind])
-        return cls(*given, **self.options)
+        try:
+            return cls(*given, **self.options)
+        except TypeError as error:
+            raise ValueError(f"{kind} {self.name!r}: an option is of the wrong type: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class StageConfig:
         scorer: gives every token a score.
         selector: turns scores into a decision.
         merger: what becomes of the tokens left out.
-        estimator: how a gradient reaches a trained scorer in training.
+        estimator: how a gradient reaches a trained scorer in training; None takes the one that the scorer is made for.
         count: rule from ``keep`` to a number of tokens, a key of ``COUNT_RULES``.
         name: name in logs and reports; None makes one of site and layer.
     """
@@ -104,15 +107,18 @@ class StageConfig:
     scorer: PartConfig | str | Mapping[str, Any] = PartConfig("learned")
     selector: PartConfig | str | Mapping[str, Any] = PartConfig("top_k")
     merger: PartConfig | str | Mapping[str, Any] = PartConfig("drop")
-    estimator: PartConfig | str | Mapping[str, Any] = PartConfig("straight_through")
+    estimator: PartConfig | str | Mapping[str, Any] | None = None
     count: str = "round"
     name: str | None = None
 
     def __post_init__(self) -> None:
         for kind in _KINDS:
-            object.__setattr__(self, kind, PartConfig.of(getattr(self, kind)))
+            if getattr(self, kind) is not None:
+                object.__setattr__(self, kind, PartConfig.of(getattr(self, kind)))
         if self.keep is not None and (isinstance(self.keep, bool) or not isinstance(self.keep, int | float)):
             raise ValueError(f"compression.stages[].keep = {self.keep!r} must be a number in (0, 1]")
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int):
+            raise ValueError(f"compression.stages[].layer = {self.layer!r} must be an integer, the number of a layer from 0")
         if self.name is None:
             object.__setattr__(self, "name", f"{self.site}_{self.layer}")
 
@@ -138,6 +144,8 @@ class CompressionConfig:
     stages: tuple[StageConfig, ...]
 
     def __init__(self, stages: Iterable[StageConfig | Mapping[str, Any]]) -> None:
+        if not isinstance(stages, Iterable) or isinstance(stages, str | Mapping):
+            raise ValueError(f"compression.stages must be a list of stages, not {stages!r}")
         made = [stage if isinstance(stage, StageConfig) else stage_from_dict(stage) for stage in stages]
         object.__setattr__(self, "stages", tuple(sorted(made, key=lambda stage: stage.layer)))
 
@@ -169,7 +177,7 @@ class CompressionConfig:
             where = f"stage {stage.key!r}"
             if stage.site not in sites:
                 raise ValueError(f"{where}: site = {stage.site!r} is not offered by this backbone: it has {', '.join(sites)}")
-            if isinstance(stage.layer, bool) or not isinstance(stage.layer, int) or not 0 <= stage.layer < layers:
+            if not 0 <= stage.layer < layers:
                 raise ValueError(
                     f"{where}: layer = {stage.layer!r} must be an integer from 0 to {layers - 1}, the backbone has {layers} layers"
                 )
@@ -189,6 +197,8 @@ class CompressionConfig:
 
 def stage_from_dict(data: Mapping[str, Any]) -> StageConfig:
     """A stage from plain data. Raises ValueError for an unknown key, or one that means the removed fraction."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"compression.stages[] must be keys and values with 'layer', not {data!r}")
     _check_keys(data, [item.name for item in fields(StageConfig)], "compression.stages[]")
     if "layer" not in data:
         raise ValueError("compression.stages[].layer is missing: which layer does the stage belong to, from 0")

@@ -68,8 +68,8 @@ def _dynamicvit(present: int | Tensor, keep: float, stage: StageCount) -> int | 
     """int(n0 * keep^(stage + 1)), counted from the tokens before the first stage (DynamicViT, arXiv 2106.02034)."""
     fraction = keep ** (stage.index + 1)
     if isinstance(stage.original, Tensor):
-        return torch.floor(stage.original.double() * fraction + 1e-9).long().clamp(min=1)
-    return max(1, math.floor(stage.original * fraction + 1e-9))
+        return torch.minimum(torch.floor(stage.original.double() * fraction + 1e-9).long().clamp(min=1), torch.as_tensor(present))
+    return min(int(present), max(1, math.floor(stage.original * fraction + 1e-9)))
 
 
 def _evit(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:

@@ -36,7 +36,8 @@ def uniform(seed: int, step: int | Tensor, sample_ids: Tensor, stage: int, posit
     key = _mix(start ^ (torch.as_tensor(step, device=position.device) & _MASK))
     key = _mix(key ^ (sample_ids & _MASK))
     bits = _mix(_mix(key[:, None] ^ (position & _MASK)) ^ key[:, None])
-    return ((bits >> 8).float() + 0.5) / (1 << 24)
+    # 23 bits and a half: with 24 the largest draw would round to 1.
+    return ((bits >> 9).float() + 0.5) / (1 << 23)
 
 
 def gumbel(draws: Tensor) -> Tensor:

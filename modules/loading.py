@@ -30,7 +30,8 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json: give the folder of an export, or export the run first (laconic export)")
     config = AutoConfig.from_pretrained(
-        folder, **{key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir")}
+        folder,
+        **{key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir", "subfolder", "local_files_only")},
     )
     if getattr(config, "compression", None) is None:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .backbones.base import Backbone
-from .config import StageConfig
+from .config import PartConfig, StageConfig
 from .counting import COUNT_RULES, BackboneShape, StageCount
 from .draws import gumbel, uniform
 from .estimators.base import Estimate, Estimator
@@ -40,10 +40,25 @@ class Stage(nn.Module):
             self.scorer: Scorer = config.part("scorer").build("scorer", spec)
             self.selector: Selector = config.part("selector").build("selector")
             self.merger: Merger = config.part("merger").build("merger")
-            estimator = config.part("estimator").build("estimator")
+            self.estimator: Estimator | None = self._build_estimator()
         except ValueError as error:
             raise ValueError(f"stage {config.key!r}: {error}") from None
-        self.estimator: Estimator | None = estimator if self.scorer.trained else None
+
+    def _build_estimator(self) -> Estimator | None:
+        """The config's estimator, or the one that the scorer is made for; none for a scorer that is not trained."""
+        given = self.config.estimator
+        if self.scorer.estimator is None:
+            if given is not None:
+                raise ValueError(f"scorer {self.config.part('scorer').name!r} is not trained: leave estimator out")
+            return None
+        part = PartConfig(self.scorer.estimator) if given is None else self.config.part("estimator")
+        estimator: Estimator = part.build("estimator")
+        if estimator.needs_answers != self.scorer.answers_task:
+            raise ValueError(
+                f"estimator {part.name!r} cannot train scorer {self.config.part('scorer').name!r}: "
+                f"leave estimator out, or take {self.scorer.estimator!r}"
+            )
+        return estimator
 
     def keep(self, trace: Trace) -> float:
         """Requested keep: what the trace asks for, else the stage's own."""
@@ -71,13 +86,14 @@ class Stage(nn.Module):
         trace.routings[self.config.key] = Routing(
             stage=self.config.key,
             scores=scored.scores,
-            soft=scored.scores.sigmoid() if self.scorer.trained else None,
+            soft=scored.scores.sigmoid() if self.scorer.probabilities else None,
             routable=state.routable,
             decision=decision,
             state=state,
             requested=keep,
             present=present,
-            kept=kept,
+            # Counted on what the merger made, not taken from the rule.
+            kept=merged.state.present,
             lookahead=self.scorer.lookahead or self.selector.lookahead,
             auxiliary_loss=estimate.loss,
         )
@@ -91,7 +107,7 @@ class Stage(nn.Module):
         return kept - self.merger.extra if kept < present else kept
 
     def _noise(self, state: TokenState, trace: Trace) -> Tensor | None:
-        if not self.scorer.trained or (isinstance(trace.noise, float) and trace.noise == 0):
+        if self.estimator is None or (isinstance(trace.noise, float) and trace.noise == 0):
             return None
         rows = trace.rows_identity(state.rows, state.position.device)
         return gumbel(uniform(trace.seed, trace.step, rows, self.index + _NOISE, state.position)) * trace.noise

@@ -210,6 +210,8 @@ def _timed(step: Callable[[], None], device: torch.device) -> float:
 def _memory(step: Callable[[], None], model: nn.Module, device: torch.device) -> int:
     if device.type == "cuda":
         step()
+        # The step frees the last gradients first: they are not part of what stood before it.
+        model.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()

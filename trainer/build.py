@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning
+import torch
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 
 from ..data.hub import Source
@@ -95,6 +96,8 @@ def model_config(recipe: ModelRecipe) -> PretrainedConfig:
     if getattr(config, "compression", None) is not None:
         raise ValueError(f"model.name = {recipe.name!r} is compressed already: start from the dense model")
     backbone_for(config.model_type, _class_name(config.model_type))
+    # The plain classifier, also where the checkpoint has another head (distilled DeiT's second one takes no labels).
+    config.architectures = [_class_name(config.model_type)]
     return config
 
 
@@ -123,7 +126,13 @@ def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: ImageData) 
     if recipe.config is not None:
         return AutoModelForImageClassification.from_config(config, attn_implementation=recipe.attention)
     return AutoModelForImageClassification.from_pretrained(
-        recipe.name, revision=recipe.revision, config=config, attn_implementation=recipe.attention, ignore_mismatched_sizes=True
+        recipe.name,
+        revision=recipe.revision,
+        config=config,
+        attn_implementation=recipe.attention,
+        ignore_mismatched_sizes=True,
+        # Whatever the checkpoint was saved in: trainer.precision decides what is computed in bf16.
+        dtype=torch.float32,
     )
 
 
@@ -137,6 +146,8 @@ def open_data(recipe: DataRecipe, config: Any, seed: int) -> ImageData:
                 f"data.canvas.size = {recipe.canvas.size} with 1 channel does not fit model.config: image_size = {size}, num_channels = {channels}"
             )
         return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed)
+    if recipe.name == "imagefolder" and recipe.data_dir is None and recipe.data_files is None:
+        raise ValueError("data.name = 'imagefolder' needs data.data_dir: the folder with one sub-folder of images a class")
     transform = ImageTransform(size, channels, _per_channel(recipe.mean, channels), _per_channel(recipe.std, channels), recipe.augmentation)
     source = Source(
         recipe.name, recipe.data_dir, recipe.data_files, recipe.config, recipe.revision, recipe.image_column, recipe.label_column
@@ -168,6 +179,4 @@ def total_steps(recipe: Recipe, data: ImageData) -> int:
         return trainer.max_steps
     assert trainer.max_epochs is not None
     rows = len(data.train)  # type: ignore[arg-type]
-    return max(
-        1, math.floor(trainer.max_epochs * rows / (recipe.data.batch_size * trainer.accumulate * trainer.devices * trainer.num_nodes))
-    )
+    return max(1, math.floor(trainer.max_epochs * rows / (recipe.data.batch_size * trainer.accumulate)))

@@ -36,13 +36,13 @@ class Evaluated:
         accuracy: on the held-out split.
         keep: achieved keep by stage.
         macs_ratio: of the forward.
-        latency: median seconds of a forward of one batch.
+        latency: median seconds of a forward of one whole batch; None where there was none.
     """
 
     accuracy: float
     keep: Mapping[str, float]
     macs_ratio: float
-    latency: float
+    latency: float | None
 
 
 def model_folder(target: str) -> tuple[Path, Path]:
@@ -98,7 +98,7 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
 
 def _with_scorer(model: PreTrainedModel, scorer: str) -> PreTrainedModel:
     stages = model.config.compression["stages"]
-    swapped = CompressionConfig(stage_from_dict({**stage, "scorer": scorer}) for stage in stages)
+    swapped = CompressionConfig(stage_from_dict({**stage, "scorer": scorer, "estimator": None}) for stage in stages)
     return compress(decompress(copy.deepcopy(model)), swapped)
 
 
@@ -108,6 +108,8 @@ def _evaluate(model: PreTrainedModel, loader: DataLoader[Any], recipe: Recipe, d
     compressed = bool(stages_of(model))
     for batch in loader:
         bad.add(batch["rows"], batch["bad"])
+        if "labels" not in batch:
+            continue
         pixels, labels = batch["pixel_values"].to(device), batch["labels"].to(device)
         trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"].to(device))
         start = time.perf_counter()
@@ -124,7 +126,7 @@ def _evaluate(model: PreTrainedModel, loader: DataLoader[Any], recipe: Recipe, d
         accuracy=correct / max(1, seen),
         keep={name: kept / max(1, present) for name, (kept, present) in counts.items()},
         macs_ratio=CostModel(model)().macs_ratio,
-        latency=statistics.median(seconds) if seconds else float("nan"),
+        latency=statistics.median(seconds) if seconds else None,
     )
 
 

@@ -6,38 +6,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..modules.state import Trace
 
 
-def kept_pixels(trace: Trace, stage: str | None = None) -> Tensor:
-    """(B, height, width) bool: pixels whose token is left after a stage (None: after the last).
+def kept_pixels(trace: Trace) -> Tensor:
+    """(B, height, width) bool: pixels whose token is left, by itself, after the last stage.
 
     Args:
-        trace: of an evaluation forward with images.
-        stage: name of the stage.
+        trace: of a forward with images.
     """
     assert trace.pixel_values is not None
     assert trace.grid is not None
-    assert trace.state is not None
-    routing = trace.routings[stage] if stage is not None else list(trace.routings.values())[-1]
-    rows, originals = routing.state.source.shape
-    kept = torch.zeros(rows, originals, dtype=torch.bool, device=routing.scores.device)
-    kept.scatter_(1, routing.state.position, routing.kept_mask)
-    patches = kept[:, routing.state.protected_per_row :].view(rows, *trace.grid)
-    height, width = trace.pixel_values.shape[-2:]
-    return patches.repeat_interleave(height // trace.grid[0], 1).repeat_interleave(width // trace.grid[1], 2)
+    state = trace.state
+    assert state is not None
+    # A token that was fused with others is gone as far as a picture can tell.
+    alone = (state.source >= 0) & (state.size.gather(1, state.source.clamp(min=0)) == 1)
+    patches = alone[:, state.protected_per_row :].view(-1, *trace.grid)
+    down, across = (side // cells for side, cells in zip(trace.pixel_values.shape[-2:], trace.grid, strict=True))
+    return patches.repeat_interleave(down, 1).repeat_interleave(across, 2)
 
 
 def overlays(trace: Trace, number: int) -> np.ndarray:
     """(number, height, width, 3) uint8: images with dropped patches darkened and tinted blue."""
     assert trace.pixel_values is not None
-    image = trace.pixel_values[:number].float().cpu()
+    kept = kept_pixels(trace)[:number, :, :, None].cpu().numpy()
+    image = trace.pixel_values[:number, :, : kept.shape[1], : kept.shape[2]].float().cpu()
     low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
     image = ((image - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-    kept = kept_pixels(trace)[:number, :, :, None].cpu().numpy()
     dropped = 0.3 * image + np.array([0.05, 0.08, 0.25])
     return (np.where(kept, image, dropped).clip(0, 1) * 255).astype(np.uint8)
 

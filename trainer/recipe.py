@@ -84,9 +84,6 @@ class TrainerRecipe(Block):
 
     max_steps: Count | None = Field(None, description="optimizer steps; give this or max_epochs")
     max_epochs: Count | None = Field(None, description="passes over the training rows")
-    strategy: Literal["auto", "plain"] = Field("auto", description="auto = plain on one process")
-    devices: Count = Field(1, description="processes on this machine")
-    num_nodes: Count = Field(1, description="machines")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 keeps weights in fp32 and computes in bf16")
     accumulate: Count = Field(1, description="batches per optimizer step")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest norm of the gradient; 0 does not clip")

@@ -26,7 +26,7 @@ class Arm:
         recipe: its name.
         quality: on the split that the run reports on.
         keep: ``requested`` and ``achieved`` by stage.
-        macs_ratio: of the forward that was run.
+        macs_ratio: from the token counts of the trained model.
         mean_token_fraction: likewise.
         train_seconds: spent in training steps.
         step_seconds: median of the paired measurement; None without one.
@@ -62,7 +62,7 @@ class Report:
     baselines: Mapping[str, Any]
     seed: int
     train_seconds: float | None = None
-    export: Mapping[str, Any] = field(default_factory=lambda: {"format": None, "max_abs_logit_diff": None})
+    export: Mapping[str, Any] = field(default_factory=lambda: {"format": None, "dtype": None, "max_abs_logit_diff": None})
     bad_rows: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 

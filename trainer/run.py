@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
@@ -61,15 +62,34 @@ def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> list[Loade
     """The control arms, with the same overrides wherever they apply: a dense arm has no compression to override."""
     arms = []
     for name in loaded.recipe.baselines:
-        plain = load(name)
-        shared = [item for item in overrides if not item.startswith(("baselines", "output"))]
-        if plain.recipe.compression is None:
-            shared = [item for item in shared if not item.startswith(("compression", "budget"))]
-        arm = load(name, shared)
-        if arm.recipe.data != loaded.recipe.data or arm.recipe.seed != loaded.recipe.seed:
-            raise RecipeError(f"baseline {name}: its data or seed differ from {loaded.name}'s, so it would not train on the same samples")
+        dense = load(name).recipe.compression is None
+        arm = load(name, [item for item in overrides if _shared(item, dense)])
+        for key in ("task", "seed", "model", "data"):
+            _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
+        for key in ("max_steps", "max_epochs", "accumulate", "precision"):
+            _require_equal(loaded, arm, f"trainer.{key}", getattr(loaded.recipe.trainer, key), getattr(arm.recipe.trainer, key))
         arms.append(arm)
     return arms
+
+
+def _shared(override: str, dense: bool) -> bool:
+    """Whether an override of the main recipe goes for its control arms: not what makes an arm that arm."""
+    path = override.partition("=")[0]
+    if path.split(".")[0] in ("baselines", "output"):
+        return False
+    if dense:
+        return not path.startswith(("compression", "budget"))
+    if path in ("compression", "compression.stages"):
+        raise RecipeError(f"{path} as a whole cannot be overridden for control arms too: override single keys, or set baselines=[]")
+    return not (path.startswith("compression.stages.") and path.split(".")[3:4] in (["scorer"], ["estimator"]))
+
+
+def _require_equal(main: LoadedRecipe, arm: LoadedRecipe, key: str, wanted: Any, given: Any) -> None:
+    if wanted != given:
+        raise RecipeError(
+            f"baseline {arm.name}: its {key} differs from that of {main.name}, so the two could not be compared; "
+            f"make them equal (an overlay with 'base: {main.name}' does), or set baselines=[]"
+        )
 
 
 def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None = None) -> Report:
@@ -90,7 +110,9 @@ def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resu
     data: ImageData | None = None
     for arm in [*baselines, loaded]:
         main = arm is loaded
-        name = _arm_name(arm, loaded, main)
+        name = _arm_name(arm)
+        if name in arms or (not main and name == _arm_name(loaded)):
+            name = arm.name
         where = folder if main else folder / "baselines" / arm.name
         arms[name] = train_arm(arm, name, where, console, data, resume if main else ("auto" if resume else None))
         data = arms[name].parts.data
@@ -112,25 +134,26 @@ def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -
     result: dict[str, Any] = {}
     for arm in [*load_baselines(loaded, overrides), loaded]:
         parts = build(arm.recipe)
-        module = ImageClassification(parts.model, arm.recipe.optimizer, parts.total_steps, parts.budget, arm.recipe.seed)
+        module = ImageClassification(
+            parts.model, arm.recipe.optimizer, parts.total_steps, parts.budget, arm.recipe.seed, arm.recipe.data.max_bad_fraction
+        )
         rows = [parts.data.train[index] for index in range(arm.recipe.data.batch_size)]
         batch = collate(rows)
         module.model.train()
         loss = module.training_step(batch, 0)["loss"]
         loss.backward()
-        result[arm.name] = {"loss": float(loss.detach()), "steps": parts.total_steps, "output": str(output_folder(arm))}
+        result[arm.name] = {"loss": float(loss.detach()), "steps": parts.total_steps}
         console.print(
             f"{arm.name}: built, one step's loss {float(loss.detach()):.3f}; would train {parts.total_steps:,} steps", highlight=False
         )
     return result
 
 
-def _arm_name(arm: LoadedRecipe, loaded: LoadedRecipe, main: bool) -> str:
-    """``dense``, or the scorer's name; the recipe's own where two would be called the same."""
+def _arm_name(arm: LoadedRecipe) -> str:
+    """``dense``, or the scorers' names."""
     if arm.recipe.compression is None:
         return "dense"
-    scorers = {stage.part("scorer").name for stage in arm.recipe.compression.stages}
-    return "+".join(sorted(scorers)) if main or arm.recipe.compression != loaded.recipe.compression else arm.name
+    return "+".join(sorted({stage.part("scorer").name for stage in arm.recipe.compression.stages}))
 
 
 def train_arm(
@@ -140,14 +163,21 @@ def train_arm(
     recipe = loaded.recipe
     quiet()
     checkpoint = find_checkpoint(folder, resume)
+    if checkpoint is None:
+        # What an earlier run left must not be taken for this one's when it is resumed.
+        for stale in (folder / "checkpoints").glob("*.ckpt"):
+            stale.unlink()
+    else:
+        _check_same_run(folder, recipe)
     parts = build(recipe, data)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(dump(recipe))
     with (folder / "log.txt").open("a" if checkpoint else "w") as log:
         both = RunLog(console, log)
         _describe(parts, name, both)
+        rows: Any = parts.data.train
         module = ImageClassification(
-            parts.model, recipe.optimizer, parts.total_steps, parts.budget, recipe.seed, recipe.data.max_bad_fraction
+            parts.model, recipe.optimizer, parts.total_steps, parts.budget, recipe.seed, recipe.data.max_bad_fraction, len(rows)
         )
         line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name)
         stop = StopOnSigterm(folder / "checkpoints" / "stopped.ckpt")
@@ -159,12 +189,12 @@ def train_arm(
             parts.model.compile()
         trainer.fit(module, datamodule=data_module, ckpt_path=checkpoint, weights_only=True)
         if stop.stopped:
-            raise Stopped(f"stopped by SIGTERM at step {trainer.global_step}; go on with: laconic train {loaded.name} --resume auto")
+            raise Stopped(f"stopped by SIGTERM at step {trainer.global_step}; repeat the same command with --resume auto to go on")
         trainer.test(module, datamodule=data_module, verbose=False)
         if module.bad_rows.reasons:
             both.line(f"bad rows: {module.bad_rows.summary()}")
     save_model(parts.model, folder / "model")
-    return Trained(parts, module, _arm(loaded.name, parts, module, line.train_seconds))
+    return Trained(parts, module, _arm(loaded.name, parts, module, line.throughput.total))
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
@@ -187,8 +217,7 @@ def lightning_trainer(recipe: Recipe, folder: Path, steps: int, callbacks: Seque
         max_steps=steps,
         max_epochs=-1,
         accelerator="auto",
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
+        devices=1,
         precision={"fp32": "32-true", "bf16": "bf16-mixed"}[settings.precision],
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=settings.clip or None,
@@ -215,6 +244,24 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
         return path
     found = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     return found[-1] if found else None
+
+
+def _check_same_run(folder: Path, recipe: Recipe) -> None:
+    """Raises RecipeError where resuming would go on with another recipe than the checkpoint's."""
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return
+    before, now = yaml.safe_load(path.read_text()), yaml.safe_load(dump(recipe))
+    free = {"output", "baselines"} | {
+        f"trainer.{key}" for key in ("log_every", "validate_every", "checkpoint_every", "pictures", "bench_rounds")
+    }
+    for block, value in now.items():
+        pairs = {f"{block}.{key}": (before.get(block, {}).get(key), item) for key, item in value.items()} if block == "trainer" else {}
+        for key, (old, new) in (pairs or {block: (before.get(block), value)}).items():
+            if key not in free and old != new:
+                raise RecipeError(
+                    f"cannot resume {folder}: {key} was {old!r} and is now {new!r}; give the same overrides, or another output to start anew"
+                )
 
 
 def quiet() -> None:

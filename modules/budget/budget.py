@@ -132,6 +132,13 @@ class Budget:
         self.cost = CostModel(model, compression)
         self.compression = compression.with_keep(self.resolve(config.target))
         self.regularizer = config.build_regularizer()
+        if config.schedule != "constant":
+            self.resolve(config.start)
+        if self.regularizer is not None and not any(stage.scorer.probabilities for _, stage in self.cost.stages):
+            raise ValueError(
+                "budget.regularizer pulls on keep probabilities, and no stage's scorer has any: leave it out "
+                "(a top-k selector holds the count by itself), or take scorer 'learned'"
+            )
 
     def resolve(self, target: float) -> dict[str, float]:
         """The keep by stage name that meets ``target`` from below, for the stages that leave it to the budget."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -25,7 +26,13 @@ class Estimate:
 
 
 class Estimator(nn.Module):
-    """Runs in training only, behind a trained scorer."""
+    """Runs in training only, behind a trained scorer.
+
+    Attributes:
+        needs_answers: it learns from the answers of a scorer whose tokens answer the task.
+    """
+
+    needs_answers: ClassVar[bool] = False
 
     def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
         """

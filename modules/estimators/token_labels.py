@@ -15,6 +15,8 @@ class TokenLabelsEstimator(Estimator):
         weight: of this loss beside the task's.
     """
 
+    needs_answers = True
+
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
         if weight <= 0:
@@ -22,8 +24,7 @@ class TokenLabelsEstimator(Estimator):
         self.weight = weight
 
     def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
-        if answers is None:
-            raise ValueError("estimator 'token_labels' needs a scorer whose tokens answer, such as 'evidence'")
+        assert answers is not None
         labels = trace.labels
         if labels is None:
             raise ValueError(

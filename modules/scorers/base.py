@@ -70,12 +70,16 @@ class Scorer(nn.Module):
         spec: the tokens that it scores.
 
     Attributes:
-        trained: the scores have a gradient; their sigmoid is taken for a keep probability.
+        estimator: name of the estimator that trains it by default; None for a scorer that is not trained.
+        probabilities: the sigmoid of a score is a keep probability, which a regulariser may pull on.
+        answers_task: every token answers the task by itself, and ``Scored.answers`` holds it.
         lookahead: the score of a token depends on later tokens.
         reads_pixels: the scorer looks at the model's input image.
     """
 
-    trained: ClassVar[bool] = False
+    estimator: ClassVar[str | None] = None
+    probabilities: ClassVar[bool] = False
+    answers_task: ClassVar[bool] = False
     lookahead: ClassVar[bool] = False
     reads_pixels: ClassVar[bool] = False
 

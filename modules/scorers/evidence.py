@@ -26,7 +26,8 @@ class EvidenceScorer(Scorer):
         width: hidden width; None takes C // 3, at least 64.
     """
 
-    trained = True
+    estimator = "token_labels"
+    answers_task = True
     lookahead = True
 
     def __init__(self, spec: TokenSpec, reads: str = "tokens", width: int | None = None) -> None:
@@ -60,7 +61,9 @@ class EvidenceScorer(Scorer):
             raise ValueError("scorer 'evidence' with reads = 'pixels': this forward carried no pixel_values")
         rows, channels, height, width = pixels.shape
         down, across = height // grid[0], width // grid[1]
-        cut = pixels.view(rows, channels, grid[0], down, grid[1], across).permute(0, 2, 4, 1, 3, 5)
+        # A patch embedding leaves out what fills no patch at the right and the bottom.
+        whole = pixels[:, :, : grid[0] * down, : grid[1] * across]
+        cut = whole.reshape(rows, channels, grid[0], down, grid[1], across).permute(0, 2, 4, 1, 3, 5)
         patches = functional.pad(cut.reshape(rows, grid[0] * grid[1], -1), (0, 0, state.protected_per_row, 0))
         if state.tokens == state.source.shape[1]:
             return patches

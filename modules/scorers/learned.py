@@ -19,7 +19,8 @@ class LearnedScorer(Scorer):
         detach: cut the gradient from the scorer into the backbone below it.
     """
 
-    trained = True
+    estimator = "straight_through"
+    probabilities = True
     lookahead = True
 
     def __init__(self, spec: TokenSpec, width: int | None = None, detach: bool = False) -> None:

@@ -12,7 +12,7 @@ from .base import Selector
 class TopKSelector(Selector):
     """Keeps the ``count`` highest scores of each row, ties to the lower slot, and every protected token.
 
-    In training, scores are standardised over the batch and Gumbel noise is added, whose strength the schedule anneals to 0:
+    In training, scores are standardised over their row and Gumbel noise is added, whose strength the schedule anneals to 0:
     first any token may stay, so that the router learns about all of them, at last exactly those of evaluation.
     """
 
@@ -22,8 +22,10 @@ class TopKSelector(Selector):
         rank = scores.detach()
         if noise is not None:
             routable = state.routable
-            spread = torch.where(routable, rank - rank[routable].mean(), 0.0).square().sum() / routable.sum()
-            rank = rank / (spread.sqrt() + 1e-3) + noise
+            number = routable.sum(-1, keepdim=True).clamp(min=1)
+            mean = (rank * routable).sum(-1, keepdim=True) / number
+            variance = ((rank - mean).square() * routable).sum(-1, keepdim=True) / number
+            rank = rank / (variance.sqrt() + 1e-3) + noise
         rank = rank.masked_fill(state.protected, float("inf"))
         if state.valid is None:
             assert isinstance(count, int)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from laconic.data.hub import Source
-from laconic.data.images import BadRow, BadRowCount, BadRows, ImageTransform, collate
+from laconic.data.images import BadRow, BadRowCount, BadRows, ImageTransform, _decode, collate
 from laconic.data.loader import ResumableLoader, StepBatches
 from laconic.data.module import ImageData, hub_images
 from tests.data.folders import encoded, image_folder, parquet, picture
@@ -69,6 +71,19 @@ def test_bad_rows_are_named_by_reason_and_not_skipped_silently(tmp_path: Path) -
     assert reasons == ["label out of range 0 … 2", "missing label", "undecodable image", "undecodable image"]
     assert batch["rows"] == 12
     assert len(batch["labels"]) == 8
+
+
+def test_16_bit_grey_is_scaled_not_cut_off() -> None:
+    ramp = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
+    buffer = io.BytesIO()
+    Image.fromarray(ramp).save(buffer, "PNG")
+    pixels = ImageTransform(16)(_decode({"bytes": buffer.getvalue()}), None)
+    assert float(pixels.mean()) == pytest.approx(0, abs=0.02)
+
+
+def test_one_early_bad_row_is_no_high_share_of_a_large_split() -> None:
+    count = BadRowCount(0.01, expected=1000)
+    count.add(10, [BadRow(4, "missing label")])
 
 
 def test_the_run_stops_past_the_allowed_fraction_of_bad_rows() -> None:

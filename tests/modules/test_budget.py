@@ -39,6 +39,10 @@ def test_a_stage_with_its_own_keep_has_it_and_the_others_meet_the_target() -> No
 def test_targets_that_cannot_be_met_or_decide_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be met: with one token left the macs_ratio is still"):
         _budget(target=0.1)
+    with pytest.raises(ValueError, match="cannot be met"):
+        _budget(target=0.6, schedule="linear", start=0.1)
+    with pytest.raises(ValueError, match="no stage's scorer has any"):
+        Budget(BudgetConfig(regularizer="ratio_mse"), dense("vit"), CompressionConfig([StageConfig(layer=1, scorer="evidence")]))
     with pytest.raises(ValueError, match="nothing to decide"):
         Budget(BudgetConfig(target=0.5), dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.5)]))
     with pytest.raises(ValueError, match=r"budget.target = 1.2 must be in \(0, 1\]"):

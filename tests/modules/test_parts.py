@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
+from laconic.modules.cost import CostModel
 from laconic.modules.draws import uniform
 from laconic.modules.selectors.top_k import TopKSelector
 from laconic.modules.state import Decision, TokenState, achieved_keep
@@ -186,6 +189,63 @@ def test_compressing_twice_and_decompressing_a_dense_model_are_refused() -> None
         compress(model, METHODS[0].config(0.5))
     with pytest.raises(ValueError, match="is not compressed"):
         decompress(dense("vit"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"scorer": "evidence", "estimator": "straight_through"},
+            "cannot train scorer 'evidence': leave estimator out, or take 'token_labels'",
+        ),
+        ({"scorer": "learned", "estimator": "token_labels"}, "cannot train scorer 'learned'"),
+        ({"scorer": "random", "estimator": "key_bias"}, "scorer 'random' is not trained: leave estimator out"),
+        ({"scorer": {"name": "learned", "width": "x"}}, "an option is of the wrong type"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(parts: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.5, **parts)]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stages", [3, "x", [3], [{"layer": "one"}]])
+def test_stages_of_another_type_are_refused(stages: object) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        CompressionConfig(stages)  # type: ignore[arg-type]
+
+
+def test_what_was_kept_is_counted_not_taken_from_the_rule() -> None:
+    model = compressed("vit", METHODS[0], 0.5, 1.0)
+    index = torch.arange(12).expand(3, -1)
+    _, trace = traced(model, images(), replay={"before_1": Decision(index, None)})
+    assert trace.routings["before_1"].kept == 11
+
+
+def test_cumulative_counts_never_exceed_what_is_there() -> None:
+    method = next(method for method in METHODS if method.name == "dynamicvit")
+    model = compressed("vit", method, 0.3, 0.9)
+    _, trace = traced(model, images())
+    assert [routing.kept for routing in trace.routings.values()] == [10, 10]
+    assert dict(CostModel(model)().kept) == {"before_1": 10, "before_2": 10}
+
+
+def test_a_copy_of_a_compiled_model_answers_with_its_own_weights() -> None:
+    model = compressed("vit", METHODS[0], 0.5, 0.6)
+    model.compile(backend="eager")
+    model(pixel_values=images())
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not bool(twin(pixel_values=images()).logits.any())
+
+
+def test_pixels_beyond_the_last_whole_patch_are_left_out() -> None:
+    method = next(method for method in METHODS if method.name == "evidence_pixels")
+    model = compress(dense("vit"), method.config(0.5))
+    trace = Trace()
+    model(pixel_values=torch.randn(2, 3, 26, 26), interpolate_pos_encoding=True, trace=trace)
+    assert trace.layer_tokens[3] == 19
 
 
 def test_a_trace_serves_one_forward() -> None:

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 
 import laconic
 from laconic.data.images import BadRows
+from laconic.trainer.build import build
 from laconic.trainer.callbacks.guards import NanGuard, NotANumber
 from laconic.trainer.evaluate import evaluate, recipe_of
 from laconic.trainer.export.merged import export_merged
 from laconic.trainer.recipe_files import RecipeError, load
-from laconic.trainer.run import find_checkpoint, rehearse, train, train_arm
+from laconic.trainer.run import find_checkpoint, load_baselines, rehearse, train, train_arm
 from tests.data.folders import encoded, parquet
 
 REPORT = {
@@ -58,7 +59,7 @@ def test_the_main_job_writes_its_folder_and_a_report_with_its_control_arms(tmp_p
 def test_tensorboard_has_scalars_histograms_and_pictures(tmp_path: Path, quick: list[str], console: Console) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    overrides = [*quick, "baselines=[]", "budget.regularizer=ratio_mse"]
+    overrides = [*quick, "baselines=[]", "compression.stages.0.scorer=learned", "budget.regularizer=ratio_mse", "budget.target=0.5"]
     train(load("vit_digits", overrides), overrides, console)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -77,8 +78,6 @@ def test_tensorboard_has_scalars_histograms_and_pictures(tmp_path: Path, quick: 
 
 
 def test_arms_see_the_same_samples_and_the_same_first_weights(tmp_path: Path, quick: list[str], console: Console) -> None:
-    from laconic.trainer.build import build
-
     parts = [build(load(name, [*quick, "baselines=[]"]).recipe) for name in ("vit_digits", "vit_digits_dense")]
     dense = dict(parts[1].model.named_parameters())
     assert all(torch.equal(value, dense[name]) for name, value in parts[0].model.named_parameters() if name in dense)
@@ -172,6 +171,68 @@ def test_bad_rows_stop_a_run_or_are_counted_in_its_report(tmp_path: Path, quick:
 def test_settings_that_change_how_a_step_is_computed_run(setting: str, tmp_path: Path, quick: list[str], console: Console) -> None:
     overrides = [*quick, "baselines=[]", setting]
     assert train(load("vit_digits", overrides), overrides, console).macs_ratio is not None
+
+
+def test_a_control_arm_stays_what_it_is_and_comparable(tmp_path: Path, quick: list[str]) -> None:
+    overrides = [*quick, "compression.stages.0.scorer=learned", "compression.stages.0.layer=1", "budget.target=0.8"]
+    loaded = load("vit_digits", overrides)
+    dense_arm, random_arm = load_baselines(loaded, overrides)
+    assert dense_arm.recipe.compression is None
+    assert random_arm.recipe.compression is not None
+    stage = random_arm.recipe.compression.stages[0]
+    assert (stage.part("scorer").name, stage.layer) == ("random", 1)
+    assert loaded.recipe.compression is not None
+    assert loaded.recipe.compression.stages[0].part("scorer").name == "learned"
+    with pytest.raises(RecipeError, match="override single keys"):
+        load_baselines(loaded, [*quick, "compression.stages=[{layer: 0}]"])
+    (tmp_path / "mine.yaml").write_text("base: vit_digits\ntrainer: {max_steps: 900}")
+    with pytest.raises(RecipeError, match="baseline vit_digits_dense: its trainer.max_steps differs from that of mine"):
+        load_baselines(load(str(tmp_path / "mine.yaml")), [])
+
+
+def test_resuming_another_recipe_is_refused_and_a_new_run_leaves_no_old_checkpoint(
+    tmp_path: Path, quick: list[str], console: Console
+) -> None:
+    def run(*more: str, resume: str | None = None) -> None:
+        loaded = load("vit_digits", [*quick, "baselines=[]", *more])
+        train_arm(loaded, "arm", tmp_path / "run", console, resume=resume)
+
+    run()
+    with pytest.raises(RecipeError, match=r"cannot resume .*: optimizer was .* and is now"):
+        run("optimizer.lr=1e-5", resume="auto")
+    with pytest.raises(RecipeError, match=r"cannot resume .*: trainer.max_steps was 2 and is now 3"):
+        run("trainer.max_steps=3", resume="auto")
+    run("trainer.max_steps=3", "trainer.log_every=2")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt")] == ["3.ckpt"]
+
+
+def test_a_checkpoint_in_half_precision_with_another_head_trains_in_full(tmp_path: Path, quick: list[str], console: Console) -> None:
+    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+    config = DeiTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=4, num_channels=1
+    )
+    DeiTForImageClassificationWithTeacher(config).half().save_pretrained(tmp_path / "deit")
+    overrides = [item for item in quick if not item.startswith("model")]
+    overrides += ["baselines=[]", "model.config=null", f"model.name={tmp_path / 'deit'}", "budget.target=0.5"]
+    arm = train_arm(load("vit_digits", overrides), "arm", tmp_path / "run", console)
+    assert type(arm.parts.model).__name__ == "CompressedDeiTForImageClassification"
+    assert {parameter.dtype for parameter in arm.parts.model.parameters()} == {torch.float32}
+
+
+def test_a_loaded_model_trains_its_router(tmp_path: Path, quick: list[str], console: Console) -> None:
+    from tests.matrix import dense
+
+    dense("vit").save_pretrained(tmp_path / "vit")
+    images = parquet(tmp_path / "rows.parquet", [encoded(i) for i in range(32)], [i % 3 for i in range(32)])
+    overrides = [item for item in quick if not item.startswith("model")]
+    overrides += ["baselines=[]", "model.config=null", f"model.name={tmp_path / 'vit'}", "data.name=parquet", f"data.data_files={images}"]
+    overrides += ["budget.target=0.6", "optimizer.warmup=0"]
+    arm = train_arm(load("vit_digits", overrides), "arm", tmp_path / "run", console)
+    before = build(load("vit_digits", overrides).recipe).model.state_dict()
+    after = arm.parts.model.state_dict()
+    moved = {name for name, value in after.items() if ".stage." in name and not torch.equal(value, before[name])}
+    assert moved == {name for name in after if ".stage." in name}
 
 
 def test_a_dry_run_keeps_nothing(tmp_path: Path, quick: list[str], console: Console) -> None:

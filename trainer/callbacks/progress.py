@@ -12,17 +12,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Throughput:
-    """Images a second since the last reading, validation excluded."""
+    """Images a second since the last reading: loading and training, validation excluded."""
 
     def __init__(self) -> None:
-        self.images, self.seconds, self._since = 0, 0.0, 0.0
+        self.images, self.seconds, self.total, self._since = 0, 0.0, 0.0, 0.0
 
     def start(self) -> None:
         self._since = time.perf_counter()
 
-    def stop(self, images: int) -> None:
+    def add(self, images: int) -> None:
+        """Counts what was done since the last call, or since ``start``."""
+        now = time.perf_counter()
         self.images += images
-        self.seconds += time.perf_counter() - self._since
+        self.seconds += now - self._since
+        self.total += now - self._since
+        self._since = now
 
     def read(self) -> float:
         """Images a second, and starts counting again."""
@@ -61,28 +65,29 @@ class StepLine(Callback):
     def __init__(self, log: RunLog, total_steps: int, every: int, title: str) -> None:
         self.lines, self.total_steps, self.every, self.title = log, total_steps, every, title
         self.throughput = Throughput()
-        self.train_seconds = 0.0
         self._bar: Progress | None = None
-        self._began = self._batch_began = 0.0
+        self._began = 0.0
         self._first_step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self._began, self._first_step = time.perf_counter(), trainer.global_step
+        self.throughput.start()
         if self.lines.console.is_terminal and trainer.is_global_zero:
             columns = TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
             self._bar = Progress(*columns, console=self.lines.console, transient=True)
             self._bar.add_task(self.title, total=self.total_steps, completed=trainer.global_step)
             self._bar.start()
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
-        self._batch_began = time.perf_counter()
-        self.throughput.start()
+    def state_dict(self) -> dict[str, Any]:
+        return {"train_seconds": self.throughput.total}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.throughput.total = state_dict["train_seconds"]
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.throughput.stop(len(batch["labels"]) * trainer.world_size)
-        self.train_seconds += time.perf_counter() - self._batch_began
+        self.throughput.add(len(batch["labels"]) * trainer.world_size)
         step = trainer.global_step
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
@@ -114,6 +119,7 @@ class StepLine(Callback):
             )
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.throughput.start()
         accuracy = trainer.callback_metrics.get("val/accuracy")
         if accuracy is not None and not trainer.sanity_checking and trainer.is_global_zero:
             self.lines.line(f"{self.title}  step {trainer.global_step}  validation accuracy {float(accuracy):.4f}")

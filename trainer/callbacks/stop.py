@@ -33,7 +33,9 @@ class StopOnSigterm(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._asked and not self.stopped:
+        # Between two micro-batches of a step, the gradients gathered so far would be lost.
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self._asked and whole and not self.stopped:
             self.stopped = True
             trainer.save_checkpoint(self.checkpoint)
             trainer.should_stop = True

@@ -125,6 +125,9 @@ def evaluate(
         from ..evaluate import recipe_of
 
         recipe = recipe_of(target, overrides or [])
+        from ..validate import validate as check
+
+        check(recipe)
     out = console(as_json)
     with running():
         result = run(target, recipe, out)
@@ -134,7 +137,13 @@ def evaluate(
         table.add_column(column)
     for name, item in result["variants"].items():
         keep = " ".join(f"{value:.3f}" for value in item["keep"].values()) or "–"
-        table.add_row(name, f"{item['accuracy']:.4f}", keep, f"{item['macs_ratio']:.3f}", f"{item['latency'] * 1000:.0f} ms")
+        table.add_row(
+            name,
+            f"{item['accuracy']:.4f}",
+            keep,
+            f"{item['macs_ratio']:.3f}",
+            "–" if item["latency"] is None else f"{item['latency'] * 1000:.0f} ms",
+        )
     out.print(table)
 
 

@@ -57,12 +57,15 @@ def user_input() -> Iterator[None]:
 @contextlib.contextmanager
 def running() -> Iterator[None]:
     """Inside, a failure ends with exit code 1 and its traceback; a stop by SIGTERM with 143."""
+    from ..recipe_files import RecipeError
     from ..run import Stopped
 
     try:
         yield
     except Stopped as stopped:
         raise end(str(stopped), TERMINATED) from None
+    except RecipeError as error:
+        raise end(f"error: {error}", WRONG_INPUT) from None
     except (typer.Exit, KeyboardInterrupt):
         raise
     except Exception as error:

@@ -8,7 +8,7 @@ import lightning
 import torch
 from transformers import PreTrainedModel
 
-from ...data.images import BadRowCount
+from ...data.images import BadRowCount, BadRows
 from ...modules.budget.budget import Budget
 from ...modules.state import Trace
 from ..optimization import learning_rate_schedule, parameter_groups
@@ -25,6 +25,7 @@ class ImageClassification(lightning.LightningModule):
         budget: of a compressed model whose budget decides; None trains by the task's loss and the estimators' alone.
         seed: of the draws.
         max_bad_fraction: share of bad rows past which the run stops.
+        expected_rows: rows of the training data, of which the share is taken.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class ImageClassification(lightning.LightningModule):
         budget: Budget | None = None,
         seed: int = 0,
         max_bad_fraction: float = 0.0,
+        expected_rows: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -42,7 +44,7 @@ class ImageClassification(lightning.LightningModule):
         self.total_steps = total_steps
         self.budget = budget
         self.seed = seed
-        self.bad_rows = BadRowCount(max_bad_fraction)
+        self.bad_rows = BadRowCount(max_bad_fraction, expected_rows)
         self._correct = self._seen = 0
         self._counts: dict[str, tuple[int, int]] = {}
 
@@ -78,6 +80,8 @@ class ImageClassification(lightning.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
         self._check_rows(batch)
+        if "labels" not in batch:
+            return {"trace": None}
         compressed = hasattr(self.model.config, "compression")
         trace = Trace(seed=self.seed, sample_ids=batch["sample_ids"]) if compressed else None
         out = self.model(pixel_values=batch["pixel_values"], **self._with(trace))
@@ -109,6 +113,8 @@ class ImageClassification(lightning.LightningModule):
 
     def _check_rows(self, batch: dict[str, Any]) -> None:
         self.bad_rows.add(batch["rows"], batch["bad"])
+        if self.training and "labels" not in batch:
+            raise BadRows(f"every row of a training batch is bad: {self.bad_rows.summary()}")
 
     def configure_optimizers(self) -> Any:
         recipe = self.optimizer_recipe
