@@ -54,12 +54,12 @@ def save_kept_tokens(path: Path, rows: Sequence[tuple[str, np.ndarray]], titles:
     figure = Figure(figsize=(1.4 * columns + 1.0, 1.5 * len(rows) + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), columns, squeeze=False)
-    for (label, pictures), line in zip(rows, axes, strict=True):
+    for row, ((label, pictures), line) in enumerate(zip(rows, axes, strict=True)):
         for column, axis in enumerate(line):
             axis.imshow(pictures[column], interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-            if line is axes[0]:
+            if row == 0:
                 axis.set_title(titles[column], fontsize=9)
         line[0].set_ylabel(label, fontsize=9)
     figure.savefig(path, dpi=110)

@@ -390,7 +390,8 @@ def _pictures(arms: Mapping[str, Trained], folder: Path) -> None:
     data = next(iter(arms.values())).parts.data
     batch = collate([data.test[index] for index in range(PICTURED)])
     rows, titles = [], [data.classes[int(label)] for label in batch["labels"]]
-    for name, trained in compressed.items():
+    # The recipe itself on top, its control arms below.
+    for name, trained in reversed(compressed.items()):
         trace = Trace(seed=trained.parts.recipe.seed, sample_ids=batch["sample_ids"])
         with torch.no_grad():
             trained.parts.model.eval()(pixel_values=batch["pixel_values"], trace=trace)

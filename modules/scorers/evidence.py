@@ -48,7 +48,7 @@ class EvidenceScorer(Scorer):
     def forward(self, inputs: ScorerInput) -> Scored:
         # Without gradient into what is read, and of unit variance; nearly flat patches stay small instead of being blown up.
         seen, epsilon = (self._patches(inputs), 1e-2) if self.reads == "pixels" else (inputs.hidden_states.detach(), 1e-5)
-        features = functional.gelu(self.look(functional.layer_norm(seen.to(self.look.weight.dtype), (self.values,), eps=epsilon)))
+        features = functional.relu(self.look(functional.layer_norm(seen.to(self.look.weight.dtype), (self.values,), eps=epsilon)))
         with torch.autocast(features.device.type, enabled=False):
             answers = functional.linear(features.float(), self.answer.weight.float(), self.answer.bias.float()).log_softmax(-1)
             return Scored(self._information(answers, inputs.state.routable), answers)
