@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
 
 from ..data.hub import Source
 from ..data.images import ImageTransform
@@ -18,7 +19,7 @@ from ..modules.backbones import backbone_for
 from ..modules.budget.budget import Budget
 from ..modules.compress import checkpoint_activations, compress
 from ..modules.cost import CostModel
-from .recipe import DataRecipe, ModelRecipe, Recipe
+from .recipe import ModelRecipe, Recipe
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def build(recipe: Recipe, data: ImageData | None = None) -> Parts:
         ValueError: something that only shows against the real model or data: a layer that is not there, a missing column …
     """
     config = model_config(recipe.model)
-    data = data if data is not None else open_data(recipe.data, config, recipe.seed)
+    data = data if data is not None else open_data(recipe, config)
     lightning.seed_everything(recipe.seed, verbose=False)
     model = build_model(recipe.model, config, data)
     steps = total_steps(recipe, data)
@@ -136,8 +137,26 @@ def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: ImageData) 
     )
 
 
-def open_data(recipe: DataRecipe, config: Any, seed: int) -> ImageData:
+def with_normalisation(recipe: Recipe) -> Recipe:
+    """The recipe with ``data.mean`` and ``data.std`` filled in: its own, else those of the model's image processor, else 0.5."""
+    found: dict[str, Any] = {}
+    if recipe.model.name is not None and (recipe.data.mean is None or recipe.data.std is None):
+        try:
+            found, _ = ImageProcessingMixin.get_image_processor_dict(recipe.model.name, revision=recipe.model.revision)
+        except OSError:
+            # Weights without a processor, as a model that was trained here from scratch has.
+            found = {}
+    half = [0.5]
+    mean = recipe.data.mean if recipe.data.mean is not None else found.get("image_mean") or half
+    std = recipe.data.std if recipe.data.std is not None else found.get("image_std") or half
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"mean": list(mean), "std": list(std)})})
+
+
+def open_data(whole: Recipe, config: Any) -> ImageData:
     """The splits that a recipe names, as the model of ``config`` takes them."""
+    recipe, seed = with_normalisation(whole).data, whole.seed
+    assert recipe.mean is not None
+    assert recipe.std is not None
     size, channels = config.image_size, config.num_channels
     size = size if isinstance(size, int) else size[0]
     if recipe.name == "scattered_digits":
@@ -165,8 +184,6 @@ def open_data(recipe: DataRecipe, config: Any, seed: int) -> ImageData:
 
 
 def _per_channel(values: list[float], channels: int) -> tuple[float, ...]:
-    if len(values) not in (1, channels):
-        values = values[:1] if len(set(values)) == 1 else values
     if len(values) not in (1, channels):
         raise ValueError(f"data.mean and data.std must have 1 or {channels} values, not {len(values)}")
     return tuple(values) * (channels if len(values) == 1 else 1)

@@ -21,7 +21,7 @@ def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     """Cost of the model that a recipe describes; no weights are made."""
     recipe = load(name, overrides).recipe
     config = model_config(recipe.model)
-    data = open_data(recipe.data, config, recipe.seed)
+    data = open_data(recipe, config)
     with torch.device("meta"):
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data)
         compression = recipe.compression

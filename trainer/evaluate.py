@@ -79,7 +79,7 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     config = model_config(recipe.model) if recipe.model.config is not None else model.config
-    data = open_data(recipe.data, config, recipe.seed)
+    data = open_data(recipe, config)
     variants: dict[str, PreTrainedModel] = {}
     if stages_of(model):
         variants["compressed"] = model

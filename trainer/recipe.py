@@ -55,8 +55,10 @@ class DataRecipe(Block):
         0.1, description="share of training rows held out when there is no split"
     )
     num_labels: Annotated[int, Field(ge=2)] | None = Field(None, description="number of classes; counted where it is not given")
-    mean: list[float] = Field([0.5, 0.5, 0.5], description="subtracted from pixels in [0, 1], one or one a channel")
-    std: list[float] = Field([0.5, 0.5, 0.5], description="divides pixels, one or one a channel")
+    mean: list[float] | None = Field(
+        None, description="subtracted from pixels in [0, 1], one or one a channel; none asks the model's processor"
+    )
+    std: list[float] | None = Field(None, description="divides pixels, one or one a channel; none asks the model's processor")
     augmentation: Literal["none", "flip", "crop_flip", "resized_crop_flip"] = Field("none", description="of training images")
     max_bad_fraction: Fraction = Field(0.0, description="share of bad rows past which the run stops")
     batch_size: Count = Field(128, description="images a step and process, before accumulation")

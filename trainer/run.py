@@ -26,7 +26,7 @@ from ..data.module import ImageData
 from ..modules.compress import decompress, stages_of
 from ..modules.state import Trace
 from .bench import Bench, bench
-from .build import Parts, build
+from .build import Parts, build, with_normalisation
 from .callbacks.guards import NanGuard, RandomState
 from .callbacks.progress import RunLog, StepLine
 from .callbacks.stop import StopOnSigterm
@@ -160,7 +160,7 @@ def train_arm(
     loaded: LoadedRecipe, name: str, folder: Path, console: Console, data: ImageData | None = None, resume: str | None = None
 ) -> Trained:
     """Trains and evaluates one recipe into its folder; the model is left on the CPU or device that it was trained on."""
-    recipe = loaded.recipe
+    recipe = with_normalisation(loaded.recipe)
     quiet()
     checkpoint = find_checkpoint(folder, resume)
     if checkpoint is None:

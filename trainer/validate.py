@@ -45,7 +45,7 @@ def validate(recipe: Recipe) -> Checked:
         ValueError: what is wrong, and what is allowed.
     """
     config = model_config(recipe.model)
-    data = open_data(recipe.data, config, recipe.seed)
+    data = open_data(recipe, config)
     steps = total_steps(recipe, data)
     with torch.device("meta"):
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import laconic
 from laconic.data.images import BadRows
-from laconic.trainer.build import build
+from laconic.trainer.build import build, with_normalisation
 from laconic.trainer.callbacks.guards import NanGuard, NotANumber
 from laconic.trainer.evaluate import evaluate, recipe_of
 from laconic.trainer.export.merged import export_merged
@@ -218,6 +218,27 @@ def test_a_checkpoint_in_half_precision_with_another_head_trains_in_full(tmp_pat
     arm = train_arm(load("vit_digits", overrides), "arm", tmp_path / "run", console)
     assert type(arm.parts.model).__name__ == "CompressedDeiTForImageClassification"
     assert {parameter.dtype for parameter in arm.parts.model.parameters()} == {torch.float32}
+
+
+def test_pixels_are_normalised_as_the_models_processor_says(tmp_path: Path, quick: list[str], console: Console) -> None:
+    from tests.matrix import dense
+
+    dense("vit").save_pretrained(tmp_path / "vit")
+    processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "image_processor_type": "ViTImageProcessor"}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(processor))
+    images = parquet(tmp_path / "rows.parquet", [encoded(i) for i in range(32)], [i % 3 for i in range(32)])
+    overrides = [item for item in quick if not item.startswith("model")]
+    overrides += ["baselines=[]", "model.config=null", f"model.name={tmp_path / 'vit'}", "data.name=parquet", f"data.data_files={images}"]
+    recipe = load("vit_digits", overrides).recipe
+    filled = with_normalisation(recipe)
+    assert (filled.data.mean, filled.data.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert with_normalisation(load("vit_digits", [*overrides, "data.mean=[0.7]"]).recipe).data.mean == [0.7]
+    pixels = build(load("vit_digits", [*overrides, "budget.target=0.6"]).recipe).data.validation[0]["pixel_values"]
+    plain = build(load("vit_digits", [*overrides, "budget.target=0.6", "data.mean=[0]", "data.std=[1]"]).recipe).data.validation[0][
+        "pixel_values"
+    ]
+    expected = (plain - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    torch.testing.assert_close(pixels, expected)
 
 
 def test_a_loaded_model_trains_its_router(tmp_path: Path, quick: list[str], console: Console) -> None:
