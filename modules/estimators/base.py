@@ -38,7 +38,7 @@ class Estimator(nn.Module):
         """
         Args:
             scores: (B, M) float32 logits with gradient.
-            answers: (B, M, classes) log-probabilities, where the scorer's tokens answer the task; None otherwise.
+            answers: (B, classes, M) log-probabilities, where the scorer's tokens answer the task; None otherwise.
             decision: which tokens stay.
             state: the tokens before the decision.
             trace: the forward they belong to.

@@ -31,8 +31,8 @@ class TokenLabelsEstimator(Estimator):
                 "estimator 'token_labels' needs the labels in training: call model(..., labels=labels), or make the trace with labels"
             )
         if labels.dtype.is_floating_point:
-            likelihood = (answers * labels[:, None]).sum(-1)
+            likelihood = (answers * labels.unsqueeze(-1)).sum(1)
         else:
-            likelihood = answers.gather(2, labels[:, None, None].expand(-1, answers.shape[1], 1)).squeeze(-1)
+            likelihood = answers.gather(1, labels[:, None, None].expand(-1, 1, answers.shape[2])).squeeze(1)
         heard = state.routable
         return Estimate(loss=-self.weight * (likelihood * heard).sum() / heard.sum().clamp(min=1))

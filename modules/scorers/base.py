@@ -56,7 +56,7 @@ class Scored:
 
     Attributes:
         scores: (B, M) float32; values at protected tokens and padding are ignored.
-        answers: (B, M, classes) float32 log-probabilities, where every token answers the task by itself; None otherwise.
+        answers: (B, classes, M) float32 log-probabilities, where every token answers the task by itself; None otherwise.
     """
 
     scores: Tensor
