@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning
 import torch
-import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
@@ -25,6 +24,7 @@ from ..data.images import collate
 from ..data.module import ImageData
 from ..modules.compress import decompress, stages_of
 from ..modules.state import Trace
+from .baselines import load_baselines
 from .bench import Bench, bench
 from .build import Parts, build, with_normalisation
 from .callbacks.guards import NanGuard, RandomState
@@ -33,8 +33,9 @@ from .callbacks.stop import StopOnSigterm
 from .callbacks.tensorboard import RoutingPictures
 from .pictures import overlays, save_kept_tokens
 from .recipe import Recipe
-from .recipe_files import LoadedRecipe, RecipeError, dump, load
+from .recipe_files import LoadedRecipe, dump
 from .report import Arm, Report, table, versions, with_bench
+from .resume import check_same_run, find_checkpoint
 from .tasks.image_classification import ImageClassification
 
 PICTURED = 8
@@ -56,40 +57,6 @@ class Trained:
 def output_folder(loaded: LoadedRecipe) -> Path:
     """Where a recipe's run goes."""
     return Path(loaded.recipe.output.format(recipe=loaded.name, seed=loaded.recipe.seed))
-
-
-def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> list[LoadedRecipe]:
-    """The control arms, with the same overrides wherever they apply: a dense arm has no compression to override."""
-    arms = []
-    for name in loaded.recipe.baselines:
-        dense = load(name).recipe.compression is None
-        arm = load(name, [item for item in overrides if _shared(item, dense)])
-        for key in ("task", "seed", "model", "data"):
-            _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
-        for key in ("max_steps", "max_epochs", "accumulate", "precision"):
-            _require_equal(loaded, arm, f"trainer.{key}", getattr(loaded.recipe.trainer, key), getattr(arm.recipe.trainer, key))
-        arms.append(arm)
-    return arms
-
-
-def _shared(override: str, dense: bool) -> bool:
-    """Whether an override of the main recipe goes for its control arms: not what makes an arm that arm."""
-    path = override.partition("=")[0]
-    if path.split(".")[0] in ("baselines", "output"):
-        return False
-    if dense:
-        return not path.startswith(("compression", "budget"))
-    if path in ("compression", "compression.stages"):
-        raise RecipeError(f"{path} as a whole cannot be overridden for control arms too: override single keys, or set baselines=[]")
-    return not (path.startswith("compression.stages.") and path.split(".")[3:4] in (["scorer"], ["estimator"]))
-
-
-def _require_equal(main: LoadedRecipe, arm: LoadedRecipe, key: str, wanted: Any, given: Any) -> None:
-    if wanted != given:
-        raise RecipeError(
-            f"baseline {arm.name}: its {key} differs from that of {main.name}, so the two could not be compared; "
-            f"make them equal (an overlay with 'base: {main.name}' does), or set baselines=[]"
-        )
 
 
 def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None = None) -> Report:
@@ -168,7 +135,7 @@ def train_arm(
         for stale in (folder / "checkpoints").glob("*.ckpt"):
             stale.unlink()
     else:
-        _check_same_run(folder, recipe)
+        check_same_run(folder, recipe)
     parts = build(recipe, data)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(dump(recipe))
@@ -231,37 +198,6 @@ def lightning_trainer(recipe: Recipe, folder: Path, steps: int, callbacks: Seque
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from. Raises RecipeError where a named one does not exist."""
-    if resume is None:
-        return None
-    if resume != "auto":
-        path = Path(resume)
-        if not path.is_file():
-            raise RecipeError(f"--resume {resume}: there is no such checkpoint; give auto, or a .ckpt file of a run's checkpoints folder")
-        return path
-    found = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    return found[-1] if found else None
-
-
-def _check_same_run(folder: Path, recipe: Recipe) -> None:
-    """Raises RecipeError where resuming would go on with another recipe than the checkpoint's."""
-    path = folder / "recipe.yaml"
-    if not path.is_file():
-        return
-    before, now = yaml.safe_load(path.read_text()), yaml.safe_load(dump(recipe))
-    free = {"output", "baselines"} | {
-        f"trainer.{key}" for key in ("log_every", "validate_every", "checkpoint_every", "pictures", "bench_rounds")
-    }
-    for block, value in now.items():
-        pairs = {f"{block}.{key}": (before.get(block, {}).get(key), item) for key, item in value.items()} if block == "trainer" else {}
-        for key, (old, new) in (pairs or {block: (before.get(block), value)}).items():
-            if key not in free and old != new:
-                raise RecipeError(
-                    f"cannot resume {folder}: {key} was {old!r} and is now {new!r}; give the same overrides, or another output to start anew"
-                )
 
 
 def quiet() -> None:

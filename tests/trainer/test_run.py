@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 
 import laconic
 from laconic.data.images import BadRows
+from laconic.trainer.baselines import load_baselines
 from laconic.trainer.build import build, with_normalisation
 from laconic.trainer.callbacks.guards import NanGuard, NotANumber
 from laconic.trainer.evaluate import evaluate, recipe_of
 from laconic.trainer.export.merged import export_merged
 from laconic.trainer.recipe_files import RecipeError, load
-from laconic.trainer.run import find_checkpoint, load_baselines, rehearse, train, train_arm
+from laconic.trainer.resume import find_checkpoint
+from laconic.trainer.run import rehearse, train, train_arm
 from tests.data.folders import encoded, parquet
 
 REPORT = {

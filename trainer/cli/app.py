@@ -66,7 +66,7 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
         from ..recipe_files import load
 
         loaded = load(recipe, overrides or [])
-        from ..run import load_baselines
+        from ..baselines import load_baselines
         from ..validate import validate as check
 
         checked = {loaded.name: check(loaded.recipe)}
@@ -99,7 +99,9 @@ def train(
         from ..recipe_files import load
 
         loaded = load(recipe, given)
-        from ..run import find_checkpoint, load_baselines, output_folder, rehearse
+        from ..baselines import load_baselines
+        from ..resume import find_checkpoint
+        from ..run import output_folder, rehearse
         from ..run import train as run
         from ..validate import validate as check
 
