@@ -102,7 +102,6 @@ class BackboneShape:
         patches: routable tokens at the configured input size.
         embed_macs: MACs of the patch embedding per image.
         head_macs: MACs of what follows the layers per image.
-        heads: attention heads.
     """
 
     hidden: int
@@ -112,7 +111,6 @@ class BackboneShape:
     patches: int
     embed_macs: int
     head_macs: int
-    heads: int
 
     def layer_macs(self, tokens: LayerTokens) -> int:
         """4NC² + 2N²C with N tokens in attention, plus 2N'C·I with N' in the MLP of hidden width I."""

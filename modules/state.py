@@ -5,7 +5,7 @@ Shapes: B rows of a batch, N tokens before the first stage, M tokens now, K toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -235,12 +235,24 @@ class Trace:
         return self.sample_ids.to(device)
 
 
-def achieved_keep(traces: Sequence[Trace]) -> dict[str, float]:
-    """Hard keep by stage over several forwards, summed before dividing."""
-    totals: dict[str, tuple[int, int]] = {}
-    for trace in traces:
+@dataclass
+class KeepCount:
+    """Hard keep by stage over several forwards, summed over all rows before dividing.
+
+    Attributes:
+        totals: routable tokens (kept, present) by stage name.
+    """
+
+    totals: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, trace: Trace) -> None:
+        """Counts one forward."""
         for name, routing in trace.routings.items():
             kept, present = routing.counts()
-            before = totals.get(name, (0, 0))
-            totals[name] = (before[0] + kept, before[1] + present)
-    return {name: kept / max(present, 1) for name, (kept, present) in totals.items()}
+            before = self.totals.get(name, (0, 0))
+            self.totals[name] = (before[0] + kept, before[1] + present)
+
+    @property
+    def achieved(self) -> dict[str, float]:
+        """Routable tokens leaving ÷ entering, by stage name."""
+        return {name: kept / max(1, present) for name, (kept, present) in self.totals.items()}

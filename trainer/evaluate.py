@@ -20,7 +20,7 @@ from ..modules.compress import compress, decompress, stages_of
 from ..modules.config import CompressionConfig, stage_from_dict
 from ..modules.cost import CostModel
 from ..modules.loading import from_pretrained
-from ..modules.state import Trace
+from ..modules.state import KeepCount, Trace
 from .build import model_config, open_data
 from .recipe import Recipe
 from .recipe_files import RecipeError, check
@@ -104,7 +104,7 @@ def _with_scorer(model: PreTrainedModel, scorer: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def _evaluate(model: PreTrainedModel, loader: DataLoader[Any], recipe: Recipe, device: torch.device) -> Evaluated:
-    bad, correct, seen, counts, seconds = BadRowCount(recipe.data.max_bad_fraction), 0, 0, {}, []
+    bad, correct, seen, kept, seconds = BadRowCount(recipe.data.max_bad_fraction), 0, 0, KeepCount(), []
     compressed = bool(stages_of(model))
     for batch in loader:
         bad.add(batch["rows"], batch["bad"])
@@ -118,13 +118,10 @@ def _evaluate(model: PreTrainedModel, loader: DataLoader[Any], recipe: Recipe, d
         if len(labels) == loader.batch_size:
             seconds.append(time.perf_counter() - start)
         seen += len(labels)
-        for name, routing in trace.routings.items():
-            kept, present = routing.counts()
-            before = counts.get(name, (0, 0))
-            counts[name] = (before[0] + kept, before[1] + present)
+        kept.add(trace)
     return Evaluated(
         accuracy=correct / max(1, seen),
-        keep={name: kept / max(1, present) for name, (kept, present) in counts.items()},
+        keep=kept.achieved,
         macs_ratio=CostModel(model)().macs_ratio,
         latency=statistics.median(seconds) if seconds else None,
     )

@@ -26,7 +26,7 @@ class Classifier(lightning.LightningModule):
             num_labels=10,
         )
         model = ViTForImageClassification(config)
-        stages = CompressionConfig([StageConfig(layer=0, scorer="evidence", estimator="token_labels")])  # +
+        stages = CompressionConfig([StageConfig(layer=0, scorer="evidence")])  # +
         self.budget = Budget(BudgetConfig(target=0.4), model, stages, total_steps=steps)  # +
         self.model = compress(model, self.budget.compression)  # +
 

@@ -23,7 +23,7 @@ def main(steps: int = STEPS) -> float:
         num_labels=10,
     )
     model = ViTForImageClassification(config)
-    stages = CompressionConfig([StageConfig(layer=0, scorer="evidence", estimator="token_labels")])  # +
+    stages = CompressionConfig([StageConfig(layer=0, scorer="evidence")])  # +
     budget = Budget(BudgetConfig(target=0.4), model, stages, total_steps=steps)  # +
     model = compress(model, budget.compression).train()  # +
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3, router_lr=1e-2))

@@ -56,7 +56,6 @@ class ViTBackbone(Backbone):
             embed_macs=patches * config.hidden_size * config.num_channels * down * across,
             # Heads and pooler of these models read one token each.
             head_macs=sum(module.in_features * module.out_features for module in outside),
-            heads=config.num_attention_heads,
         )
 
     @classmethod

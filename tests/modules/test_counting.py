@@ -22,7 +22,6 @@ def _vit(width: int, layers: int, patch: int = 16, side: int = 224) -> BackboneS
         patches=patches,
         embed_macs=patches * width * 3 * patch**2,
         head_macs=width * 1000,
-        heads=1,
     )
 
 

@@ -11,7 +11,7 @@ from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
 from laconic.modules.cost import CostModel
 from laconic.modules.draws import uniform
 from laconic.modules.selectors.top_k import TopKSelector
-from laconic.modules.state import Decision, TokenState, achieved_keep
+from laconic.modules.state import Decision, KeepCount, TokenState
 from tests.matrix import METHODS, compressed, dense, images, labels, traced
 
 
@@ -137,8 +137,10 @@ def test_achieved_keep_is_summed_before_dividing() -> None:
     mask = torch.ones(1, 37, dtype=torch.long)
     mask[:, -30:] = 0
     long, short = traced(model, images(3))[1], traced(model, images(1), attention_mask=mask)[1]
-    total = achieved_keep([long, short])["before_1"]
-    assert total == pytest.approx((3 * 18 + 3) / (3 * 36 + 6))
+    count = KeepCount()
+    count.add(long)
+    count.add(short)
+    assert count.achieved["before_1"] == pytest.approx((3 * 18 + 3) / (3 * 36 + 6))
 
 
 WRONG = [

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ...data.images import BadRowCount, BadRows
 from ...modules.budget.budget import Budget
-from ...modules.state import Trace
+from ...modules.state import KeepCount, Trace
 from ..optimization import learning_rate_schedule, parameter_groups
 from ..recipe import OptimizerRecipe
 
@@ -46,7 +46,7 @@ class ImageClassification(lightning.LightningModule):
         self.seed = seed
         self.bad_rows = BadRowCount(max_bad_fraction, expected_rows)
         self._correct = self._seen = 0
-        self._counts: dict[str, tuple[int, int]] = {}
+        self._kept = KeepCount()
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
         """Returns ``loss``, the task's own ``task_loss``, ``trace`` and ``budget`` (a BudgetLoss or None) for callbacks."""
@@ -74,7 +74,7 @@ class ImageClassification(lightning.LightningModule):
         return {} if trace is None else {"trace": trace}
 
     def on_validation_epoch_start(self) -> None:
-        self._correct, self._seen, self._counts = 0, 0, {}
+        self._correct, self._seen, self._kept = 0, 0, KeepCount()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -87,10 +87,8 @@ class ImageClassification(lightning.LightningModule):
         out = self.model(pixel_values=batch["pixel_values"], **self._with(trace))
         self._correct += int((out.logits.argmax(-1) == batch["labels"]).sum())
         self._seen += len(batch["labels"])
-        for name, routing in (trace.routings if trace is not None else {}).items():
-            kept, present = routing.counts()
-            before = self._counts.get(name, (0, 0))
-            self._counts[name] = (before[0] + kept, before[1] + present)
+        if trace is not None:
+            self._kept.add(trace)
         return {"trace": trace, "logits": out.logits}
 
     test_step = validation_step
@@ -109,7 +107,7 @@ class ImageClassification(lightning.LightningModule):
     @property
     def achieved_keep(self) -> dict[str, float]:
         """Hard keep by stage over the last validation or test, summed before dividing."""
-        return {name: kept / max(1, present) for name, (kept, present) in self._counts.items()}
+        return self._kept.achieved
 
     def _check_rows(self, batch: dict[str, Any]) -> None:
         self.bad_rows.add(batch["rows"], batch["bad"])
