@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -16,8 +17,10 @@ from transformers import PreTrainedModel
 from .backbones import backbone_for
 from .backbones.base import Backbone
 from .config import CompressionConfig
-from .stage import Stage
-from .state import TokenState, Trace
+from .packing import ATTENTION, Packing
+from .restore import restore
+from .stage import Inner, Stage
+from .state import RowTokens, TokenState, Trace
 
 PREFIX = "Compressed"
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -46,7 +49,7 @@ def compress(model: Model, config: CompressionConfig) -> Model:
     reference = next(model.parameters())
     for stage in stages:
         stage.to(device=reference.device, dtype=reference.dtype).train(model.training)
-    _install(model, stages, backbone)
+    _install(model, config, stages, backbone)
     original: Any = type(model)
     model.__class__ = compressed_class(original)
     _register_outputs(model)
@@ -64,13 +67,15 @@ def decompress(model: Model) -> Model:
         raise ValueError(f"{type(model).__name__} is not compressed")
     backbone = backbone_for(model.config.model_type, base_class(type(model)).__name__)
     for layer in backbone.layers(model):
-        if "stage" in layer._modules:
-            del layer.stage
-        del layer.layer_index, layer.backbone
+        if "stages" in layer._modules:
+            del layer.stages
+        del layer.plan
         layer.__class__ = base_class(type(layer))
     base = backbone.base(model)
     if base is not model:
         base.__class__ = base_class(type(base))
+    if model.config._attn_implementation == ATTENTION:
+        model.set_attn_implementation("sdpa")
     model.__class__ = base_class(type(model))
     del model.config.compression
     return model
@@ -80,9 +85,10 @@ def stages_of(model: PreTrainedModel) -> dict[str, tuple[int, Stage]]:
     """Layer and module of every stage of a compressed model, by stage name, in the order they run."""
     found: dict[str, tuple[int, Stage]] = {}
     for module in model.modules():
-        stage = getattr(module, "stage", None) if isinstance(module, CompressedLayer) else None
-        if isinstance(stage, Stage):
-            found[stage.config.key] = (cast(int, module.layer_index), stage)
+        if isinstance(module, CompressedLayer) and "stages" in module._modules:
+            for stage in cast(nn.ModuleDict, module.stages).values():
+                assert isinstance(stage, Stage)
+                found[stage.config.key] = (module.plan.index, stage)
     return found
 
 
@@ -97,34 +103,144 @@ def build_stages(model: PreTrainedModel, config: CompressionConfig, backbone: ty
     """Checks the config against the model and builds its stages, changing nothing."""
     config.check(len(backbone.layers(model)), backbone.sites)
     spec = backbone.token_spec(model.config)
-    return [Stage(stage, spec, index, backbone) for index, stage in enumerate(config.stages)]
+    stages = [Stage(stage, spec, index, backbone) for index, stage in enumerate(config.stages)]
+    implementation = model.config._attn_implementation
+    for stage in stages:
+        if stage.selector.adaptive and implementation not in ("sdpa", "eager", ATTENTION):
+            raise ValueError(
+                f"stage {stage.config.key!r}: selector {stage.config.part('selector').name!r} lets rows keep different numbers, which "
+                f"attention {implementation!r} is not served with here: load the model with attn_implementation 'sdpa' or 'eager'"
+            )
+    return stages
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a compressed layer does beside its stages.
+
+    Attributes:
+        index: of the layer, from 0.
+        backbone: adapter of the family.
+        restore_before: how the sequence gets its full length back before the layer; None leaves it.
+        restore_after: the same after it.
+        notes_left: a restore follows and wants to know what tokens were before they went.
+        packs: rows of different lengths are laid end to end for the layer.
+        unpacks: what follows the layer reads rows side by side.
+    """
+
+    index: int
+    backbone: type[Backbone]
+    restore_before: str | None = None
+    restore_after: str | None = None
+    notes_left: bool = False
+    packs: bool = False
+    unpacks: bool = True
 
 
 class CompressedLayer(nn.Module):
-    """Mixin of generated layer classes: runs the stage before the layer and hands the layer the mask of the tokens left.
+    """Mixin of generated layer classes: runs the stages at the layer's sites and hands it the mask of the tokens that it sees.
 
     All of it happens in ``__call__``, outside what gradient checkpointing recomputes, so a decision is made once.
     """
 
-    layer_index: int
-    backbone: type[Backbone]
+    plan: LayerPlan
 
     def __call__(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, trace: Trace | None = None, **kwargs: Any
     ) -> Any:
+        plan = self.plan
         if trace is None:
-            raise ValueError(f"layer {self.layer_index} of a compressed model was called on its own: call the model, which makes the trace")
+            raise ValueError(f"layer {plan.index} of a compressed model was called on its own: call the model, which makes the trace")
         if trace.state is None:
             rows, tokens, _ = hidden_states.shape
-            valid = self.backbone.valid_tokens(attention_mask)
+            valid = plan.backbone.valid_tokens(attention_mask)
             trace.begin(TokenState.initial(rows, tokens, trace.prefix, valid, hidden_states.device))
-        stage = self._modules.get("stage")
-        if stage is not None:
-            hidden_states = stage(hidden_states, self, trace)
+        if plan.restore_before is not None:
+            hidden_states = restore(hidden_states, trace, plan.restore_before)
+        if (before := self._stage("before")) is not None:
+            hidden_states = self._shrink(before, hidden_states, trace)
+        if self._stage("around", "around_attention", "between", "around_mlp") is None:
+            hidden_states = self._whole(hidden_states, attention_mask, trace, args, kwargs)
+        else:
+            hidden_states = self._in_parts(hidden_states, attention_mask, trace, args, kwargs)
+        return hidden_states if plan.restore_after is None else restore(hidden_states, trace, plan.restore_after)
+
+    def _whole(self, hidden_states: Tensor, attention_mask: Tensor | None, trace: Trace, args: Any, kwargs: Any) -> Any:
+        """The layer on all tokens that are left."""
+        plan, state = self.plan, trace.state
+        assert state is not None
+        tokens = state.tokens_per_row
+        trace.layer_tokens[plan.index] = RowTokens(tokens, tokens, tokens)
+        if plan.packs and attention_mask is None and state.valid is not None and trace.packed is None:
+            trace.packed = Packing.of(state, hidden_states.dtype)
+            hidden_states = trace.packed.pack(hidden_states)
+        mask: Any = trace.packed or plan.backbone.layer_mask(self, attention_mask, state, hidden_states.dtype, **kwargs)
+        hidden_states = super().__call__(hidden_states, mask, *args, **kwargs)
+        if trace.packed is not None and plan.unpacks:
+            hidden_states, trace.packed = trace.packed.unpack(hidden_states), None
+        return hidden_states
+
+    def _in_parts(self, hidden_states: Tensor, attention_mask: Tensor | None, trace: Trace, args: Any, kwargs: Any) -> Tensor:
+        """The layer or its halves, with the stages around and between them."""
+        plan, state = self.plan, trace.state
+        assert state is not None
+        call = super().__call__
+
+        def whole(tokens: Tensor, of: TokenState) -> Tensor:
+            output: Tensor = call(tokens, plan.backbone.layer_mask(self, attention_mask, of, tokens.dtype, **kwargs), *args, **kwargs)
+            return output
+
+        def attention(tokens: Tensor, of: TokenState) -> Tensor:
+            mask = plan.backbone.layer_mask(self, attention_mask, of, tokens.dtype, **kwargs)
+            return self._half(functools.partial(plan.backbone.attention_half, self, **kwargs), tokens, mask, *args)
+
+        def mlp(tokens: Tensor, of: TokenState) -> Tensor:
+            return self._half(functools.partial(plan.backbone.mlp_half, self), tokens)
+
+        present = state.tokens_per_row
+        if (around := self._stage("around")) is not None:
+            hidden_states, tokens = self._bypass(around, hidden_states, trace, whole)
+            trace.layer_tokens[plan.index] = RowTokens(present, tokens, tokens)
+            return hidden_states
+        hidden_states, attended = self._bypass(self._stage("around_attention"), hidden_states, trace, attention)
+        if (between := self._stage("between")) is not None:
+            hidden_states = self._shrink(between, hidden_states, trace)
+        hidden_states, tokens = self._bypass(self._stage("around_mlp"), hidden_states, trace, mlp)
+        trace.layer_tokens[plan.index] = RowTokens(present, attended, tokens)
+        return hidden_states
+
+    def _bypass(self, stage: Stage | None, hidden_states: Tensor, trace: Trace, inner: Inner) -> tuple[Tensor, int | Tensor]:
+        """What ``inner`` makes of the tokens that a stage chooses, or of all, and the number of those in a row."""
+        state = trace.state
+        assert state is not None
+        if stage is None:
+            return inner(hidden_states, state), state.tokens_per_row
+        hidden_states = stage.around(hidden_states, self, trace, inner)
+        return hidden_states, trace.routings[stage.config.key].kept + state.protected_per_row
+
+    def _shrink(self, stage: Stage, hidden_states: Tensor, trace: Trace) -> Tensor:
         assert trace.state is not None
-        trace.layer_tokens[self.layer_index] = hidden_states.shape[1]
-        mask = self.backbone.mask_for(attention_mask, trace.state, hidden_states.dtype)
-        return super().__call__(hidden_states, mask, *args, **kwargs)
+        if self.plan.notes_left:
+            trace.left.append((hidden_states, trace.state))
+        shorter: Tensor = stage(hidden_states, self, trace)
+        return shorter
+
+    def _half(self, half: Any, *args: Any) -> Tensor:
+        """Half a layer, recomputed in backward where gradient checkpointing is on."""
+        if self.training and getattr(self, "gradient_checkpointing", False):
+            recompute: Any = self._gradient_checkpointing_func
+            half = functools.partial(recompute, half)
+        output: Tensor = half(*args)
+        return output
+
+    def _stage(self, *sites: str) -> Stage | None:
+        """The first stage of the layer at one of the sites."""
+        stages = self._modules.get("stages")
+        if isinstance(stages, nn.ModuleDict):
+            for site in sites:
+                if site in stages:
+                    return cast(Stage, stages[site])
+        return None
 
 
 class Generated:
@@ -143,7 +259,7 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         compression = CompressionConfig.from_dict(config.compression)
-        _install(self, build_stages(self, compression, self.backbone), self.backbone)
+        _install(self, compression, build_stages(self, compression, self.backbone), self.backbone)
         _register_outputs(self)
 
     def note(self, trace: Trace | None, inputs: dict[str, Any]) -> Trace:
@@ -186,21 +302,51 @@ def _compressed_layer_class(cls: Any) -> type[Any]:
     return type(PREFIX + cls.__name__, (Generated, CompressedLayer, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def _install(model: PreTrainedModel, stages: list[Stage], backbone: type[Backbone]) -> None:
-    by_layer = {stage.config.layer: stage for stage in stages}
-    for index, layer in enumerate(backbone.layers(model)):
+def _install(model: PreTrainedModel, config: CompressionConfig, stages: list[Stage], backbone: type[Backbone]) -> None:
+    layers = backbone.layers(model)
+    of_layer: list[dict[str, Stage]] = [{} for _ in layers]
+    for stage in stages:
+        of_layer[stage.config.layer][stage.config.site] = stage
+    plans = _plans(config, stages, backbone, of_layer, model.config._attn_implementation)
+    for plan, layer in zip(plans, layers, strict=True):
         plain: Any = type(layer)
         layer.__class__ = _compressed_layer_class(plain)
         assert isinstance(layer, CompressedLayer)
-        layer.layer_index = index
-        layer.backbone = backbone
-        if index in by_layer:
-            layer.stage = by_layer[index]
+        layer.plan = plan
+        if of_layer[plan.index]:
+            layer.stages = nn.ModuleDict(of_layer[plan.index])
+    if plans[0].packs:
+        model.set_attn_implementation(ATTENTION)
     base = backbone.base(model)
     if base is not model:
         inner: Any = type(base)
         base.__class__ = compressed_class(inner)
         _register_outputs(base)
+
+
+def _plans(
+    config: CompressionConfig, stages: list[Stage], backbone: type[Backbone], of_layer: list[dict[str, Stage]], implementation: str
+) -> list[LayerPlan]:
+    """The plan of every layer, in order."""
+    last, where = len(of_layer) - 1, config.restore
+    adaptive = any(stage.selector.adaptive for stage in stages)
+
+    def reads_rows(index: int) -> bool:
+        return index > last or bool(of_layer[index]) or (where is not None and where.layer == index)
+
+    return [
+        LayerPlan(
+            index=index,
+            backbone=backbone,
+            restore_before=where.by if where is not None and where.layer == index else None,
+            restore_after=where.by if where is not None and where.layer == index + 1 == last + 1 else None,
+            notes_left=where is not None and index < where.layer,
+            # The other attention functions would not know what to do with a packing.
+            packs=backbone.packs and adaptive and implementation in ("sdpa", ATTENTION),
+            unpacks=reads_rows(index + 1),
+        )
+        for index in range(last + 1)
+    ]
 
 
 def _register_outputs(model: Any) -> None:

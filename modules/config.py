@@ -13,8 +13,9 @@ from .estimators.base import Estimator
 from .mergers.base import Merger
 from .scorers.base import Scorer
 from .selectors.base import Selector
+from .sites import BYPASS, SITES
 
-SITES = ("before",)
+RESTORE = ("unmerge", "rejoin")
 _PACKAGE = __name__.rpartition(".")[0]
 _KINDS: dict[str, type[Scorer | Selector | Merger | Estimator]] = {
     "scorer": Scorer,
@@ -23,7 +24,7 @@ _KINDS: dict[str, type[Scorer | Selector | Merger | Estimator]] = {
     "estimator": Estimator,
 }
 # Arguments that the stage itself gives to a part's constructor.
-_GIVEN = {"scorer": ("spec",), "selector": (), "merger": (), "estimator": ()}
+_GIVEN = {"scorer": ("spec",), "selector": (), "merger": ("spec",), "estimator": ()}
 # What users of other systems write; each would silently mean the opposite here.
 _REMOVED_FRACTION = (
     "ratio",
@@ -91,32 +92,41 @@ class StageConfig:
 
     Attributes:
         layer: layer that the site belongs to, from 0.
-        keep: routable tokens leaving ÷ entering, in (0, 1]; None leaves it to the budget.
-        site: where at the layer; ``before`` shortens the sequence for this and all later layers.
+        keep: of a shrinking site, routable tokens leaving ÷ entering, in (0, 1]; None leaves it to the budget.
+        capacity: of a bypass site, routable tokens processed ÷ present, in (0, 1]; None leaves it to the budget.
+        tokens: instead of ``keep`` or ``capacity``, how many routable tokens, whatever the size of the input.
+        site: where at the layer. ``before`` it and ``between`` its attention and its MLP the sequence gets shorter for all that
+            follows; ``around`` it, ``around_attention`` and ``around_mlp`` only the chosen tokens go through the layer or its half.
         scorer: gives every token a score.
         selector: turns scores into a decision.
-        merger: what becomes of the tokens left out.
+        merger: what becomes of the tokens left out; a bypass site has none.
         estimator: how a gradient reaches a trained scorer in training; None takes the one that the scorer is made for.
-        count: rule from ``keep`` to a number of tokens, a key of ``COUNT_RULES``.
+        count: rule from ``keep`` to a number of tokens, a key of ``COUNT_RULES``; None takes the scorer's, which is mostly ``round``.
         name: name in logs and reports; None makes one of site and layer.
     """
 
     layer: int
     keep: float | None = None
+    capacity: float | None = None
+    tokens: int | None = None
     site: str = "before"
     scorer: PartConfig | str | Mapping[str, Any] = PartConfig("learned")
     selector: PartConfig | str | Mapping[str, Any] = PartConfig("top_k")
     merger: PartConfig | str | Mapping[str, Any] = PartConfig("drop")
     estimator: PartConfig | str | Mapping[str, Any] | None = None
-    count: str = "round"
+    count: str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
         for kind in _KINDS:
             if getattr(self, kind) is not None:
                 object.__setattr__(self, kind, PartConfig.of(getattr(self, kind)))
-        if self.keep is not None and (isinstance(self.keep, bool) or not isinstance(self.keep, int | float)):
-            raise ValueError(f"compression.stages[].keep = {self.keep!r} must be a number in (0, 1]")
+        for key in ("keep", "capacity"):
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"compression.stages[].{key} = {value!r} must be a number in (0, 1]")
+        if self.tokens is not None and (isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1):
+            raise ValueError(f"compression.stages[].tokens = {self.tokens!r} must be an integer of at least 1")
         if isinstance(self.layer, bool) or not isinstance(self.layer, int):
             raise ValueError(f"compression.stages[].layer = {self.layer!r} must be an integer, the number of a layer from 0")
         if self.name is None:
@@ -128,9 +138,72 @@ class StageConfig:
         assert self.name is not None
         return self.name
 
+    @property
+    def bypass(self) -> bool:
+        """Tokens that are not chosen go around instead of away."""
+        return self.site in BYPASS
+
+    @property
+    def fraction(self) -> float | None:
+        """``keep`` of a shrinking site, ``capacity`` of a bypass site."""
+        return self.capacity if self.bypass else self.keep
+
+    @property
+    def free(self) -> bool:
+        """Nothing says how many tokens: a budget must."""
+        return self.fraction is None and self.tokens is None
+
     def part(self, kind: str) -> PartConfig:
         """The stage's ``scorer``, ``selector``, ``merger`` or ``estimator``."""
         return PartConfig.of(getattr(self, kind))
+
+    def check(self, layers: int, sites: tuple[str, ...]) -> None:
+        """Raises ValueError, naming the stage, the key and what is allowed, unless the stage can be built.
+
+        Args:
+            layers: number of layers of the backbone.
+            sites: sites that the backbone offers.
+        """
+        where, key = f"stage {self.key!r}", "capacity" if self.bypass else "keep"
+        if self.site not in SITES:
+            raise ValueError(f"{where}: site = {self.site!r} does not exist: the sites are {', '.join(SITES)}")
+        if self.site not in sites:
+            raise ValueError(f"{where}: site = {self.site!r} is not offered by this backbone: it has {', '.join(sites)}")
+        if not 0 <= self.layer < layers:
+            raise ValueError(f"{where}: layer = {self.layer!r} must be an integer from 0 to {layers - 1}, the backbone has {layers} layers")
+        other = "keep" if self.bypass else "capacity"
+        if getattr(self, other) is not None:
+            raise ValueError(f"{where}: {other} belongs to another kind of site; at site {self.site!r} give {key}")
+        if self.tokens is not None and self.fraction is not None:
+            raise ValueError(f"{where}: give either {key} or tokens, not both")
+        if self.free:
+            raise ValueError(f"{where}: {key} is not set: give the fraction of tokens kept, in (0, 1], or let a budget decide it")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(f"{where}: {key} = {self.fraction} must be in (0, 1]: the fraction that is kept, not removed")
+        if self.count is not None and self.count not in COUNT_RULES:
+            raise ValueError(f"{where}: count = {self.count!r} is no count rule: there are {', '.join(COUNT_RULES)}")
+        if self.bypass and self.part("merger").name != "drop":
+            raise ValueError(f"{where}: merger = {self.part('merger').name!r}: at site {self.site!r} no token goes away; leave merger out")
+
+
+@dataclass(frozen=True)
+class RestoreConfig:
+    """Where the sequence gets its full length back.
+
+    Attributes:
+        layer: before this layer; the number of layers means after the last.
+        by: ``unmerge`` gives every original token the state of the token that stands for it, and one that was dropped the state
+            that it had then; ``rejoin`` gives merged tokens their own last state too.
+    """
+
+    layer: int
+    by: str = "unmerge"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int):
+            raise ValueError(f"compression.restore.layer = {self.layer!r} must be an integer, the number of a layer")
+        if self.by not in RESTORE:
+            raise ValueError(f"compression.restore.by = {self.by!r} must be one of {', '.join(RESTORE)}")
 
 
 @dataclass(frozen=True)
@@ -139,29 +212,46 @@ class CompressionConfig:
 
     Attributes:
         stages: at most one a site.
+        restore: where the sequence gets its full length back; None leaves it short.
     """
 
     stages: tuple[StageConfig, ...]
+    restore: RestoreConfig | None = None
 
-    def __init__(self, stages: Iterable[StageConfig | Mapping[str, Any]]) -> None:
+    def __init__(self, stages: Iterable[StageConfig | Mapping[str, Any]], restore: RestoreConfig | Mapping[str, Any] | None = None) -> None:
         if not isinstance(stages, Iterable) or isinstance(stages, str | Mapping):
             raise ValueError(f"compression.stages must be a list of stages, not {stages!r}")
         made = [stage if isinstance(stage, StageConfig) else stage_from_dict(stage) for stage in stages]
-        object.__setattr__(self, "stages", tuple(sorted(made, key=lambda stage: stage.layer)))
+        order = {site: index for index, site in enumerate(("before", "around", "around_attention", "between", "around_mlp"))}
+        object.__setattr__(self, "stages", tuple(sorted(made, key=lambda stage: (stage.layer, order.get(stage.site, 0)))))
+        if isinstance(restore, Mapping):
+            _check_keys(restore, [item.name for item in fields(RestoreConfig)], "compression.restore")
+            if "layer" not in restore:
+                raise ValueError("compression.restore.layer is missing: before which layer; the number of layers means after the last")
+            restore = RestoreConfig(**restore)
+        object.__setattr__(self, "restore", restore)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, the inverse of ``from_dict``."""
-        return {"stages": [asdict(stage) for stage in self.stages]}
+        return {"stages": [asdict(stage) for stage in self.stages], "restore": None if self.restore is None else asdict(self.restore)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> CompressionConfig:
         """From what ``to_dict`` gave. Raises ValueError for an unknown key."""
-        _check_keys(data, ["stages"], "compression")
-        return CompressionConfig(data["stages"])
+        _check_keys(data, ["stages", "restore"], "compression")
+        if "stages" not in data:
+            raise ValueError("compression.stages is missing: give at least one stage, or leave compression out for a dense model")
+        return CompressionConfig(data["stages"], data.get("restore"))
 
     def with_keep(self, keep: Mapping[str, float]) -> CompressionConfig:
-        """A copy whose stages keep what the mapping says, by stage name."""
-        return CompressionConfig(replace(stage, keep=keep.get(stage.key, stage.keep)) for stage in self.stages)
+        """A copy whose stages keep (or process) what the mapping says, by stage name."""
+
+        def told(stage: StageConfig) -> StageConfig:
+            if stage.key not in keep:
+                return stage
+            return replace(stage, tokens=None, **{"capacity" if stage.bypass else "keep": keep[stage.key]})  # type: ignore[arg-type]
+
+        return CompressionConfig(map(told, self.stages), self.restore)
 
     def check(self, layers: int, sites: tuple[str, ...]) -> None:
         """Raises ValueError, naming the stage, the key and what is allowed, unless every stage can be built.
@@ -174,25 +264,31 @@ class CompressionConfig:
             raise ValueError("compression.stages is empty: give at least one stage, or leave compression out for a dense model")
         seen: set[tuple[str, int]] = set()
         for stage in self.stages:
-            where = f"stage {stage.key!r}"
-            if stage.site not in sites:
-                raise ValueError(f"{where}: site = {stage.site!r} is not offered by this backbone: it has {', '.join(sites)}")
-            if not 0 <= stage.layer < layers:
-                raise ValueError(
-                    f"{where}: layer = {stage.layer!r} must be an integer from 0 to {layers - 1}, the backbone has {layers} layers"
-                )
-            if stage.keep is None:
-                raise ValueError(f"{where}: keep is not set: give the fraction of tokens kept, in (0, 1], or let a budget decide it")
-            if not 0 < stage.keep <= 1:
-                raise ValueError(f"{where}: keep = {stage.keep} must be in (0, 1]: the fraction that is kept, not removed")
-            if stage.count not in COUNT_RULES:
-                raise ValueError(f"{where}: count = {stage.count!r} is no count rule: there are {', '.join(COUNT_RULES)}")
+            stage.check(layers, sites)
             if (stage.site, stage.layer) in seen:
-                raise ValueError(f"{where}: there are two stages {stage.site} layer {stage.layer}: a site holds one")
+                raise ValueError(f"stage {stage.key!r}: there are two stages {stage.site} layer {stage.layer}: a site holds one")
             seen.add((stage.site, stage.layer))
+        for layer in {stage.layer for stage in self.stages if stage.site == "around"}:
+            inner = [stage.key for stage in self.stages if stage.layer == layer and stage.site not in ("around", "before")]
+            if inner:
+                raise ValueError(f"layer {layer} has a stage around it: {', '.join(inner)} inside it cannot run on the chosen tokens alone")
         names = [stage.key for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stage names must differ: {', '.join(names)}")
+        self._check_restore(layers)
+
+    def _check_restore(self, layers: int) -> None:
+        if self.restore is None:
+            return
+        shrinking = [stage for stage in self.stages if not stage.bypass]
+        if not shrinking:
+            raise ValueError("compression.restore has nothing to do: no stage makes the sequence shorter")
+        first = min(stage.layer + (stage.site == "between") for stage in shrinking)
+        if not first < self.restore.layer <= layers:
+            raise ValueError(
+                f"compression.restore.layer = {self.restore.layer} must be from {first + 1} (after the first stage) to {layers} "
+                "(after the last layer)"
+            )
 
 
 def stage_from_dict(data: Mapping[str, Any]) -> StageConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from .compress import CompressedModel, build_stages, stages_of
 from .config import CompressionConfig
 from .counting import BackboneShape, LayerTokens
 from .stage import Stage
+from .state import Trace
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Cost:
         macs: multiply-accumulates, routers, mergers, embedding and head included.
         dense_macs: the same of the dense model.
         stage_macs: of routers and mergers alone, by stage name.
-        kept: routable tokens leaving each stage, by stage name.
+        keep: requested keep of each stage, or capacity where it is a bypass, by stage name.
+        kept: routable tokens leaving each stage, or going through where it is a bypass, by stage name; a mean where rows differ.
         activation_bytes: estimate of what a training step holds for backward, at 4 bytes a value.
         dense_activation_bytes: the same of the dense model.
     """
@@ -36,7 +39,8 @@ class Cost:
     macs: int
     dense_macs: int
     stage_macs: Mapping[str, int]
-    kept: Mapping[str, int]
+    keep: Mapping[str, float]
+    kept: Mapping[str, float]
     activation_bytes: int
     dense_activation_bytes: int
 
@@ -60,45 +64,47 @@ class CostModel:
     """
 
     def __init__(self, model: PreTrainedModel, config: CompressionConfig | None = None) -> None:
+        self.restore_layer: int | None = None
+        self.stages: list[Stage] = []
         if isinstance(model, CompressedModel):
             backbone: type[Backbone] = model.backbone
-            self.stages: list[tuple[int, Stage]] = list(stages_of(model).values())
+            config = CompressionConfig.from_dict(model.config.compression)
+            self.stages = [stage for _, stage in stages_of(model).values()]
         else:
             backbone = backbone_for(model.config.model_type, type(model).__name__)
-            if config is None:
-                self.stages = []
-            else:
-                filled = config.with_keep({stage.key: 1.0 if stage.keep is None else stage.keep for stage in config.stages})
-                self.stages = [(stage.config.layer, stage) for stage in build_stages(model, filled, backbone)]
+            if config is not None:
+                # A budget decides these later; until then they keep everything.
+                filled = config.with_keep({stage.key: 1.0 for stage in config.stages if stage.free})
+                self.stages = build_stages(model, filled, backbone)
+        if config is not None and config.restore is not None:
+            self.restore_layer = config.restore.layer
         self.shape: BackboneShape = backbone.shape(model)
 
     def __call__(self, keep: Mapping[str, float] | None = None) -> Cost:
-        """Cost with the given keep by stage name, over the stages' own."""
+        """Cost with the given keep (or capacity) by stage name, over the stages' own."""
         shape, wanted = self.shape, keep or {}
-        present, counts = shape.patches, {}
-        before = dict(self.stages)
-        layers: list[LayerTokens] = []
-        stage_macs: dict[str, int] = {}
-        for index in range(shape.layers):
-            if index in before:
-                stage = before[index]
-                key, own = stage.config.key, stage.config.keep
-                assert own is not None
-                kept = stage.count(present, wanted.get(key, own), shape.patches)
-                assert isinstance(kept, int)
-                stage_macs[key] = stage.macs(shape, shape.prefix + present, shape.prefix + kept)
-                counts[key] = present = kept
-            layers.append(LayerTokens(shape.prefix + present, shape.prefix + present))
+
+        def kept(stage: Stage, present: float) -> float:
+            return stage.expected(present, shape.patches, wanted.get(stage.config.key))
+
+        walk = self._walk(kept)
+        layers = tuple(LayerTokens(shape.prefix + attention, shape.prefix + mlp) for attention, mlp in walk.layers)
         dense = shape.dense_layers()
         return Cost(
-            layers=tuple(layers),
+            layers=layers,
             dense_tokens=shape.prefix + shape.patches,
-            macs=shape.model_macs(layers) + sum(stage_macs.values()),
-            dense_macs=shape.model_macs(dense),
-            stage_macs=stage_macs,
-            kept=counts,
-            activation_bytes=shape.activation_bytes(layers),
-            dense_activation_bytes=shape.activation_bytes(dense),
+            macs=round(shape.model_macs(layers) + sum(walk.stage_macs.values())),
+            dense_macs=round(shape.model_macs(dense)),
+            stage_macs={name: round(macs) for name, macs in walk.stage_macs.items()},
+            keep={
+                stage.config.key: walk.kept[stage.config.key] / walk.present[stage.config.key]
+                if stage.config.fraction is None
+                else wanted.get(stage.config.key, stage.config.fraction)
+                for stage in self.stages
+            },
+            kept=walk.kept,
+            activation_bytes=round(shape.activation_bytes(layers)),
+            dense_activation_bytes=round(shape.activation_bytes(dense)),
         )
 
     def soft_macs_ratio(self, keep: Mapping[str, Tensor]) -> Tensor:
@@ -107,19 +113,64 @@ class CostModel:
         Args:
             keep: scalar tensor by stage name; stages that are not named use their own number.
         """
-        shape, before = self.shape, dict(self.stages)
-        present: Tensor | float = float(shape.patches)
-        total: Tensor | float = float(shape.embed_macs + shape.head_macs)
-        for index in range(shape.layers):
-            if index in before:
-                stage = before[index]
-                own = stage.config.keep
-                assert own is not None
-                entering = present
-                present = present * keep.get(stage.config.key, own)
-                total = total + stage.macs(shape, shape.prefix + entering, shape.prefix + present)  # type: ignore[arg-type]
-            tokens = LayerTokens(shape.prefix + present, shape.prefix + present)  # type: ignore[arg-type]
-            total = total + shape.layer_macs(tokens)
-        ratio = total / shape.model_macs(shape.dense_layers())
+        shape = self.shape
+
+        def kept(stage: Stage, present: Any) -> Any:
+            given = keep.get(stage.config.key)
+            return stage.expected(float(present), shape.patches) if given is None else present * given
+
+        walk = self._walk(kept)
+        layers = [LayerTokens(shape.prefix + attention, shape.prefix + mlp) for attention, mlp in walk.layers]
+        ratio = (shape.model_macs(layers) + sum(walk.stage_macs.values())) / shape.model_macs(shape.dense_layers())
         assert isinstance(ratio, Tensor)
         return ratio
+
+    def achieved(self, trace: Trace) -> float:
+        """``macs_ratio`` of what a forward did: the mean over its rows, each with its own token counts."""
+        shape = self.shape
+        total: Any = shape.embed_macs + shape.head_macs
+        for index in range(shape.layers):
+            tokens = trace.layer_tokens[index]
+            total = total + shape.layer_macs(LayerTokens(tokens.attention, tokens.mlp))  # type: ignore[arg-type]
+        for stage in self.stages:
+            routing = trace.routings[stage.config.key]
+            total = total + stage.macs(shape, shape.prefix + routing.present, shape.prefix + routing.kept)  # type: ignore[arg-type]
+        mean = float(total.double().mean()) if isinstance(total, Tensor) else float(total)
+        return mean / shape.model_macs(shape.dense_layers())
+
+    def _walk(self, kept: Callable[[Stage, Any], Any]) -> _Walk:
+        """Goes through the sites in order; ``kept`` says how many of the routable tokens present a stage keeps or processes."""
+        shape = self.shape
+        at = {(stage.config.layer, stage.config.site): stage for stage in self.stages}
+        present: Any = shape.patches
+        walk = _Walk([], {}, {}, {})
+
+        def meet(layer: int, site: str, entering: Any) -> Any:
+            stage = at.get((layer, site))
+            if stage is None:
+                return entering
+            leaving = kept(stage, entering)
+            walk.stage_macs[stage.config.key] = stage.macs(shape, shape.prefix + entering, shape.prefix + leaving)
+            walk.present[stage.config.key], walk.kept[stage.config.key] = entering, leaving
+            return leaving
+
+        for layer in range(shape.layers):
+            if layer == self.restore_layer:
+                present = shape.patches
+            present = meet(layer, "before", present)
+            through = meet(layer, "around", present)
+            attention = meet(layer, "around_attention", through)
+            if (layer, "between") in at:
+                present = through = meet(layer, "between", present)
+            walk.layers.append((attention, meet(layer, "around_mlp", through)))
+        return walk
+
+
+@dataclass
+class _Walk:
+    """Routable tokens in the attention and the MLP of every layer; MACs, tokens present and tokens kept of every stage."""
+
+    layers: list[tuple[Any, Any]]
+    stage_macs: dict[str, Any]
+    present: dict[str, Any]
+    kept: dict[str, Any]

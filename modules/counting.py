@@ -79,15 +79,32 @@ def _evit(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor
     return min(present, math.ceil(present * keep - 1e-9) + 1)
 
 
-COUNT_RULES: dict[str, CountRule] = {"round": _round_half_up, "dynamicvit": _dynamicvit, "evit": _evit}
+def _half(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:
+    """The usual count, but never less than half: matching in pairs can take away no more (ToMe, arXiv 2210.09461)."""
+    return at_least_half(present, tokens_kept(present, keep))
+
+
+def at_least_half(present: int | Tensor, count: int | Tensor) -> int | Tensor:
+    """``count``, or the larger half of ``present`` where that is more."""
+    if isinstance(present, Tensor):
+        return torch.maximum(torch.as_tensor(count, device=present.device), present - present // 2)
+    return max(int(count), present - present // 2)
+
+
+COUNT_RULES: dict[str, CountRule] = {"round": _round_half_up, "dynamicvit": _dynamicvit, "evit": _evit, "half": _half}
 
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """Tokens that one layer processes, protected ones included: in attention and, after a reduction between, in the MLP."""
+    """Tokens of a row that one layer processes, protected ones included; no whole numbers where rows differ and this is a mean.
 
-    attention: int
-    mlp: int
+    Attributes:
+        attention: in its attention half.
+        mlp: in its MLP half.
+    """
+
+    attention: float
+    mlp: float
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,7 @@ class BackboneShape:
         hidden: width C of the residual stream.
         intermediate: width of the MLP's hidden layer.
         layers: number of transformer layers.
+        heads: attention heads of a layer.
         prefix: protected tokens in front (CLS, distillation, registers).
         patches: routable tokens at the configured input size.
         embed_macs: MACs of the patch embedding per image.
@@ -107,18 +125,19 @@ class BackboneShape:
     hidden: int
     intermediate: int
     layers: int
+    heads: int
     prefix: int
     patches: int
     embed_macs: int
     head_macs: int
 
-    def layer_macs(self, tokens: LayerTokens) -> int:
+    def layer_macs(self, tokens: LayerTokens) -> float:
         """4NC² + 2N²C with N tokens in attention, plus 2N'C·I with N' in the MLP of hidden width I."""
         width, attention = self.hidden, tokens.attention
         projections, products = 4 * attention * width**2, 2 * attention**2 * width
         return projections + products + 2 * tokens.mlp * width * self.intermediate
 
-    def model_macs(self, layers: Sequence[LayerTokens]) -> int:
+    def model_macs(self, layers: Sequence[LayerTokens]) -> float:
         """MACs of one image's forward given the tokens of every layer, embedding and head included, stages excluded."""
         if len(layers) != self.layers:
             raise ValueError(f"token counts for {len(layers)} layers were given, the backbone has {self.layers}")
@@ -129,7 +148,7 @@ class BackboneShape:
         tokens = self.prefix + self.patches
         return [LayerTokens(tokens, tokens)] * self.layers
 
-    def activation_bytes(self, layers: Sequence[LayerTokens], bytes_per_value: int = 4) -> int:
+    def activation_bytes(self, layers: Sequence[LayerTokens], bytes_per_value: int = 4) -> float:
         """Estimated bytes a training step holds for backward per image with fused attention, without checkpointing.
 
         Per token of a layer: inputs and outputs of two norms, queries, keys, values, attention output and its projection's

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
 from torch import Tensor, nn
 
 from .backbones.base import Backbone
 from .config import PartConfig, StageConfig
-from .counting import COUNT_RULES, BackboneShape, StageCount
-from .draws import gumbel, uniform
+from .counting import COUNT_RULES, BackboneShape, StageCount, at_least_half
+from .draws import uniform
 from .estimators.base import Estimate, Estimator
-from .mergers.base import Merged, Merger
-from .scorers.base import Scorer, ScorerInput, TokenSpec
-from .selectors.base import Selector
+from .mergers.base import Merged, Merger, gather_tokens
+from .scorers.base import Scored, Scorer, SiteInput, TokenSpec
+from .selectors.base import Request, Selector
 from .state import Decision, Routing, TokenState, Trace
 
 # Keeps the draws of a selector's noise apart from those of a random scorer.
 _NOISE = 1 << 20
 
+# The part of a layer that a bypass goes around: (B, K, C) tokens and their state -> (B, K, C).
+Inner = Callable[[Tensor, TokenState], Tensor]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a router said of the tokens at a site."""
+
+    scored: Scored
+    decision: Decision
+    estimate: Estimate
+    keep: float
+
 
 class Stage(nn.Module):
-    """Scores the tokens, decides which stay, and lets the merger do it.
+    """Scores the tokens, decides which stay, and lets the merger do it; around a layer, which go through it.
 
     Args:
         config: what the stage is made of.
@@ -28,7 +45,7 @@ class Stage(nn.Module):
         backbone: adapter of the model's family.
 
     Raises:
-        ValueError: a part has no such name or option.
+        ValueError: a part has no such name or option, or parts do not go together.
     """
 
     def __init__(self, config: StageConfig, spec: TokenSpec, index: int, backbone: type[Backbone]) -> None:
@@ -39,8 +56,9 @@ class Stage(nn.Module):
         try:
             self.scorer: Scorer = config.part("scorer").build("scorer", spec)
             self.selector: Selector = config.part("selector").build("selector")
-            self.merger: Merger = config.part("merger").build("merger")
+            self.merger: Merger = config.part("merger").build("merger", spec)
             self.estimator: Estimator | None = self._build_estimator()
+            self._check_parts()
         except ValueError as error:
             raise ValueError(f"stage {config.key!r}: {error}") from None
 
@@ -60,45 +78,110 @@ class Stage(nn.Module):
             )
         return estimator
 
-    def keep(self, trace: Trace) -> float:
-        """Requested keep: what the trace asks for, else the stage's own."""
-        assert self.config.keep is not None
-        return trace.keep.get(self.config.key, self.config.keep)
+    def _check_parts(self) -> None:
+        scorer, selector, merger = (self.config.part(kind).name for kind in ("scorer", "selector", "merger"))
+        if self.merger.needs_partner and not self.scorer.matches:
+            raise ValueError(f"merger {merger!r} merges the pairs that scorer 'bipartite' finds, not those of {scorer!r}; try 'squeeze'")
+        if self.selector.needs_probabilities and not self.scorer.probabilities:
+            raise ValueError(f"selector {selector!r} takes scores for probabilities, which those of scorer {scorer!r} are not")
+        if self.selector.adaptive and (self.scorer.matches or self.merger.outputs is not None or self.config.tokens is not None):
+            what = f"tokens = {self.config.tokens}" if self.config.tokens is not None else f"scorer {scorer!r} with merger {merger!r}"
+            raise ValueError(f"selector {selector!r} lets every row keep as many as it likes, which {what} does not allow; take 'top_k'")
+        if self.merger.outputs is not None and self.config.tokens != self.merger.outputs:
+            raise ValueError(f"merger {merger!r} makes {self.merger.outputs} tokens: give the stage tokens = {self.merger.outputs}")
 
-    def count(self, present: int | Tensor, keep: float, original: int | Tensor) -> int | Tensor:
-        """Routable tokens that leave, a merger's added token included."""
-        return COUNT_RULES[self.config.count](present, keep, StageCount(original, self.index))
+    @property
+    def bypass(self) -> bool:
+        """Tokens that are not chosen go around."""
+        return self.config.bypass
+
+    def count(self, present: int | Tensor, original: int | Tensor, keep: float | None = None) -> int | Tensor:
+        """Routable tokens that leave (or go through, around a layer), a merger's added token included.
+
+        Args:
+            present: routable tokens at the site.
+            original: routable tokens before the first stage.
+            keep: instead of the stage's own keep, capacity or number.
+        """
+        wanted = self.config.fraction if keep is None else keep
+        if keep is None and self.config.tokens is not None:
+            fixed = self.config.tokens
+            count = torch.clamp(present, max=fixed) if isinstance(present, Tensor) else min(present, fixed)
+        else:
+            assert wanted is not None
+            count = COUNT_RULES[self.config.count or self.scorer.count](present, wanted, StageCount(original, self.index))
+        return at_least_half(present, count) if self.scorer.matches else count
+
+    def expected(self, present: float, original: float, keep: float | None = None) -> float:
+        """``count``, for cost: where rows keep different numbers, their mean, which is no whole number."""
+        if self.selector.adaptive:
+            wanted = self.config.fraction if keep is None else keep
+            assert wanted is not None
+            return present * wanted
+        count = self.count(round(present), round(original), keep)
+        assert isinstance(count, int)
+        return count
 
     def forward(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> Tensor:
-        """(B, M, C) tokens -> (B, K, C); the new TokenState and the Routing go onto the trace."""
-        state = trace.state
-        assert state is not None
-        keep, present = self.keep(trace), state.present
-        kept = self.count(present, keep, trace.original)
-        scored = self.scorer(ScorerInput(hidden_states, state, trace, self.index, layer, self.backbone))
+        """Shrinks (B, M, C) tokens to (B, K, C); the new TokenState and the Routing go onto the trace."""
+        state = _state(trace)
+        choice = self._choose(hidden_states, layer, trace)
+        merged = self._merge(self._site(hidden_states, layer, trace), choice)
+        # Counted on what the merger made, not taken from the rule.
+        self._record(trace, choice, state, merged.state.present)
+        trace.state = merged.state
+        return merged.hidden_states
+
+    def around(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, inner: Inner) -> Tensor:
+        """Sends the chosen of (B, M, C) tokens through ``inner`` and the others around it (Mixture-of-Depths, arXiv 2404.02258).
+
+        A token that went through is what ``inner`` made of it, unscaled: a pretrained layer starts neutral.
+        """
+        state = _state(trace)
+        choice = self._choose(hidden_states, layer, trace)
+        decision, estimate = choice.decision, choice.estimate
+        inside = state if estimate.key_bias is None else state.add_key_bias(estimate.key_bias.masked_fill(~state.routable, 0.0))
+        inside = inside.select(decision.index, decision.valid)
+        self._record(trace, choice, state, inside.present)
+        before = gather_tokens(hidden_states, decision.index)
+        after = inner(before, inside)
+        if estimate.scale is not None:
+            scale = estimate.scale.masked_fill(~state.routable, 1.0).gather(1, decision.index).unsqueeze(-1).to(after.dtype)
+            after = after * scale + before * (1 - scale)
+        if decision.valid is None and decision.index.shape[1] == state.tokens:
+            return after
+        # Filler writes to a slot past the last token.
+        target = decision.index if decision.valid is None else decision.index.masked_fill(~decision.valid, state.tokens)
+        padded = nn.functional.pad(hidden_states, (0, 0, 0, 1))
+        return padded.scatter(1, target.unsqueeze(-1).expand_as(after), after.to(padded.dtype))[:, : state.tokens]
+
+    def _site(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> SiteInput:
+        return SiteInput(hidden_states, _state(trace), trace, self.index, layer, self.backbone)
+
+    def _choose(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> Choice:
+        state = _state(trace)
+        asked = trace.keep.get(self.config.key)
+        count = self.count(state.present, trace.original, asked)
+        keep = self.config.fraction if asked is None else asked
+        if keep is None:
+            # A number of tokens was given: as a fraction it is what this input makes of it.
+            present, kept = (float(n.sum()) if isinstance(n, Tensor) else float(n) for n in (state.present, count))
+            keep = kept / max(present, 1.0)
+        scored: Scored = self.scorer(self._site(hidden_states, layer, trace))
         decision = trace.replay.get(self.config.key)
         if decision is None:
-            decision = self.selector(scored.scores, state, self._selected(kept, present), self._noise(state, trace))
+            decision = self.selector(scored.scores, state, self._request(keep, count, state, trace))
         estimate = Estimate()
         if self.training and self.estimator is not None:
             estimate = self.estimator(scored.scores, scored.answers, decision, state, trace)
-        merged = self._merge(hidden_states, scored.scores, decision, state, estimate)
-        trace.routings[self.config.key] = Routing(
-            stage=self.config.key,
-            scores=scored.scores,
-            soft=scored.scores.sigmoid() if self.scorer.probabilities else None,
-            routable=state.routable,
-            decision=decision,
-            state=state,
-            requested=keep,
-            present=present,
-            # Counted on what the merger made, not taken from the rule.
-            kept=merged.state.present,
-            lookahead=self.scorer.lookahead or self.selector.lookahead,
-            auxiliary_loss=estimate.loss,
-        )
-        trace.state = merged.state
-        return merged.hidden_states
+        return Choice(scored, decision, estimate, keep)
+
+    def _request(self, keep: float, count: int | Tensor, state: TokenState, trace: Trace) -> Request:
+        selected = self._selected(count, state.present)
+        if self.estimator is None or (isinstance(trace.noise, float) and trace.noise == 0):
+            return Request(keep, selected)
+        rows = trace.rows_identity(state.rows, state.position.device)
+        return Request(keep, selected, trace.noise, uniform(trace.seed, trace.step, rows, self.index + _NOISE, state.position))
 
     def _selected(self, kept: int | Tensor, present: int | Tensor) -> int | Tensor:
         """Tokens for the selector: all, or ``kept`` less what the merger adds."""
@@ -106,22 +189,40 @@ class Stage(nn.Module):
             return kept - self.merger.extra * (kept < present).long()  # type: ignore[union-attr]
         return kept - self.merger.extra if kept < present else kept
 
-    def _noise(self, state: TokenState, trace: Trace) -> Tensor | None:
-        if self.estimator is None or (isinstance(trace.noise, float) and trace.noise == 0):
-            return None
-        rows = trace.rows_identity(state.rows, state.position.device)
-        return gumbel(uniform(trace.seed, trace.step, rows, self.index + _NOISE, state.position)) * trace.noise
-
-    def _merge(self, hidden_states: Tensor, scores: Tensor, decision: Decision, state: TokenState, estimate: Estimate) -> Merged:
+    def _merge(self, site: SiteInput, choice: Choice) -> Merged:
         """Merges with the estimate's paths laid: through the tokens' scale, or through the bias of their keys."""
+        hidden_states, state, estimate = site.hidden_states, site.state, choice.estimate
         if estimate.scale is not None:
             scale = estimate.scale.masked_fill(~state.routable, 1.0)
             hidden_states = hidden_states * scale.unsqueeze(-1).to(hidden_states.dtype)
         if estimate.key_bias is not None:
             state = state.add_key_bias(estimate.key_bias.masked_fill(~state.routable, 0.0))
-        merged: Merged = self.merger(hidden_states, scores, decision, state)
+        merged: Merged = self.merger(replace(site, hidden_states=hidden_states, state=state), choice.scored, choice.decision)
         return merged
+
+    def _record(self, trace: Trace, choice: Choice, state: TokenState, kept: int | Tensor) -> None:
+        scores = choice.scored.scores
+        trace.routings[self.config.key] = Routing(
+            stage=self.config.key,
+            scores=scores,
+            soft=scores.sigmoid() if self.scorer.probabilities else None,
+            routable=state.routable,
+            decision=choice.decision,
+            state=state,
+            requested=choice.keep,
+            present=state.present,
+            kept=kept,
+            lookahead=self.scorer.lookahead or self.selector.lookahead,
+            adaptive=self.selector.adaptive,
+            bypass=self.bypass,
+            auxiliary_loss=choice.estimate.loss,
+        )
 
     def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
         """MACs of this stage in evaluation for one row going from ``tokens`` to ``kept``, protected ones included."""
         return self.scorer.macs(shape, tokens) + self.merger.macs(shape, tokens, kept)
+
+
+def _state(trace: Trace) -> TokenState:
+    assert trace.state is not None
+    return trace.state

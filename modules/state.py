@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .packing import Packing
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,13 @@ class TokenState:
     Attributes:
         size: (B, M) float32, source tokens that each token stands for.
         source: (B, N) int64, current slot of each original token, -1 if it is gone.
-        position: (B, M) int64, original position of each token; of a merged token, that of its lowest source.
+        position: (B, M) int64, original position of each token; of a merged token, that of the one it was merged into.
         protected: (B, M) bool, tokens that no stage may touch.
         valid: (B, M) bool, False for padding; None when no row has padding, which keeps every count on the host.
         protected_per_row: protected tokens of a row, the same for all rows.
         key_bias: (B, M) float32 that every later layer adds to the attention logits of each key; None adds nothing.
+        proportional: later layers add log(size) to the attention logits of each key, so that a merged token is attended to as
+            its sources together would be.
     """
 
     size: Tensor
@@ -33,6 +39,7 @@ class TokenState:
     valid: Tensor | None
     protected_per_row: int
     key_bias: Tensor | None = None
+    proportional: bool = False
 
     @staticmethod
     def initial(rows: int, tokens: int, prefix: int, valid: Tensor | None, device: torch.device) -> TokenState:
@@ -95,6 +102,31 @@ class TokenState:
             key_bias=None if self.key_bias is None else self.key_bias.gather(1, index),
         )
 
+    def absorb(self, into: Tensor) -> TokenState:
+        """State after every token whose target is another slot has been merged into it; the slots all stay.
+
+        Args:
+            into: (B, M) int64, slot that each token is merged into; its own for a token that stays.
+        """
+        gone = self.source < 0
+        source = into.gather(1, self.source.clamp(min=0)).masked_fill(gone, -1)
+        size = torch.zeros_like(self.size).scatter_add_(1, into, self.size)
+        return replace(self, size=size, source=source)
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """(B, M) float32 that a layer adds to the attention logits of each key; None adds nothing."""
+        if not self.proportional:
+            return self.key_bias
+        # Filler has size 0 and is masked out anyway.
+        bias = self.size.clamp(min=1e-6).log()
+        return bias if self.key_bias is None else bias + self.key_bias
+
+    @property
+    def tokens_per_row(self) -> int | Tensor:
+        """Real tokens of a row, protected ones included: one int when all rows have the same, else int64 (B,)."""
+        return self.tokens if self.valid is None else self.valid.sum(-1)
+
     def add_key_bias(self, bias: Tensor) -> TokenState:
         """State with (B, M) added to the bias of its keys."""
         return replace(self, key_bias=bias if self.key_bias is None else self.key_bias + bias)
@@ -135,6 +167,8 @@ class Routing:
         present: routable tokens entering, one int for every row or int64 (B,).
         kept: routable tokens leaving, likewise.
         lookahead: the decision for a token depends on later tokens.
+        adaptive: rows keep different numbers; only their mean is what was requested.
+        bypass: tokens that were not chosen went around, not away; ``kept`` are those processed and ``requested`` is a capacity.
         auxiliary_loss: scalar that the stage's estimator adds to the task's loss in training; None without one.
     """
 
@@ -148,6 +182,8 @@ class Routing:
     present: int | Tensor
     kept: int | Tensor
     lookahead: bool
+    adaptive: bool = False
+    bypass: bool = False
     auxiliary_loss: Tensor | None = None
 
     def counts(self) -> tuple[int, int]:
@@ -167,6 +203,21 @@ class Routing:
     def kept_mask(self) -> Tensor:
         """(B, M) bool: the decision at the stage's input, protected tokens True."""
         return self.decision.kept_mask(self.scores.shape[1])
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """Real tokens of each row that one layer processed, protected ones included.
+
+    Attributes:
+        present: at its input, one int for every row or int64 (B,).
+        attention: in its attention half, likewise.
+        mlp: in its MLP half, likewise.
+    """
+
+    present: int | Tensor
+    attention: int | Tensor
+    mlp: int | Tensor
 
 
 @dataclass
@@ -193,7 +244,9 @@ class Trace:
         prefix: protected tokens in front.
         state: the current TokenState, None before the first layer.
         original: routable tokens before the first stage, one int for every row or int64 (B,).
-        layer_tokens: tokens that each layer processed, by layer index.
+        layer_tokens: real tokens that each layer processed, by layer index.
+        packed: how the rows lie in the one long row that layers see now; None while they lie side by side.
+        left: hidden states (B, M, C) and TokenState before each shrinking stage, for a restore; empty without one.
         pixel_values: (B, channels, height, width) the model's input, for scorers that look at it.
         grid: patches (down, across) of the input, None where there is no grid.
     """
@@ -209,7 +262,9 @@ class Trace:
     prefix: int = 0
     state: TokenState | None = None
     original: int | Tensor = 0
-    layer_tokens: dict[int, int] = field(default_factory=dict)
+    layer_tokens: dict[int, RowTokens] = field(default_factory=dict)
+    packed: Packing | None = None
+    left: list[tuple[Tensor, TokenState]] = field(default_factory=list)
     pixel_values: Tensor | None = None
     grid: tuple[int, int] | None = None
 

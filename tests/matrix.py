@@ -84,7 +84,7 @@ def compressed(family: str, method: Method, *keeps: float, **settings: Any) -> P
     with torch.no_grad():
         # Scores of fresh parts are nearly equal; spread them, so that decisions mean something.
         for name, parameter in model.named_parameters():
-            if ".stage." in name and parameter.ndim > 1:
+            if ".stages." in name and parameter.ndim > 1:
                 parameter.normal_(0, 0.5)
     return model
 

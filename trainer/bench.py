@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..modules.backbones import backbone_for
+from ..modules.backbones.base import Backbone
 from ..modules.compress import CompressedModel, base_class
-from ..modules.state import Trace
+from ..modules.state import RowTokens, Trace
 
 WARM_UP_ROUNDS = 3
 
@@ -122,7 +123,7 @@ def bench(
         counts = _counts(model, batch)
         contestants[name] = (name, model)
         for copy_name in (f"{name}/oracle", f"{name}/control"):
-            contestants[copy_name] = ("dense", sliced(copy.deepcopy(dense), counts))
+            contestants[copy_name] = ("dense", sliced(copy.deepcopy(dense), *counts))
     steps = {name: _step(kind, model, batch, loss) for name, (kind, model) in contestants.items()}
     memory = {name: _memory(steps[name], contestants[name][1], device) for name in ("dense", *arms)}
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -153,36 +154,95 @@ def bench(
     )
 
 
-def sliced(model: PreTrainedModel, counts: Mapping[int, int]) -> PreTrainedModel:
-    """The oracle: a dense model whose layer i sees the first ``counts[i]`` tokens, by plain slicing.
+def sliced(model: PreTrainedModel, tokens: Mapping[int, RowTokens], final: int | None = None) -> PreTrainedModel:
+    """The oracle: a dense model whose layers see as many tokens, by plain slicing ``x[:, :k]``.
 
     Args:
         model: dense; changed in place.
-        counts: tokens by layer index, protected ones included, never growing.
+        tokens: by layer index, what a compressed model's forward left on its trace; where rows differ, their mean counts.
+        final: tokens after the last layer; None takes those of its MLP.
     """
     backbone = backbone_for(model.config.model_type, type(model).__name__)
-    for index, layer in enumerate(backbone.layers(model)):
+    layers = backbone.layers(model)
+    present = [_mean(tokens[index].present) for index in range(len(layers))]
+    removed = _Removed()
+    for index, layer in enumerate(layers):
         layer.__class__ = type("Sliced" + type(layer).__name__, (_SlicedLayer, type(layer)), {})
-        layer.tokens = counts[index]
+        attention, mlp = _mean(tokens[index].attention), _mean(tokens[index].mlp)
+        leaving = present[index + 1] if index + 1 < len(layers) else mlp if final is None else final
+        layer.slices = _Slices(index, present[index], attention, mlp, leaving, backbone, removed)
     return model
 
 
+@dataclass
+class _Removed:
+    """What slicing took away, for layers after a restore."""
+
+    whole: Tensor | None = None
+
+    def fit(self, hidden_states: Tensor, tokens: int) -> Tensor:
+        """(B, M, C) sliced, or filled up from the whole, to ``tokens``."""
+        missing = tokens - hidden_states.shape[1]
+        if missing <= 0:
+            return hidden_states[:, :tokens]
+        assert self.whole is not None
+        return torch.cat([hidden_states, self.whole[:, -missing:]], 1)
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """Tokens that an oracle's layer gets, sends through its halves, and leaves to the next."""
+
+    index: int
+    present: int
+    attention: int
+    mlp: int
+    leaving: int
+    backbone: type[Backbone]
+    removed: _Removed
+
+
 class _SlicedLayer(nn.Module):
-    tokens: int
+    slices: _Slices
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(hidden_states[:, : self.tokens], *args, **kwargs)
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        slices = self.slices
+        if slices.index == 0:
+            slices.removed.whole = hidden_states
+        hidden_states = slices.removed.fit(hidden_states, slices.present)
+        if slices.attention == slices.mlp:
+            call = super().__call__
+            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: call(tokens, *args, **kwargs))
+        else:
+            mask, backbone = args or (None,), slices.backbone
+            hidden_states = _through(hidden_states, slices.attention, lambda tokens: backbone.attention_half(self, tokens, *mask, **kwargs))
+            if slices.leaving < slices.present:
+                hidden_states = hidden_states[:, : slices.mlp]
+            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: backbone.mlp_half(self, tokens))
+        return slices.removed.fit(hidden_states, slices.leaving)
 
 
-def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[int, int]:
-    """Tokens of each layer, from one real forward."""
+def _through(hidden_states: Tensor, tokens: int, inner: Callable[[Tensor], Tensor]) -> Tensor:
+    """The first tokens through a part of a layer, the others around it."""
+    if tokens == hidden_states.shape[1]:
+        return inner(hidden_states)
+    return torch.cat([inner(hidden_states[:, :tokens]), hidden_states[:, tokens:]], 1)
+
+
+def _mean(count: int | Tensor) -> int:
+    return round(float(count.double().mean())) if isinstance(count, Tensor) else count
+
+
+def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[dict[int, RowTokens], int]:
+    """Tokens of each layer and after the last, from one real forward."""
     assert isinstance(model, CompressedModel), base_class(type(model))
     trace = Trace()
     training = model.training
     with torch.no_grad():
         model.eval()(pixel_values=batch["pixel_values"], trace=trace)
     model.train(training)
-    return dict(trace.layer_tokens)
+    assert trace.state is not None
+    return dict(trace.layer_tokens), _mean(trace.state.tokens_per_row)
 
 
 def _step(kind: str, model: nn.Module, batch: Mapping[str, Tensor], loss: Callable[..., Tensor]) -> Callable[[], None]:

@@ -42,7 +42,9 @@ def cost_of_model(folder: str) -> dict[str, Any]:
 def _rows(model: CostModel) -> dict[str, Any]:
     cost, shape = model(), model.shape
     dense = shape.layer_macs(shape.dense_layers()[0])
-    before = {layer: stage.config.key for layer, stage in model.stages}
+    at: dict[int, list[str]] = {}
+    for stage in model.stages:
+        at.setdefault(stage.config.layer, []).append(stage.config.key)
     return {
         "macs": cost.macs,
         "dense_macs": cost.dense_macs,
@@ -55,11 +57,12 @@ def _rows(model: CostModel) -> dict[str, Any]:
         "layers": [
             {
                 "layer": str(index),
-                "stage": before.get(index),
+                "stage": ", ".join(at.get(index, [])) or None,
                 "tokens": tokens.attention,
+                "mlp_tokens": tokens.mlp,
                 "macs": shape.layer_macs(tokens),
                 "dense_macs": dense,
-                "stage_macs": cost.stage_macs.get(before.get(index, ""), 0),
+                "stage_macs": sum(cost.stage_macs[name] for name in at.get(index, [])),
             }
             for index, tokens in enumerate(cost.layers)
         ],

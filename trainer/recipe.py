@@ -140,7 +140,7 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        open_stages = [stage.key for stage in self.compression.stages if stage.keep is None] if self.compression else []
+        open_stages = [stage.key for stage in self.compression.stages if stage.free] if self.compression else []
         if self.compression is None and self.budget is not None:
             raise ValueError("budget is set but compression is not: a dense model has nothing to budget; add compression.stages")
         if open_stages and self.budget is None:

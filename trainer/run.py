@@ -219,17 +219,16 @@ def _describe(parts: Parts, name: str, log: RunLog) -> None:
     log.line(
         f"{name}: {parts.model.config.model_type} with {total:,} parameters, {routers:,} of them in stages; "
         f"{parts.total_steps:,} steps of {recipe.data.batch_size * recipe.trainer.accumulate} images; "
-        f"macs_ratio {cost.macs_ratio:.3f}, tokens by layer {' '.join(str(tokens.attention) for tokens in cost.layers)}"
+        f"macs_ratio {cost.macs_ratio:.3f}, tokens by layer {' '.join(f'{tokens.attention:g}' for tokens in cost.layers)}"
     )
 
 
 def _arm(recipe: str, parts: Parts, module: ImageClassification, seconds: float) -> Arm:
     cost = parts.cost()
-    requested = {name: float(stage.config.keep or 1.0) for name, (_, stage) in stages_of(parts.model).items()}
     return Arm(
         recipe=recipe,
         quality=module.accuracy,
-        keep={"requested": requested, "achieved": module.achieved_keep},
+        keep={"requested": dict(cost.keep), "achieved": module.achieved_keep},
         macs_ratio=cost.macs_ratio,
         mean_token_fraction=cost.mean_token_fraction,
         train_seconds=seconds,

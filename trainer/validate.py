@@ -54,8 +54,7 @@ def validate(recipe: Recipe) -> Checked:
             compression = Budget(recipe.budget, model, compression, steps, recipe.seed).compression
         cost_model = CostModel(model, compression)
     cost = cost_model()
-    stages = [stage for _, stage in cost_model.stages]
-    parameters = sum(p.numel() for module in (model, *stages) for p in module.parameters())
+    parameters = sum(p.numel() for module in (model, *cost_model.stages) for p in module.parameters())
     activations = cost.activation_bytes * recipe.data.batch_size // (2 if recipe.trainer.precision == "bf16" else 1)
     rows: Any = data.train
     return Checked(
@@ -63,7 +62,7 @@ def validate(recipe: Recipe) -> Checked:
         steps=steps,
         classes=len(data.classes),
         train_rows=len(rows),
-        keep={stage.key: float(stage.keep or 1) for stage in (compression.stages if compression else ())},
+        keep=dict(cost.keep),
         tokens=[tokens.attention for tokens in cost.layers],
         macs_ratio=cost.macs_ratio,
         memory_bytes=parameters * 16 + activations,

@@ -21,11 +21,13 @@ class Backbone:
         model_type: the family's ``config.model_type``.
         sites: sites that the family offers.
         classes: class names of the models it serves.
+        packs: layers hand their attention function whatever mask they get, untouched, and nothing else looks at a row's length.
     """
 
     model_type: ClassVar[str]
     sites: ClassVar[tuple[str, ...]]
     classes: ClassVar[tuple[str, ...]]
+    packs: ClassVar[bool] = False
 
     @staticmethod
     def base(model: PreTrainedModel) -> nn.Module:
@@ -64,6 +66,25 @@ class Backbone:
         """Query of the first token (B, H, 1, D), keys of all (B, H, M, D) and the attention's scale, for this layer."""
         raise NotImplementedError
 
+    @classmethod
+    def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def mlp_half(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def keys(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """(B, H, M, D) keys that the layer's attention computes from its (B, M, C) input, its norm applied first."""
+        raise NotImplementedError
+
+    @classmethod
+    def layer_mask(
+        cls, layer: nn.Module, attention_mask: Tensor | None, state: TokenState, dtype: torch.dtype, **kwargs: Any
+    ) -> Tensor | None:
+        return cls.mask_for(attention_mask, state, dtype)
+
     @staticmethod
     def valid_tokens(attention_mask: Tensor | None) -> Tensor | None:
         """(B, M) bool from the mask that the model made for its layers, (B, 1, M, M) bool or additive; None without one."""
@@ -82,15 +103,19 @@ class Backbone:
         """The mask that a layer needs for the current tokens.
 
         Args:
-            attention_mask: (B, 1, N, N) the mask over the original tokens, bool or additive, or None.
+            attention_mask: (B, 1, N, N) the mask over the original tokens, bool or additive; None where the model has none.
             state: the current tokens.
             dtype: of an additive mask, that of the queries.
 
         Returns:
             mask[idx][:, idx] with filler masked out (B, 1, M, M), or the state's key bias alone (B, 1, 1, M), or None.
         """
-        mask = None
-        if attention_mask is not None:
+        mask, bias = None, state.logit_bias
+        if attention_mask is None and state.valid is not None:
+            # Rows that keep different numbers; additive, which every attention implementation understands.
+            mask = torch.zeros(state.valid.shape, dtype=dtype, device=state.valid.device)
+            mask = mask.masked_fill(~state.valid, torch.finfo(dtype).min)[:, None, None]
+        elif attention_mask is not None:
             assert state.valid is not None
             position = state.position
             rows, tokens = position.shape
@@ -99,9 +124,9 @@ class Backbone:
             mask = mask.gather(3, position[:, None, None, :].expand(-1, mask.shape[1], tokens, -1))
             filler = ~state.valid[:, None, None]
             mask = mask & ~filler if mask.dtype == torch.bool else mask.masked_fill(filler, torch.finfo(mask.dtype).min)
-        if state.key_bias is None:
+        if bias is None:
             return mask
-        bias = state.key_bias[:, None, None].to(dtype)
+        bias = bias[:, None, None].to(dtype)
         if mask is None:
             return bias
         if mask.dtype == torch.bool:

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..counting import BackboneShape
 from ..scorers.base import TokenSpec
+from ..sites import SITES
 from ..state import Trace
 from .base import Backbone
 
@@ -22,7 +23,8 @@ class ViTBackbone(Backbone):
     """One CLS token in front, learned positions added before the layers, one attention mask for all of them."""
 
     model_type = "vit"
-    sites = ("before",)
+    sites = SITES
+    packs = True
     classes: ClassVar[tuple[str, ...]] = ("ViTModel", "ViTForImageClassification")
 
     @classmethod
@@ -51,6 +53,7 @@ class ViTBackbone(Backbone):
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
             layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
             prefix=cls.prefix(config),
             patches=patches,
             embed_macs=patches * config.hidden_size * config.num_channels * down * across,
@@ -75,3 +78,23 @@ class ViTBackbone(Backbone):
         query = attention.q_proj(normed[:, :1]).view(rows, 1, -1, attention.head_dim).transpose(1, 2)
         keys = attention.k_proj(normed).view(rows, tokens, -1, attention.head_dim).transpose(1, 2)
         return query, keys, attention.scaling
+
+    @classmethod
+    def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        parts: Any = layer
+        attended, _ = parts.attention(parts.layernorm_before(hidden_states), attention_mask, **kwargs)
+        out: Tensor = parts.dropout(attended) + hidden_states
+        return out
+
+    @classmethod
+    def mlp_half(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        parts: Any = layer
+        out: Tensor = parts.dropout(parts.mlp(parts.layernorm_after(hidden_states))) + hidden_states
+        return out
+
+    @classmethod
+    def keys(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        parts: Any = layer
+        normed = parts.layernorm_before(hidden_states)
+        keys: Tensor = parts.attention.k_proj(normed).view(*normed.shape[:2], -1, parts.attention.head_dim).transpose(1, 2)
+        return keys

@@ -126,15 +126,15 @@ class Budget:
         self.config = config
         self.total_steps = total_steps
         self.seed = seed
-        self.free = [stage.key for stage in compression.stages if stage.keep is None]
+        self.free = [stage.key for stage in compression.stages if stage.free]
         if not self.free:
-            raise ValueError("budget.target has nothing to decide: every stage has a keep of its own; leave keep out of one of them")
+            raise ValueError("budget.target has nothing to decide: every stage has a keep of its own; leave it out of one of them")
         self.cost = CostModel(model, compression)
         self.compression = compression.with_keep(self.resolve(config.target))
         self.regularizer = config.build_regularizer()
         if config.schedule != "constant":
             self.resolve(config.start)
-        if self.regularizer is not None and not any(stage.scorer.probabilities for _, stage in self.cost.stages):
+        if self.regularizer is not None and not any(stage.scorer.probabilities for stage in self.cost.stages):
             raise ValueError(
                 "budget.regularizer pulls on keep probabilities, and no stage's scorer has any: leave it out "
                 "(a top-k selector holds the count by itself), or take scorer 'learned'"

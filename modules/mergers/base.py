@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..counting import BackboneShape
+from ..scorers.base import Scored, SiteInput, TokenSpec
 from ..state import Decision, TokenState
 
 
@@ -27,21 +29,33 @@ class Merged:
 class Merger(nn.Module):
     """P, the strategy: what becomes of the tokens that the decision leaves out.
 
+    Args:
+        spec: the tokens that it merges.
+
     Attributes:
         extra: routable tokens that the merger adds to a row from which something was left out; they count as kept.
         conserves_size: the sizes of all tokens add up to the source tokens, before and after.
+        needs_partner: it merges into the partners that a matching scorer found.
     """
 
     extra: ClassVar[int] = 0
     conserves_size: ClassVar[bool] = True
+    needs_partner: ClassVar[bool] = False
 
-    def forward(self, hidden_states: Tensor, scores: Tensor, decision: Decision, state: TokenState) -> Merged:
+    def __init__(self, spec: TokenSpec) -> None:
+        super().__init__()
+
+    @property
+    def outputs(self) -> int | None:
+        """Routable tokens that it always makes, whatever the decision; None for a merger that follows the decision."""
+        return None
+
+    def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         """
         Args:
-            hidden_states: (B, M, C) tokens at the site.
-            scores: (B, M) float32.
+            inputs: the tokens at the site and where they came from.
+            scored: what the scorer found.
             decision: which of them stay.
-            state: where they came from.
         """
         raise NotImplementedError
 
@@ -53,3 +67,28 @@ class Merger(nn.Module):
 def gather_tokens(hidden_states: Tensor, index: Tensor) -> Tensor:
     """(B, M, C) and (B, K) slots -> (B, K, C)."""
     return hidden_states.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
+
+
+def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportional: bool) -> Merged:
+    """Every token that the decision leaves out becomes part of its partner: their mean, weighted by size.
+
+    Args:
+        inputs: the tokens at the site.
+        decision: which of them stay.
+        partner: (B, M) int64, slot of a token that stays for each that does not.
+        proportional: later layers attend to a token in proportion to its size.
+    """
+    hidden_states, state = inputs.hidden_states, replace(inputs.state, proportional=inputs.state.proportional or proportional)
+    if decision.valid is None and decision.index.shape[1] == state.tokens:
+        return Merged(hidden_states, state)
+    slots = torch.arange(state.tokens, device=partner.device).expand_as(partner)
+    goes = state.routable & ~decision.kept_mask(state.tokens)
+    into = torch.where(goes, partner, slots)
+    merged = state.absorb(into)
+    # In float32: a token may take up many others.
+    weighted = hidden_states.float() * state.size.unsqueeze(-1)
+    total = torch.zeros_like(weighted).scatter_add(1, into.unsqueeze(-1).expand_as(weighted), weighted)
+    mean = (total / merged.size.clamp(min=1e-6).unsqueeze(-1)).to(hidden_states.dtype)
+    # What took nothing up is left as it is, to the last bit.
+    grown = (merged.size != state.size).unsqueeze(-1)
+    return Merged(gather_tokens(torch.where(grown, mean, hidden_states), decision.index), merged.select(decision.index, decision.valid))

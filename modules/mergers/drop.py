@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ..state import Decision, TokenState
+from ..scorers.base import Scored, SiteInput
+from ..state import Decision
 from .base import Merged, Merger, gather_tokens
 
 
@@ -13,5 +12,5 @@ class DropMerger(Merger):
 
     conserves_size = False
 
-    def forward(self, hidden_states: Tensor, scores: Tensor, decision: Decision, state: TokenState) -> Merged:
-        return Merged(gather_tokens(hidden_states, decision.index), state.select(decision.index, decision.valid))
+    def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
+        return Merged(gather_tokens(inputs.hidden_states, decision.index), inputs.state.select(decision.index, decision.valid))

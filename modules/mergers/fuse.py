@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from ..counting import BackboneShape
-from ..state import Decision, TokenState
+from ..scorers.base import Scored, SiteInput
+from ..state import Decision
 from .base import Merged, Merger, gather_tokens
 
 
@@ -22,7 +22,8 @@ class FuseMerger(Merger):
 
     extra = 1
 
-    def forward(self, hidden_states: Tensor, scores: Tensor, decision: Decision, state: TokenState) -> Merged:
+    def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
+        hidden_states, state, scores = inputs.hidden_states, inputs.state, scored.scores
         kept = gather_tokens(hidden_states, decision.index)
         kept_state = state.select(decision.index, decision.valid)
         if decision.index.shape[1] == state.tokens:

@@ -30,15 +30,15 @@ class TokenSpec:
 
 
 @dataclass(frozen=True)
-class ScorerInput:
-    """What a scorer may look at.
+class SiteInput:
+    """What a scorer and a merger may look at.
 
     Attributes:
         hidden_states: (B, M, C) the tokens at the site.
         state: where they came from.
         trace: the forward they belong to.
         stage: index of the stage among the model's stages.
-        layer: the layer that follows the site.
+        layer: the layer that the site belongs to.
         backbone: adapter of the model's family.
     """
 
@@ -57,10 +57,12 @@ class Scored:
     Attributes:
         scores: (B, M) float32; values at protected tokens and padding are ignored.
         answers: (B, classes, M) float32 log-probabilities, where every token answers the task by itself; None otherwise.
+        partner: (B, M) int64, the slot that a token would be merged into, where the scorer matches tokens; None otherwise.
     """
 
     scores: Tensor
     answers: Tensor | None = None
+    partner: Tensor | None = None
 
 
 class Scorer(nn.Module):
@@ -74,6 +76,8 @@ class Scorer(nn.Module):
         probabilities: the sigmoid of a score is a keep probability, which a regulariser may pull on.
         answers_task: every token answers the task by itself, and ``Scored.answers`` holds it.
         lookahead: the score of a token depends on later tokens.
+        matches: ``Scored.partner`` holds a partner that stays for every token that may go, up to half of them.
+        count: count rule where a stage names none.
         reads_pixels: the scorer looks at the model's input image.
     """
 
@@ -81,12 +85,14 @@ class Scorer(nn.Module):
     probabilities: ClassVar[bool] = False
     answers_task: ClassVar[bool] = False
     lookahead: ClassVar[bool] = False
+    matches: ClassVar[bool] = False
+    count: ClassVar[str] = "round"
     reads_pixels: ClassVar[bool] = False
 
     def __init__(self, spec: TokenSpec) -> None:
         super().__init__()
 
-    def forward(self, inputs: ScorerInput) -> Scored:
+    def forward(self, inputs: SiteInput) -> Scored:
         raise NotImplementedError
 
     def macs(self, shape: BackboneShape, tokens: int) -> int:

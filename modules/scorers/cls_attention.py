@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..counting import BackboneShape
-from .base import Scored, Scorer, ScorerInput
+from .base import Scored, Scorer, SiteInput
 
 
 class ClsAttentionScorer(Scorer):
@@ -16,7 +16,7 @@ class ClsAttentionScorer(Scorer):
     """
 
     @torch.no_grad()
-    def forward(self, inputs: ScorerInput) -> Scored:
+    def forward(self, inputs: SiteInput) -> Scored:
         query, key, scale = inputs.backbone.cls_query_and_keys(inputs.layer, inputs.hidden_states)
         logits = (query.float() * scale) @ key.float().transpose(-1, -2)
         if inputs.state.valid is not None:

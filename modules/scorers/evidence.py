@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..counting import BackboneShape
-from .base import Scored, Scorer, ScorerInput, TokenSpec
+from .base import Scored, Scorer, SiteInput, TokenSpec
 
 
 class EvidenceScorer(Scorer):
@@ -45,7 +45,7 @@ class EvidenceScorer(Scorer):
         self.look = nn.Linear(self.values, self.width)
         self.answer = nn.Linear(self.width, spec.classes)
 
-    def forward(self, inputs: ScorerInput) -> Scored:
+    def forward(self, inputs: SiteInput) -> Scored:
         # Without gradient into what is read, and of unit variance; nearly flat patches stay small instead of being blown up.
         seen, epsilon = (self._patches(inputs), 1e-2) if self.reads == "pixels" else (inputs.hidden_states.detach(), 1e-5)
         features = functional.relu(self.look(functional.layer_norm(seen.to(self.look.weight.dtype), (self.values,), eps=epsilon)))
@@ -65,7 +65,7 @@ class EvidenceScorer(Scorer):
         return (probabilities * (answers - prior.clamp(min=1e-12).log())).sum(1)
 
     @staticmethod
-    def _patches(inputs: ScorerInput) -> Tensor:
+    def _patches(inputs: SiteInput) -> Tensor:
         """(B, M, patch values) pixels of the patch at each token's position, zeros for protected tokens."""
         pixels, grid, state = inputs.trace.pixel_values, inputs.trace.grid, inputs.state
         if pixels is None or grid is None:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..counting import BackboneShape
-from .base import Scored, Scorer, ScorerInput, TokenSpec
+from .base import Scored, Scorer, SiteInput, TokenSpec
 
 
 class LearnedScorer(Scorer):
@@ -36,7 +36,7 @@ class LearnedScorer(Scorer):
         self.mix_global = nn.Linear(self.width, self.width, bias=False)
         self.score = nn.Linear(self.width, 1)
 
-    def forward(self, inputs: ScorerInput) -> Scored:
+    def forward(self, inputs: SiteInput) -> Scored:
         tokens = inputs.hidden_states.detach() if self.detach else inputs.hidden_states
         local, everywhere = functional.gelu(self.local_global(self.norm(tokens))).chunk(2, dim=-1)
         routable = inputs.state.routable.unsqueeze(1).to(everywhere.dtype)

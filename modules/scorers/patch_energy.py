@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional
 
-from .base import Scored, Scorer, ScorerInput
+from .base import Scored, Scorer, SiteInput
 
 
 class PatchEnergyScorer(Scorer):
@@ -16,7 +16,7 @@ class PatchEnergyScorer(Scorer):
 
     reads_pixels = True
 
-    def forward(self, inputs: ScorerInput) -> Scored:
+    def forward(self, inputs: SiteInput) -> Scored:
         state, trace = inputs.state, inputs.trace
         if trace.pixel_values is None or trace.grid is None:
             raise ValueError("scorer 'patch_energy' needs an image backbone: this forward carried no pixel_values")

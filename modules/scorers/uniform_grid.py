@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Scored, Scorer, ScorerInput
+from .base import Scored, Scorer, SiteInput
 
 
 def _reversed_bits(index: Tensor, bits: int) -> Tensor:
@@ -22,7 +22,7 @@ class UniformGridScorer(Scorer):
     With a known patch grid the order is two-dimensional, else the van der Corput order of the positions.
     """
 
-    def forward(self, inputs: ScorerInput) -> Scored:
+    def forward(self, inputs: SiteInput) -> Scored:
         state, grid = inputs.state, inputs.trace.grid
         # Protected prefix tokens come first, so a patch's place in the grid is its position less their number.
         place = (state.position - state.protected_per_row).clamp(min=0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..draws import gumbel
 from ..state import Decision, TokenState
-from .base import Selector
+from .base import Request, Selector
 
 
 class TopKSelector(Selector):
@@ -18,14 +19,14 @@ class TopKSelector(Selector):
 
     lookahead = True
 
-    def forward(self, scores: Tensor, state: TokenState, count: int | Tensor, noise: Tensor | None) -> Decision:
-        rank = scores.detach()
-        if noise is not None:
+    def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
+        rank, count = scores.detach(), request.count
+        if request.draws is not None:
             routable = state.routable
             number = routable.sum(-1, keepdim=True).clamp(min=1)
             mean = (rank * routable).sum(-1, keepdim=True) / number
             variance = ((rank - mean).square() * routable).sum(-1, keepdim=True) / number
-            rank = rank / (variance.sqrt() + 1e-3) + noise
+            rank = rank / (variance.sqrt() + 1e-3) + gumbel(request.draws) * request.noise
         rank = rank.masked_fill(state.protected, float("inf"))
         if state.valid is None:
             assert isinstance(count, int)

@@ -82,7 +82,7 @@ def test_noise_is_annealed_to_nothing() -> None:
 def _loss(budget: Budget, shift: float, step: int = 100) -> tuple[float, float]:
     """Regulariser and its gradient on the scores' common shift, scores all alike."""
     model = compress(dense("vit"), budget.compression).train()
-    for _, stage in ((0, model.vit.layers[1].stage), (0, model.vit.layers[2].stage)):
+    for _, stage in ((0, model.vit.layers[1].stages.before), (0, model.vit.layers[2].stages.before)):
         torch.nn.init.zeros_(stage.scorer.score.weight)
         torch.nn.init.constant_(stage.scorer.score.bias, shift)
     trace = budget.trace(step)
@@ -90,7 +90,7 @@ def _loss(budget: Budget, shift: float, step: int = 100) -> tuple[float, float]:
     loss = budget.loss(trace, step)
     loss.total.backward()
     assert loss.regularizer is not None
-    return float(loss.regularizer), float(model.vit.layers[1].stage.scorer.score.bias.grad)
+    return float(loss.regularizer), float(model.vit.layers[1].stages.before.scorer.score.bias.grad)
 
 
 def _logit(p: float) -> float:

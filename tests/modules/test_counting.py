@@ -18,6 +18,7 @@ def _vit(width: int, layers: int, patch: int = 16, side: int = 224) -> BackboneS
         hidden=width,
         intermediate=4 * width,
         layers=layers,
+        heads=width // 64,
         prefix=1,
         patches=patches,
         embed_macs=patches * width * 3 * patch**2,

@@ -10,6 +10,7 @@ import torch
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
 from laconic.modules.cost import CostModel
 from laconic.modules.draws import uniform
+from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.top_k import TopKSelector
 from laconic.modules.state import Decision, KeepCount, TokenState
 from tests.matrix import METHODS, compressed, dense, images, labels, traced
@@ -48,7 +49,7 @@ def test_patch_energy_does_not_change_with_brightness_or_contrast() -> None:
 
 def test_ties_go_to_the_lower_slot() -> None:
     state = TokenState.initial(2, 7, 1, None, torch.device("cpu"))
-    decision = TopKSelector()(torch.zeros(2, 7), state, 3, None)
+    decision = TopKSelector()(torch.zeros(2, 7), state, Request(0.5, 3))
     assert decision.index.tolist() == [[0, 1, 2, 3]] * 2
 
 
@@ -81,8 +82,8 @@ def test_a_straight_through_score_gets_the_gradient_of_its_token() -> None:
     model = compressed("vit", METHODS[1], 0.5, 0.6).train()
     trace = Trace()
     model(pixel_values=images(), labels=labels(), trace=trace).loss.backward()
-    assert float(model.vit.layers[1].stage.scorer.score.weight.grad.abs().sum()) > 0
-    assert float(model.vit.layers[2].stage.scorer.score.weight.grad.abs().sum()) > 0
+    assert float(model.vit.layers[1].stages.before.scorer.score.weight.grad.abs().sum()) > 0
+    assert float(model.vit.layers[2].stages.before.scorer.score.weight.grad.abs().sum()) > 0
 
 
 def test_key_bias_and_fused_tokens_send_a_gradient_to_the_score() -> None:
@@ -90,7 +91,7 @@ def test_key_bias_and_fused_tokens_send_a_gradient_to_the_score() -> None:
         method = next(method for method in METHODS if method.name == name)
         model = compressed("vit", method, 0.5, 0.6).train()
         model(pixel_values=images(), labels=labels(), trace=Trace()).loss.backward()
-        assert float(model.vit.layers[1].stage.scorer.score.weight.grad.abs().sum()) > 0
+        assert float(model.vit.layers[1].stages.before.scorer.score.weight.grad.abs().sum()) > 0
 
 
 def test_evidence_learns_without_touching_the_backbone_and_asks_for_labels() -> None:
@@ -101,7 +102,7 @@ def test_evidence_learns_without_touching_the_backbone_and_asks_for_labels() -> 
     assert trace.auxiliary_loss is not None
     trace.auxiliary_loss.backward()
     touched = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert touched == {name for name, _ in model.named_parameters() if ".stage.scorer." in name}
+    assert touched == {name for name, _ in model.named_parameters() if ".stages.before.scorer." in name}
     with pytest.raises(ValueError, match="needs the labels in training"):
         model(pixel_values=images(), trace=Trace())
 
@@ -113,7 +114,7 @@ def test_evidence_finds_the_tokens_that_carry_the_label() -> None:
     model = compress(
         dense("vit"), CompressionConfig([StageConfig(layer=0, keep=1 / 6, scorer="evidence", estimator="token_labels")])
     ).train()
-    optimizer = torch.optim.Adam([p for name, p in model.named_parameters() if ".stage." in name], lr=1e-2)
+    optimizer = torch.optim.Adam([p for name, p in model.named_parameters() if ".stages." in name], lr=1e-2)
     found = 0.0
     for step in range(150):
         target = torch.randint(0, 5, (32,), generator=generator)
@@ -149,11 +150,20 @@ WRONG = [
     ({"keep": 0.0}, r"keep = 0.0 must be in \(0, 1\]: the fraction that is kept, not removed"),
     ({"keep": 1.01}, r"must be in \(0, 1\]"),
     ({"keep": None}, r"keep is not set"),
-    ({"site": "between"}, r"site = 'between' is not offered by this backbone: it has before"),
+    ({"site": "betwen"}, r"site = 'betwen' does not exist: the sites are before, between, around, around_attention, around_mlp"),
+    ({"capacity": 0.5}, r"capacity belongs to another kind of site; at site 'before' give keep"),
+    ({"site": "around"}, r"keep belongs to another kind of site; at site 'around' give capacity"),
+    ({"tokens": 9}, r"give either keep or tokens, not both"),
+    ({"tokens": 0}, r"tokens = 0 must be an integer of at least 1"),
+    ({"site": "around", "keep": None, "capacity": 0.5, "merger": "fuse"}, r"no token goes away; leave merger out"),
+    ({"merger": "bipartite"}, r"merges the pairs that scorer 'bipartite' finds, not those of 'learned'; try 'squeeze'"),
+    ({"scorer": "evidence", "selector": "gumbel"}, r"takes scores for probabilities, which those of scorer 'evidence' are not"),
+    ({"scorer": "bipartite", "selector": "threshold", "merger": "bipartite"}, r"lets every row keep as many as it likes"),
+    ({"merger": "pool"}, r"merger 'pool' makes 16 tokens: give the stage tokens = 16"),
     ({"scorer": "lerned"}, r"scorer 'lerned' does not exist: the scorers are .*; did you mean 'learned'\?"),
     ({"scorer": {"name": "learned", "hiden": 3}}, r"scorer 'learned' has no option 'hiden'"),
     ({"scorer": {"name": "learned", "width": 0}}, r"width = 0 must be at least 1"),
-    ({"merger": "mean"}, r"merger 'mean' does not exist: the mergers are drop, fuse"),
+    ({"merger": "mean"}, r"merger 'mean' does not exist: the mergers are bipartite, drop, fuse, pool, squeeze"),
     ({"count": "ceil"}, r"count = 'ceil' is no count rule: there are round, dynamicvit, evit"),
 ]
 
@@ -247,7 +257,7 @@ def test_pixels_beyond_the_last_whole_patch_are_left_out() -> None:
     model = compress(dense("vit"), method.config(0.5))
     trace = Trace()
     model(pixel_values=torch.randn(2, 3, 26, 26), interpolate_pos_encoding=True, trace=trace)
-    assert trace.layer_tokens[3] == 19
+    assert trace.layer_tokens[3].mlp == 19
 
 
 def test_a_trace_serves_one_forward() -> None:
@@ -263,7 +273,7 @@ def test_the_base_model_alone_drops_as_many_tokens_as_under_its_head() -> None:
     model(pixel_values=images(), trace=trace)
     model.vit(pixel_values=images(), trace=inner)
     assert trace.layer_tokens == inner.layer_tokens
-    assert model.vit(pixel_values=images()).last_hidden_state.shape[1] == trace.layer_tokens[3]
+    assert model.vit(pixel_values=images()).last_hidden_state.shape[1] == trace.layer_tokens[3].mlp
 
 
 def test_hidden_states_and_the_forwards_signature_are_as_in_transformers() -> None:

@@ -254,8 +254,8 @@ def test_a_loaded_model_trains_its_router(tmp_path: Path, quick: list[str], cons
     arm = train_arm(load("vit_digits", overrides), "arm", tmp_path / "run", console)
     before = build(load("vit_digits", overrides).recipe).model.state_dict()
     after = arm.parts.model.state_dict()
-    moved = {name for name, value in after.items() if ".stage." in name and not torch.equal(value, before[name])}
-    assert moved == {name for name in after if ".stage." in name}
+    moved = {name for name, value in after.items() if ".stages." in name and not torch.equal(value, before[name])}
+    assert moved == {name for name in after if ".stages." in name}
 
 
 def test_a_dry_run_keeps_nothing(tmp_path: Path, quick: list[str], console: Console) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...cost import CostModel
@@ -12,10 +13,17 @@ from ...state import Routing
 
 
 def soft_keep(routing: Routing) -> Tensor:
-    """(B,) mean keep probability over the routable tokens of each row, with gradient."""
+    """(B,) mean keep probability over the routable tokens of each row, with gradient.
+
+    Where rows keep as many as they like, the value is what they really kept: probabilities can meet a target that the decisions
+    miss. The gradient is the probabilities' all the same.
+    """
     assert routing.soft is not None
-    routable = routing.routable
-    return (routing.soft * routable).sum(-1) / routable.sum(-1).clamp(min=1)
+    number = routing.routable.sum(-1).clamp(min=1)
+    soft = (routing.soft * routing.routable).sum(-1) / number
+    if not routing.adaptive:
+        return soft
+    return torch.as_tensor(routing.kept, device=soft.device) / number + soft - soft.detach()
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,19 @@ from .base import Regularizer, soft_keep
 
 @dataclass(frozen=True)
 class RatioMSE(Regularizer):
-    """mean over stages and rows of (mean keep probability - keep)² (DynamicViT, arXiv 2106.02034, which weighs it by 2)."""
+    """mean over stages and rows of (mean keep probability - keep)² (DynamicViT, arXiv 2106.02034, which weighs it by 2).
+
+    Where rows keep as many as they like, the mean over the rows is held, not every row.
+    """
 
     weight: float = 2.0
 
     def __call__(self, routings: Sequence[Routing], target: float | None, cost: CostModel) -> Tensor:
-        return torch.stack([(soft_keep(routing) - routing.requested).square().mean() for routing in routings]).mean()
+        return torch.stack([self._distance(routing) for routing in routings]).mean()
+
+    @staticmethod
+    def _distance(routing: Routing) -> Tensor:
+        kept = soft_keep(routing)
+        if routing.adaptive:
+            kept = kept.mean()
+        return (kept - routing.requested).square().mean()

@@ -1,0 +1,30 @@
+"""Bipartite: every token that goes is merged into the partner that its scorer found."""
+
+from __future__ import annotations
+
+from ..counting import BackboneShape
+from ..scorers.base import Scored, SiteInput, TokenSpec
+from ..state import Decision
+from .base import Merged, Merger, merge_into
+
+
+class BipartiteMerger(Merger):
+    """Merges pairs into their mean, weighted by size (ToMe, arXiv 2210.09461). For scorer ``bipartite``.
+
+    Args:
+        spec: the tokens that it merges.
+        proportional: later layers attend to a token in proportion to its size.
+    """
+
+    needs_partner = True
+
+    def __init__(self, spec: TokenSpec, proportional: bool = True) -> None:
+        super().__init__(spec)
+        self.proportional = proportional
+
+    def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
+        assert scored.partner is not None
+        return merge_into(inputs, decision, scored.partner, self.proportional)
+
+    def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
+        return (tokens - kept) * shape.hidden

@@ -1,0 +1,43 @@
+"""Squeeze: every token that goes is merged into the most similar one that stays."""
+
+from __future__ import annotations
+
+import torch
+
+from ..counting import BackboneShape
+from ..scorers.base import Scored, SiteInput, TokenSpec
+from ..scorers.bipartite import METRICS, best_partner, metric_macs, metric_width, token_metric
+from ..state import Decision
+from .base import Merged, Merger, merge_into
+
+
+class SqueezeMerger(Merger):
+    """Merges what any scorer leaves out into its nearest kept token by cosine, weighted by size (TPS, arXiv 2304.10716).
+
+    Args:
+        spec: the tokens that it merges.
+        metric: what is compared, ``tokens`` or the ``keys`` that the site's layer makes of them.
+        proportional: later layers attend to a token in proportion to its size.
+    """
+
+    def __init__(self, spec: TokenSpec, metric: str = "tokens", proportional: bool = False) -> None:
+        super().__init__(spec)
+        if metric not in METRICS:
+            raise ValueError(f"merger 'squeeze': metric = {metric!r} must be one of {', '.join(METRICS)}")
+        self.metric, self.proportional = metric, proportional
+
+    def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
+        state = inputs.state
+        kept = decision.kept_mask(state.tokens)
+        widths = None
+        if decision.valid is None and state.valid is None:
+            stay = decision.index.shape[1]
+            widths = state.tokens - stay, stay - state.protected_per_row
+        with torch.no_grad():
+            _, partner = best_partner(token_metric(inputs, self.metric), state.routable & ~kept, state.routable & kept, widths)
+        return merge_into(inputs, decision, partner, self.proportional)
+
+    def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
+        gone = tokens - kept
+        compared = gone * (kept - shape.prefix) * metric_width(shape, self.metric)
+        return gone and metric_macs(shape, tokens, self.metric) + compared + gone * shape.hidden

@@ -1,0 +1,100 @@
+"""Bipartite soft matching: every second token looks for its most similar partner among the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..counting import BackboneShape
+from ..subsets import compact, take
+from .base import Scored, Scorer, SiteInput, TokenSpec
+
+METRICS = ("keys", "tokens")
+
+
+class BipartiteScorer(Scorer):
+    """Minus the cosine to the best partner (ToMe, arXiv 2210.09461): tokens of even rank may go, those of odd rank always stay.
+
+    With merger ``bipartite`` and a top-k selector the most similar pairs become one token. At most half of the tokens can go.
+
+    Args:
+        spec: the tokens that it scores.
+        metric: what is compared: the ``keys`` that the site's layer makes of the tokens, mean over heads, as in the paper, or
+            the ``tokens`` themselves, which costs no projection. Behind the attention of a layer (site ``between``) the keys are
+            made anew from the tokens there.
+    """
+
+    lookahead = True
+    matches = True
+    count = "half"
+
+    def __init__(self, spec: TokenSpec, metric: str = "keys") -> None:
+        super().__init__(spec)
+        if metric not in METRICS:
+            raise ValueError(f"scorer 'bipartite': metric = {metric!r} must be one of {', '.join(METRICS)}")
+        self.metric = metric
+
+    @torch.no_grad()
+    def forward(self, inputs: SiteInput) -> Scored:
+        state = inputs.state
+        if state.valid is None:
+            rank = torch.arange(state.tokens, device=state.position.device).expand(state.rows, -1)
+        else:
+            rank = state.valid.long().cumsum(-1) - 1
+        movable = state.routable & (rank % 2 == 0)
+        target = state.routable & (rank % 2 == 1)
+        widths = None
+        if state.valid is None:
+            # Known without asking the device.
+            first = state.protected_per_row
+            widths = len(range(first + first % 2, state.tokens, 2)), len(range(first + 1 - first % 2, state.tokens, 2))
+        similarity, partner = best_partner(token_metric(inputs, self.metric), movable, target, widths)
+        # Tokens that stay anyway outrank all others; so do those without any partner.
+        stays = ~movable | ~target.any(-1, keepdim=True)
+        return Scored((-similarity).masked_fill(stays, torch.finfo(torch.float32).max), partner=partner)
+
+    def macs(self, shape: BackboneShape, tokens: int) -> int:
+        return metric_macs(shape, tokens, self.metric) + (tokens // 2) ** 2 * metric_width(shape, self.metric)
+
+
+def token_metric(inputs: SiteInput, metric: str) -> Tensor:
+    """(B, M, D) what tokens are compared by, of unit length, float32."""
+    seen = inputs.hidden_states.detach()
+    if metric == "keys":
+        seen = inputs.backbone.keys(inputs.layer, seen).mean(1)
+    return functional.normalize(seen.float(), dim=-1)
+
+
+def metric_width(shape: BackboneShape, metric: str) -> int:
+    """Values that a comparison of two tokens multiplies."""
+    return shape.hidden // shape.heads if metric == "keys" else shape.hidden
+
+
+def metric_macs(shape: BackboneShape, tokens: int, metric: str) -> int:
+    """MACs of making the metric."""
+    return tokens * shape.hidden**2 if metric == "keys" else 0
+
+
+def best_partner(metric: Tensor, movable: Tensor, target: Tensor, widths: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """The most similar target of every token.
+
+    Args:
+        metric: (B, M, D) of unit length.
+        movable: (B, M) bool, tokens that look for a partner.
+        target: (B, M) bool, tokens that may be one.
+        widths: largest numbers of movable and of target tokens in a row, where they are known.
+
+    Returns:
+        (B, M) cosine to the best target, and its slot, int64; a token that is not movable has 0 and its own slot.
+    """
+    rows, tokens, _ = metric.shape
+    slots = torch.arange(tokens, device=metric.device).expand(rows, -1)
+    sources, targets = compact(movable, widths and widths[0]), compact(target, widths and widths[1])
+    products = take(metric, sources.index) @ take(metric, targets.index).transpose(1, 2)
+    best, which = products.masked_fill(~targets.valid[:, None], -torch.inf).max(-1)
+    partner = targets.index.gather(1, which)
+    # Filler of the compact form writes to a slot past the last token.
+    written = sources.index.masked_fill(~sources.valid, tokens)
+    similarity = functional.pad(metric.new_zeros(rows, tokens), (0, 1)).scatter(1, written, best)[:, :tokens]
+    return similarity, functional.pad(slots, (0, 1)).scatter(1, written, partner)[:, :tokens]

@@ -1,0 +1,29 @@
+"""Gumbel: every token stays with its own probability, less and less at random."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..state import Decision, TokenState
+from .base import Request, Selector, decide, everything
+
+
+class GumbelSelector(Selector):
+    """Keeps a token where its score plus logistic noise is above 0: a hard Gumbel softmax over keep and drop (arXiv 1611.01144).
+
+    At noise 1 a token stays with probability sigmoid(score); the budget's schedule anneals the noise to 0, and evaluation has
+    none. A regulariser of the budget has to hold the ratio.
+    """
+
+    adaptive = True
+    needs_probabilities = True
+
+    @torch.no_grad()
+    def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
+        if request.keep >= 1:
+            return everything(state)
+        if request.draws is not None:
+            # The difference of two Gumbel draws is a logistic one.
+            scores = scores + torch.logit(request.draws) * request.noise
+        return decide(scores > 0, scores, state)

@@ -1,0 +1,58 @@
+"""Threshold: as many tokens of a row as score high enough."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+from ..state import Decision, TokenState
+from .base import Request, Selector, decide, everything
+
+
+class ThresholdSelector(Selector):
+    """Keeps the tokens whose score is above a threshold, so that a full image keeps more of them than an empty one.
+
+    The threshold is a buffer, saved with the weights. In training it follows, as a moving average, the value that would have
+    kept the requested share of the whole batch; in evaluation it stands still, and no decision looks at another token.
+
+    Args:
+        calibrate: follow the scores. If not, the threshold stays at 0, a probability of one half, and a regulariser of the
+            budget has to hold the ratio.
+        rate: weight of the newest batch in the moving average.
+    """
+
+    adaptive = True
+
+    def __init__(self, calibrate: bool = True, rate: float = 0.1) -> None:
+        super().__init__()
+        if not 0 < rate <= 1:
+            raise ValueError(f"selector 'threshold': rate = {rate} must be in (0, 1]")
+        self.calibrate, self.rate = calibrate, rate
+        self.threshold: Tensor
+        self.batches: Tensor
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("batches", torch.zeros(()))
+
+    @property
+    def needs_probabilities(self) -> bool:  # type: ignore[override]
+        return not self.calibrate
+
+    @torch.no_grad()
+    def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
+        if request.keep >= 1:
+            return everything(state)
+        if self.training and self.calibrate:
+            self.follow(scores, state.routable, request.keep)
+        return decide(scores > self.threshold, scores, state)
+
+    def follow(self, scores: Tensor, routable: Tensor, keep: float) -> None:
+        """Moves the threshold towards the one that keeps ``keep`` of the routable (B, M) scores."""
+        order = scores.masked_fill(~routable, float("-inf")).flatten().sort(descending=True).values
+        kept = (routable.sum() * keep).round().long().clamp(max=order.numel() - 1)
+        fitting = order.gather(0, kept[None]).squeeze(0)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(fitting)
+            fitting = fitting / distributed.get_world_size()
+        rate = torch.where(self.batches == 0, 1.0, self.rate)
+        self.threshold.lerp_(fitting.to(self.threshold.dtype), rate.to(self.threshold.dtype))
+        self.batches.add_(1).clamp_(max=1)
