@@ -1,0 +1,163 @@
+"""Rows that keep different numbers of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from laconic import Budget, BudgetConfig, CompressionConfig, StageConfig, Trace, compress, decompress
+from laconic.modules.compress import checkpoint_activations
+from laconic.modules.cost import CostModel
+from laconic.modules.packing import ATTENTION, Packing
+from laconic.modules.selectors.base import Request
+from laconic.modules.selectors.gumbel import GumbelSelector
+from laconic.modules.selectors.threshold import ThresholdSelector
+from laconic.modules.state import TokenState
+from tests.matrix import dense, images, labels, traced
+
+THRESHOLD: dict[str, Any] = {"scorer": {"name": "learned", "detach": True}, "selector": "threshold"}
+
+
+def _model(layers: tuple[int, ...] = (1, 2), implementation: str = "sdpa", **parts: Any) -> Any:
+    stages = [StageConfig(layer=layer, keep=0.5, **(parts or THRESHOLD)) for layer in layers]
+    model = compress(dense("vit", attn_implementation=implementation), CompressionConfig(stages))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".stages." in name and parameter.ndim > 1:
+                parameter.normal_(0, 1.5)
+    return model
+
+
+def test_rows_keep_what_scores_above_the_threshold() -> None:
+    scores = torch.tensor([[9.0, 1, -1, 2, -3], [9.0, -1, -2, -1, -3], [9.0, 4, 4, 4, 4]])
+    state = TokenState.initial(3, 5, 1, None, scores.device)
+    decision = ThresholdSelector().eval()(scores, state, Request(0.5, 2))
+    assert decision.kept_mask(5).tolist() == [
+        [True, True, False, True, False],
+        [True, True, False, False, False],  # nothing is above: the best one stays
+        [True, True, True, True, True],
+    ]
+
+
+def test_the_threshold_follows_the_scores_of_the_batch() -> None:
+    selector, state = ThresholdSelector(rate=0.1).train(), TokenState.initial(64, 101, 1, None, torch.device("cpu"))
+    for step in range(60):
+        scores = 3 + 2 * torch.randn(64, 101, generator=torch.Generator().manual_seed(step))
+        decision = selector(scores, state, Request(0.3, 30))
+    kept = decision.kept_mask(101)[:, 1:]
+    assert float(kept.float().mean()) == pytest.approx(0.3, abs=0.01)
+    assert len(set(kept.sum(-1).tolist())) > 5
+    before = float(selector.threshold)
+    selector.eval()(scores + 5, state, Request(0.3, 30))
+    assert float(selector.threshold) == before
+
+
+def test_gumbel_noise_makes_a_stay_as_likely_as_its_score_says() -> None:
+    scores = torch.full((1, 20_001), 0.7)
+    state = TokenState.initial(1, 20_001, 1, None, scores.device)
+    draws = torch.rand(1, 20_001, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
+    decision = GumbelSelector()(scores, state, Request(0.5, 100, 1.0, draws))
+    assert decision.kept_mask(20_001).float().mean() == pytest.approx(float(torch.tensor(0.7).sigmoid()), abs=0.01)
+
+
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "masked"])
+def test_a_row_answers_alike_alone_and_among_others(packs: bool) -> None:
+    model = _model(implementation="sdpa" if packs else "eager")
+    together, trace = traced(model, images(6))
+    kept = trace.routings["before_1"].kept
+    assert isinstance(kept, Tensor)
+    assert len(set(kept.tolist())) > 1
+    for row in range(6):
+        alone, own = traced(model, images(6)[row : row + 1])
+        torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-4)
+        assert own.routings["before_1"].kept.tolist() == [int(kept[row])]  # type: ignore[union-attr]
+
+
+def test_layers_compute_no_filler() -> None:
+    model = _model()
+    seen: list[tuple[int, ...]] = []
+    for layer in model.vit.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    _, trace = traced(model, images(6))
+    first, second = (int(trace.routings[name].kept.sum()) + 6 for name in ("before_1", "before_2"))  # type: ignore[union-attr]
+    assert seen == [(6, 37, 16), (1, first, 16), (1, second, 16), (1, second, 16)]
+
+
+def test_packed_and_masked_forwards_agree_with_their_gradients() -> None:
+    results = []
+    for implementation in ("sdpa", "eager"):
+        model = _model(implementation=implementation, scorer="learned", selector="threshold", estimator="key_bias").train()
+        trace = Trace()
+        loss = model(pixel_values=images(6), labels=labels(6), trace=trace).loss
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=1e-3)
+
+
+def test_checkpointing_gives_the_same_loss_and_gradients() -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = _model().train()
+        if checkpointing:
+            checkpoint_activations(model)
+        loss = model(pixel_values=images(6), labels=labels(6), trace=Trace()).loss
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+
+
+def test_keep_1_is_the_dense_model_bit_for_bit_and_decompress_gives_its_attention_back() -> None:
+    model = compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=1.0, **THRESHOLD)]))
+    assert model.config._attn_implementation == ATTENTION
+    assert torch.equal(traced(model, images())[0], dense("vit")(images()).logits)
+    assert decompress(model).config._attn_implementation == "sdpa"
+
+
+def test_macs_of_a_forward_are_the_mean_over_its_rows() -> None:
+    model = _model()
+    _, trace = traced(model, images(6))
+    cost = CostModel(model)
+    alone = [cost.achieved(traced(model, images(6)[row : row + 1])[1]) for row in range(6)]
+    assert cost.achieved(trace) == pytest.approx(sum(alone) / 6)
+    assert max(alone) - min(alone) > 0.01
+
+
+@pytest.mark.parametrize("regularizer", ["macs_squared", "ratio_mse"])
+@pytest.mark.parametrize("selector", ["gumbel", {"name": "threshold", "calibrate": False}], ids=["gumbel", "threshold"])
+def test_a_regularizer_holds_the_ratio_of_what_was_really_kept(regularizer: str, selector: Any) -> None:
+    plain = dense("vit")
+    config = CompressionConfig([StageConfig(layer=1, scorer={"name": "learned", "detach": True}, selector=selector)])
+    settings = BudgetConfig(target=0.6, regularizer=regularizer, ramp_until=0.0, noise=1.0, noise_until=0.7)
+    budget = Budget(settings, plain, config, total_steps=150)
+    model = compress(plain, budget.compression).train()
+    optimizer = torch.optim.Adam([p for name, p in model.named_parameters() if ".stages." in name], lr=1e-2)
+    for step in range(150):
+        trace = budget.trace(step)
+        model(pixel_values=images(16, seed=step), trace=trace)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 150)
+        optimizer.zero_grad()
+        budget.loss(trace, step).total.backward()
+        optimizer.step()
+    _, trace = traced(model.eval(), images(64, seed=1000))
+    assert budget.cost.achieved(trace) == pytest.approx(0.6, abs=0.03)
+
+
+def test_packing_is_undone_by_unpacking() -> None:
+    valid = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
+    state = TokenState.initial(3, 3, 1, valid, valid.device)
+    packing = Packing.of(state, torch.float32)
+    tokens = torch.randn(3, 3, 4)
+    assert packing.pack(tokens).shape == (1, 6, 4)
+    assert torch.equal(packing.unpack(packing.pack(tokens)), tokens * valid.unsqueeze(-1))
+
+
+def test_other_attention_functions_are_refused() -> None:
+    model = dense("vit")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="load the model with attn_implementation 'sdpa' or 'eager'"):
+        compress(model, CompressionConfig([StageConfig(layer=1, keep=0.5, **THRESHOLD)]))

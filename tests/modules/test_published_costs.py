@@ -1,0 +1,82 @@
+"""ORACLES 1: published costs of published methods, each as a row of parts on a real backbone; no weights are made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from laconic import CompressionConfig, StageConfig
+from laconic.modules.cost import CostModel
+
+WIDTHS = {"T": 192, "S": 384, "B": 768}
+# Tokens in the MLP of each block with CLS, as DiffRate's "2.9" of DeiT-S publishes them: what pruning and what merging leave.
+PRUNED = [197, 196, 190, 168, 150, 139, 129, 117, 99, 78, 58, 3]
+MERGED = [197, 194, 176, 156, 141, 133, 121, 107, 88, 64, 56, 3]
+
+
+def _gmacs(size: str, stages: list[StageConfig]) -> tuple[float, list[float]]:
+    """Cost without routers, the papers' convention, and the tokens of every MLP, CLS included."""
+    width = WIDTHS[size]
+    config = ViTConfig(hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64, num_labels=1000)
+    with torch.device("meta"):
+        cost = CostModel(ViTForImageClassification(config), CompressionConfig(stages))
+    result = cost()
+    return cost.shape.model_macs(result.layers) / 1e9, [tokens.mlp for tokens in result.layers]
+
+
+def _tome(removed: list[int]) -> list[StageConfig]:
+    stages, present = [], 196
+    for layer, number in enumerate(removed):
+        # Asking for fewer than half is answered with half, as in the paper.
+        present = max(1, present - number)
+        stages.append(StageConfig(layer=layer, site="between", tokens=present, scorer="bipartite", merger="bipartite"))
+        present = max(present, present + number - (present + number) // 2)
+    return stages
+
+
+@pytest.mark.parametrize(
+    ("size", "removed", "left", "published"),
+    [
+        ("T", 8, 101, 0.924),
+        ("T", 12, 53, 0.769),
+        ("T", 16, 11, 0.622),
+        ("S", 8, 101, 3.416),
+        ("S", 13, 41, 2.703),
+        ("S", 16, 11, 2.291),
+    ],
+)
+def test_tome_merges_between_attention_and_mlp_of_every_block(size: str, removed: int, left: int, published: float) -> None:
+    gmacs, tokens = _gmacs(size, _tome([removed] * 12))
+    assert tokens[-1] == left
+    assert gmacs == pytest.approx(published, abs=6e-4)
+
+
+def test_tome_decreasing_schedule() -> None:
+    gmacs, tokens = _gmacs("S", _tome([32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0]))
+    assert tokens == [165, 136, 110, 87, 67, 50, 36, 25, 17, 12, 10, 10]
+    assert gmacs == pytest.approx(1.539, abs=6e-4)
+
+
+@pytest.mark.parametrize(("keep", "published"), [(0.9, 4.022), (0.8, 3.477), (0.7, 3.029), (0.6, 2.635), (0.5, 2.309)])
+def test_evit_of_deit_s(keep: float, published: float) -> None:
+    stages = [
+        StageConfig(layer=layer, site="between", keep=keep, scorer="cls_attention", merger="fuse", count="evit") for layer in (3, 6, 9)
+    ]
+    assert _gmacs("S", stages)[0] == pytest.approx(published, abs=6e-4)
+
+
+@pytest.mark.parametrize(("keep", "published"), [(0.7, 11.6139), (0.5, 8.8227), (0.25, 6.5328), (0.1, 5.6370)])
+def test_evit_of_vit_b(keep: float, published: float) -> None:
+    stages = [
+        StageConfig(layer=layer, site="between", keep=keep, scorer="cls_attention", merger="fuse", count="evit") for layer in (3, 6, 9)
+    ]
+    assert _gmacs("B", stages)[0] == pytest.approx(published, rel=5e-4)
+
+
+def test_diffrate_keeps_given_numbers_of_tokens() -> None:
+    kept = [min(pair) for pair in zip(PRUNED, MERGED, strict=True)]
+    stages = [StageConfig(layer=layer, site="between", tokens=count - 1, scorer="cls_attention") for layer, count in enumerate(kept)]
+    gmacs, tokens = _gmacs("S", stages)
+    assert tokens == kept
+    assert gmacs == pytest.approx(2.905, abs=6e-4)
