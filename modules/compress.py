@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .backbones import backbone_for
 from .backbones.base import Backbone
-from .config import CompressionConfig
+from .config import SITES, CompressionConfig
 from .stage import Stage
 from .state import TokenState, Trace
 
@@ -66,6 +66,7 @@ def decompress(model: Model) -> Model:
     for layer in backbone.layers(model):
         if "stage" in layer._modules:
             del layer.stage
+        backbone.release(layer)
         del layer.layer_index, layer.backbone
         layer.__class__ = base_class(type(layer))
     base = backbone.base(model)
@@ -95,7 +96,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 def build_stages(model: PreTrainedModel, config: CompressionConfig, backbone: type[Backbone]) -> list[Stage]:
     """Checks the config against the model and builds its stages, changing nothing."""
-    config.check(len(backbone.layers(model)), backbone.sites)
+    backbone.check(model)
+    config.check(len(backbone.layers(model)), tuple(site for site in SITES if site in backbone.sites))
     spec = backbone.token_spec(model.config)
     return [Stage(stage, spec, index, backbone) for index, stage in enumerate(config.stages)]
 
@@ -123,7 +125,7 @@ class CompressedLayer(nn.Module):
             hidden_states = stage(hidden_states, self, trace)
         assert trace.state is not None
         trace.layer_tokens[self.layer_index] = hidden_states.shape[1]
-        mask = self.backbone.mask_for(attention_mask, trace.state, hidden_states.dtype)
+        mask = self.backbone.layer_mask(self, attention_mask, trace.state, hidden_states.dtype, **kwargs)
         return super().__call__(hidden_states, mask, *args, **kwargs)
 
 
@@ -169,7 +171,7 @@ def compressed_class(cls: Any) -> type[Any]:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, trace: Trace | None = None, **kwargs: Any) -> Any:
         trace = self.note(trace, dict(zip(names, args, strict=False)) | kwargs)
-        return cls.forward(self, *args, trace=trace, **kwargs)
+        return self.backbone.finish(self, cls.forward(self, *args, trace=trace, **kwargs), trace)
 
     # transformers tells its own classes from a user's by the module's name, and treats only its own as fully supported.
     attributes = {
@@ -194,6 +196,7 @@ def _install(model: PreTrainedModel, stages: list[Stage], backbone: type[Backbon
         assert isinstance(layer, CompressedLayer)
         layer.layer_index = index
         layer.backbone = backbone
+        backbone.adopt(layer)
         if index in by_layer:
             layer.stage = by_layer[index]
     base = backbone.base(model)

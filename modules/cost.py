@@ -57,9 +57,10 @@ class CostModel:
     Args:
         model: dense or compressed.
         config: stages for a dense model; a compressed one brings its own.
+        image_size: height and width in pixels of the input; None takes the configured size.
     """
 
-    def __init__(self, model: PreTrainedModel, config: CompressionConfig | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, config: CompressionConfig | None = None, image_size: tuple[int, int] | None = None) -> None:
         if isinstance(model, CompressedModel):
             backbone: type[Backbone] = model.backbone
             self.stages: list[tuple[int, Stage]] = list(stages_of(model).values())
@@ -70,7 +71,7 @@ class CostModel:
             else:
                 filled = config.with_keep({stage.key: 1.0 if stage.keep is None else stage.keep for stage in config.stages})
                 self.stages = [(stage.config.layer, stage) for stage in build_stages(model, filled, backbone)]
-        self.shape: BackboneShape = backbone.shape(model)
+        self.shape: BackboneShape = backbone.shape(model, image_size)
 
     def __call__(self, keep: Mapping[str, float] | None = None) -> Cost:
         """Cost with the given keep by stage name, over the stages' own."""
@@ -120,6 +121,7 @@ class CostModel:
                 total = total + stage.macs(shape, shape.prefix + entering, shape.prefix + present)  # type: ignore[arg-type]
             tokens = LayerTokens(shape.prefix + present, shape.prefix + present)  # type: ignore[arg-type]
             total = total + shape.layer_macs(tokens)
+        total = total + shape.head_macs_per_token * (shape.prefix + present)
         ratio = total / shape.model_macs(shape.dense_layers())
         assert isinstance(ratio, Tensor)
         return ratio
