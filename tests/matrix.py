@@ -146,8 +146,8 @@ def inputs(model: PreTrainedModel, pixels: Tensor) -> dict[str, Tensor]:
 
 
 def answer(outputs: Any) -> Tensor:
-    """Logits, or the mean of the tokens of a model without a head."""
-    return outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state.mean(1)
+    """Logits, or the first token of a model without a head."""
+    return outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state[:, 0]
 
 
 def loss_of(model: PreTrainedModel, pixels: Tensor, rows: int = 3, **kwargs: Any) -> Tensor:

@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 from ..state import TokenState, Trace
 from .vision import VisionBackbone
 
-_BIAS = "relative_position_bias"
-
 
 class BeitBackbone(VisionBackbone):
     """A ViT with layer scale whose positions are a bias on every attention map, of each layer or shared by all.
@@ -28,12 +26,14 @@ class BeitBackbone(VisionBackbone):
 
     @classmethod
     def adopt(cls, layer: nn.Module) -> None:
-        # An instance attribute comes before the submodule of that name, whose parameters keep their names.
-        layer.__dict__[_BIAS] = None
+        if layer.relative_position_bias is not None:
+            # An instance attribute comes before the class's method. The module, its parameters and their names stay.
+            layer.relative_position_bias.__dict__["forward"] = _nothing
 
     @classmethod
     def release(cls, layer: nn.Module) -> None:
-        del layer.__dict__[_BIAS]
+        if layer.relative_position_bias is not None:
+            del layer.relative_position_bias.__dict__["forward"]
 
     @classmethod
     def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
@@ -54,10 +54,11 @@ class BeitBackbone(VisionBackbone):
     ) -> Tensor | None:
         bias = attention_mask if _is_shared_bias(attention_mask) else None
         mask = cls.mask_for(None if bias is not None else attention_mask, state, dtype)
-        own: Any = layer._modules.get(_BIAS)
+        own: Any = layer.relative_position_bias
         if own is not None:
             (height, width), patch, tokens = kwargs["resolution"], cast(int, layer.patch_size), state.source.shape[1]
-            of_layer = own((height // patch, width // patch), kwargs.get("interpolate_pos_encoding", False), dim_size=tokens)
+            window, stretch = (height // patch, width // patch), kwargs.get("interpolate_pos_encoding", False)
+            of_layer = type(own).forward(own, window, stretch, dim_size=tokens)
             bias = of_layer if bias is None else bias + of_layer
         if bias is None:
             return mask
@@ -91,6 +92,11 @@ class BeitBackbone(VisionBackbone):
         parts: Any = layer
         out: Tensor = parts.drop_path(parts.lambda_2 * parts.dropout(parts.mlp(parts.layernorm_after(hidden_states)))) + hidden_states
         return out
+
+
+def _nothing(*args: Any, **kwargs: Any) -> float:
+    """What a layer under compression adds to its mask by itself."""
+    return 0.0
 
 
 def _is_shared_bias(attention_mask: Tensor | None) -> bool:

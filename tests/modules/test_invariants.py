@@ -232,8 +232,8 @@ class _Given(nn.Module):
         super().__init__()
         self.hidden, self.patch_embeddings = hidden, like.patch_embeddings
 
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        return self.hidden
+    def forward(self, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None, None]:
+        return (self.hidden, None, None) if "noise" in kwargs else self.hidden
 
 
 @pytest.mark.parametrize(
@@ -242,9 +242,10 @@ class _Given(nn.Module):
     ids=lambda value: getattr(value, "name", value),
 )
 def test_5_left_and_right_padding_are_alike(family: str, method: Method) -> None:
-    model = compressed(family, method, 0.5, 0.6)
+    # A bias by place makes left and right differ by design; BEiT is looked at without.
+    model = compressed(family, method, 0.5, 0.6, **({"use_relative_position_bias": False} if family == "beit" else {}))
     prefix, real, padding = PREFIX[family], 9, 4
-    base = getattr(model, model.base_model_prefix)
+    base = model.backbone.base(model)
     tokens, filler = torch.randn(2, prefix + real, 16), torch.randn(2, padding, 16)
     embeddings = base.embeddings
     outputs = []
@@ -303,7 +304,7 @@ root = sys.argv[1]
 for name in json.loads(sys.argv[2]):
     model = laconic.from_pretrained(f"{root}/{name}")
     out = model(**load_file(f"{root}/{name}/inputs"))
-    logits = out.logits if hasattr(out, "logits") else out.last_hidden_state.mean(1)
+    logits = out.logits if hasattr(out, "logits") else out.last_hidden_state[:, 0].contiguous()
     save_file({"logits": logits.detach()}, f"{root}/{name}/logits")
 """
 
@@ -317,7 +318,8 @@ def test_10_saved_models_answer_bit_for_bit_in_a_clean_process(tmp_path: Path) -
         model.save_pretrained(tmp_path / name)
         save_file(inputs(model, images()), tmp_path / name / "inputs")
         expected[name] = traced(model, images())[0]
-    subprocess.run([sys.executable, "-c", _CLEAN, str(tmp_path), json.dumps(list(expected))], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", _CLEAN, str(tmp_path), json.dumps(list(expected))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     equal = {name: torch.equal(load_file(tmp_path / name / "logits")["logits"], logits) for name, logits in expected.items()}
     assert equal == dict.fromkeys(expected, True)
 
