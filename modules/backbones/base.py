@@ -153,7 +153,8 @@ class Backbone:
             dtype: of an additive mask, that of the queries.
 
         Returns:
-            mask[idx][:, idx] with filler masked out (B, 1, M, M), or the state's key bias alone (B, 1, 1, M), or None.
+            mask[idx][:, idx] with filler masked out (B, 1, M, M), plus the state's key bias; without a mask, filler and key bias
+            alone (B, 1, 1, M); None where there is neither.
         """
         mask = None
         if attention_mask is not None:
@@ -165,6 +166,10 @@ class Backbone:
             mask = mask.gather(3, position[:, None, None, :].expand(-1, mask.shape[1], tokens, -1))
             filler = ~state.valid[:, None, None]
             mask = mask & ~filler if mask.dtype == torch.bool else mask.masked_fill(filler, torch.finfo(mask.dtype).min)
+        elif state.valid is not None:
+            # Additive, since eager attention adds whatever it is given.
+            hidden = ~state.valid[:, None, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
         if state.key_bias is None:
             return mask
         bias = state.key_bias[:, None, None].to(dtype)

@@ -11,10 +11,11 @@ from .vision import VisionBackbone
 
 
 class ClipVisionBackbone(VisionBackbone):
-    """One CLS token, a norm before the first layer. The tower's own head reads CLS."""
+    """One CLS token, a norm before the first layer. The tower's own head reads CLS, a classifier on it averages the patches."""
 
     model_type = "clip_vision_model"
     classes: ClassVar[tuple[str, ...]] = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
+    averages = True
     takes_attention_mask = False
     norm = "layer_norm1"
     attention = "self_attn"
@@ -46,11 +47,10 @@ class ClipVisionBackbone(VisionBackbone):
 
 
 class ClipBackbone(ClipVisionBackbone):
-    """The classifier on the tower, which averages the patches."""
+    """The classifier on the tower."""
 
     model_type = "clip"
     classes: ClassVar[tuple[str, ...]] = ("CLIPForImageClassification",)
     refused: ClassVar[dict[str, str]] = {
         "CLIPModel": "it holds a text model beside the vision tower: compress model.vision_model, or load CLIPVisionModelWithProjection"
     }
-    averages = True

@@ -18,7 +18,6 @@ class SiglipVisionBackbone(ClipVisionBackbone):
     model_type = "siglip_vision_model"
     classes: ClassVar[tuple[str, ...]] = ("SiglipVisionModel",)
     has_cls = False
-    averages = True
 
     @classmethod
     def shape(cls, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> BackboneShape:

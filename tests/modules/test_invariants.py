@@ -100,19 +100,22 @@ def _with_layers_replaced(plain: PreTrainedModel, out: Tensor | None = None) -> 
 
 
 def _own_bias(layer: nn.Module, kwargs: dict[str, Any], place: Tensor) -> Tensor | float:
-    """(B, H, M, M) the bias that a layer gives to pairs of places, 0 for a family without."""
-    make = getattr(layer, "relative_position_bias", None)
-    if make is None:
+    """(B, H, M, M) the bias that a layer or its model gives to pairs of places, 0 for a family without."""
+    make, shared = getattr(layer, "relative_position_bias", None), kwargs.get("attention_mask")
+    if make is None and shared is None:
         return 0.0
-    height, width = kwargs["resolution"]
-    bias = make((height // PATCH, width // PATCH), False, dim_size=37)[0]
+    bias = torch.zeros(()) if shared is None else shared[0]
+    if make is not None:
+        height, width = kwargs["resolution"]
+        down, across = height // PATCH, width // PATCH
+        bias = bias + make((down, across), kwargs["interpolate_pos_encoding"], dim_size=down * across + 1)[0]
     return torch.stack([torch.stack([bias[:, i][:, row] for i in row.tolist()], 1) for row in place])
 
 
-def _masked_reference(plain: PreTrainedModel, family: str, pixels: Tensor, trace: Trace) -> Tensor:
+def _masked_reference(plain: PreTrainedModel, family: str, pixels: Tensor, trace: Trace, **how: Any) -> Tensor:
     """Full-length forward in which tokens that a stage left out are only hidden from attention; a fused token is appended."""
     twin, recorded = _with_layers_replaced(plain)
-    twin(**inputs(plain, pixels))
+    twin(**inputs(plain, pixels), **how)
     hidden = recorded.given
     rows, alive = hidden.shape[0], torch.ones(hidden.shape[:2], dtype=torch.bool)
     # Where each token of the compressed sequence sits in this full-length one, and whence each of this one came.
@@ -144,7 +147,7 @@ def _masked_reference(plain: PreTrainedModel, family: str, pixels: Tensor, trace
             alone.relative_position_bias = None
         hidden = alone(hidden, mask)
     kept = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
-    return answer(_with_layers_replaced(plain, kept)[0](**inputs(plain, pixels)))
+    return answer(_with_layers_replaced(plain, kept)[0](**inputs(plain, pixels), **how))
 
 
 @pairs
