@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..modules.backbones import backbone_for
+from ..modules.backbones.base import Backbone
 from ..modules.compress import CompressedModel, base_class
-from ..modules.state import Trace
+from ..modules.state import TokenState, Trace
 
 WARM_UP_ROUNDS = 3
 
@@ -161,17 +162,30 @@ def sliced(model: PreTrainedModel, counts: Mapping[int, int]) -> PreTrainedModel
         counts: tokens by layer index, protected ones included, never growing.
     """
     backbone = backbone_for(model.config.model_type, type(model).__name__)
+    shape = backbone.shape(model)
     for index, layer in enumerate(backbone.layers(model)):
         layer.__class__ = type("Sliced" + type(layer).__name__, (_SlicedLayer, type(layer)), {})
         layer.tokens = counts[index]
+        layer.biased_by = None
+        if backbone.masks_in_layers:
+            backbone.adopt(layer)
+            layer.biased_by, layer.whole = backbone, shape.prefix + shape.patches
     return model
 
 
 class _SlicedLayer(nn.Module):
     tokens: int
+    biased_by: type[Backbone] | None
+    whole: int
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(hidden_states[:, : self.tokens], *args, **kwargs)
+    def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        hidden_states = hidden_states[:, : self.tokens]
+        if self.biased_by is not None:
+            rows, tokens, _ = hidden_states.shape
+            first = torch.arange(tokens, device=hidden_states.device).expand(rows, -1)
+            state = TokenState.initial(rows, self.whole, 0, None, hidden_states.device).select(first, None)
+            attention_mask = self.biased_by.layer_mask(self, attention_mask, state, hidden_states.dtype, **kwargs)
+        return super().__call__(hidden_states, attention_mask, *args, **kwargs)
 
 
 def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[int, int]:

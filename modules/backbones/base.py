@@ -23,6 +23,7 @@ class Backbone:
         classes: class names of the models it serves.
         refused: class names of the family that cannot be served, and why.
         takes_attention_mask: the models' forward understands an ``attention_mask`` for padded rows.
+        masks_in_layers: layers add to their masks by themselves, for the full sequence; ``layer_mask`` does it for a shorter one.
     """
 
     model_type: ClassVar[str]
@@ -30,6 +31,7 @@ class Backbone:
     classes: ClassVar[tuple[str, ...]]
     refused: ClassVar[Mapping[str, str]] = {}
     takes_attention_mask: ClassVar[bool] = True
+    masks_in_layers: ClassVar[bool] = False
 
     @classmethod
     def base(cls, model: PreTrainedModel) -> nn.Module:

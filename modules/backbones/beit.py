@@ -23,6 +23,7 @@ class BeitBackbone(VisionBackbone):
     model_type = "beit"
     classes: ClassVar[tuple[str, ...]] = ("BeitModel", "BeitForImageClassification")
     averages = True
+    masks_in_layers = True
 
     @classmethod
     def adopt(cls, layer: nn.Module) -> None:

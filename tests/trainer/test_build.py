@@ -45,13 +45,14 @@ def test_a_local_folder_of_any_family_builds_and_takes_a_training_step(family: s
     batch = [parts.data.train[index] for index in range(4)]
     pixels = torch.stack([row["pixel_values"] for row in batch])
     assert pixels.shape == (4, 3, IMAGE, IMAGE) == (4, *_probe(parts.model).shape[1:])
+    # Noise of mean a half, normalised by the folder's own processor.
+    assert pixels.mean((0, 2, 3)).tolist() == pytest.approx([0.5, 0.0, -0.25], abs=0.1)
     trace = Trace(noise=1.0)
     out = parts.model.train()(pixel_values=pixels, labels=torch.tensor([0, 1, 2, 0]), trace=trace)
     assert out.logits.shape == (4, 3)
     assert trace.auxiliary_loss is not None
     (out.loss + trace.auxiliary_loss).backward()
     assert all(parameter.grad is not None for name, parameter in parts.model.named_parameters() if "classifier" in name)
-    # What the dense model of three classes would cost, and the target between.
     assert parts.cost().macs_ratio == pytest.approx(0.65, abs=0.03)
 
 
