@@ -69,6 +69,7 @@ def decompress(model: Model) -> Model:
     for layer in backbone.layers(model):
         if "stages" in layer._modules:
             del layer.stages
+        backbone.release(layer)
         del layer.plan
         layer.__class__ = base_class(type(layer))
     base = backbone.base(model)
@@ -101,6 +102,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 def build_stages(model: PreTrainedModel, config: CompressionConfig, backbone: type[Backbone]) -> list[Stage]:
     """Checks the config against the model and builds its stages, changing nothing."""
+    backbone.check(model)
     config.check(len(backbone.layers(model)), backbone.sites)
     spec = backbone.token_spec(model.config)
     stages = [Stage(stage, spec, index, backbone) for index, stage in enumerate(config.stages)]
@@ -285,7 +287,7 @@ def compressed_class(cls: Any) -> type[Any]:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, trace: Trace | None = None, **kwargs: Any) -> Any:
         trace = self.note(trace, dict(zip(names, args, strict=False)) | kwargs)
-        return cls.forward(self, *args, trace=trace, **kwargs)
+        return self.backbone.finish(self, cls.forward(self, *args, trace=trace, **kwargs), trace)
 
     # transformers tells its own classes from a user's by the module's name, and treats only its own as fully supported.
     attributes = {
@@ -307,15 +309,19 @@ def _install(model: PreTrainedModel, config: CompressionConfig, stages: list[Sta
     of_layer: list[dict[str, Stage]] = [{} for _ in layers]
     for stage in stages:
         of_layer[stage.config.layer][stage.config.site] = stage
-    plans = _plans(config, stages, backbone, of_layer, model.config._attn_implementation)
+    adaptive = any(stage.selector.adaptive for stage in stages)
+    # The other attention functions would not know what to do with a packing.
+    packs = adaptive and backbone.packs(model.config) and model.config._attn_implementation in ("sdpa", ATTENTION)
+    plans = _plans(config, backbone, of_layer, packs)
     for plan, layer in zip(plans, layers, strict=True):
         plain: Any = type(layer)
         layer.__class__ = _compressed_layer_class(plain)
         assert isinstance(layer, CompressedLayer)
         layer.plan = plan
+        backbone.adopt(layer)
         if of_layer[plan.index]:
             layer.stages = nn.ModuleDict(of_layer[plan.index])
-    if plans[0].packs:
+    if packs:
         model.set_attn_implementation(ATTENTION)
     base = backbone.base(model)
     if base is not model:
@@ -324,12 +330,9 @@ def _install(model: PreTrainedModel, config: CompressionConfig, stages: list[Sta
         _register_outputs(base)
 
 
-def _plans(
-    config: CompressionConfig, stages: list[Stage], backbone: type[Backbone], of_layer: list[dict[str, Stage]], implementation: str
-) -> list[LayerPlan]:
+def _plans(config: CompressionConfig, backbone: type[Backbone], of_layer: list[dict[str, Stage]], packs: bool) -> list[LayerPlan]:
     """The plan of every layer, in order."""
     last, where = len(of_layer) - 1, config.restore
-    adaptive = any(stage.selector.adaptive for stage in stages)
 
     def reads_rows(index: int) -> bool:
         return index > last or bool(of_layer[index]) or (where is not None and where.layer == index)
@@ -341,8 +344,7 @@ def _plans(
             restore_before=where.by if where is not None and where.layer == index else None,
             restore_after=where.by if where is not None and where.layer == index + 1 == last + 1 else None,
             notes_left=where is not None and index < where.layer,
-            # The other attention functions would not know what to do with a packing.
-            packs=backbone.packs and adaptive and implementation in ("sdpa", ATTENTION),
+            packs=packs,
             unpacks=reads_rows(index + 1),
         )
         for index in range(last + 1)

@@ -61,9 +61,10 @@ class CostModel:
     Args:
         model: dense or compressed.
         config: stages for a dense model; a compressed one brings its own.
+        image_size: height and width in pixels of the input; None takes the configured size.
     """
 
-    def __init__(self, model: PreTrainedModel, config: CompressionConfig | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, config: CompressionConfig | None = None, image_size: tuple[int, int] | None = None) -> None:
         self.restore_layer: int | None = None
         self.stages: list[Stage] = []
         if isinstance(model, CompressedModel):
@@ -78,7 +79,7 @@ class CostModel:
                 self.stages = build_stages(model, filled, backbone)
         if config is not None and config.restore is not None:
             self.restore_layer = config.restore.layer
-        self.shape: BackboneShape = backbone.shape(model)
+        self.shape: BackboneShape = backbone.shape(model, image_size)
 
     def __call__(self, keep: Mapping[str, float] | None = None) -> Cost:
         """Cost with the given keep (or capacity) by stage name, over the stages' own."""
@@ -93,7 +94,7 @@ class CostModel:
         return Cost(
             layers=layers,
             dense_tokens=shape.prefix + shape.patches,
-            macs=round(shape.model_macs(layers) + sum(walk.stage_macs.values())),
+            macs=round(shape.model_macs(layers, shape.prefix + walk.leaving) + sum(walk.stage_macs.values())),
             dense_macs=round(shape.model_macs(dense)),
             stage_macs={name: round(macs) for name, macs in walk.stage_macs.items()},
             keep={
@@ -121,17 +122,17 @@ class CostModel:
 
         walk = self._walk(kept)
         layers = [LayerTokens(shape.prefix + attention, shape.prefix + mlp) for attention, mlp in walk.layers]
-        ratio = (shape.model_macs(layers) + sum(walk.stage_macs.values())) / shape.model_macs(shape.dense_layers())
+        macs = shape.model_macs(layers, shape.prefix + walk.leaving) + sum(walk.stage_macs.values())
+        ratio = macs / shape.model_macs(shape.dense_layers())
         assert isinstance(ratio, Tensor)
         return ratio
 
     def achieved(self, trace: Trace) -> float:
         """``macs_ratio`` of what a forward did: the mean over its rows, each with its own token counts."""
         shape = self.shape
-        total: Any = shape.embed_macs + shape.head_macs
-        for index in range(shape.layers):
-            tokens = trace.layer_tokens[index]
-            total = total + shape.layer_macs(LayerTokens(tokens.attention, tokens.mlp))  # type: ignore[arg-type]
+        assert trace.state is not None
+        layers = [LayerTokens(tokens.attention, tokens.mlp) for _, tokens in sorted(trace.layer_tokens.items())]  # type: ignore[arg-type]
+        total: Any = shape.model_macs(layers, trace.state.tokens_per_row)  # type: ignore[arg-type]
         for stage in self.stages:
             routing = trace.routings[stage.config.key]
             total = total + stage.macs(shape, shape.prefix + routing.present, shape.prefix + routing.kept)  # type: ignore[arg-type]
@@ -143,7 +144,7 @@ class CostModel:
         shape = self.shape
         at = {(stage.config.layer, stage.config.site): stage for stage in self.stages}
         present: Any = shape.patches
-        walk = _Walk([], {}, {}, {})
+        walk = _Walk([], {}, {}, {}, present)
 
         def meet(layer: int, site: str, entering: Any) -> Any:
             stage = at.get((layer, site))
@@ -163,14 +164,17 @@ class CostModel:
             if (layer, "between") in at:
                 present = through = meet(layer, "between", present)
             walk.layers.append((attention, meet(layer, "around_mlp", through)))
+        walk.leaving = shape.patches if self.restore_layer == shape.layers else present
         return walk
 
 
 @dataclass
 class _Walk:
-    """Routable tokens in the attention and the MLP of every layer; MACs, tokens present and tokens kept of every stage."""
+    """Routable tokens in the attention and the MLP of every layer; MACs, tokens present and tokens kept of every stage;
+    tokens that leave the last layer."""
 
     layers: list[tuple[Any, Any]]
     stage_macs: dict[str, Any]
     present: dict[str, Any]
     kept: dict[str, Any]
+    leaving: Any

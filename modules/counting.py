@@ -120,6 +120,7 @@ class BackboneShape:
         patches: routable tokens at the configured input size.
         embed_macs: MACs of the patch embedding per image.
         head_macs: MACs of what follows the layers per image.
+        head_macs_per_token: the same for every token that leaves the last layer, protected ones included (attention pooling).
     """
 
     hidden: int
@@ -130,6 +131,7 @@ class BackboneShape:
     patches: int
     embed_macs: int
     head_macs: int
+    head_macs_per_token: int = 0
 
     def layer_macs(self, tokens: LayerTokens) -> float:
         """4NC² + 2N²C with N tokens in attention, plus 2N'C·I with N' in the MLP of hidden width I."""
@@ -137,11 +139,17 @@ class BackboneShape:
         projections, products = 4 * attention * width**2, 2 * attention**2 * width
         return projections + products + 2 * tokens.mlp * width * self.intermediate
 
-    def model_macs(self, layers: Sequence[LayerTokens]) -> float:
-        """MACs of one image's forward given the tokens of every layer, embedding and head included, stages excluded."""
+    def model_macs(self, layers: Sequence[LayerTokens], leaving: float | None = None) -> float:
+        """MACs of one image's forward, embedding and head included, stages excluded.
+
+        Args:
+            layers: tokens of every layer.
+            leaving: tokens that leave the last one; None takes those of its MLP.
+        """
         if len(layers) != self.layers:
             raise ValueError(f"token counts for {len(layers)} layers were given, the backbone has {self.layers}")
-        return self.embed_macs + sum(self.layer_macs(tokens) for tokens in layers) + self.head_macs
+        head = self.head_macs + self.head_macs_per_token * (layers[-1].mlp if leaving is None else leaving)
+        return self.embed_macs + sum(self.layer_macs(tokens) for tokens in layers) + head
 
     def dense_layers(self) -> list[LayerTokens]:
         """Token counts of the uncompressed forward."""

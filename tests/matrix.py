@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from torch.nn import functional
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 
 from laconic import CompressionConfig, StageConfig, Trace, compress
 
@@ -48,32 +51,70 @@ METHODS = [
     Method("uniform_grid", {"scorer": "uniform_grid"}, positional=True),
     Method("patch_energy", {"scorer": "patch_energy"}, positional=True),
 ]
-BACKBONES = ["vit", "deit"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model of a family.
+
+    Attributes:
+        architecture: class of the model.
+        settings: beside the common ones.
+        vision: the settings belong to the vision tower of an image-text model.
+        refuses: methods that the family cannot have; each is tested to be refused.
+    """
+
+    architecture: str
+    settings: dict[str, Any]
+    vision: bool = False
+    refuses: tuple[str, ...] = ()
+
+
+_COMMON = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "image_size": IMAGE, "patch_size": PATCH}
+_TEXT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 8}
+_MLP = {"intermediate_size": 32}
+FAMILIES = {
+    "vit": Family("ViTForImageClassification", {**_MLP, "initializer_range": 0.3}),
+    "deit": Family("DeiTForImageClassification", {**_MLP, "initializer_range": 0.3}),
+    "dinov2": Family("Dinov2ForImageClassification", {"mlp_ratio": 2, "layerscale_value": 0.7, "initializer_range": 0.3}),
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersForImageClassification",
+        {"mlp_ratio": 2, "use_swiglu_ffn": True, "num_register_tokens": 3, "initializer_range": 0.3},
+    ),
+    "clip": Family("CLIPForImageClassification", {**_MLP, "initializer_factor": 3.0}, vision=True),
+    "siglip": Family("SiglipForImageClassification", _MLP, vision=True, refuses=("evit",)),
+    "beit": Family(
+        "BeitForImageClassification",
+        {**_MLP, "use_relative_position_bias": True, "layer_scale_init_value": 0.7, "drop_path_rate": 0.0, "initializer_range": 0.3},
+    ),
+    # A mask ratio of 0 leaves every patch, in random order.
+    "vit_mae": Family(
+        "ViTMAEModel",
+        {**_MLP, "mask_ratio": 0.0, "initializer_range": 0.3},
+        refuses=("evidence_pixels", "uniform_grid", "patch_energy"),
+    ),
+}
+BACKBONES = list(FAMILIES)
+# Versions of transformers differ in what can be compressed; the adapter says so.
+if "attention_mask" not in inspect.signature(Dinov2Layer.forward).parameters:
+    BACKBONES = [family for family in BACKBONES if not family.startswith("dinov2")]
+PAIRS = [(family, method) for family in BACKBONES for method in METHODS if method.name not in FAMILIES[family].refuses]
 
 
 def dense(family: str, **settings: Any) -> PreTrainedModel:
-    """A tiny random classifier in evaluation mode."""
+    """A tiny random model in evaluation mode, a classifier where the family has one."""
     torch.manual_seed(1)
-    attention = settings.pop("attn_implementation", "sdpa")
-    config = AutoConfig.for_model(
-        family,
-        hidden_size=16,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=IMAGE,
-        patch_size=PATCH,
-        num_channels=3,
-        num_labels=CLASSES,
-        initializer_range=0.3,
-        architectures=[{"vit": "ViTForImageClassification", "deit": "DeiTForImageClassification"}[family]],
-        **settings,
-    )
-    model = AutoModelForImageClassification.from_config(config, attn_implementation=attention).eval()
+    attention, about = settings.pop("attn_implementation", "sdpa"), FAMILIES[family]
+    inner = {**_COMMON, "num_channels": 3, **about.settings, **settings}
+    outer: dict[str, Any] = {"vision_config": inner, "text_config": _TEXT} if about.vision else inner
+    config = AutoConfig.for_model(family, **outer, num_labels=CLASSES, architectures=[about.architecture])
+    auto = AutoModelForImageClassification if about.architecture.endswith("ForImageClassification") else AutoModel
+    model = auto.from_config(config, attn_implementation=attention).eval()
+    assert type(model).__name__ == about.architecture
     with torch.no_grad():
-        # DeiT starts from zero tokens and positions, which would make all patches of one image alike.
+        # Fresh tokens, positions and biases may be zero, which would make all patches of one image alike.
         for name, parameter in model.named_parameters():
-            if "embeddings" in name:
+            if "embeddings" in name or "relative_position_bias" in name or name.startswith("classifier"):
                 parameter.normal_(0, 0.5)
     return model
 
@@ -97,8 +138,29 @@ def labels(rows: int = 3) -> Tensor:
     return torch.arange(rows) % CLASSES
 
 
+def inputs(model: PreTrainedModel, pixels: Tensor) -> dict[str, Tensor]:
+    """What a forward takes: the images and, for a model that shuffles its patches, an order that hangs on the image alone."""
+    if model.config.model_type != "vit_mae":
+        return {"pixel_values": pixels}
+    return {"pixel_values": pixels, "noise": functional.avg_pool2d(pixels.float().mean(1), PATCH).flatten(1)}
+
+
+def answer(outputs: Any) -> Tensor:
+    """Logits, or the first token of a model without a head."""
+    return outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state[:, 0]
+
+
+def loss_of(model: PreTrainedModel, pixels: Tensor, rows: int = 3, **kwargs: Any) -> Tensor:
+    """Loss of a training forward; that of a model without a head pulls on every number of its answer."""
+    if model.config.model_type != "vit_mae":
+        return model(**inputs(model, pixels), labels=labels(rows), **kwargs).loss
+    if "trace" in kwargs:
+        kwargs["trace"].labels = labels(rows)
+    return answer(model(**inputs(model, pixels), **kwargs)).pow(3).mean()
+
+
 def traced(model: PreTrainedModel, pixels: Tensor, **kwargs: Any) -> tuple[Tensor, Trace]:
-    """Logits and trace of one forward; keyword arguments that Trace knows go to it."""
+    """Answer and trace of one forward; keyword arguments that Trace knows go to it."""
     known = Trace.__dataclass_fields__
     trace = Trace(**{key: kwargs.pop(key) for key in list(kwargs) if key in known and key != "labels"})
-    return model(pixel_values=pixels, trace=trace, **kwargs).logits, trace
+    return answer(model(**inputs(model, pixels), trace=trace, **kwargs)), trace

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..modules.backbones import backbone_for
 from ..modules.backbones.base import Backbone
 from ..modules.compress import CompressedModel, base_class
-from ..modules.state import RowTokens, Trace
+from ..modules.state import RowTokens, TokenState, Trace
 
 WARM_UP_ROUNDS = 3
 
@@ -167,6 +167,8 @@ def sliced(model: PreTrainedModel, tokens: Mapping[int, RowTokens], final: int |
     present = [_mean(tokens[index].present) for index in range(len(layers))]
     removed = _Removed()
     for index, layer in enumerate(layers):
+        if backbone.masks_in_layers:
+            backbone.adopt(layer)
         layer.__class__ = type("Sliced" + type(layer).__name__, (_SlicedLayer, type(layer)), {})
         attention, mlp = _mean(tokens[index].attention), _mean(tokens[index].mlp)
         leaving = present[index + 1] if index + 1 < len(layers) else mlp if final is None else final
@@ -201,24 +203,38 @@ class _Slices:
     backbone: type[Backbone]
     removed: _Removed
 
+    def mask(self, layer: nn.Module, attention_mask: Tensor | None, hidden_states: Tensor, **kwargs: Any) -> Tensor | None:
+        """What the layer needs for its first tokens: nothing but where it has a bias of its own for every pair of them."""
+        whole = self.removed.whole
+        if not self.backbone.masks_in_layers or whole is None:
+            return attention_mask
+        rows, tokens, _ = hidden_states.shape
+        first = torch.arange(tokens, device=hidden_states.device).expand(rows, -1)
+        state = TokenState.initial(rows, whole.shape[1], 0, None, hidden_states.device).select(first, None)
+        return self.backbone.layer_mask(layer, attention_mask, state, hidden_states.dtype, **kwargs)
+
 
 class _SlicedLayer(nn.Module):
     slices: _Slices
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         slices = self.slices
         if slices.index == 0:
             slices.removed.whole = hidden_states
         hidden_states = slices.removed.fit(hidden_states, slices.present)
+        call = super().__call__
+
+        def mask(tokens: Tensor) -> Tensor | None:
+            return slices.mask(self, attention_mask, tokens, **kwargs)
+
         if slices.attention == slices.mlp:
-            call = super().__call__
-            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: call(tokens, *args, **kwargs))
+            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: call(tokens, mask(tokens), *args, **kwargs))
         else:
-            mask, backbone = args or (None,), slices.backbone
-            hidden_states = _through(hidden_states, slices.attention, lambda tokens: backbone.attention_half(self, tokens, *mask, **kwargs))
+            half = slices.backbone.attention_half
+            hidden_states = _through(hidden_states, slices.attention, lambda tokens: half(self, tokens, mask(tokens), *args, **kwargs))
             if slices.leaving < slices.present:
                 hidden_states = hidden_states[:, : slices.mlp]
-            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: backbone.mlp_half(self, tokens))
+            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: slices.backbone.mlp_half(self, tokens))
         return slices.removed.fit(hidden_states, slices.leaving)
 
 

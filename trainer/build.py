@@ -15,11 +15,18 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..data.hub import Source
 from ..data.images import ImageTransform
 from ..data.module import ImageData, ImageDataModule, hub_images, scattered_digits
-from ..modules.backbones import backbone_for
+from ..modules.backbones import backbone_for, backbones
+from ..modules.backbones.vision import VisionBackbone
 from ..modules.budget.budget import Budget
 from ..modules.compress import checkpoint_activations, compress
 from ..modules.cost import CostModel
 from .recipe import ModelRecipe, Recipe
+
+_CLASSIFIER_FOR = {
+    "siglip_vision_model": "the whole SigLIP model (model_type siglip), whose classifier keeps the vision tower alone",
+    "clip_vision_model": "the whole CLIP model (model_type clip), whose classifier keeps the vision tower alone",
+    "vit_mae": "the encoder saved as a ViT (model_type vit), whose parameters have the same names",
+}
 
 
 @dataclass(frozen=True)
@@ -102,19 +109,41 @@ def model_config(recipe: ModelRecipe) -> PretrainedConfig:
     return config
 
 
+def image_input(config: Any) -> tuple[int, int]:
+    """Side in pixels and channels of the images that a model takes. Raises ValueError where its images are not square."""
+    backbone = backbone_for(config.model_type, _class_name(config.model_type))
+    assert issubclass(backbone, VisionBackbone)
+    height, width, channels = backbone.image_input(config)
+    if height != width:
+        raise ValueError(f"model.config.image_size = {(height, width)}: images are cut square, give one number")
+    return height, channels
+
+
 def _check_settings(model_type: str, settings: dict[str, Any]) -> None:
     """transformers keeps unknown settings without a word, so a slip of the pen would train another model."""
-    known = [key for key in vars(AutoConfig.for_model(model_type)) if not key.startswith("_")]
+    default = AutoConfig.for_model(model_type)
+    _check_keys("model.config", model_type, default, settings)
+    if isinstance(settings.get("vision_config"), dict):
+        _check_keys("model.config.vision_config", f"{model_type}'s vision tower", default.vision_config, settings["vision_config"])
+
+
+def _check_keys(where: str, owner: str, default: PretrainedConfig, settings: dict[str, Any]) -> None:
+    known = [key for key in vars(default) if not key.startswith("_")]
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean model.config.{near[0]}?" if near else f"its settings are {', '.join(sorted(known))}"
-            raise ValueError(f"model.config.{key} is no setting of {model_type}; {hint}")
+            hint = f"did you mean {where}.{near[0]}?" if near else f"its settings are {', '.join(sorted(known))}"
+            raise ValueError(f"{where}.{key} is no setting of {owner}; {hint}")
 
 
 def _class_name(model_type: str) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
+    if model_type in backbones() and model_type not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        raise ValueError(
+            f"{model_type} has no image classification head in transformers: take weights of "
+            f"{_CLASSIFIER_FOR.get(model_type, 'a family that has one, such as vit or dinov2')}"
+        )
     name = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(model_type, model_type)
     # DeiT's mapping lists several heads; the plain one comes first.
     return name if isinstance(name, str) else name[0]
@@ -157,8 +186,7 @@ def open_data(whole: Recipe, config: Any) -> ImageData:
     recipe, seed = with_normalisation(whole).data, whole.seed
     assert recipe.mean is not None
     assert recipe.std is not None
-    size, channels = config.image_size, config.num_channels
-    size = size if isinstance(size, int) else size[0]
+    size, channels = image_input(config)
     if recipe.name == "scattered_digits":
         if (size, channels) != (recipe.canvas.size, 1):
             raise ValueError(

@@ -13,7 +13,7 @@ def backbones() -> dict[str, type[Backbone]]:
     found: dict[str, type[Backbone]] = {}
     for module in pkgutil.iter_modules(__path__):
         for item in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(item, type) and issubclass(item, Backbone) and item is not Backbone:
+            if isinstance(item, type) and issubclass(item, Backbone) and hasattr(item, "model_type"):
                 found[item.model_type] = item
     return found
 
@@ -28,6 +28,8 @@ def backbone_for(model_type: str, class_name: str) -> type[Backbone]:
     if model_type not in known:
         raise ValueError(f"no backbone adapter for model_type {model_type!r} ({class_name}): there are {', '.join(sorted(known))}")
     backbone = known[model_type]
+    if class_name in backbone.refused:
+        raise ValueError(f"{class_name} cannot be compressed: {backbone.refused[class_name]}")
     if class_name not in backbone.classes:
         raise ValueError(f"the {model_type!r} adapter does not serve {class_name}: it serves {', '.join(backbone.classes)}")
     return backbone

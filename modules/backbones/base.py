@@ -18,21 +18,42 @@ class Backbone:
     """Where layers, masks, protected tokens and positions are in one family of models.
 
     Attributes:
-        model_type: the family's ``config.model_type``.
-        sites: sites that the family offers.
+        model_type: the family's ``config.model_type``; a class without one is shared by families and no adapter itself.
+        sites: sites that the family can offer, of SITES; all but ``before`` go through the two halves of a layer.
         classes: class names of the models it serves.
-        packs: layers hand their attention function whatever mask they get, untouched, and nothing else looks at a row's length.
+        refused: class names of the family that cannot be served, and why.
+        takes_attention_mask: the models' forward understands an ``attention_mask`` for padded rows.
+        masks_in_layers: layers add to their masks by themselves, for the full sequence; ``layer_mask`` does it for a shorter one.
     """
 
     model_type: ClassVar[str]
     sites: ClassVar[tuple[str, ...]]
     classes: ClassVar[tuple[str, ...]]
-    packs: ClassVar[bool] = False
+    refused: ClassVar[Mapping[str, str]] = {}
+    takes_attention_mask: ClassVar[bool] = True
+    masks_in_layers: ClassVar[bool] = False
 
-    @staticmethod
-    def base(model: PreTrainedModel) -> nn.Module:
+    @classmethod
+    def base(cls, model: PreTrainedModel) -> nn.Module:
         """The model without its task head."""
         return getattr(model, model.base_model_prefix, model)
+
+    @classmethod
+    def check(cls, model: PreTrainedModel) -> None:
+        """Raises ValueError, with the cure, where this very model cannot be compressed. Called before anything is changed."""
+
+    @classmethod
+    def packs(cls, config: PretrainedConfig) -> bool:
+        """Rows may lie end to end: layers hand their attention function whatever mask they get, and nothing else tells rows apart."""
+        return False
+
+    @classmethod
+    def adopt(cls, layer: nn.Module) -> None:
+        """Called on every layer when stages are put in: leaves to ``layer_mask`` what only full-length layers can do."""
+
+    @classmethod
+    def release(cls, layer: nn.Module) -> None:
+        """Called on every layer when stages are taken out: undoes ``adopt``."""
 
     @classmethod
     def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
@@ -40,8 +61,13 @@ class Backbone:
         raise NotImplementedError
 
     @classmethod
-    def shape(cls, model: PreTrainedModel) -> BackboneShape:
-        """What the cost of this model depends on, at its configured input size."""
+    def shape(cls, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> BackboneShape:
+        """What the cost of this model depends on.
+
+        Args:
+            model: dense or compressed.
+            image_size: height and width in pixels; None takes the configured size.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -62,16 +88,28 @@ class Backbone:
             trace.labels = labels
 
     @classmethod
-    def cls_query_and_keys(cls, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Query of the first token (B, H, 1, D), keys of all (B, H, M, D) and the attention's scale, for this layer."""
-        raise NotImplementedError
+    def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
+        """The outputs of a forward, made right where a head read filler: rows may leave the layers with different counts."""
+        return outputs
 
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        """The first half of a layer, residual included; ``mlp_half`` of it is bit-equal to the layer's forward.
+
+        Args:
+            layer: one of ``layers``.
+            hidden_states: (B, M, C).
+            attention_mask: what ``layer_mask`` gave.
+            kwargs: whatever else the model hands its layers.
+
+        Returns:
+            (B, M, C).
+        """
         raise NotImplementedError
 
     @classmethod
     def mlp_half(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """The second half of a layer, (B, M, C) -> (B, M, C), residual included."""
         raise NotImplementedError
 
     @classmethod
@@ -80,9 +118,23 @@ class Backbone:
         raise NotImplementedError
 
     @classmethod
+    def cls_query_and_keys(cls, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Query of the first token (B, H, 1, D), keys of all (B, H, M, D) and the attention's scale, for this layer."""
+        raise NotImplementedError
+
+    @classmethod
     def layer_mask(
         cls, layer: nn.Module, attention_mask: Tensor | None, state: TokenState, dtype: torch.dtype, **kwargs: Any
     ) -> Tensor | None:
+        """Everything that this layer adds to its attention logits, for the current tokens.
+
+        Args:
+            layer: the layer that is about to run.
+            attention_mask: what the model handed the layer, over the original tokens.
+            state: the current tokens.
+            dtype: of an additive mask, that of the queries.
+            kwargs: whatever else the model hands its layers.
+        """
         return cls.mask_for(attention_mask, state, dtype)
 
     @staticmethod
@@ -108,7 +160,8 @@ class Backbone:
             dtype: of an additive mask, that of the queries.
 
         Returns:
-            mask[idx][:, idx] with filler masked out (B, 1, M, M), or the state's key bias alone (B, 1, 1, M), or None.
+            mask[idx][:, idx] with filler masked out (B, 1, M, M), plus the state's key bias; without a mask, filler and key bias
+            alone (B, 1, 1, M); None where there is neither.
         """
         mask, bias = None, state.logit_bias
         if attention_mask is None and state.valid is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..counting import BackboneShape
-from .base import Scored, Scorer, SiteInput
+from .base import Scored, Scorer, SiteInput, TokenSpec
 
 
 class ClsAttentionScorer(Scorer):
@@ -14,6 +14,14 @@ class ClsAttentionScorer(Scorer):
     Only one row of the attention matrix is computed, with the layer's own norm and projections, so the layer keeps its fused
     attention. Not trained: the criterion follows the backbone.
     """
+
+    def __init__(self, spec: TokenSpec) -> None:
+        super().__init__(spec)
+        if not spec.has_cls:
+            raise ValueError(
+                f"scorer 'cls_attention' needs a CLS token, which {spec.family} has not: "
+                "take one that looks at the tokens (learned, evidence) or at the image (patch_energy, uniform_grid)"
+            )
 
     @torch.no_grad()
     def forward(self, inputs: SiteInput) -> Scored:

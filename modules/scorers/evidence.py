@@ -36,6 +36,8 @@ class EvidenceScorer(Scorer):
             raise ValueError(f"scorer 'evidence': width = {width} must be at least 1")
         if reads not in ("tokens", "pixels"):
             raise ValueError(f"scorer 'evidence': reads = {reads!r} must be tokens or pixels")
+        if reads == "pixels":
+            spec.need_places("'evidence' with reads = 'pixels'")
         if reads == "pixels" and not spec.patch_values:
             raise ValueError("scorer 'evidence': reads = 'pixels' needs a backbone whose tokens are image patches")
         self.reads = reads

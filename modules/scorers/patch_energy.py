@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional
 
-from .base import Scored, Scorer, SiteInput
+from .base import Scored, Scorer, SiteInput, TokenSpec
 
 
 class PatchEnergyScorer(Scorer):
@@ -15,6 +15,10 @@ class PatchEnergyScorer(Scorer):
     """
 
     reads_pixels = True
+
+    def __init__(self, spec: TokenSpec) -> None:
+        super().__init__(spec)
+        spec.need_places("'patch_energy'")
 
     def forward(self, inputs: SiteInput) -> Scored:
         state, trace = inputs.state, inputs.trace

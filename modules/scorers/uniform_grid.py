@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Scored, Scorer, SiteInput
+from .base import Scored, Scorer, SiteInput, TokenSpec
 
 
 def _reversed_bits(index: Tensor, bits: int) -> Tensor:
@@ -21,6 +21,10 @@ class UniformGridScorer(Scorer):
 
     With a known patch grid the order is two-dimensional, else the van der Corput order of the positions.
     """
+
+    def __init__(self, spec: TokenSpec) -> None:
+        super().__init__(spec)
+        spec.need_places("'uniform_grid'")
 
     def forward(self, inputs: SiteInput) -> Scored:
         state, grid = inputs.state, inputs.trace.grid

@@ -95,7 +95,8 @@ def test_packed_and_masked_forwards_agree_with_their_gradients() -> None:
         loss = model(pixel_values=images(6), labels=labels(6), trace=trace).loss
         loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=1e-3)
+    # Sums of many terms in another order.
+    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-3)
 
 
 def test_checkpointing_gives_the_same_loss_and_gradients() -> None:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from laconic import CompressionConfig, StageConfig, Trace
 from laconic.modules.cost import CostModel
 from laconic.modules.counting import COUNT_RULES, BackboneShape, LayerTokens, StageCount, tokens_kept
-from tests.matrix import BACKBONES, METHODS, Method, compressed, dense, images
+from tests.matrix import PAIRS, Method, compressed, dense, images, inputs
 
 
 def _vit(width: int, layers: int, patch: int = 16, side: int = 224) -> BackboneShape:
@@ -113,12 +113,11 @@ def test_count_rules_agree_on_numbers_and_tensors(rule: str) -> None:
         assert many.tolist() == [COUNT_RULES[rule](n, keep, StageCount(n, 1)) for n in range(1, 400)]
 
 
-@pytest.mark.parametrize("family", BACKBONES)
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize(("family", "method"), PAIRS, ids=lambda value: getattr(value, "name", value))
 def test_analytic_macs_equal_a_counter_on_the_real_module(family: str, method: Method) -> None:
     model = compressed(family, method, 0.5, 0.6, attn_implementation="eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(pixel_values=images(1), trace=Trace())
+        model(**inputs(model, images(1)), trace=Trace())
     counted, ours = counter.get_total_flops() / 2, CostModel(model)().macs
     # What is no matrix product (a weighted sum, an average over rows) counts for us and not for the counter.
     assert ours == pytest.approx(counted, rel=0.006)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from laconic import Trace
 from laconic.trainer.bench import _ratio, bench, sliced
-from tests.matrix import METHODS, compressed, dense, images, labels
+from tests.matrix import BACKBONES, METHODS, compressed, dense, images, inputs, labels
 
 
-def test_the_oracle_sees_the_same_token_counts_without_a_router() -> None:
+@pytest.mark.parametrize("family", BACKBONES)
+def test_the_oracle_sees_the_same_token_counts_without_a_router(family: str) -> None:
     random = next(method for method in METHODS if method.name == "random")
-    model, trace = compressed("vit", random, 0.5, 0.6, attn_implementation="eager"), Trace()
+    model, trace = compressed(family, random, 0.5, 0.6, attn_implementation="eager"), Trace()
     with torch.no_grad(), FlopCounterMode(display=False) as ours:
-        model(pixel_values=images(1), trace=trace)
-    oracle = sliced(dense("vit", attn_implementation="eager"), trace.layer_tokens)
+        model(**inputs(model, images(1)), trace=trace)
+    oracle = sliced(dense(family, attn_implementation="eager"), trace.layer_tokens)
     with torch.no_grad(), FlopCounterMode(display=False) as theirs:
-        oracle(pixel_values=images(1))
+        oracle(**inputs(oracle, images(1)))
     assert theirs.get_total_flops() == ours.get_total_flops()
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..build import image_input
 from ..evaluate import load_model, model_folder
 from ..recipe_files import RecipeError
 from ..report import versions, write_json
@@ -78,9 +79,8 @@ def export_merged(run: str, to: str, dtype: str = "fp32") -> dict[str, Any]:
 
 def _probe(model: Any) -> Tensor:
     """Images of noise to compare answers on, (8, channels, height, width)."""
-    config = model.config
-    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    return torch.rand(PROBES, config.num_channels, size, size, generator=torch.Generator().manual_seed(0))
+    size, channels = image_input(model.config)
+    return torch.rand(PROBES, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def _answer(folder: Path, pixels: Tensor) -> Tensor:

@@ -1,0 +1,116 @@
+"""BEiT of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..state import TokenState, Trace
+from .vision import VisionBackbone
+
+
+class BeitBackbone(VisionBackbone):
+    """A ViT with layer scale whose positions are a bias on every attention map, of each layer or shared by all.
+
+    A layer makes its bias for the full grid inside its forward. Under compression it must not: the adapter makes it, picks
+    the rows and columns of the tokens that are left, and hands it over as the layer's mask.
+    """
+
+    model_type = "beit"
+    classes: ClassVar[tuple[str, ...]] = ("BeitModel", "BeitForImageClassification")
+    averages = True
+    masks_in_layers = True
+
+    @classmethod
+    def packs(cls, config: PretrainedConfig) -> bool:
+        return False
+
+    @classmethod
+    def adopt(cls, layer: nn.Module) -> None:
+        if layer.relative_position_bias is not None:
+            # An instance attribute comes before the class's method. The module, its parameters and their names stay.
+            layer.relative_position_bias.__dict__["forward"] = _nothing
+
+    @classmethod
+    def release(cls, layer: nn.Module) -> None:
+        if layer.relative_position_bias is not None:
+            del layer.relative_position_bias.__dict__["forward"]
+
+    @classmethod
+    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
+        super().bind_inputs(model, trace, inputs)
+        if model.config.use_shared_relative_position_bias and inputs.get("attention_mask") is not None:
+            raise ValueError(
+                "attention_mask cannot be given to a BEiT with use_shared_relative_position_bias: transformers adds the bias to a "
+                "boolean mask, which then hides nothing. Give images of one size in a batch, and leave attention_mask out"
+            )
+
+    @staticmethod
+    def valid_tokens(attention_mask: Tensor | None) -> Tensor | None:
+        return None if _is_shared_bias(attention_mask) else VisionBackbone.valid_tokens(attention_mask)
+
+    @classmethod
+    def layer_mask(
+        cls, layer: nn.Module, attention_mask: Tensor | None, state: TokenState, dtype: torch.dtype, **kwargs: Any
+    ) -> Tensor | None:
+        bias = attention_mask if _is_shared_bias(attention_mask) else None
+        mask = cls.mask_for(None if bias is not None else attention_mask, state, dtype)
+        own: Any = layer.relative_position_bias
+        if own is not None:
+            (height, width), patch, tokens = kwargs["resolution"], cast(int, layer.patch_size), state.source.shape[1]
+            window, stretch = (height // patch, width // patch), kwargs.get("interpolate_pos_encoding", False)
+            of_layer = type(own).forward(own, window, stretch, dim_size=tokens)
+            bias = of_layer if bias is None else bias + of_layer
+        if bias is None:
+            return mask
+        if state.tokens < state.source.shape[1]:
+            bias = _between_positions(bias, state.position)
+        if mask is None:
+            return bias
+        if mask.dtype == torch.bool:
+            return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+        return bias + mask
+
+    @classmethod
+    def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
+        outputs, state, pooler = super().finish(model, outputs, trace), trace.state, getattr(model, "pooler", None)
+        if state is not None and state.valid is not None and pooler is not None:
+            # The model pooled before filler held the mean. No norm lies between, so pooling again is all it takes.
+            outputs.pooler_output = pooler(outputs.last_hidden_state)
+        return outputs
+
+    @classmethod
+    def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        parts: Any = layer
+        # What the bias was made from; attention itself does not know these.
+        rest = {key: value for key, value in kwargs.items() if key not in ("interpolate_pos_encoding", "resolution")}
+        attended, _ = parts.attention(parts.layernorm_before(hidden_states), attention_mask=attention_mask, **rest)
+        out: Tensor = parts.drop_path(parts.lambda_1 * parts.dropout(attended)) + hidden_states
+        return out
+
+    @classmethod
+    def mlp_half(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        parts: Any = layer
+        out: Tensor = parts.drop_path(parts.lambda_2 * parts.dropout(parts.mlp(parts.layernorm_after(hidden_states)))) + hidden_states
+        return out
+
+
+def _nothing(*args: Any, **kwargs: Any) -> float:
+    """What a layer under compression adds to its mask by itself."""
+    return 0.0
+
+
+def _is_shared_bias(attention_mask: Tensor | None) -> bool:
+    """The model hands a shared bias to its layers as a mask with a map for every head, (1, H, N, N)."""
+    return attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] > 1
+
+
+def _between_positions(bias: Tensor, position: Tensor) -> Tensor:
+    """(1, H, N, N) and (B, M) positions -> (B, H, M, M)."""
+    (rows, tokens), originals = position.shape, bias.shape[-1]
+    pairs = position.unsqueeze(-1) * originals + position.unsqueeze(-2)
+    return bias[0].flatten(1)[:, pairs.flatten(1)].transpose(0, 1).reshape(rows, -1, tokens, tokens)

@@ -1,0 +1,56 @@
+"""The vision tower of CLIP of transformers, alone and under a classifier."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .vision import VisionBackbone
+
+
+class ClipVisionBackbone(VisionBackbone):
+    """One CLS token, a norm before the first layer. The tower's own head reads CLS, a classifier on it averages the patches."""
+
+    model_type = "clip_vision_model"
+    classes: ClassVar[tuple[str, ...]] = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
+    averages = True
+    takes_attention_mask = False
+    norm = "layer_norm1"
+    attention = "self_attn"
+
+    @classmethod
+    def base(cls, model: PreTrainedModel) -> nn.Module:
+        # The prefix that transformers declares for these classes changed between versions.
+        return getattr(model, "vision_model", model)
+
+    @classmethod
+    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
+        base: Any = cls.base(model)
+        layers = base.encoder.layers
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @classmethod
+    def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        parts: Any = layer
+        attended, _ = parts.self_attn(hidden_states=parts.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+        out: Tensor = hidden_states + attended
+        return out
+
+    @classmethod
+    def mlp_half(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        parts: Any = layer
+        out: Tensor = hidden_states + parts.mlp(parts.layer_norm2(hidden_states))
+        return out
+
+
+class ClipBackbone(ClipVisionBackbone):
+    """The classifier on the tower."""
+
+    model_type = "clip"
+    classes: ClassVar[tuple[str, ...]] = ("CLIPForImageClassification",)
+    refused: ClassVar[dict[str, str]] = {
+        "CLIPModel": "it holds a text model beside the vision tower: compress model.vision_model, or load CLIPVisionModelWithProjection"
+    }

@@ -1,0 +1,57 @@
+"""DINOv2 of transformers."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .vision import VisionBackbone
+
+
+class Dinov2Backbone(VisionBackbone):
+    """A ViT with layer scale and, in the largest model, a gated MLP. Its classifier reads CLS and the mean of the patches."""
+
+    model_type = "dinov2"
+    classes: ClassVar[tuple[str, ...]] = ("Dinov2Model", "Dinov2ForImageClassification")
+    averages = True
+    norm = "norm1"
+
+    @classmethod
+    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
+        base: Any = cls.base(model)
+        layers = base.encoder.layer
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @classmethod
+    def check(cls, model: PreTrainedModel) -> None:
+        if "attention_mask" not in inspect.signature(cls.layers(model)[0].forward).parameters:
+            raise ValueError(
+                f"transformers {transformers.__version__} hands the layers of {cls.model_type} neither a mask nor other arguments, "
+                "which compression needs: install transformers 5.23"
+            )
+
+    @classmethod
+    def intermediate(cls, config: Any) -> int:
+        width = int(config.hidden_size * config.mlp_ratio)
+        if not config.use_swiglu_ffn:
+            return width
+        # Three matrices of two thirds the width, rounded up to a multiple of 8, where a plain MLP has two.
+        return (int(width * 2 / 3) + 7) // 8 * 8 * 3 // 2
+
+    @classmethod
+    def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        parts: Any = layer
+        attended, _ = parts.attention(parts.norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+        out: Tensor = parts.drop_path(parts.layer_scale1(attended)) + hidden_states
+        return out
+
+    @classmethod
+    def mlp_half(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        parts: Any = layer
+        out: Tensor = parts.drop_path(parts.layer_scale2(parts.mlp(parts.norm2(hidden_states)))) + hidden_states
+        return out

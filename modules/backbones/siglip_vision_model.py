@@ -1,0 +1,52 @@
+"""The vision tower of SigLIP of transformers, alone and under a classifier."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from ..counting import BackboneShape
+from ..state import Trace
+from .clip_vision_model import ClipVisionBackbone
+
+
+class SiglipVisionBackbone(ClipVisionBackbone):
+    """No CLS token and nothing protected. A learned probe pools all tokens by attention; the classifier averages them."""
+
+    model_type = "siglip_vision_model"
+    classes: ClassVar[tuple[str, ...]] = ("SiglipVisionModel",)
+    has_cls = False
+
+    @classmethod
+    def shape(cls, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> BackboneShape:
+        shape, tower = super().shape(model, image_size), cls.base(model)
+        if not tower.use_head:
+            return shape
+        # The pooling head's probe becomes one query, every token a key and a value; the classifier runs it in vain.
+        width = shape.hidden
+        return replace(shape, head_macs=shape.head_macs + width**2, head_macs_per_token=2 * width**2 + 2 * width)
+
+    @classmethod
+    def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
+        outputs = super().finish(model, outputs, trace)
+        state, head = trace.state, getattr(model, "head", None)
+        if state is None or state.valid is None or head is None:
+            return outputs
+        # The model's own call of the head attended to filler.
+        hidden_states = outputs.last_hidden_state
+        probe = head.probe.repeat(len(hidden_states), 1, 1)
+        pooled = head.attention(probe, hidden_states, hidden_states, key_padding_mask=~state.valid)[0]
+        outputs.pooler_output = (pooled + head.mlp(head.layernorm(pooled)))[:, 0]
+        return outputs
+
+
+class SiglipBackbone(SiglipVisionBackbone):
+    """The classifier on the tower."""
+
+    model_type = "siglip"
+    classes: ClassVar[tuple[str, ...]] = ("SiglipForImageClassification",)
+    refused: ClassVar[dict[str, str]] = {
+        "SiglipModel": "it holds a text model beside the vision tower: compress model.vision_model, or load SiglipVisionModel"
+    }

@@ -1,0 +1,142 @@
+"""What backbones over image patches share; no adapter by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..counting import BackboneShape
+from ..scorers.base import TokenSpec
+from ..sites import SITES
+from ..state import Trace
+from .base import Backbone
+
+
+def pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a setting that may be one number for both."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+class VisionBackbone(Backbone):
+    """Patches in reading order after the protected tokens, positions added before the layers.
+
+    Attributes:
+        has_cls: the first token is one that the head reads.
+        averages: a head averages all routable tokens that leave the layers.
+        norm: name of a layer's norm before attention.
+        attention: name of a layer's attention.
+    """
+
+    sites = SITES
+    has_cls: ClassVar[bool] = True
+    averages: ClassVar[bool] = False
+    norm: ClassVar[str] = "layernorm_before"
+    attention: ClassVar[str] = "attention"
+
+    @staticmethod
+    def vision_config(config: Any) -> Any:
+        """Settings of the vision tower, also from those of an image-text model."""
+        return getattr(config, "vision_config", config)
+
+    @classmethod
+    def image_input(cls, config: PretrainedConfig) -> tuple[int, int, int]:
+        """Height, width and channels of the configured input."""
+        vision = cls.vision_config(config)
+        return *pair(vision.image_size), vision.num_channels
+
+    @classmethod
+    def packs(cls, config: PretrainedConfig) -> bool:
+        # Stochastic depth drops whole rows, and would see one only.
+        return not getattr(cls.vision_config(config), "drop_path_rate", 0.0)
+
+    @classmethod
+    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
+        layers = cls.base(model).layers
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @classmethod
+    def prefix(cls, config: PretrainedConfig) -> int:
+        return int(cls.has_cls)
+
+    @classmethod
+    def token_spec(cls, config: PretrainedConfig) -> TokenSpec:
+        vision = cls.vision_config(config)
+        down, across = pair(vision.patch_size)
+        return TokenSpec(
+            hidden_size=vision.hidden_size,
+            classes=config.num_labels or 0,
+            patch_values=down * across * vision.num_channels,
+            has_cls=cls.has_cls,
+            family=cls.model_type,
+        )
+
+    @classmethod
+    def intermediate(cls, config: Any) -> int:
+        """Width of the MLP's hidden layer."""
+        return int(config.intermediate_size)
+
+    @classmethod
+    def shape(cls, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> BackboneShape:
+        config = cls.vision_config(model.config)
+        (height, width), (down, across) = image_size or pair(config.image_size), pair(config.patch_size)
+        patches = (height // down) * (width // across)
+        layers = {id(module) for module in cls.layers(model).modules()}
+        outside = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in layers]
+        return BackboneShape(
+            hidden=config.hidden_size,
+            intermediate=cls.intermediate(config),
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            prefix=cls.prefix(model.config),
+            patches=patches,
+            embed_macs=patches * config.hidden_size * config.num_channels * down * across,
+            # Heads and poolers read one token each, or one mean of tokens.
+            head_macs=sum(module.in_features * module.out_features for module in outside),
+        )
+
+    @classmethod
+    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
+        super().bind_inputs(model, trace, inputs)
+        pixel_values = inputs.get("pixel_values")
+        if isinstance(pixel_values, Tensor):
+            # From the image itself: with interpolated positions it may be of any size.
+            down, across = pair(cls.vision_config(model.config).patch_size)
+            trace.pixel_values = pixel_values
+            trace.grid = (pixel_values.shape[-2] // down, pixel_values.shape[-1] // across)
+
+    @classmethod
+    def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
+        state = trace.state
+        if not cls.averages or state is None or state.valid is None:
+            return outputs
+        if isinstance(outputs, tuple):
+            raise ValueError("rows of a batch keep different numbers of tokens: leave return_dict out, or set it to True")
+        hidden_states = getattr(outputs, "last_hidden_state", None)
+        if hidden_states is not None:
+            # Heads average all slots after the prefix. Filler that holds the mean of the real ones leaves that mean unmoved.
+            routable = state.routable.unsqueeze(-1)
+            mean = hidden_states.masked_fill(~routable, 0.0).sum(1, keepdim=True) / routable.sum(1, keepdim=True).clamp(min=1)
+            outputs.last_hidden_state = torch.where(state.valid.unsqueeze(-1), hidden_states, mean.to(hidden_states.dtype))
+        return outputs
+
+    @classmethod
+    def keys(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        return cls._keys(layer, getattr(layer, cls.norm)(hidden_states))
+
+    @classmethod
+    def _keys(cls, layer: nn.Module, normed: Tensor) -> Tensor:
+        attention: Any = getattr(layer, cls.attention)
+        keys: Tensor = attention.k_proj(normed)
+        return keys.view(*keys.shape[:2], -1, attention.head_dim).transpose(1, 2)
+
+    @classmethod
+    def cls_query_and_keys(cls, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, float]:
+        attention: Any = getattr(layer, cls.attention)
+        normed = getattr(layer, cls.norm)(hidden_states)
+        query = attention.q_proj(normed[:, :1]).view(len(normed), 1, -1, attention.head_dim).transpose(1, 2)
+        return query, cls._keys(layer, normed), attention.head_dim**-0.5
