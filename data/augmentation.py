@@ -100,7 +100,9 @@ def erase(pixels: np.ndarray, probability: float, draws: np.random.Generator) ->
         return pixels
     height, width, channels = pixels.shape
     area, aspect = height * width * draws.uniform(0.02, 1 / 3), np.exp(draws.uniform(np.log(0.3), np.log(1 / 0.3)))
-    down, across = (min(side, max(1, round(length))) for side, length in ((height, (area * aspect) ** 0.5), (width, (area / aspect) ** 0.5)))
+    down, across = (
+        min(side, max(1, round(length))) for side, length in ((height, (area * aspect) ** 0.5), (width, (area / aspect) ** 0.5))
+    )
     top, left = int(draws.integers(0, height - down + 1)), int(draws.integers(0, width - across + 1))
     erased = pixels.copy()
     erased[top : top + down, left : left + across] = draws.standard_normal((down, across, channels), np.float32)

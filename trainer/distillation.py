@@ -193,7 +193,9 @@ def _source(recipe: DistillationRecipe, model: Any) -> tuple[str, str | None]:
 def _check_labels(given: str, config: PretrainedConfig, classes: list[str]) -> None:
     names: Mapping[int, str] = config.id2label or {}
     if len(names) != len(classes):
-        raise ValueError(f"{given} knows {len(names)} labels, the data have {len(classes)}: give a teacher that was trained on the same labels")
+        raise ValueError(
+            f"{given} knows {len(names)} labels, the data have {len(classes)}: give a teacher that was trained on the same labels"
+        )
     unnamed = all(str(name) == f"LABEL_{code}" for code, name in names.items())
     for code, name in enumerate(classes):
         if not unnamed and str(names[code]) != name:

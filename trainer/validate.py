@@ -10,6 +10,7 @@ import torch
 from ..modules.budget.budget import Budget
 from ..modules.cost import CostModel
 from .build import build_model, model_config, open_data, total_steps
+from .distillation import check_teacher
 from .recipe import Recipe
 
 
@@ -47,6 +48,8 @@ def validate(recipe: Recipe) -> Checked:
     config = model_config(recipe.model)
     data = open_data(recipe, config)
     steps = total_steps(recipe, data)
+    if recipe.distillation is not None:
+        check_teacher(recipe.distillation, recipe.model, config, data.classes)
     with torch.device("meta"):
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data)
         compression = recipe.compression
