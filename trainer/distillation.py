@@ -162,11 +162,9 @@ def load_teacher(recipe: DistillationRecipe, model: Any, student: PretrainedConf
     """The teacher with its weights. Raises ValueError where it does not fit, as ``check_teacher`` does."""
     config = check_teacher(recipe, model, student, classes)
     name, revision = _source(recipe, model)
-    # The caller's draws must not depend on whether there is a teacher.
-    with torch.random.fork_rng():
-        teacher, report = AutoModelForImageClassification.from_pretrained(
-            name, revision=revision, config=config, dtype=torch.float32, output_loading_info=True
-        )
+    teacher, report = AutoModelForImageClassification.from_pretrained(
+        name, revision=revision, config=config, dtype=torch.float32, output_loading_info=True
+    )
     missing = sorted(map(str, report["missing_keys"]))
     if missing:
         raise ValueError(f"distillation.teacher = {recipe.teacher!r} lacks the weights {', '.join(missing[:3])}: it would teach noise")
