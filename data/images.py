@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .augmentation import RandomAugment, erase
+
 AUGMENTATIONS = ("none", "flip", "crop_flip", "resized_crop_flip")
 
 
@@ -77,6 +79,8 @@ class ImageTransform:
         mean: subtracted from each channel, images in [0, 1].
         std: divides each channel.
         augmentation: for training: ``none``, ``flip``, ``crop_flip`` (pad by an eighth, crop) or ``resized_crop_flip``.
+        random_augment: for training: operations drawn for each image; None applies none.
+        erase: for training: probability that a box of noise covers a part.
     """
 
     size: int
@@ -84,6 +88,8 @@ class ImageTransform:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     augmentation: str = "none"
+    random_augment: RandomAugment | None = None
+    erase: float = 0.0
 
     def __call__(self, image: Image.Image, draws: np.random.Generator | None) -> Tensor:
         """(channels, size, size) float32; without ``draws`` nothing is augmented."""
@@ -92,6 +98,8 @@ class ImageTransform:
             image = self._resized_crop(image, draws)
         elif image.size != (self.size, self.size):
             image = self._resize(image)
+        if draws is not None and self.random_augment is not None:
+            image = self.random_augment(image, draws, tuple(round(255 * mean) for mean in self.mean))
         pixels = np.asarray(image, np.float32).reshape(self.size, self.size, self.channels) / 255
         if draws is not None and self.augmentation == "crop_flip":
             pad = max(1, self.size // 8)
@@ -100,6 +108,8 @@ class ImageTransform:
         if draws is not None and self.augmentation != "none" and draws.random() < 0.5:
             pixels = pixels[:, ::-1]
         normalised = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        if draws is not None and self.erase:
+            normalised = erase(normalised, self.erase, draws)
         return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32))
 
     def _resize(self, image: Image.Image) -> Image.Image:

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from .modules.config import CompressionConfig, StageConfig
     from .modules.loading import from_pretrained
     from .modules.state import Trace
+    from .trainer.hf import BudgetMixin, BudgetTrainer
 
 _HOMES = {
     "Budget": "modules.budget",
     "BudgetConfig": "modules.budget",
+    "BudgetMixin": "trainer.hf",
+    "BudgetTrainer": "trainer.hf",
     "CompressionConfig": "modules.config",
     "StageConfig": "modules.config",
     "Trace": "modules.state",
@@ -32,6 +35,8 @@ _HOMES = {
 __all__ = [
     "Budget",
     "BudgetConfig",
+    "BudgetMixin",
+    "BudgetTrainer",
     "CompressionConfig",
     "StageConfig",
     "Trace",

@@ -9,13 +9,16 @@ from .recipe_files import LoadedRecipe, RecipeError, load
 
 
 def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> list[LoadedRecipe]:
-    """The control arms, with the same overrides wherever they apply: a dense arm has no compression to override."""
+    """The control arms, with the same overrides wherever they apply: a dense arm has no compression to override,
+    and no teacher: it is what a teacher would be."""
     arms = []
     for name in loaded.recipe.baselines:
         dense = load(name).recipe.compression is None
         arm = load(name, [item for item in overrides if _shared(item, dense)])
         for key in ("task", "seed", "model", "data"):
             _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
+        if arm.recipe.compression is not None:
+            _require_equal(loaded, arm, "distillation", loaded.recipe.distillation, arm.recipe.distillation)
         for key in ("max_steps", "max_epochs", "accumulate", "precision"):
             _require_equal(loaded, arm, f"trainer.{key}", getattr(loaded.recipe.trainer, key), getattr(arm.recipe.trainer, key))
         arms.append(arm)
@@ -28,7 +31,7 @@ def _shared(override: str, dense: bool) -> bool:
     if path.split(".")[0] in ("baselines", "output"):
         return False
     if dense:
-        return not path.startswith(("compression", "budget"))
+        return not path.startswith(("compression", "budget", "distillation"))
     if path in ("compression", "compression.stages"):
         raise RecipeError(f"{path} as a whole cannot be overridden for control arms too: override single keys, or set baselines=[]")
     return not (path.startswith("compression.stages.") and path.split(".")[3:4] in (["scorer"], ["estimator"]))

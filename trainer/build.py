@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from ..modules.backbones.vision import VisionBackbone
 from ..modules.budget.budget import Budget
 from ..modules.compress import checkpoint_activations, compress
 from ..modules.cost import CostModel
+from .model_settings import check_settings, with_settings
 from .recipe import ModelRecipe, Recipe
 
 _CLASSIFIER_FOR = {
@@ -87,10 +87,11 @@ def build(recipe: Recipe, data: ImageData | None = None) -> Parts:
 def model_config(recipe: ModelRecipe) -> PretrainedConfig:
     """The backbone's configuration, without its weights. Raises ValueError where it cannot be had or no adapter serves it."""
     if recipe.config is not None:
-        settings = dict(recipe.config)
+        settings = {**recipe.config, **recipe.settings}
         model_type = settings.pop("model_type")
         backbone_for(model_type, _class_name(model_type))
-        _check_settings(model_type, settings)
+        check_settings(model_type, {key: value for key, value in recipe.config.items() if key != "model_type"}, "model.config")
+        check_settings(model_type, recipe.settings, "model.settings")
         try:
             # Where a family has several heads, transformers chooses by the architecture.
             return AutoConfig.for_model(model_type, **{"architectures": [_class_name(model_type)], **settings})
@@ -104,6 +105,7 @@ def model_config(recipe: ModelRecipe) -> PretrainedConfig:
     if getattr(config, "compression", None) is not None:
         raise ValueError(f"model.name = {recipe.name!r} is compressed already: start from the dense model")
     backbone_for(config.model_type, _class_name(config.model_type))
+    config = with_settings(config, recipe.settings)
     # The plain classifier, also where the checkpoint has another head (distilled DeiT's second one takes no labels).
     config.architectures = [_class_name(config.model_type)]
     return config
@@ -117,23 +119,6 @@ def image_input(config: Any) -> tuple[int, int]:
     if height != width:
         raise ValueError(f"model.config.image_size = {(height, width)}: images are cut square, give one number")
     return height, channels
-
-
-def _check_settings(model_type: str, settings: dict[str, Any]) -> None:
-    """transformers keeps unknown settings without a word, so a slip of the pen would train another model."""
-    default = AutoConfig.for_model(model_type)
-    _check_keys("model.config", model_type, default, settings)
-    if isinstance(settings.get("vision_config"), dict):
-        _check_keys("model.config.vision_config", f"{model_type}'s vision tower", default.vision_config, settings["vision_config"])
-
-
-def _check_keys(where: str, owner: str, default: PretrainedConfig, settings: dict[str, Any]) -> None:
-    known = [key for key in vars(default) if not key.startswith("_")]
-    for key in settings:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {where}.{near[0]}?" if near else f"its settings are {', '.join(sorted(known))}"
-            raise ValueError(f"{where}.{key} is no setting of {owner}; {hint}")
 
 
 def _class_name(model_type: str) -> str:
@@ -192,10 +177,24 @@ def open_data(whole: Recipe, config: Any) -> ImageData:
             raise ValueError(
                 f"data.canvas.size = {recipe.canvas.size} with 1 channel does not fit model.config: image_size = {size}, num_channels = {channels}"
             )
+        for key in ("augmentation", "random_augment", "erase"):
+            if getattr(recipe, key) not in ("none", None, 0):
+                raise ValueError(
+                    f"data.{key} is for images that are decoded, and data.name = 'scattered_digits' draws its own: leave it out; "
+                    "data.mixing and data.label_smoothing work on any data"
+                )
         return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed)
     if recipe.name == "imagefolder" and recipe.data_dir is None and recipe.data_files is None:
         raise ValueError("data.name = 'imagefolder' needs data.data_dir: the folder with one sub-folder of images a class")
-    transform = ImageTransform(size, channels, _per_channel(recipe.mean, channels), _per_channel(recipe.std, channels), recipe.augmentation)
+    transform = ImageTransform(
+        size,
+        channels,
+        _per_channel(recipe.mean, channels),
+        _per_channel(recipe.std, channels),
+        recipe.augmentation,
+        recipe.random_augment,
+        recipe.erase,
+    )
     source = Source(
         recipe.name, recipe.data_dir, recipe.data_files, recipe.config, recipe.revision, recipe.image_column, recipe.label_column
     )

@@ -9,11 +9,16 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
+from ..modules.backbones import backbone_for
+from ..modules.compress import CompressedModel, base_class
 from ..modules.stage import Stage
 
 
-def parameter_groups(model: nn.Module, lr: float, router_lr: float | None = None, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float, router_lr: float | None = None, weight_decay: float = 0.0, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
     """Groups for an optimizer: backbone and routers, each with and without weight decay.
 
     Args:
@@ -21,22 +26,50 @@ def parameter_groups(model: nn.Module, lr: float, router_lr: float | None = None
         lr: learning rate of the backbone.
         router_lr: learning rate of every stage's parameters; None takes ``lr``.
         weight_decay: of matrices; norms, biases, tokens and position embeddings have none.
+        layer_decay: factor on ``lr`` from each layer to the one below it, 1 for what follows the layers (arXiv 2106.08254);
+            routers keep theirs. None gives the whole backbone one learning rate, and needs no transformers model.
 
     Returns:
         Groups with ``params``, ``lr``, ``weight_decay`` and ``name``; empty ones are left out. Frozen parameters are in none.
+        With ``layer_decay`` the head's come first and there are two of each layer.
     """
     of_stages = {id(parameter) for module in model.modules() if isinstance(module, Stage) for parameter in module.parameters()}
+    depths = {} if layer_decay is None else layer_depths(model)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         router = id(parameter) in of_stages
         plain = parameter.ndim < 2 or "embedding" in name.rsplit(".", 1)[-1] or name.endswith("_token")
-        key = ("router" if router else "backbone") + ("_no_decay" if plain else "")
-        rate = router_lr if router and router_lr is not None else lr
+        depth = 0 if router else depths.get(id(parameter), 0)
+        key = ("router" if router else f"backbone_{depth}_below" if depth else "backbone") + ("_no_decay" if plain else "")
+        rate = router_lr if router and router_lr is not None else lr * (layer_decay or 1.0) ** depth
         group = groups.setdefault(key, {"name": key, "params": [], "lr": rate, "weight_decay": 0.0 if plain else weight_decay})
         group["params"].append(parameter)
-    return list(groups.values())
+    if not depths:
+        return list(groups.values())
+    # The head's first: what reads the first group's learning rate means the recipe's.
+    return sorted(groups.values(), key=lambda group: (group["name"].startswith("router"), -group["lr"]))
+
+
+def layer_depths(model: nn.Module) -> dict[int, int]:
+    """How far below the head each parameter is, by its id: 0 after the layers, 1 in the last layer …, layers + 1 before the first.
+
+    Raises:
+        ValueError: the model has no backbone adapter, which tells where its layers are.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"optimizer.layer_decay needs a transformers model, whose layers an adapter finds, not {type(model).__name__}")
+    cls = base_class(type(model)) if isinstance(model, CompressedModel) else type(model)
+    backbone = backbone_for(model.config.model_type, cls.__name__)
+    layers = backbone.layers(model)
+    depths = {id(parameter): len(layers) - index for index, layer in enumerate(layers) for parameter in layer.parameters()}
+    for parameter in backbone.base(model).parameters():
+        if id(parameter) in depths:
+            break
+        # Models register in the order of computation: what stands before the layers are the embeddings.
+        depths[id(parameter)] = len(layers) + 1
+    return depths
 
 
 def learning_rate_schedule(optimizer: Optimizer, kind: str, total_steps: int, warmup: float = 0.05, final: float = 0.0) -> LambdaLR:

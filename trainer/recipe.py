@@ -6,9 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
+from ..data.augmentation import RandomAugment
 from ..data.scattered_digits import Canvas
 from ..modules.budget.budget import BudgetConfig
 from ..modules.config import CompressionConfig
+from .distillation import DistillationRecipe
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -27,6 +29,9 @@ class ModelRecipe(Block):
     name: str | None = Field(None, description="local folder or hub name; its weights are loaded")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     config: dict[str, Any] | None = Field(None, description="model_type and settings of a model with random weights")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="laid over the model's own config: hidden_dropout_prob, drop_path_rate where the family has it …"
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field("sdpa", description="attention implementation")
 
     @model_validator(mode="after")
@@ -35,6 +40,21 @@ class ModelRecipe(Block):
             raise ValueError("give either model.name (a folder or hub name) or model.config (random weights)")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config.model_type is missing: vit or deit, for example")
+        return self
+
+
+class MixingRecipe(Block):
+    """Mixup and cutmix; partners are rows of one process's batch."""
+
+    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="α of mixup's Beta(α, α); 0 does none; 0.8 is usual")
+    cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="α of cutmix's Beta(α, α); 0 does none; 1.0 is usual")
+    probability: Fraction = Field(1.0, description="share of the images that are mixed")
+    switch: Fraction = Field(0.5, description="where both are on, share of the mixed images that cutmix takes")
+
+    @model_validator(mode="after")
+    def _something(self) -> MixingRecipe:
+        if not self.mixup and not self.cutmix:
+            raise ValueError("data.mixing mixes nothing: set data.mixing.mixup or data.mixing.cutmix above 0, or data.mixing=null")
         return self
 
 
@@ -60,6 +80,14 @@ class DataRecipe(Block):
     )
     std: list[float] | None = Field(None, description="divides pixels, one or one a channel; none asks the model's processor")
     augmentation: Literal["none", "flip", "crop_flip", "resized_crop_flip"] = Field("none", description="of training images")
+    random_augment: RandomAugment | None = Field(
+        None, description="of training images: operations (2) and magnitude (9 of 10), RandAugment"
+    )
+    erase: Fraction = Field(0.0, description="probability that a box of a training image is covered with noise")
+    mixing: MixingRecipe | None = Field(None, description="of training images and their labels: mixup, cutmix, probability, switch")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of a training label that is spread over all classes"
+    )
     max_bad_fraction: Fraction = Field(0.0, description="share of bad rows past which the run stops")
     batch_size: Count = Field(128, description="images a step and process, before accumulation")
     eval_batch_size: Count = Field(256, description="images a step of validation and test")
@@ -74,6 +102,9 @@ class OptimizerRecipe(Block):
 
     lr: Positive = Field(1e-3, description="peak learning rate of the backbone")
     router_lr: Positive | None = Field(None, description="peak learning rate of routers and mergers; none takes lr")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="factor on lr from each layer to the one below; head 1, embeddings lowest, routers keep router_lr; none is one lr"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="of matrices; norms, biases and embeddings have none")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="of AdamW")
     warmup: Fraction = Field(0.05, description="fraction of training over which the learning rate grows from 0")
@@ -89,6 +120,10 @@ class TrainerRecipe(Block):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 keeps weights in fp32 and computes in bf16")
     accumulate: Count = Field(1, description="batches per optimizer step")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest norm of the gradient; 0 does not clip")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="decay a step of an average of the weights, which validation, test and the saved model then use; none averages nothing",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, more time")
     compile: bool = Field(False, description="torch.compile the model")
     log_every: Count = Field(10, description="steps between log lines and scalars")
@@ -132,6 +167,7 @@ class Recipe(Block):
         CompressionConfig | None, PlainValidator(_compression), PlainSerializer(lambda config: None if config is None else config.to_dict())
     ] = Field(None, description="stages; none trains the dense model")
     budget: Annotated[BudgetConfig | None, BeforeValidator(_no_removed_fraction)] = Field(None, description="what the model may cost")
+    distillation: DistillationRecipe | None = Field(None, description="learn from a frozen dense teacher as well")
     data: DataRecipe = Field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = Field(default_factory=OptimizerRecipe)
     trainer: TrainerRecipe

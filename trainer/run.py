@@ -21,16 +21,19 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.images import collate
+from ..data.mixing import Mixing
 from ..data.module import ImageData
 from ..modules.compress import decompress, stages_of
 from ..modules.state import Trace
 from .baselines import load_baselines
 from .bench import Bench, bench
 from .build import Parts, build, with_normalisation
+from .callbacks.ema import WeightEma
 from .callbacks.guards import NanGuard, RandomState
 from .callbacks.progress import RunLog, StepLine
 from .callbacks.stop import StopOnSigterm
 from .callbacks.tensorboard import RoutingPictures
+from .distillation import load_teacher
 from .pictures import overlays, save_kept_tokens
 from .recipe import Recipe
 from .recipe_files import LoadedRecipe, dump
@@ -101,9 +104,7 @@ def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -
     result: dict[str, Any] = {}
     for arm in [*load_baselines(loaded, overrides), loaded]:
         parts = build(arm.recipe)
-        module = ImageClassification(
-            parts.model, arm.recipe.optimizer, parts.total_steps, parts.budget, arm.recipe.seed, arm.recipe.data.max_bad_fraction
-        )
+        module = classification_task(parts)
         rows = [parts.data.train[index] for index in range(arm.recipe.data.batch_size)]
         batch = collate(rows)
         module.model.train()
@@ -142,10 +143,7 @@ def train_arm(
     with (folder / "log.txt").open("a" if checkpoint else "w") as log:
         both = RunLog(console, log)
         _describe(parts, name, both)
-        rows: Any = parts.data.train
-        module = ImageClassification(
-            parts.model, recipe.optimizer, parts.total_steps, parts.budget, recipe.seed, recipe.data.max_bad_fraction, len(rows)
-        )
+        module = classification_task(parts)
         line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name)
         stop = StopOnSigterm(folder / "checkpoints" / "stopped.ckpt")
         trainer = lightning_trainer(recipe, folder, parts.total_steps, [line, stop, NanGuard(), RandomState()])
@@ -164,6 +162,24 @@ def train_arm(
     return Trained(parts, module, _arm(loaded.name, parts, module, line.throughput.total))
 
 
+def classification_task(parts: Parts) -> ImageClassification:
+    """The task of a run, with the training extras that its recipe asks for."""
+    recipe, rows = parts.recipe, parts.data.train
+    data, mixing, distillation = recipe.data, recipe.data.mixing, recipe.distillation
+    return ImageClassification(
+        parts.model,
+        recipe.optimizer,
+        parts.total_steps,
+        parts.budget,
+        recipe.seed,
+        data.max_bad_fraction,
+        expected_rows=len(rows),  # type: ignore[arg-type]
+        mixing=None if mixing is None else Mixing(**mixing.model_dump(), seed=recipe.seed),
+        label_smoothing=data.label_smoothing,
+        distillation=None if distillation is None else load_teacher(distillation, recipe.model, parts.model.config, parts.data.classes),
+    )
+
+
 def save_model(model: PreTrainedModel, folder: Path) -> None:
     """The final weights as safetensors with their config."""
     model.to("cpu").save_pretrained(folder)
@@ -180,6 +196,8 @@ def lightning_trainer(recipe: Recipe, folder: Path, steps: int, callbacks: Seque
         save_top_k=1,
         enable_version_counter=False,
     )
+    # First, so that a checkpoint at the end of a batch holds the average with that batch in it.
+    averaged = [WeightEma(settings.ema)] if settings.ema is not None else []
     return lightning.Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -193,7 +211,7 @@ def lightning_trainer(recipe: Recipe, folder: Path, steps: int, callbacks: Seque
         num_sanity_val_steps=0,
         logger=TensorBoardLogger(folder, name="tensorboard", version=""),
         log_every_n_steps=settings.log_every,
-        callbacks=[*callbacks, checkpoints, RoutingPictures(settings.pictures)],
+        callbacks=[*averaged, *callbacks, checkpoints, RoutingPictures(settings.pictures)],
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoModelForImageClassification
 
 from ..modules.budget.budget import Budget
 from ..modules.cost import CostModel
 from .build import build_model, model_config, open_data, total_steps
+from .distillation import check_teacher
 from .recipe import Recipe
 
 
@@ -25,7 +27,7 @@ class Checked:
         keep: resolved keep by stage.
         tokens: of each layer.
         macs_ratio: of the compressed forward; 1 for a dense recipe.
-        memory_bytes: estimate for training on one process: weights, gradients, AdamW and activations of a batch.
+        memory_bytes: estimate for training on one process: weights, gradients, AdamW, an average, a teacher and activations of a batch.
     """
 
     parameters: int
@@ -47,6 +49,9 @@ def validate(recipe: Recipe) -> Checked:
     config = model_config(recipe.model)
     data = open_data(recipe, config)
     steps = total_steps(recipe, data)
+    teacher = None
+    if recipe.distillation is not None:
+        teacher = check_teacher(recipe.distillation, recipe.model, config, data.classes)
     with torch.device("meta"):
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data)
         compression = recipe.compression
@@ -55,6 +60,11 @@ def validate(recipe: Recipe) -> Checked:
         cost_model = CostModel(model, compression)
     cost = cost_model()
     parameters = sum(p.numel() for module in (model, *cost_model.stages) for p in module.parameters())
+    # Weights, gradients and two moments; one more copy where they are averaged.
+    weights = parameters * (16 if recipe.trainer.ema is None else 20)
+    if teacher is not None:
+        with torch.device("meta"):
+            weights += 4 * sum(p.numel() for p in AutoModelForImageClassification.from_config(teacher).parameters())
     activations = cost.activation_bytes * recipe.data.batch_size // (2 if recipe.trainer.precision == "bf16" else 1)
     rows: Any = data.train
     return Checked(
@@ -65,5 +75,5 @@ def validate(recipe: Recipe) -> Checked:
         keep=dict(cost.keep),
         tokens=[tokens.attention for tokens in cost.layers],
         macs_ratio=cost.macs_ratio,
-        memory_bytes=parameters * 16 + activations,
+        memory_bytes=weights + activations,
     )

@@ -108,6 +108,10 @@ class StepLine(Callback):
                 scalars |= {"budget/regularizer": float(budget.regularizer), "budget/weight": budget.weight}
             if budget.auxiliary is not None:
                 scalars["train/auxiliary_loss"] = float(budget.auxiliary)
+        if outputs["distillation"] is not None:
+            scalars["train/distillation"] = float(outputs["distillation"].answers)
+            if outputs["distillation"].hidden is not None:
+                scalars["train/distillation_hidden"] = float(outputs["distillation"].hidden)
         if trainer.logger is not None:
             trainer.logger.log_metrics(scalars, step)
         done = max(1, step - self._first_step)

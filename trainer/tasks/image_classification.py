@@ -6,11 +6,15 @@ from typing import Any
 
 import lightning
 import torch
+from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ...data.images import BadRowCount, BadRows
+from ...data.mixing import Mixing, soft_labels
 from ...modules.budget.budget import Budget
 from ...modules.state import KeepCount, Trace
+from ..distillation import Distillation
 from ..optimization import learning_rate_schedule, parameter_groups
 from ..recipe import OptimizerRecipe
 
@@ -26,6 +30,9 @@ class ImageClassification(lightning.LightningModule):
         seed: of the draws.
         max_bad_fraction: share of bad rows past which the run stops.
         expected_rows: rows of the training data, of which the share is taken.
+        mixing: of training images and labels; None mixes none.
+        label_smoothing: share of a training label that is spread over all classes.
+        distillation: a teacher to learn from as well; None has none.
     """
 
     def __init__(
@@ -37,6 +44,9 @@ class ImageClassification(lightning.LightningModule):
         seed: int = 0,
         max_bad_fraction: float = 0.0,
         expected_rows: int = 0,
+        mixing: Mixing | None = None,
+        label_smoothing: float = 0.0,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -45,22 +55,46 @@ class ImageClassification(lightning.LightningModule):
         self.budget = budget
         self.seed = seed
         self.bad_rows = BadRowCount(max_bad_fraction, expected_rows)
+        self.mixing, self.label_smoothing, self.distillation = mixing, label_smoothing, distillation
         self._correct = self._seen = 0
         self._kept = KeepCount()
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
-        """Returns ``loss``, the task's own ``task_loss``, ``trace`` and ``budget`` (a BudgetLoss or None) for callbacks."""
+        """Returns ``loss``, the task's own ``task_loss``, ``trace``, ``budget`` (a BudgetLoss or None) and ``distillation`` (a
+        DistillationLoss or None) for callbacks."""
         self._check_rows(batch)
         trace, loss = self._trace(batch), None
-        out = self.model(pixel_values=batch["pixel_values"], labels=batch["labels"], **self._with(trace))
-        total = out.loss
+        pixels, labels = self._prepared(batch)
+        options = self._with(trace) | (self.distillation.student_options if self.distillation is not None else {})
+        if labels.is_floating_point():
+            # transformers' models take whole labels only; estimators find the soft ones on the trace.
+            if trace is not None:
+                trace.labels = labels
+            out = self.model(pixel_values=pixels, **options)
+            task_loss = functional.cross_entropy(out.logits.float(), labels)
+        else:
+            out = self.model(pixel_values=pixels, labels=labels, **options)
+            task_loss = out.loss
+        taught = self.distillation(task_loss, out, pixels, trace) if self.distillation is not None else None
+        total = task_loss if taught is None else taught.total
         if trace is not None and trace.routings:
             if self.budget is not None:
                 loss = self.budget.loss(trace, self.global_step)
                 total = total + loss.total
             elif trace.auxiliary_loss is not None:
                 total = total + trace.auxiliary_loss
-        return {"loss": total, "task_loss": out.loss.detach(), "trace": trace, "budget": loss}
+        return {"loss": total, "task_loss": task_loss.detach(), "trace": trace, "budget": loss, "distillation": taught}
+
+    def _prepared(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Pixels, and labels int64 (B,) or, mixed or smoothed, float32 (B, classes)."""
+        pixels, labels = batch["pixel_values"], batch["labels"]
+        if self.mixing is None and not self.label_smoothing:
+            return pixels, labels
+        labels = soft_labels(labels, self.model.config.num_labels, self.label_smoothing)
+        if self.mixing is None:
+            return pixels, labels
+        mixed = self.mixing(pixels, labels, self.global_step, batch["sample_ids"])
+        return mixed.pixel_values, mixed.labels
 
     def _trace(self, batch: dict[str, Any]) -> Trace | None:
         if not hasattr(self.model.config, "compression"):
@@ -116,7 +150,7 @@ class ImageClassification(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         recipe = self.optimizer_recipe
-        groups = parameter_groups(self.model, recipe.lr, recipe.router_lr, recipe.weight_decay)
+        groups = parameter_groups(self.model, recipe.lr, recipe.router_lr, recipe.weight_decay, recipe.layer_decay)
         # Lightning cannot clip the gradients of a fused optimizer under autocast.
         fused = self.trainer.precision == "32-true"
         optimizer = torch.optim.AdamW(groups, betas=recipe.betas, fused=fused)

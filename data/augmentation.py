@@ -1,0 +1,109 @@
+"""Random augmentation of images: a few operations drawn for each image, and erased boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+STRONGEST = 10.0
+
+
+@dataclass(frozen=True)
+class RandomAugment:
+    """RandAugment (arXiv 1909.13719): operations drawn evenly from a list, all at one magnitude.
+
+    Attributes:
+        operations: applied one after the other to every image.
+        magnitude: 0 leaves images as they are (but for the operations that have no strength), 10 is the strongest.
+    """
+
+    operations: int = 2
+    magnitude: float = 9.0
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic where a recipe holds one
+
+    def __post_init__(self) -> None:
+        if self.operations < 1:
+            raise ValueError(f"data.random_augment.operations = {self.operations} must be at least 1; leave random_augment out for none")
+        if not 0 <= self.magnitude <= STRONGEST:
+            raise ValueError(f"data.random_augment.magnitude = {self.magnitude} must be from 0 to {STRONGEST:g}")
+
+    def __call__(self, image: Image.Image, draws: np.random.Generator, fill: tuple[int, ...]) -> Image.Image:
+        """An image of the same size and mode.
+
+        Args:
+            image: of mode RGB or L.
+            draws: decides operations and directions.
+            fill: colour of what moves in from outside, one value a channel.
+        """
+        colour = fill if image.mode == "RGB" else fill[0]
+        for _ in range(self.operations):
+            name = str(draws.choice(NAMES))
+            sign = 1.0 if draws.random() < 0.5 else -1.0
+            image = OPERATIONS[name](image, self.magnitude / STRONGEST, sign, colour)
+        return image
+
+
+Colour = tuple[int, ...] | int
+Operation = Callable[[Image.Image, float, float, Colour], Image.Image]
+
+
+def _affine(matrix: Callable[[float, Image.Image], tuple[float, ...]]) -> Operation:
+    def apply(image: Image.Image, strength: float, sign: float, fill: Colour) -> Image.Image:
+        coefficients = matrix(strength * sign, image)
+        return image.transform(image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR, fillcolor=fill)
+
+    return apply
+
+
+def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
+    # 1 is the image itself; 0.1 to 1.9 as in the paper's code.
+    return lambda image, strength, sign, fill: kind(image).enhance(1 + 0.9 * strength * sign)
+
+
+def _rotate(image: Image.Image, strength: float, sign: float, fill: Colour) -> Image.Image:
+    return image.rotate(30 * strength * sign, Image.Resampling.BILINEAR, fillcolor=fill)
+
+
+# Each takes the image, a strength from 0 to 1, a sign and a fill colour. Inverting is left out, as in the paper.
+OPERATIONS: dict[str, Operation] = {
+    "identity": lambda image, strength, sign, fill: image,
+    "auto_contrast": lambda image, strength, sign, fill: ImageOps.autocontrast(image),
+    "equalize": lambda image, strength, sign, fill: ImageOps.equalize(image),
+    "rotate": _rotate,
+    "solarize": lambda image, strength, sign, fill: ImageOps.solarize(image, round(256 * (1 - strength))),
+    "posterize": lambda image, strength, sign, fill: ImageOps.posterize(image, 8 - round(4 * strength)),
+    "color": _enhance(ImageEnhance.Color),
+    "contrast": _enhance(ImageEnhance.Contrast),
+    "brightness": _enhance(ImageEnhance.Brightness),
+    "sharpness": _enhance(ImageEnhance.Sharpness),
+    "shear_x": _affine(lambda amount, image: (1, 0.3 * amount, -0.15 * amount * image.height, 0, 1, 0)),
+    "shear_y": _affine(lambda amount, image: (1, 0, 0, 0.3 * amount, 1, -0.15 * amount * image.width)),
+    "translate_x": _affine(lambda amount, image: (1, 0, 0.45 * amount * image.width, 0, 1, 0)),
+    "translate_y": _affine(lambda amount, image: (1, 0, 0, 0, 1, 0.45 * amount * image.height)),
+}
+NAMES = tuple(OPERATIONS)
+
+
+def erase(pixels: np.ndarray, probability: float, draws: np.random.Generator) -> np.ndarray:
+    """Random erasing (arXiv 1708.04896): with ``probability``, noise in a box of 2 to 33 % of the area, aspect 0.3 to 3.3.
+
+    Args:
+        pixels: (height, width, channels) float32, normalised; the noise is a standard normal.
+        probability: of erasing anything.
+        draws: decides whether and where.
+    """
+    if draws.random() >= probability:
+        return pixels
+    height, width, channels = pixels.shape
+    area, aspect = height * width * draws.uniform(0.02, 1 / 3), np.exp(draws.uniform(np.log(0.3), np.log(1 / 0.3)))
+    down, across = (
+        min(side, max(1, round(length))) for side, length in ((height, (area * aspect) ** 0.5), (width, (area / aspect) ** 0.5))
+    )
+    top, left = int(draws.integers(0, height - down + 1)), int(draws.integers(0, width - across + 1))
+    erased = pixels.copy()
+    erased[top : top + down, left : left + across] = draws.standard_normal((down, across, channels), np.float32)
+    return erased

@@ -1,0 +1,89 @@
+"""The Trainer of transformers: the budget's loss joins its own, at the right scale and step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from laconic import Budget, BudgetConfig, BudgetTrainer, CompressionConfig, StageConfig, compress
+from tests.matrix import dense, images, labels
+
+STAGES = CompressionConfig([StageConfig(layer=1, scorer="evidence")])
+
+
+def _trainer(folder: Path, batch: int, accumulate: int = 1, steps: int = 1, **settings: Any) -> BudgetTrainer:
+    model = dense("vit")
+    budget = Budget(BudgetConfig(target=0.7, schedule="linear", schedule_until=1.0), model, STAGES, total_steps=4)
+    model = compress(model, budget.compression).train()
+    pixels, targets = images(16), labels(16)
+    rows = [{"pixel_values": pixels[i], "labels": targets[i], "sample_ids": torch.tensor(100 + i)} for i in range(16)]
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        logging_steps=1,
+        max_grad_norm=0,
+        lr_scheduler_type="constant",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        **settings,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    return BudgetTrainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, optimizers=(optimizer, None), budget=budget)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing_factor": 0.1}])
+def test_accumulated_batches_train_like_one_batch(tmp_path: Path, settings: dict[str, Any]) -> None:
+    whole, parts = _trainer(tmp_path, 16, **settings), _trainer(tmp_path, 8, accumulate=2, **settings)
+    before = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    whole.train()
+    parts.train()
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(parts.model.state_dict()[name], value, atol=2e-6, rtol=1e-4)
+        if ".stages." in name:
+            assert not torch.equal(value, before[name]), name
+
+
+def test_the_trace_knows_the_step_and_the_rows_and_the_budget_joins_the_loss(tmp_path: Path) -> None:
+    trainer, traces = _trainer(tmp_path, 8, steps=3), []
+    budget = trainer.budget
+    assert budget is not None
+    made = budget.trace
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        traces.append(made(*args, **kwargs))
+        return traces[-1]
+
+    budget.trace = noted  # type: ignore[method-assign]
+    trainer.train()
+    assert [trace.step for trace in traces] == [0, 1, 2]
+    assert all(int(trace.sample_ids.min()) >= 100 for trace in traces)
+    assert traces[0].keep != traces[1].keep
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["keep/before_1"] for line in logs] == [trace.routings["before_1"].achieved for trace in traces]
+    again, model = made(0, traces[0].sample_ids), _trainer(tmp_path, 8).model
+    rows = again.sample_ids - 100
+    loss = model(pixel_values=images(16)[rows], labels=labels(16)[rows], trace=again).loss + budget.loss(again, 0).total
+    assert logs[0]["loss"] == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_evaluation_adds_no_loss_and_reports_what_was_kept(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, 8)
+    metrics = trainer.evaluate()
+    plain = Trainer(model=trainer.model, args=trainer.args, eval_dataset=trainer.eval_dataset).evaluate()
+    assert metrics["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-6)
+    keep = trainer.model.config.compression["stages"][0]["keep"]
+    assert metrics["eval_keep/before_1"] == pytest.approx(keep, abs=0.5 / 36)
+    assert "probe_keep/before_1" in trainer.evaluate(metric_key_prefix="probe")
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the model is not compressed: call laconic.compress"):
+        BudgetTrainer(model=dense("vit"), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))

@@ -1,0 +1,100 @@
+"""Laconic in the Trainer of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer
+
+from ..modules.budget.budget import Budget
+from ..modules.state import KeepCount, Trace
+
+
+class BudgetMixin:
+    """Gives a Trainer's forwards their trace, adds the budget's loss, and logs what was kept. Put it before the Trainer's class.
+
+    In training a forward has ``budget.trace(global_step, sample_ids)``, and its loss is the Trainer's own (labels, smoothing or
+    ``compute_loss_func``) plus ``budget.loss(trace, global_step).total``; without a budget, plus the estimators' own losses.
+    Evaluation adds no loss. Logs and the metrics of ``evaluate`` have ``keep/<stage>`` and ``eval_keep/<stage>``: hard decisions
+    of this process's rows since the last log. ``sample_ids`` of the data set, int64, make a row's draws its own in any batch.
+
+    Args:
+        budget: of the model; None where every stage has its own keep.
+
+    Example:
+        class BudgetTrainer(BudgetMixin, Trainer): ...   # laconic.BudgetTrainer is just that
+        BudgetTrainer(model=model, args=args, train_dataset=data, budget=budget).train()
+    """
+
+    def __init__(self, *args: Any, budget: Budget | None = None, **kwargs: Any) -> None:
+        self.budget = budget
+        self._kept, self._kept_in_evaluation = KeepCount(), KeepCount()
+        super().__init__(*args, **kwargs)
+        host: Any = self
+        if not hasattr(getattr(host.model, "config", None), "compression"):
+            raise ValueError("the model is not compressed: call laconic.compress(model, budget.compression) before making the Trainer")
+        if host.args.n_gpu > 1:
+            raise ValueError(
+                f"{host.args.n_gpu} GPUs in one process would share a trace: start one process a GPU (torchrun --nproc-per-node), "
+                "or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
+            )
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """The Trainer's loss, and in training the budget's."""
+        host: Any = self
+        step, inputs = host.state.global_step, dict(inputs)
+        sample_ids = inputs.pop("sample_ids", None)
+        training = model.training
+        if training and self.budget is not None:
+            trace = self.budget.trace(step, sample_ids)
+        else:
+            trace = Trace(step=step if training else 0, seed=host.args.seed, sample_ids=sample_ids)
+        # The Trainer may take the labels out of the inputs, to compute the loss itself; estimators learn from them all the same.
+        trace.labels = inputs.get("labels")
+        parent: Any = super()
+        loss, outputs = parent.compute_loss(
+            model, {**inputs, "trace": trace}, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+        )
+        (self._kept if training else self._kept_in_evaluation).add(trace)
+        if training:
+            added = self.budget.loss(trace, step).total if self.budget is not None else trace.auxiliary_loss
+            if added is not None:
+                loss = loss + (added / host.current_gradient_accumulation_steps if self._is_scaled(num_items_in_batch) else added)
+        return (loss, outputs) if return_outputs else loss
+
+    def _is_scaled(self, num_items_in_batch: Any) -> bool:
+        """Whether the Trainer takes the loss as one share of the whole step's, and does not divide it by the accumulation."""
+        host: Any = self
+        said = getattr(host, "loss_is_scaled_for_ga", None)
+        if said is not None:
+            return bool(said)
+        return host.compute_loss_func is not None or (host.model_accepts_loss_kwargs and num_items_in_batch is not None)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds what was kept since the last log."""
+        # ``eval_loss``, or whatever prefix ``evaluate`` was called with; ``train_loss`` closes the training.
+        evaluated = next((key.removesuffix("loss") for key in logs if key.endswith("_loss") and key != "train_loss"), None)
+        kept = self._kept if evaluated is None else self._kept_in_evaluation
+        # In place: the metrics that ``evaluate`` returns are these logs.
+        logs.update({f"{evaluated or ''}keep/{name}": value for name, value in kept.achieved.items()})
+        kept.totals.clear()
+        parent: Any = super()
+        parent.log(logs, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The Trainer drops the columns that the model's forward does not name.
+        parent: Any = super()
+        parent._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns
+        if "sample_ids" not in columns:
+            columns.append("sample_ids")
+
+    _signature_columns: list[str]
+
+
+class BudgetTrainer(BudgetMixin, Trainer):
+    """transformers' Trainer for a compressed model."""
+
+    model: PreTrainedModel
