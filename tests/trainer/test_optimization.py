@@ -18,16 +18,17 @@ def test_layer_decay_falls_from_the_head_to_the_embeddings_and_leaves_routers_al
         for group in parameter_groups(model, lr=1.0, router_lr=7.0, weight_decay=0.1, layer_decay=0.5)
         for parameter in group["params"]
     }
-    assert rates.keys() == set(names.values())
+    assert rates.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    depths = {
+        names[id(parameter)]: LAYERS - index for index, layer in enumerate(model.backbone.layers(model)) for parameter in layer.parameters()
+    }
     for name, rate in rates.items():
         if ".stages." in name:
             assert rate == 7.0
-        elif "embeddings" in name:
+        elif "embeddings" in name or "pre_layrnorm" in name:
             assert rate == 0.5 ** (LAYERS + 1)
-        elif ".layers." in name:
-            assert rate == 0.5 ** (LAYERS - int(name.split(".layers.")[1].split(".")[0]))
         else:
-            assert rate == 1.0
+            assert rate == 0.5 ** depths.get(name, 0), name
     assert {".stages." in name for name in rates} == {True, False}
 
 
