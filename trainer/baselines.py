@@ -16,7 +16,7 @@ def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> list[Loade
         arm = load(name, [item for item in overrides if _shared(item, dense)])
         for key in ("task", "seed", "model", "data"):
             _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
-        for key in ("max_steps", "max_epochs", "accumulate", "precision"):
+        for key in ("max_steps", "max_epochs", "accumulate", "precision", "devices", "num_nodes"):
             _require_equal(loaded, arm, f"trainer.{key}", getattr(loaded.recipe.trainer, key), getattr(arm.recipe.trainer, key))
         arms.append(arm)
     return arms

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..modules.stage import Stage
+from .sharded import shape_of
 
 
 def parameter_groups(model: nn.Module, lr: float, router_lr: float | None = None, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -31,7 +32,7 @@ def parameter_groups(model: nn.Module, lr: float, router_lr: float | None = None
         if not parameter.requires_grad:
             continue
         router = id(parameter) in of_stages
-        plain = parameter.ndim < 2 or "embedding" in name.rsplit(".", 1)[-1] or name.endswith("_token")
+        plain = len(shape_of(parameter)) < 2 or "embedding" in name.rsplit(".", 1)[-1] or name.endswith("_token")
         key = ("router" if router else "backbone") + ("_no_decay" if plain else "")
         rate = router_lr if router and router_lr is not None else lr
         group = groups.setdefault(key, {"name": key, "params": [], "lr": rate, "weight_decay": 0.0 if plain else weight_decay})

@@ -24,10 +24,17 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe with its name, which is that of its file."""
+    """A recipe with its name, which is that of its file.
+
+    Attributes:
+        name: of the file.
+        recipe: what it says, overrides laid over it.
+        source: what it was loaded by.
+    """
 
     name: str
     recipe: Recipe
+    source: str
 
 
 def shipped() -> dict[str, Path]:
@@ -64,7 +71,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     data = _read(path, ())
     for override in overrides:
         apply_override(data, override)
-    return LoadedRecipe(path.stem, check(data, str(path.name)))
+    return LoadedRecipe(path.stem, check(data, str(path.name)), name)
 
 
 def check(data: dict[str, Any], where: str) -> Recipe:
