@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from . import collective
 from .resume import MARKER
+from .strategies import join_deepspeed
 
 
 class LaconicDeepSpeed(DeepSpeedStrategy):
@@ -39,19 +40,27 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
         self.setup_distributed()
 
     def setup_distributed(self) -> None:
-        import deepspeed
-
         self.set_world_ranks()
-        self._process_group_backend = "nccl" if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(self._process_group_backend, auto_mpi_discovery=False, verbose=False)
+        join_deepspeed()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         # DeepSpeed writes each rank's shard itself; Lightning would build the dictionary only to throw it away.
         return {}
 
-    def _initialize_deepspeed_inference(self, model: Module) -> None:
+    def _setup_model_and_optimizer(self, model: Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
+        assert isinstance(self.config, dict)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return self._engine(self.config, model, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler)
+
+    def _engine(self, config: dict[str, Any], model: Module, **settings: Any) -> tuple[Any, Any]:
         import deepspeed
 
+        # A CPU device has no index, which is what Lightning would pass on.
+        place = argparse.Namespace(device_rank=self.local_rank)
+        engine, optimizer, *_ = deepspeed.initialize(args=place, config=config, model=model, dist_init_required=False, **settings)
+        return engine, optimizer
+
+    def _initialize_deepspeed_inference(self, model: Module) -> None:
         assert isinstance(self.config, dict)
         config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1}
         # Lightning's own forgets autocast, so a model would be tested in another precision than it was validated in.
@@ -62,13 +71,7 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
             # There is no optimizer to offload here, and DeepSpeed would ask for one.
             config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
         remove_module_hooks(model)
-        self.model, *_ = deepspeed.initialize(
-            args=argparse.Namespace(device_rank=self.root_device.index),
-            config=config,
-            model=model,
-            model_parameters=[],
-            dist_init_required=False,
-        )
+        self.model, _ = self._engine(config, model, model_parameters=[])
 
     def teardown(self) -> None:
         engine, self.model = self.model, self.lightning_module

@@ -31,6 +31,9 @@ def shell(config: Mapping[str, Any]) -> Iterator[None]:
     """
     import deepspeed
 
+    from .strategies import join_deepspeed
+
+    join_deepspeed()
     # Initialising would look at parameters that are gone already, and would draw in another order than a plain build.
     with deepspeed.zero.Init(config_dict_or_path=dict(config)), no_init_weights():
         yield
@@ -99,7 +102,8 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
         if state is None:
             model.to("cpu").save_pretrained(folder)
         else:
-            model.save_pretrained(folder, state_dict=state)
+            # A copy of the mapping: transformers empties it as it writes.
+            model.save_pretrained(folder, state_dict=dict(state))
             _check_written(folder, state)
     collective.wait()
 

@@ -6,8 +6,11 @@ on CUDA and, with gloo, on CPU, so that a recipe can be tried where there is no 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
+import logging
 import os
 import shutil
 import sys
@@ -241,6 +244,17 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def set_accelerator() -> None:
     """DeepSpeed guesses its device, with a warning on stdout, as soon as anything imports it."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def join_deepspeed() -> None:
+    """Makes DeepSpeed use the process group that is up. Without this it would look for MPI, and say so."""
+    set_accelerator()
+    import deepspeed
+
+    # Beside what a scorer returns, a dataclass, there are the outputs of its layers, which are tensors: those have the hooks.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "unknown inputs or outputs type" not in record.getMessage())
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def needs_group(settings: TrainerRecipe) -> bool:
