@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from .recipe_files import RecipeError
 
@@ -45,6 +45,15 @@ def total(counts: Sequence[float]) -> list[float]:
     summed = torch.tensor(counts, dtype=torch.float64)
     distributed.all_reduce(summed, group=_control)
     return summed.tolist()
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean over ranks, with the gradient of this rank's value: averaging gradients over ranks then gives that of the mean."""
+    if world_size() == 1:
+        return value
+    whole = value.detach().clone()
+    distributed.all_reduce(whole)
+    return value + (whole / world_size() - value.detach())
 
 
 def any_rank(flag: bool) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy, remove_module_hooks
 from lightning.pytorch.strategies.parallel import ParallelStrategy
+from torch import Tensor
 from torch.nn import Module
 
 from . import collective
@@ -42,6 +43,11 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         self.set_world_ranks()
         join_deepspeed()
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning has divided the loss by the accumulated batches, and DeepSpeed would do so again: gradients came out too small,
+        # which clipping and anything else but Adam would notice.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         # DeepSpeed writes each rank's shard itself; Lightning would build the dictionary only to throw it away.

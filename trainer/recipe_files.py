@@ -138,8 +138,12 @@ def apply_override(data: dict[str, Any], override: str) -> None:
             here = here[index]
 
 
+# What pydantic puts into an error's path for a choice of types.
+_OF_TYPES = ("function-", "dict[", "list[", "PartConfig", "Mapping", "literal[", "constrained-")
+
+
 def _explain(error: Any) -> str:
-    location = [part for part in error["loc"] if not str(part).startswith(("function-", "dict[", "list[", "str", "PartConfig", "Mapping"))]
+    location = [part for part in error["loc"] if str(part) not in ("str", "int") and not str(part).startswith(_OF_TYPES)]
     path = ".".join(map(str, location))
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

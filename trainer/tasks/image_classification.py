@@ -66,7 +66,7 @@ class ImageClassification(lightning.LightningModule):
         total = out.loss
         if trace is not None and trace.routings:
             if self.budget is not None:
-                loss = self.budget.loss(trace, self.global_step)
+                loss = self.budget.loss(trace, self.global_step, collective.mean)
                 total = total + loss.total
             elif trace.auxiliary_loss is not None:
                 total = total + trace.auxiliary_loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,5 +19,11 @@ class RatioMSE(Regularizer):
 
     weight: float = 2.0
 
-    def __call__(self, routings: Sequence[Routing], target: float | None, cost: CostModel) -> Tensor:
+    def __call__(
+        self,
+        routings: Sequence[Routing],
+        target: float | None,
+        cost: CostModel,
+        over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         return torch.stack([(soft_keep(routing) - routing.requested).square().mean() for routing in routings]).mean()
