@@ -198,4 +198,3 @@ def _end(children: list[subprocess.Popen[bytes]], seconds: float) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-

@@ -92,7 +92,8 @@ class TrainerRecipe(Block):
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, more time")
     compile: bool = Field(False, description="torch.compile the model")
     strategy: Literal["auto", "plain", "deepspeed_1", "deepspeed_2", "deepspeed_3"] = Field(
-        "auto", description="plain (DDP with several processes) or a stage of DeepSpeed's ZeRO; auto is plain on one process, else deepspeed_2"
+        "auto",
+        description="plain (DDP with several processes) or a stage of DeepSpeed's ZeRO; auto is plain on one process, else deepspeed_2",
     )
     devices: Count | Literal["auto"] = Field(1, description="processes on a machine, one a GPU; auto takes every GPU, or 1 on a CPU")
     num_nodes: Count = Field(1, description="machines; started by torchrun, SLURM, or with MASTER_ADDR, MASTER_PORT and NODE_RANK set")

@@ -12,7 +12,6 @@ import yaml
 from .recipe import Recipe
 from .recipe_files import RecipeError, dump
 
-
 # The file that DeepSpeed's checkpoint folders end with; Lightning's single files are written at once.
 MARKER = "complete.json"
 
@@ -64,7 +63,9 @@ def check_same_processes(checkpoint: Path, world_size: int, stage: int) -> None:
     """
     if checkpoint.is_dir() != bool(stage):
         kinds = ("a DeepSpeed folder" if checkpoint.is_dir() else "a single file", f"deepspeed_{stage}" if stage else "plain")
-        raise RecipeError(f"cannot resume {checkpoint}: it is {kinds[0]}, and trainer.strategy is {kinds[1]}; give the strategy of that run")
+        raise RecipeError(
+            f"cannot resume {checkpoint}: it is {kinds[0]}, and trainer.strategy is {kinds[1]}; give the strategy of that run"
+        )
     if not checkpoint.is_dir():
         return
     written = json.loads((checkpoint / MARKER).read_text())
@@ -103,8 +104,7 @@ def check_same_run(folder: Path, recipe: Recipe) -> None:
         raise RecipeError(_other_world(folder, *worlds))
     # How many of the processes share a machine does not matter.
     free = {"output", "baselines"} | {
-        f"trainer.{key}"
-        for key in ("log_every", "validate_every", "checkpoint_every", "pictures", "bench_rounds", "devices", "num_nodes")
+        f"trainer.{key}" for key in ("log_every", "validate_every", "checkpoint_every", "pictures", "bench_rounds", "devices", "num_nodes")
     }
     for block, value in now.items():
         pairs = {f"{block}.{key}": (before.get(block, {}).get(key), item) for key, item in value.items()} if block == "trainer" else {}

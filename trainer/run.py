@@ -88,7 +88,7 @@ def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resu
 
 def silent() -> Console:
     """A console that says nothing, for every rank but the first."""
-    return Console(file=open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+    return Console(file=open(os.devnull, "w"))
 
 
 def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None) -> Report:

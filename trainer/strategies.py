@@ -108,7 +108,9 @@ def check(recipe: Recipe) -> None:
 
 def _check_deepspeed(cuda: bool) -> None:
     if importlib.util.find_spec("deepspeed") is None:
-        raise RecipeError("trainer.strategy = deepspeed_*: the package deepspeed is not installed; pip install deepspeed, or strategy=plain")
+        raise RecipeError(
+            "trainer.strategy = deepspeed_*: the package deepspeed is not installed; pip install deepspeed, or strategy=plain"
+        )
     if cuda or sys.platform != "linux":
         return
     # On a CPU DeepSpeed compiles its exchange through shared memory when it is first used.
