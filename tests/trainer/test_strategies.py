@@ -54,10 +54,11 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _scalars(run: Path, tag: str = "train/loss") -> list[float]:
-    events = EventAccumulator(str(run / "tensorboard"))
+    events = EventAccumulator(str(run / "tensorboard"), purge_orphaned_data=False)
     events.Reload()
-    # A resumed run has repeated steps.
-    return list({event.step: event.value for event in events.Scalars(tag)}.values())
+    # By step: a resumed run has repeated some, and files written within one second are read in the order of their names.
+    values = {event.step: event.value for event in events.Scalars(tag)}
+    return [values[step] for step in sorted(values)]
 
 
 def _weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
