@@ -54,6 +54,37 @@ class StepBatches(Sampler[list[int]]):
             yield (order[first : first + self.batch_size] + epoch * self.length).tolist()
 
 
+class EvalBatches(Sampler[list[int]]):
+    """Every row of a data set once, over all processes, in as many batches on each: where every rank must call the same modules,
+    none may run out of batches before the others.
+
+    Args:
+        length: rows of the data set.
+        batch_size: rows of a batch on one process.
+        rank: of this process.
+        world_size: number of processes.
+
+    A rank that has no row of the last batches gets row 0 instead, alone in its batch; batches from ``counted`` on are such fillers.
+    """
+
+    def __init__(self, length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.batch_size, self.rank, self.world_size = length, batch_size, rank, world_size
+
+    @property
+    def counted(self) -> int:
+        """Batches of this rank that are no fillers; they come first."""
+        whole, rest = divmod(self.length, self.batch_size * self.world_size)
+        return whole + (self.rank < rest)
+
+    def __len__(self) -> int:
+        return -(-self.length // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        together = self.batch_size * self.world_size
+        for first in range(0, self.length, together):
+            yield list(range(first + self.rank, min(first + together, self.length), self.world_size)) or [0]
+
+
 class ResumableLoader(DataLoader[Any]):
     """DataLoader over StepBatches whose state is how many batches were taken, so that resuming repeats and skips none."""
 

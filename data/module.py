@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .hub import Source, Split, class_names, image_column, label_column, open_source, split_of
 from .images import ImageRows, ImageTransform, collate
-from .loader import ResumableLoader, StepBatches
+from .loader import EvalBatches, ResumableLoader, StepBatches
 from .scattered_digits import CLASSES, Canvas, ScatteredDigits
 
 
@@ -111,16 +111,23 @@ class ImageDataModule(lightning.LightningDataModule):
         self.batches, self.workers, self.seed = batches, workers, seed
 
     def train_dataloader(self) -> ResumableLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         length = len(self.data.train)  # type: ignore[arg-type]
-        batches = StepBatches(length, self.batch_size, self.batches, self.seed, rank, world_size)
+        batches = StepBatches(length, self.batch_size, self.batches, self.seed, *self._place())
         return ResumableLoader(self.data.train, batches, **self._options())
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.data.validation, batch_size=self.eval_batch_size, **self._options())
+        return self._evaluated(self.data.validation)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.data.test, batch_size=self.eval_batch_size, **self._options())
+        return self._evaluated(self.data.test)
+
+    def _evaluated(self, rows: Dataset[Any]) -> DataLoader[Any]:
+        batches = EvalBatches(len(rows), self.eval_batch_size, *self._place())  # type: ignore[arg-type]
+        return DataLoader(rows, batch_sampler=batches, **self._options())
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _options(self) -> dict[str, Any]:
         return {"collate_fn": collate, "num_workers": self.workers, "persistent_workers": self.workers > 0}

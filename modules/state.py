@@ -303,7 +303,11 @@ class KeepCount:
     def add(self, trace: Trace) -> None:
         """Counts one forward."""
         for name, routing in trace.routings.items():
-            kept, present = routing.counts()
+            self.merge(KeepCount({name: routing.counts()}))
+
+    def merge(self, other: KeepCount) -> None:
+        """Adds the counts of other forwards, another rank's for example."""
+        for name, (kept, present) in other.totals.items():
             before = self.totals.get(name, (0, 0))
             self.totals[name] = (before[0] + kept, before[1] + present)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,11 @@ from ..modules.backbones.vision import VisionBackbone
 from ..modules.budget.budget import Budget
 from ..modules.compress import checkpoint_activations, compress
 from ..modules.cost import CostModel
+from . import collective
 from .model_settings import check_settings, with_settings
 from .recipe import ModelRecipe, Recipe
+from .sharded import fill, shell
+from .strategies import processes_of
 
 _CLASSIFIER_FOR = {
     "siglip_vision_model": "the whole SigLIP model (model_type siglip), whose classifier keeps the vision tower alone",
@@ -56,12 +61,13 @@ class Parts:
         return ImageDataModule(self.data, data.batch_size, data.eval_batch_size, batches, data.workers, self.recipe.seed)
 
 
-def build(recipe: Recipe, data: ImageData | None = None) -> Parts:
-    """Every part of a run; the same seed gives the same weights whatever the compression.
+def build(recipe: Recipe, data: ImageData | None = None, shards: Mapping[str, Any] | None = None) -> Parts:
+    """Every part of a run; the same seed gives the same weights whatever the compression and the strategy.
 
     Args:
         recipe: a checked recipe.
         data: splits that another arm has opened already.
+        shards: DeepSpeed's configuration, to build the model in shards (ZeRO-3); None builds it whole.
 
     Raises:
         ValueError: something that only shows against the real model or data: a layer that is not there, a missing column …
@@ -69,8 +75,22 @@ def build(recipe: Recipe, data: ImageData | None = None) -> Parts:
     config = model_config(recipe.model)
     data = data if data is not None else open_data(recipe, config)
     lightning.seed_everything(recipe.seed, verbose=False)
-    model = build_model(recipe.model, config, data)
     steps = total_steps(recipe, data)
+    if shards is None:
+        model, budget = _assemble(recipe, build_model(recipe.model, config, data), steps)
+    else:
+        # Its own copy of the configuration: compress writes into it.
+        whole = copy.deepcopy(config)
+        source = _assemble(recipe, build_model(recipe.model, whole, data), steps)[0] if collective.rank() == 0 else None
+        with shell(shards):
+            bare = recipe.model.model_copy(update={"name": None, "config": {}})
+            model, budget = _assemble(recipe, build_model(bare, config, data), steps)
+        fill(model, source)
+    return Parts(recipe, data, model, CostModel(model), budget, steps)
+
+
+def _assemble(recipe: Recipe, model: PreTrainedModel, steps: int) -> tuple[PreTrainedModel, Budget | None]:
+    """The dense model with what the recipe does to it."""
     budget = None
     if recipe.compression is not None:
         # Draws of the stages' weights come after the backbone's, so a dense arm starts from the same backbone.
@@ -81,7 +101,7 @@ def build(recipe: Recipe, data: ImageData | None = None) -> Parts:
         model = compress(model, compression)
     if recipe.trainer.gradient_checkpointing:
         checkpoint_activations(model)
-    return Parts(recipe, data, model, CostModel(model), budget, steps)
+    return model, budget
 
 
 def model_config(recipe: ModelRecipe) -> PretrainedConfig:
@@ -223,4 +243,4 @@ def total_steps(recipe: Recipe, data: ImageData) -> int:
         return trainer.max_steps
     assert trainer.max_epochs is not None
     rows = len(data.train)  # type: ignore[arg-type]
-    return max(1, math.floor(trainer.max_epochs * rows / (recipe.data.batch_size * trainer.accumulate)))
+    return max(1, math.floor(trainer.max_epochs * rows / (recipe.data.batch_size * trainer.accumulate * processes_of(trainer))))

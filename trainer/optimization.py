@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..modules.backbones import backbone_for
 from ..modules.compress import CompressedModel, base_class
 from ..modules.stage import Stage
+from .sharded import shape_of
 
 
 def parameter_groups(
@@ -40,7 +41,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         router = id(parameter) in of_stages
-        plain = parameter.ndim < 2 or "embedding" in name.rsplit(".", 1)[-1] or name.endswith("_token")
+        plain = len(shape_of(parameter)) < 2 or "embedding" in name.rsplit(".", 1)[-1] or name.endswith("_token")
         depth = 0 if router else depths.get(id(parameter), 0)
         key = ("router" if router else f"backbone_{depth}_below" if depth else "backbone") + ("_no_decay" if plain else "")
         rate = router_lr if router and router_lr is not None else lr * (layer_decay or 1.0) ** depth

@@ -126,6 +126,18 @@ class TrainerRecipe(Block):
     )
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward: less memory, more time")
     compile: bool = Field(False, description="torch.compile the model")
+    strategy: Literal["auto", "plain", "deepspeed_1", "deepspeed_2", "deepspeed_3"] = Field(
+        "auto",
+        description="plain (DDP with several processes) or a stage of DeepSpeed's ZeRO; auto is plain on one process, else deepspeed_2",
+    )
+    devices: Count | Literal["auto"] = Field(1, description="processes on a machine, one a GPU; auto takes every GPU, or 1 on a CPU")
+    num_nodes: Count = Field(1, description="machines; started by torchrun, SLURM, or with MASTER_ADDR, MASTER_PORT and NODE_RANK set")
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="DeepSpeed: keep optimizer states in CPU memory; all keeps parameters there too (deepspeed_3)"
+    )
+    deepspeed: str | dict[str, Any] | None = Field(
+        None, description="path of a DeepSpeed JSON, or its content; what other keys of the recipe set is refused in it"
+    )
     log_every: Count = Field(10, description="steps between log lines and scalars")
     validate_every: Count | None = Field(None, description="steps between validations; none validates at the end only")
     checkpoint_every: Count | None = Field(

@@ -24,10 +24,17 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe with its name, which is that of its file."""
+    """A recipe with its name, which is that of its file.
+
+    Attributes:
+        name: of the file.
+        recipe: what it says, overrides laid over it.
+        source: what it was loaded by.
+    """
 
     name: str
     recipe: Recipe
+    source: str
 
 
 def shipped() -> dict[str, Path]:
@@ -64,7 +71,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     data = _read(path, ())
     for override in overrides:
         apply_override(data, override)
-    return LoadedRecipe(path.stem, check(data, str(path.name)))
+    return LoadedRecipe(path.stem, check(data, str(path.name)), name)
 
 
 def check(data: dict[str, Any], where: str) -> Recipe:
@@ -131,8 +138,12 @@ def apply_override(data: dict[str, Any], override: str) -> None:
             here = here[index]
 
 
+# What pydantic puts into an error's path for a choice of types.
+_OF_TYPES = ("function-", "dict[", "list[", "PartConfig", "Mapping", "literal[", "constrained-")
+
+
 def _explain(error: Any) -> str:
-    location = [part for part in error["loc"] if not str(part).startswith(("function-", "dict[", "list[", "str", "PartConfig", "Mapping"))]
+    location = [part for part in error["loc"] if str(part) not in ("str", "int") and not str(part).startswith(_OF_TYPES)]
     path = ".".join(map(str, location))
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from transformers.utils.logging import disable_progress_bar
 from ..data.images import collate
 from ..data.mixing import Mixing
 from ..data.module import ImageData
-from ..modules.compress import decompress, stages_of
+from ..modules.compress import checkpoint_activations, decompress, stages_of
 from ..modules.state import Trace
+from . import collective
 from .baselines import load_baselines
 from .bench import Bench, bench
 from .build import Parts, build, with_normalisation
@@ -34,11 +36,15 @@ from .callbacks.progress import RunLog, StepLine
 from .callbacks.stop import StopOnSigterm
 from .callbacks.tensorboard import RoutingPictures
 from .distillation import load_teacher
+from .evaluate import load_model
 from .pictures import overlays, save_kept_tokens
+from .processes import environment, started
 from .recipe import Recipe
 from .recipe_files import LoadedRecipe, dump
 from .report import Arm, Report, table, versions, with_bench
-from .resume import check_same_run, find_checkpoint
+from .resume import check_same_processes, check_same_run, find_checkpoint, incomplete_checkpoints, remove_checkpoints
+from .sharded import save_model, shape_of
+from .strategies import deepspeed_config, lightning_strategy, needs_group, processes_of, resolved, set_accelerator, stage_of
 from .tasks.image_classification import ImageClassification
 
 PICTURED = 8
@@ -71,9 +77,24 @@ def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resu
         console: for progress.
         resume: ``auto`` (the newest checkpoint of this run, if there is one) or the path of a checkpoint; None starts anew.
 
+    With several processes this is called in each of them; rank 0 writes, prints, and measures while the others wait.
+
     Raises:
         Stopped: SIGTERM came.
     """
+    quiet()
+    settings = resolved(loaded.recipe).trainer
+    command = [sys.executable, "-m", "laconic", "train", loaded.source, *overrides, *(["--resume", resume] if resume else [])]
+    with started(int(settings.devices), settings.num_nodes, needs_group(settings), command):
+        return _train(loaded, overrides, console if collective.rank() == 0 else silent(), resume)
+
+
+def silent() -> Console:
+    """A console that says nothing, for every rank but the first."""
+    return Console(file=open(os.devnull, "w"))
+
+
+def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None) -> Report:
     folder = output_folder(loaded)
     baselines = load_baselines(loaded, overrides)
     arms: dict[str, Trained] = {}
@@ -86,10 +107,14 @@ def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resu
         where = folder if main else folder / "baselines" / arm.name
         arms[name] = train_arm(arm, name, where, console, data, resume if main else ("auto" if resume else None))
         data = arms[name].parts.data
-    measured = _bench(arms, loaded.recipe, console)
+    first = collective.rank() == 0
+    # One process measures one process's step, alone on the machine; several at once would time each other.
+    measured = _bench(arms, loaded.recipe, console) if first else None
     report = _report(loaded, arms, measured)
-    _pictures(arms, folder)
-    report.save(folder)
+    if first:
+        _pictures(arms, folder)
+        report.save(folder)
+    collective.wait()
     shown = {name: with_bench(trained.arm, name, measured) for name, trained in arms.items()}
     console.print(table(shown, "accuracy", measured.memory_kind if measured else None))
     if measured is not None:
@@ -128,25 +153,20 @@ def train_arm(
     loaded: LoadedRecipe, name: str, folder: Path, console: Console, data: ImageData | None = None, resume: str | None = None
 ) -> Trained:
     """Trains and evaluates one recipe into its folder; the model is left on the CPU or device that it was trained on."""
-    recipe = with_normalisation(loaded.recipe)
+    recipe = resolved(with_normalisation(loaded.recipe))
     quiet()
-    checkpoint = find_checkpoint(folder, resume)
-    if checkpoint is None:
-        # What an earlier run left must not be taken for this one's when it is resumed.
-        for stale in (folder / "checkpoints").glob("*.ckpt"):
-            stale.unlink()
-    else:
-        check_same_run(folder, recipe)
-    parts = build(recipe, data)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(dump(recipe))
-    with (folder / "log.txt").open("a" if checkpoint else "w") as log:
+    checkpoint = collective.from_rank_zero(lambda: _checkpoint(folder, recipe, resume, console))
+    stage = stage_of(recipe.trainer)
+    parts = build(recipe, data, deepspeed_config(recipe.trainer, recipe.data.batch_size) if stage == 3 else None)
+    collective.from_rank_zero(lambda: _open_folder(folder, recipe))
+    with (folder / "log.txt" if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w") as log:
         both = RunLog(console, log)
         _describe(parts, name, both)
         module = classification_task(parts)
         line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name)
         stop = StopOnSigterm(folder / "checkpoints" / "stopped.ckpt")
-        trainer = lightning_trainer(recipe, folder, parts.total_steps, [line, stop, NanGuard(), RandomState()])
+        watching = [NanGuard(), line, stop, RandomState(recipe.seed)]
+        trainer = lightning_trainer(recipe, folder, parts.total_steps, watching, _leaves_unused(module, parts))
         data_module = parts.data_module()
         # transformers gives loaded models in evaluation mode, and Lightning leaves them so: no router would learn.
         parts.model.train()
@@ -159,7 +179,10 @@ def train_arm(
         if module.bad_rows.reasons:
             both.line(f"bad rows: {module.bad_rows.summary()}")
     save_model(parts.model, folder / "model")
-    return Trained(parts, module, _arm(loaded.name, parts, module, line.throughput.total))
+    arm = _arm(loaded.name, parts, module, line.throughput.total)
+    if stage and collective.rank() == 0:
+        parts = replace(parts, model=_read_back(folder / "model", recipe))
+    return Trained(parts, module, arm)
 
 
 def classification_task(parts: Parts) -> ImageClassification:
@@ -180,14 +203,67 @@ def classification_task(parts: Parts) -> ImageClassification:
     )
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """The final weights as safetensors with their config."""
-    model.to("cpu").save_pretrained(folder)
+def _checkpoint(folder: Path, recipe: Recipe, resume: str | None, console: Console) -> Path | None:
+    """The checkpoint to go on from, checked; where there is none, what an earlier run left is removed."""
+    checkpoint = find_checkpoint(folder, resume)
+    if resume is not None:
+        for path in incomplete_checkpoints(folder):
+            console.print(f"passed over {path}: it is not complete, writing it was interrupted", highlight=False, soft_wrap=True)
+    if checkpoint is None:
+        remove_checkpoints(folder)
+    else:
+        check_same_run(folder, recipe)
+        check_same_processes(checkpoint, processes_of(recipe.trainer), stage_of(recipe.trainer))
+    return checkpoint
 
 
-def lightning_trainer(recipe: Recipe, folder: Path, steps: int, callbacks: Sequence[Callback]) -> lightning.Trainer:
-    """The Lightning Trainer that a recipe asks for."""
+def _open_folder(folder: Path, recipe: Recipe) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(dump(recipe))
+
+
+def _leaves_unused(module: ImageClassification, parts: Parts) -> bool:
+    """Whether a training step leaves parameters without gradient, seen on a step of one row; DDP must be told."""
+    if stage_of(parts.recipe.trainer) or collective.world_size() == 1:
+        return False
+    row = next((item for item in (parts.data.train[index] for index in range(len(parts.data.train))) if "bad" not in item), None)  # type: ignore[arg-type]
+    if row is None:
+        return False
+    parts.model.train()
+    buffers = {name: value.clone() for name, value in parts.model.named_buffers()}
+    module.losses(collate([row]))["loss"].backward()
+    for name, value in parts.model.named_buffers():
+        # A threshold that follows the scores must not have seen this row.
+        value.copy_(buffers[name])
+    unused = any(parameter.grad is None for parameter in parts.model.parameters() if parameter.requires_grad)
+    parts.model.zero_grad(set_to_none=True)
+    return unused
+
+
+def _read_back(folder: Path, recipe: Recipe) -> PreTrainedModel:
+    """The model from what was saved: DeepSpeed leaves its own behind in shards and hooks."""
+    model = load_model(folder)
+    if recipe.trainer.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def lightning_trainer(
+    recipe: Recipe, folder: Path, steps: int, callbacks: Sequence[Callback], unused_parameters: bool = False
+) -> lightning.Trainer:
+    """The Lightning Trainer that a recipe asks for.
+
+    Args:
+        recipe: resolved.
+        folder: of the run.
+        steps: optimizer steps.
+        callbacks: beside those for checkpoints and pictures.
+        unused_parameters: whether a step leaves parameters without gradient.
+    """
     settings = recipe.trainer
+    # DeepSpeed's autocast is in its own configuration; Lightning's precision would cast the weights.
+    precision = "32-true" if settings.precision == "fp32" or stage_of(settings) else "bf16-mixed"
+    several = processes_of(settings) > 1 or needs_group(settings)
     checkpoints = ModelCheckpoint(
         dirpath=folder / "checkpoints",
         filename="{step}",
@@ -201,9 +277,12 @@ def lightning_trainer(recipe: Recipe, folder: Path, steps: int, callbacks: Seque
     return lightning.Trainer(
         max_steps=steps,
         max_epochs=-1,
-        accelerator="auto",
-        devices=1,
-        precision={"fp32": "32-true", "bf16": "bf16-mixed"}[settings.precision],
+        accelerator=("cuda" if torch.cuda.is_available() else "cpu") if several else "auto",
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=lightning_strategy(recipe, unused_parameters),
+        plugins=[environment(processes_of(settings))] if several else None,
+        precision=precision,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=settings.clip or None,
         val_check_interval=(settings.validate_every * settings.accumulate) if settings.validate_every else None,
@@ -220,23 +299,28 @@ def lightning_trainer(recipe: Recipe, folder: Path, steps: int, callbacks: Seque
 
 def quiet() -> None:
     """Keeps libraries' notices out of the log; what goes wrong is still shown."""
-    # DeepSpeed guesses its device, with a warning on stdout, as soon as anything imports it.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    set_accelerator()
     disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*When saving the DeepSpeed Stage 3 checkpoint.*")
+    # What is logged is the same on every rank already.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 
 
 def _describe(parts: Parts, name: str, log: RunLog) -> None:
     recipe, cost = parts.recipe, parts.cost()
-    total = sum(parameter.numel() for parameter in parts.model.parameters())
-    routers = sum(parameter.numel() for _, stage in stages_of(parts.model).values() for parameter in stage.parameters())
+    total = sum(shape_of(parameter).numel() for parameter in parts.model.parameters())
+    routers = sum(shape_of(parameter).numel() for _, stage in stages_of(parts.model).values() for parameter in stage.parameters())
+    processes = processes_of(recipe.trainer)
+    spread = f" on {processes} processes with {recipe.trainer.strategy}" if processes > 1 or stage_of(recipe.trainer) else ""
     log.line(
         f"{name}: {parts.model.config.model_type} with {total:,} parameters, {routers:,} of them in stages; "
-        f"{parts.total_steps:,} steps of {recipe.data.batch_size * recipe.trainer.accumulate} images; "
+        f"{parts.total_steps:,} steps of {recipe.data.batch_size * recipe.trainer.accumulate * processes} images{spread}; "
         f"macs_ratio {cost.macs_ratio:.3f}, tokens by layer {' '.join(f'{tokens.attention:g}' for tokens in cost.layers)}"
     )
 
@@ -256,6 +340,9 @@ def _arm(recipe: str, parts: Parts, module: ImageClassification, seconds: float)
 def _bench(arms: Mapping[str, Trained], recipe: Recipe, console: Console) -> Bench | None:
     compressed = {name: trained for name, trained in arms.items() if name != "dense"}
     if not recipe.trainer.bench_rounds or not compressed:
+        return None
+    if recipe.trainer.strategy == "deepspeed_3":
+        console.print("speed is not measured: it is one process's, which deepspeed_3's model may not fit; laconic bench measures it")
         return None
     return bench_models({name: trained.parts for name, trained in compressed.items()}, recipe, console)
 

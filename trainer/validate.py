@@ -13,6 +13,7 @@ from ..modules.cost import CostModel
 from .build import build_model, model_config, open_data, total_steps
 from .distillation import check_teacher
 from .recipe import Recipe
+from .strategies import check as check_strategy
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def validate(recipe: Recipe) -> Checked:
     Raises:
         ValueError: what is wrong, and what is allowed.
     """
+    check_strategy(recipe)
     config = model_config(recipe.model)
     data = open_data(recipe, config)
     steps = total_steps(recipe, data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,12 +182,13 @@ class Budget:
         keep = self.resolve(round(self.target(step), 4)) if self.target(step) != self.config.target else {}
         return Trace(step=step, seed=self.seed, sample_ids=sample_ids, labels=labels, noise=noise, keep=keep)
 
-    def loss(self, trace: Trace, step: int) -> BudgetLoss:
+    def loss(self, trace: Trace, step: int, over_ranks: Callable[[Tensor], Tensor] | None = None) -> BudgetLoss:
         """The loss of one forward's routings.
 
         Args:
             trace: of the forward.
             step: optimizer step, for the ramp.
+            over_ranks: mean of a scalar over processes, with this one's gradient; None where there is one process.
 
         Raises:
             ValueError: no stage ran with this trace.
@@ -204,7 +205,7 @@ class Budget:
         if self.regularizer is not None and trained:
             weight = self.regularizer.weight * progress(step, self.config.ramp_until, self.total_steps)
             target = self.target(step) if self.config.measure == "macs_ratio" else None
-            value = self.regularizer(trained, target, self.cost)
+            value = self.regularizer(trained, target, self.cost, over_ranks)
             total = total + weight * value
         soft = {routing.stage: _mean_soft(routing.soft, routing.routable) for routing in trained}
         return BudgetLoss(

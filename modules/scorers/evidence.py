@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..counting import BackboneShape
+from ..linear import Float32Linear
 from .base import Scored, Scorer, SiteInput, TokenSpec
 
 
@@ -45,14 +46,14 @@ class EvidenceScorer(Scorer):
         self.classes = spec.classes
         self.values = spec.patch_values if reads == "pixels" else spec.hidden_size
         self.look = nn.Linear(self.values, self.width)
-        self.answer = nn.Linear(self.width, spec.classes)
+        self.answer = Float32Linear(self.width, spec.classes)
 
     def forward(self, inputs: SiteInput) -> Scored:
         # Without gradient into what is read, and of unit variance; nearly flat patches stay small instead of being blown up.
         seen, epsilon = (self._patches(inputs), 1e-2) if self.reads == "pixels" else (inputs.hidden_states.detach(), 1e-5)
         features = functional.relu(self.look(functional.layer_norm(seen.to(self.look.weight.dtype), (self.values,), eps=epsilon)))
+        logits = self.answer(features)
         with torch.autocast(features.device.type, enabled=False):
-            logits = functional.linear(features.float(), self.answer.weight.float(), self.answer.bias.float())
             # Classes before tokens: a softmax over the last and short dimension is several times slower on a CPU.
             answers = logits.transpose(1, 2).contiguous().log_softmax(1)
             with torch.no_grad():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from torch.nn import functional
 
 from ..counting import BackboneShape
+from ..linear import Float32Linear
 from .base import Scored, Scorer, SiteInput, TokenSpec
 
 
@@ -34,7 +34,7 @@ class LearnedScorer(Scorer):
         self.local_global = nn.Linear(spec.hidden_size, 2 * self.width)
         self.mix_local = nn.Linear(self.width, self.width)
         self.mix_global = nn.Linear(self.width, self.width, bias=False)
-        self.score = nn.Linear(self.width, 1)
+        self.score = Float32Linear(self.width, 1)
 
     def forward(self, inputs: SiteInput) -> Scored:
         tokens = inputs.hidden_states.detach() if self.detach else inputs.hidden_states
@@ -43,9 +43,7 @@ class LearnedScorer(Scorer):
         mean = (routable @ everywhere) / routable.sum(-1, keepdim=True).clamp(min=1)
         # A linear layer over both halves side by side, without repeating the mean for every token.
         mixed = functional.gelu(self.mix_local(local) + self.mix_global(mean))
-        # Scores are compared with each other, and bf16 cannot tell neighbours apart.
-        with torch.autocast(mixed.device.type, enabled=False):
-            return Scored(functional.linear(mixed.float(), self.score.weight.float(), self.score.bias.float()).squeeze(-1))
+        return Scored(self.score(mixed).squeeze(-1))
 
     def macs(self, shape: BackboneShape, tokens: int) -> int:
         return tokens * (shape.hidden * 2 * self.width + self.width**2 + self.width) + self.width**2

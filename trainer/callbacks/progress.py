@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .. import collective
+
 
 class Throughput:
     """Images a second since the last reading: loading and training, validation excluded."""
@@ -95,12 +97,17 @@ class StepLine(Callback):
         if not whole or (step % self.every and step != self.total_steps):
             return
         rate = self.throughput.read()
-        loss, trace = float(outputs["task_loss"]), outputs["trace"]
+        routings = outputs["trace"].routings if outputs["trace"] is not None else {}
+        counts = [count for routing in routings.values() for count in routing.counts()]
+        # Of the whole step: the mean over ranks, and tokens summed before dividing.
+        loss, *summed = collective.total([float(outputs["task_loss"]), *counts])
+        loss /= trainer.world_size
         scalars = {"train/loss": loss, "train/images_per_second": rate, "train/lr": trainer.optimizers[0].param_groups[0]["lr"]}
         keeps = []
-        for name, routing in (trace.routings if trace is not None else {}).items():
-            scalars |= {f"{name}/keep_requested": routing.requested, f"{name}/keep_achieved": routing.achieved}
-            keeps.append(f"{routing.achieved:.3f}")
+        for (name, routing), kept, present in zip(routings.items(), summed[::2], summed[1::2], strict=True):
+            achieved = kept / max(1, present)
+            scalars |= {f"{name}/keep_requested": routing.requested, f"{name}/keep_achieved": achieved}
+            keeps.append(f"{achieved:.3f}")
         budget = outputs["budget"]
         if budget is not None:
             scalars |= {f"{name}/keep_soft": float(value) for name, value in budget.soft_keep.items()}

@@ -9,12 +9,16 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from .. import collective
+
 
 class StopOnSigterm(Callback):
     """Finishes the batch, writes a checkpoint and ends the fit; ``stopped`` tells that it did.
 
     Args:
         checkpoint: file to write.
+
+    Every rank is asked at every step, so that a signal to one of them stops all at the same step.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -35,7 +39,7 @@ class StopOnSigterm(Callback):
     ) -> None:
         # Between two micro-batches of a step, the gradients gathered so far would be lost.
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if self._asked and whole and not self.stopped:
+        if whole and not self.stopped and collective.any_rank(self._asked):
             self.stopped = True
             trainer.save_checkpoint(self.checkpoint)
             trainer.should_stop = True

@@ -32,7 +32,13 @@ class RoutingPictures(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         trace = outputs["trace"]
-        if batch_idx or trace is None or trainer.sanity_checking or not isinstance(trainer.logger, TensorBoardLogger):
+        if (
+            batch_idx
+            or trace is None
+            or not trainer.is_global_zero
+            or trainer.sanity_checking
+            or not isinstance(trainer.logger, TensorBoardLogger)
+        ):
             return
         writer, step = trainer.logger.experiment, trainer.global_step
         for name, routing in trace.routings.items():

@@ -16,6 +16,12 @@ _stdout: TextIO = sys.stdout
 FAILED, WRONG_INPUT, TERMINATED = 1, 2, 143
 
 
+def first_process(of_machine: bool = False) -> bool:
+    """Whether this is the process that speaks for the run, or for its machine; read from what torchrun, SLURM or Laconic set."""
+    local = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+    return local and (of_machine or all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")))
+
+
 def console(as_json: bool) -> Console:
     """stdout for people; with ``--json`` stderr, so that stdout holds one object and nothing else."""
     # A pipe or file is no terminal and has no width; tables must not be squeezed to 80 columns there.
@@ -33,15 +39,23 @@ def keep_stdout_clean() -> None:
 
 
 def emit(data: Any, as_json: bool) -> None:
-    """Prints the machine-readable object, if it was asked for."""
-    if as_json:
+    """Prints the machine-readable object, if it was asked for, once a run."""
+    if as_json and first_process():
         _stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
         _stdout.flush()
 
 
-def end(message: str, code: int) -> typer.Exit:
-    """Prints one message to stderr; raise what this returns."""
-    sys.stderr.write(message + "\n")
+def end(message: str, code: int, speaks: bool = True) -> typer.Exit:
+    """Prints one message to stderr; raise what this returns.
+
+    Args:
+        message: what happened.
+        code: exit code.
+        speaks: whether this process says it; others that end alike keep still.
+    """
+    if speaks:
+        sys.stderr.write(message + "\n")
+        sys.stderr.flush()
     return typer.Exit(code)
 
 
@@ -51,7 +65,8 @@ def user_input() -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        raise end(f"error: {error}", WRONG_INPUT) from None
+        # Every machine speaks: a folder may be missing on one of them only.
+        raise end(f"error: {error}", WRONG_INPUT, first_process(of_machine=True)) from None
 
 
 @contextlib.contextmanager
@@ -63,9 +78,9 @@ def running() -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        raise end(str(stopped), TERMINATED) from None
+        raise end(str(stopped), TERMINATED, first_process()) from None
     except RecipeError as error:
-        raise end(f"error: {error}", WRONG_INPUT) from None
+        raise end(f"error: {error}", WRONG_INPUT, first_process()) from None
     except (typer.Exit, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -74,5 +89,8 @@ def running() -> Iterator[None]:
         from ...data.images import BadRows
         from ..callbacks.guards import NotANumber
 
+        # These end all processes together; anything else may have happened in this one alone.
         expected = isinstance(error, BadRows | NotANumber)
-        raise end(("" if expected else traceback.format_exc()) + f"failed: {error}", FAILED) from None
+        place = "" if first_process() else f"rank {os.environ.get('RANK', '?')} "
+        message = ("" if expected else traceback.format_exc()) + f"{place}failed: {error}"
+        raise end(message, FAILED, first_process() or not expected) from None

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ...data.images import BadRowCount, BadRows
+from ...data.images import BadRow, BadRowCount, BadRows
 from ...data.mixing import Mixing, soft_labels
 from ...modules.budget.budget import Budget
 from ...modules.state import KeepCount, Trace
+from .. import collective
 from ..distillation import Distillation
 from ..optimization import learning_rate_schedule, parameter_groups
 from ..recipe import OptimizerRecipe
@@ -56,13 +57,21 @@ class ImageClassification(lightning.LightningModule):
         self.seed = seed
         self.bad_rows = BadRowCount(max_bad_fraction, expected_rows)
         self.mixing, self.label_smoothing, self.distillation = mixing, label_smoothing, distillation
-        self._correct = self._seen = 0
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        self._correct = self._seen = self._rows = 0
         self._kept = KeepCount()
+        self._bad: list[BadRow] = []
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
         """Returns ``loss``, the task's own ``task_loss``, ``trace``, ``budget`` (a BudgetLoss or None) and ``distillation`` (a
         DistillationLoss or None) for callbacks."""
         self._check_rows(batch)
+        return self.losses(batch)
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What a training step computes, without the count of bad rows."""
         trace, loss = self._trace(batch), None
         pixels, labels = self._prepared(batch)
         options = self._with(trace) | (self.distillation.student_options if self.distillation is not None else {})
@@ -79,7 +88,7 @@ class ImageClassification(lightning.LightningModule):
         total = task_loss if taught is None else taught.total
         if trace is not None and trace.routings:
             if self.budget is not None:
-                loss = self.budget.loss(trace, self.global_step)
+                loss = self.budget.loss(trace, self.global_step, collective.mean)
                 total = total + loss.total
             elif trace.auxiliary_loss is not None:
                 total = total + trace.auxiliary_loss
@@ -108,30 +117,61 @@ class ImageClassification(lightning.LightningModule):
         return {} if trace is None else {"trace": trace}
 
     def on_validation_epoch_start(self) -> None:
-        self._correct, self._seen, self._kept = 0, 0, KeepCount()
+        self._start_counting()
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
-        self._check_rows(batch)
+        return self._evaluate(batch, counted=batch_index < self.trainer.val_dataloaders.batch_sampler.counted)
+
+    def test_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
+        return self._evaluate(batch, counted=batch_index < self.trainer.test_dataloaders.batch_sampler.counted)
+
+    def _evaluate(self, batch: dict[str, Any], counted: bool) -> dict[str, Any]:
+        """A forward without gradient; batches that are only there so that every rank calls the same modules are not counted."""
+        if counted:
+            self._rows += batch["rows"]
+            self._bad += batch["bad"]
         if "labels" not in batch:
+            if collective.world_size() > 1:
+                # With parameters spread over ranks, the others wait for this one's part.
+                self.model(pixel_values=self._blank())
             return {"trace": None}
         compressed = hasattr(self.model.config, "compression")
         trace = Trace(seed=self.seed, sample_ids=batch["sample_ids"]) if compressed else None
         out = self.model(pixel_values=batch["pixel_values"], **self._with(trace))
-        self._correct += int((out.logits.argmax(-1) == batch["labels"]).sum())
-        self._seen += len(batch["labels"])
-        if trace is not None:
-            self._kept.add(trace)
+        if counted:
+            self._correct += int((out.logits.argmax(-1) == batch["labels"]).sum())
+            self._seen += len(batch["labels"])
+            if trace is not None:
+                self._kept.add(trace)
         return {"trace": trace, "logits": out.logits}
 
-    test_step = validation_step
+    def _blank(self) -> Tensor:
+        """One black image of the model's size."""
+        config = self.model.config
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        return torch.zeros(1, config.num_channels, size, size, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
+        self._sum_over_ranks()
         self.log("val/accuracy", self.accuracy, prog_bar=True)
 
     def on_test_epoch_end(self) -> None:
+        self._sum_over_ranks()
         self.log("test/accuracy", self.accuracy)
+
+    def _sum_over_ranks(self) -> None:
+        """Counts of all ranks on every rank, before anything is divided. Raises BadRows on all of them or on none."""
+        ranks = collective.gather((self._correct, self._seen, self._rows, self._bad, self._kept))
+        self._start_counting()
+        for correct, seen, rows, bad, kept in ranks:
+            self._correct += correct
+            self._seen += seen
+            self._rows += rows
+            self._bad += bad
+            self._kept.merge(kept)
+        self.bad_rows.add(self._rows, self._bad)
 
     @property
     def accuracy(self) -> float:
@@ -144,8 +184,12 @@ class ImageClassification(lightning.LightningModule):
         return self._kept.achieved
 
     def _check_rows(self, batch: dict[str, Any]) -> None:
-        self.bad_rows.add(batch["rows"], batch["bad"])
-        if self.training and "labels" not in batch:
+        """Counts the batches of all ranks; what stops one of them stops all, since they wait for each other."""
+        empty = "labels" not in batch
+        rows, bad, empties = collective.total([batch["rows"], len(batch["bad"]), empty])
+        named = [BadRow(*row) for found in collective.gather([tuple(row) for row in batch["bad"]]) for row in found] if bad else []
+        self.bad_rows.add(int(rows), named)
+        if empties:
             raise BadRows(f"every row of a training batch is bad: {self.bad_rows.summary()}")
 
     def configure_optimizers(self) -> Any:

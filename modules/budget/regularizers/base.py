@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +36,19 @@ class Regularizer:
 
     weight: float = 1.0
 
-    def __call__(self, routings: Sequence[Routing], target: float | None, cost: CostModel) -> Tensor:
+    def __call__(
+        self,
+        routings: Sequence[Routing],
+        target: float | None,
+        cost: CostModel,
+        over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Unweighted loss, a float32 scalar.
 
         Args:
             routings: of the stages whose scorer is trained, at least one.
             target: requested ``macs_ratio`` of this step; None when the budget is one of ``keep``.
             cost: of the model.
+            over_ranks: mean over processes; for what is no mean over rows, which averaging losses over ranks would get wrong.
         """
         raise NotImplementedError

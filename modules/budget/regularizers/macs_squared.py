@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,18 @@ class MacsSquared(Regularizer):
 
     weight: float = 10.0
 
-    def __call__(self, routings: Sequence[Routing], target: float | None, cost: CostModel) -> Tensor:
+    def __call__(
+        self,
+        routings: Sequence[Routing],
+        target: float | None,
+        cost: CostModel,
+        over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         requested = {routing.stage: routing.requested for routing in routings}
         if target is None:
             target = cost(requested).macs_ratio
-        soft = cost.soft_macs_ratio({routing.stage: soft_keep(routing).mean() for routing in routings})
+        keeps = {routing.stage: soft_keep(routing).mean() for routing in routings}
+        if over_ranks is not None:
+            keeps = {stage: over_ranks(keep) for stage, keep in keeps.items()}
+        soft = cost.soft_macs_ratio(keeps)
         return (soft - torch.as_tensor(target, dtype=soft.dtype, device=soft.device)).square()

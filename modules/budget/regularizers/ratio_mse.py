@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +22,18 @@ class RatioMSE(Regularizer):
 
     weight: float = 2.0
 
-    def __call__(self, routings: Sequence[Routing], target: float | None, cost: CostModel) -> Tensor:
-        return torch.stack([self._distance(routing) for routing in routings]).mean()
+    def __call__(
+        self,
+        routings: Sequence[Routing],
+        target: float | None,
+        cost: CostModel,
+        over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        return torch.stack([self._distance(routing, over_ranks) for routing in routings]).mean()
 
     @staticmethod
-    def _distance(routing: Routing) -> Tensor:
+    def _distance(routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
         kept = soft_keep(routing)
         if routing.adaptive:
-            kept = kept.mean()
+            kept = kept.mean() if over_ranks is None else over_ranks(kept.mean())
         return (kept - routing.requested).square().mean()

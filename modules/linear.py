@@ -1,0 +1,19 @@
+"""A linear layer that computes in float32 whatever surrounds it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Float32Linear(nn.Linear):
+    """``nn.Linear`` in float32, under autocast and in a model of bf16 weights too.
+
+    Scores are compared with each other, and bf16 cannot tell neighbours apart. It is a module, not a function of another module's
+    weight, because ZeRO-3 gathers parameters where the module that holds them is called.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return functional.linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())

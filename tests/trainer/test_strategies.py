@@ -1,0 +1,286 @@
+"""Strategies: two processes learn what one does, resume exactly, end together, and say before training what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from laconic.data.loader import EvalBatches
+from laconic.trainer.evaluate import evaluate, recipe_of
+from laconic.trainer.recipe_files import RecipeError, load
+from laconic.trainer.resume import MARKER, find_checkpoint
+from laconic.trainer.run import train_arm
+from laconic.trainer.strategies import check, deepspeed_config, processes_of, resolved
+from tests.trainer.two_ranks import SETTINGS, SHARED, STRATEGIES, TWO
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of everything that two processes under torchrun do, in one launch."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("two_ranks.py")), str(folder)],
+        capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on one process, at the same global batch."""
+    folder = tmp_path_factory.mktemp("one")
+    torch.set_num_threads(1)
+    plain = [*SHARED, "data.batch_size=16"]
+    for name in (None, "accumulate", "bf16_2", "learned_plain"):
+        settings = [item for item in SETTINGS.get(name or "", []) if not item.startswith("trainer.strategy")]
+        train_arm(load("vit_digits", [*plain, *settings]), "arm", folder / (name or "run"), Console(quiet=True))
+    return folder
+
+
+def _scalars(run: Path, tag: str = "train/loss") -> list[float]:
+    events = EventAccumulator(str(run / "tensorboard"), purge_orphaned_data=False)
+    events.Reload()
+    # By step: a resumed run has repeated some, and files written within one second are read in the order of their names.
+    values = {event.step: event.value for event in events.Scalars(tag)}
+    return [values[step] for step in sorted(values)]
+
+
+def _weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run / name / "model.safetensors")
+
+
+def _results(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_two_processes_learn_what_one_does_at_the_same_global_batch(name: str, two_ranks: Path, one_process: Path) -> None:
+    ours, expected = _scalars(two_ranks / name), _scalars(one_process / "run")
+    difference = max(abs(a - b) for a, b in zip(ours, expected, strict=True))
+    print(f"{name}: losses of {len(ours)} steps differ by at most {difference:.1e}")
+    assert difference < 1e-5
+    assert _scalars(two_ranks / name, "before_0/keep_achieved") == _scalars(one_process / "run", "before_0/keep_achieved")
+    torch.testing.assert_close(_weights(two_ranks / name, "unbroken"), _weights(one_process / "run"), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one_on_two_processes(name: str, two_ranks: Path) -> None:
+    assert [path.name for path in (two_ranks / name / "checkpoints").glob("*.ckpt")] == ["4.ckpt"]
+    unbroken, resumed = _weights(two_ranks / name, "unbroken"), _weights(two_ranks / name)
+    assert unbroken.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[key]) for key, value in unbroken.items())
+
+
+@pytest.mark.parametrize("name", ["plain", "deepspeed_3"])
+def test_dropout_of_every_rank_goes_on_where_it_was(name: str, two_ranks: Path) -> None:
+    unbroken, resumed = _weights(two_ranks / f"dropout_{name}", "unbroken"), _weights(two_ranks / f"dropout_{name}")
+    assert all(torch.equal(value, resumed[key]) for key, value in unbroken.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "tolerance"),
+    [
+        ("accumulate", "accumulate", 1e-5),
+        ("checkpointing_3", "run", 1e-5),
+        ("learned_plain", "learned_plain", 1e-5),
+        ("learned_3", "learned_plain", 1e-5),
+        # Sums in bf16 depend on how rows are split.
+        ("bf16_2", "bf16_2", 5e-3),
+        ("bf16_3", "bf16_2", 5e-3),
+    ],
+)
+def test_settings_mean_the_same_under_every_strategy(
+    name: str, reference: str, tolerance: float, two_ranks: Path, one_process: Path
+) -> None:
+    ours, expected = _scalars(two_ranks / name), _scalars(one_process / reference)
+    difference = max(abs(a - b) for a, b in zip(ours, expected, strict=True))
+    print(f"{name}: losses of {len(ours)} steps differ by at most {difference:.1e}")
+    assert difference < tolerance
+    assert {value.dtype for value in _weights(two_ranks / name).values()} == {torch.float32}
+    if name.startswith("learned"):
+        pulled = [_scalars(run, "budget/regularizer") for run in (two_ranks / name, one_process / reference)]
+        assert pulled[0] == pytest.approx(pulled[1], abs=1e-6)
+
+
+def test_gradients_are_as_large_under_deepspeed_with_accumulation(two_ranks: Path, one_process: Path) -> None:
+    # Adam hides a wrong scale from the losses; clipping and its epsilon do not hide it from the weights.
+    torch.testing.assert_close(_weights(two_ranks / "accumulate"), _weights(one_process / "accumulate"), rtol=0, atol=2e-4)
+
+
+def test_rows_are_counted_once_whatever_the_number_of_processes(two_ranks: Path, one_process: Path, console: Console) -> None:
+    results = _results(two_ranks)
+    for name in STRATEGIES:
+        target = str(two_ranks / name)
+        alone = evaluate(target, recipe_of(target, []), console)["variants"]["compressed"]
+        assert results[name]["quality"] == alone["accuracy"]  # type: ignore[index]
+        assert results[name]["keep"] == alone["keep"]  # type: ignore[index]
+
+
+def test_a_model_built_in_shards_has_the_weights_of_a_plain_one(two_ranks: Path) -> None:
+    assert _results(two_ranks)["same_first_weights"] is True
+
+
+@pytest.mark.parametrize("name", ["plain", "deepspeed_2", "deepspeed_3"])
+def test_all_ranks_stop_together_at_a_gradient_that_is_not_finite(name: str, two_ranks: Path) -> None:
+    messages = _results(two_ranks)[f"nan_{name}"]
+    assert isinstance(messages, list)
+    assert len(messages) == 2
+    assert all(message.startswith("the gradient is not finite at step 1:") for message in messages)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 8, 9, 17])
+def test_evaluation_splits_rows_without_duplicates_into_as_many_batches_on_each_rank(length: int, world_size: int) -> None:
+    ranks = [EvalBatches(length, 4, rank, world_size) for rank in range(world_size)]
+    batches = [list(batches) for batches in ranks]
+    assert {len(item) for item in batches} == {len(ranks[0])}
+    counted = [row for sampler, item in zip(ranks, batches, strict=True) for batch in item[: sampler.counted] for row in batch]
+    assert sorted(counted) == list(range(length))
+
+
+def test_another_number_of_processes_and_incomplete_folders_are_refused(two_ranks: Path, tmp_path: Path, console: Console) -> None:
+    run = two_ranks / "deepspeed_1"
+    alone = load("vit_digits", [*SHARED, *STRATEGIES["deepspeed_1"], "trainer.checkpoint_every=4"])
+    with pytest.raises(RecipeError, match=r"cannot resume .*: it was trained by 2 process\(es\), now there are 1; give trainer.devices"):
+        train_arm(alone, "arm", run, console, resume="auto")
+    folder = tmp_path / "checkpoints" / "2.ckpt"
+    (folder / "checkpoint").mkdir(parents=True)
+    assert find_checkpoint(tmp_path, "auto") is None
+    with pytest.raises(RecipeError, match=f"is no complete checkpoint, it has no {MARKER}"):
+        find_checkpoint(tmp_path, str(folder))
+    (folder / MARKER).write_text("{}")
+    assert find_checkpoint(tmp_path, "auto") == folder
+
+
+def test_the_command_starts_its_processes_stops_all_at_sigterm_and_resumes(tmp_path: Path, quick: list[str]) -> None:
+    overrides = [*quick, "baselines=[vit_digits_dense]", "trainer.max_steps=40", "trainer.strategy=deepspeed_2", "trainer.devices=2"]
+    command = [sys.executable, "-m", "laconic", "train", "vit_digits", *overrides]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "evidence  step 3/" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 143, rest
+    assert rest.count("--resume auto") == 1
+    stopped = tmp_path / "run" / "checkpoints" / "stopped.ckpt"
+    assert json.loads((stopped / MARKER).read_text())["world_size"] == 2
+    (tmp_path / "run" / "checkpoints" / "broken.ckpt").mkdir()
+    done = subprocess.run([*command, "--resume", "auto", "--json"], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "broken.ckpt: it is not complete" in done.stderr
+    assert done.stderr.count("step 40/40") == 1
+    assert "evidence  step 3/" not in done.stderr
+
+
+REFUSED = [
+    (["trainer.strategy=deepspeed_4"], r"trainer.strategy = 'deepspeed_4': input should be 'auto', 'plain', 'deepspeed_1'"),
+    (["trainer.devices=0"], r"trainer.devices.* greater than or equal to 1"),
+    (["trainer.offload=optimizer"], r"trainer.offload = 'optimizer' is DeepSpeed's: give trainer.strategy=deepspeed_2"),
+    (
+        ["trainer.strategy=deepspeed_2", "trainer.offload=all"],
+        r"trainer.offload = 'all' keeps parameters .*give trainer.strategy=deepspeed_3",
+    ),
+    (["trainer.deepspeed={}"], r"trainer.deepspeed is set but trainer.strategy is plain"),
+    (["trainer.strategy=deepspeed_3", "trainer.compile=true"], r"trainer.compile = true does not go with deepspeed_3"),
+    (["trainer.num_nodes=2"], r"trainer.num_nodes = 2: MASTER_ADDR, MASTER_PORT, NODE_RANK is not set"),
+    (["trainer.strategy=deepspeed_1", "trainer.deepspeed=none.json"], r"trainer.deepspeed = 'none.json' does not exist"),
+    *(
+        (["trainer.strategy=deepspeed_1", f"trainer.deepspeed={{{given}}}"], message)
+        for given, message in (
+            ("train_batch_size: 4", r"sets train_batch_size, which the recipe decides: give data.batch_size"),
+            ("train_micro_batch_size_per_gpu: 4", r"sets train_micro_batch_size_per_gpu, .*give data.batch_size"),
+            ("gradient_accumulation_steps: 4", r"sets gradient_accumulation_steps, .*give trainer.accumulate instead"),
+            ("gradient_clipping: 1", r"sets gradient_clipping, .*give trainer.clip instead"),
+            ("bf16: {enabled: true}", r"sets bf16, .*give trainer.precision instead"),
+            ("optimizer: {type: Adam}", r"sets optimizer, .*give the optimizer block instead"),
+            ("scheduler: {type: WarmupLR}", r"sets scheduler, .*give optimizer.schedule, optimizer.warmup"),
+            (
+                "zero_optimization: {stage: 3}",
+                r"sets zero_optimization.stage = 3, and trainer.strategy is deepspeed_1: leave the stage out",
+            ),
+            ("zero_optimization: {overlap_com: true}", r"zero_optimization.overlap_com is no key of DeepSpeed's"),
+            ("zero_optimization: {reduce_bucket_size: -1}", r"zero_optimization: .*reduce_bucket_size"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[" ".join(item) for item, _ in REFUSED])
+def test_what_does_not_go_together_is_named_with_its_cure(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check(load("vit_digits", overrides).recipe)
+
+
+def test_a_missing_compiler_is_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load("vit_digits", ["trainer.strategy=deepspeed_2"]).recipe
+    monkeypatch.setattr("laconic.trainer.strategies.torch.cuda.is_available", lambda: False)
+    check(recipe)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RecipeError, match=r"DeepSpeed compiles a part of itself on a CPU and no-such-compiler cannot be found: install"):
+        check(recipe)
+
+
+def test_more_devices_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("laconic.trainer.strategies.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("laconic.trainer.strategies.torch.cuda.device_count", lambda: 2)
+    with pytest.raises(RecipeError, match=r"trainer.devices = 4, and this machine has 2 CUDA devices"):
+        check(load("vit_digits", ["trainer.devices=4"]).recipe)
+    assert processes_of(load("vit_digits", ["trainer.devices=auto", "trainer.num_nodes=3"]).recipe.trainer) == 6
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+SLURM = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "train"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (TORCHRUN, r"torchrun started 4 processes, 2 on this machine, and the recipe asks for trainer.devices = 2 × trainer.num_nodes = 1"),
+        (SLURM, r"SLURM starts 4 processes on 2 nodes, .*give trainer.devices=2 trainer.num_nodes=2"),
+    ],
+    ids=["torchrun", "slurm"],
+)
+def test_torchrun_and_slurm_must_start_what_the_recipe_asks_for(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match=message):
+        check(load("vit_digits", ["trainer.devices=2"]).recipe)
+    fitting = load("vit_digits", ["trainer.devices=auto", "trainer.num_nodes=2"]).recipe
+    check(fitting)
+    assert resolved(fitting).trainer.strategy == "deepspeed_2"
+    assert processes_of(fitting.trainer) == 4
+
+
+def test_a_users_file_is_laid_over_laconics_own_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"wall_clock_breakdown": True, "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}))
+    recipe = resolved(load("vit_digits", [*TWO, f"trainer.deepspeed={path}", "trainer.offload=optimizer"]).recipe)
+    config = deepspeed_config(recipe.trainer, recipe.data.batch_size)
+    assert config["wall_clock_breakdown"] is True
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    path.write_text("{")
+    with pytest.raises(RecipeError, match="is not JSON"):
+        check(recipe)
