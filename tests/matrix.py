@@ -25,6 +25,8 @@ class Method:
         detached: the scorer sends no gradient into the backbone.
         positional: scores depend on where a token stands, so that moving padding changes them.
         same_kernel: training runs the same attention kernel as the dense model; a bias with gradient does not.
+        site: where its stages sit.
+        adaptive: rows keep as many tokens as they like.
     """
 
     name: str
@@ -32,13 +34,29 @@ class Method:
     detached: bool = True
     positional: bool = False
     same_kernel: bool = True
+    site: str = "before"
+    adaptive: bool = False
+
+    @property
+    def bypass(self) -> bool:
+        return self.site.startswith("around")
+
+    @property
+    def merges(self) -> bool:
+        return self.parts.get("merger", "drop") != "drop"
 
     def config(self, *keeps: float, layers: tuple[int, ...] = (1, 2)) -> CompressionConfig:
-        return CompressionConfig(StageConfig(layer=layer, keep=keep, **self.parts) for layer, keep in zip(layers, keeps, strict=False))
+        key = "capacity" if self.bypass else "keep"
+        return CompressionConfig(
+            StageConfig(layer=layer, site=self.site, **{key: keep}, **self.parts) for layer, keep in zip(layers, keeps, strict=False)
+        )
+
+
+_LEARNED = {"scorer": {"name": "learned", "detach": True}}
 
 
 METHODS = [
-    Method("learned", {"scorer": {"name": "learned", "detach": True}}),
+    Method("learned", _LEARNED),
     Method("learned_attached", {"scorer": "learned"}, detached=False),
     Method("learned_key_bias", {"scorer": {"name": "learned", "detach": True}, "estimator": "key_bias"}, same_kernel=False),
     Method("learned_fuse", {"scorer": {"name": "learned", "detach": True}, "merger": "fuse"}),
@@ -50,6 +68,14 @@ METHODS = [
     Method("random", {"scorer": "random"}, positional=True),
     Method("uniform_grid", {"scorer": "uniform_grid"}, positional=True),
     Method("patch_energy", {"scorer": "patch_energy"}, positional=True),
+    Method("tome", {"scorer": "bipartite", "merger": "bipartite"}, site="between"),
+    Method("bipartite_tokens", {"scorer": {"name": "bipartite", "metric": "tokens"}, "merger": "bipartite"}),
+    Method("squeeze", {**_LEARNED, "merger": {"name": "squeeze", "proportional": True}}),
+    Method("threshold", {**_LEARNED, "selector": "threshold"}, adaptive=True),
+    Method("gumbel", {**_LEARNED, "selector": "gumbel"}, site="between", adaptive=True),
+    Method("around", _LEARNED, site="around"),
+    Method("around_attention", _LEARNED, site="around_attention"),
+    Method("around_mlp", {"scorer": "evidence"}, site="around_mlp"),
 ]
 
 

@@ -55,7 +55,9 @@ class BipartiteScorer(Scorer):
         return Scored((-similarity).masked_fill(stays, torch.finfo(torch.float32).max), partner=partner)
 
     def macs(self, shape: BackboneShape, tokens: int) -> int:
-        return metric_macs(shape, tokens, self.metric) + (tokens // 2) ** 2 * metric_width(shape, self.metric)
+        routable = tokens - shape.prefix
+        pairs = (routable // 2) * (routable - routable // 2)
+        return metric_macs(shape, tokens, self.metric) + pairs * metric_width(shape, self.metric)
 
 
 def token_metric(inputs: SiteInput, metric: str) -> Tensor:
