@@ -120,6 +120,8 @@ def bench(
     device = next(dense.parameters()).device
     contestants: dict[str, tuple[str, nn.Module]] = {"dense": ("dense", dense)}
     for name, model in arms.items():
+        # A threshold that follows the scores finds its place at the first step; only then do the counts mean something.
+        _step(name, model, batch, loss)()
         counts = _counts(model, batch)
         contestants[name] = (name, model)
         for copy_name in (f"{name}/oracle", f"{name}/control"):
