@@ -33,27 +33,25 @@ class RowGroup:
     Attributes:
         rows: R of the group.
         tokens: M' of its longest row.
-        start, stop: where its tokens lie in the packed row.
-        slots: (stop - start,) int64, flat slot in (R·M') of each; None where all rows are equally long.
+        size: T' tokens of all its rows; the groups lie one after the other in the packed row.
+        slots: (T',) int64, flat slot in (R·M') of each; None where all rows are equally long.
         mask: (R, 1, 1, M') bool or what to add to the logits; None where there is nothing to hide or to add.
     """
 
     rows: int
     tokens: int
-    start: int
-    stop: int
+    size: int
     slots: Tensor | None
     mask: Tensor | None
 
-    def side_by_side(self, packed: Tensor) -> Tensor:
-        """(1, H, T, D) -> (R, H, M', D), zeros in place of filler."""
-        own = packed[0, :, self.start : self.stop].transpose(0, 1)
+    def side_by_side(self, own: Tensor) -> Tensor:
+        """(T', H, D) -> (R, H, M', D), zeros in place of filler."""
         if self.slots is not None:
             own = own.new_zeros(self.rows * self.tokens, *own.shape[1:]).index_copy(0, self.slots, own)
         return own.reshape(self.rows, self.tokens, *own.shape[1:]).transpose(1, 2)
 
     def end_to_end(self, output: Tensor) -> Tensor:
-        """(R, M', H, D) -> (stop - start, H, D)."""
+        """(R, M', H, D) -> (T', H, D)."""
         flat = output.flatten(0, 1)
         return flat if self.slots is None else flat.index_select(0, self.slots)
 
@@ -100,7 +98,7 @@ class Packing:
             elif not even:
                 ranks = torch.arange(longest, device=valid.device)
                 mask = (ranks < counts[first : first + number, None])[:, None, None]
-            groups.append(RowGroup(number, longest, start, stop, None if even else local, mask))
+            groups.append(RowGroup(number, longest, stop - start, None if even else local, mask))
             start = stop
         return Packing(rows, tokens, order[row] * tokens + slot, tuple(groups))
 
@@ -129,10 +127,12 @@ def packed_attention(
     """
     if not isinstance(attention_mask, Packing):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    outputs = []
-    for group in attention_mask.groups:
-        own = (group.side_by_side(packed) for packed in (query, key, value))
-        output, _ = sdpa_attention_forward(module, *own, group.mask, **kwargs)  # type: ignore[arg-type,call-arg]
+    groups, outputs = attention_mask.groups, []
+    # One split, whose backward is one cat: slices would each fill and add a gradient of the whole.
+    parts = [packed.squeeze(0).transpose(0, 1).split([group.size for group in groups]) for packed in (query, key, value)]  # type: ignore[no-untyped-call]
+    for group, *own_parts in zip(groups, *parts, strict=True):
+        own = (group.side_by_side(part) for part in own_parts)
+        output, _ = sdpa_attention_forward(module, *own, group.mask, **kwargs)  # type: ignore[call-arg]
         outputs.append(group.end_to_end(output))
     return torch.cat(outputs).unsqueeze(0), None
 
