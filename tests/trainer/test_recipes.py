@@ -76,6 +76,7 @@ MISTAKES = [
     (["compression.stages.0.keep=0.3"], r"budget.target has nothing to decide"),
     (["budget=null"], r"stages before_0 have no keep and there is no budget"),
     (["model.name=x"], r"give either model.name .* or model.config"),
+    (["task=image_clasification"], r"task 'image_clasification' does not exist: .*did you mean 'image_classification'"),
     (["seed"], r"override 'seed' must be key.path=value"),
 ]
 
