@@ -20,14 +20,14 @@ PICTURED = 8
 
 
 def kept_pixels(trace: Trace) -> Tensor:
-    """(B, height, width) bool: pixels whose token is left, by itself, after the last stage.
+    """(B, height, width) bool: pixels whose token is left, by itself, after the last stage, before a restore.
 
     Args:
         trace: of a forward with images.
     """
     assert trace.pixel_values is not None
     assert trace.grid is not None
-    state = trace.state
+    state = trace.shortest or trace.state
     assert state is not None
     # A token that was fused with others is gone as far as a picture can tell.
     alone = (state.source >= 0) & (state.size.gather(1, state.source.clamp(min=0)) == 1)
