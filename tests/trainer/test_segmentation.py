@@ -16,13 +16,17 @@ from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
 
 import laconic
+from laconic import Trace
+from laconic.data.images import collate
 from laconic.trainer.build import build
 from laconic.trainer.evaluate import evaluate, recipe_of
 from laconic.trainer.export.merged import export_merged
+from laconic.trainer.pictures import kept_pixels
 from laconic.trainer.recipe_files import load
 from laconic.trainer.run import train, train_arm
 from laconic.trainer.tasks.semantic_segmentation import MeanIoU
 from laconic.trainer.validate import validate
+from tests.trainer.conftest import QUICK
 
 DEEP = "model.config.num_hidden_layers=6"
 
@@ -50,10 +54,21 @@ def test_mean_iou_is_that_of_a_confusion_matrix_made_by_hand_and_of_all_ranks_to
     assert MeanIoU().value == 0.0
 
 
+def test_pictures_show_what_was_kept_before_the_restore() -> None:
+    parts = build(load("segment_digits", [*QUICK, DEEP]).recipe)
+    batch, trace = collate([parts.data.test[index] for index in range(3)]), Trace()
+    out = parts.model.eval()(pixel_values=batch["pixel_values"], trace=trace)
+    assert kept_pixels(trace).float().mean() == pytest.approx(trace.routings["before_1"].achieved)
+    answer, truth = parts.task.answer(out, parts.data), parts.task.truth(batch, parts.data)
+    assert answer is not None
+    assert truth is not None
+    assert answer.shape == truth.shape == (3, 32, 32, 3)
+    digits = [str(int(labels.min())) for labels in batch["labels"]]
+    assert parts.task.titles(batch, parts.data) == digits
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.trainer.conftest import QUICK
-
     folder = tmp_path_factory.mktemp("segmentation") / "run"
     overrides = [*QUICK, DEEP, f"output={folder}", "baselines=[segment_digits_bipartite]", "trainer.bench_rounds=2"]
     train(load("segment_digits", overrides), overrides, Console(stderr=True, width=160))
