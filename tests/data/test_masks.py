@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from laconic.data.hub import Source
 from laconic.data.images import BadRow, ImageTransform
-from laconic.data.masks import MaskRows
+from laconic.data.masks import MaskRows, hub_masks
 from laconic.data.scattered_digits import BACKGROUND, Canvas, ScatteredDigits, source_digits
 
 
@@ -44,6 +47,22 @@ def test_the_mask_is_cut_and_turned_with_its_image() -> None:
     halves = Image.fromarray(np.repeat([[3, 9]], [15, 15], axis=1).repeat(20, 0).astype(np.uint8))
     _, numbers = ImageTransform(16, 1, augmentation="resized_crop_flip").with_mask(halves, halves, np.random.default_rng(1))
     assert set(numbers.unique().tolist()) <= {3, 9}
+
+
+def test_an_imagefolder_with_a_file_name_for_each_mask_gives_pairs(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    folder.mkdir()
+    lines = []
+    for code in range(4):
+        Image.new("RGB", (10, 8), (code, code, code)).save(folder / f"{code}.png")
+        Image.new("L", (10, 8), code).save(folder / f"{code}_mask.png")
+        lines.append(json.dumps({"file_name": f"{code}.png", "mask_file_name": f"{code}_mask.png"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    transform = ImageTransform(8, 3, (0.0,) * 3, (1 / 255,) * 3)
+    data = hub_masks(Source("imagefolder", data_dir=str(tmp_path)), "train", None, None, 0.25, 4, 255, transform, 0)
+    assert (len(data.train), len(data.validation), data.has_test, data.classes) == (3, 1, False, ["0", "1", "2", "3"])  # type: ignore[arg-type]
+    for row in (*(data.train[index] for index in range(3)), data.validation[0]):
+        assert torch.equal(row["pixel_values"][0].round().long(), row["labels"])
 
 
 def test_bad_masks_are_counted_by_reason_and_ignored_pixels_are_marked() -> None:
