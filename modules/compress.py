@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .backbones import backbone_for
 from .backbones.base import Backbone
 from .config import CompressionConfig
+from .models.base import PatchSegmentation
 from .packing import ATTENTION, Packing
 from .restore import restore
 from .stage import Inner, Stage
@@ -104,6 +105,13 @@ def build_stages(model: PreTrainedModel, config: CompressionConfig, backbone: ty
     """Checks the config against the model and builds its stages, changing nothing."""
     backbone.check(model)
     config.check(len(backbone.layers(model)), backbone.sites)
+    short = [stage.key for stage in config.left_short()]
+    if isinstance(model, PatchSegmentation) and short:
+        after = len(backbone.layers(model))
+        raise ValueError(
+            f"compression.restore is needed: the head reads every patch, and after stages {', '.join(short)} tokens are missing; "
+            f"give compression.restore = {{layer: {after}, by: unmerge}}, which restores them after the last layer, or 'by: rejoin'"
+        )
     spec = backbone.token_spec(model.config)
     stages = [Stage(stage, spec, index, backbone) for index, stage in enumerate(config.stages)]
     implementation = model.config._attn_implementation

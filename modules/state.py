@@ -233,8 +233,9 @@ class Trace:
             None numbers the rows of the batch.
         noise: strength of the exploration noise on trained scores, 0 in evaluation.
         keep: requested keep by stage name, over the stages' own; for schedules.
-        labels: (B,) int64 or (B, classes) probabilities, for estimators that learn from them; a model that is called with
-            ``labels`` puts them here itself.
+        labels: for estimators that learn from them: (B,) int64 or (B, classes) probabilities of each row; (B, N, classes) of each
+            original token, zeros for a token that has none; or (B, height, width) int64 of each pixel. A model that is called
+            with ``labels`` puts them here itself.
         replay: decisions to repeat by stage name, those of an earlier trace; for tests and comparisons.
 
     What the forward leaves:
@@ -247,6 +248,7 @@ class Trace:
         layer_tokens: real tokens that each layer processed, by layer index.
         packed: how the rows lie in the one long row that layers see now; None while they lie side by side.
         left: hidden states (B, M, C) and TokenState before each shrinking stage, for a restore; empty without one.
+        shortest: TokenState just before a restore; None without one.
         pixel_values: (B, channels, height, width) the model's input, for scorers that look at it.
         grid: patches (down, across) of the input, None where there is no grid.
     """
@@ -265,6 +267,7 @@ class Trace:
     layer_tokens: dict[int, RowTokens] = field(default_factory=dict)
     packed: Packing | None = None
     left: list[tuple[Tensor, TokenState]] = field(default_factory=list)
+    shortest: TokenState | None = None
     pixel_values: Tensor | None = None
     grid: tuple[int, int] | None = None
 

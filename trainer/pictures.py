@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ..data.images import collate
 from ..modules.state import Trace
+
+if TYPE_CHECKING:
+    from .build import Parts
+
+PICTURED = 8
 
 
 def kept_pixels(trace: Trace) -> Tensor:
-    """(B, height, width) bool: pixels whose token is left, by itself, after the last stage.
+    """(B, height, width) bool: pixels whose token is left, by itself, after the last stage, before a restore.
 
     Args:
         trace: of a forward with images.
     """
     assert trace.pixel_values is not None
     assert trace.grid is not None
-    state = trace.state
+    state = trace.shortest or trace.state
     assert state is not None
     # A token that was fused with others is gone as far as a picture can tell.
     alone = (state.source >= 0) & (state.size.gather(1, state.source.clamp(min=0)) == 1)
@@ -63,3 +71,30 @@ def save_kept_tokens(path: Path, rows: Sequence[tuple[str, np.ndarray]], titles:
                 axis.set_title(titles[column], fontsize=9)
         line[0].set_ylabel(label, fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def draw_arms(arms: Mapping[str, Parts], path: Path) -> None:
+    """The same test images under every compressed arm, its answers below where they are pictures; no file without such an arm.
+
+    Args:
+        arms: by name, the recipe itself last.
+        path: of the file.
+    """
+    compressed = {name: parts for name, parts in arms.items() if name != "dense"}
+    if not compressed:
+        return
+    first = next(iter(arms.values()))
+    task, data = first.task, first.data
+    batch = collate([data.test[index] for index in range(PICTURED)])
+    rows = []
+    # The recipe itself on top, its control arms below.
+    for name, parts in reversed(compressed.items()):
+        trace = Trace(seed=parts.recipe.seed, sample_ids=batch["sample_ids"])
+        with torch.no_grad():
+            out = parts.model.eval()(**task.evaluation_inputs(batch), trace=trace)
+        rows.append((name, overlays(trace, len(batch["sample_ids"]))))
+        answer = task.answer(out, data)
+        if answer is not None:
+            rows.append(("", answer))
+    truth = task.truth(batch, data)
+    save_kept_tokens(path, rows if truth is None else [*rows, ("right", truth)], task.titles(batch, data))

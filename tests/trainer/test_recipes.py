@@ -18,7 +18,9 @@ from tests.data.folders import image_folder
 def _overrides(name: str, tmp_path: Path, quick: list[str]) -> list[str]:
     """What makes a shipped recipe small enough to run here, where no hub can be reached."""
     if not name.startswith("vit_image_folder"):
-        return [*quick, "baselines=[]"]
+        # Restores are after a layer that a shallower model does not have.
+        deep = ["model.config.num_hidden_layers=6"] if name.startswith("segment") else []
+        return [*quick, *deep, "baselines=[]"]
     config = ViTConfig(hidden_size=16, num_hidden_layers=10, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4)
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     return [
@@ -76,6 +78,7 @@ MISTAKES = [
     (["compression.stages.0.keep=0.3"], r"budget.target has nothing to decide"),
     (["budget=null"], r"stages before_0 have no keep and there is no budget"),
     (["model.name=x"], r"give either model.name .* or model.config"),
+    (["task=image_clasification"], r"task 'image_clasification' does not exist: .*did you mean 'image_classification'"),
     (["seed"], r"override 'seed' must be key.path=value"),
 ]
 
