@@ -37,7 +37,7 @@ class Evaluated:
     Attributes:
         quality: the task's metric on the held-out split.
         keep: achieved keep by stage.
-        macs_ratio: of the forward.
+        macs_ratio: mean over the rows.
         latency: median seconds of a forward of one whole batch; None where there was none.
     """
 
@@ -109,6 +109,8 @@ def _with_scorer(model: PreTrainedModel, scorer: str) -> PreTrainedModel:
             scorer=PartConfig(scorer),
             estimator=None,
             merger="drop" if stage.part("merger").name == "bipartite" else stage.merger,
+            # A control has no probabilities and no threshold of its own: it keeps the same share of every row.
+            selector="top_k",
         )
         for stage in config.stages
     ]
@@ -118,7 +120,7 @@ def _with_scorer(model: PreTrainedModel, scorer: str) -> PreTrainedModel:
 @torch.no_grad()
 def _evaluate(model: PreTrainedModel, loader: DataLoader[Any], recipe: Recipe, task: type[Task], device: torch.device) -> Evaluated:
     bad, quality, kept, seconds = BadRowCount(recipe.data.max_bad_fraction), task.quality(), KeepCount(), []
-    compressed = bool(stages_of(model))
+    compressed, cost = bool(stages_of(model)), CostModel(model)
     for batch in loader:
         bad.add(batch["rows"], batch["bad"])
         if "pixel_values" not in batch:
@@ -132,11 +134,12 @@ def _evaluate(model: PreTrainedModel, loader: DataLoader[Any], recipe: Recipe, t
         if len(batch["sample_ids"]) == loader.batch_size:
             seconds.append(time.perf_counter() - start)
         quality.add(out, batch)
-        kept.add(trace)
+        if compressed:
+            kept.add(trace, cost.achieved(trace))
     return Evaluated(
         quality=quality.value,
         keep=kept.achieved,
-        macs_ratio=CostModel(model)().macs_ratio,
+        macs_ratio=kept.macs_ratio,
         latency=statistics.median(seconds) if seconds else None,
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer
 
 from ..modules.budget.budget import Budget
+from ..modules.cost import CostModel
 from ..modules.state import KeepCount, Trace
 
 
@@ -33,6 +34,7 @@ class BudgetMixin:
         host: Any = self
         if not hasattr(getattr(host.model, "config", None), "compression"):
             raise ValueError("the model is not compressed: call laconic.compress(model, budget.compression) before making the Trainer")
+        self._cost = CostModel(host.model)
         if host.args.n_gpu > 1:
             raise ValueError(
                 f"{host.args.n_gpu} GPUs in one process would share a trace: start one process a GPU (torchrun --nproc-per-node), "
@@ -57,7 +59,7 @@ class BudgetMixin:
         loss, outputs = parent.compute_loss(
             model, {**inputs, "trace": trace}, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
         )
-        (self._kept if training else self._kept_in_evaluation).add(trace)
+        (self._kept if training else self._kept_in_evaluation).add(trace, self._cost.achieved(trace))
         if training:
             added = self.budget.loss(trace, step).total if self.budget is not None else trace.auxiliary_loss
             if added is not None:
@@ -79,7 +81,9 @@ class BudgetMixin:
         kept = self._kept if evaluated is None else self._kept_in_evaluation
         # In place: the metrics that ``evaluate`` returns are these logs.
         logs.update({f"{evaluated or ''}keep/{name}": value for name, value in kept.achieved.items()})
-        kept.totals.clear()
+        if kept.rows:
+            logs[f"{evaluated or ''}macs_ratio"] = kept.macs_ratio
+        kept.clear()
         parent: Any = super()
         parent.log(logs, *args, **kwargs)
 

@@ -27,7 +27,7 @@ class Arm:
         quality: on the split that the run reports on.
         details: what the task says beside it.
         keep: ``requested`` and ``achieved`` by stage.
-        macs_ratio: from the token counts of the trained model.
+        macs_ratio: mean over the held-out rows, from the token counts of each.
         mean_token_fraction: likewise.
         train_seconds: spent in training steps.
         step_seconds: median of the paired measurement; None without one.

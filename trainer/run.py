@@ -237,7 +237,7 @@ def _arm(recipe: str, parts: Parts, module: TaskModule, seconds: float) -> Arm:
         quality=module.quality.value,
         details=module.quality.details(parts.data),
         keep={"requested": dict(cost.keep), "achieved": module.achieved_keep},
-        macs_ratio=cost.macs_ratio,
+        macs_ratio=module.achieved_macs_ratio,
         mean_token_fraction=cost.mean_token_fraction,
         train_seconds=seconds,
     )

@@ -35,6 +35,7 @@ class TaskModule(lightning.LightningModule):
         self.optimizer_recipe: OptimizerRecipe = recipe.optimizer
         self.total_steps = parts.total_steps
         self.budget: Budget | None = parts.budget
+        self.cost = parts.cost
         self.seed = recipe.seed
         self.bad_rows = BadRowCount(recipe.data.max_bad_fraction, len(rows))  # type: ignore[arg-type]
         self._start_counting()
@@ -114,7 +115,7 @@ class TaskModule(lightning.LightningModule):
         if counted:
             self.quality.add(out, batch)
             if trace is not None:
-                self._kept.add(trace)
+                self._kept.add(trace, self.cost.achieved(trace))
         return {"trace": trace, "logits": out.logits}
 
     def on_validation_epoch_end(self) -> None:
@@ -140,6 +141,11 @@ class TaskModule(lightning.LightningModule):
     def achieved_keep(self) -> dict[str, float]:
         """Hard keep by stage over the last validation or test, summed before dividing."""
         return self._kept.achieved
+
+    @property
+    def achieved_macs_ratio(self) -> float:
+        """Mean ``macs_ratio`` of the rows of the last validation or test, each with its own token counts."""
+        return self._kept.macs_ratio
 
     def _check_rows(self, batch: dict[str, Any]) -> None:
         """Counts the batches of all ranks; what stops one of them stops all, since they wait for each other."""

@@ -138,9 +138,10 @@ def test_achieved_keep_is_summed_before_dividing() -> None:
     mask = torch.ones(1, 37, dtype=torch.long)
     mask[:, -30:] = 0
     long, short = traced(model, images(3))[1], traced(model, images(1), attention_mask=mask)[1]
-    count = KeepCount()
-    count.add(long)
-    count.add(short)
+    count, cost = KeepCount(), CostModel(model)
+    count.add(long, cost.achieved(long))
+    count.add(short, cost.achieved(short))
+    assert count.macs_ratio == pytest.approx((3 * cost.achieved(long) + cost.achieved(short)) / 4)
     assert count.achieved["before_1"] == pytest.approx((3 * 18 + 3) / (3 * 36 + 6))
 
 
