@@ -31,6 +31,7 @@ def restore(hidden_states: Tensor, trace: Trace, by: str) -> Tensor:
             alive = (state.source >= 0).unsqueeze(-1)
             slots = state.source.clamp(min=0).unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
             hidden_states = torch.where(alive, hidden_states.gather(1, slots), full)
+        trace.shortest = state
         trace.state = TokenState.initial(first.rows, first.tokens, first.protected_per_row, first.valid, hidden_states.device)
         trace.left = []
     return hidden_states

@@ -245,10 +245,13 @@ class Trace:
         state: the current TokenState, None before the first layer.
         original: routable tokens before the first stage, one int for every row or int64 (B,).
         layer_tokens: real tokens that each layer processed, by layer index.
+        shortest: the state just before a restore gave the sequence its length back; None without one.
         packed: how the rows lie in the one long row that layers see now; None while they lie side by side.
         left: hidden states (B, M, C) and TokenState before each shrinking stage, for a restore; empty without one.
         pixel_values: (B, channels, height, width) the model's input, for scorers that look at it.
         grid: patches (down, across) of the input, None where there is no grid.
+        places: (B, N) int64 place in the input that each original token comes from, counted like positions, protected tokens in
+            front; None where it is the position itself. A model that shuffles its patches has others.
     """
 
     step: int | Tensor = 0
@@ -263,10 +266,16 @@ class Trace:
     state: TokenState | None = None
     original: int | Tensor = 0
     layer_tokens: dict[int, RowTokens] = field(default_factory=dict)
+    shortest: TokenState | None = None
     packed: Packing | None = None
     left: list[tuple[Tensor, TokenState]] = field(default_factory=list)
     pixel_values: Tensor | None = None
     grid: tuple[int, int] | None = None
+    places: Tensor | None = None
+
+    def places_of(self, state: TokenState) -> Tensor:
+        """(B, M) int64 place in the input of each token, counted like positions."""
+        return state.position if self.places is None else self.places.gather(1, state.position)
 
     @property
     def auxiliary_loss(self) -> Tensor | None:

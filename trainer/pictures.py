@@ -12,18 +12,23 @@ from ..modules.state import Trace
 
 
 def kept_pixels(trace: Trace) -> Tensor:
-    """(B, height, width) bool: pixels whose token is left, by itself, after the last stage.
+    """(B, height, width) bool: pixels whose token is left, by itself, after the last stage and before a restore.
 
     Args:
         trace: of a forward with images.
     """
     assert trace.pixel_values is not None
     assert trace.grid is not None
-    state = trace.state
+    state = trace.shortest or trace.state
     assert state is not None
     # A token that was fused with others is gone as far as a picture can tell.
     alone = (state.source >= 0) & (state.size.gather(1, state.source.clamp(min=0)) == 1)
-    patches = alone[:, state.protected_per_row :].view(-1, *trace.grid)
+    patches = alone[:, state.protected_per_row :]
+    if trace.places is not None:
+        # Patches that the model masked by itself are gone like those that a stage dropped.
+        places = trace.places[:, state.protected_per_row :] - state.protected_per_row
+        patches = patches.new_zeros(len(patches), trace.grid[0] * trace.grid[1]).scatter(1, places, patches)
+    patches = patches.view(-1, *trace.grid)
     down, across = (side // cells for side, cells in zip(trace.pixel_values.shape[-2:], trace.grid, strict=True))
     return patches.repeat_interleave(down, 1).repeat_interleave(across, 2)
 
