@@ -79,7 +79,7 @@ def load_encoder(model: PreTrainedModel, name: str | Path, revision: str | None 
         told = ", ".join(f"{key} {getattr(config, key)} there and {getattr(model.config, key)} here" for key in differing)
         raise ValueError(f"the encoder of {name} does not fit: {told}")
     loaded: Any = ViTMAEModel.from_pretrained(
-        encoder_source(name), revision=revision, config=config, dtype=torch.float32, output_loading_info=True
+        encoder_source(name), revision=revision or "main", config=config, dtype=torch.float32, output_loading_info=True
     )
     encoder, report = loaded
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
