@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel, ViTConfig, ViTMAEModel
 from .compress import stages_of
 
 # What both configs have, under one name and with one meaning.
-_SHARED = (
+ENCODER_SETTINGS = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -55,7 +55,7 @@ def encoder_config(name: str | Path, revision: str | None = None) -> ViTConfig:
         ValueError: there is no model, or it is no ViT-MAE.
     """
     config = _mae_config(name, revision)
-    return ViTConfig(**{key: getattr(config, key) for key in _SHARED})
+    return ViTConfig(**{key: getattr(config, key) for key in ENCODER_SETTINGS})
 
 
 def load_encoder(model: PreTrainedModel, name: str | Path, revision: str | None = None) -> None:
@@ -74,7 +74,7 @@ def load_encoder(model: PreTrainedModel, name: str | Path, revision: str | None 
         RuntimeError: a weight is missing in it, or did not arrive.
     """
     config = _mae_config(name, revision)
-    differing = [key for key in _SHARED if key not in _FREE and getattr(config, key) != getattr(model.config, key)]
+    differing = [key for key in ENCODER_SETTINGS if key not in _FREE and getattr(config, key) != getattr(model.config, key)]
     if differing:
         told = ", ".join(f"{key} {getattr(config, key)} there and {getattr(model.config, key)} here" for key in differing)
         raise ValueError(f"the encoder of {name} does not fit: {told}")

@@ -75,7 +75,7 @@ MISTAKES = [
     (["compression.stages.3.keep=0.3"], r"compression.stages is a list of 1, '3' is no index of it"),
     (["compression.stages.0.keep=0.3"], r"budget.target has nothing to decide"),
     (["budget=null"], r"stages before_0 have no keep and there is no budget"),
-    (["model.name=x"], r"give either model.name .* or model.config"),
+    (["model.name=x"], r"give one of model.name .*, model.config .* or model.encoder_of"),
     (["seed"], r"override 'seed' must be key.path=value"),
 ]
 
