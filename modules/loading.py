@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .compress import PREFIX, compressed_class
 
@@ -37,12 +37,7 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise ValueError(
             f"{folder} is a dense {config.model_type} model: config.json has no 'compression'. Load it with transformers and call laconic.compress"
         )
-    names = config.architectures or []
-    base = getattr(transformers, names[0].removeprefix(PREFIX), None) if names else None
-    if base is None:
-        raise ValueError(
-            f"{folder}: config.json names the architecture {names}, which transformers {transformers.__version__} does not have"
-        )
+    base: Any = _class_of(config, str(folder))
     model, report = compressed_class(base).from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
     wrong = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}
     if wrong:
@@ -52,3 +47,22 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
         # A mapped file lies at any address, and matrix products round by address: fresh memory answers bit for bit.
         parameter.data = parameter.data.clone()
     return model
+
+
+def saved_class(folder: str | Path) -> type[PreTrainedModel]:
+    """The class that a folder's weights were saved from, of transformers; of a compressed model its original.
+
+    Raises:
+        ValueError: its class is unknown.
+    """
+    return _class_of(AutoConfig.from_pretrained(folder), str(folder))
+
+
+def _class_of(config: PretrainedConfig, folder: str) -> type[PreTrainedModel]:
+    names = config.architectures or []
+    found: type[PreTrainedModel] | None = getattr(transformers, names[0].removeprefix(PREFIX), None) if names else None
+    if found is None:
+        raise ValueError(
+            f"{folder}: config.json names the architecture {names}, which transformers {transformers.__version__} does not have"
+        )
+    return found

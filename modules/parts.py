@@ -15,6 +15,16 @@ def names(package: str) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(path) if module.name != "base")
 
 
+def check_name(package: str, name: str) -> None:
+    """Raises ValueError, with what there is, where a package has no part of that name; no part is imported."""
+    kind = package.rsplit(".", 1)[-1]
+    allowed = names(package)
+    if name not in allowed:
+        near = difflib.get_close_matches(name, allowed, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{kind[:-1]} {name!r} does not exist: the {kind} are {', '.join(allowed)}{hint}")
+
+
 def find(package: str, name: str, base: type[Any]) -> type[Any]:
     """The class that a part's file defines.
 
@@ -26,12 +36,7 @@ def find(package: str, name: str, base: type[Any]) -> type[Any]:
     Raises:
         ValueError: no file of that name; the message lists what there is.
     """
-    kind = package.rsplit(".", 1)[-1]
-    allowed = names(package)
-    if name not in allowed:
-        near = difflib.get_close_matches(name, allowed, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{kind[:-1]} {name!r} does not exist: the {kind} are {', '.join(allowed)}{hint}")
+    check_name(package, name)
     module = importlib.import_module(f"{package}.{name}")
     defined = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, base)]
     return next(item for item in defined if item.__module__ == module.__name__)

@@ -9,29 +9,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning
-import torch
-from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..data.hub import Source
 from ..data.images import ImageTransform
-from ..data.module import ImageData, ImageDataModule, hub_images, scattered_digits
-from ..modules.backbones import backbone_for, backbones
+from ..data.module import ImageData, ImageDataModule
+from ..modules.backbones import backbones
 from ..modules.backbones.vision import VisionBackbone
 from ..modules.budget.budget import Budget
 from ..modules.compress import checkpoint_activations, compress
 from ..modules.cost import CostModel
+from ..modules.encoder import encoder_config, encoder_source, load_encoder, load_routers
 from . import collective
 from .model_settings import check_settings, with_settings
-from .recipe import ModelRecipe, Recipe
+from .recipe import DataRecipe, ModelRecipe, Recipe
 from .sharded import fill, shell
 from .strategies import processes_of
-
-_CLASSIFIER_FOR = {
-    "siglip_vision_model": "the whole SigLIP model (model_type siglip), whose classifier keeps the vision tower alone",
-    "clip_vision_model": "the whole CLIP model (model_type clip), whose classifier keeps the vision tower alone",
-    "vit_mae": "the encoder saved as a ViT (model_type vit), whose parameters have the same names",
-}
+from .tasks.base import Task, task_named
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,11 @@ class Parts:
     budget: Budget | None
     total_steps: int
 
+    @property
+    def task(self) -> type[Task]:
+        """What is learned."""
+        return task_named(self.recipe.task)
+
     def data_module(self) -> ImageDataModule:
         """Loaders for this run."""
         data, trainer = self.recipe.data, self.recipe.trainer
@@ -72,25 +72,27 @@ def build(recipe: Recipe, data: ImageData | None = None, shards: Mapping[str, An
     Raises:
         ValueError: something that only shows against the real model or data: a layer that is not there, a missing column …
     """
-    config = model_config(recipe.model)
+    task = task_named(recipe.task)
+    task.check(recipe)
+    config = model_config(recipe.model, task)
     data = data if data is not None else open_data(recipe, config)
     lightning.seed_everything(recipe.seed, verbose=False)
     steps = total_steps(recipe, data)
     if shards is None:
-        model, budget = _assemble(recipe, build_model(recipe.model, config, data), steps)
+        model, budget = _assemble(recipe, build_model(recipe.model, config, data, task), steps)
     else:
         # Its own copy of the configuration: compress writes into it.
         whole = copy.deepcopy(config)
-        source = _assemble(recipe, build_model(recipe.model, whole, data), steps)[0] if collective.rank() == 0 else None
+        source = _assemble(recipe, build_model(recipe.model, whole, data, task), steps)[0] if collective.rank() == 0 else None
         with shell(shards):
             bare = recipe.model.model_copy(update={"name": None, "config": {}})
-            model, budget = _assemble(recipe, build_model(bare, config, data), steps)
+            model, budget = _assemble(recipe, build_model(bare, config, data, task), steps, filled=False)
         fill(model, source)
     return Parts(recipe, data, model, CostModel(model), budget, steps)
 
 
-def _assemble(recipe: Recipe, model: PreTrainedModel, steps: int) -> tuple[PreTrainedModel, Budget | None]:
-    """The dense model with what the recipe does to it."""
+def _assemble(recipe: Recipe, model: PreTrainedModel, steps: int, filled: bool = True) -> tuple[PreTrainedModel, Budget | None]:
+    """The dense model with what the recipe does to it; one that is not ``filled`` gets its values later."""
     budget = None
     if recipe.compression is not None:
         # Draws of the stages' weights come after the backbone's, so a dense arm starts from the same backbone.
@@ -99,41 +101,59 @@ def _assemble(recipe: Recipe, model: PreTrainedModel, steps: int) -> tuple[PreTr
             budget = Budget(recipe.budget, model, compression, steps, recipe.seed)
             compression = budget.compression
         model = compress(model, compression)
+        if recipe.model.encoder_routers and filled:
+            assert recipe.model.encoder_of is not None
+            load_routers(model, recipe.model.encoder_of, recipe.model.revision)
     if recipe.trainer.gradient_checkpointing:
         checkpoint_activations(model)
     return model, budget
 
 
-def model_config(recipe: ModelRecipe) -> PretrainedConfig:
-    """The backbone's configuration, without its weights. Raises ValueError where it cannot be had or no adapter serves it."""
+def model_config(recipe: ModelRecipe, task: type[Task]) -> PretrainedConfig:
+    """The configuration of the task's model, without its weights. Raises ValueError where it cannot be had or no adapter serves it."""
     if recipe.config is not None:
         settings = {**recipe.config, **recipe.settings}
         model_type = settings.pop("model_type")
-        backbone_for(model_type, _class_name(model_type))
+        architecture = task.model_class(model_type).__name__
         check_settings(model_type, {key: value for key, value in recipe.config.items() if key != "model_type"}, "model.config")
         check_settings(model_type, recipe.settings, "model.settings")
         try:
             # Where a family has several heads, transformers chooses by the architecture.
-            return AutoConfig.for_model(model_type, **{"architectures": [_class_name(model_type)], **settings})
+            return AutoConfig.for_model(model_type, **{"architectures": [architecture], **settings})
         except Exception as error:
             # transformers checks its configs with errors of several kinds; each is the user's setting here.
             raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
+    if recipe.encoder_of is not None:
+        return _of_task(_encoder_config(recipe), recipe, task)
     try:
         config = AutoConfig.from_pretrained(recipe.name, revision=recipe.revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.name = {recipe.name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     if getattr(config, "compression", None) is not None:
         raise ValueError(f"model.name = {recipe.name!r} is compressed already: start from the dense model")
-    backbone_for(config.model_type, _class_name(config.model_type))
-    config = with_settings(config, recipe.settings)
-    # The plain classifier, also where the checkpoint has another head (distilled DeiT's second one takes no labels).
-    config.architectures = [_class_name(config.model_type)]
+    return _of_task(config, recipe, task)
+
+
+def _encoder_config(recipe: ModelRecipe) -> PretrainedConfig:
+    assert recipe.encoder_of is not None
+    try:
+        return encoder_config(recipe.encoder_of, recipe.revision)
+    except ValueError as error:
+        raise ValueError(f"model.encoder_of = {recipe.encoder_of!r}: {error}") from None
+
+
+def _of_task(config: PretrainedConfig, recipe: ModelRecipe, task: type[Task]) -> PretrainedConfig:
+    """The config of weights that are loaded, with the recipe's settings and the task's head."""
+    model_class = task.model_class(config.model_type)
+    config = with_settings(config, recipe.settings, model_class)
+    # The task's plain head, also where the checkpoint has another (distilled DeiT's second one takes no labels).
+    config.architectures = [model_class.__name__]
     return config
 
 
 def image_input(config: Any) -> tuple[int, int]:
     """Side in pixels and channels of the images that a model takes. Raises ValueError where its images are not square."""
-    backbone = backbone_for(config.model_type, _class_name(config.model_type))
+    backbone = backbones()[config.model_type]
     assert issubclass(backbone, VisionBackbone)
     height, width, channels = backbone.image_input(config)
     if height != width:
@@ -141,42 +161,25 @@ def image_input(config: Any) -> tuple[int, int]:
     return height, channels
 
 
-def _class_name(model_type: str) -> str:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-
-    if model_type in backbones() and model_type not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
-        raise ValueError(
-            f"{model_type} has no image classification head in transformers: take weights of "
-            f"{_CLASSIFIER_FOR.get(model_type, 'a family that has one, such as vit or dinov2')}"
-        )
-    name = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(model_type, model_type)
-    # DeiT's mapping lists several heads; the plain one comes first.
-    return name if isinstance(name, str) else name[0]
-
-
-def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: ImageData) -> PreTrainedModel:
+def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: ImageData, task: type[Task]) -> PreTrainedModel:
     """The dense model with a head for the data's classes."""
     names = dict(enumerate(data.classes))
     config.id2label, config.label2id = names, {name: code for code, name in names.items()}
-    if recipe.config is not None:
-        return AutoModelForImageClassification.from_config(config, attn_implementation=recipe.attention)
-    return AutoModelForImageClassification.from_pretrained(
-        recipe.name,
-        revision=recipe.revision,
-        config=config,
-        attn_implementation=recipe.attention,
-        ignore_mismatched_sizes=True,
-        # Whatever the checkpoint was saved in: trainer.precision decides what is computed in bf16.
-        dtype=torch.float32,
-    )
+    if recipe.config is None and recipe.encoder_of is None:
+        return task.loaded_model(recipe, config)
+    model = task.fresh_model(config, recipe.attention)
+    if recipe.config is None and recipe.encoder_of is not None:
+        load_encoder(model, recipe.encoder_of, recipe.revision)
+    return model
 
 
 def with_normalisation(recipe: Recipe) -> Recipe:
     """The recipe with ``data.mean`` and ``data.std`` filled in: its own, else those of the model's image processor, else 0.5."""
     found: dict[str, Any] = {}
-    if recipe.model.name is not None and (recipe.data.mean is None or recipe.data.std is None):
+    weights = recipe.model.name or (recipe.model.encoder_of and encoder_source(recipe.model.encoder_of))
+    if weights is not None and (recipe.data.mean is None or recipe.data.std is None):
         try:
-            found, _ = ImageProcessingMixin.get_image_processor_dict(recipe.model.name, revision=recipe.model.revision)
+            found, _ = ImageProcessingMixin.get_image_processor_dict(weights, revision=recipe.model.revision)
         except OSError:
             # Weights without a processor, as a model that was trained here from scratch has.
             found = {}
@@ -188,7 +191,7 @@ def with_normalisation(recipe: Recipe) -> Recipe:
 
 def open_data(whole: Recipe, config: Any) -> ImageData:
     """The splits that a recipe names, as the model of ``config`` takes them."""
-    recipe, seed = with_normalisation(whole).data, whole.seed
+    recipe, seed, task = with_normalisation(whole).data, whole.seed, task_named(whole.task)
     assert recipe.mean is not None
     assert recipe.std is not None
     size, channels = image_input(config)
@@ -203,7 +206,7 @@ def open_data(whole: Recipe, config: Any) -> ImageData:
                     f"data.{key} is for images that are decoded, and data.name = 'scattered_digits' draws its own: leave it out; "
                     "data.mixing and data.label_smoothing work on any data"
                 )
-        return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed)
+        return task.embedded_data(recipe, seed)
     if recipe.name == "imagefolder" and recipe.data_dir is None and recipe.data_files is None:
         raise ValueError("data.name = 'imagefolder' needs data.data_dir: the folder with one sub-folder of images a class")
     transform = ImageTransform(
@@ -215,19 +218,12 @@ def open_data(whole: Recipe, config: Any) -> ImageData:
         recipe.random_augment,
         recipe.erase,
     )
-    source = Source(
-        recipe.name, recipe.data_dir, recipe.data_files, recipe.config, recipe.revision, recipe.image_column, recipe.label_column
-    )
-    return hub_images(
-        source,
-        recipe.train_split,
-        recipe.validation_split,
-        recipe.test_split,
-        recipe.validation_fraction,
-        recipe.num_labels,
-        transform,
-        seed,
-    )
+    return task.hub_data(recipe, transform, seed)
+
+
+def source_of(recipe: DataRecipe) -> Source:
+    """Where a recipe's images come from."""
+    return Source(recipe.name, recipe.data_dir, recipe.data_files, recipe.config, recipe.revision, recipe.image_column, recipe.label_column)
 
 
 def _per_channel(values: list[float], channels: int) -> tuple[float, ...]:

@@ -13,17 +13,19 @@ from ..modules.budget.budget import Budget
 from ..modules.cost import CostModel
 from .build import build, build_model, model_config, open_data, total_steps
 from .evaluate import load_model
+from .measure import bench_models
 from .recipe_files import LoadedRecipe, RecipeError, load
-from .run import bench_models
+from .tasks.base import task_named
 
 
 def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     """Cost of the model that a recipe describes; no weights are made."""
     recipe = load(name, overrides).recipe
-    config = model_config(recipe.model)
+    task = task_named(recipe.task)
+    config = model_config(recipe.model, task)
     data = open_data(recipe, config)
     with torch.device("meta"):
-        model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data)
+        model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:
             compression = Budget(recipe.budget, model, compression, total_steps(recipe, data), recipe.seed).compression

@@ -12,18 +12,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..data.images import BadRowCount, collate
 from ..modules.compress import compress, decompress, stages_of
 from ..modules.config import CompressionConfig, stage_from_dict
 from ..modules.cost import CostModel
-from ..modules.loading import from_pretrained
+from ..modules.loading import from_pretrained, saved_class
 from ..modules.state import KeepCount, Trace
 from .build import model_config, open_data
 from .recipe import Recipe
 from .recipe_files import RecipeError, check
+from .tasks.base import Task, task_named
 
 CONTROLS = ("random", "uniform_grid", "patch_energy")
 
@@ -33,13 +35,13 @@ class Evaluated:
     """One way to run the weights.
 
     Attributes:
-        accuracy: on the held-out split.
+        quality: the task's metric on the held-out split.
         keep: achieved keep by stage.
         macs_ratio: of the forward.
         latency: median seconds of a forward of one whole batch; None where there was none.
     """
 
-    accuracy: float
+    quality: float
     keep: Mapping[str, float]
     macs_ratio: float
     latency: float | None
@@ -65,7 +67,7 @@ def load_model(folder: Path) -> PreTrainedModel:
 
     if "compression" in json.loads((folder / "config.json").read_text()):
         return from_pretrained(folder)
-    return AutoModelForImageClassification.from_pretrained(folder).eval()
+    return saved_class(folder).from_pretrained(folder).eval()
 
 
 def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
@@ -78,7 +80,8 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     model = load_model(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    config = model_config(recipe.model) if recipe.model.config is not None else model.config
+    task = task_named(recipe.task)
+    config = model_config(recipe.model, task) if recipe.model.config is not None else model.config
     data = open_data(recipe, config)
     variants: dict[str, PreTrainedModel] = {}
     if stages_of(model):
@@ -92,35 +95,39 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     results = {}
     for name, variant in variants.items():
         console.print(f"evaluating {name} on {len(data.test):,} images", highlight=False)  # type: ignore[arg-type]
-        results[name] = asdict(_evaluate(variant.eval(), loader, recipe, device))
-    return {"target": target, "split": "test" if data.has_test else "validation", "metric": "accuracy", "variants": results}
+        figures = asdict(_evaluate(variant.eval(), loader, recipe, task, device))
+        results[name] = {task.metric: figures.pop("quality"), **figures}
+    return {"target": target, "split": "test" if data.has_test else "validation", "metric": task.metric, "variants": results}
 
 
 def _with_scorer(model: PreTrainedModel, scorer: str) -> PreTrainedModel:
-    stages = model.config.compression["stages"]
-    swapped = CompressionConfig(stage_from_dict({**stage, "scorer": scorer, "estimator": None}) for stage in stages)
+    compression = model.config.compression
+    swapped = CompressionConfig(
+        [stage_from_dict({**stage, "scorer": scorer, "estimator": None}) for stage in compression["stages"]], compression["restore"]
+    )
     return compress(decompress(copy.deepcopy(model)), swapped)
 
 
 @torch.no_grad()
-def _evaluate(model: PreTrainedModel, loader: DataLoader[Any], recipe: Recipe, device: torch.device) -> Evaluated:
-    bad, correct, seen, kept, seconds = BadRowCount(recipe.data.max_bad_fraction), 0, 0, KeepCount(), []
+def _evaluate(model: PreTrainedModel, loader: DataLoader[Any], recipe: Recipe, task: type[Task], device: torch.device) -> Evaluated:
+    bad, quality, kept, seconds = BadRowCount(recipe.data.max_bad_fraction), task.quality(), KeepCount(), []
     compressed = bool(stages_of(model))
     for batch in loader:
         bad.add(batch["rows"], batch["bad"])
-        if "labels" not in batch:
+        if "pixel_values" not in batch:
             continue
-        pixels, labels = batch["pixel_values"].to(device), batch["labels"].to(device)
-        trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"].to(device))
+        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])
         start = time.perf_counter()
-        logits = model(pixel_values=pixels, **({"trace": trace} if compressed else {})).logits
-        correct += int((logits.argmax(-1) == labels).sum())
-        if len(labels) == loader.batch_size:
+        out = model(**task.evaluation_inputs(batch, model.config), **({"trace": trace} if compressed else {}))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if len(batch["sample_ids"]) == loader.batch_size:
             seconds.append(time.perf_counter() - start)
-        seen += len(labels)
+        quality.add(out, batch)
         kept.add(trace)
     return Evaluated(
-        accuracy=correct / max(1, seen),
+        quality=quality.value,
         keep=kept.achieved,
         macs_ratio=CostModel(model)().macs_ratio,
         latency=statistics.median(seconds) if seconds else None,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..modules.backbones import backbones
 
@@ -53,8 +53,13 @@ def families_with_depth() -> list[str]:
     return [name for name in sorted(backbones()) if hasattr(AutoConfig.for_model(name), DEPTH)]
 
 
-def with_settings(config: PretrainedConfig, settings: Mapping[str, Any]) -> PretrainedConfig:
+def with_settings(config: PretrainedConfig, settings: Mapping[str, Any], model_class: type[PreTrainedModel]) -> PretrainedConfig:
     """A loaded model's config with settings laid over it.
+
+    Args:
+        config: of the checkpoint.
+        settings: names and values.
+        model_class: what is made of it.
 
     Raises:
         ValueError: a setting is unknown, has a value that the family does not take, or changes the shape of weights that are loaded.
@@ -67,7 +72,7 @@ def with_settings(config: PretrainedConfig, settings: Mapping[str, Any]) -> Pret
     except Exception as error:
         # transformers checks its configs with errors of several kinds; each is the user's setting here.
         raise ValueError(f"model.settings: {' '.join(str(error).split())}") from None
-    before, after = _shapes(config), _shapes(changed)
+    before, after = _shapes(config, model_class), _shapes(changed, model_class)
     differing = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     if differing:
         raise ValueError(
@@ -77,7 +82,7 @@ def with_settings(config: PretrainedConfig, settings: Mapping[str, Any]) -> Pret
     return changed
 
 
-def _shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
+def _shapes(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(config)
+        model = model_class._from_config(config)
     return {name: parameter.shape for name, parameter in model.named_parameters()}

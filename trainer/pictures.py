@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ..data.images import collate
 from ..modules.state import Trace
+
+if TYPE_CHECKING:
+    from .build import Parts
+
+PICTURED = 8
 
 
 def kept_pixels(trace: Trace) -> Tensor:
@@ -68,3 +76,30 @@ def save_kept_tokens(path: Path, rows: Sequence[tuple[str, np.ndarray]], titles:
                 axis.set_title(titles[column], fontsize=9)
         line[0].set_ylabel(label, fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def draw_arms(arms: Mapping[str, Parts], path: Path) -> None:
+    """The same test images under every compressed arm, its answers below where they are pictures; no file without such an arm.
+
+    Args:
+        arms: by name, the recipe itself last.
+        path: of the file.
+    """
+    compressed = {name: parts for name, parts in arms.items() if name != "dense"}
+    if not compressed:
+        return
+    first = next(iter(arms.values()))
+    task, data = first.task, first.data
+    batch = collate([data.test[index] for index in range(PICTURED)])
+    rows = []
+    # The recipe itself on top, its control arms below.
+    for name, parts in reversed(compressed.items()):
+        trace = Trace(seed=parts.recipe.seed, sample_ids=batch["sample_ids"])
+        with torch.no_grad():
+            out = parts.model.eval()(**task.evaluation_inputs(batch, parts.model.config), trace=trace)
+        rows.append((name, overlays(trace, len(batch["sample_ids"]))))
+        answer = task.answer(out, data)
+        if answer is not None:
+            rows.append(("", answer))
+    truth = task.truth(batch, data)
+    save_kept_tokens(path, rows if truth is None else [*rows, ("right", truth)], task.titles(batch, data))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
 from ..data.augmentation import RandomAugment
 from ..data.scattered_digits import Canvas
+from ..modules import parts as registry
 from ..modules.budget.budget import BudgetConfig
 from ..modules.config import CompressionConfig
 from .distillation import DistillationRecipe
@@ -177,10 +178,16 @@ def _no_removed_fraction(value: Any) -> Any:
     return value
 
 
+def _task(name: str) -> str:
+    # The names alone: the tasks themselves import what trains.
+    registry.check_name(f"{__package__}.tasks", name)
+    return name
+
+
 class Recipe(Block):
     """One run."""
 
-    task: Literal["image_classification"] = Field("image_classification", description="what is learned")
+    task: Annotated[str, AfterValidator(_task)] = Field("image_classification", description="what is learned: a file of trainer/tasks")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of weights, data order, augmentation and every draw")
     model: ModelRecipe
     compression: Annotated[

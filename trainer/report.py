@@ -25,6 +25,7 @@ class Arm:
     Attributes:
         recipe: its name.
         quality: on the split that the run reports on.
+        details: what the task says beside it.
         keep: ``requested`` and ``achieved`` by stage.
         macs_ratio: from the token counts of the trained model.
         mean_token_fraction: likewise.
@@ -45,6 +46,7 @@ class Arm:
     speedup: float | None = None
     of_oracle: float | None = None
     memory: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from ..data.images import collate
-from ..data.mixing import Mixing
 from ..data.module import ImageData
-from ..modules.compress import checkpoint_activations, decompress, stages_of
-from ..modules.state import Trace
+from ..modules.compress import checkpoint_activations, stages_of
 from . import collective
 from .baselines import load_baselines
-from .bench import Bench, bench
+from .bench import Bench
 from .build import Parts, build, with_normalisation
-from .callbacks.ema import WeightEma
 from .callbacks.guards import NanGuard, RandomState
 from .callbacks.progress import RunLog, StepLine
 from .callbacks.stop import StopOnSigterm
-from .callbacks.tensorboard import RoutingPictures
-from .distillation import load_teacher
 from .evaluate import load_model
-from .pictures import overlays, save_kept_tokens
-from .processes import environment, started
+from .lightning_trainer import lightning_trainer, quiet
+from .measure import bench_models, print_claims
+from .pictures import draw_arms
+from .processes import started
 from .recipe import Recipe
 from .recipe_files import LoadedRecipe, dump
 from .report import Arm, Report, table, versions, with_bench
 from .resume import check_same_processes, check_same_run, find_checkpoint, incomplete_checkpoints, remove_checkpoints
 from .sharded import save_model, shape_of
-from .strategies import deepspeed_config, lightning_strategy, needs_group, processes_of, resolved, set_accelerator, stage_of
-from .tasks.image_classification import ImageClassification
-
-PICTURED = 8
+from .strategies import deepspeed_config, needs_group, processes_of, resolved, stage_of
+from .task_module import TaskModule
+from .tasks.base import task_named
 
 
 class Stopped(Exception):
@@ -59,7 +46,7 @@ class Trained:
     """One arm after training."""
 
     parts: Parts
-    module: ImageClassification
+    module: TaskModule
     arm: Arm
 
 
@@ -112,13 +99,13 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
     measured = _bench(arms, loaded.recipe, console) if first else None
     report = _report(loaded, arms, measured)
     if first:
-        _pictures(arms, folder)
+        draw_arms({name: trained.parts for name, trained in arms.items()}, folder / "kept_tokens.png")
         report.save(folder)
     collective.wait()
     shown = {name: with_bench(trained.arm, name, measured) for name, trained in arms.items()}
-    console.print(table(shown, "accuracy", measured.memory_kind if measured else None))
+    console.print(table(shown, task_named(loaded.recipe.task).metric, measured.memory_kind if measured else None))
     if measured is not None:
-        _print_claims(measured, console)
+        print_claims(measured, console)
     console.print(f"report: {folder / 'report.json'}", highlight=False, soft_wrap=True)
     return report
 
@@ -129,7 +116,7 @@ def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -
     result: dict[str, Any] = {}
     for arm in [*load_baselines(loaded, overrides), loaded]:
         parts = build(arm.recipe)
-        module = classification_task(parts)
+        module = parts.task.module(parts)
         rows = [parts.data.train[index] for index in range(arm.recipe.data.batch_size)]
         batch = collate(rows)
         module.model.train()
@@ -162,8 +149,8 @@ def train_arm(
     with (folder / "log.txt" if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w") as log:
         both = RunLog(console, log)
         _describe(parts, name, both)
-        module = classification_task(parts)
-        line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name)
+        module = parts.task.module(parts)
+        line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name, parts.task.metric)
         stop = StopOnSigterm(folder / "checkpoints" / "stopped.ckpt")
         watching = [NanGuard(), line, stop, RandomState(recipe.seed)]
         trainer = lightning_trainer(recipe, folder, parts.total_steps, watching, _leaves_unused(module, parts))
@@ -185,24 +172,6 @@ def train_arm(
     return Trained(parts, module, arm)
 
 
-def classification_task(parts: Parts) -> ImageClassification:
-    """The task of a run, with the training extras that its recipe asks for."""
-    recipe, rows = parts.recipe, parts.data.train
-    data, mixing, distillation = recipe.data, recipe.data.mixing, recipe.distillation
-    return ImageClassification(
-        parts.model,
-        recipe.optimizer,
-        parts.total_steps,
-        parts.budget,
-        recipe.seed,
-        data.max_bad_fraction,
-        expected_rows=len(rows),  # type: ignore[arg-type]
-        mixing=None if mixing is None else Mixing(**mixing.model_dump(), seed=recipe.seed),
-        label_smoothing=data.label_smoothing,
-        distillation=None if distillation is None else load_teacher(distillation, recipe.model, parts.model.config, parts.data.classes),
-    )
-
-
 def _checkpoint(folder: Path, recipe: Recipe, resume: str | None, console: Console) -> Path | None:
     """The checkpoint to go on from, checked; where there is none, what an earlier run left is removed."""
     checkpoint = find_checkpoint(folder, resume)
@@ -222,7 +191,7 @@ def _open_folder(folder: Path, recipe: Recipe) -> None:
     (folder / "recipe.yaml").write_text(dump(recipe))
 
 
-def _leaves_unused(module: ImageClassification, parts: Parts) -> bool:
+def _leaves_unused(module: TaskModule, parts: Parts) -> bool:
     """Whether a training step leaves parameters without gradient, seen on a step of one row; DDP must be told."""
     if stage_of(parts.recipe.trainer) or collective.world_size() == 1:
         return False
@@ -248,70 +217,6 @@ def _read_back(folder: Path, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def lightning_trainer(
-    recipe: Recipe, folder: Path, steps: int, callbacks: Sequence[Callback], unused_parameters: bool = False
-) -> lightning.Trainer:
-    """The Lightning Trainer that a recipe asks for.
-
-    Args:
-        recipe: resolved.
-        folder: of the run.
-        steps: optimizer steps.
-        callbacks: beside those for checkpoints and pictures.
-        unused_parameters: whether a step leaves parameters without gradient.
-    """
-    settings = recipe.trainer
-    # DeepSpeed's autocast is in its own configuration; Lightning's precision would cast the weights.
-    precision = "32-true" if settings.precision == "fp32" or stage_of(settings) else "bf16-mixed"
-    several = processes_of(settings) > 1 or needs_group(settings)
-    checkpoints = ModelCheckpoint(
-        dirpath=folder / "checkpoints",
-        filename="{step}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=settings.checkpoint_every or steps,
-        save_top_k=1,
-        enable_version_counter=False,
-    )
-    # First, so that a checkpoint at the end of a batch holds the average with that batch in it.
-    averaged = [WeightEma(settings.ema)] if settings.ema is not None else []
-    return lightning.Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator=("cuda" if torch.cuda.is_available() else "cpu") if several else "auto",
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        strategy=lightning_strategy(recipe, unused_parameters),
-        plugins=[environment(processes_of(settings))] if several else None,
-        precision=precision,
-        accumulate_grad_batches=settings.accumulate,
-        gradient_clip_val=settings.clip or None,
-        val_check_interval=(settings.validate_every * settings.accumulate) if settings.validate_every else None,
-        check_val_every_n_epoch=None if settings.validate_every else 1,
-        num_sanity_val_steps=0,
-        logger=TensorBoardLogger(folder, name="tensorboard", version=""),
-        log_every_n_steps=settings.log_every,
-        callbacks=[*averaged, *callbacks, checkpoints, RoutingPictures(settings.pictures)],
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def quiet() -> None:
-    """Keeps libraries' notices out of the log; what goes wrong is still shown."""
-    set_accelerator()
-    disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*When saving the DeepSpeed Stage 3 checkpoint.*")
-    # What is logged is the same on every rank already.
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
-
-
 def _describe(parts: Parts, name: str, log: RunLog) -> None:
     recipe, cost = parts.recipe, parts.cost()
     total = sum(shape_of(parameter).numel() for parameter in parts.model.parameters())
@@ -325,11 +230,12 @@ def _describe(parts: Parts, name: str, log: RunLog) -> None:
     )
 
 
-def _arm(recipe: str, parts: Parts, module: ImageClassification, seconds: float) -> Arm:
+def _arm(recipe: str, parts: Parts, module: TaskModule, seconds: float) -> Arm:
     cost = parts.cost()
     return Arm(
         recipe=recipe,
-        quality=module.accuracy,
+        quality=module.quality.value,
+        details=module.quality.details(parts.data),
         keep={"requested": dict(cost.keep), "achieved": module.achieved_keep},
         macs_ratio=cost.macs_ratio,
         mean_token_fraction=cost.mean_token_fraction,
@@ -347,32 +253,6 @@ def _bench(arms: Mapping[str, Trained], recipe: Recipe, console: Console) -> Ben
     return bench_models({name: trained.parts for name, trained in compressed.items()}, recipe, console)
 
 
-def bench_models(parts: Mapping[str, Parts], recipe: Recipe, console: Console) -> Bench:
-    """The paired measurement of compressed arms, on a batch of the recipe's own training data."""
-    first = next(iter(parts.values()))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [item for item in (first.data.train[index] for index in range(recipe.data.batch_size)) if "bad" not in item]
-    batch = {key: value.to(device) for key, value in collate(rows).items() if isinstance(value, Tensor)}
-    models = {name: copy.deepcopy(item.model).to(device) for name, item in parts.items()}
-    dense = decompress(copy.deepcopy(first.model)).to(device)
-
-    def loss(name: str, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.trainer.precision == "bf16"):
-            if name == "dense":
-                return model(pixel_values=inputs["pixel_values"], labels=inputs["labels"]).loss
-            budget = parts[name].budget
-            last = parts[name].total_steps
-            trace = budget.trace(last, inputs["sample_ids"]) if budget is not None else Trace(sample_ids=inputs["sample_ids"])
-            out = model(pixel_values=inputs["pixel_values"], labels=inputs["labels"], trace=trace)
-            if budget is not None:
-                return out.loss + budget.loss(trace, last).total
-            return out.loss if trace.auxiliary_loss is None else out.loss + trace.auxiliary_loss
-
-    rounds = recipe.trainer.bench_rounds or 40
-    with console.status(f"measuring training steps: {rounds} paired rounds"):
-        return bench(dense, models, batch, loss, rounds)
-
-
 def _report(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench | None) -> Report:
     name, main = list(arms.items())[-1]
     arm = main.arm
@@ -383,10 +263,12 @@ def _report(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench |
         recipe=loaded.name,
         task=loaded.recipe.task,
         quality={
-            "metric": "accuracy",
+            "metric": main.parts.task.metric,
+            "higher_is_better": main.parts.task.higher_is_better,
             "split": "test" if main.parts.data.has_test else "validation",
             "dense": dense,
             "compressed": None if name == "dense" else arm.quality,
+            **arm.details,
         },
         keep=arm.keep,
         macs_ratio=arm.macs_ratio,
@@ -410,30 +292,3 @@ def _report(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench |
         bad_rows=main.module.bad_rows.summary(),
         versions=versions(),
     )
-
-
-def _print_claims(measured: Bench, console: Console) -> None:
-    for name, arm in measured.arms.items():
-        console.print(
-            f"{name}: speed-up at least {arm.claimed_speedup:.2f}×, of oracle at least {arm.claimed_of_oracle:.3f} "
-            f"(lower 95 % bounds less the control's half-width {arm.control.half_width:.3f}; {measured.rounds} rounds)",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def _pictures(arms: Mapping[str, Trained], folder: Path) -> None:
-    """``kept_tokens.png``: the same test images under every compressed arm."""
-    compressed = {name: trained for name, trained in arms.items() if name != "dense"}
-    if not compressed:
-        return
-    data = next(iter(arms.values())).parts.data
-    batch = collate([data.test[index] for index in range(PICTURED)])
-    rows, titles = [], [data.classes[int(label)] for label in batch["labels"]]
-    # The recipe itself on top, its control arms below.
-    for name, trained in reversed(compressed.items()):
-        trace = Trace(seed=trained.parts.recipe.seed, sample_ids=batch["sample_ids"])
-        with torch.no_grad():
-            trained.parts.model.eval()(pixel_values=batch["pixel_values"], trace=trace)
-        rows.append((name, overlays(trace, len(titles))))
-    save_kept_tokens(folder / "kept_tokens.png", rows, titles)

@@ -14,6 +14,7 @@ from .build import build_model, model_config, open_data, total_steps
 from .distillation import check_teacher
 from .recipe import Recipe
 from .strategies import check as check_strategy
+from .tasks.base import task_named
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,16 @@ def validate(recipe: Recipe) -> Checked:
         ValueError: what is wrong, and what is allowed.
     """
     check_strategy(recipe)
-    config = model_config(recipe.model)
+    task = task_named(recipe.task)
+    task.check(recipe)
+    config = model_config(recipe.model, task)
     data = open_data(recipe, config)
     steps = total_steps(recipe, data)
     teacher = None
     if recipe.distillation is not None:
         teacher = check_teacher(recipe.distillation, recipe.model, config, data.classes)
     with torch.device("meta"):
-        model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data)
+        model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:
             compression = Budget(recipe.budget, model, compression, steps, recipe.seed).compression

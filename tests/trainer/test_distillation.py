@@ -17,7 +17,7 @@ from laconic.trainer.build import build
 from laconic.trainer.distillation import Distillation, DistillationRecipe, distillation_loss, load_teacher, token_loss
 from laconic.trainer.recipe import ModelRecipe
 from laconic.trainer.recipe_files import load
-from laconic.trainer.run import classification_task, train_arm
+from laconic.trainer.run import train_arm
 from laconic.trainer.validate import validate
 from tests.matrix import CLASSES, METHODS, compressed, dense, images, labels
 
@@ -73,7 +73,8 @@ def test_the_teacher_is_no_part_of_the_task(tmp_path: Path, quick: list[str]) ->
     overrides = [*quick, "baselines=[]"]
     build(load("vit_digits_dense", overrides).recipe).model.save_pretrained(tmp_path / "teacher")
     recipe = load("vit_digits", [*overrides, f"distillation.teacher={tmp_path / 'teacher'}"]).recipe
-    task = classification_task(build(recipe))
+    parts = build(recipe)
+    task = parts.task.module(parts)
     assert task.distillation is not None
     own = {id(parameter) for parameter in task.parameters()}
     assert not own & {id(parameter) for parameter in task.distillation.teacher.parameters()}

@@ -62,10 +62,11 @@ class StepLine(Callback):
         total_steps: optimizer steps of the run.
         every: steps between lines.
         title: name of the arm.
+        metric: of the task.
     """
 
-    def __init__(self, log: RunLog, total_steps: int, every: int, title: str) -> None:
-        self.lines, self.total_steps, self.every, self.title = log, total_steps, every, title
+    def __init__(self, log: RunLog, total_steps: int, every: int, title: str, metric: str) -> None:
+        self.lines, self.total_steps, self.every, self.title, self.metric = log, total_steps, every, title, metric
         self.throughput = Throughput()
         self._bar: Progress | None = None
         self._began = 0.0
@@ -89,7 +90,7 @@ class StepLine(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.throughput.add(len(batch["labels"]) * trainer.world_size)
+        self.throughput.add(len(batch["sample_ids"]) * trainer.world_size)
         step = trainer.global_step
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
@@ -131,9 +132,10 @@ class StepLine(Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.throughput.start()
-        accuracy = trainer.callback_metrics.get("val/accuracy")
-        if accuracy is not None and not trainer.sanity_checking and trainer.is_global_zero:
-            self.lines.line(f"{self.title}  step {trainer.global_step}  validation accuracy {float(accuracy):.4f}")
+        metric = self.metric
+        value = trainer.callback_metrics.get(f"val/{metric}")
+        if value is not None and not trainer.sanity_checking and trainer.is_global_zero:
+            self.lines.line(f"{self.title}  step {trainer.global_step}  validation {metric.replace('_', ' ')} {float(value):.4f}")
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if self._bar is not None:

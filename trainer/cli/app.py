@@ -135,13 +135,14 @@ def evaluate(
         result = run(target, recipe, out)
     emit(result, as_json)
     table = Table(title=f"{target}: the same weights, {result['split']} split")
-    for column in ("run as", "accuracy", "keep achieved", "macs_ratio", "forward of a batch"):
+    metric = result["metric"]
+    for column in ("run as", metric.replace("_", " "), "keep achieved", "macs_ratio", "forward of a batch"):
         table.add_column(column)
     for name, item in result["variants"].items():
         keep = " ".join(f"{value:.3f}" for value in item["keep"].values()) or "–"
         table.add_row(
             name,
-            f"{item['accuracy']:.4f}",
+            f"{item[metric]:.4f}",
             keep,
             f"{item['macs_ratio']:.3f}",
             "–" if item["latency"] is None else f"{item['latency'] * 1000:.0f} ms",

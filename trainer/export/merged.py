@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..build import image_input
-from ..evaluate import load_model, model_folder
+from ..evaluate import load_model, model_folder, recipe_of
 from ..recipe_files import RecipeError
 from ..report import versions, write_json
+from ..tasks.base import task_named
 
-PROBES = 8
 TOLERANCE = 1e-5
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,7 +31,8 @@ from laconic.trainer.evaluate import load_model
 folder, probe, out = sys.argv[1:]
 model = load_model(Path(folder))
 with torch.no_grad():
-    logits = model(pixel_values=load_file(probe)["pixel_values"].to(model.dtype)).logits
+    inputs = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in load_file(probe).items()}
+    logits = model(**inputs).logits
 save_file({"logits": logits.float().contiguous()}, out)
 """
 
@@ -53,14 +54,14 @@ def export_merged(run: str, to: str, dtype: str = "fp32") -> dict[str, Any]:
     if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"--to {to}: the folder is not empty; give a new one")
     model = load_model(source)
-    pixels = _probe(model)
+    inputs = task_named(recipe_of(run, []).task).probe(*image_input(model.config), model.config)
     with torch.no_grad():
-        of_run = model(pixel_values=pixels).logits
+        of_run = model(**inputs).logits
     model.to(_DTYPES[dtype]).save_pretrained(folder)
     shutil.copy(recipe, folder / "recipe.yaml")
     with torch.no_grad():
-        cast = model(pixel_values=pixels.to(model.dtype)).logits.float()
-    reloaded = _answer(folder, pixels)
+        cast = model(**{key: value.to(model.dtype) if value.is_floating_point() else value for key, value in inputs.items()}).logits.float()
+    reloaded = _answer(folder, inputs)
     if (reloaded - cast).abs().max() > TOLERANCE:
         raise RuntimeError(f"the export in {folder} answers otherwise when it is loaded: off by {float((reloaded - cast).abs().max()):.2e}")
     difference = float((reloaded - of_run).abs().max())
@@ -77,17 +78,11 @@ def export_merged(run: str, to: str, dtype: str = "fp32") -> dict[str, Any]:
     return record
 
 
-def _probe(model: Any) -> Tensor:
-    """Images of noise to compare answers on, (8, channels, height, width)."""
-    size, channels = image_input(model.config)
-    return torch.rand(PROBES, channels, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def _answer(folder: Path, pixels: Tensor) -> Tensor:
+def _answer(folder: Path, inputs: dict[str, Tensor]) -> Tensor:
     """Logits of the folder's model, loaded in a new process. Raises RuntimeError where it cannot be loaded."""
     probe, answer = folder / "probe.partial", folder / "answer.partial"
     try:
-        save_file({"pixel_values": pixels}, probe)
+        save_file(inputs, probe)
         command = [sys.executable, "-c", _CLEAN, str(folder), str(probe), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -1,0 +1,160 @@
+"""The LightningModule that tasks share: the trace and the budget of a step, bad rows, evaluation over ranks, the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data.images import BadRow, BadRowCount, BadRows
+from ..modules.budget.budget import Budget
+from ..modules.state import KeepCount, Trace
+from . import collective
+from .build import Parts, image_input
+from .optimization import learning_rate_schedule, parameter_groups
+from .recipe import OptimizerRecipe
+from .tasks.base import Quality, Task
+
+
+class TaskModule(lightning.LightningModule):
+    """Trains a model, dense or compressed. A task's own module says what ``losses`` computes.
+
+    Args:
+        task: what is learned.
+        parts: of the run.
+    """
+
+    def __init__(self, task: type[Task], parts: Parts) -> None:
+        super().__init__()
+        recipe, rows = parts.recipe, parts.data.train
+        self.task = task
+        self.model: PreTrainedModel = parts.model
+        self.optimizer_recipe: OptimizerRecipe = recipe.optimizer
+        self.total_steps = parts.total_steps
+        self.budget: Budget | None = parts.budget
+        self.seed = recipe.seed
+        self.bad_rows = BadRowCount(recipe.data.max_bad_fraction, len(rows))  # type: ignore[arg-type]
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        self.quality: Quality = self.task.quality()
+        self._rows = 0
+        self._kept = KeepCount()
+        self._bad: list[BadRow] = []
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
+        """Returns what ``losses`` does, for callbacks."""
+        self._check_rows(batch)
+        return self.losses(batch)
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What a training step computes, without the count of bad rows.
+
+        Returns:
+            ``loss`` with gradient, the task's own ``task_loss``, ``trace`` (or None), ``budget`` (a BudgetLoss or None) and
+            ``distillation`` (a DistillationLoss or None).
+        """
+        trace = self.training_trace(batch)
+        task_loss = self.model(**self.task.step_inputs(batch, self.model.config), **self.with_trace(trace)).loss
+        return self.total(task_loss, task_loss, trace)
+
+    def total(self, loss: Tensor, task_loss: Tensor, trace: Trace | None, distillation: Any = None) -> dict[str, Any]:
+        """What ``losses`` returns: ``loss`` plus the budget's, or without a budget the estimators' own."""
+        of_budget = None
+        if trace is not None and trace.routings:
+            if self.budget is not None:
+                of_budget = self.budget.loss(trace, self.global_step, collective.mean)
+                loss = loss + of_budget.total
+            elif trace.auxiliary_loss is not None:
+                loss = loss + trace.auxiliary_loss
+        return {"loss": loss, "task_loss": task_loss.detach(), "trace": trace, "budget": of_budget, "distillation": distillation}
+
+    def training_trace(self, batch: dict[str, Any]) -> Trace | None:
+        """The trace of a training forward; None for a dense model."""
+        if not hasattr(self.model.config, "compression"):
+            return None
+        if self.budget is not None:
+            return self.budget.trace(self.global_step, batch["sample_ids"])
+        return Trace(step=self.global_step, seed=self.seed, sample_ids=batch["sample_ids"])
+
+    @staticmethod
+    def with_trace(trace: Trace | None) -> dict[str, Trace]:
+        """The trace as an argument of the model, if there is one."""
+        return {} if trace is None else {"trace": trace}
+
+    def on_validation_epoch_start(self) -> None:
+        self._start_counting()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
+        return self._evaluate(batch, counted=batch_index < self.trainer.val_dataloaders.batch_sampler.counted)
+
+    def test_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
+        return self._evaluate(batch, counted=batch_index < self.trainer.test_dataloaders.batch_sampler.counted)
+
+    def _evaluate(self, batch: dict[str, Any], counted: bool) -> dict[str, Any]:
+        """A forward without gradient; batches that are only there so that every rank calls the same modules are not counted."""
+        if counted:
+            self._rows += batch["rows"]
+            self._bad += batch["bad"]
+        if "pixel_values" not in batch:
+            if collective.world_size() > 1:
+                # With parameters spread over ranks, the others wait for this one's part.
+                size, channels = image_input(self.model.config)
+                blank = {key: value[:1].to(self.device) for key, value in self.task.probe(size, channels, self.model.config).items()}
+                self.model(**blank)
+            return {"trace": None}
+        compressed = hasattr(self.model.config, "compression")
+        trace = Trace(seed=self.seed, sample_ids=batch["sample_ids"]) if compressed else None
+        out = self.model(**self.task.evaluation_inputs(batch, self.model.config), **self.with_trace(trace))
+        if counted:
+            self.quality.add(out, batch)
+            if trace is not None:
+                self._kept.add(trace)
+        return {"trace": trace, "logits": out.logits}
+
+    def on_validation_epoch_end(self) -> None:
+        self._sum_over_ranks()
+        self.log(f"val/{self.task.metric}", self.quality.value, prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        self._sum_over_ranks()
+        self.log(f"test/{self.task.metric}", self.quality.value)
+
+    def _sum_over_ranks(self) -> None:
+        """Counts of all ranks on every rank, before anything is divided. Raises BadRows on all of them or on none."""
+        ranks = collective.gather((self.quality, self._rows, self._bad, self._kept))
+        self._start_counting()
+        for quality, rows, bad, kept in ranks:
+            self.quality.merge(quality)
+            self._rows += rows
+            self._bad += bad
+            self._kept.merge(kept)
+        self.bad_rows.add(self._rows, self._bad)
+
+    @property
+    def achieved_keep(self) -> dict[str, float]:
+        """Hard keep by stage over the last validation or test, summed before dividing."""
+        return self._kept.achieved
+
+    def _check_rows(self, batch: dict[str, Any]) -> None:
+        """Counts the batches of all ranks; what stops one of them stops all, since they wait for each other."""
+        empty = "pixel_values" not in batch
+        rows, bad, empties = collective.total([batch["rows"], len(batch["bad"]), empty])
+        named = [BadRow(*row) for found in collective.gather([tuple(row) for row in batch["bad"]]) for row in found] if bad else []
+        self.bad_rows.add(int(rows), named)
+        if empties:
+            raise BadRows(f"every row of a training batch is bad: {self.bad_rows.summary()}")
+
+    def configure_optimizers(self) -> Any:
+        recipe = self.optimizer_recipe
+        groups = parameter_groups(self.model, recipe.lr, recipe.router_lr, recipe.weight_decay, recipe.layer_decay)
+        # Lightning cannot clip the gradients of a fused optimizer under autocast.
+        fused = self.trainer.precision == "32-true"
+        optimizer = torch.optim.AdamW(groups, betas=recipe.betas, fused=fused)
+        schedule = learning_rate_schedule(optimizer, recipe.schedule, self.total_steps, recipe.warmup, recipe.final)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
