@@ -6,7 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..data.images import BadRowCount, collate
 from ..modules.compress import compress, decompress, stages_of
-from ..modules.config import CompressionConfig, stage_from_dict
+from ..modules.config import CompressionConfig
 from ..modules.cost import CostModel
 from ..modules.loading import from_pretrained, saved_class
 from ..modules.state import KeepCount, Trace
@@ -101,11 +101,13 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
 
 
 def _with_scorer(model: PreTrainedModel, scorer: str) -> PreTrainedModel:
-    compression = model.config.compression
-    swapped = CompressionConfig(
-        [stage_from_dict({**stage, "scorer": scorer, "estimator": None}) for stage in compression["stages"]], compression["restore"]
-    )
-    return compress(decompress(copy.deepcopy(model)), swapped)
+    config = CompressionConfig.from_dict(model.config.compression)
+    # What merges the pairs that a scorer finds cannot merge those that a control does not look for.
+    pairs = {stage.key for stage in config.stages if stage.part("merger").name == "bipartite"}
+    swapped = [
+        replace(stage, scorer=scorer, estimator=None, merger="drop" if stage.key in pairs else stage.merger) for stage in config.stages
+    ]
+    return compress(decompress(copy.deepcopy(model)), CompressionConfig(swapped, config.restore))
 
 
 @torch.no_grad()
