@@ -150,9 +150,13 @@ class BackboneShape:
         """
         if len(layers) != self.layers:
             raise ValueError(f"token counts for {len(layers)} layers were given, the backbone has {self.layers}")
-        behind = 0 if self.decoder is None else self.decoder.model_macs(self.decoder.dense_layers())
-        head = behind + self.head_macs + self.head_macs_per_token * (layers[-1].mlp if leaving is None else leaving)
+        head = self.decoder_macs + self.head_macs + self.head_macs_per_token * (layers[-1].mlp if leaving is None else leaving)
         return self.embed_macs + sum(self.layer_macs(tokens) for tokens in layers) + head
+
+    @property
+    def decoder_macs(self) -> float:
+        """MACs of the decoder per image."""
+        return 0 if self.decoder is None else self.decoder.model_macs(self.decoder.dense_layers())
 
     def dense_layers(self) -> list[LayerTokens]:
         """Token counts of the uncompressed forward."""

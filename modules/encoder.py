@@ -137,7 +137,10 @@ def _mae_config(name: str | Path, revision: str | None) -> Any:
     try:
         config: Any = AutoConfig.from_pretrained(encoder_source(name), revision=revision)
     except OSError as error:
-        raise ValueError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"{name} is no folder here and cannot be loaded from the hub ({str(error).splitlines()[0]}): pretrain first, laconic train "
+            "mae_digits for example, or give another run folder, a folder of weights or a hub name"
+        ) from None
     if config.model_type != "vit_mae":
         raise ValueError(
             f"{name} is a {config.model_type} model, and only a vit_mae has an encoder that was pretrained with masking: give the run folder "

@@ -155,7 +155,10 @@ def test_what_pretraining_cannot_have_is_named_with_its_cure(quick: list[str], o
 
 def test_an_encoder_that_is_none_is_refused_by_validate(tmp_path: Path, quick: list[str]) -> None:
     build(load("vit_digits_dense", quick).recipe).model.save_pretrained(tmp_path / "vit")
-    for folder, message in ((tmp_path / "vit", "is a vit model, and only a vit_mae"), (tmp_path / "none", "cannot be loaded")):
+    for folder, message in (
+        (tmp_path / "vit", "is a vit model, and only a vit_mae"),
+        (tmp_path / "none", "is no folder here and cannot be loaded .*: pretrain first"),
+    ):
         with pytest.raises(ValueError, match=message):
             validate(load("mae_digits_finetune", finetuning(quick, folder)).recipe)
     with pytest.raises(RecipeError, match="give one of model.name .*, model.config .* or model.encoder_of"):

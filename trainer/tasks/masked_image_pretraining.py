@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -109,7 +109,8 @@ class MaskedImagePretraining(Task):
 
     @classmethod
     def embedded_data(cls, recipe: DataRecipe, seed: int) -> ImageData:
-        return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed)
+        # Its labels are not read.
+        return replace(scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed), classes=[])
 
     @classmethod
     def hub_data(cls, recipe: DataRecipe, transform: ImageTransform, seed: int) -> ImageData:
