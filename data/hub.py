@@ -37,6 +37,7 @@ class Source:
         revision: of a hub data set.
         image_column: column with the images; None takes the only image column, or ``image``, ``img``.
         label_column: column with the labels; None takes ``label``, ``labels``, ``fine_label``.
+        mask_column: column with a class for each pixel; None takes the image column of a usual name.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Source:
     revision: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    mask_column: str | None = None
 
 
 def open_source(source: Source) -> Any:
@@ -94,6 +96,18 @@ def label_column(features: Mapping[str, Any], wanted: str | None) -> str:
         if name in features:
             return name
     raise ValueError(f"no label column found: set data.label_column to one of {', '.join(features)}")
+
+
+def mask_column(features: Mapping[str, Any], wanted: str | None, images: str) -> str:
+    """The column with the masks. Raises ValueError naming the columns there are."""
+    import datasets
+
+    if wanted is not None:
+        return _named(features, wanted, "data.mask_column")
+    for name in ("mask", "masks", "label", "labels", "annotation", "segmentation", "segmentation_mask"):
+        if name != images and isinstance(features.get(name), datasets.Image):
+            return name
+    raise ValueError(f"no column with masks found: set data.mask_column to one of {', '.join(features)}")
 
 
 def _named(features: Mapping[str, Any], wanted: str, key: str) -> str:

@@ -93,40 +93,63 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image, draws: np.random.Generator | None) -> Tensor:
         """(channels, size, size) float32; without ``draws`` nothing is augmented."""
+        return self.with_mask(image, None, draws)[0]
+
+    def with_mask(self, image: Image.Image, mask: Image.Image | None, draws: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+        """The image and its mask, cut and turned alike.
+
+        Args:
+            image: decoded.
+            mask: of the same size, one number a pixel, scaled to the nearest; None has none.
+            draws: decide the augmentation; None augments nothing. Operations of ``random_augment`` leave the mask as it is.
+
+        Returns:
+            (channels, size, size) float32 pixels and (size, size) int64 numbers, which are empty without a mask.
+        """
         image = image.convert("RGB" if self.channels == 3 else "L")
         if draws is not None and self.augmentation == "resized_crop_flip":
-            image = self._resized_crop(image, draws)
+            box = _part(image.size, draws)
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+            mask = None if mask is None else mask.resize((self.size, self.size), Image.Resampling.NEAREST, box=box)
         elif image.size != (self.size, self.size):
-            image = self._resize(image)
+            image = self._resize(image, Image.Resampling.BICUBIC)
+            mask = None if mask is None else self._resize(mask, Image.Resampling.NEAREST)
         if draws is not None and self.random_augment is not None:
             image = self.random_augment(image, draws, tuple(round(255 * mean) for mean in self.mean))
         pixels = np.asarray(image, np.float32).reshape(self.size, self.size, self.channels) / 255
+        numbers = np.zeros((0, 0), np.int64) if mask is None else np.asarray(mask).astype(np.int64)
         if draws is not None and self.augmentation == "crop_flip":
             pad = max(1, self.size // 8)
             top, left = draws.integers(0, 2 * pad + 1, 2)
-            pixels = np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")[top : top + self.size, left : left + self.size]
+            pixels = _padded(pixels, pad)[top : top + self.size, left : left + self.size]
+            numbers = numbers if mask is None else _padded(numbers, pad)[top : top + self.size, left : left + self.size]
         if draws is not None and self.augmentation != "none" and draws.random() < 0.5:
-            pixels = pixels[:, ::-1]
+            pixels, numbers = pixels[:, ::-1], numbers[:, ::-1]
         normalised = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         if draws is not None and self.erase:
             normalised = erase(normalised, self.erase, draws)
-        return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32))
+        return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32)), torch.from_numpy(numbers.copy())
 
-    def _resize(self, image: Image.Image) -> Image.Image:
+    def _resize(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
         """Shorter side to ``size``, then the centre."""
         scale = self.size / min(image.size)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
         left, top = (width - self.size) // 2, (height - self.size) // 2
-        return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + self.size, top + self.size))
+        return image.resize((width, height), resampling).crop((left, top, left + self.size, top + self.size))
 
-    def _resized_crop(self, image: Image.Image, draws: np.random.Generator) -> Image.Image:
-        """A part of 25 to 100 % of the area and an aspect of 3/4 to 4/3, to ``size``."""
-        width, height = image.size
-        area, aspect = width * height * draws.uniform(0.25, 1), np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3)))
-        across, down = min(width, round((area * aspect) ** 0.5)), min(height, round((area / aspect) ** 0.5))
-        left, top = int(draws.integers(0, width - across + 1)), int(draws.integers(0, height - down + 1))
-        box = (left, top, left + max(1, across), top + max(1, down))
-        return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+
+def _part(size: tuple[int, int], draws: np.random.Generator) -> tuple[int, int, int, int]:
+    """Box of a part of 25 to 100 % of the area and an aspect of 3/4 to 4/3."""
+    width, height = size
+    area, aspect = width * height * draws.uniform(0.25, 1), np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3)))
+    across, down = min(width, round((area * aspect) ** 0.5)), min(height, round((area / aspect) ** 0.5))
+    left, top = int(draws.integers(0, width - across + 1)), int(draws.integers(0, height - down + 1))
+    return left, top, left + max(1, across), top + max(1, down)
+
+
+def _padded(values: np.ndarray, pad: int) -> np.ndarray:
+    """(height, width, …) with its border mirrored."""
+    return np.pad(values, ((pad, pad), (pad, pad), *[(0, 0)] * (values.ndim - 2)), mode="reflect")
 
 
 class ImageRows(Dataset[dict[str, Any]]):
@@ -164,7 +187,7 @@ class ImageRows(Dataset[dict[str, Any]]):
             return {"bad": BadRow(row, self.bad_labels[row])}
         draws = None if self.seed is None else np.random.Generator(np.random.Philox(key=[self.seed, index]))
         try:
-            pixels = self.transform(_decode(self.rows[row][self.image_column]), draws)
+            pixels = self.transform(decode(self.rows[row][self.image_column]), draws)
         except Exception as error:
             # Decoders fail in many ways; whichever it is, the row is counted and named.
             return {"bad": BadRow(row, f"undecodable image ({type(error).__name__})")}
@@ -172,7 +195,8 @@ class ImageRows(Dataset[dict[str, Any]]):
         return {"pixel_values": pixels, **labels, "sample_ids": torch.tensor(index)}
 
 
-def _decode(value: Any) -> Image.Image:
+def decode(value: Any) -> Image.Image:
+    """An image of what a data set holds, undecoded. Raises where it cannot be read."""
     if isinstance(value, Image.Image):
         return value
     if not isinstance(value, Mapping) or (value.get("bytes") is None and value.get("path") is None):

@@ -35,13 +35,13 @@ class ImageData:
     has_test: bool = True
 
 
-def scattered_digits(canvas: Canvas, train_samples: int, eval_samples: int, seed: int) -> ImageData:
-    """The embedded data."""
+def scattered_digits(canvas: Canvas, train_samples: int, eval_samples: int, seed: int, pixel_labels: bool = False) -> ImageData:
+    """The embedded data; with ``pixel_labels`` every pixel has a class, the background one more."""
     return ImageData(
-        train=ScatteredDigits("train", train_samples, canvas, seed),
-        validation=ScatteredDigits("validation", eval_samples, canvas),
-        test=ScatteredDigits("test", eval_samples, canvas),
-        classes=[str(digit) for digit in range(CLASSES)],
+        train=ScatteredDigits("train", train_samples, canvas, seed, pixel_labels),
+        validation=ScatteredDigits("validation", eval_samples, canvas, pixel_labels=pixel_labels),
+        test=ScatteredDigits("test", eval_samples, canvas, pixel_labels=pixel_labels),
+        classes=[*(str(digit) for digit in range(CLASSES)), *(["background"] if pixel_labels else [])],
         channels=1,
     )
 
@@ -62,23 +62,12 @@ def hub_images(
     Raises:
         ValueError: the source cannot be opened, or a split or column is missing; the message names those there are.
     """
-    opened = open_source(source)
-    for key, name in (("train", train_split), ("validation", validation_split), ("test", test_split)):
-        if name is not None and name not in opened:
-            raise ValueError(f"data.{key}_split = {name!r} does not exist: the splits are {', '.join(opened)}")
-    train = opened[train_split]
+    train, validation, test = open_splits(source, train_split, validation_split, test_split, validation_fraction)
     images = image_column(train.features, source.image_column)
     labels = label_column(train.features, source.label_column) if labelled else None
     names = [] if labels is None else class_names(train, labels)
     if num_labels is not None:
         names = names if len(names) == num_labels else [str(value) for value in range(num_labels)]
-    if validation_split is None:
-        # The same rows are held out whatever the seed, so that runs can be compared.
-        order = np.random.default_rng(0).permutation(len(train))
-        held_out = max(1, math.floor(validation_fraction * len(train)))
-        validation, train = train.select(np.sort(order[:held_out])), train.select(np.sort(order[held_out:]))
-    else:
-        validation = opened[validation_split]
 
     def rows(split: Split, draws: int | None) -> ImageRows:
         return ImageRows(split.rows, images, split.labels, split.bad_labels, transform, draws)
@@ -87,11 +76,32 @@ def hub_images(
     return ImageData(
         train=rows(split_of(train, images, labels, names), seed),
         validation=evaluated,
-        test=evaluated if test_split is None else rows(split_of(opened[test_split], images, labels, names), None),
+        test=evaluated if test is None else rows(split_of(test, images, labels, names), None),
         classes=names,
         channels=transform.channels,
-        has_test=test_split is not None,
+        has_test=test is not None,
     )
+
+
+def open_splits(
+    source: Source, train_split: str, validation_split: str | None, test_split: str | None, validation_fraction: float
+) -> tuple[Any, Any, Any]:
+    """Rows to train on, to validate on, and to report on, or None where there are none of their own.
+
+    Raises:
+        ValueError: the source cannot be opened, or a split is missing; the message names those there are.
+    """
+    opened = open_source(source)
+    for key, name in (("train", train_split), ("validation", validation_split), ("test", test_split)):
+        if name is not None and name not in opened:
+            raise ValueError(f"data.{key}_split = {name!r} does not exist: the splits are {', '.join(opened)}")
+    train, test = opened[train_split], None if test_split is None else opened[test_split]
+    if validation_split is not None:
+        return train, opened[validation_split], test
+    # The same rows are held out whatever the seed, so that runs can be compared.
+    order = np.random.default_rng(0).permutation(len(train))
+    held_out = max(1, math.floor(validation_fraction * len(train)))
+    return train.select(np.sort(order[held_out:])), train.select(np.sort(order[:held_out])), test
 
 
 class ImageDataModule(lightning.LightningDataModule):

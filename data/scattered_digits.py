@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 DIGIT, PIECE, CLASSES = 8, 4, 10
+# Of a pixel that belongs to no real digit, clutter included.
+BACKGROUND = CLASSES
 _TRIES = 12
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
 _SOURCE_SEED = 20240607
@@ -67,17 +69,19 @@ class ScatteredDigits(Dataset[dict[str, Tensor]]):
         length: number of images.
         canvas: what an image is made of.
         seed: of the data set.
+        pixel_labels: label pixels instead of images.
 
     An item has ``pixel_values`` (1, size, size) float32 in [0, 1], ``labels`` and ``sample_ids`` int64 scalars, and ``place``
-    int64 (2,): row and column of the digit's top left corner in pixels.
+    int64 (2,): row and column of the digit's top left corner in pixels. With ``pixel_labels`` its ``labels`` are (size, size) int64:
+    the digit in its whole square of 8 × 8 pixels, paper and ink, and BACKGROUND elsewhere. The images are the same.
     """
 
     classes = tuple(str(digit) for digit in range(CLASSES))
 
-    def __init__(self, split: str, length: int, canvas: Canvas | None = None, seed: int = 0) -> None:
+    def __init__(self, split: str, length: int, canvas: Canvas | None = None, seed: int = 0, pixel_labels: bool = False) -> None:
         if split not in _SPLITS:
             raise ValueError(f"split = {split!r} must be one of {', '.join(_SPLITS)}")
-        self.split, self.length, self.seed = split, length, seed
+        self.split, self.length, self.seed, self.pixel_labels = split, length, seed, pixel_labels
         self.canvas = canvas or Canvas()
 
     def __len__(self) -> int:
@@ -89,6 +93,8 @@ class ScatteredDigits(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
         """Several items at once, which is what the loader asks for: numpy then works on whole batches."""
         images, labels, places = self._draw(np.asarray(indices) % self.length)
+        if self.pixel_labels:
+            labels = _pixel_labels(labels, places, self.canvas.size)
         rows = zip(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(places), indices, strict=True)
         return [
             {"pixel_values": image[None], "labels": label, "place": place, "sample_ids": torch.tensor(index)}
@@ -130,6 +136,13 @@ class ScatteredDigits(Dataset[dict[str, Tensor]]):
                 places = place * PIECE
             _paste(images, taken, picture, place, fits)
         return images, labels, places.astype(np.int64)
+
+
+def _pixel_labels(labels: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
+    """(n, size, size) int64 class of each pixel, from the digits (n,) and the corners (n, 2) of their squares."""
+    pixels = np.arange(size)
+    inside = [(pixels >= start[:, None]) & (pixels < start[:, None] + DIGIT) for start in places.T]
+    return np.where(inside[0][:, :, None] & inside[1][:, None, :], labels[:, None, None], BACKGROUND).astype(np.int64)
 
 
 def _free_place(taken: np.ndarray, cells: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .backbones import backbone_for
 from .backbones.base import Backbone
 from .config import CompressionConfig
+from .models.base import PatchSegmentation
 from .packing import ATTENTION, Packing
 from .restore import restore
 from .stage import Inner, Stage
@@ -105,6 +106,13 @@ def build_stages(model: PreTrainedModel, config: CompressionConfig, backbone: ty
     backbone.check(model)
     config.check(len(backbone.layers(model)), backbone.sites)
     backbone.check_stages(model, config)
+    short = [stage.key for stage in config.left_short()]
+    if isinstance(model, PatchSegmentation) and short:
+        after = len(backbone.layers(model))
+        raise ValueError(
+            f"compression.restore is needed: the head reads every patch, and after stages {', '.join(short)} tokens are missing; "
+            f"give compression.restore = {{layer: {after}, by: unmerge}}, which restores them after the last layer, or 'by: rejoin'"
+        )
     spec = backbone.token_spec(model.config)
     stages = [Stage(stage, spec, index, backbone) for index, stage in enumerate(config.stages)]
     implementation = model.config._attn_implementation

@@ -277,6 +277,11 @@ class CompressionConfig:
             raise ValueError(f"stage names must differ: {', '.join(names)}")
         self._check_restore(layers)
 
+    def left_short(self) -> list[StageConfig]:
+        """Stages that shorten the sequence for good: no restore comes after them."""
+        end = 0 if self.restore is None else self.restore.layer
+        return [stage for stage in self.stages if not stage.bypass and stage.layer >= end]
+
     def _check_restore(self, layers: int) -> None:
         if self.restore is None:
             return

@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .compress import PREFIX, compressed_class
+from .models import own_models
 
 
 def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -50,7 +51,7 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def saved_class(folder: str | Path) -> type[PreTrainedModel]:
-    """The class that a folder's weights were saved from, of transformers; of a compressed model its original.
+    """The class that a folder's weights were saved from, of transformers or our own; of a compressed model its original.
 
     Raises:
         ValueError: its class is unknown.
@@ -60,9 +61,10 @@ def saved_class(folder: str | Path) -> type[PreTrainedModel]:
 
 def _class_of(config: PretrainedConfig, folder: str) -> type[PreTrainedModel]:
     names = config.architectures or []
-    found: type[PreTrainedModel] | None = getattr(transformers, names[0].removeprefix(PREFIX), None) if names else None
+    name = names[0].removeprefix(PREFIX) if names else ""
+    found: type[PreTrainedModel] | None = own_models().get(name) or getattr(transformers, name, None)
     if found is None:
         raise ValueError(
-            f"{folder}: config.json names the architecture {names}, which transformers {transformers.__version__} does not have"
+            f"{folder}: config.json names the architecture {names}, which neither transformers {transformers.__version__} nor Laconic has"
         )
     return found

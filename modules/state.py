@@ -233,8 +233,9 @@ class Trace:
             None numbers the rows of the batch.
         noise: strength of the exploration noise on trained scores, 0 in evaluation.
         keep: requested keep by stage name, over the stages' own; for schedules.
-        labels: (B,) int64 or (B, classes) probabilities, for estimators that learn from them; a model that is called with
-            ``labels`` puts them here itself.
+        labels: for estimators that learn from them: (B,) int64 or (B, classes) probabilities of each row; (B, N, classes) of each
+            original token, zeros for a token that has none; or (B, height, width) int64 of each pixel. A model that is called
+            with ``labels`` puts them here itself.
         replay: decisions to repeat by stage name, those of an earlier trace; for tests and comparisons.
 
     What the forward leaves:
@@ -245,9 +246,9 @@ class Trace:
         state: the current TokenState, None before the first layer.
         original: routable tokens before the first stage, one int for every row or int64 (B,).
         layer_tokens: real tokens that each layer processed, by layer index.
-        shortest: the state just before a restore gave the sequence its length back; None without one.
         packed: how the rows lie in the one long row that layers see now; None while they lie side by side.
         left: hidden states (B, M, C) and TokenState before each shrinking stage, for a restore; empty without one.
+        shortest: TokenState just before a restore; None without one.
         pixel_values: (B, channels, height, width) the model's input, for scorers that look at it.
         grid: patches (down, across) of the input, None where there is no grid.
         places: (B, N) int64 place in the input that each original token comes from, counted like positions, protected tokens in
@@ -266,9 +267,9 @@ class Trace:
     state: TokenState | None = None
     original: int | Tensor = 0
     layer_tokens: dict[int, RowTokens] = field(default_factory=dict)
-    shortest: TokenState | None = None
     packed: Packing | None = None
     left: list[tuple[Tensor, TokenState]] = field(default_factory=list)
+    shortest: TokenState | None = None
     pixel_values: Tensor | None = None
     grid: tuple[int, int] | None = None
     places: Tensor | None = None

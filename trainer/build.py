@@ -223,7 +223,16 @@ def open_data(whole: Recipe, config: Any) -> ImageData:
 
 def source_of(recipe: DataRecipe) -> Source:
     """Where a recipe's images come from."""
-    return Source(recipe.name, recipe.data_dir, recipe.data_files, recipe.config, recipe.revision, recipe.image_column, recipe.label_column)
+    return Source(
+        recipe.name,
+        recipe.data_dir,
+        recipe.data_files,
+        recipe.config,
+        recipe.revision,
+        recipe.image_column,
+        recipe.label_column,
+        recipe.mask_column,
+    )
 
 
 def _per_channel(values: list[float], channels: int) -> tuple[float, ...]:

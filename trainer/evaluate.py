@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..data.images import BadRowCount, collate
 from ..modules.compress import compress, decompress, stages_of
-from ..modules.config import CompressionConfig
+from ..modules.config import CompressionConfig, PartConfig
 from ..modules.cost import CostModel
 from ..modules.loading import from_pretrained, saved_class
 from ..modules.state import KeepCount, Trace
@@ -102,12 +102,17 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
 
 def _with_scorer(model: PreTrainedModel, scorer: str) -> PreTrainedModel:
     config = CompressionConfig.from_dict(model.config.compression)
-    # What merges the pairs that a scorer finds cannot merge those that a control does not look for.
-    pairs = {stage.key for stage in config.stages if stage.part("merger").name == "bipartite"}
-    swapped = [
-        replace(stage, scorer=scorer, estimator=None, merger="drop" if stage.key in pairs else stage.merger) for stage in config.stages
+    # Pairs are found by matching scorers alone; what other scorers leave out is dropped.
+    stages = [
+        replace(
+            stage,
+            scorer=PartConfig(scorer),
+            estimator=None,
+            merger="drop" if stage.part("merger").name == "bipartite" else stage.merger,
+        )
+        for stage in config.stages
     ]
-    return compress(decompress(copy.deepcopy(model)), CompressionConfig(swapped, config.restore))
+    return compress(decompress(copy.deepcopy(model)), CompressionConfig(stages, config.restore))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ PICTURED = 8
 
 
 def kept_pixels(trace: Trace) -> Tensor:
-    """(B, height, width) bool: pixels whose token is left, by itself, after the last stage and before a restore.
+    """(B, height, width) bool: pixels whose token is left, by itself, after the last stage, before a restore.
 
     Args:
         trace: of a forward with images.

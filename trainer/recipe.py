@@ -77,13 +77,21 @@ class DataRecipe(Block):
     revision: str | None = Field(None, description="revision of a hub data set")
     image_column: str | None = Field(None, description="column with the images; found by itself where there is one")
     label_column: str | None = Field(None, description="column with the labels; found by itself where it has a usual name")
+    mask_column: str | None = Field(
+        None, description="semantic_segmentation: column with the masks, one number a pixel; found by itself where it has a usual name"
+    )
+    ignore_index: Annotated[int, Field(ge=0, le=255)] = Field(
+        255, description="semantic_segmentation: number in a mask that is no class: its pixels count neither in the loss nor in the metric"
+    )
     train_split: str = Field("train", description="split to train on")
     validation_split: str | None = Field(None, description="split to validate on; none takes validation_fraction of the training rows")
     test_split: str | None = Field(None, description="split to report on; none reports on validation")
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="share of training rows held out when there is no split"
     )
-    num_labels: Annotated[int, Field(ge=2)] | None = Field(None, description="number of classes; counted where it is not given")
+    num_labels: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="number of classes; counted where it is not given, but for masks"
+    )
     mean: list[float] | None = Field(
         None, description="subtracted from pixels in [0, 1], one or one a channel; none asks the model's processor"
     )

@@ -22,6 +22,10 @@ class BeitBackbone(VisionBackbone):
 
     model_type = "beit"
     classes: ClassVar[tuple[str, ...]] = ("BeitModel", "BeitForImageClassification")
+    refused: ClassVar[dict[str, str]] = {
+        "BeitForSemanticSegmentation": "its head reads the hidden states of several layers, which have different tokens under compression; "
+        "take ViTForSemanticSegmentation or Dinov2ForSemanticSegmentation of laconic.modules.models"
+    }
     averages = True
     masks_in_layers = True
 

@@ -16,7 +16,7 @@ class Dinov2Backbone(VisionBackbone):
     """A ViT with layer scale and, in the largest model, a gated MLP. Its classifier reads CLS and the mean of the patches."""
 
     model_type = "dinov2"
-    classes: ClassVar[tuple[str, ...]] = ("Dinov2Model", "Dinov2ForImageClassification")
+    classes: ClassVar[tuple[str, ...]] = ("Dinov2Model", "Dinov2ForImageClassification", "Dinov2ForSemanticSegmentation")
     averages = True
     norm = "norm1"
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..counting import BackboneShape
+from ..models.base import PatchSegmentation
 from ..scorers.base import TokenSpec
 from ..sites import SITES
 from ..state import Trace
@@ -95,8 +96,9 @@ class VisionBackbone(Backbone):
             prefix=cls.prefix(model.config),
             patches=patches,
             embed_macs=patches * config.hidden_size * config.num_channels * down * across,
-            # Heads and poolers read one token each, or one mean of tokens.
-            head_macs=sum(module.in_features * module.out_features for module in outside),
+            # Heads and poolers read one token each, or one mean of tokens; heads of dense answers all patches, restored or not.
+            head_macs=sum(module.in_features * module.out_features for module in outside)
+            * (patches if isinstance(model, PatchSegmentation) else 1),
         )
 
     @classmethod

@@ -13,7 +13,7 @@ class ViTBackbone(VisionBackbone):
     """One CLS token in front, learned positions added before the layers, one attention mask for all of them."""
 
     model_type = "vit"
-    classes: ClassVar[tuple[str, ...]] = ("ViTModel", "ViTForImageClassification")
+    classes: ClassVar[tuple[str, ...]] = ("ViTModel", "ViTForImageClassification", "ViTForSemanticSegmentation")
 
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:

@@ -37,10 +37,8 @@ class ViTMaeBackbone(ViTBackbone):
     def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
         if not hasattr(model, "decoder"):
             return
-        shrinking = [stage for stage in config.stages if not stage.bypass]
         layers, restore = len(cls.layers(model)), config.restore
-        short = [stage.key for stage in shrinking if restore is None or stage.layer >= restore.layer]
-        if short:
+        if short := [stage.key for stage in config.left_short()]:
             told = "is not set" if restore is None else f"is {restore.layer}"
             raise ValueError(
                 f"compression.restore.layer {told}, and {', '.join(short)} would leave the encoder's output short: the decoder of {DECODER} "

@@ -1,15 +1,23 @@
-"""Teaches every token its row's label."""
+"""Teaches every token what its row, or its own part of the input, is."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
+from ..models.base import IGNORE
 from ..state import Decision, TokenState, Trace
 from .base import Estimate, Estimator
 
 
 class TokenLabelsEstimator(Estimator):
-    """Cross-entropy of each token's own answer with the label of its row, for the ``evidence`` scorer.
+    """Cross-entropy of each token's own answer with its label, for the ``evidence`` scorer.
+
+    What a token's label is depends on the task's. A label of the row, one class or a distribution, is that of each of its tokens.
+    Where every token has a label of its own, or every pixel, a token learns the share of each class in its own patch; it still
+    scores by how far its answer is from the row's mean answer, so that what is like the rest of the image scores low. A token
+    without any label (all of its pixels ignored) teaches nothing.
 
     Args:
         weight: of this loss beside the task's.
@@ -30,9 +38,42 @@ class TokenLabelsEstimator(Estimator):
             raise ValueError(
                 "estimator 'token_labels' needs the labels in training: call model(..., labels=labels), or make the trace with labels"
             )
-        if labels.dtype.is_floating_point:
+        heard = state.routable
+        if labels.ndim == 3:
+            if not labels.dtype.is_floating_point:
+                labels = patch_labels(labels, trace.grid, answers.shape[1], state.protected_per_row)
+            own = labels.gather(1, state.position.unsqueeze(-1).expand(-1, -1, labels.shape[-1]))
+            likelihood = (answers * own.transpose(1, 2)).sum(1)
+            heard = heard & (own.sum(-1) > 0)
+        elif labels.dtype.is_floating_point:
             likelihood = (answers * labels.unsqueeze(-1)).sum(1)
         else:
             likelihood = answers.gather(1, labels[:, None, None].expand(-1, 1, answers.shape[2])).squeeze(1)
-        heard = state.routable
         return Estimate(loss=-self.weight * (likelihood * heard).sum() / heard.sum().clamp(min=1))
+
+
+@torch.no_grad()
+def patch_labels(labels: Tensor, grid: tuple[int, int] | None, classes: int, prefix: int) -> Tensor:
+    """What share of a patch's labelled pixels each class has.
+
+    Args:
+        labels: (B, height, width) int64, IGNORE where a pixel has none.
+        grid: patches (down, across) of the images.
+        classes: number of classes.
+        prefix: protected tokens in front of the patches.
+
+    Returns:
+        (B, prefix + patches, classes) float32; zeros in front, and for a patch without a labelled pixel.
+    """
+    if grid is None:
+        raise ValueError("labels of pixels need a backbone whose tokens are patches in reading order, on a grid")
+    rows, height, width = labels.shape
+    down, across = height // grid[0], width // grid[1]
+    # A patch embedding leaves out what fills no patch at the right and the bottom.
+    cut = labels[:, : grid[0] * down, : grid[1] * across].reshape(rows, grid[0], down, grid[1], across)
+    cut = cut.permute(0, 1, 3, 2, 4).reshape(rows, grid[0] * grid[1], -1)
+    # Ignored pixels are counted in a class past the last.
+    cut = cut.masked_fill(cut == IGNORE, classes)
+    counts = cut.new_zeros(rows, cut.shape[1], classes + 1, dtype=torch.float32)
+    counts = counts.scatter_add_(2, cut, torch.ones_like(cut, dtype=torch.float32))[..., :classes]
+    return functional.pad(counts / counts.sum(-1, keepdim=True).clamp(min=1), (0, 0, prefix, 0))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from laconic.data.hub import Source
-from laconic.data.images import BadRow, BadRowCount, BadRows, ImageTransform, _decode, collate
+from laconic.data.images import BadRow, BadRowCount, BadRows, ImageTransform, collate, decode
 from laconic.data.loader import ResumableLoader, StepBatches
 from laconic.data.module import ImageData, hub_images
 from tests.data.folders import encoded, image_folder, parquet, picture
@@ -77,7 +77,7 @@ def test_16_bit_grey_is_scaled_not_cut_off() -> None:
     ramp = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
     buffer = io.BytesIO()
     Image.fromarray(ramp).save(buffer, "PNG")
-    pixels = ImageTransform(16)(_decode({"bytes": buffer.getvalue()}), None)
+    pixels = ImageTransform(16)(decode({"bytes": buffer.getvalue()}), None)
     assert float(pixels.mean()) == pytest.approx(0, abs=0.02)
 
 

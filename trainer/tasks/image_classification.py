@@ -18,7 +18,7 @@ from ...data.module import ImageData, hub_images, scattered_digits
 from ...modules.backbones import backbone_for, backbones
 from ..build import Parts, source_of
 from ..distillation import Distillation, load_teacher
-from ..recipe import DataRecipe
+from ..recipe import DataRecipe, Recipe
 from ..task_module import TaskModule
 from .base import Quality, Task
 
@@ -99,6 +99,12 @@ class ImageClassification(Task):
 
     metric = "accuracy"
     quality: ClassVar[type[Quality]] = Accuracy
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        for key in ("mask_column", "ignore_index"):
+            if key in recipe.data.model_fields_set and getattr(recipe.data, key) != DataRecipe.model_fields[key].default:
+                raise ValueError(f"data.{key} is for masks: leave it out, or set task = semantic_segmentation")
 
     @classmethod
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:

@@ -1,0 +1,36 @@
+"""DINOv2 with a head for semantic segmentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Dinov2Config, Dinov2Model
+from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.models.dinov2.modeling_dinov2 import Dinov2PreTrainedModel
+
+from .base import PatchSegmentation
+
+
+class Dinov2ForSemanticSegmentation(PatchSegmentation, Dinov2PreTrainedModel):  # type: ignore[no-untyped-call]
+    """A DINOv2 whose patches each answer with a class, stretched to pixels.
+
+    Args:
+        config: of the backbone; ``num_labels`` classes.
+    """
+
+    def __init__(self, config: Dinov2Config) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels or 1
+        self.dinov2 = Dinov2Model(config)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> SemanticSegmenterOutput:
+        """
+        Args:
+            pixel_values: (B, channels, height, width).
+            labels: (B, height, width) int64, 255 where a pixel has none.
+            kwargs: for the backbone.
+        """
+        return self.segment(self.dinov2(pixel_values, **kwargs), pixel_values, labels)

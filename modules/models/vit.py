@@ -1,0 +1,36 @@
+"""ViT with a head for semantic segmentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTModel
+from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.models.vit.modeling_vit import ViTPreTrainedModel
+
+from .base import PatchSegmentation
+
+
+class ViTForSemanticSegmentation(PatchSegmentation, ViTPreTrainedModel):  # type: ignore[no-untyped-call]
+    """A ViT whose patches each answer with a class, stretched to pixels.
+
+    Args:
+        config: of the backbone; ``num_labels`` classes.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels or 1
+        self.vit = ViTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> SemanticSegmenterOutput:
+        """
+        Args:
+            pixel_values: (B, channels, height, width).
+            labels: (B, height, width) int64, 255 where a pixel has none.
+            kwargs: for the backbone.
+        """
+        return self.segment(self.vit(pixel_values, **kwargs), pixel_values, labels)
