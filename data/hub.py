@@ -16,12 +16,12 @@ class Split:
 
     Attributes:
         rows: the Hugging Face data set, images undecoded.
-        labels: (n,) int64, -1 where the label is bad.
+        labels: (n,) int64, -1 where the label is bad; None where no label is wanted.
         bad_labels: why, by row.
     """
 
     rows: Any
-    labels: np.ndarray
+    labels: np.ndarray | None
     bad_labels: Mapping[int, str]
 
 
@@ -131,10 +131,12 @@ def class_names(rows: Any, column: str) -> list[str]:
     return sorted(map(str, values))
 
 
-def split_of(rows: Any, images: str, column: str, names: Sequence[str]) -> Split:
-    """A split with its labels as numbers; a label that is none of ``names`` is bad."""
+def split_of(rows: Any, images: str, column: str | None, names: Sequence[str]) -> Split:
+    """A split with its labels as numbers; a label that is none of ``names`` is bad. Without a column it has none."""
     import datasets
 
+    if column is None:
+        return Split(rows.cast_column(images, datasets.Image(decode=False)), None, {})
     codes = {name: code for code, name in enumerate(names)}
     values = rows[column]
     labels, bad = np.full(len(values), -1, np.int64), {}

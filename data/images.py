@@ -158,7 +158,7 @@ class ImageRows(Dataset[dict[str, Any]]):
     Args:
         rows: the split, its image column cast to undecoded images.
         image_column: name of the column with the images.
-        labels: (n,) int64 label of each row, -1 where it is bad.
+        labels: (n,) int64 label of each row, -1 where it is bad; None leaves ``labels`` out of the items.
         bad_labels: why, by row.
         transform: from image to pixels.
         seed: of the augmentation; None for evaluation.
@@ -167,7 +167,13 @@ class ImageRows(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, rows: Any, image_column: str, labels: np.ndarray, bad_labels: Mapping[int, str], transform: ImageTransform, seed: int | None
+        self,
+        rows: Any,
+        image_column: str,
+        labels: np.ndarray | None,
+        bad_labels: Mapping[int, str],
+        transform: ImageTransform,
+        seed: int | None,
     ) -> None:
         self.rows, self.image_column, self.labels, self.bad_labels = rows, image_column, labels, bad_labels
         self.transform, self.seed = transform, seed
@@ -185,7 +191,8 @@ class ImageRows(Dataset[dict[str, Any]]):
         except Exception as error:
             # Decoders fail in many ways; whichever it is, the row is counted and named.
             return {"bad": BadRow(row, f"undecodable image ({type(error).__name__})")}
-        return {"pixel_values": pixels, "labels": torch.tensor(int(self.labels[row])), "sample_ids": torch.tensor(index)}
+        labels = {} if self.labels is None else {"labels": torch.tensor(int(self.labels[row]))}
+        return {"pixel_values": pixels, **labels, "sample_ids": torch.tensor(index)}
 
 
 def decode(value: Any) -> Image.Image:

@@ -55,15 +55,17 @@ def hub_images(
     num_labels: int | None,
     transform: ImageTransform,
     seed: int,
+    labelled: bool = True,
 ) -> ImageData:
-    """Any image data set of Hugging Face ``datasets``.
+    """Any image data set of Hugging Face ``datasets``; where ``labelled`` is False its labels, if it has any, are not read.
 
     Raises:
         ValueError: the source cannot be opened, or a split or column is missing; the message names those there are.
     """
     train, validation, test = open_splits(source, train_split, validation_split, test_split, validation_fraction)
-    images, labels = image_column(train.features, source.image_column), label_column(train.features, source.label_column)
-    names = class_names(train, labels)
+    images = image_column(train.features, source.image_column)
+    labels = label_column(train.features, source.label_column) if labelled else None
+    names = [] if labels is None else class_names(train, labels)
     if num_labels is not None:
         names = names if len(names) == num_labels else [str(value) for value in range(num_labels)]
 

@@ -111,7 +111,7 @@ class ScatteredDigits(Dataset[dict[str, Tensor]]):
             [np.random.Generator(np.random.Philox(key=[self.seed * 4 + _SPLITS[self.split], i])).random(width) for i in indices]
         )
         choices = draws[:, : objects * per_object].reshape(-1, objects, per_object)
-        permutations = draws[:, objects * per_object : width - canvas.pieces].reshape(-1, canvas.scrambled, DIGIT**2)
+        permutations = draws[:, objects * per_object : width - canvas.pieces].reshape(len(indices), canvas.scrambled, DIGIT**2)
         quarters = (draws[:, width - canvas.pieces :] * 4).astype(np.int64)
 
         number = len(indices)

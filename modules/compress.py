@@ -105,6 +105,7 @@ def build_stages(model: PreTrainedModel, config: CompressionConfig, backbone: ty
     """Checks the config against the model and builds its stages, changing nothing."""
     backbone.check(model)
     config.check(len(backbone.layers(model)), backbone.sites)
+    backbone.check_stages(model, config)
     short = [stage.key for stage in config.left_short()]
     if isinstance(model, PatchSegmentation) and short:
         after = len(backbone.layers(model))
@@ -294,7 +295,10 @@ def compressed_class(cls: Any) -> type[Any]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, trace: Trace | None = None, **kwargs: Any) -> Any:
-        trace = self.note(trace, dict(zip(names, args, strict=False)) | kwargs)
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        if added := self.backbone.added_inputs(self, trace, inputs):
+            args, kwargs = (), inputs | added
+        trace = self.note(trace, inputs | added)
         return self.backbone.finish(self, cls.forward(self, *args, trace=trace, **kwargs), trace)
 
     # transformers tells its own classes from a user's by the module's name, and treats only its own as fully supported.

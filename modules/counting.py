@@ -121,6 +121,7 @@ class BackboneShape:
         embed_macs: MACs of the patch embedding per image.
         head_macs: MACs of what follows the layers per image.
         head_macs_per_token: the same for every token that leaves the last layer, protected ones included (attention pooling).
+        decoder: a second stack of layers behind them, which sees all its tokens whatever the stages do; None without one.
     """
 
     hidden: int
@@ -132,6 +133,7 @@ class BackboneShape:
     embed_macs: int
     head_macs: int
     head_macs_per_token: int = 0
+    decoder: BackboneShape | None = None
 
     def layer_macs(self, tokens: LayerTokens) -> float:
         """4NC² + 2N²C with N tokens in attention, plus 2N'C·I with N' in the MLP of hidden width I."""
@@ -148,8 +150,13 @@ class BackboneShape:
         """
         if len(layers) != self.layers:
             raise ValueError(f"token counts for {len(layers)} layers were given, the backbone has {self.layers}")
-        head = self.head_macs + self.head_macs_per_token * (layers[-1].mlp if leaving is None else leaving)
+        head = self.decoder_macs + self.head_macs + self.head_macs_per_token * (layers[-1].mlp if leaving is None else leaving)
         return self.embed_macs + sum(self.layer_macs(tokens) for tokens in layers) + head
+
+    @property
+    def decoder_macs(self) -> float:
+        """MACs of the decoder per image."""
+        return 0 if self.decoder is None else self.decoder.model_macs(self.decoder.dense_layers())
 
     def dense_layers(self) -> list[LayerTokens]:
         """Token counts of the uncompressed forward."""
@@ -164,4 +171,5 @@ class BackboneShape:
         measures.
         """
         per_attention, per_mlp = 6 * self.hidden, 2 * self.hidden + 2 * self.intermediate
-        return bytes_per_value * sum(t.attention * per_attention + t.mlp * per_mlp for t in layers)
+        behind = 0 if self.decoder is None else self.decoder.activation_bytes(self.decoder.dense_layers(), bytes_per_value)
+        return behind + bytes_per_value * sum(t.attention * per_attention + t.mlp * per_mlp for t in layers)

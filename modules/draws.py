@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+# Keeps the draws of a model's own masking apart from those of stages.
+_MASKING = 1 << 21
 
 
 def _mix(value: Tensor) -> Tensor:
@@ -38,6 +40,17 @@ def uniform(seed: int, step: int | Tensor, sample_ids: Tensor, stage: int, posit
     bits = _mix(_mix(key[:, None] ^ (position & _MASK)) ^ key[:, None])
     # 23 bits and a half: with 24 the largest draw would round to 1.
     return ((bits >> 9).float() + 0.5) / (1 << 23)
+
+
+def masking_order(seed: int, step: int | Tensor, sample_ids: Tensor, patches: int) -> Tensor:
+    """(B, patches) float32: every row a random order of its patches, the numbers 0, 1, 2 … without a tie.
+
+    As the ``noise`` of a model that masks (ViT-MAE keeps the patches with the lowest), it makes the mask a function of (seed,
+    step, sample id): the same in any batch, on any number of ranks, and after a resume.
+    """
+    position = torch.arange(patches, device=sample_ids.device).expand(len(sample_ids), -1)
+    draws = uniform(seed, step, sample_ids, _MASKING, position)
+    return draws.argsort(dim=1, stable=True).argsort(dim=1, stable=True).float()
 
 
 def gumbel(draws: Tensor) -> Tensor:

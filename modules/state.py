@@ -251,6 +251,8 @@ class Trace:
         shortest: TokenState just before a restore; None without one.
         pixel_values: (B, channels, height, width) the model's input, for scorers that look at it.
         grid: patches (down, across) of the input, None where there is no grid.
+        places: (B, N) int64 place in the input that each original token comes from, counted like positions, protected tokens in
+            front; None where it is the position itself. A model that shuffles its patches has others.
     """
 
     step: int | Tensor = 0
@@ -270,6 +272,11 @@ class Trace:
     shortest: TokenState | None = None
     pixel_values: Tensor | None = None
     grid: tuple[int, int] | None = None
+    places: Tensor | None = None
+
+    def places_of(self, state: TokenState) -> Tensor:
+        """(B, M) int64 place in the input of each token, counted like positions."""
+        return state.position if self.places is None else self.places.gather(1, state.position)
 
     @property
     def auxiliary_loss(self) -> Tensor | None:

@@ -117,7 +117,6 @@ FAMILIES = {
     "vit_mae": Family(
         "ViTMAEModel",
         {**_MLP, "mask_ratio": 0.0, "initializer_range": 0.3},
-        refuses=("evidence_pixels", "uniform_grid", "patch_energy"),
     ),
 }
 BACKBONES = list(FAMILIES)

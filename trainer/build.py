@@ -20,6 +20,7 @@ from ..modules.backbones.vision import VisionBackbone
 from ..modules.budget.budget import Budget
 from ..modules.compress import checkpoint_activations, compress
 from ..modules.cost import CostModel
+from ..modules.encoder import encoder_config, encoder_source, load_encoder, load_routers
 from . import collective
 from .model_settings import check_settings, with_settings
 from .recipe import DataRecipe, ModelRecipe, Recipe
@@ -85,13 +86,13 @@ def build(recipe: Recipe, data: ImageData | None = None, shards: Mapping[str, An
         source = _assemble(recipe, build_model(recipe.model, whole, data, task), steps)[0] if collective.rank() == 0 else None
         with shell(shards):
             bare = recipe.model.model_copy(update={"name": None, "config": {}})
-            model, budget = _assemble(recipe, build_model(bare, config, data, task), steps)
+            model, budget = _assemble(recipe, build_model(bare, config, data, task), steps, filled=False)
         fill(model, source)
     return Parts(recipe, data, model, CostModel(model), budget, steps)
 
 
-def _assemble(recipe: Recipe, model: PreTrainedModel, steps: int) -> tuple[PreTrainedModel, Budget | None]:
-    """The dense model with what the recipe does to it."""
+def _assemble(recipe: Recipe, model: PreTrainedModel, steps: int, filled: bool = True) -> tuple[PreTrainedModel, Budget | None]:
+    """The dense model with what the recipe does to it; one that is not ``filled`` gets its values later."""
     budget = None
     if recipe.compression is not None:
         # Draws of the stages' weights come after the backbone's, so a dense arm starts from the same backbone.
@@ -100,6 +101,9 @@ def _assemble(recipe: Recipe, model: PreTrainedModel, steps: int) -> tuple[PreTr
             budget = Budget(recipe.budget, model, compression, steps, recipe.seed)
             compression = budget.compression
         model = compress(model, compression)
+        if recipe.model.encoder_routers and filled:
+            assert recipe.model.encoder_of is not None
+            load_routers(model, recipe.model.encoder_of, recipe.model.revision)
     if recipe.trainer.gradient_checkpointing:
         checkpoint_activations(model)
     return model, budget
@@ -119,12 +123,27 @@ def model_config(recipe: ModelRecipe, task: type[Task]) -> PretrainedConfig:
         except Exception as error:
             # transformers checks its configs with errors of several kinds; each is the user's setting here.
             raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
+    if recipe.encoder_of is not None:
+        return _of_task(_encoder_config(recipe), recipe, task)
     try:
         config = AutoConfig.from_pretrained(recipe.name, revision=recipe.revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.name = {recipe.name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     if getattr(config, "compression", None) is not None:
         raise ValueError(f"model.name = {recipe.name!r} is compressed already: start from the dense model")
+    return _of_task(config, recipe, task)
+
+
+def _encoder_config(recipe: ModelRecipe) -> PretrainedConfig:
+    assert recipe.encoder_of is not None
+    try:
+        return encoder_config(recipe.encoder_of, recipe.revision)
+    except ValueError as error:
+        raise ValueError(f"model.encoder_of = {recipe.encoder_of!r}: {error}") from None
+
+
+def _of_task(config: PretrainedConfig, recipe: ModelRecipe, task: type[Task]) -> PretrainedConfig:
+    """The config of weights that are loaded, with the recipe's settings and the task's head."""
     model_class = task.model_class(config.model_type)
     config = with_settings(config, recipe.settings, model_class)
     # The task's plain head, also where the checkpoint has another (distilled DeiT's second one takes no labels).
@@ -146,15 +165,21 @@ def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: ImageData, 
     """The dense model with a head for the data's classes."""
     names = dict(enumerate(data.classes))
     config.id2label, config.label2id = names, {name: code for code, name in names.items()}
-    return task.fresh_model(config, recipe.attention) if recipe.config is not None else task.loaded_model(recipe, config)
+    if recipe.config is None and recipe.encoder_of is None:
+        return task.loaded_model(recipe, config)
+    model = task.fresh_model(config, recipe.attention)
+    if recipe.config is None and recipe.encoder_of is not None:
+        load_encoder(model, recipe.encoder_of, recipe.revision)
+    return model
 
 
 def with_normalisation(recipe: Recipe) -> Recipe:
     """The recipe with ``data.mean`` and ``data.std`` filled in: its own, else those of the model's image processor, else 0.5."""
     found: dict[str, Any] = {}
-    if recipe.model.name is not None and (recipe.data.mean is None or recipe.data.std is None):
+    weights = recipe.model.name or (recipe.model.encoder_of and encoder_source(recipe.model.encoder_of))
+    if weights is not None and (recipe.data.mean is None or recipe.data.std is None):
         try:
-            found, _ = ImageProcessingMixin.get_image_processor_dict(recipe.model.name, revision=recipe.model.revision)
+            found, _ = ImageProcessingMixin.get_image_processor_dict(weights, revision=recipe.model.revision)
         except OSError:
             # Weights without a processor, as a model that was trained here from scratch has.
             found = {}

@@ -128,7 +128,7 @@ def _evaluate(model: PreTrainedModel, loader: DataLoader[Any], recipe: Recipe, t
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])
         start = time.perf_counter()
-        out = model(**task.evaluation_inputs(batch), **({"trace": trace} if compressed else {}))
+        out = model(**task.evaluation_inputs(batch, model.config), **({"trace": trace} if compressed else {}))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if len(batch["sample_ids"]) == loader.batch_size:

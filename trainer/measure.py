@@ -31,11 +31,11 @@ def bench_models(parts: Mapping[str, Parts], recipe: Recipe, console: Console) -
     def loss(name: str, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.trainer.precision == "bf16"):
             if name == "dense":
-                return model(**task.step_inputs(inputs)).loss
+                return model(**task.step_inputs(inputs, model.config)).loss
             budget = parts[name].budget
             last = parts[name].total_steps
             trace = budget.trace(last, inputs["sample_ids"]) if budget is not None else Trace(sample_ids=inputs["sample_ids"])
-            out = model(**task.step_inputs(inputs), trace=trace)
+            out = model(**task.step_inputs(inputs, model.config), trace=trace)
             if budget is not None:
                 return out.loss + budget.loss(trace, last).total
             return out.loss if trace.auxiliary_loss is None else out.loss + trace.auxiliary_loss

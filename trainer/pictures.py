@@ -31,7 +31,12 @@ def kept_pixels(trace: Trace) -> Tensor:
     assert state is not None
     # A token that was fused with others is gone as far as a picture can tell.
     alone = (state.source >= 0) & (state.size.gather(1, state.source.clamp(min=0)) == 1)
-    patches = alone[:, state.protected_per_row :].view(-1, *trace.grid)
+    patches = alone[:, state.protected_per_row :]
+    if trace.places is not None:
+        # Patches that the model masked by itself are gone like those that a stage dropped.
+        places = trace.places[:, state.protected_per_row :] - state.protected_per_row
+        patches = patches.new_zeros(len(patches), trace.grid[0] * trace.grid[1]).scatter(1, places, patches)
+    patches = patches.view(-1, *trace.grid)
     down, across = (side // cells for side, cells in zip(trace.pixel_values.shape[-2:], trace.grid, strict=True))
     return patches.repeat_interleave(down, 1).repeat_interleave(across, 2)
 
@@ -91,7 +96,7 @@ def draw_arms(arms: Mapping[str, Parts], path: Path) -> None:
     for name, parts in reversed(compressed.items()):
         trace = Trace(seed=parts.recipe.seed, sample_ids=batch["sample_ids"])
         with torch.no_grad():
-            out = parts.model.eval()(**task.evaluation_inputs(batch), trace=trace)
+            out = parts.model.eval()(**task.evaluation_inputs(batch, parts.model.config), trace=trace)
         rows.append((name, overlays(trace, len(batch["sample_ids"]))))
         answer = task.answer(out, data)
         if answer is not None:

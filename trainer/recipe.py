@@ -25,10 +25,14 @@ class Block(BaseModel):
 
 
 class ModelRecipe(Block):
-    """Where the backbone comes from: a folder or hub name with weights, or a config of our own."""
+    """Where the backbone comes from: a folder or hub name with weights, a config of our own, or a pretraining with masks."""
 
     name: str | None = Field(None, description="local folder or hub name; its weights are loaded")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    encoder_of: str | None = Field(
+        None, description="run of masked_image_pretraining, folder or hub name of a vit_mae: its encoder becomes a vit with a new head"
+    )
+    encoder_routers: bool = Field(False, description="stages start from the weights that they had in encoder_of")
     config: dict[str, Any] | None = Field(None, description="model_type and settings of a model with random weights")
     settings: dict[str, Any] = Field(
         default_factory=dict, description="laid over the model's own config: hidden_dropout_prob, drop_path_rate where the family has it …"
@@ -37,8 +41,12 @@ class ModelRecipe(Block):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelRecipe:
-        if (self.name is None) == (self.config is None):
-            raise ValueError("give either model.name (a folder or hub name) or model.config (random weights)")
+        if sum(source is not None for source in (self.name, self.config, self.encoder_of)) != 1:
+            raise ValueError(
+                "give one of model.name (a folder or hub name), model.config (random weights) or model.encoder_of (a pretraining with masks)"
+            )
+        if self.encoder_routers and self.encoder_of is None:
+            raise ValueError("model.encoder_routers = true takes routers of model.encoder_of, which is not set: name a pretraining there")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config.model_type is missing: vit or deit, for example")
         return self
@@ -203,6 +211,8 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if self.model.encoder_routers and self.compression is None:
+            raise ValueError("model.encoder_routers = true needs compression.stages that take the routers over; add them, or leave it out")
         open_stages = [stage.key for stage in self.compression.stages if stage.free] if self.compression else []
         if self.compression is None and self.budget is not None:
             raise ValueError("budget is set but compression is not: a dense model has nothing to budget; add compression.stages")

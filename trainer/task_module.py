@@ -59,7 +59,7 @@ class TaskModule(lightning.LightningModule):
             ``distillation`` (a DistillationLoss or None).
         """
         trace = self.training_trace(batch)
-        task_loss = self.model(**self.task.step_inputs(batch), **self.with_trace(trace)).loss
+        task_loss = self.model(**self.task.step_inputs(batch, self.model.config), **self.with_trace(trace)).loss
         return self.total(task_loss, task_loss, trace)
 
     def total(self, loss: Tensor, task_loss: Tensor, trace: Trace | None, distillation: Any = None) -> dict[str, Any]:
@@ -106,12 +106,12 @@ class TaskModule(lightning.LightningModule):
             if collective.world_size() > 1:
                 # With parameters spread over ranks, the others wait for this one's part.
                 size, channels = image_input(self.model.config)
-                blank = {key: value[:1].to(self.device) for key, value in self.task.probe(size, channels).items()}
+                blank = {key: value[:1].to(self.device) for key, value in self.task.probe(size, channels, self.model.config).items()}
                 self.model(**blank)
             return {"trace": None}
         compressed = hasattr(self.model.config, "compression")
         trace = Trace(seed=self.seed, sample_ids=batch["sample_ids"]) if compressed else None
-        out = self.model(**self.task.evaluation_inputs(batch), **self.with_trace(trace))
+        out = self.model(**self.task.evaluation_inputs(batch, self.model.config), **self.with_trace(trace))
         if counted:
             self.quality.add(out, batch)
             if trace is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..counting import BackboneShape
 from ..scorers.base import TokenSpec
 from ..state import TokenState, Trace
+
+if TYPE_CHECKING:
+    from ..config import CompressionConfig
 
 
 class Backbone:
@@ -41,6 +44,10 @@ class Backbone:
     @classmethod
     def check(cls, model: PreTrainedModel) -> None:
         """Raises ValueError, with the cure, where this very model cannot be compressed. Called before anything is changed."""
+
+    @classmethod
+    def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
+        """Raises ValueError, with the cure, where this very model cannot have these stages. Called before anything is changed."""
 
     @classmethod
     def packs(cls, config: PretrainedConfig) -> bool:
@@ -79,6 +86,17 @@ class Backbone:
     def prefix(cls, config: PretrainedConfig) -> int:
         """Protected tokens in front of the routable ones."""
         raise NotImplementedError
+
+    @classmethod
+    def added_inputs(cls, model: PreTrainedModel, trace: Trace | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs of a forward that the adapter decides where its caller does not, over those that were given.
+
+        Args:
+            model: the compressed model.
+            trace: the caller's; None where there is none.
+            inputs: of the forward, by name.
+        """
+        return {}
 
     @classmethod
     def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:

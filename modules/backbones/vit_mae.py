@@ -1,44 +1,128 @@
-"""The encoder of ViT-MAE of transformers."""
+"""ViT-MAE of transformers: the encoder alone, or with its decoder for masked-image pretraining."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from torch import Tensor
+from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..counting import BackboneShape
-from ..scorers.base import TokenSpec
+from ..draws import masking_order
 from ..state import Trace
-from .vision import VisionBackbone
+from .vision import pair
 from .vit import ViTBackbone
+
+if TYPE_CHECKING:
+    from ..config import CompressionConfig
+
+DECODER = "ViTMAEForPreTraining"
 
 
 class ViTMaeBackbone(ViTBackbone):
-    """A ViT whose layers see a random subset of the patches, in random order.
+    """A ViT whose layers see a random subset of the patches, in random order (arXiv 2111.06377).
 
-    A token's index tells nothing of its place in the image, and which patch it is shows only in the model's outputs
-    (``ids_restore``). So the trace carries no grid and no pixels, and scorers that need them are refused.
+    Which patch a token is hangs on the noise that orders them. The adapter makes it, by (seed, step, sample id) where the caller
+    gives a trace, and hands it to the model; so the trace knows the places, and scorers read the right pixels.
     """
 
     model_type = "vit_mae"
-    classes: ClassVar[tuple[str, ...]] = ("ViTMAEModel",)
-    refused: ClassVar[dict[str, str]] = {
-        "ViTMAEForPreTraining": "its decoder needs every token that its masking left; compress the encoder alone, model.vit"
-    }
+    classes: ClassVar[tuple[str, ...]] = ("ViTMAEModel", DECODER)
 
     @classmethod
-    def token_spec(cls, config: PretrainedConfig) -> TokenSpec:
-        return replace(super().token_spec(config), patch_values=0, shuffled=True)
+    def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
+        if not hasattr(model, "decoder"):
+            return
+        layers, restore = len(cls.layers(model)), config.restore
+        if short := [stage.key for stage in config.left_short()]:
+            told = "is not set" if restore is None else f"is {restore.layer}"
+            raise ValueError(
+                f"compression.restore.layer {told}, and {', '.join(short)} would leave the encoder's output short: the decoder of {DECODER} "
+                f"needs a token for every patch that the masking left. Set compression.restore={{layer: {layers}}} (after the last "
+                "layer), or compress the encoder alone (model.vit)"
+            )
 
     @classmethod
     def shape(cls, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> BackboneShape:
+        config: Any = model.config
         shape = super().shape(model, image_size)
-        # All patches are embedded; then the model masks, by its own rounding.
-        return replace(shape, patches=int(shape.patches * (1 - model.config.mask_ratio)))
+        decoder = None
+        if hasattr(model, "decoder"):
+            width, tokens = config.decoder_hidden_size, shape.prefix + shape.patches
+            decoder = BackboneShape(
+                hidden=width,
+                intermediate=config.decoder_intermediate_size,
+                layers=config.decoder_num_hidden_layers,
+                heads=config.decoder_num_attention_heads,
+                prefix=shape.prefix,
+                patches=shape.patches,
+                # Only tokens of the encoder are embedded; the others are one learned token each.
+                embed_macs=(shape.prefix + visible(config, shape.patches)) * config.hidden_size * width,
+                head_macs=tokens * width * config.patch_size**2 * config.num_channels,
+            )
+        # All patches are embedded; then the model masks.
+        return replace(shape, patches=visible(config, shape.patches), head_macs=0, decoder=decoder)
+
+    @classmethod
+    def added_inputs(cls, model: PreTrainedModel, trace: Trace | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        pixel_values = inputs.get("pixel_values")
+        if inputs.get("noise") is not None or not isinstance(pixel_values, Tensor):
+            return {}
+        rows, patches = len(pixel_values), _patches(model.config, pixel_values)
+        if trace is None:
+            # As the model itself would: without a trace nobody says which step it is, and training would never change its mask.
+            return {"noise": torch.rand(rows, patches, device=pixel_values.device)}
+        return {"noise": masking_order(trace.seed, trace.step, trace.rows_identity(rows, pixel_values.device), patches)}
 
     @classmethod
     def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
-        # Past what all image backbones note there.
-        super(VisionBackbone, cls).bind_inputs(model, trace, inputs)
+        super().bind_inputs(model, trace, inputs)
+        noise = inputs.get("noise")
+        if isinstance(noise, Tensor):
+            # The sort that the model does, of the same noise.
+            kept = torch.argsort(noise, dim=1)[:, : visible(model.config, noise.shape[1])]
+            trace.places = functional.pad(kept + cls.prefix(model.config), (cls.prefix(model.config), 0))
+
+
+def visible(config: Any, patches: int) -> int:
+    """Patches that the model's masking leaves to its encoder, by its own rounding."""
+    return int(patches * (1 - config.mask_ratio))
+
+
+def _patches(config: PretrainedConfig, pixel_values: Tensor) -> int:
+    down, across = pair(config.patch_size)
+    return (pixel_values.shape[-2] // down) * (pixel_values.shape[-1] // across)
+
+
+def fill_positions(model: PreTrainedModel) -> None:
+    """Gives a fresh ViT-MAE the frozen sine and cosine positions that its authors mean, in the encoder and in the decoder.
+
+    transformers (seen with 5.17 and 5.23) leaves both at zero in a model that is made from a config: it skips the encoder's
+    because their neighbour has been initialised before, and overwrites the decoder's. They are frozen, so no training would
+    mend it, and the decoder could not tell one missing patch from another.
+    """
+    parts: Any = model
+    encoder = getattr(parts, "vit", parts)
+    with torch.no_grad():
+        for positions in (
+            encoder.embeddings.position_embeddings,
+            *([parts.decoder.decoder_pos_embed] if hasattr(parts, "decoder") else []),
+        ):
+            side = round((positions.shape[1] - 1) ** 0.5)
+            positions[0].copy_(sine_positions(side, positions.shape[2]))
+
+
+def sine_positions(side: int, width: int) -> Tensor:
+    """(1 + side², width) float32: zeros for the CLS token, then sines and cosines of each patch's column and of its row."""
+    if width % 4:
+        raise ValueError(f"a width of {width} cannot hold two-dimensional sine positions: it must be a multiple of 4")
+    frequency = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    place = torch.arange(side, dtype=torch.float64)
+    row, column = place.repeat_interleave(side), place.repeat(side)
+    angles = [column.outer(frequency), row.outer(frequency)]
+    table = torch.cat([half for angle in angles for half in (angle.sin(), angle.cos())], 1)
+    return functional.pad(table, (0, 0, 1, 0)).float()

@@ -23,7 +23,6 @@ class TokenSpec:
         classes: number of labels of the task.
         patch_values: pixels times channels of the patch that a token comes from; 0 where tokens are no patches.
         has_cls: the first token is one that the task's head reads.
-        shuffled: the order of the tokens does not tell where they come from.
         family: the backbone's name for messages.
     """
 
@@ -31,16 +30,7 @@ class TokenSpec:
     classes: int
     patch_values: int = 0
     has_cls: bool = False
-    shuffled: bool = False
     family: str = "this backbone"
-
-    def need_places(self, scorer: str) -> None:
-        """Raises ValueError where a scorer cannot tell from which part of the input a token comes."""
-        if self.shuffled:
-            raise ValueError(
-                f"scorer {scorer} needs to know where tokens come from, and {self.family} shuffles its patches: "
-                "take one that looks at the tokens (learned, evidence with reads = 'tokens', cls_attention), or random"
-            )
 
 
 @dataclass(frozen=True)

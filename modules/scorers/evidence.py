@@ -37,8 +37,6 @@ class EvidenceScorer(Scorer):
             raise ValueError(f"scorer 'evidence': width = {width} must be at least 1")
         if reads not in ("tokens", "pixels"):
             raise ValueError(f"scorer 'evidence': reads = {reads!r} must be tokens or pixels")
-        if reads == "pixels":
-            spec.need_places("'evidence' with reads = 'pixels'")
         if reads == "pixels" and not spec.patch_values:
             raise ValueError("scorer 'evidence': reads = 'pixels' needs a backbone whose tokens are image patches")
         self.reads = reads
@@ -69,7 +67,7 @@ class EvidenceScorer(Scorer):
 
     @staticmethod
     def _patches(inputs: SiteInput) -> Tensor:
-        """(B, M, patch values) pixels of the patch at each token's position, zeros for protected tokens."""
+        """(B, M, patch values) pixels of the patch that each token comes from, zeros for protected tokens."""
         pixels, grid, state = inputs.trace.pixel_values, inputs.trace.grid, inputs.state
         if pixels is None or grid is None:
             raise ValueError("scorer 'evidence' with reads = 'pixels': this forward carried no pixel_values")
@@ -79,9 +77,9 @@ class EvidenceScorer(Scorer):
         whole = pixels[:, :, : grid[0] * down, : grid[1] * across]
         cut = whole.reshape(rows, channels, grid[0], down, grid[1], across).permute(0, 2, 4, 1, 3, 5)
         patches = functional.pad(cut.reshape(rows, grid[0] * grid[1], -1), (0, 0, state.protected_per_row, 0))
-        if state.tokens == state.source.shape[1]:
+        if state.tokens == state.source.shape[1] and inputs.trace.places is None:
             return patches
-        return patches.gather(1, state.position.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        return patches.gather(1, inputs.trace.places_of(state).unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 
     def macs(self, shape: BackboneShape, tokens: int) -> int:
         return tokens * (self.values * self.width + self.width * self.classes + 2 * self.classes)

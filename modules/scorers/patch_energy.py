@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional
 
-from .base import Scored, Scorer, SiteInput, TokenSpec
+from .base import Scored, Scorer, SiteInput
 
 
 class PatchEnergyScorer(Scorer):
@@ -16,10 +16,6 @@ class PatchEnergyScorer(Scorer):
 
     reads_pixels = True
 
-    def __init__(self, spec: TokenSpec) -> None:
-        super().__init__(spec)
-        spec.need_places("'patch_energy'")
-
     def forward(self, inputs: SiteInput) -> Scored:
         state, trace = inputs.state, inputs.trace
         if trace.pixel_values is None or trace.grid is None:
@@ -28,4 +24,4 @@ class PatchEnergyScorer(Scorer):
         deviation = (image - image.mean((2, 3), keepdim=True)).square().mean(1)
         energy = functional.adaptive_avg_pool2d(deviation[:, None], trace.grid).flatten(1)
         energy = functional.pad(energy, (state.protected_per_row, 0))
-        return Scored(energy.gather(1, state.position))
+        return Scored(energy.gather(1, trace.places_of(state)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Scored, Scorer, SiteInput, TokenSpec
+from .base import Scored, Scorer, SiteInput
 
 
 def _reversed_bits(index: Tensor, bits: int) -> Tensor:
@@ -22,14 +22,10 @@ class UniformGridScorer(Scorer):
     With a known patch grid the order is two-dimensional, else the van der Corput order of the positions.
     """
 
-    def __init__(self, spec: TokenSpec) -> None:
-        super().__init__(spec)
-        spec.need_places("'uniform_grid'")
-
     def forward(self, inputs: SiteInput) -> Scored:
         state, grid = inputs.state, inputs.trace.grid
-        # Protected prefix tokens come first, so a patch's place in the grid is its position less their number.
-        place = (state.position - state.protected_per_row).clamp(min=0)
+        # Protected prefix tokens come first, so a patch's cell of the grid is its place less their number.
+        place = (inputs.trace.places_of(state) - state.protected_per_row).clamp(min=0)
         if grid is None:
             bits = max(1, (state.source.shape[1] - 1).bit_length())
             return Scored(-_reversed_bits(place, bits).float())

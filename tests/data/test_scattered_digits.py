@@ -57,6 +57,12 @@ def test_objects_do_not_overlap_and_most_patches_hold_no_digit() -> None:
         assert int(filled.sum()) <= 4 + 4 * 4 + 3
 
 
+def test_a_digit_may_stand_alone() -> None:
+    for item in ScatteredDigits("train", 4, Canvas(scrambled=0, pieces=0)).__getitems__([0, 1, 2, 3]):
+        top, left = item["place"].tolist()
+        assert item["pixel_values"].sum() == item["pixel_values"][0, top : top + 8, left : left + 8].sum() > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"), [({"size": 30}, "multiple of 4"), ({"scrambled": 20}, "do not fit"), ({"pieces": -1}, "at least 0")]
 )

@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionConfig,
     SiglipVisionModel,
-    ViTMAEForPreTraining,
 )
 
 from laconic import CompressionConfig, StageConfig, Trace, compress
@@ -155,7 +154,7 @@ def test_larger_images_are_scored_and_dropped_on_their_own_grid(family: str, nam
     pixels, how = _tall(family)
     model = compressed(family, next(method for method in METHODS if method.name == name), 0.5, 0.6)
     logits, trace = traced(model, pixels, **how)
-    assert trace.grid == (None if family == "vit_mae" else (9, 7))
+    assert trace.grid == (9, 7)
     assert trace.original == 63
     reference = _masked_reference(dense(family), family, pixels, trace, **how)
     torch.testing.assert_close(logits, reference, atol=2e-5, rtol=1e-4)
@@ -248,7 +247,6 @@ def test_a_dinov2_whose_layers_take_no_mask_is_refused_before_anything_changes()
 @pytest.mark.parametrize(
     ("family", "name", "why"),
     [
-        ("vit_mae", ViTMAEForPreTraining.__name__, "its decoder needs"),
         ("clip", "CLIPModel", "it holds a text model"),
         ("siglip", "SiglipModel", "it holds a text model"),
         ("vit", "ViTForMaskedImageModeling", "it serves ViTModel"),

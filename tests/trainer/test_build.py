@@ -43,7 +43,11 @@ def test_a_local_folder_of_any_family_builds_and_takes_a_training_step(family: s
     assert {name: torch.equal(parameter, loaded[name]) for name, parameter in kept.items()} == dict.fromkeys(kept, True)
     batch = [parts.data.train[index] for index in range(4)]
     pixels = torch.stack([row["pixel_values"] for row in batch])
-    assert pixels.shape == (4, 3, IMAGE, IMAGE) == (4, *parts.task.probe(*image_input(parts.model.config))["pixel_values"].shape[1:])
+    assert (
+        pixels.shape
+        == (4, 3, IMAGE, IMAGE)
+        == (4, *parts.task.probe(*image_input(parts.model.config), parts.model.config)["pixel_values"].shape[1:])
+    )
     # Noise of mean a half, normalised by the folder's own processor.
     assert pixels.mean((0, 2, 3)).tolist() == pytest.approx([0.5, 0.0, -0.25], abs=0.1)
     trace = Trace(noise=1.0)
@@ -55,7 +59,7 @@ def test_a_local_folder_of_any_family_builds_and_takes_a_training_step(family: s
     assert parts.cost().macs_ratio == pytest.approx(0.65, abs=0.03)
 
 
-@pytest.mark.parametrize(("family", "cure"), [("vit_mae", "saved as a ViT")])
+@pytest.mark.parametrize(("family", "cure"), [("vit_mae", "set model.encoder_of")])
 def test_a_family_without_a_classifier_says_what_to_take(family: str, cure: str, tmp_path: Path) -> None:
     with pytest.raises((ValueError, RecipeError), match=cure):
         validate(load("vit_image_folder", _overrides(family, tmp_path)).recipe)

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from laconic.data.loader import EvalBatches
+from laconic.modules.backbones.vit_mae import sine_positions
 from laconic.trainer.evaluate import evaluate, recipe_of
 from laconic.trainer.recipe_files import RecipeError, load
 from laconic.trainer.resume import MARKER, find_checkpoint
 from laconic.trainer.run import train_arm
 from laconic.trainer.strategies import check, deepspeed_config, processes_of, resolved
-from tests.trainer.two_ranks import SETTINGS, SHARED, STRATEGIES, TWO
+from tests.trainer.two_ranks import MASKED, SETTINGS, SHARED, STRATEGIES, TWO
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -50,6 +51,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (None, "accumulate", "bf16_2", "learned_plain"):
         settings = [item for item in SETTINGS.get(name or "", []) if not item.startswith("trainer.strategy")]
         train_arm(load("vit_digits", [*plain, *settings]), "arm", folder / (name or "run"), Console(quiet=True))
+    train_arm(load("mae_digits", [*plain, *MASKED]), "arm", folder / "masked", Console(quiet=True))
     return folder
 
 
@@ -86,6 +88,17 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one_on_two_processes(na
     unbroken, resumed = _weights(two_ranks / name, "unbroken"), _weights(two_ranks / name)
     assert unbroken.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[key]) for key, value in unbroken.items())
+
+
+@pytest.mark.parametrize("name", ["plain", "deepspeed_2", "deepspeed_3"])
+def test_masks_of_pretraining_are_the_same_on_two_processes(name: str, two_ranks: Path, one_process: Path) -> None:
+    ours, expected = _scalars(two_ranks / f"masked_{name}"), _scalars(one_process / "masked")
+    assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) < 1e-5
+    torch.testing.assert_close(_weights(two_ranks / f"masked_{name}"), _weights(one_process / "masked"), rtol=0, atol=2e-4)
+    positions = _weights(two_ranks / f"masked_{name}")["decoder.decoder_pos_embed"]
+    assert positions.any()
+    # Frozen: nothing has moved them.
+    assert torch.equal(positions[0], sine_positions(8, 8))
 
 
 @pytest.mark.parametrize("name", ["plain", "deepspeed_3"])

@@ -46,6 +46,8 @@ SETTINGS = {
     "learned_plain": ["trainer.strategy=plain", "compression.stages.0.scorer=learned", "compression.stages.0.layer=1",
                       "budget.target=0.8", "budget.regularizer=macs_squared"],
 }  # fmt: skip
+# Pretraining with masks: the masks are the same on any number of ranks, and positions are frozen parameters.
+MASKED = ["compression.restore.layer=2", "model.config.decoder_hidden_size=8", "model.config.decoder_num_hidden_layers=1"]
 
 
 def main(folder: Path) -> None:
@@ -60,6 +62,8 @@ def main(folder: Path) -> None:
             _trained(folder / name, [*TWO, "trainer.checkpoint_every=4", *overrides], resume="auto")
         for name, overrides in SETTINGS.items():
             results[name] = _trained(folder / name, [*TWO, *overrides])
+        for name in ("plain", "deepspeed_2", "deepspeed_3"):
+            results[f"masked_{name}"] = _trained(folder / f"masked_{name}", [*TWO, *MASKED, *STRATEGIES[name]], recipe="mae_digits")
         for name in ("plain", "deepspeed_3"):
             both = [*TWO, "trainer.checkpoint_every=4", DROPOUT, *STRATEGIES[name]]
             _trained(folder / f"dropout_{name}", both)
@@ -75,9 +79,9 @@ def main(folder: Path) -> None:
         collective.wait()
 
 
-def _trained(folder: Path, overrides: list[str], resume: str | None = None) -> dict[str, Any]:
+def _trained(folder: Path, overrides: list[str], resume: str | None = None, recipe: str = "vit_digits") -> dict[str, Any]:
     began = time.perf_counter()
-    arm = train_arm(load("vit_digits", overrides), "arm", folder, silent(), resume=resume).arm
+    arm = train_arm(load(recipe, overrides), "arm", folder, silent(), resume=resume).arm
     return {"quality": arm.quality, "keep": arm.keep["achieved"], "seconds": time.perf_counter() - began}
 
 

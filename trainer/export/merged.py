@@ -54,7 +54,7 @@ def export_merged(run: str, to: str, dtype: str = "fp32") -> dict[str, Any]:
     if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"--to {to}: the folder is not empty; give a new one")
     model = load_model(source)
-    inputs = task_named(recipe_of(run, []).task).probe(*image_input(model.config))
+    inputs = task_named(recipe_of(run, []).task).probe(*image_input(model.config), model.config)
     with torch.no_grad():
         of_run = model(**inputs).logits
     model.to(_DTYPES[dtype]).save_pretrained(folder)

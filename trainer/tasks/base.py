@@ -109,22 +109,23 @@ class Task:
         raise NotImplementedError
 
     @classmethod
-    def step_inputs(cls, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of a batch, what the model needs for its own loss, for measuring a step."""
+    def step_inputs(cls, batch: Mapping[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
+        """Of a batch, what the model of a config needs for its own loss, for measuring a step."""
         return {"pixel_values": batch["pixel_values"], "labels": batch["labels"]}
 
     @classmethod
-    def evaluation_inputs(cls, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Of a batch, what the model needs to answer without labels."""
+    def evaluation_inputs(cls, batch: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Tensor]:
+        """Of a batch, what the model of a config needs to answer without labels."""
         return {"pixel_values": batch["pixel_values"]}
 
     @classmethod
-    def probe(cls, size: int, channels: int) -> dict[str, Tensor]:
+    def probe(cls, size: int, channels: int, config: PretrainedConfig) -> dict[str, Tensor]:
         """Inputs of noise to compare the ``logits`` of an export on.
 
         Args:
             size: height and width of the model's images.
             channels: of them.
+            config: of the model.
         """
         return {"pixel_values": torch.rand(PROBES, channels, size, size, generator=torch.Generator().manual_seed(0))}
 

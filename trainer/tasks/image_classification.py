@@ -25,7 +25,7 @@ from .base import Quality, Task
 _CLASSIFIER_FOR = {
     "siglip_vision_model": "the whole SigLIP model (model_type siglip), whose classifier keeps the vision tower alone",
     "clip_vision_model": "the whole CLIP model (model_type clip), whose classifier keeps the vision tower alone",
-    "vit_mae": "the encoder saved as a ViT (model_type vit), whose parameters have the same names",
+    "vit_mae": "its encoder as a ViT: set model.encoder_of to the folder or hub name, in place of model.name or model.config",
 }
 
 

@@ -1,0 +1,186 @@
+"""Masked-image pretraining: patches are hidden, and the model paints them from those it sees. No labels are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, ViTMAEForPreTraining
+
+from ...data.images import ImageTransform
+from ...data.module import ImageData, hub_images, scattered_digits
+from ...modules.backbones import backbone_for
+from ...modules.backbones.vision import pair
+from ...modules.backbones.vit_mae import fill_positions, visible
+from ...modules.draws import masking_order
+from ..build import Parts, source_of
+from ..recipe import DataRecipe, Recipe
+from ..task_module import TaskModule
+from .base import PROBES, Quality, Task
+
+# Masks of evaluation are the same in every run, whatever its seed, so that runs can be compared.
+_EVALUATION_SEED = 0
+
+
+@dataclass
+class Reconstruction(Quality):
+    """Mean squared error of the hidden patches' pixels, as the model's own loss counts it.
+
+    Attributes:
+        total: of the images' errors.
+        images: seen.
+    """
+
+    total: float = 0.0
+    images: int = 0
+
+    def add(self, out: Any, batch: Mapping[str, Any]) -> None:
+        # Every image hides as many patches, so that the mean over a batch is a mean over its images.
+        number = len(batch["pixel_values"])
+        self.total, self.images = self.total + float(out.loss) * number, self.images + number
+
+    def merge(self, other: Reconstruction) -> None:
+        self.total, self.images = self.total + other.total, self.images + other.images
+
+    @property
+    def value(self) -> float:
+        return self.total / max(1, self.images)
+
+
+class MaskedImageModule(TaskModule):
+    """Trains the encoder and its decoder; every step hides other patches of an image, by (seed, step, sample id)."""
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
+        trace, pixels = self.training_trace(batch), batch["pixel_values"]
+        # The dense arm has no trace that would say which step it is.
+        noise = masking_order(self.seed, self.global_step, batch["sample_ids"], patches_of(self.model.config))
+        loss = self.model(pixel_values=pixels, noise=noise, **self.with_trace(trace)).loss
+        return self.total(loss, loss, trace)
+
+
+class MaskedImagePretraining(Task):
+    """ViT-MAE (arXiv 2111.06377): the encoder sees a few patches and stages drop or merge more of them on the way; what restores
+    the sequence gives the decoder a token for each patch that was seen."""
+
+    metric = "reconstruction_loss"
+    higher_is_better = False
+    quality: ClassVar[type[Quality]] = Reconstruction
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        for key, given in (
+            ("distillation", recipe.distillation),
+            ("data.mixing", recipe.data.mixing),
+            ("data.label_smoothing", recipe.data.label_smoothing or None),
+            ("data.num_labels", recipe.data.num_labels),
+            ("data.label_column", recipe.data.label_column),
+        ):
+            if given is not None:
+                raise ValueError(f"{key} is for tasks with labels, and masked_image_pretraining has none: leave it out")
+        for stage in recipe.compression.stages if recipe.compression is not None else ():
+            if stage.part("scorer").name == "evidence":
+                raise ValueError(
+                    f"stage {stage.key!r}: scorer 'evidence' learns from labels, and masked_image_pretraining has none: take learned "
+                    "(with estimator key_bias or straight_through), bipartite, patch_energy, uniform_grid or random"
+                )
+
+    @classmethod
+    def model_class(cls, model_type: str) -> type[PreTrainedModel]:
+        if model_type != "vit_mae":
+            raise ValueError(
+                f"masked_image_pretraining trains vit_mae, which has the decoder for it, not {model_type}: set "
+                "model.config.model_type=vit_mae; task image_classification then fine-tunes it as a ViT with model.encoder_of"
+            )
+        backbone_for(model_type, ViTMAEForPreTraining.__name__)
+        return ViTMAEForPreTraining
+
+    @classmethod
+    def fresh_model(cls, config: PretrainedConfig, attention: str) -> PreTrainedModel:
+        _check_masking(config)
+        model = super().fresh_model(config, attention)
+        # Parameters without values, of a model for counting or one spread over ranks that is filled later, are left alone.
+        if not any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            fill_positions(model)
+        return model
+
+    @classmethod
+    def embedded_data(cls, recipe: DataRecipe, seed: int) -> ImageData:
+        # Its labels are not read.
+        return replace(scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed), classes=[])
+
+    @classmethod
+    def hub_data(cls, recipe: DataRecipe, transform: ImageTransform, seed: int) -> ImageData:
+        return hub_images(
+            source_of(recipe),
+            recipe.train_split,
+            recipe.validation_split,
+            recipe.test_split,
+            recipe.validation_fraction,
+            None,
+            transform,
+            seed,
+            labelled=False,
+        )
+
+    @classmethod
+    def module(cls, parts: Parts) -> TaskModule:
+        return MaskedImageModule(cls, parts)
+
+    @classmethod
+    def step_inputs(cls, batch: Mapping[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
+        return cls.evaluation_inputs(batch, config)
+
+    @classmethod
+    def evaluation_inputs(cls, batch: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Tensor]:
+        noise = masking_order(_EVALUATION_SEED, 0, batch["sample_ids"], patches_of(config))
+        return {"pixel_values": batch["pixel_values"], "noise": noise}
+
+    @classmethod
+    def probe(cls, size: int, channels: int, config: PretrainedConfig) -> dict[str, Tensor]:
+        pixels = super().probe(size, channels, config)
+        return {**pixels, "noise": masking_order(_EVALUATION_SEED, 0, torch.arange(PROBES), patches_of(config))}
+
+    @classmethod
+    def truth(cls, batch: Mapping[str, Any], data: ImageData) -> np.ndarray | None:
+        return _pictures(batch["pixel_values"])
+
+    @classmethod
+    def answer(cls, out: Any, data: ImageData) -> np.ndarray | None:
+        rows, cells, values = out.logits.shape
+        side, patch = round(cells**0.5), round((values / data.channels) ** 0.5)
+        painted = out.logits.reshape(rows, side, side, patch, patch, data.channels).permute(0, 5, 1, 3, 2, 4)
+        return _pictures(painted.reshape(rows, data.channels, side * patch, side * patch))
+
+
+def patches_of(config: Any) -> int:
+    """Patches of an image of the configured size."""
+    (height, width), (down, across) = pair(config.image_size), pair(config.patch_size)
+    return (height // down) * (width // across)
+
+
+def _check_masking(config: Any) -> None:
+    """Raises ValueError unless the masking hides something, leaves something, and positions can be laid."""
+    seen, patches = visible(config, patches_of(config)), patches_of(config)
+    if not 0 < seen < patches:
+        raise ValueError(
+            f"model.config.mask_ratio = {config.mask_ratio} leaves {seen} of {patches} patches: it is the fraction that is hidden, above 0 "
+            "and below 1; 0.75 is usual for large images, 0.5 for few patches"
+        )
+    for key in ("hidden_size", "decoder_hidden_size"):
+        if getattr(config, key) % 4:
+            raise ValueError(f"model.config.{key} = {getattr(config, key)} must be a multiple of 4, for the positions")
+    if config.image_size % config.patch_size:
+        raise ValueError(f"model.config.patch_size = {config.patch_size} must divide model.config.image_size = {config.image_size}")
+
+
+def _pictures(pixels: Tensor) -> np.ndarray:
+    """(B, channels, height, width) of any range -> (B, height, width, 3) uint8, each image from its darkest to its brightest."""
+    image = pixels.detach().float().cpu()
+    low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
+    image = ((image - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    shown: np.ndarray = (image.numpy() * 255).astype(np.uint8)
+    return shown
