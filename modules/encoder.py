@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def _mae_config(name: str | Path, revision: str | None) -> Any:
 def _without_warnings() -> Iterator[None]:
     """Inside, transformers does not warn of weights that are left over: a decoder and routers are, and what is missing is checked."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(ERROR)
     try:
         yield
     finally:
