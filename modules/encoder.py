@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, ViTConfig, ViTMAEModel
+from transformers.utils import logging
 
 from .compress import stages_of
 
@@ -78,9 +82,10 @@ def load_encoder(model: PreTrainedModel, name: str | Path, revision: str | None 
     if differing:
         told = ", ".join(f"{key} {getattr(config, key)} there and {getattr(model.config, key)} here" for key in differing)
         raise ValueError(f"the encoder of {name} does not fit: {told}")
-    loaded: Any = ViTMAEModel.from_pretrained(
-        encoder_source(name), revision=revision or "main", config=config, dtype=torch.float32, output_loading_info=True
-    )
+    with _without_warnings():
+        loaded: Any = ViTMAEModel.from_pretrained(
+            encoder_source(name), revision=revision or "main", config=config, dtype=torch.float32, output_loading_info=True
+        )
     encoder, report = loaded
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if wrong:
@@ -147,6 +152,17 @@ def _mae_config(name: str | Path, revision: str | None) -> Any:
             "of task masked_image_pretraining, or load the model as it is with model.name"
         )
     return config
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Inside, transformers does not warn of weights that are left over: a decoder and routers are, and what is missing is checked."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_arrived(ours: dict[str, nn.Parameter], theirs: dict[str, Any], name: str) -> None:

@@ -19,6 +19,9 @@ class EvidenceScorer(Scorer):
     with the auxiliary heads of Token Cropr (arXiv 2412.00965). Tokens do not compete while they learn: heads that pool them
     were tried first and settle on a part of what matters, one half of every digit, so that seeds differ.
 
+    Where the task labels pixels, a token learns the classes of its own patch instead of its row's. The score is the same: most
+    tokens of an image answer with what fills it, which is then its mean answer, and what differs from that stands out.
+
     Args:
         spec: the tokens that it scores.
         reads: ``tokens``, or ``pixels`` of the patch that a token comes from. A patch embedding that is still being learned

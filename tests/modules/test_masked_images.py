@@ -222,6 +222,31 @@ def test_fresh_models_of_transformers_have_no_positions_and_ours_have_the_author
         sine_positions(2, 6)
 
 
+def test_hidden_patches_are_learned_with_stages_and_not_without_positions() -> None:
+    def slopes(rows: int, seed: int) -> Tensor:
+        strength = torch.randn(rows, 2, 1, 1, generator=torch.Generator().manual_seed(seed))
+        line = torch.linspace(-1, 1, IMAGE)
+        return strength[:, :1] * line.view(1, 1, 1, -1) + strength[:, 1:] * line.view(1, 1, -1, 1)
+
+    def learned(model: ViTMAEForPreTraining, steps: int = 60) -> float:
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        for step in range(steps):
+            optimizer.zero_grad()
+            trace = {"trace": Trace(step=step)} if hasattr(model.config, "compression") else {}
+            model(slopes(16, step), noise=noise(16, step=step), **trace).loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            return float(model.eval()(slopes(64, 1000), noise=noise(64)).loss)
+
+    settings: dict[str, Any] = {"num_channels": 1, "hidden_size": 32, "decoder_hidden_size": 32, "initializer_range": 0.06}
+    unplaced = dense(**settings)
+    with torch.no_grad():
+        for table in (unplaced.vit.embeddings.position_embeddings, unplaced.decoder.decoder_pos_embed):
+            table.zero_()
+    assert learned(compress(dense(**settings), stages(1.0, 0.5))) < 0.7 * learned(unplaced)
+
+
 def _unchanged(model: PreTrainedModel) -> bool:
     return type(model) is ViTMAEForPreTraining and not hasattr(model.config, "compression")
 
