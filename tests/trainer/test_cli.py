@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from laconic.trainer.cli.app import COST_COLUMNS
+
 
 def _laconic(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -77,6 +79,7 @@ def test_a_run_its_evaluation_export_and_cost_speak_json(tmp_path: Path, quick: 
     assert json.loads(exported.stdout)["format"] == "merged"
     costs = [json.loads(_laconic(*call, "--json").stdout) for call in (("cost", "vit_digits", *quick), ("cost", "--model", run))]
     assert costs[0] == costs[1]
+    assert {len(row) for row in costs[0]["layers"]} == {len(COST_COLUMNS)}
     assert costs[0]["macs"] == costs[0]["embed_macs"] + costs[0]["head_macs"] + sum(
         row["macs"] + row["stage_macs"] for row in costs[0]["layers"]
     )

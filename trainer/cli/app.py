@@ -181,6 +181,9 @@ def export(
     )
 
 
+COST_COLUMNS = ("layer", "stages", "tokens", "tokens in MLP", "MACs", "MACs dense", "of stages")
+
+
 @app.command()
 def cost(
     recipe: Annotated[str | None, typer.Argument(help="recipe; or give --model")] = None,
@@ -199,10 +202,12 @@ def cost(
         result = cost_of_recipe(recipe, overrides or []) if recipe is not None else cost_of_model(str(model))
     emit(result, as_json)
     table = Table(title=f"one image: macs_ratio {result['macs_ratio']:.4f}, mean token fraction {result['mean_token_fraction']:.4f}")
-    for column in ("layer", "stage before it", "tokens", "MACs", "MACs dense", "of stage"):
-        table.add_column(column, justify="left" if column == "stage before it" else "right")
+    for column in COST_COLUMNS:
+        table.add_column(column, justify="left" if column == "stages" else "right")
     for row in result["layers"]:
-        table.add_row(*(f"{item:,}" if isinstance(item, int) else str(item or "") for item in row.values()))
+        table.add_row(
+            *(f"{item:,.6g}" if isinstance(item, float) else f"{item:,}" if isinstance(item, int) else item or "" for item in row.values())
+        )
     out = console(as_json)
     out.print(table)
     out.print(
