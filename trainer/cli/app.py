@@ -206,7 +206,7 @@ def cost(
         table.add_column(column, justify="left" if column == "stages" else "right")
     for row in result["layers"]:
         table.add_row(
-            *(f"{item:,.6g}" if isinstance(item, float) else f"{item:,}" if isinstance(item, int) else item or "" for item in row.values())
+            *(f"{item:,.1f}" if isinstance(item, float) else f"{item:,}" if isinstance(item, int) else item or "" for item in row.values())
         )
     out = console(as_json)
     out.print(table)
