@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -115,6 +115,7 @@ def build_stages(model: PreTrainedModel, config: CompressionConfig, backbone: ty
         )
     spec = backbone.token_spec(model.config)
     stages = [Stage(stage, spec, index, backbone) for index, stage in enumerate(config.stages)]
+    _check_together(stages, config, len(backbone.layers(model)))
     implementation = model.config._attn_implementation
     for stage in stages:
         if stage.selector.adaptive and implementation not in ("sdpa", "eager", ATTENTION):
@@ -123,6 +124,26 @@ def build_stages(model: PreTrainedModel, config: CompressionConfig, backbone: ty
                 f"attention {implementation!r} is not served with here: load the model with attn_implementation 'sdpa' or 'eager'"
             )
     return stages
+
+
+def _check_together(stages: list[Stage], config: CompressionConfig, layers: int) -> None:
+    """What no stage can see alone. Raises ValueError."""
+    uneven = False
+    for stage in stages:
+        layer, site, restore = stage.config.layer, stage.config.site, config.restore
+        where = f"stage {stage.config.key!r}"
+        last = restore.layer if restore is not None and restore.layer > layer else layers
+        if stage.estimator is not None and stage.estimator.needs_attention:
+            attends = layer + 1 < last if site == "between" else site != "around_mlp"
+            if not attends:
+                raise ValueError(f"{where}: no attention follows that estimator 'key_bias' could learn from; take straight_through")
+        if restore is not None and layer >= restore.layer:
+            uneven = False
+        if uneven and stage.merger.outputs is not None:
+            raise ValueError(
+                f"{where}: merger 'pool' takes rows of one length, which an adaptive selector before it does not leave; take top_k there"
+            )
+        uneven = uneven or (stage.selector.adaptive and not stage.bypass)
 
 
 @dataclass(frozen=True)
@@ -182,7 +203,7 @@ class CompressedLayer(nn.Module):
         assert state is not None
         tokens = state.tokens_per_row
         trace.layer_tokens[plan.index] = RowTokens(tokens, tokens, tokens)
-        if plan.packs and attention_mask is None and state.valid is not None and trace.packed is None:
+        if plan.packs and not trace.side_by_side and attention_mask is None and state.valid is not None and trace.packed is None:
             trace.packed = Packing.of(state, hidden_states.dtype)
             hidden_states = trace.packed.pack(hidden_states)
         mask: Any = trace.packed or plan.backbone.layer_mask(self, attention_mask, state, hidden_states.dtype, **kwargs)
@@ -273,11 +294,26 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         _install(self, compression, build_stages(self, compression, self.backbone), self.backbone)
         _register_outputs(self)
 
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """transformers' own; rows are laid end to end only for the attention function that understands it."""
+        plans = [(layer, layer.plan) for layer in self.backbone.layers(self) if isinstance(layer, CompressedLayer)]
+        if attn_implementation == "sdpa" and any(stage.selector.adaptive for _, stage in stages_of(self).values()):
+            attn_implementation = ATTENTION if self.backbone.packs(self.config) else attn_implementation
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        for layer, plan in plans:
+            layer.plan = replace(plan, packs=attn_implementation == ATTENTION)
+
     def note(self, trace: Trace | None, inputs: dict[str, Any]) -> Trace:
         """The trace of this forward: the caller's, or a new one."""
         trace = Trace() if trace is None else trace
         if trace.state is not None:
             raise ValueError("this trace has seen a forward already: make a new Trace for each forward")
+        if unknown := (trace.keep.keys() | trace.replay.keys()) - stages_of(self).keys():
+            raise ValueError(f"the trace speaks of stages {', '.join(sorted(unknown))}: the model has {', '.join(stages_of(self))}")
+        # Where hidden states of layers are given out, they must be of rows.
+        asked = inputs.get("output_hidden_states")
+        trace.side_by_side = bool(self.config.output_hidden_states if asked is None else asked) or trace.side_by_side
+        trace.under_head = trace.under_head or self.backbone.base(self) is not self
         trace.prefix = self.backbone.prefix(self.config)
         self.backbone.bind_inputs(self, trace, inputs)
         return trace

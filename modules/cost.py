@@ -128,16 +128,20 @@ class CostModel:
         return ratio
 
     def achieved(self, trace: Trace) -> float:
-        """``macs_ratio`` of what a forward did: the mean over its rows, each with its own token counts."""
+        """``macs_ratio`` of what a forward did: MACs of its rows, each with its own token counts, ÷ their MACs dense."""
         shape = self.shape
         assert trace.state is not None
         layers = [LayerTokens(tokens.attention, tokens.mlp) for _, tokens in sorted(trace.layer_tokens.items())]  # type: ignore[arg-type]
         total: Any = shape.model_macs(layers, trace.state.tokens_per_row)  # type: ignore[arg-type]
+        # Of the input that was given, which need not have the configured size.
+        whole: Any = shape.prefix + trace.original
+        dense: Any = shape.model_macs([LayerTokens(whole, whole)] * shape.layers)
+        embedding = shape.embed_macs * (trace.original / shape.patches - 1)
+        total, dense = total + embedding, dense + embedding
         for stage in self.stages:
             routing = trace.routings[stage.config.key]
             total = total + stage.macs(shape, shape.prefix + routing.present, shape.prefix + routing.kept)  # type: ignore[arg-type]
-        mean = float(total.double().mean()) if isinstance(total, Tensor) else float(total)
-        return mean / shape.model_macs(shape.dense_layers())
+        return _mean(total) / _mean(dense)
 
     def _walk(self, kept: Callable[[Stage, Any], Any]) -> _Walk:
         """Goes through the sites in order; ``kept`` says how many of the routable tokens present a stage keeps or processes."""
@@ -166,6 +170,10 @@ class CostModel:
             walk.layers.append((attention, meet(layer, "around_mlp", through)))
         walk.leaving = shape.patches if self.restore_layer == shape.layers else present
         return walk
+
+
+def _mean(macs: float | Tensor) -> float:
+    return float(macs.double().mean()) if isinstance(macs, Tensor) else float(macs)
 
 
 @dataclass

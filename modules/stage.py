@@ -84,6 +84,16 @@ class Stage(nn.Module):
             raise ValueError(f"merger {merger!r} merges the pairs that scorer 'bipartite' finds, not those of {scorer!r}; try 'squeeze'")
         if self.selector.needs_probabilities and not self.scorer.probabilities:
             raise ValueError(f"selector {selector!r} takes scores for probabilities, which those of scorer {scorer!r} are not")
+        if self.selector.adaptive and self.config.count is not None:
+            raise ValueError(
+                f"count = {self.config.count!r} has nothing to count: selector {selector!r} keeps as many as score high; leave it out"
+            )
+        if self.scorer.matches and self.bypass:
+            raise ValueError(f"scorer {scorer!r} finds pairs to merge, and around a layer nothing is merged; take another one")
+        if self.scorer.matches and self.config.fraction is not None and self.config.fraction < 0.5:
+            raise ValueError(
+                f"keep = {self.config.fraction}: scorer {scorer!r} can take away half of the tokens at most; give 0.5 or more, and more stages"
+            )
         if self.selector.adaptive and (self.scorer.matches or self.merger.outputs is not None or self.config.tokens is not None):
             what = f"tokens = {self.config.tokens}" if self.config.tokens is not None else f"scorer {scorer!r} with merger {merger!r}"
             raise ValueError(f"selector {selector!r} lets every row keep as many as it likes, which {what} does not allow; take 'top_k'")
@@ -178,6 +188,10 @@ class Stage(nn.Module):
 
     def _request(self, keep: float, count: int | Tensor, state: TokenState, trace: Trace) -> Request:
         selected = self._selected(count, state.present)
+        if self.selector.adaptive and self.merger.extra and keep < 1:
+            # The token that the merger adds is one of those that were asked for.
+            present = state.present.double().mean() if isinstance(state.present, Tensor) else state.present
+            keep = max(float(keep - self.merger.extra / max(float(present), 1.0)), 1e-6)
         if self.estimator is None or (isinstance(trace.noise, float) and trace.noise == 0):
             return Request(keep, selected)
         rows = trace.rows_identity(state.rows, state.position.device)

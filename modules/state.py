@@ -247,6 +247,8 @@ class Trace:
         original: routable tokens before the first stage, one int for every row or int64 (B,).
         layer_tokens: real tokens that each layer processed, by layer index.
         packed: how the rows lie in the one long row that layers see now; None while they lie side by side.
+        side_by_side: rows of different lengths are not packed, since somebody wants the hidden states of layers.
+        under_head: the base model runs inside a model with a head.
         left: hidden states (B, M, C) and TokenState before each shrinking stage, for a restore; empty without one.
         shortest: TokenState just before a restore; None without one.
         pixel_values: (B, channels, height, width) the model's input, for scorers that look at it.
@@ -268,6 +270,8 @@ class Trace:
     original: int | Tensor = 0
     layer_tokens: dict[int, RowTokens] = field(default_factory=dict)
     packed: Packing | None = None
+    side_by_side: bool = False
+    under_head: bool = False
     left: list[tuple[Tensor, TokenState]] = field(default_factory=list)
     shortest: TokenState | None = None
     pixel_values: Tensor | None = None

@@ -46,9 +46,10 @@ class Method:
         return self.parts.get("merger", "drop") != "drop"
 
     def config(self, *keeps: float, layers: tuple[int, ...] = (1, 2)) -> CompressionConfig:
-        key = "capacity" if self.bypass else "keep"
+        key, least = "capacity" if self.bypass else "keep", 0.5 if self.parts.get("merger") == "bipartite" else 0.0
         return CompressionConfig(
-            StageConfig(layer=layer, site=self.site, **{key: keep}, **self.parts) for layer, keep in zip(layers, keeps, strict=False)
+            StageConfig(layer=layer, site=self.site, **{key: max(keep, least)}, **self.parts)
+            for layer, keep in zip(layers, keeps, strict=False)
         )
 
 
@@ -73,6 +74,8 @@ METHODS = [
     Method("squeeze", {**_LEARNED, "merger": {"name": "squeeze", "proportional": True}}),
     Method("threshold", {**_LEARNED, "selector": "threshold"}, adaptive=True),
     Method("gumbel", {**_LEARNED, "selector": "gumbel"}, site="between", adaptive=True),
+    Method("threshold_fuse", {**_LEARNED, "selector": "threshold", "merger": "fuse"}, adaptive=True),
+    Method("threshold_squeeze", {**_LEARNED, "selector": "threshold", "merger": "squeeze"}, site="between", adaptive=True),
     Method("around", _LEARNED, site="around"),
     Method("around_attention", _LEARNED, site="around_attention"),
     Method("around_mlp", {"scorer": "evidence"}, site="around_mlp"),
@@ -152,7 +155,15 @@ def compressed(family: str, method: Method, *keeps: float, **settings: Any) -> P
         for name, parameter in model.named_parameters():
             if ".stages." in name and parameter.ndim > 1:
                 parameter.normal_(0, 0.5)
+        settle(model)
     return model
+
+
+def settle(model: PreTrainedModel) -> None:
+    """Thresholds as if they had followed the scores to 0; one that has seen none lets the top k stay."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("selector.batches"):
+            buffer.fill_(1)
 
 
 def images(rows: int = 3, seed: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ from ..data.module import ImageData, ImageDataModule
 from ..modules.backbones import backbones
 from ..modules.backbones.vision import VisionBackbone
 from ..modules.budget.budget import Budget
-from ..modules.compress import checkpoint_activations, compress
+from ..modules.compress import checkpoint_activations, compress, stages_of
 from ..modules.cost import CostModel
 from ..modules.encoder import encoder_config, encoder_source, load_encoder, load_routers
 from . import collective
@@ -101,6 +101,12 @@ def _assemble(recipe: Recipe, model: PreTrainedModel, steps: int, filled: bool =
             budget = Budget(recipe.budget, model, compression, steps, recipe.seed)
             compression = budget.compression
         model = compress(model, compression)
+        unheld = [name for name, (_, stage) in stages_of(model).items() if budget is None and stage.selector.needs_probabilities]
+        if unheld:
+            raise ValueError(
+                f"stages {', '.join(unheld)}: their selectors keep what is more likely than not, and only a budget with a regulariser brings "
+                "that to what is requested: leave keep out and give budget.target and budget.regularizer, or take top_k or threshold"
+            )
         if recipe.model.encoder_routers and filled:
             assert recipe.model.encoder_of is not None
             load_routers(model, recipe.model.encoder_of, recipe.model.revision)

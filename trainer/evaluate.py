@@ -83,38 +83,43 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     task = task_named(recipe.task)
     config = model_config(recipe.model, task) if recipe.model.config is not None else model.config
     data = open_data(recipe, config)
-    variants: dict[str, PreTrainedModel] = {}
-    if stages_of(model):
-        variants["compressed"] = model
-        for scorer in CONTROLS:
-            variants[scorer] = _with_scorer(model, scorer)
-        variants["dense"] = decompress(copy.deepcopy(model))
-    else:
-        variants["dense"] = model
     loader = DataLoader(data.test, batch_size=recipe.data.eval_batch_size, collate_fn=collate, num_workers=recipe.data.workers)
-    results = {}
-    for name, variant in variants.items():
+    results: dict[str, Any] = {}
+
+    def measure(name: str, variant: PreTrainedModel) -> Mapping[str, float]:
         console.print(f"evaluating {name} on {len(data.test):,} images", highlight=False)  # type: ignore[arg-type]
-        figures = asdict(_evaluate(variant.eval(), loader, recipe, task, device))
+        found = _evaluate(variant.eval(), loader, recipe, task, device)
+        figures = asdict(found)
         results[name] = {task.metric: figures.pop("quality"), **figures}
+        return found.keep
+
+    if stages_of(model):
+        kept = measure("compressed", model)
+        for scorer in CONTROLS:
+            measure(scorer, _with_scorer(model, scorer, kept))
+        model = decompress(model)
+    measure("dense", model)
     return {"target": target, "split": "test" if data.has_test else "validation", "metric": task.metric, "variants": results}
 
 
-def _with_scorer(model: PreTrainedModel, scorer: str) -> PreTrainedModel:
+def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float]) -> PreTrainedModel:
+    """The same weights with a control's choice of as many tokens as the model really keeps, the same number of every row."""
     config = CompressionConfig.from_dict(model.config.compression)
-    # Pairs are found by matching scorers alone; what other scorers leave out is dropped.
     stages = [
         replace(
             stage,
             scorer=PartConfig(scorer),
             estimator=None,
+            # Pairs are found by matching scorers alone; what other scorers leave out is dropped.
             merger="drop" if stage.part("merger").name == "bipartite" else stage.merger,
-            # A control has no probabilities and no threshold of its own: it keeps the same share of every row.
             selector="top_k",
+            count="round",
         )
         for stage in config.stages
     ]
-    return compress(decompress(copy.deepcopy(model)), CompressionConfig(stages, config.restore))
+    fixed = [stage.key for stage in stages if stage.tokens is not None]
+    told = CompressionConfig(stages, config.restore).with_keep({key: keep for key, keep in kept.items() if key not in fixed})
+    return compress(decompress(copy.deepcopy(model)), told)
 
 
 @torch.no_grad()

@@ -82,8 +82,8 @@ class BeitBackbone(VisionBackbone):
     @classmethod
     def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
         outputs, state, pooler = super().finish(model, outputs, trace), trace.state, getattr(model, "pooler", None)
-        if state is not None and state.valid is not None and pooler is not None:
-            # The model pooled before filler held the mean. No norm lies between, so pooling again is all it takes.
+        if state is not None and pooler is not None and (state.valid is not None or (state.proportional and trace.under_head)):
+            # The model pooled before filler held the mean and sizes counted. No norm lies between, so pooling again is all it takes.
             outputs.pooler_output = pooler(outputs.last_hidden_state)
         return outputs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from transformers import PreTrainedModel
 
 from ..counting import BackboneShape
@@ -32,12 +33,15 @@ class SiglipVisionBackbone(ClipVisionBackbone):
     def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
         outputs = super().finish(model, outputs, trace)
         state, head = trace.state, getattr(model, "head", None)
-        if state is None or state.valid is None or head is None:
+        if state is None or head is None or (state.valid is None and not state.proportional) or trace.under_head:
             return outputs
-        # The model's own call of the head attended to filler.
+        # The model's own call of the head attended to filler, and to a merged token as to one.
         hidden_states = outputs.last_hidden_state
         probe = head.probe.repeat(len(hidden_states), 1, 1)
-        pooled = head.attention(probe, hidden_states, hidden_states, key_padding_mask=~state.valid)[0]
+        bias = torch.zeros_like(state.size) if state.logit_bias is None else state.logit_bias
+        if state.valid is not None:
+            bias = bias.masked_fill(~state.valid, torch.finfo(hidden_states.dtype).min)
+        pooled = head.attention(probe, hidden_states, hidden_states, key_padding_mask=bias.to(hidden_states.dtype))[0]
         outputs.pooler_output = (pooled + head.mlp(head.layernorm(pooled)))[:, 0]
         return outputs
 

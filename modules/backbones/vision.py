@@ -114,12 +114,18 @@ class VisionBackbone(Backbone):
     @classmethod
     def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
         state = trace.state
-        if not cls.averages or state is None or state.valid is None:
+        weighs = state is not None and state.proportional and trace.under_head
+        if not cls.averages or state is None or (state.valid is None and not weighs):
             return outputs
         if isinstance(outputs, tuple):
             raise ValueError("rows of a batch keep different numbers of tokens: leave return_dict out, or set it to True")
         hidden_states = getattr(outputs, "last_hidden_state", None)
-        if hidden_states is not None:
+        if hidden_states is not None and weighs:
+            # Only a head sees these: so scaled, their plain mean is the mean over all source tokens (ToMe, arXiv 2210.09461).
+            size = (state.size * state.routable).unsqueeze(-1)
+            share = size * (state.tokens - state.protected_per_row) / size.sum(1, keepdim=True).clamp(min=1e-6)
+            outputs.last_hidden_state = hidden_states * torch.where(state.protected.unsqueeze(-1), 1.0, share).to(hidden_states.dtype)
+        elif hidden_states is not None and state.valid is not None:
             # Heads average all slots after the prefix. Filler that holds the mean of the real ones leaves that mean unmoved.
             routable = state.routable.unsqueeze(-1)
             mean = hidden_states.masked_fill(~routable, 0.0).sum(1, keepdim=True) / routable.sum(1, keepdim=True).clamp(min=1)

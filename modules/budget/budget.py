@@ -17,7 +17,7 @@ from ..state import Trace
 from .regularizers.base import Regularizer
 from .schedules import SCHEDULES, progress
 
-MEASURES = ("macs_ratio", "keep")
+MEASURES = ("macs_ratio", "keep", "mean_token_fraction")
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class BudgetConfig:
 
     Attributes:
         target: requested value of the measure, in (0, 1].
-        measure: ``macs_ratio`` (MACs of the compressed forward ÷ dense; the keeps that fit are worked out) or ``keep`` (of
-            every stage that names none itself).
+        measure: ``macs_ratio`` (MACs of the compressed forward ÷ dense) or ``mean_token_fraction`` (tokens that layers process ÷
+            dense), for which the keeps that fit are worked out; or ``keep`` (of every stage that names none itself).
         regularizer: pulls the soft ratio of trained scorers to the target; None leaves it free, which suits selectors that
             hold the count by themselves.
         ramp_until: fraction of training over which the regulariser's weight grows from 0.
@@ -134,6 +134,12 @@ class Budget:
         self.regularizer = config.build_regularizer()
         if config.schedule != "constant":
             self.resolve(config.start)
+        unheld = [stage.config.key for stage in self.cost.stages if stage.selector.needs_probabilities]
+        if self.regularizer is None and unheld:
+            raise ValueError(
+                f"budget.regularizer is missing: nothing else brings the scores of {', '.join(unheld)} to what is requested, since their "
+                "selectors keep whatever is more likely than not; take macs_squared or ratio_mse, or selector 'top_k' or 'threshold'"
+            )
         if self.regularizer is not None and not any(stage.scorer.probabilities for stage in self.cost.stages):
             raise ValueError(
                 "budget.regularizer pulls on keep probabilities, and no stage's scorer has any: leave it out "
@@ -147,17 +153,18 @@ class Budget:
         return dict.fromkeys(self.free, self._keep_for(target))
 
     def _keep_for(self, target: float) -> float:
-        """The largest keep, to four decimals, whose ``macs_ratio`` is at most ``target``."""
+        """The largest keep, to four decimals, whose measure is at most ``target``."""
 
         def ratio(keep: float) -> float:
-            return self.cost(dict.fromkeys(self.free, keep)).macs_ratio
+            measured: float = getattr(self.cost(dict.fromkeys(self.free, keep)), self.config.measure)
+            return measured
 
         low, high = 1, 10_000
         if target >= 1 or ratio(1.0) <= target:
             return 1.0
         if ratio(low / 10_000) > target:
             raise ValueError(
-                f"budget.target = {target} cannot be met: with one token left the macs_ratio is still {ratio(low / 10_000):.4f}; "
+                f"budget.target = {target} cannot be met: with one token left the {self.config.measure} is still {ratio(low / 10_000):.4f}; "
                 "raise the target or move the first stage to an earlier layer"
             )
         while high - low > 1:

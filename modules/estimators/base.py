@@ -30,9 +30,11 @@ class Estimator(nn.Module):
 
     Attributes:
         needs_answers: it learns from the answers of a scorer whose tokens answer the task.
+        needs_attention: its gradient comes through the attention of later layers.
     """
 
     needs_answers: ClassVar[bool] = False
+    needs_attention: ClassVar[bool] = False
 
     def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
         """

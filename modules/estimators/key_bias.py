@@ -15,5 +15,7 @@ class KeyBiasEstimator(Estimator):
     The bias needs a gradient, for which some devices' fused attention has no kernel and torch takes its plain one.
     """
 
+    needs_attention = True
+
     def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
         return Estimate(key_bias=scores - scores.detach())

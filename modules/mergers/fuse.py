@@ -26,7 +26,7 @@ class FuseMerger(Merger):
         hidden_states, state, scores = inputs.hidden_states, inputs.state, scored.scores
         kept = gather_tokens(hidden_states, decision.index)
         kept_state = state.select(decision.index, decision.valid)
-        if decision.index.shape[1] == state.tokens:
+        if decision.valid is None and decision.index.shape[1] == state.tokens:
             return Merged(kept, kept_state)
         left_out = state.routable & ~decision.kept_mask(state.tokens)
         some = left_out.any(-1, keepdim=True)
@@ -56,4 +56,4 @@ class FuseMerger(Merger):
         )
 
     def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
-        return tokens * shape.hidden if kept < tokens else 0
+        return (kept < tokens) * tokens * shape.hidden

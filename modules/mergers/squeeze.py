@@ -40,4 +40,4 @@ class SqueezeMerger(Merger):
     def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
         gone = tokens - kept
         compared = gone * (kept - shape.prefix) * metric_width(shape, self.metric)
-        return gone and metric_macs(shape, tokens, self.metric) + compared + gone * shape.hidden
+        return (gone > 0) * (metric_macs(shape, tokens, self.metric) + compared + gone * shape.hidden)

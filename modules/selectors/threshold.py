@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
 
 from ..state import Decision, TokenState
 from .base import Request, Selector, decide, everything
+from .top_k import TopKSelector
 
 
 class ThresholdSelector(Selector):
     """Keeps the tokens whose score is above a threshold, so that a full image keeps more of them than an empty one.
 
     The threshold is a buffer, saved with the weights. In training it follows, as a moving average, the value that would have
-    kept the requested share of the whole batch; in evaluation it stands still, and no decision looks at another token.
+    kept the requested share of the whole batch; in evaluation it stands still, and no decision looks at another token. What a
+    trace asks of ``keep`` moves it in training alone. Before it has seen a batch of training, evaluation takes the top k.
 
     Args:
         calibrate: follow the scores. If not, the threshold stays at 0, a probability of one half, and a regulariser of the
@@ -43,7 +49,20 @@ class ThresholdSelector(Selector):
             return everything(state)
         if self.training and self.calibrate:
             self.follow(scores, state.routable, request.keep)
+        elif self.calibrate and not self.batches.bool():
+            # It has seen no scores yet: as many of every row.
+            return TopKSelector()(scores, state, replace(request, draws=None))  # type: ignore[no-any-return]
         return decide(scores > self.threshold, scores, state)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ThresholdSelector:
+        # Scores are float32 in a model of any dtype, and a moving average stands still in bf16.
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        for name, buffer in exact.items():
+            cast = self._buffers[name]
+            assert cast is not None
+            self._buffers[name] = cast.float() if buffer.is_meta or cast.is_meta else buffer.to(cast.device, torch.float32)
+        return self
 
     def follow(self, scores: Tensor, routable: Tensor, keep: float) -> None:
         """Moves the threshold towards the one that keeps ``keep`` of the routable (B, M) scores."""

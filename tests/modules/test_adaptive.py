@@ -16,7 +16,7 @@ from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.gumbel import GumbelSelector
 from laconic.modules.selectors.threshold import ThresholdSelector
 from laconic.modules.state import TokenState
-from tests.matrix import dense, images, labels, traced
+from tests.matrix import METHODS, compressed, dense, images, labels, settle, traced
 
 THRESHOLD: dict[str, Any] = {"scorer": {"name": "learned", "detach": True}, "selector": "threshold"}
 
@@ -29,13 +29,19 @@ def _model(layers: tuple[int, ...] = (1, 2), implementation: str = "sdpa", **par
         for name, parameter in model.named_parameters():
             if ".stages." in name and parameter.ndim > 1:
                 parameter.normal_(0, 1.5)
+    settle(model)
     return model
+
+
+def _settled(selector: ThresholdSelector) -> ThresholdSelector:
+    selector.batches.fill_(1)
+    return selector.eval()
 
 
 def test_rows_keep_what_scores_above_the_threshold() -> None:
     scores = torch.tensor([[9.0, 1, -1, 2, -3], [9.0, -1, -2, -1, -3], [9.0, 4, 4, 4, 4]])
     state = TokenState.initial(3, 5, 1, None, scores.device)
-    decision = ThresholdSelector().eval()(scores, state, Request(0.5, 2))
+    decision = _settled(ThresholdSelector())(scores, state, Request(0.5, 2))
     assert decision.kept_mask(5).tolist() == [
         [True, True, False, True, False],
         [True, True, False, False, False],  # nothing is above: the best one stays
@@ -163,3 +169,67 @@ def test_other_attention_functions_are_refused() -> None:
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="load the model with attn_implementation 'sdpa' or 'eager'"):
         compress(model, CompressionConfig([StageConfig(layer=1, keep=0.5, **THRESHOLD)]))
+
+
+def test_a_threshold_that_has_seen_no_scores_keeps_as_many_as_asked() -> None:
+    stage = StageConfig(layer=1, keep=0.3, scorer="evidence", selector="threshold")
+    model = compress(dense("vit"), CompressionConfig([stage]))
+    assert traced(model, images(8))[1].routings["before_1"].achieved == pytest.approx(11 / 36)
+
+
+def test_the_threshold_stays_float32_in_a_model_of_another_dtype() -> None:
+    selector = ThresholdSelector()
+    selector.threshold.fill_(1.001)
+    assert selector.bfloat16().threshold == torch.tensor(1.001)
+
+
+def test_gumbel_without_a_regularizer_is_refused() -> None:
+    config = CompressionConfig([StageConfig(layer=1, scorer="learned", selector="gumbel")])
+    with pytest.raises(ValueError, match="budget.regularizer is missing: nothing else brings the scores of before_1"):
+        Budget(BudgetConfig(target=0.6), dense("vit"), config)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_attention_can_be_changed_afterwards(implementation: str) -> None:
+    model = _model()
+    expected = traced(model, images(6))[0]
+    model.set_attn_implementation("eager")
+    model.set_attn_implementation(implementation)
+    torch.testing.assert_close(traced(model, images(6))[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_hidden_states_that_are_given_out_are_of_rows() -> None:
+    model = _model()
+    expected = traced(model, images(6))[0]
+    out = model(pixel_values=images(6), output_hidden_states=True)
+    torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=1e-4)
+    assert {states.shape[0] for states in out.hidden_states} == {6}
+
+
+def test_rows_that_keep_everything_do_not_stop_others_from_being_fused() -> None:
+    model = compressed("vit", next(method for method in METHODS if method.name == "threshold_fuse"), 0.5)
+    scores = traced(model, images(6))[1].routings["before_1"].scores[:, 1:]
+    model.vit.layers[1].stages["before"].selector.threshold.fill_(float(scores.min(1).values.max()) - 1e-4)
+    _, trace = traced(model, images(6))
+    assert trace.state is not None
+    assert bool((trace.state.size.sum(-1) == 37).all())
+    assert CostModel(model).achieved(trace) < 1.1
+
+
+def test_the_token_that_fuse_adds_is_one_of_those_asked_for() -> None:
+    parts: dict[str, Any] = {"scorer": {"name": "learned", "detach": True}, "selector": "threshold", "merger": "fuse"}
+    model = _model((1,), **parts).train()
+    for step in range(40):
+        _, trace = traced(model, images(32, seed=step))
+    assert trace.routings["before_1"].achieved == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_fixed_number_of_outputs_after_an_adaptive_stage_is_refused_before_anything_is_changed() -> None:
+    pool = StageConfig(layer=2, tokens=4, scorer="uniform_grid", merger={"name": "pool", "outputs": 4})
+    with pytest.raises(ValueError, match="takes rows of one length"):
+        compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.5, **THRESHOLD), pool]))
+
+
+def test_a_trace_that_speaks_of_other_stages_is_refused() -> None:
+    with pytest.raises(ValueError, match="speaks of stages befor_1: the model has before_1"):
+        _model((1,))(pixel_values=images(), trace=Trace(keep={"befor_1": 0.5}))

@@ -19,7 +19,7 @@ from laconic.modules.backbones import backbone_for
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.counting import COUNT_RULES, StageCount
 from laconic.modules.sites import SITES
-from laconic.modules.state import Decision, Routing, TokenState
+from laconic.modules.state import Routing, TokenState
 from tests.matrix import (
     BACKBONES,
     METHODS,
@@ -138,10 +138,10 @@ class _Reference:
         at = torch.zeros_like(self.alive).scatter(1, self.slots, left_out)
         kept = self.slots.gather(1, routing.decision.index)
         if after.tokens > routing.decision.index.shape[1]:
-            weights = (routing.scores.masked_fill(~left_out, -torch.inf) + before.size.log()).softmax(-1)
+            weights = (routing.scores.masked_fill(~left_out, -torch.inf) + before.size.log()).softmax(-1).nan_to_num(0)
             fused = (weights[..., None] * _take(self.hidden, self.slots)).sum(1, keepdim=True)
             self.hidden = torch.cat([self.hidden, fused], 1)
-            self.alive = torch.cat([self.alive & ~at, torch.ones(rows, 1, dtype=torch.bool)], 1)
+            self.alive = torch.cat([self.alive & ~at, left_out.any(-1, keepdim=True)], 1)
             kept = torch.cat([kept, torch.full((rows, 1), self.hidden.shape[1] - 1)], 1)
             self.place = torch.cat([self.place, after.position[:, -1:]], 1)
             self.size = torch.cat([self.size, after.size[:, -1:]], 1)
@@ -204,6 +204,9 @@ def _masked_reference(plain: PreTrainedModel, family: str, pixels: Tensor, trace
             reference.shrink(at["between"], after.pop(0))
         reference.half(layer, "mlp", at["around"] or at["around_mlp"])
     kept = _take(reference.hidden, reference.slots)
+    if AVERAGES[family] and trace.state.proportional:
+        # A head that averages counts a merged token as all that it stands for.
+        kept = _take(kept, trace.state.source)
     return answer(_with_layers_replaced(plain, kept)[0](**inputs(plain, pixels), **how))
 
 
@@ -259,12 +262,13 @@ def test_5_a_batch_equals_its_rows_alone(family: str, method: Method) -> None:
         alone, own = traced(model, images()[row : row + 1], sample_ids=ids[row : row + 1])
         torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-4)
         for name, routing in own.routings.items():
-            # Slots behind the last valid one are filler, of which a batch has more.
-            assert torch.equal(_kept(routing.decision, 0), _kept(trace.routings[name].decision, row))
+            # By position: a batch has more filler, before a fused token too.
+            assert torch.equal(_kept(routing, 0), _kept(trace.routings[name], row))
 
 
-def _kept(decision: Decision, row: int) -> Tensor:
-    return decision.index[row] if decision.valid is None else decision.index[row][decision.valid[row]]
+def _kept(routing: Routing, row: int) -> Tensor:
+    index, valid = routing.decision.index[row], routing.decision.valid
+    return routing.state.position[row][index if valid is None else index[valid[row]]]
 
 
 @padded
@@ -278,7 +282,10 @@ def test_5_rows_of_different_lengths_in_a_batch_equal_the_rows_alone(family: str
     together, trace = traced(model, images(), attention_mask=mask, sample_ids=ids)
     for routing in trace.routings.values():
         assert isinstance(routing.kept, Tensor)
-        assert routing.kept.tolist() == routing.decision.valid.sum(-1).sub(PREFIX[family]).add(_extra(routing, model)).tolist()  # type: ignore[union-attr]
+        assert routing.decision.valid is not None
+        chosen = routing.decision.valid.sum(-1) - PREFIX[family]
+        fused = _extra(routing, model) * (chosen < torch.as_tensor(routing.present)).long()
+        assert routing.kept.tolist() == (chosen + fused).tolist()
     for row in range(3):
         alone, own = traced(model, images()[row : row + 1], attention_mask=mask[row : row + 1], sample_ids=ids[row : row + 1])
         torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-4)
@@ -411,6 +418,8 @@ def test_11_achieved_counts_equal_the_count_rule(family: str, method: Method, dt
         if method.adaptive:
             # Above a threshold of 0; a row without any keeps its best.
             above = ((routing.scores > 0) & routing.routable).sum(-1).clamp(min=1)
+            if method.parts.get("merger") == "fuse":
+                above = above + (above < torch.as_tensor(routing.present)).long()
             assert torch.equal(torch.as_tensor(routing.kept), above)
             assert float(routing.achieved) == pytest.approx(float(above.sum()) / float(torch.as_tensor(routing.present).expand(3).sum()))
             continue

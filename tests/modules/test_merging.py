@@ -16,7 +16,7 @@ from laconic.modules.scorers.bipartite import BipartiteScorer
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.top_k import TopKSelector
 from laconic.modules.state import TokenState
-from tests.matrix import dense, images, labels
+from tests.matrix import BACKBONES, answer, dense, images, labels
 
 SPEC = TokenSpec(hidden_size=2, classes=0)
 
@@ -88,6 +88,27 @@ def test_merged_copies_with_proportional_attention_equal_attention_over_all_of_t
     torch.testing.assert_close(out[:, :1], expected[:, :1], atol=1e-5, rtol=1e-5)
     restored = out.gather(1, merged.state.source[..., None].expand(-1, -1, 16))
     torch.testing.assert_close(restored, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", [family for family in BACKBONES if family not in ("vit_mae", "beit")])
+def test_heads_count_a_merged_token_as_all_that_it_stands_for(family: str) -> None:
+    """Merged copies answer as the copies do, from the pixels to the logits."""
+    plain = dense(family)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "position_embedding" in name:
+                parameter.zero_()
+    # 12 patches of one kind and 24 of another, side by side: pairs of equal neighbours.
+    pixels = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(3)).repeat(1, 1, 6, 3)
+    pixels = pixels[..., [*range(4), *range(4), *range(4, 8), *range(4, 8), *range(4, 8), *range(4, 8)]]
+    expected = answer(plain(pixel_values=pixels))
+    stages = [StageConfig(layer=layer, keep=0.5, scorer="bipartite", merger="bipartite") for layer in (1, 2)]
+    model = compress(plain, CompressionConfig(stages))
+    trace = Trace()
+    got = answer(model(pixel_values=pixels, trace=trace))
+    assert trace.state is not None
+    assert trace.state.tokens < 20
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-3)
 
 
 def test_squeeze_merges_each_token_into_its_most_similar_kept_one() -> None:

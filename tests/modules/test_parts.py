@@ -160,6 +160,12 @@ WRONG = [
     ({"merger": "bipartite"}, r"merges the pairs that scorer 'bipartite' finds, not those of 'learned'; try 'squeeze'"),
     ({"scorer": "evidence", "selector": "gumbel"}, r"takes scores for probabilities, which those of scorer 'evidence' are not"),
     ({"scorer": "bipartite", "selector": "threshold", "merger": "bipartite"}, r"lets every row keep as many as it likes"),
+    (
+        {"scorer": "bipartite", "keep": 0.3, "merger": "bipartite"},
+        r"keep = 0.3: scorer 'bipartite' can take away half of the tokens at most",
+    ),
+    ({"scorer": "bipartite", "site": "around", "keep": None, "capacity": 0.5}, r"around a layer nothing is merged"),
+    ({"selector": "threshold", "count": "evit"}, r"count = 'evit' has nothing to count"),
     ({"merger": "pool"}, r"merger 'pool' makes 16 tokens: give the stage tokens = 16"),
     ({"scorer": "lerned"}, r"scorer 'lerned' does not exist: the scorers are .*; did you mean 'learned'\?"),
     ({"scorer": {"name": "learned", "hiden": 3}}, r"scorer 'learned' has no option 'hiden'"),

@@ -178,3 +178,30 @@ def test_padded_rows_bypass_by_their_own_length(site: str) -> None:
         alone, _ = traced(model, images()[row : row + 1], attention_mask=mask[row : row + 1])
         torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-4)
     assert trace.routings[f"{site}_1"].kept.tolist() == [18, 12, 8]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("site", ALL)
+@pytest.mark.parametrize("layer", [1, 3])
+def test_an_estimator_trains_the_scorer_or_is_refused(site: str, layer: int) -> None:
+    stages = CompressionConfig([_stage(site, layer, 0.5, scorer="learned", estimator="key_bias")])
+    if site == "around_mlp" or (site == "between" and layer == 3):
+        with pytest.raises(ValueError, match="no attention follows"):
+            compress(dense("vit"), stages)
+        return
+    model = compress(dense("vit"), stages).train()
+    model(pixel_values=images(), labels=labels(), trace=Trace()).loss.backward()
+    assert float(model.vit.layers[layer].stages[site].scorer.score.weight.grad.abs().sum()) > 0
+
+
+def test_achieved_macs_of_larger_images_are_against_the_dense_model_on_them() -> None:
+    model = _model(_stage("before", 1, 0.5, scorer="random"))
+    _, trace = traced(model, torch.randn(2, 3, 48, 48), interpolate_pos_encoding=True)
+    assert CostModel(model).achieved(trace) == pytest.approx(CostModel(model, image_size=(48, 48))().macs_ratio)
+
+
+def test_achieved_macs_of_padded_rows_are_against_the_dense_model_on_their_real_tokens() -> None:
+    model = _model(_stage("before", 1, 1.0, scorer="random"))
+    mask = torch.ones(2, 37, dtype=torch.long)
+    mask[1, -20:] = 0
+    _, trace = traced(model, images(2), attention_mask=mask)
+    assert CostModel(model).achieved(trace) == pytest.approx(1.0)
