@@ -48,12 +48,15 @@ def total(counts: Sequence[float]) -> list[float]:
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean over ranks, with the gradient of this rank's value: averaging gradients over ranks then gives that of the mean."""
-    if world_size() == 1:
+    """The mean over ranks, with the gradient of this rank's value: averaging gradients over ranks then gives that of the mean.
+
+    Needs no ``start``: it works in any process group, another trainer's too.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return value
     whole = value.detach().clone()
     distributed.all_reduce(whole)
-    return value + (whole / world_size() - value.detach())
+    return value + (whole / distributed.get_world_size() - value.detach())
 
 
 def any_rank(flag: bool) -> bool:

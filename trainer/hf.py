@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, Trainer
 from ..modules.budget.budget import Budget
 from ..modules.cost import CostModel
 from ..modules.state import KeepCount, Trace
+from . import collective
 
 
 class BudgetMixin:
@@ -61,7 +62,7 @@ class BudgetMixin:
         )
         (self._kept if training else self._kept_in_evaluation).add(trace, self._cost.achieved(trace))
         if training:
-            added = self.budget.loss(trace, step).total if self.budget is not None else trace.auxiliary_loss
+            added = self.budget.loss(trace, step, collective.mean).total if self.budget is not None else trace.auxiliary_loss
             if added is not None:
                 loss = loss + (added / host.current_gradient_accumulation_steps if self._is_scaled(num_items_in_batch) else added)
         return (loss, outputs) if return_outputs else loss
