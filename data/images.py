@@ -15,8 +15,6 @@ from torch.utils.data import Dataset
 
 from .augmentation import RandomAugment, erase
 
-AUGMENTATIONS = ("none", "flip", "crop_flip", "resized_crop_flip")
-
 
 class BadRow(NamedTuple):
     """A row that cannot be trained on. A tuple, since it travels in a batch, and Lightning rebuilds what batches hold.

@@ -13,10 +13,11 @@ from .config import PartConfig, StageConfig
 from .counting import COUNT_RULES, BackboneShape, StageCount, at_least_half
 from .draws import uniform
 from .estimators.base import Estimate, Estimator
-from .mergers.base import Merged, Merger, gather_tokens
+from .mergers.base import Merged, Merger
 from .scorers.base import Scored, Scorer, SiteInput, TokenSpec
 from .selectors.base import Request, Selector
 from .state import Decision, Routing, TokenState, Trace
+from .subsets import take
 
 # Keeps the draws of a selector's noise apart from those of a random scorer.
 _NOISE = 1 << 20
@@ -153,7 +154,7 @@ class Stage(nn.Module):
         inside = state if estimate.key_bias is None else state.add_key_bias(estimate.key_bias.masked_fill(~state.routable, 0.0))
         inside = inside.select(decision.index, decision.valid)
         self._record(trace, choice, state, inside.present)
-        before = gather_tokens(hidden_states, decision.index)
+        before = take(hidden_states, decision.index)
         after = inner(before, inside)
         if estimate.scale is not None:
             scale = estimate.scale.masked_fill(~state.routable, 1.0).gather(1, decision.index).unsqueeze(-1).to(after.dtype)

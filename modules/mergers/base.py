@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..counting import BackboneShape
 from ..scorers.base import Scored, SiteInput, TokenSpec
 from ..state import Decision, TokenState
+from ..subsets import take
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,6 @@ class Merger(nn.Module):
         return 0
 
 
-def gather_tokens(hidden_states: Tensor, index: Tensor) -> Tensor:
-    """(B, M, C) and (B, K) slots -> (B, K, C)."""
-    return hidden_states.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
-
-
 def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportional: bool) -> Merged:
     """Every token that the decision leaves out becomes part of its partner: their mean, weighted by size.
 
@@ -91,4 +87,4 @@ def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportio
     mean = (total / merged.size.clamp(min=1e-6).unsqueeze(-1)).to(hidden_states.dtype)
     # What took nothing up is left as it is, to the last bit.
     grown = (merged.size != state.size).unsqueeze(-1)
-    return Merged(gather_tokens(torch.where(grown, mean, hidden_states), decision.index), merged.select(decision.index, decision.valid))
+    return Merged(take(torch.where(grown, mean, hidden_states), decision.index), merged.select(decision.index, decision.valid))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..scorers.base import Scored, SiteInput
 from ..state import Decision
-from .base import Merged, Merger, gather_tokens
+from ..subsets import take
+from .base import Merged, Merger
 
 
 class DropMerger(Merger):
@@ -13,4 +14,4 @@ class DropMerger(Merger):
     conserves_size = False
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
-        return Merged(gather_tokens(inputs.hidden_states, decision.index), inputs.state.select(decision.index, decision.valid))
+        return Merged(take(inputs.hidden_states, decision.index), inputs.state.select(decision.index, decision.valid))

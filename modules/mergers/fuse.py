@@ -10,7 +10,8 @@ from torch.nn import functional
 from ..counting import BackboneShape
 from ..scorers.base import Scored, SiteInput
 from ..state import Decision
-from .base import Merged, Merger, gather_tokens
+from ..subsets import take
+from .base import Merged, Merger
 
 
 class FuseMerger(Merger):
@@ -24,7 +25,7 @@ class FuseMerger(Merger):
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         hidden_states, state, scores = inputs.hidden_states, inputs.state, scored.scores
-        kept = gather_tokens(hidden_states, decision.index)
+        kept = take(hidden_states, decision.index)
         kept_state = state.select(decision.index, decision.valid)
         if decision.valid is None and decision.index.shape[1] == state.tokens:
             return Merged(kept, kept_state)

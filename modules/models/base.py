@@ -16,18 +16,19 @@ class PatchSegmentation:
     """Mixin of models with a linear classifier on every patch, whose logits are stretched to the pixels of the image.
 
     The head needs all patches, in reading order, behind whatever is protected in front: a compressed model restores them
-    after its last layer. A model has ``classifier``, and hands its backbone's tokens to ``segment``.
+    after its last layer. A model has ``classifier`` and, under its ``base_model_prefix``, a backbone.
     """
 
     config: Any
+    base_model_prefix: str
     classifier: nn.Linear
 
-    def segment(self, outputs: Any, pixel_values: Tensor, labels: Tensor | None) -> SemanticSegmenterOutput:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> SemanticSegmenterOutput:
         """
         Args:
-            outputs: of the backbone.
-            pixel_values: (B, channels, height, width) that it saw.
+            pixel_values: (B, channels, height, width).
             labels: (B, height, width) int64 class of each pixel, IGNORE where there is none; None gives no loss.
+            kwargs: for the backbone.
 
         Returns:
             ``logits`` (B, classes, height, width), and ``loss``: the mean cross-entropy over labelled pixels.
@@ -35,6 +36,7 @@ class PatchSegmentation:
         Raises:
             ValueError: tokens are missing, or labels are of another size than the image.
         """
+        outputs = getattr(self, self.base_model_prefix)(pixel_values, **kwargs)
         hidden_states: Tensor = outputs.last_hidden_state
         sides, patch = pixel_values.shape[-2:], self.config.patch_size
         down, across = (side // cells for side, cells in zip(sides, (patch, patch) if isinstance(patch, int) else patch, strict=True))

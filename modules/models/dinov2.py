@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 from transformers import Dinov2Config, Dinov2Model
-from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.dinov2.modeling_dinov2 import Dinov2PreTrainedModel
 
 from .base import PatchSegmentation
@@ -25,12 +22,3 @@ class Dinov2ForSemanticSegmentation(PatchSegmentation, Dinov2PreTrainedModel):  
         self.dinov2 = Dinov2Model(config)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()  # type: ignore[no-untyped-call]
-
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> SemanticSegmenterOutput:
-        """
-        Args:
-            pixel_values: (B, channels, height, width).
-            labels: (B, height, width) int64, 255 where a pixel has none.
-            kwargs: for the backbone.
-        """
-        return self.segment(self.dinov2(pixel_values, **kwargs), pixel_values, labels)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 from transformers import ViTConfig, ViTModel
-from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.vit.modeling_vit import ViTPreTrainedModel
 
 from .base import PatchSegmentation
@@ -25,12 +22,3 @@ class ViTForSemanticSegmentation(PatchSegmentation, ViTPreTrainedModel):  # type
         self.vit = ViTModel(config, add_pooling_layer=False)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()  # type: ignore[no-untyped-call]
-
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> SemanticSegmenterOutput:
-        """
-        Args:
-            pixel_values: (B, channels, height, width).
-            labels: (B, height, width) int64, 255 where a pixel has none.
-            kwargs: for the backbone.
-        """
-        return self.segment(self.vit(pixel_values, **kwargs), pixel_values, labels)
