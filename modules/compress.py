@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from .backbones import backbone_for
 from .backbones.base import Backbone
 from .config import CompressionConfig
+from .generation import Generating
 from .layer import CompressedLayer, LayerPlan
 from .models.base import PatchSegmentation
 from .packing import ATTENTION
@@ -217,7 +218,8 @@ def compressed_class(cls: Any) -> type[Any]:
         "backbone": backbone_for(cls.config_class.model_type, cls.__name__),
         "forward": forward,
     }
-    return type(PREFIX + cls.__name__, (Generated, CompressedModel, cls), attributes)
+    mixins = (Generated, Generating) if issubclass(cls, GenerationMixin) else (Generated,)
+    return type(PREFIX + cls.__name__, (*mixins, CompressedModel, cls), attributes)
 
 
 @functools.cache
