@@ -1,8 +1,9 @@
-"""Opening an image data set with Hugging Face ``datasets``, and checking what can be checked without decoding an image."""
+"""Opening a data set with Hugging Face ``datasets``, and checking what can be checked without decoding an image."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,27 @@ def open_source(source: Source) -> Any:
         where = source.data_dir or source.data_files or "the hub"
         raise ValueError(f"data.name = {source.name!r} cannot be opened from {where}: {error}") from None
     return opened
+
+
+def open_splits(
+    source: Source, train_split: str, validation_split: str | None, test_split: str | None, validation_fraction: float
+) -> tuple[Any, Any, Any]:
+    """Rows to train on, to validate on, and to report on, or None where there are none of their own.
+
+    Raises:
+        ValueError: the source cannot be opened, or a split is missing; the message names those there are.
+    """
+    opened = open_source(source)
+    for key, name in (("train", train_split), ("validation", validation_split), ("test", test_split)):
+        if name is not None and name not in opened:
+            raise ValueError(f"data.{key}_split = {name!r} does not exist: the splits are {', '.join(opened)}")
+    train, test = opened[train_split], None if test_split is None else opened[test_split]
+    if validation_split is not None:
+        return train, opened[validation_split], test
+    # The same rows are held out whatever the seed, so that runs can be compared.
+    order = np.random.default_rng(0).permutation(len(train))
+    held_out = max(1, math.floor(validation_fraction * len(train)))
+    return train.select(np.sort(order[held_out:])), train.select(np.sort(order[:held_out])), test
 
 
 def _as_list(value: str | Sequence[str]) -> str | list[str]:
