@@ -156,7 +156,7 @@ def _of_task(config: PretrainedConfig, recipe: ModelRecipe, task: type[Task]) ->
 
 def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: Splits, task: type[Task]) -> PreTrainedModel:
     """The dense model, with the head that the data need."""
-    task.fit_config(config, data, fresh=recipe.name is None)
+    task.fit_config(config, data)
     if recipe.config is None and recipe.encoder_of is None:
         return task.loaded_model(recipe, config)
     model = task.fresh_model(config, recipe.attention)

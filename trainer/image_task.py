@@ -45,7 +45,7 @@ class ImageTask(Task):
         return _open_data(cls, recipe, config)
 
     @classmethod
-    def fit_config(cls, config: PretrainedConfig, data: Splits, fresh: bool) -> None:
+    def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
         names = dict(enumerate(data.classes))
         config.id2label, config.label2id = names, {name: code for code, name in names.items()}
 

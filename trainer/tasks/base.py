@@ -119,13 +119,12 @@ class Task:
         raise NotImplementedError
 
     @classmethod
-    def fit_config(cls, config: PretrainedConfig, data: Splits, fresh: bool) -> None:
+    def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
         """Makes a config fit the data, in place, before its model is built. Raises ValueError where it cannot.
 
         Args:
             config: of the dense model.
             data: the splits.
-            fresh: the weights are new, or at least the head.
         """
 
     @classmethod
