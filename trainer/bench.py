@@ -81,7 +81,7 @@ class Bench:
         memory: bytes by arm, ``dense`` among them: peak of the device on CUDA, else what autograd saves for backward.
         memory_kind: ``cuda_peak`` or ``saved_for_backward``.
         rounds: of the pairing.
-        batch_size: images a step.
+        amount: what a step does, in the task's unit: images, tokens.
     """
 
     dense_seconds: float
@@ -89,7 +89,7 @@ class Bench:
     memory: Mapping[str, int]
     memory_kind: str
     rounds: int
-    batch_size: int
+    amount: int
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with the claimed ratios beside the measured ones."""
@@ -106,6 +106,8 @@ def bench(
     loss: Callable[[str, PreTrainedModel, Mapping[str, Tensor]], Tensor],
     rounds: int = 40,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    forward: Callable[..., Any] = lambda model, batch, **options: model(**batch, **options),
+    amount: int | None = None,
 ) -> Bench:
     """Times training steps (forward, backward, optimizer) of all arms in one process, interleaved, their order rotated.
 
@@ -116,13 +118,15 @@ def bench(
         loss: arm name, model and batch -> the loss that training minimises.
         rounds: at least 30 for a figure that is reported.
         progress: called with rounds done and in all.
+        forward: model and batch, and ``trace`` -> an answer, for the token counts of evaluation.
+        amount: what the batch holds, in the task's unit; None counts its rows.
     """
     device = next(dense.parameters()).device
     contestants: dict[str, tuple[str, nn.Module]] = {"dense": ("dense", dense)}
     for name, model in arms.items():
         # A threshold that follows the scores finds its place at the first step; only then do the counts mean something.
         _step(name, model, batch, loss)()
-        counts = _counts(model, batch)
+        counts = _counts(model, batch, forward)
         contestants[name] = (name, model)
         for copy_name in (f"{name}/oracle", f"{name}/control"):
             contestants[copy_name] = ("dense", sliced(copy.deepcopy(dense), *counts))
@@ -152,7 +156,7 @@ def bench(
         memory=memory,
         memory_kind="cuda_peak" if device.type == "cuda" else "saved_for_backward",
         rounds=rounds,
-        batch_size=len(next(iter(batch.values()))),
+        amount=len(next(iter(batch.values()))) if amount is None else amount,
     )
 
 
@@ -251,13 +255,13 @@ def _mean(count: int | Tensor) -> int:
     return round(float(count.double().mean())) if isinstance(count, Tensor) else count
 
 
-def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[dict[int, RowTokens], int]:
+def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor], forward: Callable[..., Any]) -> tuple[dict[int, RowTokens], int]:
     """Tokens of each layer and after the last, from one real forward."""
     assert isinstance(model, CompressedModel), base_class(type(model))
     trace = Trace()
     training = model.training
     with torch.no_grad():
-        model.eval()(pixel_values=batch["pixel_values"], trace=trace)
+        forward(model.eval(), batch, trace=trace)
     model.train(training)
     assert trace.state is not None
     return dict(trace.layer_tokens), _mean(trace.state.tokens_per_row)

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..build import image_input
 from ..evaluate import load_model, model_folder, recipe_of
 from ..recipe_files import RecipeError
 from ..report import versions, write_json
@@ -54,7 +53,7 @@ def export_merged(run: str, to: str, dtype: str = "fp32") -> dict[str, Any]:
     if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"--to {to}: the folder is not empty; give a new one")
     model = load_model(source)
-    inputs = task_named(recipe_of(run, []).task).probe(*image_input(model.config), model.config)
+    inputs = task_named(recipe_of(run, []).task).probe(model.config)
     with torch.no_grad():
         of_run = model(**inputs).logits
     model.to(_DTYPES[dtype]).save_pretrained(folder)
