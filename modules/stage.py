@@ -17,7 +17,7 @@ from .mergers.base import Merged, Merger
 from .scorers.base import Scored, Scorer, SiteInput, TokenSpec
 from .selectors.base import Request, Selector
 from .state import Decision, Routing, TokenState, Trace
-from .subsets import take
+from .subsets import put, take
 
 # Keeps the draws of a selector's noise apart from those of a random scorer.
 _NOISE = 1 << 20
@@ -175,10 +175,10 @@ class Stage(nn.Module):
             after = after * scale + before * (1 - scale)
         if decision.valid is None and decision.index.shape[1] == state.tokens:
             return after
-        # Filler writes to a slot past the last token.
-        target = decision.index if decision.valid is None else decision.index.masked_fill(~decision.valid, state.tokens)
-        padded = nn.functional.pad(hidden_states, (0, 0, 0, 1))
-        return padded.scatter(1, target.unsqueeze(-1).expand_as(after), after.to(padded.dtype))[:, : state.tokens]
+        if decision.valid is not None:
+            # Filler stays what it was.
+            after = torch.where(decision.valid.unsqueeze(-1), after, before)
+        return put(hidden_states, decision.index, after.to(hidden_states.dtype))
 
     def _site(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> SiteInput:
         return SiteInput(hidden_states, _state(trace), trace, self.index, layer, self.backbone)

@@ -209,35 +209,38 @@ class _Slices:
     backbone: type[Backbone]
     removed: _Removed
 
-    def mask(self, layer: nn.Module, attention_mask: Tensor | None, hidden_states: Tensor, **kwargs: Any) -> Tensor | None:
-        """What the layer needs for its first tokens: nothing but where it has a bias of its own for every pair of them."""
+    def inputs(self, layer: nn.Module, given: Mapping[str, Any], hidden_states: Tensor) -> dict[str, Any]:
+        """What the layer is handed for its first tokens, by name."""
         whole = self.removed.whole
-        if not self.backbone.masks_in_layers or whole is None:
-            return attention_mask
         rows, tokens, _ = hidden_states.shape
+        if whole is None or tokens == whole.shape[1]:
+            return dict(given)
+        if not self.backbone.masks_in_layers:
+            return self.backbone.of_first(given, tokens)
+        # The layer has a bias of its own for every pair of tokens.
         first = torch.arange(tokens, device=hidden_states.device).expand(rows, -1)
         state = TokenState.initial(rows, whole.shape[1], 0, None, hidden_states.device).select(first, None)
-        return self.backbone.layer_mask(layer, attention_mask, state, hidden_states.dtype, **kwargs)
+        return self.backbone.prepare(layer, state, hidden_states.dtype, given)
 
 
 class _SlicedLayer(nn.Module):
     slices: _Slices
 
-    def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         slices = self.slices
+        given = dict(zip(slices.backbone.positional, args, strict=False)) | kwargs
         if slices.index == 0:
             slices.removed.whole = hidden_states
         hidden_states = slices.removed.fit(hidden_states, slices.present)
         call = super().__call__
 
-        def mask(tokens: Tensor) -> Tensor | None:
-            return slices.mask(self, attention_mask, tokens, **kwargs)
-
         if slices.attention == slices.mlp:
-            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: call(tokens, mask(tokens), *args, **kwargs))
+            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: call(tokens, **slices.inputs(self, given, tokens)))
         else:
             half = slices.backbone.attention_half
-            hidden_states = _through(hidden_states, slices.attention, lambda tokens: half(self, tokens, mask(tokens), *args, **kwargs))
+            hidden_states = _through(
+                hidden_states, slices.attention, lambda tokens: half(self, tokens, **slices.inputs(self, given, tokens))
+            )
             if slices.leaving < slices.present:
                 hidden_states = hidden_states[:, : slices.mlp]
             hidden_states = _through(hidden_states, slices.mlp, lambda tokens: slices.backbone.mlp_half(self, tokens))
@@ -258,7 +261,8 @@ def _mean(count: int | Tensor) -> int:
 def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor], forward: Callable[..., Any]) -> tuple[dict[int, RowTokens], int]:
     """Tokens of each layer and after the last, from one real forward."""
     assert isinstance(model, CompressedModel), base_class(type(model))
-    trace = Trace()
+    # Training may look ahead, and it is training that is measured.
+    trace = Trace(lookahead=True)
     training = model.training
     with torch.no_grad():
         forward(model.eval(), batch, trace=trace)

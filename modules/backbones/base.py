@@ -139,6 +139,11 @@ class Backbone:
         return others | {"attention_mask": cls.layer_mask(layer, inputs.get("attention_mask"), state, dtype, **others)}
 
     @classmethod
+    def of_first(cls, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """Of what a layer is handed, that of the first tokens by plain slicing, for measuring how fast a layer could be."""
+        return dict(inputs)
+
+    @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         """The first half of a layer, residual included; ``mlp_half`` of it is bit-equal to the layer's forward.
 

@@ -15,7 +15,7 @@ from ..generation import routed_cache
 from ..scorers.base import TokenSpec
 from ..sites import BYPASS
 from ..state import TokenState, Trace
-from ..subsets import take
+from ..subsets import take, take_shared
 from .base import Backbone
 
 if TYPE_CHECKING:
@@ -173,10 +173,19 @@ class DecoderBackbone(Backbone):
             picked["position_ids"] = inputs["position_ids"].expand(len(position), -1).gather(1, position)
         if inputs.get("position_embeddings") is not None:
             # RoPE of the tokens where they stand, not renumbered.
-            picked["position_embeddings"] = tuple(
-                take(part.expand(len(position), -1, -1), position) for part in inputs["position_embeddings"]
-            )
+            picked["position_embeddings"] = tuple(take_shared(part, position) for part in inputs["position_embeddings"])
         return picked
+
+    @classmethod
+    def of_first(cls, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        first = dict(inputs)
+        if isinstance(first.get("position_ids"), Tensor):
+            first["position_ids"] = first["position_ids"][:, :tokens]
+        if first.get("position_embeddings") is not None:
+            first["position_embeddings"] = tuple(part[:, :tokens] for part in first["position_embeddings"])
+        if isinstance(first.get("attention_mask"), Tensor):
+            first["attention_mask"] = first["attention_mask"][..., :tokens, :tokens]
+        return first
 
     @classmethod
     def causal_mask(cls, mask: Tensor | None, state: TokenState, view: LayerView | None, before: int, dtype: torch.dtype) -> Tensor | None:
@@ -207,7 +216,7 @@ class DecoderBackbone(Backbone):
             visible = slots[:, None] <= state.position[:, :, None] + before
         else:
             mask = mask.expand(state.rows, -1, -1, -1)[:, 0]
-            mask = mask if state.whole else mask.gather(1, state.position[:, :, None].expand(-1, -1, mask.shape[-1]))
+            mask = mask if state.whole else take(mask, state.position)
             visible = mask.gather(2, slots.clamp(min=0)[:, None].expand(-1, state.tokens, -1))
         real = slots >= 0 if view is not None else state.valid
         filler = None if state.valid is None else ~state.valid[:, :, None]

@@ -40,10 +40,9 @@ class TopKSelector(Selector):
         rank = rank.masked_fill(~state.valid, float("-inf"))
         order = rank.sort(dim=-1, descending=True, stable=True).indices
         total = count + (state.protected & state.valid).sum(-1)
-        width = int(total.max())
-        valid = torch.arange(width, device=rank.device) < total[:, None]
-        index = order[:, :width].masked_fill(~valid, state.tokens).sort(-1).values
-        return Decision(index.clamp(max=state.tokens - 1), valid)
+        place = torch.arange(state.tokens, device=rank.device).expand_as(order)
+        kept = compact(torch.zeros_like(state.valid).scatter_(1, order, place < total[:, None]), bucket=self.bucket)
+        return Decision(kept.index, kept.valid, kept.empty)
 
     def _of_documents(self, rank: Tensor, state: TokenState, document: Tensor, count: Tensor) -> Decision:
         """The highest (B, D) ``count`` of each document."""
