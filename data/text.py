@@ -114,10 +114,8 @@ def hub_text(
         BadRows: more rows are bad than the settings allow.
     """
     train, validation, test = open_splits(
-        source, train_split, validation_split, test_split, validation_fraction, **_options(source, settings)
+        source, train_split, validation_split, test_split, validation_fraction, _counts(source, settings), **_options(source, settings)
     )
-    blank = source.name == "text" and settings.sample_by != "document"
-    train, validation, test = (rows.filter(_not_blank) if blank and rows is not None else rows for rows in (train, validation, test))
     return _in_memory(train, validation, test, tokenizer_of, settings)
 
 
@@ -133,9 +131,8 @@ def streamed_text(
     import datasets
 
     opened = open_source(source, streaming=True, **_options(source, settings))
-    train, validation, test = named_splits(opened, train_split, validation_split, test_split)
-    if source.name == "text" and settings.sample_by != "document":
-        train, validation, test = (None if rows is None else rows.filter(_not_blank) for rows in (train, validation, test))
+    splits, counts = named_splits(opened, train_split, validation_split, test_split), _counts(source, settings)
+    train, validation, test = (rows if rows is None or counts is None else rows.filter(counts) for rows in splits)
     if validation is None:
         validation, train = train, train.skip(settings.held_out)
     validation, test = (
@@ -243,6 +240,11 @@ def _encode(rows: Mapping[str, Any], encoder: Encoder) -> dict[str, list[Any]]:
 
 def _options(source: Source, settings: TextSettings) -> dict[str, Any]:
     return {"sample_by": settings.sample_by} if source.name == "text" else {}
+
+
+def _counts(source: Source, settings: TextSettings) -> Callable[[Mapping[str, Any]], bool] | None:
+    """Lines and paragraphs of a file are told apart by blank ones, which are none themselves."""
+    return _not_blank if source.name == "text" and settings.sample_by != "document" else None
 
 
 def _not_blank(row: Mapping[str, Any]) -> bool:
