@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ from .tokenizer import token_bytes
 TokenizerOf = Callable[[Iterable[str] | None], Any]
 # Rows of a stream that are in memory at once to be shuffled.
 SHUFFLED = 1000
+# Rows at the beginning of a stream that a tokenizer is trained on.
+LOOKED_AT = 100_000
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,7 @@ def streamed_text(
     columns, features = list(first), train.features or {}
     column = text_column(columns, features, settings.text_column)
     # A look at the beginning is all that a stream allows.
-    texts = None if column is None else (row[column] for row in itertools.islice(train, 100_000) if isinstance(row[column], str))
-    tokenizer = tokenizer_of(texts)
+    tokenizer = tokenizer_of(None if column is None else _Texts(train.take(LOOKED_AT), column))
     encoder = encoder_for(columns, features, settings.text_column, tokenizer, settings.length)
     tokens = _tokens(tokenizer, settings)
     # Rows that are still to come are not known; a few early bad ones must not look like a high share.

@@ -232,6 +232,15 @@ def test_a_stream_gives_the_same_rows_on_any_number_of_processes_and_goes_on_whe
             assert torch.equal(batch["input_ids"], torch.stack(ids[first : first + 2]))
 
 
+def test_a_tokenizer_is_trained_on_the_beginning_of_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LACONIC_CACHE", str(tmp_path / "cache"))
+    path = jsonl(tmp_path / "rows.jsonl", [{"text": sentence} for sentence in SENTENCES])
+    settings = TextSettings(length=64, held_out=8)
+    data = streamed_text(Source("json", data_files=path), "train", None, None, lambda texts: trained_tokenizer(texts or (), 400), settings)
+    # Pairs that only the texts could teach it.
+    assert len(data.tokenizer(" counted to ten under a bridge")["input_ids"]) < 12
+
+
 def test_a_stream_holds_its_first_rows_out(tmp_path: Path) -> None:
     data = _open(jsonl(tmp_path / "rows.jsonl", [{"text": sentence} for sentence in SENTENCES]), stream=True, held_out=8)
     held_out = data.tokenizer.decode(torch.cat([row["input_ids"] for row in _rows(data.validation)]))  # type: ignore[arg-type]

@@ -16,13 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from laconic import Trace
 from laconic.data.packing import IGNORE
 from laconic.data.rows import collate
 from laconic.trainer.build import build
 from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
 from laconic.trainer.export.merged import export_merged
-from laconic.trainer.inspection import kept_by_stage, page
 from laconic.trainer.recipe_files import load
 from laconic.trainer.run import rehearse, train, train_arm
 from laconic.trainer.tasks.causal_lm import Perplexity
@@ -293,21 +291,3 @@ def test_keys_of_text_are_refused_for_images_and_a_tokenizer_must_fit(tmp_path: 
     stream = ["data.name=json", f"data.data_files={rows}", "data.streaming=true", "trainer.max_steps=null", "trainer.max_epochs=1"]
     with pytest.raises(ValueError, match="trainer.max_epochs needs to know how long the data are"):
         validate(load("llm_pretrain_dense", [*fit, *stream]).recipe)
-
-
-def test_the_page_of_kept_tokens_says_what_every_stage_did() -> None:
-    from tests.matrix import METHODS, compressed, images, inputs
-
-    model, trace = compressed("vit", METHODS[0], 0.5, 0.6), Trace()
-    with torch.no_grad():
-        model(**inputs(model, images(2)), trace=trace)
-    kept = kept_by_stage(trace)
-    assert trace.state is not None
-    assert list(kept) == list(trace.routings)
-    last = trace.routings[list(kept)[-1]]
-    assert [int(row.sum()) for row in kept[last.stage]] == [last.decision.index.shape[1]] * 2
-    text = page("a <b>", ["if", " x<", " y"], {"one": [True, False, True], "two": [True, False, False]}, {"one": 0.5, "two": 0.25})
-    assert "a &lt;b&gt;" in text
-    assert 'title="token 0: one, two">if</span>' in text
-    assert 'title="token 1: no stage"> x&lt;</span>' in text
-    assert "<td>two</td><td>0.250</td><td>0.333</td><td>1 of 3</td>" in text
