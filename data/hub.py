@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,14 +80,28 @@ def open_source(source: Source, **options: Any) -> Any:
 
 
 def open_splits(
-    source: Source, train_split: str, validation_split: str | None, test_split: str | None, validation_fraction: float, **options: Any
+    source: Source,
+    train_split: str,
+    validation_split: str | None,
+    test_split: str | None,
+    validation_fraction: float,
+    counts: Callable[[Mapping[str, Any]], bool] | None = None,
+    **options: Any,
 ) -> tuple[Any, Any, Any]:
     """Rows to train on, to validate on, and to report on, or None where there are none of their own.
+
+    Args:
+        source: where the rows come from.
+        train_split, validation_split, test_split: names of splits.
+        validation_fraction: share of the training rows held out where there is no validation split.
+        counts: whether a row is one at all; None takes every row.
+        options: of ``open_source``.
 
     Raises:
         ValueError: the source cannot be opened, a split is missing (the message names those there are), or rows are too few to hold some out.
     """
-    train, validation, test = named_splits(open_source(source, **options), train_split, validation_split, test_split)
+    opened = named_splits(open_source(source, **options), train_split, validation_split, test_split)
+    train, validation, test = (rows if rows is None or counts is None else rows.filter(counts) for rows in opened)
     if validation is not None:
         return train, validation, test
     # The same rows are held out whatever the seed, so that runs can be compared.

@@ -38,12 +38,12 @@ def library_files(split: str, limit: int | None = None, root: Path | None = None
 
 
 def _files(root: Path) -> Iterator[tuple[str, Path]]:
-    for path in root.rglob("*"):
-        inside = path.relative_to(root)
-        if path.suffix not in _SUFFIXES or _LEFT_OUT & set(inside.parts) or inside.parts[0].startswith(_BUILT):
-            continue
-        if path.is_file() and 0 < path.stat().st_size <= _LARGEST_BYTES:
-            yield inside.as_posix(), path
+    for folder, folders, files in os.walk(root):
+        # In place: what is left out is not walked through, and other packages are many.
+        folders[:] = [name for name in folders if name not in _LEFT_OUT and not name.startswith(_BUILT)]
+        for path in (Path(folder, name) for name in files if name.endswith(_SUFFIXES) and not name.startswith(_BUILT)):
+            if 0 < path.stat().st_size <= _LARGEST_BYTES:
+                yield path.relative_to(root).as_posix(), path
 
 
 def _draw(name: str) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ from .tokenizer import token_bytes
 TokenizerOf = Callable[[Iterable[str] | None], Any]
 # Rows of a stream that are in memory at once to be shuffled.
 SHUFFLED = 1000
+# Rows at the beginning of a stream that a tokenizer is trained on.
+LOOKED_AT = 100_000
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,8 @@ def hub_text(
         BadRows: more rows are bad than the settings allow.
     """
     train, validation, test = open_splits(
-        source, train_split, validation_split, test_split, validation_fraction, **_options(source, settings)
+        source, train_split, validation_split, test_split, validation_fraction, _counts(source, settings), **_options(source, settings)
     )
-    blank = source.name == "text" and settings.sample_by != "document"
-    train, validation, test = (rows.filter(_not_blank) if blank and rows is not None else rows for rows in (train, validation, test))
     return _in_memory(train, validation, test, tokenizer_of, settings)
 
 
@@ -133,9 +132,8 @@ def streamed_text(
     import datasets
 
     opened = open_source(source, streaming=True, **_options(source, settings))
-    train, validation, test = named_splits(opened, train_split, validation_split, test_split)
-    if source.name == "text" and settings.sample_by != "document":
-        train, validation, test = (None if rows is None else rows.filter(_not_blank) for rows in (train, validation, test))
+    splits, counts = named_splits(opened, train_split, validation_split, test_split), _counts(source, settings)
+    train, validation, test = (rows if rows is None or counts is None else rows.filter(counts) for rows in splits)
     if validation is None:
         validation, train = train, train.skip(settings.held_out)
     validation, test = (
@@ -150,8 +148,7 @@ def streamed_text(
     columns, features = list(first), train.features or {}
     column = text_column(columns, features, settings.text_column)
     # A look at the beginning is all that a stream allows.
-    texts = None if column is None else (row[column] for row in itertools.islice(train, 100_000) if isinstance(row[column], str))
-    tokenizer = tokenizer_of(texts)
+    tokenizer = tokenizer_of(None if column is None else _Texts(train.take(LOOKED_AT), column))
     encoder = encoder_for(columns, features, settings.text_column, tokenizer, settings.length)
     tokens = _tokens(tokenizer, settings)
     # Rows that are still to come are not known; a few early bad ones must not look like a high share.
@@ -243,6 +240,11 @@ def _encode(rows: Mapping[str, Any], encoder: Encoder) -> dict[str, list[Any]]:
 
 def _options(source: Source, settings: TextSettings) -> dict[str, Any]:
     return {"sample_by": settings.sample_by} if source.name == "text" else {}
+
+
+def _counts(source: Source, settings: TextSettings) -> Callable[[Mapping[str, Any]], bool] | None:
+    """Lines and paragraphs of a file are told apart by blank ones, which are none themselves."""
+    return _not_blank if source.name == "text" and settings.sample_by != "document" else None
 
 
 def _not_blank(row: Mapping[str, Any]) -> bool:

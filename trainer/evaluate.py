@@ -99,6 +99,25 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     return {"target": target, "split": "test" if data.has_test else "validation", "metric": task.metric, "variants": results}
 
 
+def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Mapping[str, float]:
+    """Writes what ``laconic inspect`` shows; returns achieved keep by stage.
+
+    Args:
+        target: run folder, or folder of an export.
+        recipe: beside it.
+        given: what to look at; None takes held-out data.
+        to: file to write.
+
+    Raises:
+        ValueError: the model is dense, or the task cannot show what is asked for.
+    """
+    folder, _ = model_folder(target)
+    task, model = task_named(recipe.task), load_model(folder)
+    if not stages_of(model):
+        raise ValueError(f"{target} is a dense model: every layer sees every token, there is nothing to inspect")
+    return task.inspect(target, task.of_run(recipe, folder), model, given, to)
+
+
 def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float]) -> PreTrainedModel:
     """The same weights with a control's choice of as many tokens as the model really keeps, the same number of every row."""
     config = CompressionConfig.from_dict(model.config.compression)

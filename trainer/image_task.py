@@ -16,11 +16,13 @@ from ..data.hub import Source
 from ..data.image_data import ImageData
 from ..data.images import ImageTransform
 from ..data.module import Splits
+from ..data.rows import collate
 from ..modules.backbones import backbones
 from ..modules.backbones.vision import VisionBackbone
 from ..modules.encoder import encoder_source
+from ..modules.state import Trace
 from .build import Parts
-from .pictures import draw_arms
+from .pictures import PICTURED, draw_arms, overlays, save_kept_tokens
 from .recipe import TEXT_KEYS, DataRecipe, Recipe
 from .tasks.base import PROBES, Task, refuse_data_keys
 
@@ -76,6 +78,22 @@ class ImageTask(Task):
     @classmethod
     def draw(cls, arms: Mapping[str, Parts], folder: Path) -> None:
         draw_arms(arms, folder / "kept_tokens.png")
+
+    @classmethod
+    def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
+        if given is not None:
+            raise ValueError(
+                "--input is for text: of images, the first held-out ones are shown; leave it out, or point data.data_dir at others"
+            )
+        if to.suffix != ".png":
+            raise ValueError(f"--to {to}: pictures of kept tokens are a .png")
+        data = cls.open_data(cls.resolved(recipe), model.config)
+        batch = collate([data.test[index] for index in range(PICTURED)])
+        trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])
+        with torch.no_grad():
+            cls.forward(model, batch, trace=trace)
+        save_kept_tokens(to, [("kept", overlays(trace, PICTURED))], cls.titles(batch, data))
+        return {name: routing.achieved for name, routing in trace.routings.items()}
 
     @classmethod
     def embedded_data(cls, recipe: DataRecipe, seed: int) -> ImageData:

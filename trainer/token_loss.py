@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from ..data.packing import IGNORE
 
-# Logits that are held at once, in values: 128 MiB in float32. What fits as a whole is not computed twice.
-LOGITS_AT_ONCE = 2**25
+# In values of float32, of which softmax and gradient need as many again: up to 128 MiB nothing is computed twice, else parts of 32 MiB.
+WHOLE, PART = 2**25, 2**23
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def token_loss(
     input_ids: Tensor,
     labels: Tensor,
     position_ids: Tensor | None = None,
-    at_once: int = LOGITS_AT_ONCE,
+    whole: int = WHOLE,
+    part: int = PART,
     **options: Any,
 ) -> TokenLoss:
     """What a causal language model's own loss sums up, without its logits as a whole.
@@ -54,7 +55,8 @@ def token_loss(
         input_ids: (B, N) int64.
         labels: (B, N) int64, each token's own id and not that of the next, IGNORE where it is not predicted.
         position_ids: (B, N) int64, from 0 in each document; None for rows of one document.
-        at_once: logits that are held at once, in values.
+        whole: most logits that are held all at once, in values.
+        part: where there are more, those that are held at a time.
         options: of the base model's forward: ``trace`` of a compressed model.
     """
     trace = options.get("trace")
@@ -67,13 +69,15 @@ def token_loss(
     following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
     flat = hidden_states.flatten(0, 1)
     # By shapes alone, so that every rank calls the head as often.
-    step = max(1, at_once // model.config.get_text_config().vocab_size)
-    parts = []
+    entries = model.config.get_text_config().vocab_size
+    fits = len(flat) * entries <= whole
+    step = len(flat) if fits else max(1, part // entries)
+    losses = []
     for start in range(0, len(flat), step):
-        part = model, flat[start : start + step], following[start : start + step]
-        again = len(flat) > step and torch.is_grad_enabled()
-        parts.append(checkpoint(_part, *part, use_reentrant=False) if again else _part(*part))
-    return TokenLoss(torch.stack(parts).sum(), (following != IGNORE).sum())
+        given = model, flat[start : start + step], following[start : start + step]
+        again = not fits and torch.is_grad_enabled()
+        losses.append(checkpoint(_part, *given, use_reentrant=False) if again else _part(*given))
+    return TokenLoss(torch.stack(losses).sum(), (following != IGNORE).sum())
 
 
 def _part(model: PreTrainedModel, hidden_states: Tensor, labels: Tensor) -> Tensor:

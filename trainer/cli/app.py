@@ -185,6 +185,24 @@ def export(
     )
 
 
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(help="run folder, or folder of an export")],
+    to: Annotated[Path, typer.Option(help="file to write: .html for text, .png for images")],
+    overrides: Overrides = None,
+    given: Annotated[str | None, typer.Option("--input", help="a text, or the path of one; none takes held-out data")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show which tokens every stage of a trained model keeps."""
+    with user_input():
+        from ..evaluate import inspect_run, recipe_of
+
+        kept = inspect_run(target, recipe_of(target, overrides or []), given, to)
+    emit({"target": target, "written": str(to), "keep": dict(kept)}, as_json)
+    shares = "  ".join(f"{name} {value:.3f}" for name, value in kept.items())
+    console(as_json).print(f"written: {to}; achieved keep by stage: {shares}", highlight=False, soft_wrap=True)
+
+
 COST_COLUMNS = ("layer", "stages", "tokens", "tokens in MLP", "MACs", "MACs dense", "of stages")
 
 

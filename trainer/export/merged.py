@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from ..evaluate import load_model, model_folder, recipe_of
 from ..recipe_files import RecipeError
@@ -57,6 +58,8 @@ def export_merged(run: str, to: str, dtype: str = "fp32") -> dict[str, Any]:
     with torch.no_grad():
         of_run = model(**inputs).logits
     model.to(_DTYPES[dtype]).save_pretrained(folder)
+    if (source / "tokenizer_config.json").is_file():
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     shutil.copy(recipe, folder / "recipe.yaml")
     with torch.no_grad():
         cast = model(**{key: value.to(model.dtype) if value.is_floating_point() else value for key, value in inputs.items()}).logits.float()

@@ -163,6 +163,22 @@ class Task:
         """
 
     @classmethod
+    def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
+        """Shows which tokens a compressed model keeps; returns achieved keep by stage.
+
+        Args:
+            target: name of the run, for a title.
+            recipe: of the run.
+            model: with its stages, in evaluation mode.
+            given: what to look at, in the task's own way; None takes held-out data.
+            to: file to write.
+
+        Raises:
+            ValueError: the task cannot show it, or ``given`` is not of the right kind.
+        """
+        raise ValueError(f"task {recipe.task!r} has nothing to show here")
+
+    @classmethod
     def amount(cls, batch: Mapping[str, Any]) -> int:
         """How many of the task's ``unit`` a batch holds."""
         return len(batch["sample_ids"])

@@ -20,6 +20,7 @@ from ...data.text import TextData, TextSettings, hub_text, python_library, strea
 from ...data.tokenizer import load_tokenizer, trained_tokenizer
 from .. import collective
 from ..build import Parts
+from ..inspection import inspect_text
 from ..recipe import IMAGE_KEYS, DataRecipe, ModelRecipe, Recipe
 from ..task_module import TaskModule
 from ..token_loss import TokenLoss, check_model, token_loss
@@ -185,6 +186,20 @@ class CausalLM(Task):
     @classmethod
     def module(cls, parts: Parts) -> TaskModule:
         return CausalLMModule(cls, parts)
+
+    @classmethod
+    def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
+        if to.suffix != ".html":
+            raise ValueError(f"--to {to}: kept tokens of a text are an .html page")
+        data = cls.open_data(recipe, model.config)
+        if given is None:
+            row = data.test[0]
+            text = data.tokenizer.decode(row["input_ids"][row["documents"] == 0])
+        else:
+            # A long text is no name of a file, and the system says so in its own way.
+            path = Path(given) if len(given) < 255 and "\n" not in given else None
+            text = path.read_text("utf-8", "replace") if path is not None and path.is_file() else given
+        return inspect_text(model, data.tokenizer, text, data.length, f"{target}: tokens by stage", to)
 
     @classmethod
     def amount(cls, batch: Mapping[str, Any]) -> int:
