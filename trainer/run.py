@@ -241,13 +241,24 @@ def _arm(recipe: str, parts: Parts, module: TaskModule, throughput: Throughput) 
     return Arm(
         recipe=recipe,
         quality=module.quality.value,
-        details=module.quality.details(parts.data),
+        details=_details(parts, module),
         keep={"requested": {} if cost is None else dict(cost.keep), "achieved": module.achieved_keep},
         macs_ratio=module.achieved_macs_ratio,
         mean_token_fraction=1.0 if cost is None else cost.mean_token_fraction,
         train_seconds=throughput.seconds,
         per_second=throughput.mean,
     )
+
+
+def _details(parts: Parts, module: TaskModule) -> dict[str, Any]:
+    """What is said beside the metric: the task's own, and of a causal model what its cache holds and what looking ahead would give."""
+    details = module.quality.details(parts.data)
+    if parts.cost is not None and (cost := parts.cost()).dense_kv_bytes:
+        tokens = cost.dense_tokens
+        details["kv_bytes_per_token"] = {"dense": cost.dense_kv_bytes / tokens, "compressed": cost.kv_bytes / tokens}
+    if module.ahead is not None:
+        details["lookahead"] = module.ahead.details(parts.task.metric)
+    return details
 
 
 def _bench(arms: Mapping[str, Trained], recipe: Recipe, console: Console) -> Bench | None:

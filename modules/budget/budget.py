@@ -109,6 +109,7 @@ class Budget:
         compression: its stages; a stage with a keep of its own has it always, the others share one.
         total_steps: optimizer steps of the training, for schedules.
         seed: of the draws.
+        size: of the inputs, as CostModel takes it; None takes the model's own.
 
     Raises:
         ValueError: the target cannot be met, or there is nothing to decide.
@@ -121,7 +122,13 @@ class Budget:
     """
 
     def __init__(
-        self, config: BudgetConfig, model: PreTrainedModel, compression: CompressionConfig, total_steps: int = 1, seed: int = 0
+        self,
+        config: BudgetConfig,
+        model: PreTrainedModel,
+        compression: CompressionConfig,
+        total_steps: int = 1,
+        seed: int = 0,
+        size: tuple[int, int] | int | None = None,
     ) -> None:
         self.config = config
         self.total_steps = total_steps
@@ -129,7 +136,7 @@ class Budget:
         self.free = [stage.key for stage in compression.stages if stage.free]
         if not self.free:
             raise ValueError("budget.target has nothing to decide: every stage has a keep of its own; leave it out of one of them")
-        self.cost = CostModel(model, compression)
+        self.cost = CostModel(model, compression, size)
         self.compression = compression.with_keep(self.resolve(config.target))
         self.regularizer = config.build_regularizer()
         if config.schedule != "constant":
