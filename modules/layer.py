@@ -73,7 +73,7 @@ class CompressedLayer(nn.Module):
         tokens = state.tokens_per_row
         trace.layer_tokens[plan.index] = RowTokens(tokens, tokens, tokens)
         if plan.packs and not trace.side_by_side and attention_mask is None and state.valid is not None and trace.packed is None:
-            trace.packed = Packing.of(state, hidden_states.dtype)
+            trace.packed = Packing.of(state, hidden_states)
             hidden_states = trace.packed.pack(hidden_states)
         mask: Any = trace.packed or plan.backbone.layer_mask(self, attention_mask, state, hidden_states.dtype, **kwargs)
         hidden_states = super().__call__(hidden_states, mask, *args, **kwargs)

@@ -36,4 +36,7 @@ def compact(mask: Tensor, width: int | None = None) -> Compact:
 
 def take(values: Tensor, index: Tensor) -> Tensor:
     """(B, M, D) and (B, K) slots -> (B, K, D)."""
-    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+    rows, tokens, _ = values.shape
+    # Whole tokens are copied, forward and backward, where a gather would look up every one of their D values.
+    flat = index + tokens * torch.arange(rows, device=index.device)[:, None]
+    return values.flatten(0, 1).index_select(0, flat.flatten()).view(*index.shape, -1)
