@@ -29,8 +29,8 @@ def _overrides(name: str, tmp_path: Path, quick: list[str]) -> list[str]:
         overrides = [item for item in quick if not item.startswith("model.config")]
         return [*overrides, "baselines=[]", f"model.encoder_of={tmp_path / 'pretrained'}"]
     if not name.startswith("vit_image_folder"):
-        # Restores are after a layer that a shallower model does not have.
-        deep = ["model.config.num_hidden_layers=6"] if name.startswith("segment") else []
+        # Restores and stages are at layers that a shallower model does not have.
+        deep = ["model.config.num_hidden_layers=6"] if name.startswith(("segment", "llm_random_ltd")) else []
         return [*quick, *deep, "baselines=[]"]
     config = ViTConfig(hidden_size=16, num_hidden_layers=10, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4)
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
