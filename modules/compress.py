@@ -165,6 +165,12 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         _install(self, compression, build_stages(self, compression, self.backbone), self.backbone)
         _register_outputs(self)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Also where transformers loaded this very file as remote code: what it does for its own classes alone, such as renaming
+        # weights, is meant for these too.
+        return False
+
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """transformers' own; rows are laid end to end only for the attention function that understands it."""
         plans = [(layer, layer.plan) for layer in self.backbone.layers(self) if isinstance(layer, CompressedLayer)]

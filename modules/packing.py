@@ -19,8 +19,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .state import TokenState
 
-ATTENTION = "laconic_packed"
-
+# By the module's own name: a model exported for machines without Laconic brings its own copy of this file, with its own Packing.
+ATTENTION = f"{__name__.replace('.', '_')}_attention"
 
 # Rows whose attention runs together, at least; and groups that a batch is cut into, at most.
 _ROWS, _GROUPS = 8, 4

@@ -37,3 +37,20 @@ def compact(mask: Tensor, width: int | None = None) -> Compact:
 def take(values: Tensor, index: Tensor) -> Tensor:
     """(B, M, D) and (B, K) slots -> (B, K, D)."""
     return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def sum_into(values: Tensor, into: Tensor) -> Tensor:
+    """Every token added up in the slot that it goes to.
+
+    Args:
+        values: (B, M, D).
+        into: (B, M) int64, slot that each token is added to.
+
+    Returns:
+        (B, M, D), zeros in slots that nothing goes to.
+    """
+    if torch.compiler.is_exporting():
+        # Runtimes that read exported graphs have no scatter with a reduction, or a slow one; a product with zeros and ones is the same sum.
+        slots = torch.arange(into.shape[1], device=into.device)
+        return (into[:, None, :] == slots[:, None]).to(values.dtype) @ values
+    return torch.zeros_like(values).scatter_add(1, into.unsqueeze(-1).expand_as(values), values)

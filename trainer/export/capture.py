@@ -1,0 +1,75 @@
+"""The graph of a model's forward, for formats that hold a graph instead of Python."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ...modules.compress import stages_of
+from ..recipe_files import RecipeError
+
+# transformers makes full masks that hide nothing while it is traced, except for attention that it has no mask function for.
+ATTENTION = "laconic_export"
+AttentionInterface.register(ATTENTION, sdpa_attention_forward)
+
+_REDUCING = ("scatter_reduce", "scatter_add", "index_add", "index_reduce", "index_put")
+
+
+def check_static(model: PreTrainedModel, name: str) -> None:
+    """Raises RecipeError where rows keep numbers of their own: a graph has one size for each of its tensors."""
+    adaptive = [
+        f"{key} (selector {stage.config.part('selector').name!r})"
+        for key, (_, stage) in stages_of(model).items()
+        if stage.selector.adaptive
+    ]
+    if adaptive:
+        raise RecipeError(
+            f"--format {name}: in stage {', '.join(adaptive)} every row keeps as many tokens as score high, and a graph needs a number that "
+            "is known beforehand; take merged or standalone, or train with selector top_k"
+        )
+
+
+class _Logits(nn.Module):
+    """A model as a function of named tensors to its logits."""
+
+    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
+        super().__init__()
+        self.model = model
+
+        def forward(*args: Tensor, **kwargs: Tensor) -> Any:
+            return model(**dict(zip(names, args, strict=False)), **kwargs).logits
+
+        # torch.export takes names from the signature, and they become those of the graph's inputs.
+        forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        )
+        self.forward = forward
+
+
+@torch.no_grad()
+def captured(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> ExportedProgram:
+    """The forward as a graph, from the inputs to ``logits``, for any number of rows.
+
+    Args:
+        model: in evaluation mode, with static counts; its attention implementation is changed.
+        inputs: of a few rows, more than one.
+
+    Raises:
+        RuntimeError: the graph has a scatter with a reduction, which runtimes lack or are slow at.
+    """
+    model.set_attn_implementation(ATTENTION)
+    rows = Dim("batch", min=1)
+    program = torch.export.export(
+        _Logits(model, list(inputs)).eval(), (), dict(inputs), dynamic_shapes={name: {0: rows} for name in inputs}, strict=False
+    )
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    if reducing := sorted(target for target in targets if any(name in target for name in _REDUCING)):
+        raise RuntimeError(f"the model's graph has a scatter with a reduction: {', '.join(reducing)}")
+    return program
