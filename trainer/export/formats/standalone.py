@@ -28,6 +28,7 @@ from .compress import compressed_class
 if TYPE_CHECKING:
     # transformers copies the files that such lines name, and no others. Parts are found by name when a model is built.
 {carried}
+
 {classes}
 '''
 
@@ -80,17 +81,18 @@ def _classes(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
 
 def _entry(models: list[PreTrainedModel], files: list[str]) -> str:
     """Text of the file that transformers starts from."""
-    imports, classes = [], []
+    imports: dict[str, list[str]] = {}
+    classes = []
     for model in {type(model): model for model in models}.values():
         original, name = base_class(type(model)), type(model).__name__
         where = "transformers"
         if base_name(model) in own_models():
             where = "." + original.__module__.partition(".modules.")[2].replace(".", "_")
-        imports.append(f"from {where} import {original.__name__}")
+        imports.setdefault(where, []).append(original.__name__)
         # transformers saves a model with the files of its class's module.
         classes.append(f"{name} = compressed_class({original.__name__})\n{name}.__module__ = __name__")
     return _ENTRY.format(
-        imports="\n".join(sorted(imports, key=lambda line: line.startswith("from ."))),
+        imports="\n".join(f"from {where} import {', '.join(names)}" for where, names in imports.items()),
         carried="\n".join(f"    from .{file.removesuffix('.py')} import __name__ as _" for file in files),
         classes="\n".join(classes),
     )
