@@ -20,7 +20,10 @@ from laconic.modules.loading import from_pretrained, saved_class
 def load(folder):
     with open(os.path.join(folder, "config.json")) as file:
         stages = "compression" in json.load(file)
-    model = from_pretrained(folder) if stages else whole(saved_class(folder).from_pretrained(folder, output_loading_info=True))
+    if stages:
+        model = from_pretrained(folder)
+    else:
+        model = whole(saved_class(folder).from_pretrained(folder, output_loading_info=True, use_safetensors=True))
     return lambda batch: answer(model, batch)
 """
 
