@@ -1,9 +1,10 @@
-"""Opening an image data set with Hugging Face ``datasets``, and checking what can be checked without decoding an image."""
+"""Opening a data set with Hugging Face ``datasets``, and checking what can be checked without decoding an image."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,13 @@ class Source:
     mask_column: str | None = None
 
 
-def open_source(source: Source) -> Any:
-    """The ``DatasetDict``. Raises ValueError with what to do when it cannot be opened."""
+def open_source(source: Source, **options: Any) -> Any:
+    """The ``DatasetDict``. Raises ValueError with what to do when it cannot be opened.
+
+    Args:
+        source: where the rows come from.
+        options: of ``datasets.load_dataset``: ``streaming``, or those of a packaged builder.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -64,11 +70,57 @@ def open_source(source: Source) -> Any:
         else list(files)
     )
     try:
-        opened = datasets.load_dataset(source.name, source.config, data_dir=source.data_dir, data_files=plain, revision=source.revision)
+        opened = datasets.load_dataset(
+            source.name, source.config, data_dir=source.data_dir, data_files=plain, revision=source.revision, **options
+        )
     except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
         where = source.data_dir or source.data_files or "the hub"
         raise ValueError(f"data.name = {source.name!r} cannot be opened from {where}: {error}") from None
     return opened
+
+
+def open_splits(
+    source: Source,
+    train_split: str,
+    validation_split: str | None,
+    test_split: str | None,
+    validation_fraction: float,
+    counts: Callable[[Mapping[str, Any]], bool] | None = None,
+    **options: Any,
+) -> tuple[Any, Any, Any]:
+    """Rows to train on, to validate on, and to report on, or None where there are none of their own.
+
+    Args:
+        source: where the rows come from.
+        train_split, validation_split, test_split: names of splits.
+        validation_fraction: share of the training rows held out where there is no validation split.
+        counts: whether a row is one at all; None takes every row.
+        options: of ``open_source``.
+
+    Raises:
+        ValueError: the source cannot be opened, a split is missing (the message names those there are), or rows are too few to hold some out.
+    """
+    opened = named_splits(open_source(source, **options), train_split, validation_split, test_split)
+    train, validation, test = (rows if rows is None or counts is None else rows.filter(counts) for rows in opened)
+    if validation is not None:
+        return train, validation, test
+    # The same rows are held out whatever the seed, so that runs can be compared.
+    order = np.random.default_rng(0).permutation(len(train))
+    held_out = max(1, math.floor(validation_fraction * len(train)))
+    if held_out >= len(train):
+        raise ValueError(
+            f"data.train_split = {train_split!r} has {len(train)} row(s), too few to hold one out for validation: give data.validation_split "
+            "and data.data_files={train: …, validation: …}; for text, data.sample_by=paragraph makes more rows of a file"
+        )
+    return train.select(np.sort(order[held_out:])), train.select(np.sort(order[:held_out])), test
+
+
+def named_splits(opened: Any, train_split: str, validation_split: str | None, test_split: str | None) -> tuple[Any, Any, Any]:
+    """The splits of those names, None where no name is given. Raises ValueError naming those there are."""
+    for key, name in (("train", train_split), ("validation", validation_split), ("test", test_split)):
+        if name is not None and name not in opened:
+            raise ValueError(f"data.{key}_split = {name!r} does not exist: the splits are {', '.join(opened)}")
+    return opened[train_split], *(None if name is None else opened[name] for name in (validation_split, test_split))
 
 
 def _as_list(value: str | Sequence[str]) -> str | list[str]:

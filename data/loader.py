@@ -54,6 +54,23 @@ class StepBatches(Sampler[list[int]]):
             yield (order[first : first + self.batch_size] + epoch * self.length).tolist()
 
 
+class StreamBatches(StepBatches):
+    """Batches of a stream, in its order and without an end; an index counts the stream's items from its beginning.
+
+    Arguments as of StepBatches, but for ``length`` and ``seed``, which a stream does not have.
+    """
+
+    def __init__(self, batch_size: int, batches: int, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.batch_size, self.batches, self.seed = 0, batch_size, batches, 0
+        self.rank, self.world_size = rank, world_size
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.batches):
+            first = (step * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+
+
 class EvalBatches(Sampler[list[int]]):
     """Every row of a data set once, over all processes, in as many batches on each: where every rank must call the same modules,
     none may run out of batches before the others.

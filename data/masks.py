@@ -10,9 +10,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..modules.models.base import IGNORE
-from .hub import Source, image_column, mask_column
-from .images import BadRow, ImageTransform, decode
-from .module import ImageData, open_splits
+from .hub import Source, image_column, mask_column, open_splits
+from .image_data import ImageData
+from .images import ImageTransform, decode
+from .rows import BadRow
 
 
 class MaskRows(Dataset[dict[str, Any]]):

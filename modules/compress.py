@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from .backbones import backbone_for
 from .backbones.base import Backbone
 from .config import CompressionConfig
+from .generation import Generating
 from .layer import CompressedLayer, LayerPlan
 from .models.base import PatchSegmentation
 from .packing import ATTENTION
@@ -199,8 +200,9 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
 
 def base_class(cls: type[Any]) -> type[Any]:
-    """The class that a generated class was made from."""
-    return cls.__bases__[-1]
+    """The class that a generated class, or one derived from it, was made from."""
+    original: type[Any] = cls.original
+    return original
 
 
 @functools.cache
@@ -220,15 +222,18 @@ def compressed_class(cls: Any) -> type[Any]:
     attributes = {
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
+        "original": cls,
         "backbone": backbone_for(cls.config_class.model_type, cls.__name__),
         "forward": forward,
     }
-    return type(PREFIX + cls.__name__, (Generated, CompressedModel, cls), attributes)
+    mixins = (Generated, Generating) if issubclass(cls, GenerationMixin) else (Generated,)
+    return type(PREFIX + cls.__name__, (*mixins, CompressedModel, cls), attributes)
 
 
 @functools.cache
 def _compressed_layer_class(cls: Any) -> type[Any]:
-    return type(PREFIX + cls.__name__, (Generated, CompressedLayer, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    attributes = {"__module__": cls.__module__, "__doc__": cls.__doc__, "original": cls}
+    return type(PREFIX + cls.__name__, (Generated, CompressedLayer, cls), attributes)
 
 
 def _install(model: PreTrainedModel, config: CompressionConfig, stages: list[Stage], backbone: type[Backbone]) -> None:

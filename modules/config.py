@@ -24,7 +24,7 @@ _KINDS: dict[str, type[Scorer | Selector | Merger | Estimator]] = {
     "estimator": Estimator,
 }
 # Arguments that the stage itself gives to a part's constructor.
-_GIVEN = {"scorer": ("spec",), "selector": (), "merger": ("spec",), "estimator": ()}
+_GIVEN = {"scorer": ("spec",), "selector": ("spec",), "merger": ("spec",), "estimator": ()}
 # What users of other systems write; each would silently mean the opposite here.
 _REMOVED_FRACTION = (
     "ratio",

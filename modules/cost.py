@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -61,10 +61,10 @@ class CostModel:
     Args:
         model: dense or compressed.
         config: stages for a dense model; a compressed one brings its own.
-        image_size: height and width in pixels of the input; None takes the configured size.
+        size: of the input, height and width in pixels or tokens of a text; None takes the configured size, and 1024 tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, config: CompressionConfig | None = None, image_size: tuple[int, int] | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, config: CompressionConfig | None = None, size: tuple[int, int] | int | None = None) -> None:
         self.restore_layer: int | None = None
         self.stages: list[Stage] = []
         if isinstance(model, CompressedModel):
@@ -79,7 +79,7 @@ class CostModel:
                 self.stages = build_stages(model, filled, backbone)
         if config is not None and config.restore is not None:
             self.restore_layer = config.restore.layer
-        self.shape: BackboneShape = backbone.shape(model, image_size)
+        self.shape: BackboneShape = backbone.shape(model, size)
 
     def __call__(self, keep: Mapping[str, float] | None = None) -> Cost:
         """Cost with the given keep (or capacity) by stage name, over the stages' own."""
@@ -129,14 +129,14 @@ class CostModel:
 
     def achieved(self, trace: Trace) -> float:
         """``macs_ratio`` of what a forward did: MACs of its rows, each with its own token counts, ÷ their MACs dense."""
-        shape = self.shape
         assert trace.state is not None
+        shape = replace(self.shape, patches=max(1, round(_mean(trace.original))))
         layers = [LayerTokens(tokens.attention, tokens.mlp) for _, tokens in sorted(trace.layer_tokens.items())]  # type: ignore[arg-type]
         total: Any = shape.model_macs(layers, trace.state.tokens_per_row)  # type: ignore[arg-type]
         # Of the input that was given, which need not have the configured size.
         whole: Any = shape.prefix + trace.original
         dense: Any = shape.model_macs([LayerTokens(whole, whole)] * shape.layers)
-        embedding = shape.embed_macs * (trace.original / shape.patches - 1)
+        embedding = shape.embed_macs * (trace.original / self.shape.patches - 1)
         total, dense = total + embedding, dense + embedding
         for stage in self.stages:
             routing = trace.routings[stage.config.key]

@@ -46,54 +46,56 @@ class CompressedLayer(nn.Module):
 
     plan: LayerPlan
 
-    def __call__(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, trace: Trace | None = None, **kwargs: Any
-    ) -> Any:
+    def __call__(self, hidden_states: Tensor, *args: Any, trace: Trace | None = None, **kwargs: Any) -> Any:
         plan = self.plan
         if trace is None:
             raise ValueError(f"layer {plan.index} of a compressed model was called on its own: call the model, which makes the trace")
+        inputs = dict(zip(plan.backbone.positional, args, strict=False)) | kwargs
         if trace.state is None:
-            rows, tokens, _ = hidden_states.shape
-            valid = plan.backbone.valid_tokens(attention_mask)
-            trace.begin(TokenState.initial(rows, tokens, trace.prefix, valid, hidden_states.device))
+            trace.begin(plan.backbone.begin(trace, hidden_states, inputs.get("attention_mask")))
         if plan.restore_before is not None:
             hidden_states = restore(hidden_states, trace, plan.restore_before)
+        inputs = plan.backbone.enter(self, cast(TokenState, trace.state), inputs)
         if (before := self._stage("before")) is not None:
             hidden_states = self._shrink(before, hidden_states, trace)
         if self._stage("around", "around_attention", "between", "around_mlp") is None:
-            hidden_states = self._whole(hidden_states, attention_mask, trace, args, kwargs)
+            hidden_states = self._whole(hidden_states, trace, inputs)
         else:
-            hidden_states = self._in_parts(hidden_states, attention_mask, trace, args, kwargs)
+            hidden_states = self._in_parts(hidden_states, trace, inputs)
         return hidden_states if plan.restore_after is None else restore(hidden_states, trace, plan.restore_after)
 
-    def _whole(self, hidden_states: Tensor, attention_mask: Tensor | None, trace: Trace, args: Any, kwargs: Any) -> Any:
+    def _whole(self, hidden_states: Tensor, trace: Trace, inputs: dict[str, Any]) -> Any:
         """The layer on all tokens that are left."""
         plan, state = self.plan, trace.state
         assert state is not None
         tokens = state.tokens_per_row
         trace.layer_tokens[plan.index] = RowTokens(tokens, tokens, tokens)
-        if plan.packs and not trace.side_by_side and attention_mask is None and state.valid is not None and trace.packed is None:
+        unmasked = inputs.get("attention_mask") is None
+        if plan.packs and not trace.side_by_side and unmasked and state.valid is not None and trace.packed is None:
             trace.packed = Packing.of(state, hidden_states.dtype)
             hidden_states = trace.packed.pack(hidden_states)
-        mask: Any = trace.packed or plan.backbone.layer_mask(self, attention_mask, state, hidden_states.dtype, **kwargs)
-        hidden_states = super().__call__(hidden_states, mask, *args, **kwargs)
+        if trace.packed is not None:
+            inputs = inputs | {"attention_mask": trace.packed}
+        else:
+            inputs = plan.backbone.prepare(self, state, hidden_states.dtype, inputs)
+        hidden_states = super().__call__(hidden_states, **inputs)
         if trace.packed is not None and plan.unpacks:
             hidden_states, trace.packed = trace.packed.unpack(hidden_states), None
         return hidden_states
 
-    def _in_parts(self, hidden_states: Tensor, attention_mask: Tensor | None, trace: Trace, args: Any, kwargs: Any) -> Tensor:
+    def _in_parts(self, hidden_states: Tensor, trace: Trace, inputs: dict[str, Any]) -> Tensor:
         """The layer or its halves, with the stages around and between them."""
         plan, state = self.plan, trace.state
         assert state is not None
         call = super().__call__
 
         def whole(tokens: Tensor, of: TokenState) -> Tensor:
-            output: Tensor = call(tokens, plan.backbone.layer_mask(self, attention_mask, of, tokens.dtype, **kwargs), *args, **kwargs)
+            output: Tensor = call(tokens, **plan.backbone.prepare(self, of, tokens.dtype, inputs))
             return output
 
         def attention(tokens: Tensor, of: TokenState) -> Tensor:
-            mask = plan.backbone.layer_mask(self, attention_mask, of, tokens.dtype, **kwargs)
-            return self._half(functools.partial(plan.backbone.attention_half, self, **kwargs), tokens, mask, *args)
+            own = plan.backbone.prepare(self, of, tokens.dtype, inputs)
+            return self._half(functools.partial(plan.backbone.attention_half, self, **own), tokens)
 
         def mlp(tokens: Tensor, of: TokenState) -> Tensor:
             return self._half(functools.partial(plan.backbone.mlp_half, self), tokens)

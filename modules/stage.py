@@ -17,7 +17,7 @@ from .mergers.base import Merged, Merger
 from .scorers.base import Scored, Scorer, SiteInput, TokenSpec
 from .selectors.base import Request, Selector
 from .state import Decision, Routing, TokenState, Trace
-from .subsets import take
+from .subsets import put, take
 
 # Keeps the draws of a selector's noise apart from those of a random scorer.
 _NOISE = 1 << 20
@@ -34,6 +34,8 @@ class Choice:
     decision: Decision
     estimate: Estimate
     keep: float
+    lookahead: bool
+    agreement: Tensor | None
 
 
 class Stage(nn.Module):
@@ -56,7 +58,7 @@ class Stage(nn.Module):
         self.backbone = backbone
         try:
             self.scorer: Scorer = config.part("scorer").build("scorer", spec)
-            self.selector: Selector = config.part("selector").build("selector")
+            self.selector: Selector = config.part("selector").build("selector", spec)
             self.merger: Merger = config.part("merger").build("merger", spec)
             self.estimator: Estimator | None = self._build_estimator()
             self._check_parts()
@@ -106,6 +108,16 @@ class Stage(nn.Module):
         """Tokens that are not chosen go around."""
         return self.config.bypass
 
+    @property
+    def lookahead(self) -> bool:
+        """In evaluation, the decision for a token depends on later tokens."""
+        return self.scorer.lookahead or self.selector.lookahead
+
+    @property
+    def whole(self) -> bool:
+        """It leaves every token as it is."""
+        return self.config.fraction == 1.0
+
     def count(self, present: int | Tensor, original: int | Tensor, keep: float | None = None) -> int | Tensor:
         """Routable tokens that leave (or go through, around a layer), a merger's added token included.
 
@@ -154,6 +166,8 @@ class Stage(nn.Module):
         inside = state if estimate.key_bias is None else state.add_key_bias(estimate.key_bias.masked_fill(~state.routable, 0.0))
         inside = inside.select(decision.index, decision.valid)
         self._record(trace, choice, state, inside.present)
+        if decision.empty and not self.training and not _sharded(layer):
+            return hidden_states
         before = take(hidden_states, decision.index)
         after = inner(before, inside)
         if estimate.scale is not None:
@@ -161,10 +175,10 @@ class Stage(nn.Module):
             after = after * scale + before * (1 - scale)
         if decision.valid is None and decision.index.shape[1] == state.tokens:
             return after
-        # Filler writes to a slot past the last token.
-        target = decision.index if decision.valid is None else decision.index.masked_fill(~decision.valid, state.tokens)
-        padded = nn.functional.pad(hidden_states, (0, 0, 0, 1))
-        return padded.scatter(1, target.unsqueeze(-1).expand_as(after), after.to(padded.dtype))[:, : state.tokens]
+        if decision.valid is not None:
+            # Filler stays what it was.
+            after = torch.where(decision.valid.unsqueeze(-1), after, before)
+        return put(hidden_states, decision.index, after.to(hidden_states.dtype))
 
     def _site(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> SiteInput:
         return SiteInput(hidden_states, _state(trace), trace, self.index, layer, self.backbone)
@@ -172,31 +186,50 @@ class Stage(nn.Module):
     def _choose(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> Choice:
         state = _state(trace)
         asked = trace.keep.get(self.config.key)
-        count = self.count(state.present, trace.original, asked)
+        present: int | Tensor = state.present
+        original = trace.original
+        if state.document is not None:
+            # Every document has a count of its own, as if it were alone.
+            present = original = state.present_by_document
+        count = self.count(present, original, asked)
         keep = self.config.fraction if asked is None else asked
         if keep is None:
             # A number of tokens was given: as a fraction it is what this input makes of it.
-            present, kept = (float(n.sum()) if isinstance(n, Tensor) else float(n) for n in (state.present, count))
-            keep = kept / max(present, 1.0)
-        scored: Scored = self.scorer(self._site(hidden_states, layer, trace))
+            entering, kept = (float(n.sum()) if isinstance(n, Tensor) else float(n) for n in (present, count))
+            keep = kept / max(entering, 1.0)
+        site = self._site(hidden_states, layer, trace)
+        scored: Scored = self.scorer(site)
+        request = self._request(keep, count, present, site)
+        ahead = self.scorer.lookahead or self.selector.looks_ahead(request)
+        if ahead and self.backbone.causal and not self.training and not trace.lookahead and keep < 1:
+            raise ValueError(
+                f"stage {self.config.key!r} looks ahead: which tokens it chooses hangs on later tokens, which a causal model has not got "
+                "when it is deployed. Train with selector 'predictor' or 'threshold', or pass Trace(lookahead=True) to see what looking "
+                "ahead would give"
+            )
         decision = trace.replay.get(self.config.key)
         if decision is None:
-            decision = self.selector(scored.scores, state, self._request(keep, count, state, trace))
+            decision = self.selector(scored.scores, state, request)
+        taught = self.selector.teach(decision, state, request)
         estimate = Estimate()
         if self.training and self.estimator is not None:
             estimate = self.estimator(scored.scores, scored.answers, decision, state, trace)
-        return Choice(scored, decision, estimate, keep)
+        if self.training and taught.loss is not None:
+            estimate = replace(estimate, loss=taught.loss if estimate.loss is None else estimate.loss + taught.loss)
+        return Choice(scored, decision, estimate, keep, ahead, taught.agreement)
 
-    def _request(self, keep: float, count: int | Tensor, state: TokenState, trace: Trace) -> Request:
-        selected = self._selected(count, state.present)
+    def _request(self, keep: float, count: int | Tensor, present: int | Tensor, site: SiteInput) -> Request:
+        state, trace = site.state, site.trace
+        selected = self._selected(count, present)
         if self.selector.adaptive and self.merger.extra and keep < 1:
             # The token that the merger adds is one of those that were asked for.
-            present = state.present.double().mean() if isinstance(state.present, Tensor) else state.present
-            keep = max(float(keep - self.merger.extra / max(float(present), 1.0)), 1e-6)
+            mean = present.double().mean() if isinstance(present, Tensor) else present
+            keep = max(float(keep - self.merger.extra / max(float(mean), 1.0)), 1e-6)
+        request = Request(keep, selected, site.hidden_states, trace.lookahead)
         if self.estimator is None or (isinstance(trace.noise, float) and trace.noise == 0):
-            return Request(keep, selected)
+            return request
         rows = trace.rows_identity(state.rows, state.position.device)
-        return Request(keep, selected, trace.noise, uniform(trace.seed, trace.step, rows, self.index + _NOISE, state.position))
+        return replace(request, noise=trace.noise, draws=uniform(trace.seed, trace.step, rows, self.index + _NOISE, state.position))
 
     def _selected(self, kept: int | Tensor, present: int | Tensor) -> int | Tensor:
         """Tokens for the selector: all, or ``kept`` less what the merger adds."""
@@ -227,17 +260,23 @@ class Stage(nn.Module):
             requested=choice.keep,
             present=state.present,
             kept=kept,
-            lookahead=self.scorer.lookahead or self.selector.lookahead,
+            lookahead=choice.lookahead,
             adaptive=self.selector.adaptive,
             bypass=self.bypass,
             auxiliary_loss=choice.estimate.loss,
+            agreement=choice.agreement,
         )
 
     def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
         """MACs of this stage in evaluation for one row going from ``tokens`` to ``kept``, protected ones included."""
-        return self.scorer.macs(shape, tokens) + self.merger.macs(shape, tokens, kept)
+        return self.scorer.macs(shape, tokens) + self.selector.macs(shape, tokens) + self.merger.macs(shape, tokens, kept)
 
 
 def _state(trace: Trace) -> TokenState:
     assert trace.state is not None
     return trace.state
+
+
+def _sharded(layer: nn.Module) -> bool:
+    """Its weights lie on several ranks (ZeRO-3), which must all ask for them at the same time."""
+    return any(hasattr(parameter, "ds_id") for parameter in layer.parameters())

@@ -29,6 +29,8 @@ class TokenState:
         protected: (B, M) bool, tokens that no stage may touch.
         valid: (B, M) bool, False for padding; None when no row has padding, which keeps every count on the host.
         protected_per_row: protected tokens of a row, the same for all rows.
+        document: (B, M) int64, which document of the row a token belongs to, counted from 0; None where a row is one document.
+        whole: these are all tokens of the forward, each in its place.
         key_bias: (B, M) float32 that every later layer adds to the attention logits of each key; None adds nothing.
         proportional: later layers add log(size) to the attention logits of each key, so that a merged token is attended to as
             its sources together would be.
@@ -40,11 +42,15 @@ class TokenState:
     protected: Tensor
     valid: Tensor | None
     protected_per_row: int
+    document: Tensor | None = None
+    whole: bool = True
     key_bias: Tensor | None = None
     proportional: bool = False
 
     @staticmethod
-    def initial(rows: int, tokens: int, prefix: int, valid: Tensor | None, device: torch.device) -> TokenState:
+    def initial(
+        rows: int, tokens: int, prefix: int, valid: Tensor | None, device: torch.device, document: Tensor | None = None
+    ) -> TokenState:
         """State before the first stage: every token stands for itself and the first ``prefix`` are protected."""
         index = torch.arange(tokens, device=device).expand(rows, tokens)
         size = torch.ones(rows, tokens, device=device)
@@ -55,6 +61,7 @@ class TokenState:
             protected=index < prefix,
             valid=valid,
             protected_per_row=prefix,
+            document=document,
         )
 
     @property
@@ -76,6 +83,15 @@ class TokenState:
         if self.valid is None:
             return self.tokens - self.protected_per_row
         return self.routable.sum(-1)
+
+    @property
+    def present_by_document(self) -> Tensor:
+        """(B, D) int64: routable tokens of each document; where a row is one document, D is 1."""
+        routable = self.routable.long()
+        if self.document is None:
+            return routable.sum(-1, keepdim=True)
+        # As wide as a row could need, so that nobody has to ask the device how many documents there are.
+        return routable.new_zeros(self.rows, self.source.shape[1]).scatter_add_(1, self.document, routable)
 
     def select(self, index: Tensor, valid: Tensor | None) -> TokenState:
         """State after keeping only the tokens at ``index``.
@@ -101,6 +117,8 @@ class TokenState:
             position=self.position.gather(1, index),
             protected=protected if valid is None else protected & valid,
             valid=valid,
+            document=None if self.document is None else self.document.gather(1, index),
+            whole=False,
             key_bias=None if self.key_bias is None else self.key_bias.gather(1, index),
         )
 
@@ -141,10 +159,12 @@ class Decision:
     Attributes:
         index: (B, K) int64 slots that stay, sorted, protected ones included.
         valid: (B, K) bool, False where ``index`` is filler; None when every row keeps the same number.
+        empty: nothing stays in any row; ``index`` is filler alone.
     """
 
     index: Tensor
     valid: Tensor | None
+    empty: bool = False
 
     def kept_mask(self, tokens: int) -> Tensor:
         """(B, tokens) bool: True at the slots that stay."""
@@ -171,7 +191,9 @@ class Routing:
         lookahead: the decision for a token depends on later tokens.
         adaptive: rows keep different numbers; only their mean is what was requested.
         bypass: tokens that were not chosen went around, not away; ``kept`` are those processed and ``requested`` is a capacity.
-        auxiliary_loss: scalar that the stage's estimator adds to the task's loss in training; None without one.
+        auxiliary_loss: scalar that the stage's estimator and selector add to the task's loss in training; None without one.
+        agreement: scalar, share of the routable tokens on which a causal predictor and the look-ahead decision agree; None where
+            there are not both.
     """
 
     stage: str
@@ -187,6 +209,7 @@ class Routing:
     adaptive: bool = False
     bypass: bool = False
     auxiliary_loss: Tensor | None = None
+    agreement: Tensor | None = None
 
     def counts(self) -> tuple[int, int]:
         """Routable tokens (kept, present) summed over the rows. Synchronises with the device when rows differ."""
@@ -239,6 +262,9 @@ class Trace:
             original token, zeros for a token that has none; or (B, height, width) int64 of each pixel. A model that is called
             with ``labels`` puts them here itself.
         replay: decisions to repeat by stage name, those of an earlier trace; for tests and comparisons.
+        lookahead: in evaluation too, a causal model may choose tokens by what comes after them, which ``generate`` never can.
+        documents: (B, N) int64, the document of each token of rows that are packed, counted from 0 in each row, -1 for padding.
+            A causal model that is called with ``position_ids`` that start again, and without a mask, notes it itself.
 
     What the forward leaves:
 
@@ -257,6 +283,8 @@ class Trace:
         grid: patches (down, across) of the input, None where there is no grid.
         places: (B, N) int64 place in the input that each original token comes from, counted like positions, protected tokens in
             front; None where it is the position itself. A model that shuffles its patches has others.
+        valid: (B, N) bool, tokens of a text that are no padding; None where none is.
+        seen: tokens that a cache holds in front of those of this forward.
     """
 
     step: int | Tensor = 0
@@ -266,6 +294,8 @@ class Trace:
     keep: Mapping[str, float] = field(default_factory=dict)
     labels: Tensor | None = None
     replay: Mapping[str, Decision] = field(default_factory=dict)
+    lookahead: bool = False
+    documents: Tensor | None = None
     routings: dict[str, Routing] = field(default_factory=dict)
     prefix: int = 0
     state: TokenState | None = None
@@ -279,6 +309,8 @@ class Trace:
     pixel_values: Tensor | None = None
     grid: tuple[int, int] | None = None
     places: Tensor | None = None
+    valid: Tensor | None = None
+    seen: int = 0
 
     def places_of(self, state: TokenState) -> Tensor:
         """(B, M) int64 place in the input of each token, counted like positions."""

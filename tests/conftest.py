@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tokenizers are kept under a digest of what they were trained on.
+os.environ["LACONIC_CACHE"] = os.path.join(tempfile.gettempdir(), "laconic-tests")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

@@ -81,7 +81,7 @@ class Bench:
         memory: bytes by arm, ``dense`` among them: peak of the device on CUDA, else what autograd saves for backward.
         memory_kind: ``cuda_peak`` or ``saved_for_backward``.
         rounds: of the pairing.
-        batch_size: images a step.
+        amount: what a step does, in the task's unit: images, tokens.
     """
 
     dense_seconds: float
@@ -89,7 +89,7 @@ class Bench:
     memory: Mapping[str, int]
     memory_kind: str
     rounds: int
-    batch_size: int
+    amount: int
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with the claimed ratios beside the measured ones."""
@@ -106,6 +106,8 @@ def bench(
     loss: Callable[[str, PreTrainedModel, Mapping[str, Tensor]], Tensor],
     rounds: int = 40,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    forward: Callable[..., Any] = lambda model, batch, **options: model(**batch, **options),
+    amount: int | None = None,
 ) -> Bench:
     """Times training steps (forward, backward, optimizer) of all arms in one process, interleaved, their order rotated.
 
@@ -116,13 +118,15 @@ def bench(
         loss: arm name, model and batch -> the loss that training minimises.
         rounds: at least 30 for a figure that is reported.
         progress: called with rounds done and in all.
+        forward: model and batch, and ``trace`` -> an answer, for the token counts of evaluation.
+        amount: what the batch holds, in the task's unit; None counts its rows.
     """
     device = next(dense.parameters()).device
     contestants: dict[str, tuple[str, nn.Module]] = {"dense": ("dense", dense)}
     for name, model in arms.items():
         # A threshold that follows the scores finds its place at the first step; only then do the counts mean something.
         _step(name, model, batch, loss)()
-        counts = _counts(model, batch)
+        counts = _counts(model, batch, forward)
         contestants[name] = (name, model)
         for copy_name in (f"{name}/oracle", f"{name}/control"):
             contestants[copy_name] = ("dense", sliced(copy.deepcopy(dense), *counts))
@@ -152,7 +156,7 @@ def bench(
         memory=memory,
         memory_kind="cuda_peak" if device.type == "cuda" else "saved_for_backward",
         rounds=rounds,
-        batch_size=len(next(iter(batch.values()))),
+        amount=len(next(iter(batch.values()))) if amount is None else amount,
     )
 
 
@@ -205,35 +209,38 @@ class _Slices:
     backbone: type[Backbone]
     removed: _Removed
 
-    def mask(self, layer: nn.Module, attention_mask: Tensor | None, hidden_states: Tensor, **kwargs: Any) -> Tensor | None:
-        """What the layer needs for its first tokens: nothing but where it has a bias of its own for every pair of them."""
+    def inputs(self, layer: nn.Module, given: Mapping[str, Any], hidden_states: Tensor) -> dict[str, Any]:
+        """What the layer is handed for its first tokens, by name."""
         whole = self.removed.whole
-        if not self.backbone.masks_in_layers or whole is None:
-            return attention_mask
         rows, tokens, _ = hidden_states.shape
+        if whole is None or tokens == whole.shape[1]:
+            return dict(given)
+        if not self.backbone.masks_in_layers:
+            return self.backbone.of_first(given, tokens)
+        # The layer has a bias of its own for every pair of tokens.
         first = torch.arange(tokens, device=hidden_states.device).expand(rows, -1)
         state = TokenState.initial(rows, whole.shape[1], 0, None, hidden_states.device).select(first, None)
-        return self.backbone.layer_mask(layer, attention_mask, state, hidden_states.dtype, **kwargs)
+        return self.backbone.prepare(layer, state, hidden_states.dtype, given)
 
 
 class _SlicedLayer(nn.Module):
     slices: _Slices
 
-    def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         slices = self.slices
+        given = dict(zip(slices.backbone.positional, args, strict=False)) | kwargs
         if slices.index == 0:
             slices.removed.whole = hidden_states
         hidden_states = slices.removed.fit(hidden_states, slices.present)
         call = super().__call__
 
-        def mask(tokens: Tensor) -> Tensor | None:
-            return slices.mask(self, attention_mask, tokens, **kwargs)
-
         if slices.attention == slices.mlp:
-            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: call(tokens, mask(tokens), *args, **kwargs))
+            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: call(tokens, **slices.inputs(self, given, tokens)))
         else:
             half = slices.backbone.attention_half
-            hidden_states = _through(hidden_states, slices.attention, lambda tokens: half(self, tokens, mask(tokens), *args, **kwargs))
+            hidden_states = _through(
+                hidden_states, slices.attention, lambda tokens: half(self, tokens, **slices.inputs(self, given, tokens))
+            )
             if slices.leaving < slices.present:
                 hidden_states = hidden_states[:, : slices.mlp]
             hidden_states = _through(hidden_states, slices.mlp, lambda tokens: slices.backbone.mlp_half(self, tokens))
@@ -251,13 +258,14 @@ def _mean(count: int | Tensor) -> int:
     return round(float(count.double().mean())) if isinstance(count, Tensor) else count
 
 
-def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[dict[int, RowTokens], int]:
+def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor], forward: Callable[..., Any]) -> tuple[dict[int, RowTokens], int]:
     """Tokens of each layer and after the last, from one real forward."""
     assert isinstance(model, CompressedModel), base_class(type(model))
-    trace = Trace()
+    # Training may look ahead, and it is training that is measured.
+    trace = Trace(lookahead=True)
     training = model.training
     with torch.no_grad():
-        model.eval()(pixel_values=batch["pixel_values"], trace=trace)
+        forward(model.eval(), batch, trace=trace)
     model.train(training)
     assert trace.state is not None
     return dict(trace.layer_tokens), _mean(trace.state.tokens_per_row)

@@ -10,20 +10,17 @@ from typing import Any
 
 import lightning
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.image_processing_base import ImageProcessingMixin
 
-from ..data.hub import Source
-from ..data.images import ImageTransform
-from ..data.module import ImageData, ImageDataModule
+from ..data.module import DataModule, Splits
 from ..modules.backbones import backbones
-from ..modules.backbones.vision import VisionBackbone
 from ..modules.budget.budget import Budget
 from ..modules.compress import checkpoint_activations, compress, stages_of
+from ..modules.config import CompressionConfig
 from ..modules.cost import CostModel
-from ..modules.encoder import encoder_config, encoder_source, load_encoder, load_routers
+from ..modules.encoder import encoder_config, load_encoder, load_routers
 from . import collective
 from .model_settings import check_settings, with_settings
-from .recipe import DataRecipe, ModelRecipe, Recipe
+from .recipe import ModelRecipe, Recipe
 from .sharded import fill, shell
 from .strategies import processes_of
 from .tasks.base import Task, task_named
@@ -37,15 +34,15 @@ class Parts:
         recipe: the recipe.
         data: splits.
         model: compressed if the recipe says so.
-        cost: of the model.
+        cost: of the model; None for a dense model whose family has no adapter that could count.
         budget: None for a dense model, or where every stage has its own keep.
         total_steps: optimizer steps.
     """
 
     recipe: Recipe
-    data: ImageData
+    data: Splits
     model: PreTrainedModel
-    cost: CostModel
+    cost: CostModel | None
     budget: Budget | None
     total_steps: int
 
@@ -54,14 +51,14 @@ class Parts:
         """What is learned."""
         return task_named(self.recipe.task)
 
-    def data_module(self) -> ImageDataModule:
+    def data_module(self) -> DataModule:
         """Loaders for this run."""
         data, trainer = self.recipe.data, self.recipe.trainer
         batches = self.total_steps * trainer.accumulate
-        return ImageDataModule(self.data, data.batch_size, data.eval_batch_size, batches, data.workers, self.recipe.seed)
+        return DataModule(self.data, data.batch_size, data.eval_batch_size, batches, data.workers, self.recipe.seed)
 
 
-def build(recipe: Recipe, data: ImageData | None = None, shards: Mapping[str, Any] | None = None) -> Parts:
+def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] | None = None) -> Parts:
     """Every part of a run; the same seed gives the same weights whatever the compression and the strategy.
 
     Args:
@@ -75,7 +72,7 @@ def build(recipe: Recipe, data: ImageData | None = None, shards: Mapping[str, An
     task = task_named(recipe.task)
     task.check(recipe)
     config = model_config(recipe.model, task)
-    data = data if data is not None else open_data(recipe, config)
+    data = data if data is not None else task.open_data(recipe, config)
     lightning.seed_everything(recipe.seed, verbose=False)
     steps = total_steps(recipe, data)
     if shards is None:
@@ -88,7 +85,7 @@ def build(recipe: Recipe, data: ImageData | None = None, shards: Mapping[str, An
             bare = recipe.model.model_copy(update={"name": None, "config": {}})
             model, budget = _assemble(recipe, build_model(bare, config, data, task), steps, filled=False)
         fill(model, source)
-    return Parts(recipe, data, model, CostModel(model), budget, steps)
+    return Parts(recipe, data, model, cost_model(model), budget, steps)
 
 
 def _assemble(recipe: Recipe, model: PreTrainedModel, steps: int, filled: bool = True) -> tuple[PreTrainedModel, Budget | None]:
@@ -157,20 +154,9 @@ def _of_task(config: PretrainedConfig, recipe: ModelRecipe, task: type[Task]) ->
     return config
 
 
-def image_input(config: Any) -> tuple[int, int]:
-    """Side in pixels and channels of the images that a model takes. Raises ValueError where its images are not square."""
-    backbone = backbones()[config.model_type]
-    assert issubclass(backbone, VisionBackbone)
-    height, width, channels = backbone.image_input(config)
-    if height != width:
-        raise ValueError(f"model.config.image_size = {(height, width)}: images are cut square, give one number")
-    return height, channels
-
-
-def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: ImageData, task: type[Task]) -> PreTrainedModel:
-    """The dense model with a head for the data's classes."""
-    names = dict(enumerate(data.classes))
-    config.id2label, config.label2id = names, {name: code for code, name in names.items()}
+def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: Splits, task: type[Task]) -> PreTrainedModel:
+    """The dense model, with the head that the data need."""
+    task.fit_config(config, data)
     if recipe.config is None and recipe.encoder_of is None:
         return task.loaded_model(recipe, config)
     model = task.fresh_model(config, recipe.attention)
@@ -179,79 +165,21 @@ def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: ImageData, 
     return model
 
 
-def with_normalisation(recipe: Recipe) -> Recipe:
-    """The recipe with ``data.mean`` and ``data.std`` filled in: its own, else those of the model's image processor, else 0.5."""
-    found: dict[str, Any] = {}
-    weights = recipe.model.name or (recipe.model.encoder_of and encoder_source(recipe.model.encoder_of))
-    if weights is not None and (recipe.data.mean is None or recipe.data.std is None):
-        try:
-            found, _ = ImageProcessingMixin.get_image_processor_dict(weights, revision=recipe.model.revision)
-        except OSError:
-            # Weights without a processor, as a model that was trained here from scratch has.
-            found = {}
-    half = [0.5]
-    mean = recipe.data.mean if recipe.data.mean is not None else found.get("image_mean") or half
-    std = recipe.data.std if recipe.data.std is not None else found.get("image_std") or half
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"mean": list(mean), "std": list(std)})})
+def cost_model(model: PreTrainedModel, compression: CompressionConfig | None = None) -> CostModel | None:
+    """What a model's forward costs; None for a dense model of a family without an adapter, which trains all the same."""
+    dense = compression is None and not hasattr(model.config, "compression")
+    return None if dense and model.config.model_type not in backbones() else CostModel(model, compression)
 
 
-def open_data(whole: Recipe, config: Any) -> ImageData:
-    """The splits that a recipe names, as the model of ``config`` takes them."""
-    recipe, seed, task = with_normalisation(whole).data, whole.seed, task_named(whole.task)
-    assert recipe.mean is not None
-    assert recipe.std is not None
-    size, channels = image_input(config)
-    if recipe.name == "scattered_digits":
-        if (size, channels) != (recipe.canvas.size, 1):
-            raise ValueError(
-                f"data.canvas.size = {recipe.canvas.size} with 1 channel does not fit model.config: image_size = {size}, num_channels = {channels}"
-            )
-        for key in ("augmentation", "random_augment", "erase"):
-            if getattr(recipe, key) not in ("none", None, 0):
-                raise ValueError(
-                    f"data.{key} is for images that are decoded, and data.name = 'scattered_digits' draws its own: leave it out; "
-                    "data.mixing and data.label_smoothing work on any data"
-                )
-        return task.embedded_data(recipe, seed)
-    if recipe.name == "imagefolder" and recipe.data_dir is None and recipe.data_files is None:
-        raise ValueError("data.name = 'imagefolder' needs data.data_dir: the folder with one sub-folder of images a class")
-    transform = ImageTransform(
-        size,
-        channels,
-        _per_channel(recipe.mean, channels),
-        _per_channel(recipe.std, channels),
-        recipe.augmentation,
-        recipe.random_augment,
-        recipe.erase,
-    )
-    return task.hub_data(recipe, transform, seed)
-
-
-def source_of(recipe: DataRecipe) -> Source:
-    """Where a recipe's images come from."""
-    return Source(
-        recipe.name,
-        recipe.data_dir,
-        recipe.data_files,
-        recipe.config,
-        recipe.revision,
-        recipe.image_column,
-        recipe.label_column,
-        recipe.mask_column,
-    )
-
-
-def _per_channel(values: list[float], channels: int) -> tuple[float, ...]:
-    if len(values) not in (1, channels):
-        raise ValueError(f"data.mean and data.std must have 1 or {channels} values, not {len(values)}")
-    return tuple(values) * (channels if len(values) == 1 else 1)
-
-
-def total_steps(recipe: Recipe, data: ImageData) -> int:
+def total_steps(recipe: Recipe, data: Splits) -> int:
     """Optimizer steps of a run."""
     trainer = recipe.trainer
     if trainer.max_steps is not None:
         return trainer.max_steps
     assert trainer.max_epochs is not None
-    rows = len(data.train)  # type: ignore[arg-type]
+    if data.train_rows is None:
+        raise ValueError(
+            "trainer.max_epochs needs to know how long the data are, and data.streaming = true does not tell: give trainer.max_steps"
+        )
+    rows = data.train_rows
     return max(1, math.floor(trainer.max_epochs * rows / (recipe.data.batch_size * trainer.accumulate * processes_of(trainer))))

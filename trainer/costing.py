@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..modules.budget.budget import Budget
 from ..modules.cost import CostModel
-from .build import build, build_model, model_config, open_data, total_steps
+from .build import build, build_model, model_config, total_steps
 from .evaluate import load_model
 from .measure import bench_models
 from .recipe_files import LoadedRecipe, RecipeError, load
@@ -23,7 +23,7 @@ def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     recipe = load(name, overrides).recipe
     task = task_named(recipe.task)
     config = model_config(recipe.model, task)
-    data = open_data(recipe, config)
+    data = task.open_data(recipe, config)
     with torch.device("meta"):
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
@@ -75,7 +75,8 @@ def bench_recipe(loaded: LoadedRecipe, console: Console) -> dict[str, Any]:
     """Measures a recipe's training step with fresh weights, and prints the table."""
     measured = bench_models({"compressed": build(loaded.recipe)}, loaded.recipe, console)
     arm = measured.arms["compressed"]
-    table = Table(title=f"training step of {measured.batch_size} images, {measured.rounds} paired rounds")
+    unit = task_named(loaded.recipe.task).unit
+    table = Table(title=f"training step of {measured.amount:,} {unit}, {measured.rounds} paired rounds")
     for column in ("arm", "median", "dense ÷ this", "oracle ÷ this", "memory a step"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     table.add_row("dense", f"{measured.dense_seconds * 1000:.0f} ms", "1.00×", "–", f"{measured.memory['dense'] / 2**20:.0f} MiB")

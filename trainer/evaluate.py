@@ -16,18 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from ..data.images import BadRowCount, collate
+from ..data.rows import BadRowCount, collate
 from ..modules.compress import compress, decompress, stages_of
 from ..modules.config import CompressionConfig, PartConfig
-from ..modules.cost import CostModel
 from ..modules.loading import from_pretrained, saved_class
 from ..modules.state import KeepCount, Trace
-from .build import model_config, open_data
+from .build import cost_model, model_config
 from .recipe import Recipe
 from .recipe_files import RecipeError, check
 from .tasks.base import Task, task_named
-
-CONTROLS = ("random", "uniform_grid", "patch_energy")
 
 
 @dataclass(frozen=True)
@@ -82,12 +79,12 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     model.to(device)
     task = task_named(recipe.task)
     config = model_config(recipe.model, task) if recipe.model.config is not None else model.config
-    data = open_data(recipe, config)
+    data = task.open_data(task.of_run(recipe, folder), config)
     loader = DataLoader(data.test, batch_size=recipe.data.eval_batch_size, collate_fn=collate, num_workers=recipe.data.workers)
     results: dict[str, Any] = {}
 
     def measure(name: str, variant: PreTrainedModel) -> Mapping[str, float]:
-        console.print(f"evaluating {name} on {len(data.test):,} images", highlight=False)  # type: ignore[arg-type]
+        console.print(f"evaluating {name} on {len(data.test):,} {task.item}", highlight=False)  # type: ignore[arg-type]
         found = _evaluate(variant.eval(), loader, recipe, task, device)
         figures = asdict(found)
         results[name] = {task.metric: figures.pop("quality"), **figures}
@@ -95,11 +92,30 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
 
     if stages_of(model):
         kept = measure("compressed", model)
-        for scorer in CONTROLS:
+        for scorer in task.controls:
             measure(scorer, _with_scorer(model, scorer, kept))
         model = decompress(model)
     measure("dense", model)
     return {"target": target, "split": "test" if data.has_test else "validation", "metric": task.metric, "variants": results}
+
+
+def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Mapping[str, float]:
+    """Writes what ``laconic inspect`` shows; returns achieved keep by stage.
+
+    Args:
+        target: run folder, or folder of an export.
+        recipe: beside it.
+        given: what to look at; None takes held-out data.
+        to: file to write.
+
+    Raises:
+        ValueError: the model is dense, or the task cannot show what is asked for.
+    """
+    folder, _ = model_folder(target)
+    task, model = task_named(recipe.task), load_model(folder)
+    if not stages_of(model):
+        raise ValueError(f"{target} is a dense model: every layer sees every token, there is nothing to inspect")
+    return task.inspect(target, task.of_run(recipe, folder), model, given, to)
 
 
 def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float]) -> PreTrainedModel:
@@ -125,21 +141,21 @@ def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float])
 @torch.no_grad()
 def _evaluate(model: PreTrainedModel, loader: DataLoader[Any], recipe: Recipe, task: type[Task], device: torch.device) -> Evaluated:
     bad, quality, kept, seconds = BadRowCount(recipe.data.max_bad_fraction), task.quality(), KeepCount(), []
-    compressed, cost = bool(stages_of(model)), CostModel(model)
+    compressed, cost = bool(stages_of(model)), cost_model(model)
     for batch in loader:
         bad.add(batch["rows"], batch["bad"])
-        if "pixel_values" not in batch:
+        if "sample_ids" not in batch:
             continue
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])
         start = time.perf_counter()
-        out = model(**task.evaluation_inputs(batch, model.config), **({"trace": trace} if compressed else {}))
+        out = task.forward(model, batch, **({"trace": trace} if compressed else {}))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if len(batch["sample_ids"]) == loader.batch_size:
             seconds.append(time.perf_counter() - start)
         quality.add(out, batch)
-        if compressed:
+        if compressed and cost is not None:
             kept.add(trace, cost.achieved(trace))
     return Evaluated(
         quality=quality.value,

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.images import collate
+from ..data.rows import collate
 from ..modules.compress import decompress
 from ..modules.state import Trace
 from .bench import Bench, bench
@@ -24,25 +24,26 @@ def bench_models(parts: Mapping[str, Parts], recipe: Recipe, console: Console) -
     task = first.task
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = [item for item in (first.data.train[index] for index in range(recipe.data.batch_size)) if "bad" not in item]
-    batch = {key: value.to(device) for key, value in collate(rows).items() if isinstance(value, Tensor)}
+    whole = collate(rows)
+    batch = {key: value.to(device) for key, value in whole.items() if isinstance(value, Tensor)}
     models = {name: copy.deepcopy(item.model).to(device) for name, item in parts.items()}
     dense = decompress(copy.deepcopy(first.model)).to(device)
 
     def loss(name: str, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.trainer.precision == "bf16"):
             if name == "dense":
-                return model(**task.step_inputs(inputs, model.config)).loss
+                return task.loss(model, inputs)
             budget = parts[name].budget
             last = parts[name].total_steps
             trace = budget.trace(last, inputs["sample_ids"]) if budget is not None else Trace(sample_ids=inputs["sample_ids"])
-            out = model(**task.step_inputs(inputs, model.config), trace=trace)
+            of_task = task.loss(model, inputs, trace=trace)
             if budget is not None:
-                return out.loss + budget.loss(trace, last).total
-            return out.loss if trace.auxiliary_loss is None else out.loss + trace.auxiliary_loss
+                return of_task + budget.loss(trace, last).total
+            return of_task if trace.auxiliary_loss is None else of_task + trace.auxiliary_loss
 
     rounds = recipe.trainer.bench_rounds or 40
     with console.status(f"measuring training steps: {rounds} paired rounds"):
-        return bench(dense, models, batch, loss, rounds)
+        return bench(dense, models, batch, loss, rounds, forward=task.forward, amount=task.amount(whole))
 
 
 def print_claims(measured: Bench, console: Console) -> None:

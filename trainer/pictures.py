@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.images import collate
+from ..data.rows import collate
 from ..modules.state import Trace
 
 if TYPE_CHECKING:
@@ -89,14 +89,15 @@ def draw_arms(arms: Mapping[str, Parts], path: Path) -> None:
     if not compressed:
         return
     first = next(iter(arms.values()))
-    task, data = first.task, first.data
+    task: Any = first.task
+    data = first.data
     batch = collate([data.test[index] for index in range(PICTURED)])
     rows = []
     # The recipe itself on top, its control arms below.
     for name, parts in reversed(compressed.items()):
         trace = Trace(seed=parts.recipe.seed, sample_ids=batch["sample_ids"])
         with torch.no_grad():
-            out = parts.model.eval()(**task.evaluation_inputs(batch, parts.model.config), trace=trace)
+            out = task.forward(parts.model.eval(), batch, trace=trace)
         rows.append((name, overlays(trace, len(batch["sample_ids"]))))
         answer = task.answer(out, data)
         if answer is not None:

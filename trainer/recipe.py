@@ -70,8 +70,10 @@ class MixingRecipe(Block):
 class DataRecipe(Block):
     """What is trained on."""
 
-    name: str = Field("scattered_digits", description="scattered_digits, imagefolder, parquet, or a hub name")
-    data_dir: str | None = Field(None, description="folder of an imagefolder")
+    name: str = Field(
+        "scattered_digits", description="scattered_digits, imagefolder; for text python_library, text, json; parquet, or a hub name"
+    )
+    data_dir: str | None = Field(None, description="folder of an imagefolder, or of files of text")
     data_files: str | list[str] | dict[str, str | list[str]] | None = Field(None, description="files, or files by split")
     config: str | None = Field(None, description="configuration of a hub data set")
     revision: str | None = Field(None, description="revision of a hub data set")
@@ -83,6 +85,16 @@ class DataRecipe(Block):
     ignore_index: Annotated[int, Field(ge=0, le=255)] = Field(
         255, description="semantic_segmentation: number in a mask that is no class: its pixels count neither in the loss nor in the metric"
     )
+    text_column: str | None = Field(
+        None, description="column with the texts; none takes messages, prompt and completion, text, or the only column of strings"
+    )
+    sample_by: Literal["line", "paragraph", "document"] = Field("document", description="data.name=text: what of a file is one document")
+    sequence_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens of a row of text, which documents are packed into")
+    tokenizer: str | None = Field(
+        None,
+        description="folder, tokenizer.json or hub name; none takes that of model.name, or trains one of model.config.vocab_size entries",
+    )
+    streaming: bool = Field(False, description="read text as it is needed, in the order of the files, and keep none of it")
     train_split: str = Field("train", description="split to train on")
     validation_split: str | None = Field(None, description="split to validate on; none takes validation_fraction of the training rows")
     test_split: str | None = Field(None, description="split to report on; none reports on validation")
@@ -106,12 +118,20 @@ class DataRecipe(Block):
         0.0, description="share of a training label that is spread over all classes"
     )
     max_bad_fraction: Fraction = Field(0.0, description="share of bad rows past which the run stops")
-    batch_size: Count = Field(128, description="images a step and process, before accumulation")
-    eval_batch_size: Count = Field(256, description="images a step of validation and test")
+    batch_size: Count = Field(128, description="images, or rows of text, a step and process, before accumulation")
+    eval_batch_size: Count = Field(256, description="images or rows of text a step of validation and test")
     workers: Annotated[int, Field(ge=0)] = Field(0, description="loader processes; 0 loads in the training process")
     canvas: Canvas = Field(default_factory=Canvas, description="scattered_digits: size, scrambled, pieces")
-    train_samples: Count = Field(60_000, description="scattered_digits: training images")
-    eval_samples: Count = Field(2_000, description="scattered_digits: validation images, and as many for test")
+    train_samples: Count = Field(60_000, description="scattered_digits: training images; python_library: at most so many files")
+    eval_samples: Count = Field(
+        2_000,
+        description="validation images of scattered_digits or files of python_library, and as many for test; streaming: rows held out",
+    )
+
+
+IMAGE_KEYS = ("image_column", "label_column", "mask_column", "ignore_index", "num_labels", "mean", "std", "augmentation",
+              "random_augment", "erase", "mixing", "label_smoothing", "canvas")  # fmt: skip
+TEXT_KEYS = ("text_column", "sample_by", "sequence_length", "tokenizer", "streaming")
 
 
 class OptimizerRecipe(Block):

@@ -29,7 +29,8 @@ class Arm:
         keep: ``requested`` and ``achieved`` by stage.
         macs_ratio: mean over the held-out rows, from the token counts of each.
         mean_token_fraction: likewise.
-        train_seconds: spent in training steps.
+        train_seconds: spent in training steps, loading included.
+        per_second: of the task's unit (images, tokens) over all of these; None where nothing was trained.
         step_seconds: median of the paired measurement; None without one.
         speedup: dense ÷ this, from pairs; None without a measurement.
         of_oracle: oracle ÷ this, from pairs; None without a measurement.
@@ -42,6 +43,7 @@ class Arm:
     macs_ratio: float
     mean_token_fraction: float
     train_seconds: float
+    per_second: float | None = None
     step_seconds: float | None = None
     speedup: float | None = None
     of_oracle: float | None = None
@@ -64,6 +66,7 @@ class Report:
     baselines: Mapping[str, Any]
     seed: int
     train_seconds: float | None = None
+    throughput: Mapping[str, Any] = field(default_factory=dict)
     export: Mapping[str, Any] = field(default_factory=lambda: {"format": None, "dtype": None, "max_abs_logit_diff": None})
     bad_rows: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)

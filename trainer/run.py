@@ -12,20 +12,19 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from ..data.images import collate
-from ..data.module import ImageData
+from ..data.module import Splits
+from ..data.rows import collate
 from ..modules.compress import checkpoint_activations, stages_of
 from . import collective
 from .baselines import load_baselines
 from .bench import Bench
-from .build import Parts, build, with_normalisation
+from .build import Parts, build
 from .callbacks.guards import NanGuard, RandomState
-from .callbacks.progress import RunLog, StepLine
+from .callbacks.progress import RunLog, StepLine, Throughput
 from .callbacks.stop import StopOnSigterm
 from .evaluate import load_model
 from .lightning_trainer import lightning_trainer, quiet
 from .measure import bench_models, print_claims
-from .pictures import draw_arms
 from .processes import started
 from .recipe import Recipe
 from .recipe_files import LoadedRecipe, dump
@@ -85,7 +84,7 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
     folder = output_folder(loaded)
     baselines = load_baselines(loaded, overrides)
     arms: dict[str, Trained] = {}
-    data: ImageData | None = None
+    data: Splits | None = None
     for arm in [*baselines, loaded]:
         main = arm is loaded
         name = _arm_name(arm)
@@ -99,7 +98,7 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
     measured = _bench(arms, loaded.recipe, console) if first else None
     report = _report(loaded, arms, measured)
     if first:
-        draw_arms({name: trained.parts for name, trained in arms.items()}, folder / "kept_tokens.png")
+        task_named(loaded.recipe.task).draw({name: trained.parts for name, trained in arms.items()}, folder)
         report.save(folder)
     collective.wait()
     shown = {name: with_bench(trained.arm, name, measured) for name, trained in arms.items()}
@@ -137,10 +136,10 @@ def _arm_name(arm: LoadedRecipe) -> str:
 
 
 def train_arm(
-    loaded: LoadedRecipe, name: str, folder: Path, console: Console, data: ImageData | None = None, resume: str | None = None
+    loaded: LoadedRecipe, name: str, folder: Path, console: Console, data: Splits | None = None, resume: str | None = None
 ) -> Trained:
     """Trains and evaluates one recipe into its folder; the model is left on the CPU or device that it was trained on."""
-    recipe = resolved(with_normalisation(loaded.recipe))
+    recipe = resolved(task_named(loaded.recipe.task).resolved(loaded.recipe))
     quiet()
     checkpoint = collective.from_rank_zero(lambda: _checkpoint(folder, recipe, resume, console))
     stage = stage_of(recipe.trainer)
@@ -150,7 +149,7 @@ def train_arm(
         both = RunLog(console, log)
         _describe(parts, name, both)
         module = parts.task.module(parts)
-        line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name, parts.task.metric)
+        line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name, parts.task)
         stop = StopOnSigterm(folder / "checkpoints" / "stopped.ckpt")
         watching = [NanGuard(), line, stop, RandomState(recipe.seed)]
         trainer = lightning_trainer(recipe, folder, parts.total_steps, watching, _leaves_unused(module, parts))
@@ -158,7 +157,7 @@ def train_arm(
         # transformers gives loaded models in evaluation mode, and Lightning leaves them so: no router would learn.
         parts.model.train()
         if recipe.trainer.compile:
-            parts.model.compile()
+            parts.task.compile(parts.model)
         trainer.fit(module, datamodule=data_module, ckpt_path=checkpoint, weights_only=True)
         if stop.stopped:
             raise Stopped(f"stopped by SIGTERM at step {trainer.global_step}; repeat the same command with --resume auto to go on")
@@ -166,7 +165,9 @@ def train_arm(
         if module.bad_rows.reasons:
             both.line(f"bad rows: {module.bad_rows.summary()}")
     save_model(parts.model, folder / "model")
-    arm = _arm(loaded.name, parts, module, line.throughput.total)
+    if collective.rank() == 0:
+        parts.data.save_beside(folder / "model")
+    arm = _arm(loaded.name, parts, module, line.throughput)
     if stage and collective.rank() == 0:
         parts = replace(parts, model=_read_back(folder / "model", recipe))
     return Trained(parts, module, arm)
@@ -195,7 +196,8 @@ def _leaves_unused(module: TaskModule, parts: Parts) -> bool:
     """Whether a training step leaves parameters without gradient, seen on a step of one row; DDP must be told."""
     if stage_of(parts.recipe.trainer) or collective.world_size() == 1:
         return False
-    row = next((item for item in (parts.data.train[index] for index in range(len(parts.data.train))) if "bad" not in item), None)  # type: ignore[arg-type]
+    rows = parts.data.train_rows
+    row = next((item for item in (parts.data.train[index] for index in range(rows if rows is not None else 1)) if "bad" not in item), None)
     if row is None:
         return False
     parts.model.train()
@@ -218,28 +220,33 @@ def _read_back(folder: Path, recipe: Recipe) -> PreTrainedModel:
 
 
 def _describe(parts: Parts, name: str, log: RunLog) -> None:
-    recipe, cost = parts.recipe, parts.cost()
+    recipe, cost = parts.recipe, None if parts.cost is None else parts.cost()
     total = sum(shape_of(parameter).numel() for parameter in parts.model.parameters())
     routers = sum(shape_of(parameter).numel() for _, stage in stages_of(parts.model).values() for parameter in stage.parameters())
     processes = processes_of(recipe.trainer)
     spread = f" on {processes} processes with {recipe.trainer.strategy}" if processes > 1 or stage_of(recipe.trainer) else ""
     log.line(
         f"{name}: {parts.model.config.model_type} with {total:,} parameters, {routers:,} of them in stages; "
-        f"{parts.total_steps:,} steps of {recipe.data.batch_size * recipe.trainer.accumulate * processes} images{spread}; "
-        f"macs_ratio {cost.macs_ratio:.3f}, tokens by layer {' '.join(f'{tokens.attention:g}' for tokens in cost.layers)}"
+        f"{parts.total_steps:,} steps of {recipe.data.batch_size * recipe.trainer.accumulate * processes} {parts.task.item}{spread}"
+        + (
+            ""
+            if cost is None
+            else f"; macs_ratio {cost.macs_ratio:.3f}, tokens by layer {' '.join(f'{tokens.attention:g}' for tokens in cost.layers)}"
+        )
     )
 
 
-def _arm(recipe: str, parts: Parts, module: TaskModule, seconds: float) -> Arm:
-    cost = parts.cost()
+def _arm(recipe: str, parts: Parts, module: TaskModule, throughput: Throughput) -> Arm:
+    cost = None if parts.cost is None else parts.cost()
     return Arm(
         recipe=recipe,
         quality=module.quality.value,
         details=module.quality.details(parts.data),
-        keep={"requested": dict(cost.keep), "achieved": module.achieved_keep},
+        keep={"requested": {} if cost is None else dict(cost.keep), "achieved": module.achieved_keep},
         macs_ratio=module.achieved_macs_ratio,
-        mean_token_fraction=cost.mean_token_fraction,
-        train_seconds=seconds,
+        mean_token_fraction=1.0 if cost is None else cost.mean_token_fraction,
+        train_seconds=throughput.seconds,
+        per_second=throughput.mean,
     )
 
 
@@ -289,6 +296,7 @@ def _report(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench |
         baselines={key: vars(other) for key, other in others.items()},
         seed=loaded.recipe.seed,
         train_seconds=arm.train_seconds,
+        throughput={"unit": main.parts.task.unit, "per_second": arm.per_second},
         bad_rows=main.module.bad_rows.summary(),
         versions=versions(),
     )

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.images import BadRow, BadRowCount, BadRows
+from ..data.rows import BadRow, BadRows
 from ..modules.budget.budget import Budget
 from ..modules.state import KeepCount, Trace
 from . import collective
-from .build import Parts, image_input
+from .build import Parts
 from .optimization import learning_rate_schedule, parameter_groups
 from .recipe import OptimizerRecipe
 from .tasks.base import Quality, Task
@@ -29,7 +29,7 @@ class TaskModule(lightning.LightningModule):
 
     def __init__(self, task: type[Task], parts: Parts) -> None:
         super().__init__()
-        recipe, rows = parts.recipe, parts.data.train
+        recipe = parts.recipe
         self.task = task
         self.model: PreTrainedModel = parts.model
         self.optimizer_recipe: OptimizerRecipe = recipe.optimizer
@@ -37,7 +37,7 @@ class TaskModule(lightning.LightningModule):
         self.budget: Budget | None = parts.budget
         self.cost = parts.cost
         self.seed = recipe.seed
-        self.bad_rows = BadRowCount(recipe.data.max_bad_fraction, len(rows))  # type: ignore[arg-type]
+        self.bad_rows = parts.data.bad_rows(recipe.data.max_bad_fraction)
         self._start_counting()
 
     def _start_counting(self) -> None:
@@ -59,7 +59,7 @@ class TaskModule(lightning.LightningModule):
             ``distillation`` (a DistillationLoss or None).
         """
         trace = self.training_trace(batch)
-        task_loss = self.model(**self.task.step_inputs(batch, self.model.config), **self.with_trace(trace)).loss
+        task_loss = self.task.loss(self.model, batch, **self.with_trace(trace))
         return self.total(task_loss, task_loss, trace)
 
     def total(self, loss: Tensor, task_loss: Tensor, trace: Trace | None, distillation: Any = None) -> dict[str, Any]:
@@ -102,21 +102,20 @@ class TaskModule(lightning.LightningModule):
         if counted:
             self._rows += batch["rows"]
             self._bad += batch["bad"]
-        if "pixel_values" not in batch:
+        if "sample_ids" not in batch:
             if collective.world_size() > 1:
                 # With parameters spread over ranks, the others wait for this one's part.
-                size, channels = image_input(self.model.config)
-                blank = {key: value[:1].to(self.device) for key, value in self.task.probe(size, channels, self.model.config).items()}
+                blank = {key: value[:1].to(self.device) for key, value in self.task.probe(self.model.config).items()}
                 self.model(**blank)
             return {"trace": None}
         compressed = hasattr(self.model.config, "compression")
         trace = Trace(seed=self.seed, sample_ids=batch["sample_ids"]) if compressed else None
-        out = self.model(**self.task.evaluation_inputs(batch, self.model.config), **self.with_trace(trace))
+        out = self.task.forward(self.model, batch, **self.with_trace(trace))
         if counted:
             self.quality.add(out, batch)
-            if trace is not None:
+            if trace is not None and self.cost is not None:
                 self._kept.add(trace, self.cost.achieved(trace))
-        return {"trace": trace, "logits": out.logits}
+        return {"trace": trace}
 
     def on_validation_epoch_end(self) -> None:
         self._sum_over_ranks()
@@ -149,7 +148,7 @@ class TaskModule(lightning.LightningModule):
 
     def _check_rows(self, batch: dict[str, Any]) -> None:
         """Counts the batches of all ranks; what stops one of them stops all, since they wait for each other."""
-        empty = "pixel_values" not in batch
+        empty = "sample_ids" not in batch
         rows, bad, empties = collective.total([batch["rows"], len(batch["bad"]), empty])
         named = [BadRow(*row) for found in collective.gather([tuple(row) for row in batch["bad"]]) for row in found] if bad else []
         self.bad_rows.add(int(rows), named)

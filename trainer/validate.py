@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import AutoModelForImageClassification
 
 from ..modules.budget.budget import Budget
-from ..modules.cost import CostModel
-from .build import build_model, model_config, open_data, total_steps
+from .build import build_model, cost_model, model_config, total_steps
 from .distillation import check_teacher
 from .recipe import Recipe
 from .strategies import check as check_strategy
@@ -25,17 +23,18 @@ class Checked:
         parameters: of the model, stages included.
         steps: optimizer steps.
         classes: of the data.
-        train_rows: of the data.
+        train_rows: of the data; None where they are streamed.
         keep: resolved keep by stage.
-        tokens: of each layer.
+        tokens: of each layer; none where the family has no adapter that could tell.
         macs_ratio: of the compressed forward; 1 for a dense recipe.
-        memory_bytes: estimate for training on one process: weights, gradients, AdamW, an average, a teacher and activations of a batch.
+        memory_bytes: estimate for training on one process: weights, gradients, AdamW, an average, a teacher and, where an
+            adapter can tell, activations of a batch.
     """
 
     parameters: int
     steps: int
     classes: int
-    train_rows: int
+    train_rows: int | None
     keep: dict[str, float]
     tokens: list[int]
     macs_ratio: float
@@ -52,7 +51,7 @@ def validate(recipe: Recipe) -> Checked:
     task = task_named(recipe.task)
     task.check(recipe)
     config = model_config(recipe.model, task)
-    data = open_data(recipe, config)
+    data = task.open_data(recipe, config)
     steps = total_steps(recipe, data)
     teacher = None
     if recipe.distillation is not None:
@@ -62,23 +61,22 @@ def validate(recipe: Recipe) -> Checked:
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:
             compression = Budget(recipe.budget, model, compression, steps, recipe.seed).compression
-        cost_model = CostModel(model, compression)
-    cost = cost_model()
-    parameters = sum(p.numel() for module in (model, *cost_model.stages) for p in module.parameters())
+        counted = cost_model(model, compression)
+    cost = None if counted is None else counted()
+    parameters = sum(p.numel() for module in (model, *(counted.stages if counted is not None else [])) for p in module.parameters())
     # Weights, gradients and two moments; one more copy where they are averaged.
     weights = parameters * (16 if recipe.trainer.ema is None else 20)
     if teacher is not None:
         with torch.device("meta"):
             weights += 4 * sum(p.numel() for p in AutoModelForImageClassification.from_config(teacher).parameters())
-    activations = cost.activation_bytes * recipe.data.batch_size // (2 if recipe.trainer.precision == "bf16" else 1)
-    rows: Any = data.train
+    activations = 0 if cost is None else cost.activation_bytes * recipe.data.batch_size // (2 if recipe.trainer.precision == "bf16" else 1)
     return Checked(
         parameters=parameters,
         steps=steps,
         classes=len(data.classes),
-        train_rows=len(rows),
-        keep=dict(cost.keep),
-        tokens=[tokens.attention for tokens in cost.layers],
-        macs_ratio=cost.macs_ratio,
+        train_rows=data.train_rows,
+        keep={} if cost is None else dict(cost.keep),
+        tokens=[] if cost is None else [tokens.attention for tokens in cost.layers],
+        macs_ratio=1.0 if cost is None else cost.macs_ratio,
         memory_bytes=weights + activations,
     )

@@ -27,6 +27,8 @@ class Backbone:
         refused: class names of the family that cannot be served, and why.
         takes_attention_mask: the models' forward understands an ``attention_mask`` for padded rows.
         masks_in_layers: layers add to their masks by themselves, for the full sequence; ``layer_mask`` does it for a shorter one.
+        causal: a token's output may depend on no later token.
+        positional: names of what the models hand their layers by position, after the hidden states.
     """
 
     model_type: ClassVar[str]
@@ -35,6 +37,8 @@ class Backbone:
     refused: ClassVar[Mapping[str, str]] = {}
     takes_attention_mask: ClassVar[bool] = True
     masks_in_layers: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
+    positional: ClassVar[tuple[str, ...]] = ("attention_mask",)
 
     @classmethod
     def base(cls, model: PreTrainedModel) -> nn.Module:
@@ -68,12 +72,12 @@ class Backbone:
         raise NotImplementedError
 
     @classmethod
-    def shape(cls, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> BackboneShape:
+    def shape(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> BackboneShape:
         """What the cost of this model depends on.
 
         Args:
             model: dense or compressed.
-            image_size: height and width in pixels; None takes the configured size.
+            size: of the input, height and width in pixels or tokens of a text; None takes the configured size.
         """
         raise NotImplementedError
 
@@ -109,6 +113,35 @@ class Backbone:
     def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
         """The outputs of a forward, made right where a head read filler: rows may leave the layers with different counts."""
         return outputs
+
+    @classmethod
+    def begin(cls, trace: Trace, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
+        """The state before the first stage, from what enters the first layer and the mask that it is handed."""
+        rows, tokens, _ = hidden_states.shape
+        return TokenState.initial(rows, tokens, trace.prefix, cls.valid_tokens(attention_mask), hidden_states.device)
+
+    @classmethod
+    def enter(cls, layer: nn.Module, state: TokenState, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model hands a layer, by name, once a forward before anything of the layer runs."""
+        return inputs
+
+    @classmethod
+    def prepare(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a layer or its attention half is handed for the current tokens, by name.
+
+        Args:
+            layer: the layer that is about to run.
+            state: the tokens that it will see.
+            dtype: of an additive mask.
+            inputs: what ``enter`` gave.
+        """
+        others = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        return others | {"attention_mask": cls.layer_mask(layer, inputs.get("attention_mask"), state, dtype, **others)}
+
+    @classmethod
+    def of_first(cls, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """Of what a layer is handed, that of the first tokens by plain slicing, for measuring how fast a layer could be."""
+        return dict(inputs)
 
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:

@@ -21,8 +21,8 @@ class SiglipVisionBackbone(ClipVisionBackbone):
     has_cls = False
 
     @classmethod
-    def shape(cls, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> BackboneShape:
-        shape, tower = super().shape(model, image_size), cls.base(model)
+    def shape(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> BackboneShape:
+        shape, tower = super().shape(model, size), cls.base(model)
         if not tower.use_head:
             return shape
         # The pooling head's probe becomes one query, every token a key and a value; the classifier runs it in vain.

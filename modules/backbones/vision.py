@@ -82,9 +82,10 @@ class VisionBackbone(Backbone):
         return int(config.intermediate_size)
 
     @classmethod
-    def shape(cls, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> BackboneShape:
+    def shape(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> BackboneShape:
         config = cls.vision_config(model.config)
-        (height, width), (down, across) = image_size or pair(config.image_size), pair(config.patch_size)
+        assert not isinstance(size, int)
+        (height, width), (down, across) = size or pair(config.image_size), pair(config.patch_size)
         patches = (height // down) * (width // across)
         layers = {id(module) for module in cls.layers(model).modules()}
         outside = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in layers]

@@ -47,9 +47,9 @@ class ViTMaeBackbone(ViTBackbone):
             )
 
     @classmethod
-    def shape(cls, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> BackboneShape:
+    def shape(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> BackboneShape:
         config: Any = model.config
-        shape = super().shape(model, image_size)
+        shape = super().shape(model, size)
         decoder = None
         if hasattr(model, "decoder"):
             width, tokens = config.decoder_hidden_size, shape.prefix + shape.patches

@@ -24,6 +24,7 @@ class TokenSpec:
         patch_values: pixels times channels of the patch that a token comes from; 0 where tokens are no patches.
         has_cls: the first token is one that the task's head reads.
         family: the backbone's name for messages.
+        causal: the model's output at a token may depend on no later token.
     """
 
     hidden_size: int
@@ -31,6 +32,7 @@ class TokenSpec:
     patch_values: int = 0
     has_cls: bool = False
     family: str = "this backbone"
+    causal: bool = False
 
 
 @dataclass(frozen=True)

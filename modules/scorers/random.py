@@ -12,4 +12,4 @@ class RandomScorer(Scorer):
     def forward(self, inputs: SiteInput) -> Scored:
         state, trace = inputs.state, inputs.trace
         rows = trace.rows_identity(state.rows, state.position.device)
-        return Scored(uniform(trace.seed, trace.step, rows, inputs.stage, state.position))
+        return Scored(uniform(trace.seed, trace.step, rows, inputs.stage, state.position + trace.seen))

@@ -8,8 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..counting import BackboneShape
+from ..scorers.base import TokenSpec
 from ..state import Decision, TokenState
 from ..subsets import compact
+
+_BUCKET = 16
 
 
 @dataclass(frozen=True)
@@ -18,22 +22,45 @@ class Request:
 
     Attributes:
         keep: fraction of the routable tokens, in (0, 1].
-        count: routable tokens of each row by the stage's count rule, an int for all rows or int64 (B,).
+        count: routable tokens of each row by the stage's count rule, an int for all rows or int64 (B,); where rows are packed
+            documents, int64 (B, D) of each document.
+        hidden_states: (B, M, C) the tokens themselves, for a selector that looks at them.
+        lookahead: in evaluation too, the decision may look at later tokens.
         noise: strength of the exploration in training; 0 explores nothing.
         draws: (B, M) uniform draws in (0, 1); None where nothing is explored.
     """
 
     keep: float
     count: int | Tensor
+    hidden_states: Tensor | None = None
+    lookahead: bool = False
     noise: float | Tensor = 0.0
     draws: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a selector that learns says of a decision.
+
+    Attributes:
+        loss: scalar to add to the task's loss in training; None without one.
+        agreement: scalar, share of the routable tokens on which what is deployed agrees with the decision; None without it.
+    """
+
+    loss: Tensor | None = None
+    agreement: Tensor | None = None
 
 
 class Selector(nn.Module):
     """Scores and a request in, a decision out.
 
+    Args:
+        spec: the tokens that it chooses from.
+        bucket: where rows keep different numbers, they are filled up to a multiple of it, so that shapes repeat; None takes 16 in
+            a causal model and 1 elsewhere.
+
     Attributes:
-        lookahead: the decision for a token depends on later tokens.
+        lookahead: in evaluation, the decision for a token depends on later tokens.
         adaptive: rows keep different numbers of tokens; only their mean is what was asked for.
         needs_probabilities: it takes the sigmoid of a score for the probability to keep.
     """
@@ -41,6 +68,13 @@ class Selector(nn.Module):
     lookahead: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
     needs_probabilities: ClassVar[bool] = False
+
+    def __init__(self, spec: TokenSpec, bucket: int | None = None) -> None:
+        super().__init__()
+        if bucket is not None and bucket < 1:
+            raise ValueError(f"bucket = {bucket} must be at least 1")
+        self.causal = spec.causal
+        self.bucket = bucket or (_BUCKET if spec.causal else 1)
 
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
         """
@@ -51,21 +85,35 @@ class Selector(nn.Module):
         """
         raise NotImplementedError
 
+    def looks_ahead(self, request: Request) -> bool:
+        """This very decision will depend on later tokens."""
+        return self.lookahead
+
+    def teach(self, decision: Decision, state: TokenState, request: Request) -> Taught:
+        """What a selector that learns from its own decisions has to say of one."""
+        return Taught()
+
+    def macs(self, shape: BackboneShape, tokens: int) -> int:
+        """MACs in evaluation for one row of ``tokens`` tokens, protected ones included."""
+        return 0
+
+    def decide(self, stays: Tensor, scores: Tensor, state: TokenState) -> Decision:
+        """The decision that a mask means. A row whose mask is empty keeps its best token all the same; of a causal model it keeps
+        nothing, since which one is best would hang on later tokens.
+
+        Args:
+            stays: (B, M) bool; protected tokens and padding are seen to here.
+            scores: (B, M) float32.
+            state: the tokens at the site.
+        """
+        stays = stays & state.routable
+        if not self.causal:
+            best = scores.masked_fill(~state.routable, float("-inf")).argmax(-1, keepdim=True)
+            stays = stays.scatter(1, best, True) & state.routable
+        kept = compact(stays | (state.protected if state.valid is None else state.protected & state.valid), bucket=self.bucket)
+        return Decision(kept.index, kept.valid, kept.empty)
+
 
 def everything(state: TokenState) -> Decision:
     """The decision that leaves nothing out."""
     return Decision(torch.arange(state.tokens, device=state.position.device).expand_as(state.position), state.valid)
-
-
-def decide(stays: Tensor, scores: Tensor, state: TokenState) -> Decision:
-    """The decision that a mask means; a row whose mask is empty keeps its best token all the same.
-
-    Args:
-        stays: (B, M) bool; protected tokens and padding are seen to here.
-        scores: (B, M) float32.
-        state: the tokens at the site.
-    """
-    best = scores.masked_fill(~state.routable, float("-inf")).argmax(-1, keepdim=True)
-    stays = (stays & state.routable).scatter(1, best, True) & state.routable
-    kept = compact(stays | state.protected if state.valid is None else stays | (state.protected & state.valid))
-    return Decision(kept.index, kept.valid)

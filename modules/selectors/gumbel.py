@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..state import Decision, TokenState
-from .base import Request, Selector, decide, everything
+from .base import Request, Selector, everything
 
 
 class GumbelSelector(Selector):
@@ -26,4 +26,4 @@ class GumbelSelector(Selector):
         if request.draws is not None:
             # The difference of two Gumbel draws is a logistic one.
             scores = scores + torch.logit(request.draws) * request.noise
-        return decide(scores > 0, scores, state)
+        return self.decide(scores > 0, scores, state)

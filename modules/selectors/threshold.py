@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from ..scorers.base import TokenSpec
 from ..state import Decision, TokenState
-from .base import Request, Selector, decide, everything
+from .base import Request, Selector, everything
 from .top_k import TopKSelector
 
 
@@ -19,21 +20,25 @@ class ThresholdSelector(Selector):
 
     The threshold is a buffer, saved with the weights. In training it follows, as a moving average, the value that would have
     kept the requested share of the whole batch; in evaluation it stands still, and no decision looks at another token. What a
-    trace asks of ``keep`` moves it in training alone. Before it has seen a batch of training, evaluation takes the top k.
+    trace asks of ``keep`` moves it in training alone. Before it has seen a batch of training, evaluation takes the top k; of a
+    causal model, where that would look ahead, what is above 0.
 
     Args:
+        spec: the tokens that it chooses from.
         calibrate: follow the scores. If not, the threshold stays at 0, a probability of one half, and a regulariser of the
             budget has to hold the ratio.
         rate: weight of the newest batch in the moving average.
+        bucket: rows are filled up to a multiple of it; None takes 16 in a causal model and 1 elsewhere.
     """
 
     adaptive = True
 
-    def __init__(self, calibrate: bool = True, rate: float = 0.1) -> None:
-        super().__init__()
+    def __init__(self, spec: TokenSpec, calibrate: bool = True, rate: float = 0.1, bucket: int | None = None) -> None:
+        super().__init__(spec, bucket)
         if not 0 < rate <= 1:
             raise ValueError(f"selector 'threshold': rate = {rate} must be in (0, 1]")
         self.calibrate, self.rate = calibrate, rate
+        self.first = TopKSelector(spec)
         self.threshold: Tensor
         self.batches: Tensor
         self.register_buffer("threshold", torch.zeros(()))
@@ -49,10 +54,10 @@ class ThresholdSelector(Selector):
             return everything(state)
         if self.training and self.calibrate:
             self.follow(scores, state.routable, request.keep)
-        elif self.calibrate and not self.batches.bool():
+        elif self.calibrate and not self.causal and not self.batches.bool():
             # It has seen no scores yet: as many of every row.
-            return TopKSelector()(scores, state, replace(request, draws=None))  # type: ignore[no-any-return]
-        return decide(scores > self.threshold, scores, state)
+            return self.first(scores, state, replace(request, draws=None))  # type: ignore[no-any-return]
+        return self.decide(scores > self.threshold, scores, state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ThresholdSelector:
         # Scores are float32 in a model of any dtype, and a moving average stands still in bf16.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..draws import gumbel
 from ..state import Decision, TokenState
+from ..subsets import compact
 from .base import Request, Selector
 
 
@@ -14,7 +15,8 @@ class TopKSelector(Selector):
     """Keeps the ``count`` highest scores of each row, ties to the lower slot, and every protected token.
 
     In training, scores are standardised over their row and Gumbel noise is added, whose strength the schedule anneals to 0:
-    first any token may stay, so that the router learns about all of them, at last exactly those of evaluation.
+    first any token may stay, so that the router learns about all of them, at last exactly those of evaluation. Where rows are
+    packed, every document has a count of its own, as if it were alone.
     """
 
     lookahead = True
@@ -28,6 +30,8 @@ class TopKSelector(Selector):
             variance = ((rank - mean).square() * routable).sum(-1, keepdim=True) / number
             rank = rank / (variance.sqrt() + 1e-3) + gumbel(request.draws) * request.noise
         rank = rank.masked_fill(state.protected, float("inf"))
+        if state.document is not None:
+            return self._of_documents(rank, state, state.document, torch.as_tensor(count))
         if state.valid is None:
             assert isinstance(count, int)
             # A stable sort, not topk, whose choice among equal scores depends on the batch and the device.
@@ -36,7 +40,22 @@ class TopKSelector(Selector):
         rank = rank.masked_fill(~state.valid, float("-inf"))
         order = rank.sort(dim=-1, descending=True, stable=True).indices
         total = count + (state.protected & state.valid).sum(-1)
-        width = int(total.max())
-        valid = torch.arange(width, device=rank.device) < total[:, None]
-        index = order[:, :width].masked_fill(~valid, state.tokens).sort(-1).values
-        return Decision(index.clamp(max=state.tokens - 1), valid)
+        place = torch.arange(state.tokens, device=rank.device).expand_as(order)
+        kept = compact(torch.zeros_like(state.valid).scatter_(1, order, place < total[:, None]), bucket=self.bucket)
+        return Decision(kept.index, kept.valid, kept.empty)
+
+    def _of_documents(self, rank: Tensor, state: TokenState, document: Tensor, count: Tensor) -> Decision:
+        """The highest (B, D) ``count`` of each document."""
+        if state.valid is not None:
+            rank = rank.masked_fill(~state.valid, float("-inf"))
+        by_score = rank.sort(dim=-1, descending=True, stable=True).indices
+        # Documents one after the other, each with its highest scores first; padding, which belongs to none, behind them all.
+        last = document.gather(1, by_score).masked_fill(rank.gather(1, by_score) == float("-inf"), count.shape[1])
+        order = by_score.gather(1, last.sort(dim=-1, stable=True).indices)
+        owner = last.sort(dim=-1, stable=True).values
+        place = torch.arange(state.tokens, device=rank.device).expand_as(owner)
+        first = torch.full((state.rows, count.shape[1] + 1), state.tokens, device=rank.device).scatter_reduce_(1, owner, place, "amin")
+        wanted = torch.nn.functional.pad(count, (0, 1)).gather(1, owner)
+        stays = torch.zeros_like(owner, dtype=torch.bool).scatter_(1, order, place - first.gather(1, owner) < wanted)
+        kept = compact(stays, bucket=self.bucket)
+        return Decision(kept.index, kept.valid, kept.empty)

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from laconic.data.hub import Source
-from laconic.data.images import BadRow, BadRowCount, BadRows, ImageTransform, collate, decode
+from laconic.data.image_data import ImageData, hub_images
+from laconic.data.images import ImageTransform, decode
 from laconic.data.loader import ResumableLoader, StepBatches
-from laconic.data.module import ImageData, hub_images
+from laconic.data.rows import BadRow, BadRowCount, BadRows, collate
 from tests.data.folders import encoded, image_folder, parquet, picture
 
 TRANSFORM = ImageTransform(size=16)

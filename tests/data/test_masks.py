@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from laconic.data.hub import Source
-from laconic.data.images import BadRow, ImageTransform
+from laconic.data.images import ImageTransform
 from laconic.data.masks import MaskRows, hub_masks
+from laconic.data.rows import BadRow
 from laconic.data.scattered_digits import BACKGROUND, Canvas, ScatteredDigits, source_digits
 
 

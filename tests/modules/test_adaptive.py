@@ -12,12 +12,14 @@ from laconic import Budget, BudgetConfig, CompressionConfig, StageConfig, Trace,
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.cost import CostModel
 from laconic.modules.packing import ATTENTION, Packing
+from laconic.modules.scorers.base import TokenSpec
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.gumbel import GumbelSelector
 from laconic.modules.selectors.threshold import ThresholdSelector
 from laconic.modules.state import TokenState
 from tests.matrix import METHODS, compressed, dense, images, labels, settle, traced
 
+SPEC = TokenSpec(hidden_size=16, classes=0)
 THRESHOLD: dict[str, Any] = {"scorer": {"name": "learned", "detach": True}, "selector": "threshold"}
 
 
@@ -41,7 +43,7 @@ def _settled(selector: ThresholdSelector) -> ThresholdSelector:
 def test_rows_keep_what_scores_above_the_threshold() -> None:
     scores = torch.tensor([[9.0, 1, -1, 2, -3], [9.0, -1, -2, -1, -3], [9.0, 4, 4, 4, 4]])
     state = TokenState.initial(3, 5, 1, None, scores.device)
-    decision = _settled(ThresholdSelector())(scores, state, Request(0.5, 2))
+    decision = _settled(ThresholdSelector(SPEC))(scores, state, Request(0.5, 2))
     assert decision.kept_mask(5).tolist() == [
         [True, True, False, True, False],
         [True, True, False, False, False],  # nothing is above: the best one stays
@@ -50,7 +52,7 @@ def test_rows_keep_what_scores_above_the_threshold() -> None:
 
 
 def test_the_threshold_follows_the_scores_of_the_batch() -> None:
-    selector, state = ThresholdSelector(rate=0.1).train(), TokenState.initial(64, 101, 1, None, torch.device("cpu"))
+    selector, state = ThresholdSelector(SPEC, rate=0.1).train(), TokenState.initial(64, 101, 1, None, torch.device("cpu"))
     for step in range(60):
         scores = 3 + 2 * torch.randn(64, 101, generator=torch.Generator().manual_seed(step))
         decision = selector(scores, state, Request(0.3, 30))
@@ -66,7 +68,7 @@ def test_gumbel_noise_makes_a_stay_as_likely_as_its_score_says() -> None:
     scores = torch.full((1, 20_001), 0.7)
     state = TokenState.initial(1, 20_001, 1, None, scores.device)
     draws = torch.rand(1, 20_001, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
-    decision = GumbelSelector()(scores, state, Request(0.5, 100, 1.0, draws))
+    decision = GumbelSelector(SPEC)(scores, state, Request(0.5, 100, noise=1.0, draws=draws))
     assert decision.kept_mask(20_001).float().mean() == pytest.approx(float(torch.tensor(0.7).sigmoid()), abs=0.01)
 
 
@@ -178,7 +180,7 @@ def test_a_threshold_that_has_seen_no_scores_keeps_as_many_as_asked() -> None:
 
 
 def test_the_threshold_stays_float32_in_a_model_of_another_dtype() -> None:
-    selector = ThresholdSelector()
+    selector = ThresholdSelector(SPEC)
     selector.threshold.fill_(1.001)
     assert selector.bfloat16().threshold == torch.tensor(1.001)
 

@@ -166,7 +166,7 @@ def test_cost_at_another_image_size_equals_a_counter(family: str) -> None:
     model = compressed(family, RANDOM, 0.5, 0.6, attn_implementation="eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         traced(model, pixels[:1], **how)
-    ours = CostModel(model, image_size=(pixels.shape[2], pixels.shape[3]))
+    ours = CostModel(model, size=(pixels.shape[2], pixels.shape[3]))
     assert ours.shape.patches == 63
     assert ours().macs == pytest.approx(counter.get_total_flops() / 2, rel=0.006)
 

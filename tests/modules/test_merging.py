@@ -50,7 +50,7 @@ def test_bipartite_matching_merges_the_pairs_worked_out_on_paper(removed: int, e
     assert scored.partner is not None
     assert {slot: int(scored.partner[0, slot]) for slot in (2, 4, 6)} == {2: 1, 4: 3, 6: 5}
     torch.testing.assert_close(-scored.scores[0, [2, 4, 6]], torch.tensor([0.9962, 0.9994, 0.9998]), atol=5e-5, rtol=0)
-    decision = TopKSelector()(scored.scores, site.state, Request(1.0, 6 - removed))
+    decision = TopKSelector(SPEC)(scored.scores, site.state, Request(1.0, 6 - removed))
     merged = BipartiteMerger(SPEC)(site, scored, decision)
     assert merged.hidden_states.flatten().tolist() == pytest.approx(expected)
     assert merged.state.size.flatten().tolist() == sizes
@@ -81,7 +81,7 @@ def test_merged_copies_with_proportional_attention_equal_attention_over_all_of_t
     state = TokenState.initial(2, 9, 1, None, doubled.device)
     site = SiteInput(doubled, state, Trace(), 0, layer, ViTBackbone)
     scored = BipartiteScorer(TokenSpec(16, 0))(site)
-    decision = TopKSelector()(scored.scores, state, Request(0.5, 4))
+    decision = TopKSelector(SPEC)(scored.scores, state, Request(0.5, 4))
     merged = BipartiteMerger(TokenSpec(16, 0))(site, scored, decision)
     torch.testing.assert_close(merged.hidden_states, distinct, atol=1e-6, rtol=1e-6)
     out = layer(merged.hidden_states, ViTBackbone.mask_for(None, merged.state, torch.float32))
@@ -116,7 +116,7 @@ def test_squeeze_merges_each_token_into_its_most_similar_kept_one() -> None:
     values = torch.tensor([[100.0, 1, 2, 3, 4, 5]]).unsqueeze(-1)
     site = _site(values, angles)
     # Slots 1 and 4 stay; 2 and 5 point like 1, 3 like 4.
-    decision = TopKSelector()(torch.tensor([[0.0, 9, 1, 1, 9, 1]]), site.state, Request(0.4, 2))
+    decision = TopKSelector(SPEC)(torch.tensor([[0.0, 9, 1, 1, 9, 1]]), site.state, Request(0.4, 2))
     merged = SqueezeMerger(SPEC, metric="keys")(site, Scored(torch.zeros(1, 6)), decision)
     assert merged.hidden_states.flatten().tolist() == pytest.approx([100.0, (1 + 2 + 5) / 3, 3.5])
     assert merged.state.size.tolist() == [[1, 3, 2]]
@@ -238,11 +238,11 @@ def test_a_merge_is_a_mean_weighted_by_size() -> None:
     values = torch.tensor([[0.0, 10.0, 20.0, 50.0, 60.0]]).unsqueeze(-1)
     site = _site(values, [0, 0, 1, 90, 91])
     first = SqueezeMerger(SPEC, metric="keys")
-    decision = TopKSelector()(torch.tensor([[0.0, 5, 1, 5, 5]]), site.state, Request(0.75, 3))
+    decision = TopKSelector(SPEC)(torch.tensor([[0.0, 5, 1, 5, 5]]), site.state, Request(0.75, 3))
     merged = first(site, Scored(torch.zeros(1, 5)), decision)
     _Angles.angles = torch.tensor([0.0, 0.0, 2.0, 3.0])
     again = SiteInput(merged.hidden_states, merged.state, Trace(), 0, torch.nn.Identity(), _Angles)
-    decision = TopKSelector()(torch.tensor([[0.0, 5, 1, 1]]), again.state, Request(0.3, 1))
+    decision = TopKSelector(SPEC)(torch.tensor([[0.0, 5, 1, 1]]), again.state, Request(0.3, 1))
     last = first(again, Scored(torch.zeros(1, 4)), decision)
     assert last.hidden_states.flatten().tolist() == pytest.approx([0.0, 35.0])
     assert functional.l1_loss(last.state.size, torch.tensor([[1.0, 4.0]])) == 0

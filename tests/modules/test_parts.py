@@ -10,6 +10,7 @@ import torch
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
 from laconic.modules.cost import CostModel
 from laconic.modules.draws import uniform
+from laconic.modules.scorers.base import TokenSpec
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.top_k import TopKSelector
 from laconic.modules.state import Decision, KeepCount, TokenState
@@ -49,7 +50,7 @@ def test_patch_energy_does_not_change_with_brightness_or_contrast() -> None:
 
 def test_ties_go_to_the_lower_slot() -> None:
     state = TokenState.initial(2, 7, 1, None, torch.device("cpu"))
-    decision = TopKSelector()(torch.zeros(2, 7), state, Request(0.5, 3))
+    decision = TopKSelector(TokenSpec(16, 0))(torch.zeros(2, 7), state, Request(0.5, 3))
     assert decision.index.tolist() == [[0, 1, 2, 3]] * 2
 
 

@@ -196,7 +196,7 @@ def test_an_estimator_trains_the_scorer_or_is_refused(site: str, layer: int) -> 
 def test_achieved_macs_of_larger_images_are_against_the_dense_model_on_them() -> None:
     model = _model(_stage("before", 1, 0.5, scorer="random"))
     _, trace = traced(model, torch.randn(2, 3, 48, 48), interpolate_pos_encoding=True)
-    assert CostModel(model).achieved(trace) == pytest.approx(CostModel(model, image_size=(48, 48))().macs_ratio)
+    assert CostModel(model).achieved(trace) == pytest.approx(CostModel(model, size=(48, 48))().macs_ratio)
 
 
 def test_achieved_macs_of_padded_rows_are_against_the_dense_model_on_their_real_tokens() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from laconic import Trace, stages_of
-from laconic.trainer.build import build, image_input
+from laconic.trainer.build import build
 from laconic.trainer.recipe_files import RecipeError, load
 from laconic.trainer.validate import validate
 from tests.data.folders import image_folder
@@ -43,11 +43,7 @@ def test_a_local_folder_of_any_family_builds_and_takes_a_training_step(family: s
     assert {name: torch.equal(parameter, loaded[name]) for name, parameter in kept.items()} == dict.fromkeys(kept, True)
     batch = [parts.data.train[index] for index in range(4)]
     pixels = torch.stack([row["pixel_values"] for row in batch])
-    assert (
-        pixels.shape
-        == (4, 3, IMAGE, IMAGE)
-        == (4, *parts.task.probe(*image_input(parts.model.config), parts.model.config)["pixel_values"].shape[1:])
-    )
+    assert pixels.shape == (4, 3, IMAGE, IMAGE) == (4, *parts.task.probe(parts.model.config)["pixel_values"].shape[1:])
     # Noise of mean a half, normalised by the folder's own processor.
     assert pixels.mean((0, 2, 3)).tolist() == pytest.approx([0.5, 0.0, -0.25], abs=0.1)
     trace = Trace(noise=1.0)

@@ -7,17 +7,21 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
+from laconic.modules.backbones import backbones
 from laconic.trainer.build import build
 from laconic.trainer.recipe_files import RecipeError, check, dump, load, shipped
 from laconic.trainer.run import train
 from laconic.trainer.validate import validate
 from tests.data.folders import image_folder
+from tests.data.texts import chats, jsonl, small_tokenizer
 
 
 def _overrides(name: str, tmp_path: Path, quick: list[str]) -> list[str]:
     """What makes a shipped recipe small enough to run here, where no hub can be reached."""
+    if name.startswith("llm_"):
+        return _language_model(name, tmp_path, quick)
     if name.startswith("mae_digits"):
         tiny = [*quick, "baselines=[]", "model.config.decoder_hidden_size=8", "model.config.decoder_num_hidden_layers=1"]
         if not name.startswith("mae_digits_finetune"):
@@ -41,6 +45,26 @@ def _overrides(name: str, tmp_path: Path, quick: list[str]) -> list[str]:
         "trainer.bench_rounds=0",
         f"output={tmp_path / 'run'}",
     ]
+
+
+def _language_model(name: str, tmp_path: Path, quick: list[str]) -> list[str]:
+    if name == "llm_finetune":
+        tokenizer = small_tokenizer(template=True)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "llm")
+        tokenizer.save_pretrained(tmp_path / "llm")
+        rows = jsonl(tmp_path / "chats.jsonl", chats(24))
+        shorter = [item for item in quick if not item.startswith(("model.", "data."))]
+        model = [f"model.name={tmp_path / 'llm'}", f"data.data_files={rows}", "data.sequence_length=128", "data.batch_size=2"]
+        return [*shorter, *model, "trainer.max_epochs=null"]
+    if load(name).recipe.compression is not None and "llama" not in backbones():
+        pytest.skip("there is no adapter for llama yet")
+    # As deep as it ships: its stages are around layers that a shallower model does not have.
+    kept = [item for item in quick if "num_hidden_layers" not in item and "_samples" not in item]
+    return [*kept, "baselines=[]", "model.config.vocab_size=400", "data.sequence_length=64", "data.train_samples=6", "data.eval_samples=2"]
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))

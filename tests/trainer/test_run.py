@@ -17,12 +17,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import laconic
-from laconic.data.images import BadRows
+from laconic.data.rows import BadRows
 from laconic.trainer.baselines import load_baselines
-from laconic.trainer.build import build, with_normalisation
+from laconic.trainer.build import build
 from laconic.trainer.callbacks.guards import NanGuard, NotANumber
 from laconic.trainer.evaluate import evaluate, recipe_of
 from laconic.trainer.export.export import export
+from laconic.trainer.image_task import with_normalisation
 from laconic.trainer.recipe_files import RecipeError, load
 from laconic.trainer.resume import find_checkpoint
 from laconic.trainer.run import rehearse, train, train_arm

@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import laconic
 from laconic import Trace
-from laconic.data.images import collate
+from laconic.data.rows import collate
 from laconic.trainer.build import build
 from laconic.trainer.evaluate import evaluate, recipe_of
 from laconic.trainer.export.export import export
@@ -146,7 +146,7 @@ def test_a_dataset_with_masks_trains_from_a_classifier_s_weights(tmp_path: Path,
         (["distillation={teacher: dense_self}"], r"distillation has an image classifier"),
         (["model.config={model_type: beit}"], r"BeitForSemanticSegmentation cannot be compressed: its head reads the hidden states"),
         (["model.config={model_type: deit}"], r"deit has no head for semantic segmentation here: take model_type dinov2 or vit"),
-        (["task=image_classification", "data.mask_column=mask"], r"data.mask_column is for masks"),
+        (["task=image_classification", "data.mask_column=mask"], r"data.mask_column = 'mask' is for masks"),
     ],
 )
 def test_what_segmentation_does_not_have_is_refused_with_the_cure(overrides: list[str], message: str) -> None:

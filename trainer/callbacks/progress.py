@@ -11,30 +11,45 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import collective
+from ..tasks.base import Task
 
 
 class Throughput:
-    """Images a second since the last reading: loading and training, validation excluded."""
+    """How many images or tokens a second: loading and training, validation excluded.
+
+    Attributes:
+        amount: of the whole training.
+        seconds: likewise.
+    """
 
     def __init__(self) -> None:
-        self.images, self.seconds, self.total, self._since = 0, 0.0, 0.0, 0.0
+        self.amount, self.seconds = 0, 0.0
+        self._read, self._since = (0, 0.0), 0.0
+
+    def resume(self, amount: int, seconds: float) -> None:
+        """Goes on from what a checkpoint counted."""
+        self.amount, self.seconds, self._read = amount, seconds, (amount, seconds)
 
     def start(self) -> None:
         self._since = time.perf_counter()
 
-    def add(self, images: int) -> None:
+    def add(self, amount: int) -> None:
         """Counts what was done since the last call, or since ``start``."""
         now = time.perf_counter()
-        self.images += images
+        self.amount += amount
         self.seconds += now - self._since
-        self.total += now - self._since
         self._since = now
 
     def read(self) -> float:
-        """Images a second, and starts counting again."""
-        rate = self.images / self.seconds if self.seconds else 0.0
-        self.images, self.seconds = 0, 0.0
-        return rate
+        """The rate since the last reading."""
+        amount, seconds = self._read
+        self._read = self.amount, self.seconds
+        return (self.amount - amount) / (self.seconds - seconds) if self.seconds > seconds else 0.0
+
+    @property
+    def mean(self) -> float | None:
+        """The rate of the whole training; None before anything was done."""
+        return self.amount / self.seconds if self.seconds else None
 
 
 class RunLog:
@@ -55,18 +70,18 @@ class RunLog:
 
 
 class StepLine(Callback):
-    """Writes step, loss, achieved keep, images/s and time left, and the same as scalars.
+    """Writes step, loss, achieved keep, speed and time left, and the same as scalars.
 
     Args:
         log: where lines go; the bar goes to its console.
         total_steps: optimizer steps of the run.
         every: steps between lines.
         title: name of the arm.
-        metric: of the task.
+        task: what is learned: its metric, and what its speed is counted in.
     """
 
-    def __init__(self, log: RunLog, total_steps: int, every: int, title: str, metric: str) -> None:
-        self.lines, self.total_steps, self.every, self.title, self.metric = log, total_steps, every, title, metric
+    def __init__(self, log: RunLog, total_steps: int, every: int, title: str, task: type[Task]) -> None:
+        self.lines, self.total_steps, self.every, self.title, self.task = log, total_steps, every, title, task
         self.throughput = Throughput()
         self._bar: Progress | None = None
         self._began = 0.0
@@ -82,15 +97,15 @@ class StepLine(Callback):
             self._bar.start()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"train_seconds": self.throughput.total}
+        return {"train_seconds": self.throughput.seconds, "amount": self.throughput.amount}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.throughput.total = state_dict["train_seconds"]
+        self.throughput.resume(state_dict["amount"], state_dict["train_seconds"])
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.throughput.add(len(batch["sample_ids"]) * trainer.world_size)
+        self.throughput.add(self.task.amount(batch) * trainer.world_size)
         step = trainer.global_step
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
@@ -103,7 +118,7 @@ class StepLine(Callback):
         # Of the whole step: the mean over ranks, and tokens summed before dividing.
         loss, *summed = collective.total([float(outputs["task_loss"]), *counts])
         loss /= trainer.world_size
-        scalars = {"train/loss": loss, "train/images_per_second": rate, "train/lr": trainer.optimizers[0].param_groups[0]["lr"]}
+        scalars = {"train/loss": loss, f"train/{self.task.unit}_per_second": rate, "train/lr": trainer.optimizers[0].param_groups[0]["lr"]}
         keeps = []
         for (name, routing), kept, present in zip(routings.items(), summed[::2], summed[1::2], strict=True):
             achieved = kept / max(1, present)
@@ -127,12 +142,12 @@ class StepLine(Callback):
         keep = f"  keep {' '.join(keeps)}" if keeps else ""
         if trainer.is_global_zero:
             self.lines.line(
-                f"{self.title}  step {step}/{self.total_steps}  loss {loss:.3f}{keep}  {rate:,.0f} images/s  {_clock(left)} left"
+                f"{self.title}  step {step}/{self.total_steps}  loss {loss:.3f}{keep}  {rate:,.0f} {self.task.unit}/s  {_clock(left)} left"
             )
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.throughput.start()
-        metric = self.metric
+        metric = self.task.metric
         value = trainer.callback_metrics.get(f"val/{metric}")
         if value is not None and not trainer.sanity_checking and trainer.is_global_zero:
             self.lines.line(f"{self.title}  step {trainer.global_step}  validation {metric.replace('_', ' ')} {float(value):.4f}")

@@ -77,10 +77,14 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
     for name, item in checked.items():
         keep = "  ".join(f"{stage} keep {value:.4f}" for stage, value in item.keep.items())
         out.print(
-            f"{name} is valid: {item.parameters:,} parameters, {item.train_rows:,} training rows"
+            f"{name} is valid: {item.parameters:,} parameters, {'streamed' if item.train_rows is None else f'{item.train_rows:,}'} training rows"
             f"{f' of {item.classes} classes' if item.classes else ''}, {item.steps:,} steps, "
-            f"macs_ratio {item.macs_ratio:.3f}, tokens by layer {' '.join(map(str, item.tokens))}{'  ' if keep else ''}{keep}, "
-            f"about {item.memory_bytes / 2**30:.2f} GiB to train",
+            + (
+                f"macs_ratio {item.macs_ratio:.3f}, tokens by layer {' '.join(map(str, item.tokens))}{'  ' if keep else ''}{keep}, "
+                if item.tokens
+                else ""
+            )
+            + f"about {item.memory_bytes / 2**30:.2f} GiB to train{'' if item.tokens else ', activations aside'}",
             highlight=False,
             soft_wrap=True,
         )
@@ -183,6 +187,24 @@ def export(
     )
 
 
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(help="run folder, or folder of an export")],
+    to: Annotated[Path, typer.Option(help="file to write: .html for text, .png for images")],
+    overrides: Overrides = None,
+    given: Annotated[str | None, typer.Option("--input", help="a text, or the path of one; none takes held-out data")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show which tokens every stage of a trained model keeps."""
+    with user_input():
+        from ..evaluate import inspect_run, recipe_of
+
+        kept = inspect_run(target, recipe_of(target, overrides or []), given, to)
+    emit({"target": target, "written": str(to), "keep": dict(kept)}, as_json)
+    shares = "  ".join(f"{name} {value:.3f}" for name, value in kept.items())
+    console(as_json).print(f"written: {to}; achieved keep by stage: {shares}", highlight=False, soft_wrap=True)
+
+
 COST_COLUMNS = ("layer", "stages", "tokens", "tokens in MLP", "MACs", "MACs dense", "of stages")
 
 
@@ -203,7 +225,7 @@ def cost(
 
         result = cost_of_recipe(recipe, overrides or []) if recipe is not None else cost_of_model(str(model))
     emit(result, as_json)
-    table = Table(title=f"one image: macs_ratio {result['macs_ratio']:.4f}, mean token fraction {result['mean_token_fraction']:.4f}")
+    table = Table(title=f"one row: macs_ratio {result['macs_ratio']:.4f}, mean token fraction {result['mean_token_fraction']:.4f}")
     for column in COST_COLUMNS:
         table.add_column(column, justify="left" if column == "stages" else "right")
     for row in result["layers"]:
@@ -214,7 +236,7 @@ def cost(
     out.print(table)
     out.print(
         f"embedding {result['embed_macs']:,} and head {result['head_macs']:,} MACs; activations of a training step about "
-        f"{result['activation_bytes'] / 2**20:.2f} MiB an image, dense {result['dense_activation_bytes'] / 2**20:.2f} MiB",
+        f"{result['activation_bytes'] / 2**20:.2f} MiB a row, dense {result['dense_activation_bytes'] / 2**20:.2f} MiB",
         highlight=False,
     )
 

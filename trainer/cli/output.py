@@ -86,7 +86,7 @@ def running() -> Iterator[None]:
     except Exception as error:
         import traceback
 
-        from ...data.images import BadRows
+        from ...data.rows import BadRows
         from ..callbacks.guards import NotANumber
 
         # These end all processes together; anything else may have happened in this one alone.

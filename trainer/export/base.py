@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 from ...modules import parts as registry
 from ...modules.compress import stages_of
 from ..recipe_files import RecipeError
-from .source import DTYPES, NEW_TOKENS, Settings, Source
+from .source import DTYPES, Settings, Source
 
 _FOLDER = f"{__package__}.formats"
 
-# Answers of a model of transformers, for programs of clean processes; NEW_TOKENS as in ``source.answers``.
-ANSWER = f"""
+# Answers of a model of transformers, for programs of clean processes, which know how many NEW_TOKENS are asked for.
+ANSWER = """
 import torch
 
 @torch.no_grad()
@@ -23,16 +23,16 @@ def answer(model, batch):
     for parameter in model.parameters():
         # A mapped file lies at any address, and matrix products round by address: fresh memory answers bit for bit.
         parameter.data = parameter.data.clone()
-    found = {{"logits": model(**batch).logits.float().contiguous()}}
-    if model.can_generate():
-        found["generated"] = model.generate(**batch, max_new_tokens={NEW_TOKENS}, do_sample=False)
+    found = {"logits": model(**batch).logits.float().contiguous()}
+    if NEW_TOKENS:
+        found["generated"] = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
     return found
 
 def whole(loaded):
     model, report = loaded
-    wrong = {{key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}}
+    wrong = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}
     if wrong:
-        raise SystemExit(f"the weights do not fit: {{wrong}}")
+        raise SystemExit(f"the weights do not fit: {wrong}")
     return model.eval()
 """
 

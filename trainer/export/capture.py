@@ -12,14 +12,16 @@ from torch.export import Dim, ExportedProgram
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ...modules.compress import stages_of
+from ...modules.backbones.vision import VisionBackbone
+from ...modules.compress import CompressedModel, stages_of
 from ..recipe_files import RecipeError
 
-# transformers makes full masks that hide nothing while it is traced, except for attention that it has no mask function for.
+# While transformers is traced it makes full masks that hide nothing, as if rows had padding, except for attention that it knows no mask
+# function of. Only for models whose tokens all see each other.
 ATTENTION = "laconic_export"
 AttentionInterface.register(ATTENTION, sdpa_attention_forward)
 
-_REDUCING = ("scatter_reduce", "scatter_add", "index_add", "index_reduce", "index_put")
+_REDUCING = ("scatter_reduce", "scatter_add", "index_add", "index_reduce")
 
 
 def check_static(model: PreTrainedModel, name: str) -> None:
@@ -43,8 +45,11 @@ class _Logits(nn.Module):
         super().__init__()
         self.model = model
 
+        # Nobody reads the cache of a graph.
+        options = {"use_cache": False} if model.can_generate() else {}
+
         def forward(*args: Tensor, **kwargs: Tensor) -> Any:
-            return model(**dict(zip(names, args, strict=False)), **kwargs).logits
+            return model(**dict(zip(names, args, strict=False)), **kwargs, **options).logits
 
         # torch.export takes names from the signature, and they become those of the graph's inputs.
         forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -64,7 +69,8 @@ def captured(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> ExportedPr
     Raises:
         RuntimeError: the graph has a scatter with a reduction, which runtimes lack or are slow at.
     """
-    model.set_attn_implementation(ATTENTION)
+    if isinstance(model, CompressedModel) and issubclass(model.backbone, VisionBackbone):
+        model.set_attn_implementation(ATTENTION)
     rows = Dim("batch", min=1)
     program = torch.export.export(
         _Logits(model, list(inputs)).eval(), (), dict(inputs), dynamic_shapes={name: {0: rows} for name in inputs}, strict=False

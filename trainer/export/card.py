@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...modules.cost import CostModel
+from ..build import cost_model
 from ..tasks.base import task_named
 from .base import Format, auto_class, base_name, compressed
 from .source import Settings, Source
@@ -23,7 +23,8 @@ _PIPELINES = {
 def facts(source: Source) -> dict[str, Any]:
     """What is known of the model, taken before a format changes it: costs from its token counts, the rest from the run's report."""
     model, report = source.model, source.report or {}
-    cost = CostModel(model)()
+    costs = cost_model(model)
+    cost = None if costs is None else costs()
     is_compressed = compressed(model)
     quality, keep = report.get("quality") or {}, report.get("keep") or {}
     return {
@@ -35,8 +36,11 @@ def facts(source: Source) -> dict[str, Any]:
         "quality": quality.get("compressed" if is_compressed else "dense"),
         "dense_quality": quality.get("dense"),
         "split": quality.get("split"),
-        "keep": {name: {"requested": value, "achieved": (keep.get("achieved") or {}).get(name)} for name, value in cost.keep.items()},
-        "macs_ratio": {"requested": cost.macs_ratio, "achieved": report.get("macs_ratio")},
+        "keep": {
+            name: {"requested": value, "achieved": (keep.get("achieved") or {}).get(name)}
+            for name, value in (cost.keep if cost else {}).items()
+        },
+        "macs_ratio": {"requested": cost.macs_ratio if cost else None, "achieved": report.get("macs_ratio")},
         "step_speedup": (report.get("step_time") or {}).get("speedup"),
         "cores": (report.get("versions") or {}).get("cores"),
     }
@@ -91,6 +95,7 @@ def _rows(about: Mapping[str, Any], kind: str, settings: Settings) -> list[str]:
 
 def _pair(values: Mapping[str, float | None]) -> str:
     achieved = values["achieved"]
+    assert values["requested"] is not None
     return f"{values['requested']:.4f} requested, {'not measured' if achieved is None else f'{achieved:.4f} achieved'}"
 
 

@@ -17,7 +17,7 @@ from .base import Format, format_named
 from .card import facts, write_card
 from .preprocessing import save_preprocessing
 from .push import push as push_to_hub
-from .source import DTYPES, Settings, Source, answers
+from .source import DTYPES, NEW_TOKENS, Settings, Source, answers
 from .verify import clean_answers
 
 RECORD = "export.json"
@@ -52,7 +52,7 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
     if form.hugging_face:
         shutil.copy(source.recipe_file, folder / "recipe.yaml")
     form.write(source, settings, folder)
-    found = clean_answers(form, folder, batches)
+    found = clean_answers(form, folder, batches, NEW_TOKENS if "generated" in cast[0] else 0)
     added = _difference(found, cast)
     if not added <= form.tolerance:
         raise RuntimeError(f"the export in {folder} answers otherwise when it is loaded: its logits are off by {added:.2e}")

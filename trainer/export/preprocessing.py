@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from transformers import AutoTokenizer
 
-from ...modules.backbones import backbones
-from ...modules.backbones.vision import VisionBackbone
-from ..build import image_input, with_normalisation
+from ..image_task import ImageTask, image_input, with_normalisation
 from ..recipe import Recipe
 from ..report import write_json
+from ..tasks.base import task_named
 from .source import Source
 
 PROCESSOR = "preprocessor_config.json"
-# Beside the weights of a run that reads text.
-_TEXT = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-)
 
 
 def save_preprocessing(source: Source, folder: Path) -> None:
-    """Writes the image processor of a vision model, and whatever tokenizer lies beside the weights."""
+    """Writes the image processor of a task on images, and the tokenizer that lies beside the weights."""
     config: Any = source.model.config
-    if issubclass(backbones()[config.model_type], VisionBackbone):
+    if issubclass(task_named(source.recipe.task), ImageTask):
         write_json(folder / PROCESSOR, image_processor(source.recipe, config))
-    for name in _TEXT:
-        if (source.weights / name).is_file():
-            shutil.copy(source.weights / name, folder / name)
+    if (source.weights / "tokenizer_config.json").is_file():
+        AutoTokenizer.from_pretrained(source.weights).save_pretrained(folder)
 
 
 def image_processor(recipe: Recipe, config: Any) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..build import image_input
+from ...modules.compress import stages_of
+from ...modules.generation import check_deployable
 from ..evaluate import load_model, model_folder, recipe_of
 from ..recipe import Recipe
 from ..recipe_files import RecipeError
@@ -78,23 +79,33 @@ class Source:
             recipe_file=recipe_file,
             model=model,
             report=json.loads(report.read_text()) if report.is_file() else None,
-            inputs=task_named(recipe.task).probe(*image_input(model.config), model.config),
+            inputs=task_named(recipe.task).probe(model.config),
         )
 
     def batches(self) -> list[dict[str, Tensor]]:
         """The inputs together and the first of them alone, floating-point ones in the model's dtype."""
-        cast = {key: value.to(self.model.dtype) if value.is_floating_point() else value for key, value in self.inputs.items()}
-        return [cast, {key: value[:1] for key, value in cast.items()}]
+        given = {key: value.to(self.model.dtype) if value.is_floating_point() else value for key, value in self.inputs.items()}
+        return [given, {key: value[:1] for key, value in given.items()}]
+
+
+def generates(model: PreTrainedModel) -> bool:
+    """Whether the model can generate, which stages that look ahead do not let it."""
+    if not model.can_generate():
+        return False
+    try:
+        check_deployable(stages_of(model))
+    except ValueError:
+        return False
+    return True
 
 
 @torch.no_grad()
 def answers(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """For each batch float32 ``logits`` and, of a model that generates, the ``generated`` token ids."""
-    found = []
+    found, generation = [], cast(Any, model)
     for batch in batches:
         answer = {"logits": model(**batch).logits.float().contiguous()}
-        if model.can_generate():
-            generation: Any = model
+        if generates(model):
             answer["generated"] = generation.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
         found.append(answer)
     return found

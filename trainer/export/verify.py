@@ -18,6 +18,7 @@ import sys
 for name in {without!r}:
     # Importing it now fails, as on a machine that does not have it.
     sys.modules[name] = None
+NEW_TOKENS = {new_tokens}
 {program}
 from safetensors.{tensors} import load_file, save_file
 folder, *files = sys.argv[1:]
@@ -27,8 +28,14 @@ for batch, out in zip(files[::2], files[1::2]):
 """
 
 
-def clean_answers(form: type[Format], folder: Path, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def clean_answers(form: type[Format], folder: Path, batches: list[dict[str, Tensor]], new_tokens: int) -> list[dict[str, Tensor]]:
     """What the export in a folder answers to each batch.
+
+    Args:
+        form: what the folder holds.
+        folder: of the export.
+        batches: inputs by name.
+        new_tokens: to generate; 0 generates none, and formats of graphs never do.
 
     Raises:
         RuntimeError: it cannot be loaded, or fails.
@@ -38,7 +45,7 @@ def clean_answers(form: type[Format], folder: Path, batches: list[dict[str, Tens
         for index, batch in enumerate(batches):
             files += [f"{temporary}/batch{index}.safetensors", f"{temporary}/answer{index}.safetensors"]
             save_file({key: value.contiguous() for key, value in batch.items()}, files[-2])
-        program = _PROGRAM.format(without=form.without, program=form.program, tensors=form.tensors)
+        program = _PROGRAM.format(without=form.without, program=form.program, tensors=form.tensors, new_tokens=new_tokens)
         # Code that comes with an export is copied to a cache before it runs; the user's own is none of our business.
         environment = {**os.environ, "HF_MODULES_CACHE": f"{temporary}/modules", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         command = [sys.executable, "-c", program, str(folder), *files]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ...data.images import ImageTransform
-from ...data.module import ImageData
+from ...data.module import Splits
 from ...modules import parts as registry
 
 if TYPE_CHECKING:
     from ..build import Parts
-    from ..recipe import DataRecipe, ModelRecipe, Recipe
+    from ..recipe import ModelRecipe, Recipe
     from ..task_module import TaskModule
 
 PROBES = 8
@@ -43,7 +42,7 @@ class Quality:
         """The metric."""
         raise NotImplementedError
 
-    def details(self, data: ImageData) -> dict[str, Any]:
+    def details(self, data: Splits) -> dict[str, Any]:
         """What the report's ``quality`` says beside the metric, JSON-able."""
         return {}
 
@@ -55,11 +54,17 @@ class Task:
         metric: name of its metric in reports and logs; a key of what ``evaluate`` gives.
         higher_is_better: of the metric.
         quality: counts the metric.
+        unit: what speed is counted in, plural.
+        item: what a batch holds, plural.
+        controls: scorers that ``laconic evaluate`` puts in the place of a model's own.
     """
 
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     quality: ClassVar[type[Quality]]
+    unit: ClassVar[str]
+    item: ClassVar[str]
+    controls: ClassVar[tuple[str, ...]] = ("random",)
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
@@ -94,14 +99,33 @@ class Task:
         return model
 
     @classmethod
-    def embedded_data(cls, recipe: DataRecipe, seed: int) -> ImageData:
-        """The splits of ``scattered_digits``."""
+    def resolved(cls, recipe: Recipe) -> Recipe:
+        """The recipe with what its model decides filled in, as a run records it."""
+        return recipe
+
+    @classmethod
+    def of_run(cls, recipe: Recipe, folder: Path) -> Recipe:
+        """The recipe of a trained model, to evaluate it: with what the folder of its weights brings.
+
+        Args:
+            recipe: beside the model.
+            folder: of the weights.
+        """
+        return recipe
+
+    @classmethod
+    def open_data(cls, recipe: Recipe, config: PretrainedConfig) -> Splits:
+        """The splits that a recipe names, as the model of ``config`` takes them. Raises ValueError where they cannot be had."""
         raise NotImplementedError
 
     @classmethod
-    def hub_data(cls, recipe: DataRecipe, transform: ImageTransform, seed: int) -> ImageData:
-        """The splits of any data set of Hugging Face ``datasets``."""
-        raise NotImplementedError
+    def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
+        """Makes a config fit the data, in place, before its model is built. Raises ValueError where it cannot.
+
+        Args:
+            config: of the dense model.
+            data: the splits.
+        """
 
     @classmethod
     def module(cls, parts: Parts) -> TaskModule:
@@ -109,40 +133,76 @@ class Task:
         raise NotImplementedError
 
     @classmethod
-    def step_inputs(cls, batch: Mapping[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
-        """Of a batch, what the model of a config needs for its own loss, for measuring a step."""
-        return {"pixel_values": batch["pixel_values"], "labels": batch["labels"]}
-
-    @classmethod
-    def evaluation_inputs(cls, batch: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Tensor]:
-        """Of a batch, what the model of a config needs to answer without labels."""
-        return {"pixel_values": batch["pixel_values"]}
-
-    @classmethod
-    def probe(cls, size: int, channels: int, config: PretrainedConfig) -> dict[str, Tensor]:
-        """Inputs of noise to compare the ``logits`` of an export on.
+    def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        """The task's own loss of a batch, with gradient.
 
         Args:
-            size: height and width of the model's images.
-            channels: of them.
-            config: of the model.
+            model: dense or compressed.
+            batch: on the model's device.
+            options: of the model's forward: the trace of a compressed one.
         """
-        return {"pixel_values": torch.rand(PROBES, channels, size, size, generator=torch.Generator().manual_seed(0))}
+        raise NotImplementedError
 
     @classmethod
-    def titles(cls, batch: Mapping[str, Any], data: ImageData) -> list[str]:
-        """One for each image of a batch, over its pictures."""
-        return [""] * len(batch["pixel_values"])
+    def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Any:
+        """What a model answers to a batch in evaluation, for ``quality``. Arguments as of ``loss``."""
+        raise NotImplementedError
 
     @classmethod
-    def truth(cls, batch: Mapping[str, Any], data: ImageData) -> np.ndarray | None:
-        """(B, height, width, 3) uint8 pictures of what is right; None where it is no picture."""
-        return None
+    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
+        """PROBES rows of noise as a model of a config takes them, to compare the ``logits`` of an export on."""
+        raise NotImplementedError
 
     @classmethod
-    def answer(cls, out: Any, data: ImageData) -> np.ndarray | None:
-        """(B, height, width, 3) uint8 pictures of what a model answered; None where it is no picture."""
-        return None
+    def draw(cls, arms: Mapping[str, Parts], folder: Path) -> None:
+        """Draws what the arms of a run did, into its folder, where the task has a picture of it.
+
+        Args:
+            arms: by name, the recipe itself last.
+            folder: of the run.
+        """
+
+    @classmethod
+    def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
+        """Shows which tokens a compressed model keeps; returns achieved keep by stage.
+
+        Args:
+            target: name of the run, for a title.
+            recipe: of the run.
+            model: with its stages, in evaluation mode.
+            given: what to look at, in the task's own way; None takes held-out data.
+            to: file to write.
+
+        Raises:
+            ValueError: the task cannot show it, or ``given`` is not of the right kind.
+        """
+        raise ValueError(f"task {recipe.task!r} has nothing to show here")
+
+    @classmethod
+    def amount(cls, batch: Mapping[str, Any]) -> int:
+        """How many of the task's ``unit`` a batch holds."""
+        return len(batch["sample_ids"])
+
+    @classmethod
+    def compile(cls, model: PreTrainedModel) -> None:
+        """torch.compile of what a training step calls, in place."""
+        model.compile()
+
+
+def refuse_data_keys(recipe: Recipe, keys: Sequence[str], why: str) -> None:
+    """Raises ValueError where a key of ``data`` is set that belongs to other tasks.
+
+    Args:
+        recipe: the recipe.
+        keys: of ``data``.
+        why: the rest of the message, after the key.
+    """
+    fields = type(recipe.data).model_fields
+    for key in keys:
+        value = getattr(recipe.data, key)
+        # A recorded recipe names every key, also those that nobody set.
+        if value != fields[key].get_default(call_default_factory=True):
+            raise ValueError(f"data.{key} = {value!r} {why}")
 
 
 def names() -> Sequence[str]:

@@ -12,15 +12,16 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
+from ...data.image_data import ImageData, hub_images, scattered_digits
 from ...data.images import ImageTransform
 from ...data.mixing import Mixing, soft_labels
-from ...data.module import ImageData, hub_images, scattered_digits
 from ...modules.backbones import backbone_for, backbones
-from ..build import Parts, source_of
+from ..build import Parts
 from ..distillation import Distillation, load_teacher
+from ..image_task import ImageTask, source_of
 from ..recipe import DataRecipe, Recipe
 from ..task_module import TaskModule
-from .base import Quality, Task
+from .base import Quality, Task, refuse_data_keys
 
 _CLASSIFIER_FOR = {
     "siglip_vision_model": "the whole SigLIP model (model_type siglip), whose classifier keeps the vision tower alone",
@@ -94,7 +95,7 @@ class ImageClassificationModule(TaskModule):
         return mixed.pixel_values, mixed.labels
 
 
-class ImageClassification(Task):
+class ImageClassification(ImageTask):
     """One label an image; any backbone that has a classifier in transformers."""
 
     metric = "accuracy"
@@ -102,9 +103,8 @@ class ImageClassification(Task):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        for key in ("mask_column", "ignore_index"):
-            if key in recipe.data.model_fields_set and getattr(recipe.data, key) != DataRecipe.model_fields[key].default:
-                raise ValueError(f"data.{key} is for masks: leave it out, or set task = semantic_segmentation")
+        super().check(recipe)
+        refuse_data_keys(recipe, ("mask_column", "ignore_index"), "is for masks: leave it out, or set task = semantic_segmentation")
 
     @classmethod
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, ViTMAEForPreTraining
 
+from ...data.image_data import ImageData, hub_images, scattered_digits
 from ...data.images import ImageTransform
-from ...data.module import ImageData, hub_images, scattered_digits
 from ...modules.backbones import backbone_for
 from ...modules.backbones.vision import pair
 from ...modules.backbones.vit_mae import fill_positions, visible
 from ...modules.draws import masking_order
-from ..build import Parts, source_of
+from ..build import Parts
+from ..image_task import ImageTask, source_of
 from ..recipe import DataRecipe, Recipe
 from ..task_module import TaskModule
-from .base import PROBES, Quality, Task
+from .base import PROBES, Quality
 
 # Masks of evaluation are the same in every run, whatever its seed, so that runs can be compared.
 _EVALUATION_SEED = 0
@@ -62,7 +63,7 @@ class MaskedImageModule(TaskModule):
         return self.total(loss, loss, trace)
 
 
-class MaskedImagePretraining(Task):
+class MaskedImagePretraining(ImageTask):
     """ViT-MAE (arXiv 2111.06377): the encoder sees a few patches and stages drop or merge more of them on the way; what restores
     the sequence gives the decoder a token for each patch that was seen."""
 
@@ -72,6 +73,7 @@ class MaskedImagePretraining(Task):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
+        super().check(recipe)
         for key, given in (
             ("distillation", recipe.distillation),
             ("data.mixing", recipe.data.mixing),
@@ -140,8 +142,8 @@ class MaskedImagePretraining(Task):
         return {"pixel_values": batch["pixel_values"], "noise": noise}
 
     @classmethod
-    def probe(cls, size: int, channels: int, config: PretrainedConfig) -> dict[str, Tensor]:
-        pixels = super().probe(size, channels, config)
+    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
+        pixels = super().probe(config)
         return {**pixels, "noise": masking_order(_EVALUATION_SEED, 0, torch.arange(PROBES), patches_of(config))}
 
     @classmethod

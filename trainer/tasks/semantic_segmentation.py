@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...data.image_data import ImageData, scattered_digits
 from ...data.images import ImageTransform
 from ...data.masks import hub_masks
-from ...data.module import ImageData, scattered_digits
 from ...modules.backbones import backbone_for
 from ...modules.models import own_models
 from ...modules.models.base import IGNORE
-from ..build import Parts, source_of
+from ..build import Parts
+from ..image_task import ImageTask, source_of
 from ..recipe import DataRecipe, Recipe
 from ..task_module import TaskModule
-from .base import Quality, Task
+from .base import Quality
 
 
 class MeanIoU(Quality):
@@ -64,7 +65,7 @@ class MeanIoU(Quality):
         return {"iou": dict(zip(data.classes, self.per_class, strict=False))}
 
 
-class SemanticSegmentation(Task):
+class SemanticSegmentation(ImageTask):
     """One label a pixel; backbones for which there is a head here."""
 
     metric = "mean_iou"
@@ -72,6 +73,7 @@ class SemanticSegmentation(Task):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
+        super().check(recipe)
         data = recipe.data
         for key, value, why in (
             ("data.mixing", data.mixing, "mixes one label an image"),

@@ -1,0 +1,122 @@
+"""Tokenizers: a saved one, or a byte-level BPE trained on the training text; and how many bytes of text a token stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+END = "<|endoftext|>"
+CACHE_VARIABLE = "LACONIC_CACHE"
+# Enough text to learn a vocabulary from; the rest of a large data set would only take time.
+TRAINING_CHARACTERS = 100_000_000
+
+
+def cache_folder() -> Path:
+    """Where trained tokenizers are kept: ``$LACONIC_CACHE``, else ``laconic`` in the user's cache folder."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "laconic"
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """A tokenizer that ends documents.
+
+    Args:
+        name: a folder, a ``tokenizer.json``, or a hub name.
+        revision: of a hub tokenizer.
+
+    Raises:
+        ValueError: there is none, or it has no token for the end of a text.
+    """
+    try:
+        if name.endswith(".json"):
+            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:
+        # Files of tokenizers fail in many ways, some of them as plain Exception.
+        raise ValueError(f"data.tokenizer = {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if tokenizer.eos_token_id is None and END in tokenizer.get_vocab():
+        tokenizer.eos_token = END
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"data.tokenizer = {name!r} has no token for the end of a text (eos_token): save it with one")
+    return tokenizer
+
+
+def trained_tokenizer(texts: Iterable[str], size: int) -> Any:
+    """A byte-level BPE of ``size`` entries trained on texts, from the cache where the same texts were trained on before.
+
+    Args:
+        texts: to learn from, those of the training split; read twice where nothing is cached.
+        size: entries, ``<|endoftext|>`` and the 256 bytes among them.
+
+    Raises:
+        ValueError: ``size`` leaves no room for pairs.
+    """
+    if size < 300:
+        raise ValueError(f"model.config.vocab_size = {size} must be at least 300 for a tokenizer to be trained: 256 are single bytes")
+    digest = hashlib.sha256(f"byte-level bpe {size}".encode())
+    for text in _first(texts):
+        digest.update(text.encode("utf-8", "surrogatepass"))
+    path = cache_folder() / f"tokenizer-{digest.hexdigest()[:24]}.json"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Several processes may come here together: each reads the old file or a whole new one.
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        _train(_first(texts), size).save(str(partial))
+        partial.replace(path)
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END, pad_token=END)
+
+
+def _first(texts: Iterable[str]) -> Iterator[str]:
+    characters = 0
+    for text in texts:
+        if characters >= TRAINING_CHARACTERS:
+            return
+        characters += len(text)
+        yield text
+
+
+def _train(texts: Iterator[str], size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def token_bytes(tokenizer: Any) -> np.ndarray:
+    """(entries,) int64: bytes of UTF-8 text that each token stands for; 0 for special tokens."""
+    count = len(tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(list(range(count)))
+    if _byte_level(tokenizer):
+        # One character of such a token is one byte of the text.
+        sizes = [len(token) if token is not None else 0 for token in tokens]
+    else:
+        sizes = [_text_bytes(token) if token is not None else 0 for token in tokens]
+    found = np.asarray(sizes, np.int64)
+    special = [number for number in tokenizer.all_special_ids if number < count]
+    found[special] = 0
+    return found
+
+
+def _byte_level(tokenizer: Any) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
+
+
+def _text_bytes(token: str) -> int:
+    """Of a token of SentencePiece (``▁`` for a space, ``<0x0A>`` for a byte) or WordPiece (``##`` inside a word)."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return 1
+    return len(token.removeprefix("##").replace("▁", " ").encode("utf-8", "surrogatepass"))

@@ -1,0 +1,254 @@
+"""What causal language models share; no adapter by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..cache import LayerEntry, LayerView, RoutedCache
+from ..counting import BackboneShape
+from ..generation import routed_cache
+from ..scorers.base import TokenSpec
+from ..sites import BYPASS
+from ..state import TokenState, Trace
+from ..subsets import take, take_shared
+from .base import Backbone
+
+if TYPE_CHECKING:
+    from ..config import CompressionConfig
+
+
+class DecoderBackbone(Backbone):
+    """A token sees itself and earlier ones; positions are turned into keys and queries inside the layers, from what the model hands
+    them.
+
+    A layer that processes a part of the tokens is handed their positions, cosines and sines, the rows and columns of its mask, and
+    a view of the cache that knows which tokens the keys belong to.
+
+    Attributes:
+        cache_name: under which the models hand their layers the cache.
+    """
+
+    sites = BYPASS
+    causal = True
+    cache_name: ClassVar[str] = "past_key_values"
+
+    @classmethod
+    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
+        layers = cls.base(model).layers
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @classmethod
+    def prefix(cls, config: PretrainedConfig) -> int:
+        return 0
+
+    @classmethod
+    def token_spec(cls, config: PretrainedConfig) -> TokenSpec:
+        return TokenSpec(hidden_size=config.hidden_size, classes=config.vocab_size, family=cls.model_type, causal=True)
+
+    @classmethod
+    def parallel(cls, config: PretrainedConfig) -> bool:
+        """Attention and MLP of a layer read the same input, so that it has no halves."""
+        return False
+
+    @classmethod
+    def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
+        implementation = model.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"attention {implementation!r} is not served in a causal model with stages: load it with attn_implementation 'sdpa' or 'eager'"
+            )
+        for stage in config.stages:
+            if stage.site != "around" and cls.parallel(model.config):
+                raise ValueError(
+                    f"stage {stage.key!r}: site = {stage.site!r} is not offered: the layers of this {cls.model_type} compute attention and "
+                    "MLP side by side (use_parallel_residual); take 'around'"
+                )
+
+    @classmethod
+    def gated(cls, config: PretrainedConfig) -> bool:
+        """The MLP has a gate beside its way up and its way down."""
+        return True
+
+    @classmethod
+    def windows(cls, config: Any) -> tuple[int | None, ...]:
+        """Of each layer, how many tokens back it looks; None looks at all."""
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+    @classmethod
+    def shape(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> BackboneShape:
+        assert not isinstance(size, tuple)
+        config: Any = model.config
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        layers = {id(module) for module in cls.layers(model).modules()}
+        heads_outside = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in layers]
+        return BackboneShape(
+            hidden=config.hidden_size,
+            intermediate=cls.intermediate(config),
+            layers=config.num_hidden_layers,
+            heads=heads,
+            prefix=0,
+            patches=size or DEFAULT_TOKENS,
+            embed_macs=0,
+            head_macs=0,
+            head_macs_per_token=sum(module.in_features * module.out_features for module in heads_outside),
+            query_width=heads * width,
+            key_width=(getattr(config, "num_key_value_heads", None) or heads) * width,
+            gated=cls.gated(config),
+            windows=cls.windows(config),
+        )
+
+    @classmethod
+    def intermediate(cls, config: Any) -> int:
+        """Width of the MLP's hidden layer."""
+        return int(config.intermediate_size)
+
+    @classmethod
+    def added_inputs(cls, model: PreTrainedModel, trace: Trace | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        wanted, given = inputs.get("use_cache"), inputs.get("past_key_values")
+        if wanted is None and given is None:
+            # In training nobody reads it, and transformers does not look for packed documents where there is a cache.
+            wanted = bool(model.config.use_cache) and not model.training and _documents(trace, inputs) is None
+        if not wanted and given is None:
+            return {"use_cache": False}
+        return {"use_cache": True if wanted is None else wanted, "past_key_values": routed_cache(model.config, given)}
+
+    @classmethod
+    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
+        tokens = inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        assert isinstance(tokens, Tensor)
+        number = tokens.shape[1]
+        trace.documents = _documents(trace, inputs)
+        mask = inputs.get("attention_mask")
+        if trace.documents is not None:
+            trace.valid = None if bool((trace.documents >= 0).all()) else trace.documents >= 0
+        elif isinstance(mask, Tensor) and mask.ndim == 2:
+            real = mask[:, -number:].bool()
+            trace.valid = None if bool(real.all()) else real
+        elif isinstance(mask, Tensor):
+            trace.valid = cls.valid_tokens(mask)
+        cache = inputs.get("past_key_values")
+        trace.seen = cache.get_seq_length() if isinstance(cache, RoutedCache) else 0
+
+    @classmethod
+    def begin(cls, trace: Trace, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
+        rows, tokens, _ = hidden_states.shape
+        documents = None if trace.documents is None else trace.documents.clamp(min=0)
+        return TokenState.initial(rows, tokens, trace.prefix, trace.valid, hidden_states.device, documents)
+
+    @classmethod
+    def enter(cls, layer: nn.Module, state: TokenState, inputs: dict[str, Any]) -> dict[str, Any]:
+        cache = inputs.get(cls.cache_name)
+        if not isinstance(cache, RoutedCache):
+            return inputs
+        of: Any = layer
+        return inputs | {cls.cache_name: cache.layers[of.plan.index].enter(state.source.shape[1])}
+
+    @classmethod
+    def prepare(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        own, entry, view = dict(inputs), inputs.get(cls.cache_name), None
+        if isinstance(entry, LayerEntry):
+            view = entry.everything() if state.whole else entry.chosen(state.position, state.valid)
+            own[cls.cache_name] = view
+        if not state.whole:
+            own |= cls.of_tokens(inputs, state.position)
+        before = entry.before if isinstance(entry, LayerEntry) else 0
+        own["attention_mask"] = cls.causal_mask(inputs.get("attention_mask"), state, view, before, dtype)
+        return own
+
+    @classmethod
+    def of_tokens(cls, inputs: Mapping[str, Any], position: Tensor) -> dict[str, Any]:
+        """Of what a layer is handed token by token, that of the tokens at (B, K) positions."""
+        picked: dict[str, Any] = {}
+        if isinstance(inputs.get("position_ids"), Tensor):
+            picked["position_ids"] = inputs["position_ids"].expand(len(position), -1).gather(1, position)
+        if inputs.get("position_embeddings") is not None:
+            # RoPE of the tokens where they stand, not renumbered.
+            picked["position_embeddings"] = tuple(take_shared(part, position) for part in inputs["position_embeddings"])
+        return picked
+
+    @classmethod
+    def of_first(cls, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        first = dict(inputs)
+        if isinstance(first.get("position_ids"), Tensor):
+            first["position_ids"] = first["position_ids"][:, :tokens]
+        if first.get("position_embeddings") is not None:
+            first["position_embeddings"] = tuple(part[:, :tokens] for part in first["position_embeddings"])
+        if isinstance(first.get("attention_mask"), Tensor):
+            first["attention_mask"] = first["attention_mask"][..., :tokens, :tokens]
+        return first
+
+    @classmethod
+    def causal_mask(cls, mask: Tensor | None, state: TokenState, view: LayerView | None, before: int, dtype: torch.dtype) -> Tensor | None:
+        """What the attention of a layer needs as its mask for the tokens that it processes.
+
+        Args:
+            mask: (B, 1, N, S) what the model made for all tokens of the forward and all that were seen, bool or additive; None means
+                that everything earlier is visible.
+            state: the M tokens to process.
+            view: of the cache; None without one.
+            before: tokens seen before this forward.
+            dtype: of an additive mask.
+
+        Returns:
+            (B, 1, M, keys), or None where it is causal as SDPA understands it by itself.
+        """
+        bias = state.logit_bias
+        if bias is not None and view is not None:
+            raise ValueError("a cache cannot hold tokens whose keys have a bias: call the model with use_cache=False")
+        alike = view is None or view.slots is None
+        if mask is None and bias is None and alike and (state.whole or before == 0):
+            # Filler lies behind the real tokens of its row, so that none of them sees it.
+            return None
+        if state.whole and alike and bias is None:
+            return mask if mask is None or view is None else mask[..., view.start :]
+        slots = state.position if view is None or view.slots is None else view.slots
+        if mask is None:
+            visible = slots[:, None] <= state.position[:, :, None] + before
+        else:
+            mask = mask.expand(state.rows, -1, -1, -1)[:, 0]
+            mask = mask if state.whole else take(mask, state.position)
+            visible = mask.gather(2, slots.clamp(min=0)[:, None].expand(-1, state.tokens, -1))
+        real = slots >= 0 if view is not None else state.valid
+        filler = None if state.valid is None else ~state.valid[:, :, None]
+        return _with_filler(visible, real, filler, bias, dtype)[:, None]
+
+
+# Tokens of a row where nobody says how many.
+DEFAULT_TOKENS = 1024
+
+
+def _with_filler(visible: Tensor, real: Tensor | None, filler: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(B, M, S) with keys that are filler hidden, queries that are filler seeing something, and (B, S) added to the keys."""
+    lowest = torch.finfo(dtype).min
+    if visible.dtype == torch.bool:
+        visible = visible if real is None else visible & real[:, None]
+        # A query that sees nothing is no number in some kernels; nobody reads what filler makes of what it sees.
+        visible = visible if filler is None else visible | filler
+        return visible if bias is None else torch.where(visible, bias[:, None].to(dtype), lowest)
+    visible = visible if real is None else visible.masked_fill(~real[:, None], lowest)
+    visible = visible if filler is None else visible.masked_fill(filler, 0.0)
+    return visible if bias is None else visible + bias[:, None].to(visible.dtype)
+
+
+def _documents(trace: Trace | None, inputs: Mapping[str, Any]) -> Tensor | None:
+    """(B, N) documents of packed rows: the caller's, or where ``position_ids`` start again, as transformers sees it too."""
+    if trace is not None and trace.documents is not None:
+        return trace.documents
+    position = inputs.get("position_ids")
+    if position is None or position.ndim != 2 or inputs.get("attention_mask") is not None or inputs.get("past_key_values") is not None:
+        return None
+    documents = (position.diff(dim=1, prepend=position[:, :1] - 1) != 1).cumsum(-1)
+    rows = inputs.get("input_ids")
+    rows = inputs.get("inputs_embeds") if rows is None else rows
+    documents = documents.expand(rows.shape[0], -1) if isinstance(rows, Tensor) else documents
+    return None if bool((documents[:, -1] == 0).all()) else documents

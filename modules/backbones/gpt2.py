@@ -1,0 +1,51 @@
+"""GPT-2 of transformers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .decoder import DecoderBackbone
+
+
+class Gpt2Backbone(DecoderBackbone):
+    """Learned positions, added before the layers, so that a token keeps its own wherever it goes."""
+
+    model_type = "gpt2"
+    classes: ClassVar[tuple[str, ...]] = ("GPT2Model", "GPT2LMHeadModel")
+    positional = ("past_key_values", "attention_mask", "encoder_hidden_states", "encoder_attention_mask")
+
+    @classmethod
+    def check(cls, model: PreTrainedModel) -> None:
+        if model.config.add_cross_attention:
+            raise ValueError("this GPT-2 has cross-attention (add_cross_attention): only plain ones are served")
+
+    @classmethod
+    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
+        layers = cls.base(model).h
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @classmethod
+    def gated(cls, config: PretrainedConfig) -> bool:
+        return False
+
+    @classmethod
+    def intermediate(cls, config: Any) -> int:
+        return int(config.n_inner or 4 * config.hidden_size)
+
+    @classmethod
+    def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        parts: Any = layer
+        own = {name: value for name, value in kwargs.items() if not name.startswith("encoder_")}
+        attended, _ = parts.attn(parts.ln_1(hidden_states), attention_mask=attention_mask, **own)
+        out: Tensor = attended + hidden_states
+        return out
+
+    @classmethod
+    def mlp_half(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        parts: Any = layer
+        out: Tensor = hidden_states + parts.mlp(parts.ln_2(hidden_states))
+        return out

@@ -1,0 +1,64 @@
+"""What a compressed model needs so that ``generate`` of transformers is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import Cache, DynamicCache
+
+from .cache import RoutedCache
+from .stage import Stage
+
+
+def routed_cache(config: Any, given: Any) -> RoutedCache:
+    """The cache for a forward that wants one.
+
+    Args:
+        config: of the model.
+        given: what the caller brought; None or an empty DynamicCache is replaced.
+
+    Raises:
+        ValueError: it holds tokens that a compressed model cannot tell apart, or is of a kind that cannot hold rows of
+            different lengths.
+    """
+    if isinstance(given, RoutedCache):
+        return given
+    if given is None or (type(given) is DynamicCache and not given.offloading and given.get_seq_length() == 0):
+        return RoutedCache(config)
+    if type(given) is DynamicCache and not given.offloading:
+        raise ValueError(
+            f"past_key_values is a DynamicCache that holds {given.get_seq_length()} tokens: it does not say which tokens each layer "
+            "processed. Fill a laconic.RoutedCache(model.config) with this model instead"
+        )
+    kind = "an offloaded cache" if getattr(given, "offloading", False) else type(given).__name__
+    raise ValueError(
+        f"past_key_values is {kind}, which cannot hold rows with different numbers of keys: leave cache_implementation out (or set it "
+        "to 'dynamic'), and the compressed model makes a RoutedCache"
+    )
+
+
+def check_deployable(stages: dict[str, tuple[int, Stage]]) -> None:
+    """Raises ValueError where a stage cannot run token by token."""
+    ahead = [name for name, (_, stage) in stages.items() if stage.lookahead and not stage.whole]
+    if ahead:
+        raise ValueError(
+            f"stages {', '.join(ahead)} look ahead: which tokens they choose hangs on tokens that are not generated yet. Train with "
+            "selector 'predictor' (top-k in training, a causal predictor afterwards) or 'threshold', or call decompress(model)"
+        )
+
+
+class Generating:
+    """Mixin of generated classes of models that generate."""
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, with a RoutedCache. Raises ValueError where a stage looks ahead."""
+        from .compress import stages_of
+
+        check_deployable(stages_of(self))
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if isinstance(model_kwargs.get("past_key_values"), Cache):
+            model_kwargs["past_key_values"] = routed_cache(self.config, model_kwargs["past_key_values"])
+        return prepared

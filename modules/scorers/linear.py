@@ -1,0 +1,37 @@
+"""One trained weight vector: the router of Mixture-of-Depths."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..counting import BackboneShape
+from ..linear import Float32Linear
+from .base import Scored, Scorer, SiteInput, TokenSpec
+
+
+class LinearScorer(Scorer):
+    """A linear map of each token by itself, logits in float32 (Mixture-of-Depths, arXiv 2404.02258).
+
+    No token sees another, so the score of a token never depends on later ones and causal models can deploy it.
+
+    Args:
+        spec: the tokens that it scores.
+        detach: cut the gradient from the scorer into the backbone below it.
+    """
+
+    estimator = "straight_through"
+    probabilities = True
+
+    def __init__(self, spec: TokenSpec, detach: bool = False) -> None:
+        super().__init__(spec)
+        self.detach = detach
+        # The residual stream grows from layer to layer; a norm without weights makes routers of all layers start alike.
+        self.norm = nn.LayerNorm(spec.hidden_size, elementwise_affine=False)
+        self.score = Float32Linear(spec.hidden_size, 1)
+
+    def forward(self, inputs: SiteInput) -> Scored:
+        tokens = inputs.hidden_states.detach() if self.detach else inputs.hidden_states
+        return Scored(self.score(self.norm(tokens)).squeeze(-1))
+
+    def macs(self, shape: BackboneShape, tokens: int) -> int:
+        return tokens * shape.hidden

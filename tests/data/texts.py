@@ -1,0 +1,47 @@
+"""Small texts and a tokenizer for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from laconic.data.tokenizer import END, trained_tokenizer
+
+SENTENCES = [
+    f"{who} {what} {where}, and nobody {'knew' if number % 2 else 'asked'} why {number}."
+    for number, (who, what, where) in enumerate(
+        (who, what, where)
+        for who in ("A fox", "The café owner", "My neighbour", "Nobody")
+        for what in ("sang", "slept", "waited for rain", "counted to ten")
+        for where in ("in the yard", "under a bridge", "at noon")
+    )
+]
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}" + END + "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def small_tokenizer(template: bool = False) -> Any:
+    tokenizer = trained_tokenizer(SENTENCES, 320)
+    if template:
+        tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def chats(number: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"Who slept in house {index}?"},
+                {"role": "assistant", "content": SENTENCES[index % len(SENTENCES)]},
+            ]
+        }
+        for index in range(number)
+    ]

@@ -1,0 +1,123 @@
+"""The matrix of causal language models. A new family is one more line in FAMILIES; a new method one more in METHODS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from laconic import CompressionConfig, StageConfig, Trace, compress
+
+LAYERS, VOCABULARY = 4, 48
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of parts.
+
+    Attributes:
+        deployed: it runs in evaluation without looking ahead.
+        detached: the scorer sends no gradient into the backbone.
+        positional: scores depend on where a token stands in its row.
+        site: where its stages sit.
+    """
+
+    name: str
+    parts: dict[str, Any]
+    deployed: bool = True
+    detached: bool = True
+    positional: bool = False
+    site: str = "around"
+
+    def config(self, *capacities: float, layers: tuple[int, ...] = (1, 2)) -> CompressionConfig:
+        return CompressionConfig(
+            StageConfig(layer=layer, site=self.site, capacity=capacity, **self.parts)
+            for layer, capacity in zip(layers, capacities, strict=False)
+        )
+
+
+_LINEAR = {"scorer": {"name": "linear", "detach": True}}
+METHODS = [
+    Method("top_k", {**_LINEAR, "selector": "top_k"}, deployed=False),
+    Method("threshold", {**_LINEAR, "selector": "threshold"}),
+    Method("predictor", {**_LINEAR, "selector": "predictor"}),
+    Method("predictor_attached", {"scorer": "linear", "selector": "predictor"}, detached=False),
+    Method("gumbel", {**_LINEAR, "selector": "gumbel"}),
+    Method("random", {"scorer": "random", "selector": "threshold"}, positional=True),
+    Method("threshold_attention", {**_LINEAR, "selector": "threshold"}, site="around_attention"),
+    Method("predictor_mlp", {**_LINEAR, "selector": "predictor"}, site="around_mlp"),
+]
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 7, "layer_types": _SLIDING, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 7, "layer_types": _SLIDING, "query_pre_attn_scalar": 8},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neox": {"use_parallel_residual": True},
+    "gpt_neox_serial": {"use_parallel_residual": False},
+}
+# Soft caps on the logits of attention are served by eager alone.
+EAGER = ("gemma2",)
+# Layers without halves.
+WHOLE = ("gpt_neox",)
+PAIRS = [(family, method) for family in FAMILIES for method in METHODS if not (family in WHOLE and method.site != "around")]
+DEPLOYED = [pair for pair in PAIRS if pair[1].deployed]
+
+
+def dense(family: str, **settings: Any) -> PreTrainedModel:
+    """A tiny random model in evaluation mode."""
+    torch.manual_seed(1)
+    attention = "eager" if family in EAGER else settings.pop("attn_implementation", "sdpa")
+    config = AutoConfig.for_model(family.removesuffix("_serial"), **{**_COMMON, **FAMILIES[family], **settings})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    return model
+
+
+def spread(model: PreTrainedModel, seed: int = 2) -> PreTrainedModel:
+    """Scores of fresh parts are nearly equal; spread them, so that decisions mean something, and thresholds have been followed."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".stages." in name and parameter.ndim > 1:
+                parameter.normal_(0, 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("selector.batches"):
+                buffer.fill_(1)
+            if name.endswith("selector.threshold") and "random" in str(model.config.compression["stages"][0]["scorer"]):
+                buffer.fill_(0.5)
+    return model
+
+
+def compressed(family: str, method: Method, *capacities: float, **settings: Any) -> PreTrainedModel:
+    return spread(compress(dense(family, **settings), method.config(*capacities)))
+
+
+def tokens(rows: int = 3, length: int = 24, seed: int = 0) -> Tensor:
+    return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def traced(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Trace]:
+    """Logits and trace of one forward without a cache; keyword arguments that Trace knows go to it."""
+    known = Trace.__dataclass_fields__
+    trace = Trace(**{key: kwargs.pop(key) for key in list(kwargs) if key in known})
+    return model(input_ids=input_ids, trace=trace, **{"use_cache": False, **kwargs}).logits, trace

@@ -1,0 +1,293 @@
+"""Language models: their loss in parts, documents in one row, runs on the library and on chats, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from laconic.data.packing import IGNORE
+from laconic.data.rows import collate
+from laconic.trainer.build import build
+from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
+from laconic.trainer.export.export import export
+from laconic.trainer.recipe_files import load
+from laconic.trainer.run import rehearse, train, train_arm
+from laconic.trainer.tasks.causal_lm import Perplexity
+from laconic.trainer.token_loss import TokenLoss, check_model, token_loss
+from laconic.trainer.validate import validate
+from tests.data.texts import chats, jsonl, small_tokenizer
+
+VOCAB, ROWS, LENGTH = 97, 3, 24
+SHARED = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SHARED, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**GROUPED, "tie_word_embeddings": False},
+    "qwen3": {**GROUPED, "tie_word_embeddings": True},
+    "mistral": {**GROUPED, "sliding_window": 5},
+    "gemma2": {**GROUPED, "sliding_window": 5, "final_logit_softcapping": 0.05},
+    "gemma3_text": {**GROUPED, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere": {**GROUPED, "logit_scale": 0.25},
+    "granite": {**GROUPED, "logits_scaling": 4.0},
+    "phi": {**SHARED, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt2": {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neox": {**SHARED, "bos_token_id": 1, "eos_token_id": 2},
+}
+
+
+def _model(family: str) -> Any:
+    config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
+    model: Any = AutoModelForCausalLM.from_config(config)
+    if family == "phi":
+        # Fresh biases are zero, which would hide one that is forgotten.
+        torch.nn.init.normal_(model.lm_head.bias)
+    return model.eval()
+
+
+def _batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, labels and positions of rows with documents of 9, 1 and 14 tokens."""
+    ids = torch.randint(3, VOCAB, (ROWS, LENGTH))
+    positions = torch.cat([torch.arange(size) for size in (9, 1, 14)]).expand(ROWS, -1)
+    labels = ids.masked_fill(positions == 0, IGNORE)
+    labels[:, 4:7] = IGNORE
+    return ids, labels, positions
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_in_parts_is_the_models_own_with_its_gradients(family: str) -> None:
+    model, (ids, labels, positions) = _model(family), _batch()
+    own = model(input_ids=ids, labels=labels, position_ids=positions, use_cache=False).loss
+    own.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    for part in (VOCAB * LENGTH * ROWS, VOCAB * 7):
+        model.zero_grad()
+        loss = token_loss(model, ids, labels, positions, whole=0, part=part)
+        loss.mean.backward()
+        torch.testing.assert_close(loss.mean, own, atol=1e-5, rtol=1e-5)
+        assert int(loss.count) == int((labels[:, 1:] != IGNORE).sum())
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that anything returns."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function: Any, kinds: Any, arguments: Any = (), options: Any = None) -> Any:
+        out = function(*arguments, **(options or {}))
+        for item in out if isinstance(out, tuple | list) else [out]:
+            self.values = max(self.values, item.numel() if isinstance(item, Tensor) else 0)
+        return out
+
+
+def test_logits_are_never_there_as_a_whole() -> None:
+    config = LlamaConfig(**{**GROUPED, "vocab_size": 2000, "num_hidden_layers": 1})
+    model, ids = LlamaForCausalLM(config), torch.randint(2000, (4, 128))
+    with _Largest() as whole:
+        token_loss(model, ids, ids).mean.backward()
+    with _Largest() as parts:
+        token_loss(model, ids, ids, whole=0, part=2000 * 16).mean.backward()
+    assert whole.values >= 4 * 128 * 2000
+    # What is left as the largest is the embedding's own gradient.
+    assert parts.values <= 2000 * 32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_packed_into_a_row_answer_as_alone(family: str) -> None:
+    model, (ids, _, positions) = _model(family), _batch()
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        start = 0
+        for size in (9, 1, 14):
+            alone = model(input_ids=ids[:, start : start + size], use_cache=False).logits
+            torch.testing.assert_close(packed[:, start : start + size], alone, atol=1e-5, rtol=1e-4)
+            start += size
+    check_model(model)
+
+
+class _Warmer(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * 3
+        return out
+
+
+class _Leaking(LlamaForCausalLM):
+    def forward(self, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_a_family_that_cannot_be_trained_here_is_found_out() -> None:
+    config = LlamaConfig(**GROUPED)
+    with pytest.raises(ValueError, match="_Warmer makes its logits in a way that is not known here"):
+        check_model(_Warmer(config))
+    leaking = _Leaking(config)
+    leaking.model.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "position_ids": None}), with_kwargs=True)
+    with pytest.raises(ValueError, match="_Leaking lets documents that are packed into one row see each other"):
+        check_model(leaking)
+
+
+def test_perplexity_sums_tokens_of_all_batches_and_ranks_before_it_divides() -> None:
+    ranks = [Perplexity(), Perplexity()]
+    for rank, nats, tokens, size in ((0, 10.0, 4, 8), (0, 2.0, 6, 20), (1, 6.0, 2, 4)):
+        ranks[rank].add(TokenLoss(torch.tensor(nats), torch.tensor(tokens)), {"bytes": size})
+    ranks[0].merge(ranks[1])
+    assert ranks[0].value == pytest.approx(math.exp(18 / 12))
+    assert ranks[0].details(None) == {  # type: ignore[arg-type]
+        "loss": 1.5, "bits_per_byte": pytest.approx(18 / math.log(2) / 32), "tokens": 12, "bytes": 32,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def tiny(quick: list[str]) -> list[str]:
+    """Overrides that make a language model's recipe tiny."""
+    unfit = ("data.train_samples", "data.eval_samples")
+    return [
+        *(item for item in quick if not item.startswith(unfit)),
+        "model.config.vocab_size=400",
+        "data.sequence_length=64",
+        "data.train_samples=6",
+        "data.eval_samples=2",
+    ]
+
+
+def test_a_run_on_the_library_is_reported_evaluated_exported_and_generates(tmp_path: Path, tiny: list[str], console: Console) -> None:
+    report = train(load("llm_pretrain_dense", tiny), tiny, console).to_dict()
+    run = tmp_path / "run"
+    assert json.loads((run / "report.json").read_text()) == json.loads(json.dumps(report))
+    quality = report["quality"]
+    assert (quality["metric"], quality["higher_is_better"], quality["split"]) == ("perplexity", False, "test")
+    assert quality["dense"] == pytest.approx(math.exp(quality["loss"]))
+    assert quality["bits_per_byte"] == pytest.approx(quality["loss"] * quality["tokens"] / math.log(2) / quality["bytes"])
+    assert report["throughput"]["unit"] == "tokens"
+    assert report["throughput"]["per_second"] > 0
+    assert "tokens/s" in (run / "log.txt").read_text()
+    evaluated = evaluate(str(run), recipe_of(str(run), []), console)
+    assert evaluated["variants"]["dense"]["perplexity"] == pytest.approx(quality["dense"], rel=1e-5)
+    assert export(str(run), str(tmp_path / "out"))["max_abs_logit_diff"] <= 1e-5
+    for folder in (run / "model", tmp_path / "out"):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        inputs = tokenizer("def main(", return_tensors="pt")
+        assert model.config.eos_token_id == tokenizer.eos_token_id
+        assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] <= inputs["input_ids"].shape[1] + 4
+    with pytest.raises(ValueError, match="is a dense model: every layer sees every token, there is nothing to inspect"):
+        inspect_run(str(run), recipe_of(str(run), []), None, tmp_path / "page.html")
+
+
+def test_a_trained_model_is_evaluated_with_its_own_tokenizer(tmp_path: Path, tiny: list[str], console: Console) -> None:
+    train_arm(load("llm_pretrain_dense", tiny), "dense", tmp_path / "run", console)
+    # As if another version of Python had trained another one meanwhile.
+    recipe = recipe_of(str(tmp_path / "run"), ["data.train_samples=5"])
+    parts = build(recipe)
+    own = parts.task.open_data(parts.task.of_run(recipe, tmp_path / "run" / "model"), parts.model.config)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").get_vocab() == own.tokenizer.get_vocab()  # type: ignore[attr-defined]
+    assert parts.data.tokenizer.get_vocab() != own.tokenizer.get_vocab()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_resumed_run_on_text_ends_like_an_unbroken_one(tmp_path: Path, tiny: list[str], console: Console, streaming: bool) -> None:
+    shared = [item for item in tiny if not item.startswith(("output", "trainer.max_steps"))]
+    shared += ["trainer.max_steps=4", "data.batch_size=2", "model.config.attention_dropout=0.1"]
+    if streaming:
+        path = jsonl(tmp_path / "rows.jsonl", [{"text": f"Row {i} has a text of its own, number {i * i}." * 3} for i in range(40)])
+        shared += ["data.name=json", f"data.data_files={path}", "data.streaming=true"]
+
+    def weights(folder: Path, *more: str, resume: str | None = None) -> dict[str, Tensor]:
+        train_arm(load("llm_pretrain_dense", [*shared, *more, f"output={folder}"]), "dense", folder, console, resume=resume)
+        return load_file(folder / "model" / "model.safetensors")
+
+    unbroken = weights(tmp_path / "whole")
+    weights(tmp_path / "broken", "trainer.checkpoint_every=3")
+    resumed = weights(tmp_path / "broken", "trainer.checkpoint_every=3", resume="auto")
+    assert all(torch.equal(value, resumed[name]) for name, value in unbroken.items())
+
+
+def _chat_model(folder: Path) -> str:
+    tokenizer = small_tokenizer(template=True)
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    LlamaForCausalLM(LlamaConfig(**{**GROUPED, **ids, "vocab_size": len(tokenizer)})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_answers_of_chats_are_learned_from_a_folder(tmp_path: Path, console: Console) -> None:
+    overrides = [
+        f"model.name={_chat_model(tmp_path / 'model')}",
+        f"data.data_files={jsonl(tmp_path / 'chats.jsonl', chats(32))}",
+        "data.sequence_length=128",
+        "data.batch_size=2",
+        "trainer.precision=fp32",
+        "trainer.max_epochs=12",
+        "optimizer.lr=1e-2",
+        f"output={tmp_path / 'run'}",
+    ]
+    report = train(load("llm_finetune", overrides), overrides, console)
+    assert report.quality["dense"] < 20
+    again = build(
+        load("llm_finetune", [item.replace(str(tmp_path / "model"), str(tmp_path / "run" / "model")) for item in overrides]).recipe
+    )
+    assert again.data.tokenizer.chat_template == small_tokenizer(template=True).chat_template  # type: ignore[attr-defined]
+
+
+def test_a_dry_run_and_a_validation_name_what_they_found(tiny: list[str], console: Console) -> None:
+    assert rehearse(load("llm_pretrain_dense", tiny), tiny, console)["llm_pretrain_dense"]["loss"] > 0
+    checked = validate(load("llm_pretrain_dense", tiny).recipe)
+    assert checked.parameters == sum(p.numel() for p in build(load("llm_pretrain_dense", tiny).recipe).model.parameters())
+    assert checked.train_rows is not None
+    assert checked.macs_ratio == 1
+
+
+def test_the_module_weighs_its_loss_by_the_tokens_of_all_ranks(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = build(load("llm_pretrain_dense", tiny).recipe)
+    module, batch = parts.task.module(parts), collate([parts.data.train[index] for index in range(4)])
+    alone = float(module.losses(batch)["loss"])
+    assert alone == pytest.approx(float(parts.task.loss(parts.model, batch)))
+    # Another rank predicts three times as many: its mean counts three times as much.
+    monkeypatch.setattr("laconic.trainer.collective.world_size", lambda: 2)
+    monkeypatch.setattr("laconic.trainer.collective.total", lambda counts: [4 * count for count in counts])
+    assert float(module.losses(batch)["loss"]) == pytest.approx(alone / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.augmentation=flip"], r"data.augmentation = 'flip' is for images, and task = causal_lm has text"),
+        (["data.canvas.size=40"], r"data.canvas = .* is for images"),
+        (["distillation={teacher: dense_self}"], "distillation has an image classifier for a teacher"),
+        (["data.name=scattered_digits"], r"data.name = 'scattered_digits' holds images, .*: give python_library, text, json"),
+        (["data.streaming=true"], "python_library is on this machine and small"),
+        (["data.sample_by=line"], "data.sample_by = 'line' cuts files of data.name = 'text', and it is 'python_library'"),
+        (["data.name=json"], "data.name = 'json' needs data.data_files or data.data_dir"),
+        (["data.sequence_length=4096"], "data.sequence_length = 4096 is more than the model's max_position_embeddings = 1024"),
+        (["model.config={model_type: vit}"], "vit has no causal language model in transformers: take llama"),
+        (["data.tokenizer=nowhere"], "data.tokenizer = 'nowhere' cannot be loaded"),
+    ],
+)
+def test_what_language_models_do_not_have_is_refused_with_the_cure(overrides: list[str], message: str, tiny: list[str]) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate(load("llm_pretrain_dense", [*tiny, *overrides]).recipe)
+
+
+def test_keys_of_text_are_refused_for_images_and_a_tokenizer_must_fit(tmp_path: Path, tiny: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"data.sequence_length = 64 is for text, and this task has images: leave it out"):
+        validate(load("vit_digits", ["data.sequence_length=64"]).recipe)
+    small_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    fit = [*tiny, f"data.tokenizer={tmp_path / 'tokenizer'}"]
+    assert build(load("llm_pretrain_dense", fit).recipe).data.tokenizer.get_vocab() == small_tokenizer().get_vocab()  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"the tokenizer has 320 entries and the model 310: set model.config.vocab_size=320 or more"):
+        build(load("llm_pretrain_dense", [*fit, "model.config.vocab_size=310"]).recipe)
+    rows = jsonl(tmp_path / "rows.jsonl", [{"text": "One row of text."}] * 20)
+    stream = ["data.name=json", f"data.data_files={rows}", "data.streaming=true", "trainer.max_steps=null", "trainer.max_epochs=1"]
+    with pytest.raises(ValueError, match="trainer.max_epochs needs to know how long the data are"):
+        validate(load("llm_pretrain_dense", [*fit, *stream]).recipe)

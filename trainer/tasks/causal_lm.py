@@ -1,0 +1,230 @@
+"""Causal language modelling: pretraining on text, and fine-tuning on answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ...data.hub import Source
+from ...data.module import Splits
+from ...data.text import TextData, TextSettings, hub_text, python_library, streamed_text
+from ...data.tokenizer import load_tokenizer, trained_tokenizer
+from .. import collective
+from ..build import Parts
+from ..inspection import inspect_text
+from ..recipe import IMAGE_KEYS, DataRecipe, ModelRecipe, Recipe
+from ..task_module import TaskModule
+from ..token_loss import TokenLoss, check_model, token_loss
+from .base import PROBES, Quality, Task, refuse_data_keys
+
+EMBEDDED = "python_library"
+_PROBE_TOKENS = 32
+
+
+@dataclass
+class Perplexity(Quality):
+    """Perplexity of the predicted tokens, and what can be compared between tokenizers: bits a byte of their text.
+
+    Attributes:
+        nats: negative log-likelihood of all of them.
+        tokens: predicted.
+        bytes: of their text, in UTF-8; special tokens have none, and still cost nats.
+    """
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+
+    def add(self, out: TokenLoss, batch: Mapping[str, Any]) -> None:
+        self.nats, self.tokens, self.bytes = self.nats + float(out.total), self.tokens + int(out.count), self.bytes + batch["bytes"]
+
+    def merge(self, other: Perplexity) -> None:
+        self.nats, self.tokens, self.bytes = self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / max(1, self.tokens)
+
+    @property
+    def value(self) -> float:
+        # Untrained models of large vocabularies may be past what a float holds.
+        return math.exp(min(self.loss, 700.0))
+
+    def details(self, data: Splits) -> dict[str, Any]:
+        bits = self.nats / math.log(2) / self.bytes if self.bytes else None
+        return {"loss": self.loss, "bits_per_byte": bits, "tokens": self.tokens, "bytes": self.bytes}
+
+
+class CausalLMModule(TaskModule):
+    """Trains a language model; the loss of a step is the mean over the predicted tokens of all ranks."""
+
+    def on_fit_start(self) -> None:
+        # Stages may need what only a real batch has; families that can have them are known.
+        if not hasattr(self.model.config, "compression"):
+            check_model(self.model)
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
+        trace = self.training_trace(batch)
+        mean = self.task.loss(self.model, batch, **self.with_trace(trace))
+        # Ranks predict different numbers of tokens, and averaging their gradients must give that of the mean over all tokens.
+        predicted = collective.total([batch["predicted"]])[0] / collective.world_size()
+        loss = mean * (batch["predicted"] / max(1.0, predicted))
+        return self.total(loss, loss, trace)
+
+
+class CausalLM(Task):
+    """Predicts the next token; any family that transformers has a causal language model of."""
+
+    metric = "perplexity"
+    higher_is_better = False
+    quality: ClassVar[type[Quality]] = Perplexity
+    unit: ClassVar[str] = "tokens"
+    item: ClassVar[str] = "rows"
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        refuse_data_keys(recipe, IMAGE_KEYS, "is for images, and task = causal_lm has text: leave it out")
+        if recipe.distillation is not None:
+            raise ValueError("distillation has an image classifier for a teacher, and task = causal_lm has text: leave it out")
+        if recipe.model.encoder_of is not None:
+            raise ValueError("model.encoder_of is for images, and task = causal_lm has text: give model.name or model.config")
+        if recipe.data.name in ("scattered_digits", "imagefolder"):
+            raise ValueError(
+                f"data.name = {recipe.data.name!r} holds images, and task = causal_lm has text: give {EMBEDDED}, text, json, parquet or a hub name"
+            )
+        if recipe.data.streaming and recipe.data.name == EMBEDDED:
+            raise ValueError(f"data.streaming = true: {EMBEDDED} is on this machine and small, leave data.streaming out")
+        if recipe.data.sample_by != "document" and recipe.data.name != "text":
+            raise ValueError(f"data.sample_by = {recipe.data.sample_by!r} cuts files of data.name = 'text', and it is {recipe.data.name!r}")
+
+    @classmethod
+    def of_run(cls, recipe: Recipe, folder: Path) -> Recipe:
+        # Another version of Python has other files to train a tokenizer on: that of the weights stays with them.
+        if not (folder / "tokenizer_config.json").is_file():
+            return recipe
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": str(folder)})})
+
+    @classmethod
+    def model_class(cls, model_type: str) -> type[PreTrainedModel]:
+        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ValueError(
+                f"{model_type} has no causal language model in transformers: take llama, qwen3, gemma3_text or gpt2, for example"
+            )
+        model: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+        return model
+
+    @classmethod
+    def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig) -> PreTrainedModel:
+        model: PreTrainedModel
+        model, report = cls.model_class(config.model_type).from_pretrained(
+            recipe.name,
+            revision=recipe.revision,
+            config=config,
+            attn_implementation=recipe.attention,
+            # Whatever the checkpoint was saved in: trainer.precision decides what is computed in bf16.
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        if missing := sorted(map(str, report["missing_keys"])):
+            raise ValueError(f"model.name = {recipe.name!r} lacks the weights {', '.join(missing[:3])}: it is no causal language model")
+        return model
+
+    @classmethod
+    def open_data(cls, recipe: Recipe, config: PretrainedConfig) -> TextData:
+        data = recipe.data
+        settings = TextSettings(
+            data.sequence_length, data.text_column, data.sample_by, data.max_bad_fraction, data.eval_samples, recipe.seed
+        )
+
+        def tokenizer_of(texts: Iterable[str] | None) -> Any:
+            if data.tokenizer is not None:
+                return load_tokenizer(data.tokenizer)
+            if recipe.model.name is not None:
+                return load_tokenizer(recipe.model.name, recipe.model.revision)
+            if texts is None:
+                raise ValueError("data.tokenizer is missing: a tokenizer is trained on plain texts only, and these rows have prompts")
+            size: int = config.get_text_config().vocab_size
+            return trained_tokenizer(texts, size)
+
+        if data.name == EMBEDDED:
+            return python_library(data.train_samples, data.eval_samples, tokenizer_of, settings)
+        if data.name in ("text", "json", "parquet", "csv") and data.data_files is None and data.data_dir is None:
+            raise ValueError(f"data.name = {data.name!r} needs data.data_files or data.data_dir")
+        splits = source_of(data), data.train_split, data.validation_split, data.test_split
+        if data.streaming:
+            return streamed_text(*splits, tokenizer_of, settings)
+        return hub_text(*splits, data.validation_fraction, tokenizer_of, settings)
+
+    @classmethod
+    def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
+        assert isinstance(data, TextData)
+        inner: Any = config.get_text_config()
+        entries = len(data.tokenizer)
+        if inner.vocab_size < entries:
+            raise ValueError(
+                f"the tokenizer has {entries} entries and the model {inner.vocab_size}: set model.config.vocab_size={entries} or more, "
+                "or data.tokenizer to the model's own"
+            )
+        longest = getattr(inner, "max_position_embeddings", None)
+        if longest is not None and longest < data.length:
+            raise ValueError(f"data.sequence_length = {data.length} is more than the model's max_position_embeddings = {longest}: lower it")
+        if not config.name_or_path:
+            # A new model stops where its tokenizer ends a text, not where the family's usual one would.
+            config.bos_token_id, config.eos_token_id = data.tokenizer.bos_token_id, data.tokenizer.eos_token_id
+            config.pad_token_id = data.tokenizer.pad_token_id
+
+    @classmethod
+    def module(cls, parts: Parts) -> TaskModule:
+        return CausalLMModule(cls, parts)
+
+    @classmethod
+    def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
+        if to.suffix != ".html":
+            raise ValueError(f"--to {to}: kept tokens of a text are an .html page")
+        data = cls.open_data(recipe, model.config)
+        if given is None:
+            row = data.test[0]
+            text = data.tokenizer.decode(row["input_ids"][row["documents"] == 0])
+        else:
+            # A long text is no name of a file, and the system says so in its own way.
+            path = Path(given) if len(given) < 255 and "\n" not in given else None
+            text = path.read_text("utf-8", "replace") if path is not None and path.is_file() else given
+        return inspect_text(model, data.tokenizer, text, data.length, f"{target}: tokens by stage", to)
+
+    @classmethod
+    def amount(cls, batch: Mapping[str, Any]) -> int:
+        tokens: int = batch["tokens"]
+        return tokens
+
+    @classmethod
+    def compile(cls, model: PreTrainedModel) -> None:
+        # The loss calls the base model, and the head part by part.
+        model.base_model.compile()
+
+    @classmethod
+    def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        return cls.forward(model, batch, **options).mean
+
+    @classmethod
+    def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> TokenLoss:
+        return token_loss(model, batch["input_ids"], batch["labels"], batch["position_ids"], **options)
+
+    @classmethod
+    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return {"input_ids": torch.randint(config.get_text_config().vocab_size, (PROBES, _PROBE_TOKENS), generator=generator)}
+
+
+def source_of(recipe: DataRecipe) -> Source:
+    """Where a recipe's texts come from."""
+    return Source(recipe.name, recipe.data_dir, recipe.data_files, recipe.config, recipe.revision)
