@@ -12,8 +12,10 @@ from torch.export import Dim, ExportedProgram
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ...modules.backbones import backbones
 from ...modules.backbones.vision import VisionBackbone
-from ...modules.compress import CompressedModel, stages_of
+from ...modules.compress import stages_of
+from ...modules.state import Trace
 from ..recipe_files import RecipeError
 
 # While transformers is traced it makes full masks that hide nothing, as if rows had padding, except for attention that it knows no mask
@@ -24,17 +26,28 @@ AttentionInterface.register(ATTENTION, sdpa_attention_forward)
 _REDUCING = ("scatter_reduce", "scatter_add", "index_add", "index_reduce")
 
 
-def check_static(model: PreTrainedModel, name: str) -> None:
-    """Raises RecipeError where rows keep numbers of their own: a graph has one size for each of its tensors."""
-    adaptive = [
-        f"{key} (selector {stage.config.part('selector').name!r})"
-        for key, (_, stage) in stages_of(model).items()
-        if stage.selector.adaptive
+@torch.no_grad()
+def check_static(model: PreTrainedModel, inputs: Mapping[str, Tensor], name: str) -> None:
+    """Raises RecipeError where rows keep numbers of their own: a graph has one size for each of its tensors.
+
+    Args:
+        model: in evaluation mode.
+        inputs: of a forward that tells.
+        name: of the format, for the message.
+    """
+    stages, trace = stages_of(model), Trace()
+    if not stages:
+        return
+    model(**inputs, trace=trace)
+    uneven = [
+        f"{key} (selector {stages[key][1].config.part('selector').name!r})"
+        for key, routing in trace.routings.items()
+        if isinstance(routing.kept, Tensor)
     ]
-    if adaptive:
+    if uneven:
         raise RecipeError(
-            f"--format {name}: in stage {', '.join(adaptive)} every row keeps as many tokens as score high, and a graph needs a number that "
-            "is known beforehand; take merged or standalone, or train with selector top_k"
+            f"--format {name}: in stage {', '.join(uneven)} every row keeps as many tokens as score high, and a graph needs a number that "
+            "is known beforehand; take merged or standalone, or, for images, train with selector top_k"
         )
 
 
@@ -69,7 +82,8 @@ def captured(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> ExportedPr
     Raises:
         RuntimeError: the graph has a scatter with a reduction, which runtimes lack or are slow at.
     """
-    if isinstance(model, CompressedModel) and issubclass(model.backbone, VisionBackbone):
+    backbone = backbones().get(model.config.model_type)
+    if backbone is not None and issubclass(backbone, VisionBackbone):
         model.set_attn_implementation(ATTENTION)
     rows = Dim("batch", min=1)
     program = torch.export.export(

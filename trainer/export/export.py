@@ -41,9 +41,13 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
     form, folder = format_named(format), Path(to)
     check(form, folder, settings)
     source = Source.open(run)
+    try:
+        of_run = answers(source.model, source.batches())
+    except ValueError as error:
+        # A causal model that was trained with stages that look ahead cannot be deployed.
+        raise RecipeError(f"{run} cannot be exported: {error}") from None
     form.check(source)
     about, usage = facts(source), form.usage(source.model)
-    of_run = answers(source.model, source.batches())
     source.model.to(DTYPES[settings.dtype])  # type: ignore[arg-type]
     batches = source.batches()
     cast = answers(source.model, batches)

@@ -44,7 +44,7 @@ def load(folder):
 
     @classmethod
     def check(cls, source: Source) -> None:
-        check_static(source.model, "onnx")
+        check_static(source.model, source.batches()[0], "onnx")
 
     @classmethod
     def write(cls, source: Source, settings: Settings, folder: Path) -> None:

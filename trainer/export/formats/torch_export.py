@@ -33,7 +33,7 @@ def load(folder):
 
     @classmethod
     def check(cls, source: Source) -> None:
-        check_static(source.model, "torch-export")
+        check_static(source.model, source.batches()[0], "torch-export")
 
     @classmethod
     def write(cls, source: Source, settings: Settings, folder: Path) -> None:
