@@ -166,6 +166,12 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         _install(self, compression, build_stages(self, compression, self.backbone), self.backbone)
         _register_outputs(self)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Also where transformers loaded this very file as remote code: what it does for its own classes alone, such as renaming
+        # weights, is meant for these too.
+        return False
+
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """transformers' own; rows are laid end to end only for the attention function that understands it."""
         plans = [(layer, layer.plan) for layer in self.backbone.layers(self) if isinstance(layer, CompressedLayer)]
@@ -194,8 +200,9 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
 
 def base_class(cls: type[Any]) -> type[Any]:
-    """The class that a generated class was made from."""
-    return cls.__bases__[-1]
+    """The class that a generated class, or one derived from it, was made from."""
+    original: type[Any] = cls.original
+    return original
 
 
 @functools.cache
@@ -215,6 +222,7 @@ def compressed_class(cls: Any) -> type[Any]:
     attributes = {
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
+        "original": cls,
         "backbone": backbone_for(cls.config_class.model_type, cls.__name__),
         "forward": forward,
     }
@@ -224,7 +232,8 @@ def compressed_class(cls: Any) -> type[Any]:
 
 @functools.cache
 def _compressed_layer_class(cls: Any) -> type[Any]:
-    return type(PREFIX + cls.__name__, (Generated, CompressedLayer, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    attributes = {"__module__": cls.__module__, "__doc__": cls.__doc__, "original": cls}
+    return type(PREFIX + cls.__name__, (Generated, CompressedLayer, cls), attributes)
 
 
 def _install(model: PreTrainedModel, config: CompressionConfig, stages: list[Stage], backbone: type[Backbone]) -> None:

@@ -48,7 +48,7 @@ def masking_order(seed: int, step: int | Tensor, sample_ids: Tensor, patches: in
     As the ``noise`` of a model that masks (ViT-MAE keeps the patches with the lowest), it makes the mask a function of (seed,
     step, sample id): the same in any batch, on any number of ranks, and after a resume.
     """
-    position = torch.arange(patches, device=sample_ids.device).expand(len(sample_ids), -1)
+    position = torch.arange(patches, device=sample_ids.device).expand(sample_ids.shape[0], -1)
     draws = uniform(seed, step, sample_ids, _MASKING, position)
     return draws.argsort(dim=1, stable=True).argsort(dim=1, stable=True).float()
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Autocast switched off. A graph that is exported has no autocast to switch, and those that name one cannot be loaded."""
+    return contextlib.nullcontext() if torch.compiler.is_exporting() else torch.autocast(device.type, enabled=False)
 
 
 class Float32Linear(nn.Linear):
@@ -15,5 +22,5 @@ class Float32Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
+        with full_precision(input.device):
             return functional.linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())

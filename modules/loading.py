@@ -39,6 +39,8 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"{folder} is a dense {config.model_type} model: config.json has no 'compression'. Load it with transformers and call laconic.compress"
         )
     base: Any = _class_of(config, str(folder))
+    # Other files of weights are pickles, which run what they hold.
+    kwargs["use_safetensors"] = True
     model, report = compressed_class(base).from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
     wrong = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}
     if wrong:

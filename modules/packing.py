@@ -22,7 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .state import TokenState
 
-ATTENTION = "laconic_packed"
+# By the module's own name: a model exported for machines without Laconic brings its own copy of this file, with its own Packing.
+ATTENTION = f"{__name__.replace('.', '_')}_attention"
 
 # FLOPs that a device, or a thread of a CPU, gets done while one more group is handed to attention, forward and backward. The CPU's
 # was measured; a GPU's is its order of magnitude.

@@ -9,10 +9,24 @@ import pkgutil
 from typing import Any
 
 
+def files(package: str) -> dict[str, str]:
+    """Full module name of every file in a package's folder, by the file's name.
+
+    A folder may have been laid flat, as exports for machines without Laconic are: transformers loads files of one folder only, so
+    that ``scorers/learned.py`` is ``scorers_learned.py`` there, beside ``scorers.py``.
+    """
+    loaded = importlib.import_module(package)
+    if hasattr(loaded, "__path__"):
+        return {module.name: f"{package}.{module.name}" for module in pkgutil.iter_modules(loaded.__path__)}
+    parent, _, folder = package.rpartition(".")
+    beside = pkgutil.iter_modules(importlib.import_module(parent).__path__)
+    mine = [module.name for module in beside if module.name.startswith(f"{folder}_")]
+    return {name.removeprefix(f"{folder}_"): f"{parent}.{name}" for name in mine}
+
+
 def names(package: str) -> list[str]:
-    """Names of the parts in a package: its modules, without ``base``."""
-    path = importlib.import_module(package).__path__
-    return sorted(module.name for module in pkgutil.iter_modules(path) if module.name != "base")
+    """Names of the parts in a package: its files, without ``base``."""
+    return sorted(name for name in files(package) if name != "base")
 
 
 def check_name(package: str, name: str) -> None:
@@ -37,7 +51,7 @@ def find(package: str, name: str, base: type[Any]) -> type[Any]:
         ValueError: no file of that name; the message lists what there is.
     """
     check_name(package, name)
-    module = importlib.import_module(f"{package}.{name}")
+    module = importlib.import_module(files(package)[name])
     defined = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, base)]
     return next(item for item in defined if item.__module__ == module.__name__)
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .subsets import sum_into
+
 if TYPE_CHECKING:
     from .packing import Packing
 
@@ -128,7 +130,7 @@ class TokenState:
         """
         gone = self.source < 0
         source = into.gather(1, self.source.clamp(min=0)).masked_fill(gone, -1)
-        size = torch.zeros_like(self.size).scatter_add_(1, into, self.size)
+        size = sum_into(self.size.unsqueeze(-1), into).squeeze(-1)
         return replace(self, size=size, source=source)
 
     @property

@@ -62,6 +62,23 @@ def take_shared(values: Tensor, index: Tensor) -> Tensor:
     return values[0].index_select(0, index.flatten()).view(*index.shape, -1) if values.shape[0] == 1 else take(values, index)
 
 
+def sum_into(values: Tensor, into: Tensor) -> Tensor:
+    """Every token added up in the slot that it goes to.
+
+    Args:
+        values: (B, M, D).
+        into: (B, M) int64, slot that each token is added to.
+
+    Returns:
+        (B, M, D), zeros in slots that nothing goes to.
+    """
+    if torch.compiler.is_exporting():
+        # Runtimes that read exported graphs have no scatter with a reduction, or a slow one; a product with zeros and ones is the same sum.
+        slots = torch.arange(into.shape[1], device=into.device)
+        return (into[:, None, :] == slots[:, None]).to(values.dtype) @ values
+    return torch.zeros_like(values).scatter_add(1, into.unsqueeze(-1).expand_as(values), values)
+
+
 def _flat(index: Tensor, tokens: int) -> Tensor:
     """(B, K) slots in rows of ``tokens`` -> (B·K,) slots with the rows end to end."""
     return (index + tokens * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()

@@ -68,7 +68,7 @@ def load_model(folder: Path) -> PreTrainedModel:
 
     if "compression" in json.loads((folder / "config.json").read_text()):
         return from_pretrained(folder)
-    return saved_class(folder).from_pretrained(folder).eval()
+    return saved_class(folder).from_pretrained(folder, use_safetensors=True).eval()
 
 
 def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:

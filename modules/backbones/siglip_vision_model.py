@@ -37,7 +37,7 @@ class SiglipVisionBackbone(ClipVisionBackbone):
             return outputs
         # The model's own call of the head attended to filler, and to a merged token as to one.
         hidden_states = outputs.last_hidden_state
-        probe = head.probe.repeat(len(hidden_states), 1, 1)
+        probe = head.probe.repeat(hidden_states.shape[0], 1, 1)
         bias = torch.zeros_like(state.size) if state.logit_bias is None else state.logit_bias
         if state.valid is not None:
             bias = bias.masked_fill(~state.valid, torch.finfo(hidden_states.dtype).min)

@@ -147,5 +147,5 @@ class VisionBackbone(Backbone):
     def cls_query_and_keys(cls, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, float]:
         attention: Any = getattr(layer, cls.attention)
         normed = getattr(layer, cls.norm)(hidden_states)
-        query = attention.q_proj(normed[:, :1]).view(len(normed), 1, -1, attention.head_dim).transpose(1, 2)
+        query = attention.q_proj(normed[:, :1]).view(normed.shape[0], 1, -1, attention.head_dim).transpose(1, 2)
         return query, cls._keys(layer, normed), attention.head_dim**-0.5

@@ -72,7 +72,7 @@ class ViTMaeBackbone(ViTBackbone):
         pixel_values = inputs.get("pixel_values")
         if inputs.get("noise") is not None or not isinstance(pixel_values, Tensor):
             return {}
-        rows, patches = len(pixel_values), _patches(model.config, pixel_values)
+        rows, patches = pixel_values.shape[0], _patches(model.config, pixel_values)
         if trace is None:
             # As the model itself would: without a trace nobody says which step it is, and training would never change its mask.
             return {"noise": torch.rand(rows, patches, device=pixel_values.device)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..counting import BackboneShape
 from ..scorers.base import Scored, SiteInput, TokenSpec
 from ..state import Decision, TokenState
-from ..subsets import take
+from ..subsets import sum_into, take
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportio
     merged = state.absorb(into)
     # In float32: a token may take up many others.
     weighted = hidden_states.float() * state.size.unsqueeze(-1)
-    total = torch.zeros_like(weighted).scatter_add(1, into.unsqueeze(-1).expand_as(weighted), weighted)
-    mean = (total / merged.size.clamp(min=1e-6).unsqueeze(-1)).to(hidden_states.dtype)
+    mean = (sum_into(weighted, into) / merged.size.clamp(min=1e-6).unsqueeze(-1)).to(hidden_states.dtype)
     # What took nothing up is left as it is, to the last bit.
     grown = (merged.size != state.size).unsqueeze(-1)
     return Merged(take(torch.where(grown, mean, hidden_states), decision.index), merged.select(decision.index, decision.valid))

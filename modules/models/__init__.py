@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 
 from transformers import PreTrainedModel
+
+from .. import parts
 
 
 def own_models() -> dict[str, type[PreTrainedModel]]:
     """Every model class of this folder by its name; the folder is the registry."""
     found: dict[str, type[PreTrainedModel]] = {}
-    for module in pkgutil.iter_modules(__path__):
-        loaded = importlib.import_module(f"{__name__}.{module.name}")
+    for module in parts.files(__name__).values():
+        loaded = importlib.import_module(module)
         for name, item in vars(loaded).items():
             if isinstance(item, type) and issubclass(item, PreTrainedModel) and item.__module__ == loaded.__name__:
                 found[name] = item

@@ -50,9 +50,9 @@ class PatchSegmentation:
         logits = functional.interpolate(logits, size=tuple(sides), mode="bilinear", align_corners=False)
         loss = None
         if labels is not None:
-            if labels.shape != (len(logits), *sides):
+            if labels.shape != (logits.shape[0], *sides):
                 raise ValueError(
-                    f"labels of shape {tuple(labels.shape)} must be a class for each pixel, {(len(logits), *sides)} for these images"
+                    f"labels of shape {tuple(labels.shape)} must be a class for each pixel, {(logits.shape[0], *sides)} for these images"
                 )
             labelled = (labels != IGNORE).sum().clamp(min=1)
             # A batch without a labelled pixel has loss 0, not NaN.

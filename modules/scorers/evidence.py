@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..counting import BackboneShape
-from ..linear import Float32Linear
+from ..linear import Float32Linear, full_precision
 from .base import Scored, Scorer, SiteInput, TokenSpec
 
 
@@ -54,7 +54,7 @@ class EvidenceScorer(Scorer):
         seen, epsilon = (self._patches(inputs), 1e-2) if self.reads == "pixels" else (inputs.hidden_states.detach(), 1e-5)
         features = functional.relu(self.look(functional.layer_norm(seen.to(self.look.weight.dtype), (self.values,), eps=epsilon)))
         logits = self.answer(features)
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             # Classes before tokens: a softmax over the last and short dimension is several times slower on a CPU.
             answers = logits.transpose(1, 2).contiguous().log_softmax(1)
             with torch.no_grad():

@@ -21,7 +21,7 @@ from laconic.data.packing import IGNORE
 from laconic.data.rows import collate
 from laconic.trainer.build import build
 from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
-from laconic.trainer.export.merged import export_merged
+from laconic.trainer.export.export import export
 from laconic.trainer.recipe_files import load
 from laconic.trainer.run import rehearse, train, train_arm
 from laconic.trainer.tasks.causal_lm import Perplexity
@@ -176,7 +176,7 @@ def test_a_run_on_the_library_is_reported_evaluated_exported_and_generates(tmp_p
     assert "tokens/s" in (run / "log.txt").read_text()
     evaluated = evaluate(str(run), recipe_of(str(run), []), console)
     assert evaluated["variants"]["dense"]["perplexity"] == pytest.approx(quality["dense"], rel=1e-5)
-    assert export_merged(str(run), str(tmp_path / "out"))["max_abs_logit_diff"] <= 1e-5
+    assert export(str(run), str(tmp_path / "out"))["max_abs_logit_diff"] <= 1e-5
     for folder in (run / "model", tmp_path / "out"):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         inputs = tokenizer("def main(", return_tensors="pt")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from laconic import stages_of
 from laconic.trainer.build import build
 from laconic.trainer.evaluate import evaluate, load_model
-from laconic.trainer.export.merged import export_merged
+from laconic.trainer.export.export import export
 from laconic.trainer.recipe_files import RecipeError, load
 from laconic.trainer.run import train, train_arm
 from laconic.trainer.validate import validate
@@ -77,7 +77,7 @@ def test_a_run_reports_its_loss_evaluates_and_exports(tmp_path: Path, quick: lis
     variants = evaluate(str(folder), recipe, console)["variants"]
     assert variants["compressed"]["reconstruction_loss"] == pytest.approx(report["quality"]["compressed"], rel=1e-4)
     assert set(variants) == {"compressed", "dense", "random", "uniform_grid", "patch_energy"}
-    assert export_merged(str(folder), str(tmp_path / "export"))["max_abs_logit_diff"] <= 1e-5
+    assert export(str(folder), str(tmp_path / "export"))["max_abs_logit_diff"] <= 1e-5
 
 
 def test_a_resumed_pretraining_ends_bit_for_bit_like_an_unbroken_one(tmp_path: Path, quick: list[str], console: Console) -> None:

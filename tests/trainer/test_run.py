@@ -22,7 +22,7 @@ from laconic.trainer.baselines import load_baselines
 from laconic.trainer.build import build
 from laconic.trainer.callbacks.guards import NanGuard, NotANumber
 from laconic.trainer.evaluate import evaluate, recipe_of
-from laconic.trainer.export.merged import export_merged
+from laconic.trainer.export.export import export
 from laconic.trainer.image_task import with_normalisation
 from laconic.trainer.recipe_files import RecipeError, load
 from laconic.trainer.resume import find_checkpoint
@@ -269,7 +269,7 @@ def test_export_answers_like_the_run_and_evaluate_reads_both(tmp_path: Path, qui
     overrides = [*quick, "baselines=[]"]
     train(load("vit_digits", overrides), overrides, console)
     run, to = str(tmp_path / "run"), str(tmp_path / "export")
-    record = export_merged(run, to)
+    record = export(run, to)
     assert record["max_abs_logit_diff"] <= 1e-5
     assert json.loads((tmp_path / "run" / "report.json").read_text())["export"]["format"] == "merged"
     assert {"config.json", "model.safetensors", "recipe.yaml", "export.json"} <= {path.name for path in Path(to).iterdir()}
@@ -278,7 +278,7 @@ def test_export_answers_like_the_run_and_evaluate_reads_both(tmp_path: Path, qui
     assert {name: item["accuracy"] for name, item in of_run.items()} == {name: item["accuracy"] for name, item in of_export.items()}
     assert set(of_run) == {"compressed", "dense", "random", "uniform_grid", "patch_energy"}
     with pytest.raises(RecipeError, match="not empty"):
-        export_merged(run, to)
+        export(run, to)
 
 
 def test_damaged_exports_are_refused(tmp_path: Path) -> None:

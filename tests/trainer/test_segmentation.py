@@ -20,7 +20,7 @@ from laconic import Trace
 from laconic.data.rows import collate
 from laconic.trainer.build import build
 from laconic.trainer.evaluate import evaluate, recipe_of
-from laconic.trainer.export.merged import export_merged
+from laconic.trainer.export.export import export
 from laconic.trainer.pictures import kept_pixels
 from laconic.trainer.recipe_files import load
 from laconic.trainer.run import train, train_arm
@@ -99,7 +99,7 @@ def test_evaluate_counts_what_the_run_did_and_runs_the_controls_with_their_resto
 
 
 def test_an_export_answers_in_a_clean_process_as_the_run_does(run: Path, tmp_path: Path) -> None:
-    record = export_merged(str(run), str(tmp_path / "export"))
+    record = export(str(run), str(tmp_path / "export"))
     assert record["max_abs_logit_diff"] <= 1e-5
     assert type(laconic.from_pretrained(tmp_path / "export")).__name__ == "CompressedViTForSemanticSegmentation"
 

@@ -157,29 +157,31 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="run folder")],
+    run: Annotated[str, typer.Argument(help="run folder, or an earlier export")],
     to: Annotated[str, typer.Option(help="folder to write")],
-    format: Annotated[str, typer.Option(help="merged")] = "merged",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    format: Annotated[str, typer.Option(help="merged, standalone, plain, onnx or torch-export")] = "merged",
+    dtype: Annotated[str, typer.Option(help="of the weights: fp32, bf16 or fp16")] = "fp32",
+    shard_size: Annotated[str, typer.Option(help="largest file of weights, such as 500MB or 5GB")] = "5GB",
+    push: Annotated[str | None, typer.Option(help="repository of yours on the hub, made private where it is new")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint for others, and verify it in a clean process."""
     with user_input():
-        if format != "merged":
-            raise ValueError(f"--format {format}: there is merged")
-        if dtype not in ("fp32", "bf16"):
-            raise ValueError(f"--dtype {dtype}: there are fp32 and bf16")
         from ..evaluate import model_folder
-        from ..export.merged import export_merged
+        from ..export.base import format_named
+        from ..export.export import check
+        from ..export.export import export as write
+        from ..export.source import Settings
 
+        settings = Settings(dtype, shard_size)
+        check(format_named(format), Path(to), settings)
         model_folder(run)
-        if Path(to).exists() and any(Path(to).iterdir()):
-            raise ValueError(f"--to {to}: the folder is not empty; give a new one")
     with running():
-        record = export_merged(run, to, dtype)
+        record = write(run, to, format, settings, push)
     emit(record, as_json)
     console(as_json).print(
-        f"exported to {to}; loaded again in a clean process, the largest difference of the logits is {record['max_abs_logit_diff']:.1e}",
+        f"exported to {to}; loaded again in a clean process, the largest difference of the logits is {record['max_abs_logit_diff']:.1e}"
+        + (f"; pushed: {record['pushed']}" if push else ""),
         highlight=False,
         soft_wrap=True,
     )

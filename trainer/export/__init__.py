@@ -1,1 +1,1 @@
-"""Exports: one file a format, each verified after writing in a clean process."""
+"""Exports: ``formats/`` holds one file a format; here is what they share. Each export is verified in a clean process after writing."""

@@ -1,0 +1,95 @@
+"""The graph of a model's forward, for formats that hold a graph instead of Python."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ...modules.backbones import backbones
+from ...modules.backbones.vision import VisionBackbone
+from ...modules.compress import stages_of
+from ...modules.state import Trace
+from ..recipe_files import RecipeError
+
+# While transformers is traced it makes full masks that hide nothing, as if rows had padding, except for attention that it knows no mask
+# function of. Only for models whose tokens all see each other.
+ATTENTION = "laconic_export"
+AttentionInterface.register(ATTENTION, sdpa_attention_forward)
+
+_REDUCING = ("scatter_reduce", "scatter_add", "index_add", "index_reduce")
+
+
+@torch.no_grad()
+def check_static(model: PreTrainedModel, inputs: Mapping[str, Tensor], name: str) -> None:
+    """Raises RecipeError where rows keep numbers of their own: a graph has one size for each of its tensors.
+
+    Args:
+        model: in evaluation mode.
+        inputs: of a forward that tells.
+        name: of the format, for the message.
+    """
+    stages, trace = stages_of(model), Trace()
+    if not stages:
+        return
+    model(**inputs, trace=trace)
+    uneven = [
+        f"{key} (selector {stages[key][1].config.part('selector').name!r})"
+        for key, routing in trace.routings.items()
+        if isinstance(routing.kept, Tensor)
+    ]
+    if uneven:
+        raise RecipeError(
+            f"--format {name}: in stage {', '.join(uneven)} every row keeps as many tokens as score high, and a graph needs a number that "
+            "is known beforehand; take merged or standalone, or, for images, train with selector top_k"
+        )
+
+
+class _Logits(nn.Module):
+    """A model as a function of named tensors to its logits."""
+
+    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
+        super().__init__()
+        self.model = model
+
+        # Nobody reads the cache of a graph.
+        options = {"use_cache": False} if model.can_generate() else {}
+
+        def forward(*args: Tensor, **kwargs: Tensor) -> Any:
+            return model(**dict(zip(names, args, strict=False)), **kwargs, **options).logits
+
+        # torch.export takes names from the signature, and they become those of the graph's inputs.
+        forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        )
+        self.forward = forward
+
+
+@torch.no_grad()
+def captured(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> ExportedProgram:
+    """The forward as a graph, from the inputs to ``logits``, for any number of rows.
+
+    Args:
+        model: in evaluation mode, with static counts; its attention implementation is changed.
+        inputs: of a few rows, more than one.
+
+    Raises:
+        RuntimeError: the graph has a scatter with a reduction, which runtimes lack or are slow at.
+    """
+    backbone = backbones().get(model.config.model_type)
+    if backbone is not None and issubclass(backbone, VisionBackbone):
+        model.set_attn_implementation(ATTENTION)
+    rows = Dim("batch", min=1)
+    program = torch.export.export(
+        _Logits(model, list(inputs)).eval(), (), dict(inputs), dynamic_shapes={name: {0: rows} for name in inputs}, strict=False
+    )
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    if reducing := sorted(target for target in targets if any(name in target for name in _REDUCING)):
+        raise RuntimeError(f"the model's graph has a scatter with a reduction: {', '.join(reducing)}")
+    return program

@@ -1,0 +1,106 @@
+"""The model card: what was trained, what it costs, how good it is, how to load it. What was not measured is not claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..build import cost_model
+from ..tasks.base import task_named
+from .base import Format, auto_class, base_name, compressed
+from .source import Settings, Source
+
+# transformers' names for what a model of an Auto class is for.
+_PIPELINES = {
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForSemanticSegmentation": "image-segmentation",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForPreTraining": "feature-extraction",
+}
+
+
+def facts(source: Source) -> dict[str, Any]:
+    """What is known of the model, taken before a format changes it: costs from its token counts, the rest from the run's report."""
+    model, report = source.model, source.report or {}
+    costs = cost_model(model)
+    cost = None if costs is None else costs()
+    is_compressed = compressed(model)
+    quality, keep = report.get("quality") or {}, report.get("keep") or {}
+    return {
+        "task": source.recipe.task,
+        "architecture": base_name(model),
+        "base_model": source.recipe.model.name,
+        "compressed": is_compressed,
+        "metric": task_named(source.recipe.task).metric,
+        "quality": quality.get("compressed" if is_compressed else "dense"),
+        "dense_quality": quality.get("dense"),
+        "split": quality.get("split"),
+        "keep": {
+            name: {"requested": value, "achieved": (keep.get("achieved") or {}).get(name)}
+            for name, value in (cost.keep if cost else {}).items()
+        },
+        "macs_ratio": {"requested": cost.macs_ratio if cost else None, "achieved": report.get("macs_ratio")},
+        "step_speedup": (report.get("step_time") or {}).get("speedup"),
+        "cores": (report.get("versions") or {}).get("cores"),
+    }
+
+
+def write_card(source: Source, form: type[Format], settings: Settings, about: Mapping[str, Any], usage: str, folder: Path) -> None:
+    """Writes ``README.md``.
+
+    Args:
+        source: what was exported.
+        form: as what.
+        settings: how.
+        about: of ``facts``.
+        usage: Python that loads it, of ``Format.usage``.
+        folder: of the export.
+    """
+    kind = form.__module__.rpartition(".")[2].replace("_", "-")
+    pipeline = _PIPELINES.get(auto_class(source.model))
+    header = ["---", "library_name: transformers", "tags: [laconic, token-compression]"]
+    header += [f"pipeline_tag: {pipeline}"] if pipeline else []
+    header += [f"base_model: {about['base_model']}"] if about["base_model"] and not Path(about["base_model"]).exists() else []
+    title = f"{about['architecture']}, {'compressed by Laconic' if about['compressed'] else 'trained by Laconic'}"
+    lines = [*header, "---", "", f"# {title}", "", _words(about), "", "| | |", "|---|---|", *_rows(about, kind, settings), ""]
+    lines += ["## Loading", "", "```python", f'folder = "."  # or the name of the repository\n{usage}', "```", "", *_notes(kind, about), ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _words(about: Mapping[str, Any]) -> str:
+    if not about["compressed"]:
+        return "Every layer sees every token."
+    return (
+        "It drops or merges tokens on its way through the layers. *Keep* is the share of tokens that a stage lets through; *MACs* are those "
+        "of the whole forward, routers included, ÷ those of the dense model."
+    )
+
+
+def _rows(about: Mapping[str, Any], kind: str, settings: Settings) -> list[str]:
+    rows = [("task", about["task"].replace("_", " "))]
+    quality = "not measured" if about["quality"] is None else f"{about['quality']:.4f} on the {about['split']} split"
+    rows.append((about["metric"].replace("_", " "), quality))
+    if about["compressed"] and about["dense_quality"] is not None:
+        rows.append((f"{about['metric'].replace('_', ' ')} of the dense control", f"{about['dense_quality']:.4f}"))
+    for name, keep in about["keep"].items():
+        rows.append((f"keep of stage {name}", _pair(keep)))
+    if about["compressed"]:
+        rows.append(("MACs ÷ dense", _pair(about["macs_ratio"])))
+        speed = about["step_speedup"]
+        rows.append(("training step", "not measured" if speed is None else f"{speed:.2f}× as fast as dense, on {about['cores']} cores"))
+    rows.append(("format", f"{kind}, {settings.dtype}"))
+    return [f"| {name} | {value} |" for name, value in rows]
+
+
+def _pair(values: Mapping[str, float | None]) -> str:
+    achieved = values["achieved"]
+    assert values["requested"] is not None
+    return f"{values['requested']:.4f} requested, {'not measured' if achieved is None else f'{achieved:.4f} achieved'}"
+
+
+def _notes(kind: str, about: Mapping[str, Any]) -> list[str]:
+    notes = ["`export.json` has sizes and hashes of all files, and how closely the export answers as the trained model did."]
+    if kind == "standalone":
+        notes.append("Without `trust_remote_code=True` transformers builds the dense class and reports the stages' weights as unexpected.")
+    return notes

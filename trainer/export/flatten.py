@@ -1,0 +1,106 @@
+"""The files of ``laconic.modules`` that a model needs, laid flat in one folder, with nothing changed but where they import from.
+
+transformers' loader of remote code copies files of one folder only, those named by lines ``from .name import …`` (seen with 5.17 and
+5.23). So ``scorers/learned.py`` becomes ``scorers_learned.py``, and its ``from ..linear import …`` becomes ``from .linear import …``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+from transformers import PreTrainedModel
+
+from ... import modules
+from ...modules.compress import CompressedModel
+
+_IMPORT = re.compile(r"^(?P<indent>[ \t]*)from (?P<dots>\.+)(?P<path>[\w.]*) import (?P<what>.*)$", re.MULTILINE)
+
+# A file's place in the package: ("scorers", "learned"), or ("scorers",) for the folder's own __init__.py.
+Place = tuple[str, ...]
+
+
+def files_of(model: PreTrainedModel) -> dict[str, str]:
+    """Text by file name of all that a model's own classes are written in, and of what those files import.
+
+    Args:
+        model: compressed; every part that it is made of comes along, and no other.
+    """
+    assert isinstance(model, CompressedModel)
+    package = modules.__name__
+    classes = {cls for module in model.modules() for cls in type(module).__mro__} | set(model.backbone.__mro__)
+    names = {cls.__module__ for cls in classes if cls.__module__.startswith(f"{package}.")}
+    places = {tuple(name.removeprefix(f"{package}.").split(".")) for name in names}
+    # A part is found through its folder, so the folder is there as well.
+    return flattened(places | {place[:1] for place in places})
+
+
+def flattened(places: Iterable[Place], package: ModuleType = modules) -> dict[str, str]:
+    """Text by file name of some files of a package and of all that they import from it.
+
+    Raises:
+        ValueError: an import is written in a way that cannot be carried over, or two files would have one name.
+    """
+    assert package.__file__ is not None
+    root = Path(package.__file__).parent
+    found: dict[Place, str] = {}
+    open_places = set(places)
+    while open_places:
+        place = open_places.pop()
+        text, imported = _rewritten(root, place)
+        found[place] = text
+        open_places |= imported - found.keys()
+    flat = {f"{_flat(place)}.py": text for place, text in sorted(found.items())}
+    if len(flat) < len(found):
+        raise ValueError(
+            f"two files of {package.__name__} have the same name in one flat folder: {', '.join(map('.'.join, sorted(found)))}"
+        )
+    return flat
+
+
+def _rewritten(root: Path, place: Place) -> tuple[str, set[Place]]:
+    """A file's text with its imports from the package rewritten, and the places that it imports from."""
+    path = _path(root, place)
+    assert path is not None, place
+    here = place if path.name == "__init__.py" else place[:-1]
+    imported: set[Place] = set()
+
+    def rewrite(match: re.Match[str]) -> str:
+        above = len(match["dots"]) - 1
+        if above > len(here):
+            raise ValueError(f"{path}: {match[0].strip()!r} leaves the package, and an exported folder has nothing beside it")
+        base = here[: len(here) - above]
+        if match["path"]:
+            target = (*base, *match["path"].split("."))
+            imported.add(target)
+            return f"{match['indent']}from .{_flat(target)} import {match['what']}"
+        # Names of files, not of what is in one.
+        named = []
+        for name in (item.strip() for item in match["what"].split(",")):
+            target = (*base, name)
+            if not name.isidentifier() or _path(root, target) is None:
+                raise ValueError(f"{path}: {match[0].strip()!r} must name files of the folder, on one line")
+            imported.add(target)
+            named.append(name if _flat(target) == name else f"{_flat(target)} as {name}")
+        return f"{match['indent']}from . import {', '.join(named)}"
+
+    text = path.read_text(encoding="utf-8")
+    text = _IMPORT.sub(rewrite, text)
+    for target in imported:
+        if _path(root, target) is None:
+            raise ValueError(f"{path} imports {'.'.join(target)}, which is no file of the package")
+    return text, imported
+
+
+def _path(root: Path, place: Place) -> Path | None:
+    """The file at a place; None where there is none."""
+    for path in (root.joinpath(*place).with_suffix(".py"), root.joinpath(*place, "__init__.py")):
+        if place and path.is_file():
+            return path
+    return None
+
+
+def _flat(place: Place) -> str:
+    return "_".join(place)

@@ -1,0 +1,53 @@
+"""``torch-export``: the graph that ``torch.export`` makes, with its weights, in one ``.pt2`` archive."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from ..base import Format
+from ..capture import captured, check_static
+from ..source import Settings, Source
+
+FILE = "model.pt2"
+
+
+class TorchExport(Format):
+    """Needs torch alone: ``torch.export.load``. Rows may be any number, everything else is as it was exported."""
+
+    hugging_face = False
+    without: ClassVar[tuple[str, ...]] = ("laconic", "transformers")
+    program = f"""
+import torch, os
+def load(folder):
+    model = torch.export.load(os.path.join(folder, "{FILE}")).module()
+    def answer(batch):
+        with torch.no_grad():
+            return {{"logits": model(**batch).float().contiguous()}}
+    return answer
+"""
+
+    @classmethod
+    def check(cls, source: Source) -> None:
+        check_static(source.model, source.batches()[0], "torch-export")
+
+    @classmethod
+    def write(cls, source: Source, settings: Settings, folder: Path) -> None:
+        program = captured(source.model, source.batches()[0])
+        # They are the one thing that torch writes with pickle.
+        program.example_inputs = None
+        torch.export.save(program, folder / FILE)
+        source.model.config.save_pretrained(folder)
+        with zipfile.ZipFile(folder / FILE) as archive:
+            pickled = [name for name in archive.namelist() if name.endswith((".pt", ".pkl")) and archive.getinfo(name).file_size]
+            configs = [archive.read(name).decode() for name in archive.namelist() if name.endswith("_config.json")]
+        if pickled or any('"use_pickle": true' in config for config in configs):
+            raise RuntimeError(f"{folder / FILE} holds pickled objects, which loading would run: {', '.join(pickled) or 'weights'}")
+
+    @classmethod
+    def usage(cls, model: PreTrainedModel) -> str:
+        return f'import torch\n\nmodel = torch.export.load(f"{{folder}}/{FILE}").module()'

@@ -1,0 +1,51 @@
+"""What turns raw inputs into a model's, in the files that transformers reads: image processor or tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import AutoTokenizer
+
+from ..image_task import ImageTask, image_input, with_normalisation
+from ..recipe import Recipe
+from ..report import write_json
+from ..tasks.base import task_named
+from .source import Source
+
+PROCESSOR = "preprocessor_config.json"
+
+
+def save_preprocessing(source: Source, folder: Path) -> None:
+    """Writes the image processor of a task on images, and the tokenizer that lies beside the weights."""
+    config: Any = source.model.config
+    if issubclass(task_named(source.recipe.task), ImageTask):
+        write_json(folder / PROCESSOR, image_processor(source.recipe, config))
+    if (source.weights / "tokenizer_config.json").is_file():
+        AutoTokenizer.from_pretrained(source.weights).save_pretrained(folder)
+
+
+def image_processor(recipe: Recipe, config: Any) -> dict[str, Any]:
+    """Settings for transformers' image processors that do what evaluation here does: shorter side to size, centre, normalise."""
+    size, channels = image_input(config)
+    data = with_normalisation(recipe).data
+    assert data.mean is not None
+    assert data.std is not None
+    # The embedded digits are drawn as numbers in [0, 1], and stay so.
+    normalised = data.name != "scattered_digits"
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        # A colour image for a grey model is the caller's to convert: transformers knows no grey.
+        "do_convert_rgb": channels == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": int(Image.Resampling.BICUBIC),
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": normalised,
+        "image_mean": data.mean * (channels if len(data.mean) == 1 else 1),
+        "image_std": data.std * (channels if len(data.std) == 1 else 1),
+    }

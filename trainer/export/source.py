@@ -1,0 +1,111 @@
+"""What is exported: a trained model with all that is known about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...modules.compress import stages_of
+from ...modules.generation import check_deployable
+from ..evaluate import load_model, model_folder, recipe_of
+from ..recipe import Recipe
+from ..recipe_files import RecipeError
+from ..tasks.base import task_named
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# How many new tokens a model that generates is compared on.
+NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an export is written.
+
+    Attributes:
+        dtype: of the weights, a key of ``DTYPES``.
+        shard_size: largest file of weights, as transformers reads it (``500MB``, ``5GB``).
+    """
+
+    dtype: str = "fp32"
+    shard_size: str = "5GB"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"--dtype {self.dtype}: there are {', '.join(DTYPES)}")
+        number, unit = self.shard_size[:-2], self.shard_size[-2:].upper()
+        if unit not in ("KB", "MB", "GB") or not number.isdecimal() or not int(number):
+            raise RecipeError(f"--shard-size {self.shard_size}: give a whole number and KB, MB or GB, such as 500MB")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model and what is known about it.
+
+    Attributes:
+        run: folder of the run, or of an earlier export.
+        weights: folder of the weights in it.
+        recipe: that it was trained with.
+        recipe_file: the same, as a file.
+        model: with its stages, in evaluation mode, float32; a format may change it as it writes.
+        report: of the run; None where there is none.
+        inputs: to compare answers on, a few rows.
+    """
+
+    run: Path
+    weights: Path
+    recipe: Recipe
+    recipe_file: Path
+    model: PreTrainedModel
+    report: Mapping[str, Any] | None
+    inputs: Mapping[str, Tensor]
+
+    @staticmethod
+    def open(run: str) -> Source:
+        """From a run folder or an export. Raises RecipeError where it holds no trained model."""
+        weights, recipe_file = model_folder(run)
+        recipe, report = recipe_of(run, []), Path(run) / "report.json"
+        model = load_model(weights).eval()
+        return Source(
+            run=Path(run),
+            weights=weights,
+            recipe=recipe,
+            recipe_file=recipe_file,
+            model=model,
+            report=json.loads(report.read_text()) if report.is_file() else None,
+            inputs=task_named(recipe.task).probe(model.config),
+        )
+
+    def batches(self) -> list[dict[str, Tensor]]:
+        """The inputs together and the first of them alone, floating-point ones in the model's dtype."""
+        given = {key: value.to(self.model.dtype) if value.is_floating_point() else value for key, value in self.inputs.items()}
+        return [given, {key: value[:1] for key, value in given.items()}]
+
+
+def generates(model: PreTrainedModel) -> bool:
+    """Whether the model can generate, which stages that look ahead do not let it."""
+    if not model.can_generate():
+        return False
+    try:
+        check_deployable(stages_of(model))
+    except ValueError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """For each batch float32 ``logits`` and, of a model that generates, the ``generated`` token ids."""
+    found, generation = [], cast(Any, model)
+    for batch in batches:
+        answer = {"logits": model(**batch).logits.float().contiguous()}
+        if generates(model):
+            answer["generated"] = generation.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+        found.append(answer)
+    return found
