@@ -27,6 +27,7 @@ class Backbone:
         refused: class names of the family that cannot be served, and why.
         takes_attention_mask: the models' forward understands an ``attention_mask`` for padded rows.
         masks_in_layers: layers add to their masks by themselves, for the full sequence; ``layer_mask`` does it for a shorter one.
+        lora_targets: ends of names of the linear maps in a layer that LoRA adapts by default; None takes all of them.
     """
 
     model_type: ClassVar[str]
@@ -35,6 +36,7 @@ class Backbone:
     refused: ClassVar[Mapping[str, str]] = {}
     takes_attention_mask: ClassVar[bool] = True
     masks_in_layers: ClassVar[bool] = False
+    lora_targets: ClassVar[tuple[str, ...] | None] = None
 
     @classmethod
     def base(cls, model: PreTrainedModel) -> nn.Module:
