@@ -121,7 +121,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     lora_config = None
     lora: dict[str, Tensor] = {}
     if manifest["lora"]:
-        lora_config = _lora_config(path / LORA_CONFIG, contents[LORA_CONFIG])
+        lora_config = lora_config_of(path / LORA_CONFIG, contents[LORA_CONFIG])
         in_full = {name: value for name, value in tensors[LORA].items() if _of_full(name.removeprefix("base_model.model."), full)}
         lora = {name: value for name, value in tensors[LORA].items() if name not in in_full}
         full_tensors = {name.removeprefix("base_model.model."): value for name, value in in_full.items()}
@@ -260,8 +260,13 @@ def _parsed(path: Path, content: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def _lora_config(path: Path, content: bytes) -> LoraConfig:
-    """PEFT's config from the settings that are known to compute and nothing else: some of them name code to import."""
+def lora_config_of(path: Path, content: bytes) -> LoraConfig:
+    """PEFT's config from the settings that are known to compute and nothing else: some of them name code to import. Raises AdapterError.
+
+    Args:
+        path: of the file, for messages.
+        content: of it.
+    """
     from peft import LoraConfig
 
     given = _json(path, content)

@@ -29,7 +29,7 @@ class Adapters:
     """Several adapters on one base; one of them is in use.
 
     Args:
-        folders: adapter folders by the name that each gets here.
+        folders: adapter folders, or what was read of them, by the name that each gets here.
         base: folder or hub name of the base, where it is elsewhere than the manifests say; its weights must be the same.
         kwargs: for the base's ``from_pretrained`` (``dtype``, ``attn_implementation``, ``quantization_config`` …).
 
@@ -41,17 +41,16 @@ class Adapters:
         AdapterError: a folder is damaged, of another base, or does not fit it. Nothing is loaded then.
     """
 
-    def __init__(self, folders: Mapping[str, str | Path], base: str | Path | None = None, **kwargs: Any) -> None:
+    def __init__(self, folders: Mapping[str, str | Path | Adapter], base: str | Path | None = None, **kwargs: Any) -> None:
         if not folders:
             raise ValueError("give at least one adapter folder")
-        found = {name: read_adapter(folder) for name, folder in folders.items()}
-        shells = {name: shell_of(adapter, str(folders[name])) for name, adapter in found.items()}
+        found = {name: folder if isinstance(folder, Adapter) else read_adapter(folder) for name, folder in folders.items()}
+        where = {name: f"adapter {name!r}" if isinstance(folder, Adapter) else str(folder) for name, folder in folders.items()}
+        shells = {name: shell_of(adapter, where[name]) for name, adapter in found.items()}
         first, *others = found.items()
         for name, adapter in others:
-            _check_beside(adapter, first[1], str(folders[name]), str(folders[first[0]]))
-        self._kwargs, self._base_name = kwargs, base
-        self.base = first[1].base
-        self.model = load_base(first[1], str(folders[first[0]]), base, **kwargs)
+            _check_beside(adapter, first[1], where[name], where[first[0]])
+        self.model = load_base(first[1], where[first[0]], base, **kwargs)
         self._adapters: dict[str, Adapter] = {}
         self._heads: dict[str, dict[str, nn.Module]] = {}
         self._own_heads: dict[str, nn.Module] = {}
@@ -133,7 +132,7 @@ class Adapters:
             heads[module] = head
             self._own_heads.setdefault(module, model.get_submodule(module))
         if adapter.lora_config is not None:
-            with _quietly():
+            with quietly():
                 add_lora(model, copy.deepcopy(adapter.lora_config), name)
             copy_all(lora_state(model, name), adapter.lora, f"adapter {name!r}")
         self._heads[name] = heads
@@ -150,7 +149,7 @@ def load_base(adapter: Adapter, where: str, base: str | Path | None = None, **kw
     hub = {key: kwargs[key] for key in _HUB if key in kwargs}
     check_base(adapter, where, name, revision, **hub)
     cls: Any = class_named(adapter.model_class, where)
-    with _quietly():
+    with quietly():
         loaded = cls.from_pretrained(
             name, revision=revision or "main", config=config_of(adapter), use_safetensors=True, ignore_mismatched_sizes=True,
             output_loading_info=True, trust_remote_code=False, **kwargs,
@@ -179,8 +178,13 @@ def check_base(adapter: Adapter, where: str, name: str, revision: str | None, **
         )
 
 
-def shell_of(adapter: Adapter, where: str) -> PreTrainedModel:
+def shell_of(adapter: Adapter, where: str, values: bool = True) -> PreTrainedModel:
     """The adapter's model without values: everything that could fail for the real one fails here, before it is touched.
+
+    Args:
+        adapter: that is to be loaded.
+        where: it lies, for messages.
+        values: whether it has its tensors, which are compared with the model's.
 
     Raises:
         AdapterError: a config or tensor does not fit the model.
@@ -191,14 +195,20 @@ def shell_of(adapter: Adapter, where: str) -> PreTrainedModel:
             model: PreTrainedModel = cls._from_config(config_of(adapter))
             if adapter.compression is not None:
                 compress(model, CompressionConfig.from_dict(adapter.compression))
-            full_modules(model, adapter.full)
-            if adapter.lora_config is not None:
-                add_lora(model, copy.deepcopy(adapter.lora_config))
+            full = full_modules(model, adapter.full)
+            if adapter.lora_config is None:
+                train_only(model, full)
+            else:
+                config = copy.deepcopy(adapter.lora_config)
+                config.modules_to_save = full
+                add_lora(model, config)
     except AdapterError:
         raise
     except Exception as error:
         # Of the many kinds that a wrong config raises in torch, transformers and PEFT.
         raise AdapterError(f"{where} does not fit {adapter.model_class}: {' '.join(str(error).split())}") from None
+    if not values:
+        return model
     state = model.state_dict()
     expected = {"routers": (stage_state(model), adapter.stages)}
     if adapter.lora_config is not None:
@@ -273,7 +283,7 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Inside, transformers and PEFT do not warn of new heads and further adapters: what is missing is checked."""
     import warnings
 

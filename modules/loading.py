@@ -12,7 +12,9 @@ from transformers.utils.hub import cached_file
 from .adapter_folder import MANIFEST
 from .adapters import Adapters, own_memory
 from .compress import compressed_class
+from .lora import copy_all
 from .model_class import class_named
+from .training_checkpoint import read_checkpoint
 
 _HUB = ("token", "cache_dir", "local_files_only")
 # Of a repository with an adapter, what is fetched: nothing that could run.
@@ -23,8 +25,8 @@ def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs
     """A model from what Laconic wrote, with its stages and its LoRA.
 
     Args:
-        folder: an adapter; a compressed model (``save_pretrained``, ``laconic export``); a training run, or one of its DeepSpeed
-            checkpoints, whatever of these it holds; or a repository on the hub with one of the first two.
+        folder: an adapter; a compressed model (``save_pretrained``, ``laconic export``); a training run, or one of its checkpoints, a file or
+            a folder, whatever of these it holds; or a repository on the hub with one of the first two.
         base: for an adapter: folder or hub name of its base, where it is elsewhere than the manifest says.
         kwargs: passed to transformers' ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision`` …).
 
@@ -36,6 +38,8 @@ def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs
         ValueError: the config holds no compression, or its class is unknown; an adapter is damaged or of another base.
         RuntimeError: weights are missing, left over, or of another shape; nothing is initialised silently.
     """
+    if Path(folder).is_file():
+        return _from_checkpoint(Path(folder), base, **kwargs)
     if (adapter := find_adapter(folder, **{key: kwargs[key] for key in ("revision", *_HUB) if key in kwargs})) is not None:
         return Adapters({"default": adapter}, base, **{key: value for key, value in kwargs.items() if key != "revision"}).model
     if base is not None:
@@ -85,8 +89,6 @@ def weights_folder(folder: str | Path) -> str:
         FileNotFoundError: there are none.
     """
     path = Path(folder)
-    if path.is_file():
-        raise FileNotFoundError(f"{path} is a file: give the folder of a run, an adapter or an export; a run goes on with --resume {path}")
     if not path.is_dir():
         return str(folder)
     for place in (path, path / "model"):
@@ -104,6 +106,21 @@ def saved_class(folder: str | Path) -> type[PreTrainedModel]:
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return class_named((config.architectures or [""])[0], str(folder))
+
+
+def _from_checkpoint(path: Path, base: str | Path | None, **kwargs: Any) -> PreTrainedModel:
+    checkpoint = read_checkpoint(path)
+    if checkpoint.adapter is not None:
+        return Adapters({"default": checkpoint.adapter}, base, **kwargs).model
+    config: Any = checkpoint.config
+    if not hasattr(config, "compression"):
+        raise ValueError(f"{path} is of a dense {config.model_type} model: give it to model.name of a recipe")
+    own: Any = class_named((config.architectures or [""])[0], str(path))
+    model = compressed_class(own)._from_config(config, **kwargs)
+    copy_all(model.state_dict(), checkpoint.state, str(path))
+    model.eval()
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
 def _is_adapter(path: Path) -> bool:

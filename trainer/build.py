@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightning
+import yaml
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..data.hub import Source
 from ..data.images import ImageTransform
 from ..data.module import ImageData, ImageDataModule
+from ..modules.adapters import check_base, quietly
 from ..modules.backbones import backbones
 from ..modules.backbones.vision import VisionBackbone
+from ..modules.base_weights import Base, base_of
 from ..modules.budget.budget import Budget
 from ..modules.compress import checkpoint_activations, compress, stages_of
 from ..modules.cost import CostModel
 from ..modules.encoder import encoder_config, encoder_source, load_encoder, load_routers
 from . import collective
+from .lora import prepare, quantization
 from .model_settings import check_settings, with_settings
 from .recipe import DataRecipe, ModelRecipe, Recipe
 from .sharded import fill, shell
+from .starting import Start, check_start, load_stages, load_state, start_of
 from .strategies import processes_of
 from .tasks.base import Task, task_named
 
@@ -40,6 +46,7 @@ class Parts:
         cost: of the model.
         budget: None for a dense model, or where every stage has its own keep.
         total_steps: optimizer steps.
+        base: weights that stay as they are, which an adapter names; None where everything trains.
     """
 
     recipe: Recipe
@@ -48,6 +55,7 @@ class Parts:
     cost: CostModel
     budget: Budget | None
     total_steps: int
+    base: Base | None = None
 
     @property
     def task(self) -> type[Task]:
@@ -74,24 +82,66 @@ def build(recipe: Recipe, data: ImageData | None = None, shards: Mapping[str, An
     """
     task = task_named(recipe.task)
     task.check(recipe)
-    config = model_config(recipe.model, task)
+    start = start_of(recipe.model)
+    check_start(recipe, start)
+    config = model_config(recipe.model, task, start)
     data = data if data is not None else open_data(recipe, config)
     lightning.seed_everything(recipe.seed, verbose=False)
     steps = total_steps(recipe, data)
+    base = collective.from_rank_zero(lambda: _base(recipe, start))
     if shards is None:
-        model, budget = _assemble(recipe, build_model(recipe.model, config, data, task), steps)
+        dense, new = _starting_model(recipe, config, data, task, start)
+        model, cost, budget = _assemble(recipe, dense, steps, start, new)
     else:
-        # Its own copy of the configuration: compress writes into it.
-        whole = copy.deepcopy(config)
-        source = _assemble(recipe, build_model(recipe.model, whole, data, task), steps)[0] if collective.rank() == 0 else None
+        source, new = None, []
+        if collective.rank() == 0:
+            # Its own copy of the configuration: compress writes into it.
+            dense, new = _starting_model(recipe, copy.deepcopy(config), data, task, start)
+            source = _assemble(recipe, dense, steps, start, new)[0]
+        missing = new
+        new = collective.from_rank_zero(lambda: missing)
         with shell(shards):
             bare = recipe.model.model_copy(update={"name": None, "config": {}})
-            model, budget = _assemble(recipe, build_model(bare, config, data, task), steps, filled=False)
+            model, cost, budget = _assemble(recipe, build_model(bare, config, data, task), steps, start, new, filled=False)
         fill(model, source)
-    return Parts(recipe, data, model, CostModel(model), budget, steps)
+    return Parts(recipe, data, model, cost, budget, steps, base)
 
 
-def _assemble(recipe: Recipe, model: PreTrainedModel, steps: int, filled: bool = True) -> tuple[PreTrainedModel, Budget | None]:
+def _base(recipe: Recipe, start: Start | None) -> Base | None:
+    """What the adapter that a run writes will name, its weights hashed; of an adapter that goes on, compared with its own."""
+    if recipe.lora is None or not recipe.lora.freezes:
+        return None
+    assert start is not None
+    assert start.weights is not None
+    if start.adapter is None:
+        return base_of(start.weights, start.revision)
+    check_base(start.adapter, start.name, start.weights, start.revision)
+    return start.adapter.base
+
+
+def _starting_model(
+    recipe: Recipe, config: PretrainedConfig, data: ImageData, task: type[Task], start: Start | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """The dense model with the weights that it starts from, and the names of the modules that they lack."""
+    if start is None:
+        return build_model(recipe.model, config, data, task), []
+    _name_labels(config, data)
+    if start.weights is None:
+        model = task.fresh_model(config, recipe.model.attention)
+        lacking = load_state(model, start)
+    else:
+        located = recipe.model.model_copy(update={"name": start.weights, "revision": start.revision})
+        options = {"output_loading_info": True, **quantization(recipe.lora)}
+        with quietly() if start.compression is not None or start.adapter is not None else contextlib.nullcontext():
+            loaded: Any = task.loaded_model(located, config, **options)
+        model, report = loaded
+        lacking = [str(item[0] if isinstance(item, tuple) else item) for key in ("missing_keys", "mismatched_keys") for item in report[key]]
+    return model, sorted({name.rpartition(".")[0] for name in lacking})
+
+
+def _assemble(
+    recipe: Recipe, model: PreTrainedModel, steps: int, start: Start | None, new: Sequence[str], filled: bool = True
+) -> tuple[PreTrainedModel, CostModel, Budget | None]:
     """The dense model with what the recipe does to it; one that is not ``filled`` gets its values later."""
     budget = None
     if recipe.compression is not None:
@@ -110,12 +160,17 @@ def _assemble(recipe: Recipe, model: PreTrainedModel, steps: int, filled: bool =
         if recipe.model.encoder_routers and filled:
             assert recipe.model.encoder_of is not None
             load_routers(model, recipe.model.encoder_of, recipe.model.revision)
+        if start is not None and filled:
+            load_stages(model, start)
+    # LoRA costs nothing once it is merged.
+    cost = CostModel(model)
+    prepare(recipe.lora, model, new, start.adapter if start is not None else None, filled)
     if recipe.trainer.gradient_checkpointing:
         checkpoint_activations(model)
-    return model, budget
+    return model, cost, budget
 
 
-def model_config(recipe: ModelRecipe, task: type[Task]) -> PretrainedConfig:
+def model_config(recipe: ModelRecipe, task: type[Task], start: Start | None = None) -> PretrainedConfig:
     """The configuration of the task's model, without its weights. Raises ValueError where it cannot be had or no adapter serves it."""
     if recipe.config is not None:
         settings = {**recipe.config, **recipe.settings}
@@ -131,13 +186,9 @@ def model_config(recipe: ModelRecipe, task: type[Task]) -> PretrainedConfig:
             raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
     if recipe.encoder_of is not None:
         return _of_task(_encoder_config(recipe), recipe, task)
-    try:
-        config = AutoConfig.from_pretrained(recipe.name, revision=recipe.revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.name = {recipe.name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if getattr(config, "compression", None) is not None:
-        raise ValueError(f"model.name = {recipe.name!r} is compressed already: start from the dense model")
-    return _of_task(config, recipe, task)
+    start = start_of(recipe) if start is None else start
+    assert start is not None
+    return _of_task(start.config, recipe, task)
 
 
 def _encoder_config(recipe: ModelRecipe) -> PretrainedConfig:
@@ -169,8 +220,7 @@ def image_input(config: Any) -> tuple[int, int]:
 
 def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: ImageData, task: type[Task]) -> PreTrainedModel:
     """The dense model with a head for the data's classes."""
-    names = dict(enumerate(data.classes))
-    config.id2label, config.label2id = names, {name: code for code, name in names.items()}
+    _name_labels(config, data)
     if recipe.config is None and recipe.encoder_of is None:
         return task.loaded_model(recipe, config)
     model = task.fresh_model(config, recipe.attention)
@@ -179,11 +229,21 @@ def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: ImageData, 
     return model
 
 
+def _name_labels(config: PretrainedConfig, data: ImageData) -> None:
+    names = dict(enumerate(data.classes))
+    config.id2label, config.label2id = names, {name: code for code, name in names.items()}
+
+
 def with_normalisation(recipe: Recipe) -> Recipe:
-    """The recipe with ``data.mean`` and ``data.std`` filled in: its own, else those of the model's image processor, else 0.5."""
+    """The recipe with ``data.mean`` and ``data.std`` filled in: its own, else those of the run that ``model.name`` is of, else those of
+    the model's image processor, else 0.5."""
     found: dict[str, Any] = {}
-    weights = recipe.model.name or (recipe.model.encoder_of and encoder_source(recipe.model.encoder_of))
-    if weights is not None and (recipe.data.mean is None or recipe.data.std is None):
+    start = start_of(recipe.model)
+    weights = recipe.model.encoder_of and encoder_source(recipe.model.encoder_of) if start is None else start.weights
+    if start is not None and start.recipe is not None:
+        before = yaml.safe_load(start.recipe.read_text()).get("data", {})
+        found = {f"image_{key}": before.get(key) for key in ("mean", "std")}
+    elif weights is not None and (recipe.data.mean is None or recipe.data.std is None):
         try:
             found, _ = ImageProcessingMixin.get_image_processor_dict(weights, revision=recipe.model.revision)
         except OSError:

@@ -20,7 +20,8 @@ from ..data.images import BadRowCount, collate
 from ..modules.compress import compress, decompress, stages_of
 from ..modules.config import CompressionConfig, PartConfig
 from ..modules.cost import CostModel
-from ..modules.loading import from_pretrained, saved_class
+from ..modules.loading import find_adapter, from_pretrained, saved_class
+from ..modules.lora import merge_lora
 from ..modules.state import KeepCount, Trace
 from .build import model_config, open_data
 from .recipe import Recipe
@@ -48,13 +49,15 @@ class Evaluated:
 
 
 def model_folder(target: str) -> tuple[Path, Path]:
-    """Folder of the weights and path of the recipe, from a run folder or an export. Raises RecipeError."""
+    """Folder of the weights or adapter and path of the recipe, from a run folder or an export. Raises RecipeError."""
     folder = Path(target)
     if not folder.is_dir():
         raise RecipeError(f"{target} is no folder: give a run folder, or the folder of an export")
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():
         raise RecipeError(f"{target} has no recipe.yaml: give a run folder, or the folder of an export")
+    if (adapter := find_adapter(folder)) is not None:
+        return adapter, recipe
     for weights in (folder / "model", folder):
         if (weights / "config.json").is_file():
             return weights, recipe
@@ -62,9 +65,12 @@ def model_folder(target: str) -> tuple[Path, Path]:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """A trained model, compressed or dense, in evaluation mode."""
+    """A trained model, compressed or dense, in evaluation mode; an adapter's LoRA is merged into the weights of its base."""
     import json
 
+    if find_adapter(folder) is not None:
+        model = from_pretrained(folder)
+        return merge_lora(model) if hasattr(model, "peft_config") else model
     if "compression" in json.loads((folder / "config.json").read_text()):
         return from_pretrained(folder)
     return saved_class(folder).from_pretrained(folder).eval()

@@ -26,6 +26,7 @@ class Arm:
         recipe: its name.
         quality: on the split that the run reports on.
         details: what the task says beside it.
+        parameters: ``total`` and ``trainable``, of ``lora``, ``routers`` and the ``rest``.
         keep: ``requested`` and ``achieved`` by stage.
         macs_ratio: mean over the held-out rows, from the token counts of each.
         mean_token_fraction: likewise.
@@ -47,6 +48,7 @@ class Arm:
     of_oracle: float | None = None
     memory: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Report:
     baselines: Mapping[str, Any]
     seed: int
     train_seconds: float | None = None
+    parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     export: Mapping[str, Any] = field(default_factory=lambda: {"format": None, "dtype": None, "max_abs_logit_diff": None})
     bad_rows: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ..data.images import collate
 from ..data.module import ImageData
-from ..modules.compress import checkpoint_activations, stages_of
+from ..modules.compress import checkpoint_activations
+from ..modules.loading import from_pretrained
 from . import collective
 from .baselines import load_baselines
 from .bench import Bench
@@ -24,6 +25,7 @@ from .callbacks.progress import RunLog, StepLine
 from .callbacks.stop import StopOnSigterm
 from .evaluate import load_model
 from .lightning_trainer import lightning_trainer, quiet
+from .lora import parameter_counts
 from .measure import bench_models, print_claims
 from .pictures import draw_arms
 from .processes import started
@@ -31,7 +33,7 @@ from .recipe import Recipe
 from .recipe_files import LoadedRecipe, dump
 from .report import Arm, Report, table, versions, with_bench
 from .resume import check_same_processes, check_same_run, find_checkpoint, incomplete_checkpoints, remove_checkpoints
-from .sharded import save_model, shape_of
+from .sharded import save_trained
 from .strategies import deepspeed_config, needs_group, processes_of, resolved, stage_of
 from .task_module import TaskModule
 from .tasks.base import task_named
@@ -165,10 +167,12 @@ def train_arm(
         trainer.test(module, datamodule=data_module, verbose=False)
         if module.bad_rows.reasons:
             both.line(f"bad rows: {module.bad_rows.summary()}")
-    save_model(parts.model, folder / "model")
     arm = _arm(loaded.name, parts, module, line.throughput.total)
-    if stage and collective.rank() == 0:
-        parts = replace(parts, model=_read_back(folder / "model", recipe))
+    save_trained(parts.model, folder, parts.base, _ratio(arm, parts))
+    if not stage:
+        parts.model.to("cpu")
+    elif collective.rank() == 0:
+        parts = replace(parts, model=_read_back(folder, recipe))
     return Trained(parts, module, arm)
 
 
@@ -211,7 +215,7 @@ def _leaves_unused(module: TaskModule, parts: Parts) -> bool:
 
 def _read_back(folder: Path, recipe: Recipe) -> PreTrainedModel:
     """The model from what was saved: DeepSpeed leaves its own behind in shards and hooks."""
-    model = load_model(folder)
+    model = load_model(folder / "model") if (folder / "model").is_dir() else from_pretrained(folder)
     if recipe.trainer.gradient_checkpointing:
         checkpoint_activations(model)
     return model
@@ -219,15 +223,21 @@ def _read_back(folder: Path, recipe: Recipe) -> PreTrainedModel:
 
 def _describe(parts: Parts, name: str, log: RunLog) -> None:
     recipe, cost = parts.recipe, parts.cost()
-    total = sum(shape_of(parameter).numel() for parameter in parts.model.parameters())
-    routers = sum(shape_of(parameter).numel() for _, stage in stages_of(parts.model).values() for parameter in stage.parameters())
+    counts = parameter_counts(parts.model)
+    total, trainable = (sum(group[kind] for group in counts.values()) for kind in ("total", "trainable"))
+    groups = "; ".join(f"{name} {group['trainable']:,} of {group['total']:,}" for name, group in counts.items() if group["total"])
     processes = processes_of(recipe.trainer)
     spread = f" on {processes} processes with {recipe.trainer.strategy}" if processes > 1 or stage_of(recipe.trainer) else ""
     log.line(
-        f"{name}: {parts.model.config.model_type} with {total:,} parameters, {routers:,} of them in stages; "
+        f"{name}: {parts.model.config.model_type} with {total:,} parameters, {trainable:,} of them trained ({groups}); "
         f"{parts.total_steps:,} steps of {recipe.data.batch_size * recipe.trainer.accumulate * processes} images{spread}; "
         f"macs_ratio {cost.macs_ratio:.3f}, tokens by layer {' '.join(f'{tokens.attention:g}' for tokens in cost.layers)}"
     )
+
+
+def _ratio(arm: Arm, parts: Parts) -> dict[str, Any]:
+    """What an adapter's manifest says of the ratio that it was trained at."""
+    return {"macs_ratio": {"requested": parts.cost().macs_ratio, "achieved": arm.macs_ratio}, "keep": dict(arm.keep)}
 
 
 def _arm(recipe: str, parts: Parts, module: TaskModule, seconds: float) -> Arm:
@@ -240,6 +250,7 @@ def _arm(recipe: str, parts: Parts, module: TaskModule, seconds: float) -> Arm:
         macs_ratio=module.achieved_macs_ratio,
         mean_token_fraction=cost.mean_token_fraction,
         train_seconds=seconds,
+        parameters=parameter_counts(parts.model),
     )
 
 
@@ -289,6 +300,7 @@ def _report(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench |
         baselines={key: vars(other) for key, other in others.items()},
         seed=loaded.recipe.seed,
         train_seconds=arm.train_seconds,
+        parameters=arm.parameters,
         bad_rows=main.module.bad_rows.summary(),
         versions=versions(),
     )
