@@ -55,6 +55,21 @@ def about(model: PreTrainedModel, base: Base | None) -> str:
     return json.dumps(told, sort_keys=True)
 
 
+def of_same_model(told: str, model: PreTrainedModel, base: Base | None) -> bool:
+    """Whether a checkpoint is of the same class, stages, LoRA and frozen weights.
+
+    Args:
+        told: what ``about`` said of it.
+        model: that would go on from it.
+        base: its frozen weights.
+    """
+    before, now = json.loads(told), json.loads(about(model, base))
+    # Other settings of the config change while it trains, and with versions of transformers.
+    return before.get("adapter") == now.get("adapter") and all(
+        before["config"].get(key) == now["config"].get(key) for key in ("architectures", "compression")
+    )
+
+
 def read_checkpoint(path: Path) -> TrainingCheckpoint:
     """What a checkpoint file holds; its tensors are mapped from the file.
 

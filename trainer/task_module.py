@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..data.images import BadRow, BadRowCount, BadRows
 from ..modules.budget.budget import Budget
 from ..modules.state import KeepCount, Trace
-from ..modules.training_checkpoint import KEY, PREFIX, about
+from ..modules.training_checkpoint import KEY, PREFIX, about, of_same_model
 from . import collective
 from .build import Parts, image_input
 from .optimization import learning_rate_schedule, parameter_groups
@@ -176,7 +176,7 @@ class TaskModule(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises RecipeError where the checkpoint is of another base, or holds something else than what trains."""
-        if checkpoint.get(KEY) != about(self.model, self.base):
+        if not of_same_model(checkpoint[KEY], self.model, self.base):
             raise RecipeError("the checkpoint is of another model or other frozen weights than the run: start anew in another output")
         if self.base is not None and "state_dict" in checkpoint:
             lost = {PREFIX + name for name in kept_names(self.model)} ^ checkpoint["state_dict"].keys()

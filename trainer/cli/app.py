@@ -155,24 +155,25 @@ def evaluate(
 def export(
     run: Annotated[str, typer.Argument(help="run folder")],
     to: Annotated[str, typer.Option(help="folder to write")],
-    format: Annotated[str, typer.Option(help="merged")] = "merged",
+    format: Annotated[str, typer.Option(help="merged or adapter")] = "merged",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint for others, and verify it in a clean process."""
     with user_input():
-        if format != "merged":
-            raise ValueError(f"--format {format}: there is merged")
+        if format not in ("merged", "adapter"):
+            raise ValueError(f"--format {format}: there are merged and adapter")
         if dtype not in ("fp32", "bf16"):
             raise ValueError(f"--dtype {dtype}: there are fp32 and bf16")
         from ..evaluate import model_folder
+        from ..export.adapter import export_adapter
         from ..export.merged import export_merged
 
         model_folder(run)
         if Path(to).exists() and any(Path(to).iterdir()):
             raise ValueError(f"--to {to}: the folder is not empty; give a new one")
     with running():
-        record = export_merged(run, to, dtype)
+        record = export_adapter(run, to) if format == "adapter" else export_merged(run, to, dtype)
     emit(record, as_json)
     console(as_json).print(
         f"exported to {to}; loaded again in a clean process, the largest difference of the logits is {record['max_abs_logit_diff']:.1e}",
