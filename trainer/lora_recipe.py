@@ -43,7 +43,7 @@ class LoraRecipe(BaseModel):
         if self.mode == "lora":
             return self
         unread = sorted(self.model_fields_set - {"mode"} - ({"modules_to_save"} if self.mode == "routers" else set()))
-        unread = [key for key in unread if getattr(self, key) != type(self)().__getattribute__(key)]
+        unread = [key for key in unread if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)]
         if unread:
             raise ValueError(
                 f"lora.{unread[0]} says how LoRA is made, and lora.mode = {self.mode!r} makes none: leave it out, or set lora.mode=lora"
