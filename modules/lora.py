@@ -93,6 +93,12 @@ def backbone_of(model: PreTrainedModel) -> type[Backbone]:
     return backbone_for(model.config.model_type, cls.__name__)
 
 
+def outside_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the linear maps that are not in layers: heads, poolers."""
+    inside = {id(module) for module in backbone_of(model).layers(model).modules()}
+    return [name for name, module in model.named_modules() if isinstance(module, _LINEAR) and id(module) not in inside]
+
+
 def lora_targets(model: PreTrainedModel, targets: str | Iterable[str] | None) -> list[str]:
     """Exact names of the modules that LoRA adapts, in the model's order.
 
@@ -125,7 +131,7 @@ def lora_targets(model: PreTrainedModel, targets: str | Iterable[str] | None) ->
 
 
 def full_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Exact names of the modules that names or ends of names mean. Raises ValueError where one means none."""
+    """Exact names of the modules that names or ends of names mean. Raises ValueError where one means none, or what cannot train."""
     modules = [name for name, _ in model.named_modules() if name]
     found: list[str] = []
     for wanted in names:
@@ -136,6 +142,9 @@ def full_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
                 f"lora.modules_to_save names {wanted!r}, which the model does not have; at its top are {', '.join(with_weights)}"
             )
         found += matching
+    whole = [name for name in found if any(not parameter.is_floating_point() for parameter in model.get_submodule(name).parameters())]
+    if whole:
+        raise ValueError(f"{', '.join(whole)} would train in full and is quantised: load the base with llm_int8_skip_modules={whole}")
     return found
 
 

@@ -131,7 +131,7 @@ def _starting_model(
         lacking = load_state(model, start)
     else:
         located = recipe.model.model_copy(update={"name": start.weights, "revision": start.revision})
-        options = {"output_loading_info": True, **quantization(recipe.lora)}
+        options = {"output_loading_info": True, **quantization(recipe.lora, task.model_class(config.model_type), config)}
         with quietly() if start.compression is not None or start.adapter is not None else contextlib.nullcontext():
             loaded: Any = task.loaded_model(located, config, **options)
         model, report = loaded

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..modules.adapter_folder import Adapter
 from ..modules.compress import stages_of
-from ..modules.lora import add_lora, copy_all, full_modules, is_lora, lora_state, merge_lora, train_only
+from ..modules.lora import add_lora, copy_all, full_modules, is_lora, lora_state, merge_lora, outside_layers, train_only
 from .lora_recipe import LoraRecipe
 from .recipe import Recipe
 from .recipe_files import RecipeError
@@ -57,14 +58,22 @@ def _check_quantize(lora: LoraRecipe, stage: int) -> None:
         raise RecipeError(f"{given} does not go with deepspeed_3, which cannot partition 4-bit weights: give trainer.strategy=deepspeed_2")
 
 
-def quantization(lora: LoraRecipe | None) -> dict[str, Any]:
-    """What ``from_pretrained`` needs to load frozen weights as the block says; routers and LoRA stay in float32."""
+def quantization(lora: LoraRecipe | None, model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, Any]:
+    """What ``from_pretrained`` needs to load frozen layers as the block says; heads, routers and LoRA stay in float32."""
     if lora is None or lora.quantize is None:
         return {}
     from transformers import BitsAndBytesConfig
 
+    with torch.device("meta"):
+        whole = outside_layers(model_class._from_config(copy.deepcopy(config)))
     settings: Any = BitsAndBytesConfig
-    four = settings(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    four = settings(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=whole,
+    )
     return {"quantization_config": four, "device_map": {"": torch.cuda.current_device()}}
 
 

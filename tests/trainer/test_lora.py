@@ -281,10 +281,13 @@ def test_going_on_otherwise_than_before_is_refused(overrides: list[str], message
 
 def test_quantised_weights_are_asked_for_as_qlora_has_them(monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
     monkeypatch.setattr("laconic.trainer.lora.torch.cuda.current_device", lambda: 0)
-    options = quantization(load("vit_lora", [*_overrides(runs, "x"), "lora.quantize=4bit"]).recipe.lora)
+    model = load_model(runs / "base" / "model")
+    options = quantization(load("vit_lora", [*_overrides(runs, "x"), "lora.quantize=4bit"]).recipe.lora, type(model), model.config)
     config = options["quantization_config"]
+    # A head that trains is none that can be quantised.
+    assert config.llm_int8_skip_modules == ["classifier"]
     assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "nf4", True)
-    assert quantization(None) == {}
+    assert quantization(None, type(model), model.config) == {}
 
 
 def test_quantisation_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
