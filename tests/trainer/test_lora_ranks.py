@@ -68,11 +68,11 @@ def test_the_adapter_holds_every_tensor_once_with_its_true_shape(name: str, rank
 def test_two_processes_learn_what_one_does_and_resume_bit_for_bit(name: str, ranks: Path) -> None:
     differences = [abs(a - b) for a, b in zip(*(_scalars(ranks / run) for run in (name, "one")), strict=True)]
     print(f"{name}: losses differ by {differences}")
-    assert max(differences[:2]) < 1e-5
-    # LoRA's first halves have no gradient at first, and Adam makes whole steps of the rounding in the little that they have next.
+    assert differences[0] < 1e-6
+    # Without a warm-up Adam's first step is the sign of each gradient, also of those that are rounding.
     assert max(differences) < 1e-3
-    ours, alone = _adapter(ranks / name / "adapter"), _adapter(ranks / "one" / "adapter")
-    torch.testing.assert_close(ours, alone, rtol=0, atol=2e-3)
+    ours, alike = _adapter(ranks / name / "adapter"), _adapter(ranks / "plain" / "adapter")
+    torch.testing.assert_close(ours, alike, rtol=0, atol=1e-5)
     unbroken = _adapter(ranks / name / "unbroken")
     assert all(torch.equal(value, ours[key]) for key, value in unbroken.items())
 
