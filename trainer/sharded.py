@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers.initialization import no_init_weights
 from ..modules.adapter_folder import write_adapter
 from ..modules.adapter_saving import adapter_of
 from ..modules.base_weights import Base
+from ..modules.compress import CompressedModel
 from . import collective
 
 
@@ -113,11 +115,12 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         RuntimeError: what was written is not the whole model.
     """
-    state = gathered(model)
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    state = gathered(model, lambda name: name not in unsaved)
     if collective.rank() == 0:
-        # A copy of the mapping: transformers empties it as it writes. Under the model's own names, which are compared with it.
-        model.save_pretrained(folder, state_dict=dict(state), save_original_format=False)
-        _check_written(folder, state)
+        # A copy of the mapping: transformers empties it as it writes.
+        model.save_pretrained(folder, state_dict=dict(state))
+        _check_written(folder, state, by_name=isinstance(model, CompressedModel))
     collective.wait()
 
 
@@ -154,7 +157,9 @@ def kept_names(model: nn.Module) -> list[str]:
     return [name for name in model.state_dict(keep_vars=True) if name not in frozen]
 
 
-def _check_written(folder: Path, state: Mapping[str, Tensor]) -> None:
+def _check_written(folder: Path, state: Mapping[str, Tensor], by_name: bool) -> None:
+    """Raises RuntimeError where a folder does not hold the whole state; of a dense model, which transformers may save under the names of
+    its older versions, where the number of values differs."""
     from safetensors import safe_open
 
     written: dict[str, tuple[int, ...]] = {}
@@ -164,6 +169,12 @@ def _check_written(folder: Path, state: Mapping[str, Tensor]) -> None:
     wanted = {name: tuple(value.shape) for name, value in state.items()}
     # Tied tensors are written once.
     shared = {name for name in wanted.keys() - written.keys() if any(state[name].equal(state[other]) for other in written)}
+    if not by_name:
+        tensors = {value.data_ptr(): value.numel() for value in state.values()}
+        values = sum(math.prod(shape) for shape in written.values())
+        if values != sum(tensors.values()):
+            raise RuntimeError(f"{folder} does not hold the whole model: {values} values of {sum(tensors.values())}")
+        return
     if written != {name: shape for name, shape in wanted.items() if name not in shared}:
         raise RuntimeError(f"{folder} does not hold the whole model: {_difference(wanted, written)}")
 

@@ -68,7 +68,8 @@ def start_of(model: ModelRecipe) -> Start | None:
         weights = weights_folder(model.name)
         config = AutoConfig.from_pretrained(weights, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.name = {model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+        hint = "" if path.exists() else "; a run must have ended before another goes on from it"
+        raise ValueError(f"model.name = {model.name!r} cannot be loaded: {str(error).splitlines()[0]}{hint}") from None
     return Start(model.name, config, weights, model.revision, _without_stages(config), recipe=_recipe_beside(path))
 
 
@@ -145,9 +146,14 @@ def _without_stages(config: Any) -> CompressionConfig | None:
 
 
 def _recipe_beside(path: Path) -> Path | None:
-    """The recipe of the run that a folder or checkpoint is of: beside its weights, or above its checkpoints."""
-    places = (path, path.parent, path.parent.parent)
-    return next((place / "recipe.yaml" for place in places if path.exists() and (place / "recipe.yaml").is_file()), None)
+    """The recipe of the run or export that a folder or checkpoint is of; None where it is of none."""
+    if not path.exists():
+        return None
+    if path.name in ("model", "adapter"):
+        path = path.parent
+    if path.suffix == ".ckpt":
+        path = path.parent.parent
+    return path / "recipe.yaml" if (path / "recipe.yaml").is_file() else None
 
 
 def _stage_tensors(start: Start, names: set[str]) -> dict[str, Tensor]:

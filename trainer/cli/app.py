@@ -165,6 +165,8 @@ def export(
             raise ValueError(f"--format {format}: there are merged and adapter")
         if dtype not in ("fp32", "bf16"):
             raise ValueError(f"--dtype {dtype}: there are fp32 and bf16")
+        if format == "adapter" and dtype != "fp32":
+            raise ValueError(f"--dtype {dtype}: an adapter is written as it was trained, in fp32; leave --dtype out")
         from ..evaluate import model_folder
         from ..export.adapter import export_adapter
         from ..export.merged import export_merged
