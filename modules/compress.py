@@ -172,6 +172,19 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         # weights, is meant for these too.
         return False
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, under the names that the model has.
+
+        Raises:
+            ValueError: there is LoRA in the model, which transformers would save under names that nothing loads.
+        """
+        if hasattr(self, "peft_config"):
+            raise ValueError(
+                "save_pretrained would mix LoRA into the weights' names: call laconic.save_adapter, or laconic.merge_lora first"
+            )
+        # transformers files the older names of a checkpoint under the names of its own classes: it would save them and not know them again.
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """transformers' own; rows are laid end to end only for the attention function that understands it."""
         plans = [(layer, layer.plan) for layer in self.backbone.layers(self) if isinstance(layer, CompressedLayer)]

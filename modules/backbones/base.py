@@ -29,6 +29,7 @@ class Backbone:
         masks_in_layers: layers add to their masks by themselves, for the full sequence; ``layer_mask`` does it for a shorter one.
         causal: a token's output may depend on no later token.
         positional: names of what the models hand their layers by position, after the hidden states.
+        lora_targets: ends of names of the linear maps in a layer that LoRA adapts by default; None takes all of them.
     """
 
     model_type: ClassVar[str]
@@ -39,6 +40,7 @@ class Backbone:
     masks_in_layers: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     positional: ClassVar[tuple[str, ...]] = ("attention_mask",)
+    lora_targets: ClassVar[tuple[str, ...] | None] = None
 
     @classmethod
     def base(cls, model: PreTrainedModel) -> nn.Module:

@@ -28,6 +28,10 @@ def _overrides(name: str, tmp_path: Path, quick: list[str]) -> list[str]:
         build(load("mae_digits_dense", tiny).recipe).model.save_pretrained(tmp_path / "pretrained")
         overrides = [item for item in quick if not item.startswith("model.config")]
         return [*overrides, "baselines=[]", f"model.encoder_of={tmp_path / 'pretrained'}"]
+    if name.startswith("vit_lora") and name != "vit_lora_base":
+        build(load("vit_lora_base", quick).recipe).model.save_pretrained(tmp_path / "base")
+        overrides = [item for item in quick if not item.startswith("model.config")]
+        return [*overrides, "baselines=[]", f"model.name={tmp_path / 'base'}"]
     if not name.startswith("vit_image_folder"):
         # Restores and stages are at layers that a shallower model does not have.
         deep = ["model.config.num_hidden_layers=6"] if name.startswith(("segment", "llm_random_ltd")) else []
