@@ -18,6 +18,7 @@ class GumbelSelector(Selector):
 
     adaptive = True
     needs_probabilities = True
+    cut = 0.0
 
     @torch.no_grad()
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:

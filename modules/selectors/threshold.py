@@ -48,6 +48,10 @@ class ThresholdSelector(Selector):
     def needs_probabilities(self) -> bool:  # type: ignore[override]
         return not self.calibrate
 
+    @property
+    def cut(self) -> Tensor | None:
+        return self.threshold
+
     @torch.no_grad()
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
         if request.keep >= 1:
