@@ -288,11 +288,11 @@ class RoutedCache(Cache):
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.carry.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._carry_rows(lambda part: part[beam_idx.to(part.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:

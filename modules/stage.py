@@ -216,11 +216,16 @@ class Stage(nn.Module):
         valid = torch.ones_like(state.protected) if state.valid is None else state.valid
         return replace(state, protected=~prompt_of(trace, state), valid=valid)
 
+    @property
+    def _smooths(self) -> bool:
+        """What layers add to chunks is smoothed by the probabilities that the scores are."""
+        return self.chunks and self.scorer.probabilities and self.selector.cuts
+
     def _chunks(self, choice: Choice, merged: Merged) -> Chunks:
-        decision, cut, probability = choice.decision, self.selector.cut, None
-        if self.scorer.probabilities and cut is not None:
+        decision, probability = choice.decision, None
+        if self._smooths and decision.cut is not None:
             # Where a threshold follows the scores, a chunk is as sure as it is above it.
-            probability = torch.sigmoid(choice.scored.scores - cut).clamp(1e-4, 1 - 1e-4).gather(1, decision.index)
+            probability = torch.sigmoid(choice.scored.scores - decision.cut).clamp(1e-4, 1 - 1e-4).gather(1, decision.index)
         return Chunks(self.index, merged.hidden_states, decision, probability, choice.estimate.confidence)
 
     def _choose(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, state: TokenState) -> Choice:
@@ -308,7 +313,7 @@ class Stage(nn.Module):
 
     def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
         """MACs of this stage in evaluation for one row going from ``tokens`` to ``kept``, protected ones included."""
-        spreading = smoothing_macs(kept, shape.hidden) if self.chunks and self.scorer.probabilities and self.selector.cut is not None else 0
+        spreading = smoothing_macs(kept, shape.hidden) if self._smooths else 0
         return self.scorer.macs(shape, tokens) + self.selector.macs(shape, tokens) + self.merger.macs(shape, tokens, kept) + spreading
 
 

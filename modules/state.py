@@ -161,12 +161,14 @@ class Decision:
         valid: (B, K) bool, False where ``index`` is filler; None when every row keeps the same number.
         empty: nothing stays in any row; ``index`` is filler alone.
         everything: it was decided to leave every slot in its place, filler too.
+        cut: scalar score that a token had to be above; None where it was decided in another way.
     """
 
     index: Tensor
     valid: Tensor | None
     empty: bool = False
     everything: bool = False
+    cut: Tensor | None = None
 
     def keeps_all(self, state: TokenState) -> bool:
         """Nothing goes of the tokens that it was made for, nor moves."""

@@ -63,14 +63,14 @@ class Selector(nn.Module):
         lookahead: in evaluation, the decision for a token depends on later tokens.
         adaptive: rows keep different numbers of tokens; only their mean is what was asked for.
         needs_probabilities: it takes the sigmoid of a score for the probability to keep.
-        cut: score above which a token stays; None where it decides in another way.
+        cuts: a token stays where its score is above a value, which the decision tells.
         prompt_only: it touches nothing but the prompt, all of which is there before the first token is generated.
     """
 
     lookahead: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
     needs_probabilities: ClassVar[bool] = False
-    cut: float | Tensor | None = None
+    cuts: ClassVar[bool] = False
     prompt_only: ClassVar[bool] = False
 
     def __init__(self, spec: TokenSpec, bucket: int | None = None) -> None:

@@ -31,7 +31,7 @@ class PredictorSelector(ThresholdSelector):
 
     adaptive = False
     # It is the predictor's own logits that are cut, not the scores.
-    cut = None  # type: ignore[assignment]
+    cuts = False
 
     def __init__(
         self, spec: TokenSpec, width: int | None = None, weight: float = 1.0, rate: float = 0.05, bucket: int | None = None

@@ -32,6 +32,7 @@ class ThresholdSelector(Selector):
     """
 
     adaptive = True
+    cuts = True
 
     def __init__(self, spec: TokenSpec, calibrate: bool = True, rate: float = 0.1, bucket: int | None = None) -> None:
         super().__init__(spec, bucket)
@@ -48,10 +49,6 @@ class ThresholdSelector(Selector):
     def needs_probabilities(self) -> bool:  # type: ignore[override]
         return not self.calibrate
 
-    @property
-    def cut(self) -> Tensor | None:
-        return self.threshold
-
     @torch.no_grad()
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
         if request.keep >= 1:
@@ -61,7 +58,8 @@ class ThresholdSelector(Selector):
         elif self.calibrate and not self.causal and not self.batches.bool():
             # It has seen no scores yet: as many of every row.
             return self.first(scores, state, replace(request, draws=None))  # type: ignore[no-any-return]
-        return self.decide(scores > self.threshold, scores, state)
+        # A copy, which stays what it is when the threshold moves on.
+        return replace(self.decide(scores > self.threshold, scores, state), cut=self.threshold.clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ThresholdSelector:
         # Scores are float32 in a model of any dtype, and a moving average stands still in bf16.
