@@ -117,6 +117,7 @@ def build_stages(model: PreTrainedModel, config: CompressionConfig, backbone: ty
     spec = backbone.token_spec(model.config)
     stages = [Stage(stage, spec, index, backbone) for index, stage in enumerate(config.stages)]
     _check_together(stages, config, len(backbone.layers(model)))
+    backbone.check_shrinking([stage for stage in stages if not stage.bypass], config.restore, len(backbone.layers(model)))
     implementation = model.config._attn_implementation
     for stage in stages:
         if stage.selector.adaptive and implementation not in ("sdpa", "eager", ATTENTION):
