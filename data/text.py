@@ -66,6 +66,10 @@ class TextData(Splits):
     streamed: bool = False
 
     @property
+    def size(self) -> int:
+        return self.length
+
+    @property
     def train_rows(self) -> int | None:
         return None if self.streamed else super().train_rows
 
@@ -92,11 +96,11 @@ def python_library(train_files: int, eval_files: int, tokenizer_of: TokenizerOf,
     """
     import datasets
 
-    splits = []
-    for split, limit in (("train", train_files), ("validation", eval_files), ("test", eval_files)):
-        files = library_files(split, limit)
-        splits.append(datasets.Dataset.from_dict({"text": [path.read_text("utf-8", "replace") for _, path in files]}))
-    return _in_memory(*splits, tokenizer_of, settings)
+    def texts(split: str, limit: int) -> Any:
+        return datasets.Dataset.from_dict({"text": [path.read_text("utf-8", "replace") for _, path in library_files(split, limit)]})
+
+    train, validation, test = texts("train", train_files), texts("validation", eval_files), texts("test", eval_files)
+    return _in_memory(train, validation, test, tokenizer_of, settings)
 
 
 def hub_text(
@@ -176,10 +180,11 @@ def _in_memory(train: Any, validation: Any, test: Any, tokenizer_of: TokenizerOf
     tokens = _tokens(tokenizer, settings)
     expected = sum(len(rows) for rows in (train, validation, test) if rows is not None)
     counted = BadRowCount(settings.max_bad_fraction, expected)
-    packed = {name: _packed(rows, encoder, tokens, counted) for name, rows in (("train", train), ("validation", validation))}
+    trained, evaluated = (_packed(rows, encoder, tokens, counted) for rows in (train, validation))
     return TextData(
-        **packed,
-        test=packed["validation"] if test is None else _packed(test, encoder, tokens, counted),
+        train=trained,
+        validation=evaluated,
+        test=evaluated if test is None else _packed(test, encoder, tokens, counted),
         has_test=test is not None,
         tokenizer=tokenizer,
         length=settings.length,

@@ -32,6 +32,8 @@ class Cost:
         kept: routable tokens leaving each stage, or going through where it is a bypass, by stage name; a mean where rows differ.
         activation_bytes: estimate of what a training step holds for backward, at 4 bytes a value.
         dense_activation_bytes: the same of the dense model.
+        kv_bytes: that a row leaves in a causal model's cache, at 4 bytes a value; 0 for other models.
+        dense_kv_bytes: the same of the dense model.
     """
 
     layers: tuple[LayerTokens, ...]
@@ -43,6 +45,8 @@ class Cost:
     kept: Mapping[str, float]
     activation_bytes: int
     dense_activation_bytes: int
+    kv_bytes: int = 0
+    dense_kv_bytes: int = 0
 
     @property
     def macs_ratio(self) -> float:
@@ -79,6 +83,7 @@ class CostModel:
                 self.stages = build_stages(model, filled, backbone)
         if config is not None and config.restore is not None:
             self.restore_layer = config.restore.layer
+        self.backbone = backbone
         self.shape: BackboneShape = backbone.shape(model, size)
 
     def __call__(self, keep: Mapping[str, float] | None = None) -> Cost:
@@ -106,6 +111,8 @@ class CostModel:
             kept=walk.kept,
             activation_bytes=round(shape.activation_bytes(layers)),
             dense_activation_bytes=round(shape.activation_bytes(dense)),
+            kv_bytes=round(shape.kv_bytes(layers)) if self.backbone.causal else 0,
+            dense_kv_bytes=round(shape.kv_bytes(dense)) if self.backbone.causal else 0,
         )
 
     def soft_macs_ratio(self, keep: Mapping[str, Tensor]) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from .cache import RoutedCache
+from .selectors.base import Request
 from .stage import Stage
 
 
@@ -45,6 +47,14 @@ def check_deployable(stages: dict[str, tuple[int, Stage]]) -> None:
             f"stages {', '.join(ahead)} look ahead: which tokens they choose hangs on tokens that are not generated yet. Train with "
             "selector 'predictor' (top-k in training, a causal predictor afterwards) or 'threshold', or call decompress(model)"
         )
+
+
+def can_look_ahead(model: PreTrainedModel) -> bool:
+    """Some stage of a causal model would decide otherwise if it were shown later tokens (``Trace.lookahead``)."""
+    from .compress import stages_of
+
+    shown = Request(0.5, 1, lookahead=True)
+    return any(stage.selector.causal and stage.selector.looks_ahead(shown) for _, stage in stages_of(model).values())
 
 
 class Generating:

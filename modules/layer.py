@@ -72,7 +72,7 @@ class CompressedLayer(nn.Module):
         trace.layer_tokens[plan.index] = RowTokens(tokens, tokens, tokens)
         unmasked = inputs.get("attention_mask") is None
         if plan.packs and not trace.side_by_side and unmasked and state.valid is not None and trace.packed is None:
-            trace.packed = Packing.of(state, hidden_states.dtype)
+            trace.packed = Packing.of(state, hidden_states)
             hidden_states = trace.packed.pack(hidden_states)
         if trace.packed is not None:
             inputs = inputs | {"attention_mask": trace.packed}

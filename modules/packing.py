@@ -1,6 +1,8 @@
-"""Rows of different lengths laid end to end in one row, so that layers compute no filler; attention alone sees them side by side.
+"""Rows of different lengths laid end to end in one row, so that layers compute next to no filler; attention sees them side by side.
 
-There, rows of similar length run together, so that little is padded.
+Rows of one length lie next to each other. There, attention reads them as what they are, (rows, tokens), and nothing is copied
+for it. It runs once for every such group; where a group has too few tokens to be worth that, its rows are padded to the length of
+the next.
 
 A packed forward hands its Packing to the layers in place of the attention mask. They pass it on, untouched, to the attention
 function that transformers looks up by name, which is ours then.
@@ -8,6 +10,7 @@ function that transformers looks up by name, which is ours then.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,38 +25,33 @@ from .state import TokenState
 # By the module's own name: a model exported for machines without Laconic brings its own copy of this file, with its own Packing.
 ATTENTION = f"{__name__.replace('.', '_')}_attention"
 
-# Rows whose attention runs together, at least; and groups that a batch is cut into, at most.
-_ROWS, _GROUPS = 8, 4
+# FLOPs that a device, or a thread of a CPU, gets done while one more group is handed to attention, forward and backward. The CPU's
+# was measured; a GPU's is its order of magnitude.
+_CALL = {"cpu": 6e6, "cuda": 5e9}
+# FLOPs of a layer's matrices for one token, forward and backward, over its squared width.
+_LAYER = 72
+# Lengths at which groups may end, at most: finding the best ones takes the square of their number.
+_ENDS = 32
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows of similar length, whose attention runs together, padded to the longest of them.
+    """Rows that attention runs on together.
 
     Attributes:
         rows: R of the group.
-        tokens: M' of its longest row.
-        size: T' tokens of all its rows; the groups lie one after the other in the packed row.
-        slots: (T',) int64, flat slot in (R·M') of each; None where all rows are equally long.
-        mask: (R, 1, 1, M') bool or what to add to the logits; None where there is nothing to hide or to add.
+        tokens: M' of each of them, filler included.
+        mask: (R, 1, 1, M') what to add to the attention logits of each key; None where there is nothing to hide or to add.
     """
 
     rows: int
     tokens: int
-    size: int
-    slots: Tensor | None
     mask: Tensor | None
 
-    def side_by_side(self, own: Tensor) -> Tensor:
-        """(T', H, D) -> (R, H, M', D), zeros in place of filler."""
-        if self.slots is not None:
-            own = own.new_zeros(self.rows * self.tokens, *own.shape[1:]).index_copy(0, self.slots, own)
-        return own.reshape(self.rows, self.tokens, *own.shape[1:]).transpose(1, 2)
-
-    def end_to_end(self, output: Tensor) -> Tensor:
-        """(R, M', H, D) -> (T', H, D)."""
-        flat = output.flatten(0, 1)
-        return flat if self.slots is None else flat.index_select(0, self.slots)
+    @property
+    def size(self) -> int:
+        """Tokens of all its rows."""
+        return self.rows * self.tokens
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Packing:
         rows: B.
         tokens: M, of the rows side by side.
         slots: (T,) int64, flat slot in (B·M) of each packed token.
-        groups: of rows of similar length.
+        groups: of rows of one length, one after the other.
     """
 
     rows: int
@@ -73,43 +71,70 @@ class Packing:
     groups: tuple[RowGroup, ...]
 
     @staticmethod
-    def of(state: TokenState, dtype: torch.dtype) -> Packing:
-        """Packing of a state with filler, for queries of a dtype."""
-        valid = state.valid
+    def of(state: TokenState, hidden_states: Tensor) -> Packing:
+        """Packing of (B, M, C) tokens, whose state has filler."""
+        valid, dtype = state.valid, hidden_states.dtype
         assert valid is not None
         rows, tokens = valid.shape
         counts, order = valid.sum(-1).sort(stable=True)
-        row, slot = valid[order].nonzero().unbind(-1)
-        # Which of its row's tokens each one is, filler left out.
-        rank = (valid[order].long().cumsum(-1) - 1)[row, slot]
-        bias = None if state.logit_bias is None else state.logit_bias[order][row, slot].to(dtype)
+        # Filler behind: a merger may have put its token there.
+        slots = (~valid[order]).byte().sort(dim=-1, stable=True).indices
+        bias = None if state.logit_bias is None else state.logit_bias[order].gather(1, slots).to(dtype)
+        slots = slots + order[:, None] * tokens
         lengths: list[int] = counts.tolist()
-        groups, start = [], 0
-        for rows_of_group in torch.arange(rows).chunk(max(1, min(_GROUPS, rows // _ROWS))):
-            first, number = int(rows_of_group[0]), len(rows_of_group)
-            own = lengths[first : first + number]
-            stop, longest = start + sum(own), own[-1]
-            local = (row[start:stop] - first) * longest + rank[start:stop]
-            even = own[0] == longest
-            mask = None
-            if bias is not None:
-                mask = torch.full((number * longest,), torch.finfo(dtype).min, dtype=dtype, device=valid.device)
-                mask = mask.index_copy(0, local, bias[start:stop]).view(number, 1, 1, longest)
-            elif not even:
-                ranks = torch.arange(longest, device=valid.device)
-                mask = (ranks < counts[first : first + number, None])[:, None, None]
-            groups.append(RowGroup(number, longest, stop - start, None if even else local, mask))
-            start = stop
-        return Packing(rows, tokens, order[row] * tokens + slot, tuple(groups))
+        groups, taken, first = [], [], 0
+        for number in group_sizes(lengths, _call_in_tokens(hidden_states)):
+            last = first + number
+            longest = lengths[last - 1]
+            mask = None if bias is None else bias[first:last, :longest]
+            if lengths[first] < longest:
+                filler = torch.arange(longest, device=valid.device) >= counts[first:last, None]
+                mask = torch.zeros(filler.shape, dtype=dtype, device=valid.device) if mask is None else mask
+                mask = mask.masked_fill(filler, torch.finfo(dtype).min)
+            groups.append(RowGroup(number, longest, None if mask is None else mask[:, None, None]))
+            taken.append(slots[first:last, :longest].flatten())
+            first = last
+        return Packing(rows, tokens, torch.cat(taken), tuple(groups))
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, M, C) -> (1, T, C)."""
         return padded.flatten(0, 1).index_select(0, self.slots).unsqueeze(0)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """(1, T, C) -> (B, M, C), zeros in place of filler."""
-        padded = packed.new_zeros(self.rows * self.tokens, packed.shape[-1]).index_copy(0, self.slots, packed.squeeze(0))
+        """(1, T, C) -> (B, M, C); filler holds anything finite."""
+        padded = packed.new_zeros(self.rows * self.tokens, packed.shape[-1]).index_copy_(0, self.slots, packed.squeeze(0))
         return padded.view(self.rows, self.tokens, packed.shape[-1])
+
+
+def group_sizes(lengths: Sequence[int], call: float) -> list[int]:
+    """Rows of each group, so that filler and calls of attention together take the least time.
+
+    Args:
+        lengths: tokens of each row, ascending.
+        call: tokens of filler that take as long as one more group.
+    """
+    rows = len(lengths)
+    ends = [end for end in range(1, rows + 1) if end == rows or lengths[end] > lengths[end - 1]]
+    every = -(-len(ends) // _ENDS)
+    ends = [0, *ends[(len(ends) - 1) % every :: every]]
+    # Of the rows before each end: what they take at best, and where their last group begins.
+    best = [(0.0, 0)]
+    for index, end in enumerate(ends[1:], 1):
+        longest = lengths[end - 1]
+        best.append(min((best[first][0] + (end - ends[first]) * longest + call, first) for first in range(index)))
+    sizes, last = [], len(ends) - 1
+    while last:
+        first = best[last][1]
+        sizes.append(ends[last] - ends[first])
+        last = first
+    return sizes[::-1]
+
+
+def _call_in_tokens(hidden_states: Tensor) -> float:
+    """Tokens that a layer computes in the time that one more group takes."""
+    kind, width = hidden_states.device.type, hidden_states.shape[-1]
+    flops = _CALL["cpu"] * torch.get_num_threads() if kind == "cpu" else _CALL["cuda"]
+    return flops / (_LAYER * width**2)
 
 
 def packed_attention(
@@ -130,10 +155,10 @@ def packed_attention(
     groups, outputs = attention_mask.groups, []
     # One split, whose backward is one cat: slices would each fill and add a gradient of the whole.
     parts = [packed.squeeze(0).transpose(0, 1).split([group.size for group in groups]) for packed in (query, key, value)]  # type: ignore[no-untyped-call]
-    for group, *own_parts in zip(groups, *parts, strict=True):
-        own = (group.side_by_side(part) for part in own_parts)
-        output, _ = sdpa_attention_forward(module, *own, group.mask, **kwargs)  # type: ignore[call-arg]
-        outputs.append(group.end_to_end(output))
+    for group, *own in zip(groups, *parts, strict=True):
+        side_by_side = (part.unflatten(0, (group.rows, group.tokens)).transpose(1, 2) for part in own)
+        output, _ = sdpa_attention_forward(module, *side_by_side, group.mask, **kwargs)  # type: ignore[call-arg]
+        outputs.append(output.flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
 
 

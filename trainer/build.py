@@ -76,26 +76,28 @@ def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] 
     lightning.seed_everything(recipe.seed, verbose=False)
     steps = total_steps(recipe, data)
     if shards is None:
-        model, budget = _assemble(recipe, build_model(recipe.model, config, data, task), steps)
+        model, budget = _assemble(recipe, build_model(recipe.model, config, data, task), data, steps)
     else:
         # Its own copy of the configuration: compress writes into it.
         whole = copy.deepcopy(config)
-        source = _assemble(recipe, build_model(recipe.model, whole, data, task), steps)[0] if collective.rank() == 0 else None
+        source = _assemble(recipe, build_model(recipe.model, whole, data, task), data, steps)[0] if collective.rank() == 0 else None
         with shell(shards):
             bare = recipe.model.model_copy(update={"name": None, "config": {}})
-            model, budget = _assemble(recipe, build_model(bare, config, data, task), steps, filled=False)
+            model, budget = _assemble(recipe, build_model(bare, config, data, task), data, steps, filled=False)
         fill(model, source)
-    return Parts(recipe, data, model, cost_model(model), budget, steps)
+    return Parts(recipe, data, model, cost_model(model, size=data.size), budget, steps)
 
 
-def _assemble(recipe: Recipe, model: PreTrainedModel, steps: int, filled: bool = True) -> tuple[PreTrainedModel, Budget | None]:
+def _assemble(
+    recipe: Recipe, model: PreTrainedModel, data: Splits, steps: int, filled: bool = True
+) -> tuple[PreTrainedModel, Budget | None]:
     """The dense model with what the recipe does to it; one that is not ``filled`` gets its values later."""
     budget = None
     if recipe.compression is not None:
         # Draws of the stages' weights come after the backbone's, so a dense arm starts from the same backbone.
         compression = recipe.compression
         if recipe.budget is not None:
-            budget = Budget(recipe.budget, model, compression, steps, recipe.seed)
+            budget = Budget(recipe.budget, model, compression, steps, recipe.seed, data.size)
             compression = budget.compression
         model = compress(model, compression)
         unheld = [name for name, (_, stage) in stages_of(model).items() if budget is None and stage.selector.needs_probabilities]
@@ -165,10 +167,18 @@ def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: Splits, tas
     return model
 
 
-def cost_model(model: PreTrainedModel, compression: CompressionConfig | None = None) -> CostModel | None:
-    """What a model's forward costs; None for a dense model of a family without an adapter, which trains all the same."""
+def cost_model(
+    model: PreTrainedModel, compression: CompressionConfig | None = None, size: tuple[int, int] | int | None = None
+) -> CostModel | None:
+    """What a model's forward costs; None for a dense model of a family without an adapter, which trains all the same.
+
+    Args:
+        model: dense or compressed.
+        compression: stages for a dense model.
+        size: of an input; None takes the model's own.
+    """
     dense = compression is None and not hasattr(model.config, "compression")
-    return None if dense and model.config.model_type not in backbones() else CostModel(model, compression)
+    return None if dense and model.config.model_type not in backbones() else CostModel(model, compression, size)
 
 
 def total_steps(recipe: Recipe, data: Splits) -> int:

@@ -28,8 +28,8 @@ def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:
-            compression = Budget(recipe.budget, model, compression, total_steps(recipe, data), recipe.seed).compression
-        return _rows(CostModel(model, compression))
+            compression = Budget(recipe.budget, model, compression, total_steps(recipe, data), recipe.seed, data.size).compression
+        return _rows(CostModel(model, compression, data.size))
 
 
 def cost_of_model(folder: str) -> dict[str, Any]:
@@ -53,9 +53,11 @@ def _rows(model: CostModel) -> dict[str, Any]:
         "macs_ratio": cost.macs_ratio,
         "mean_token_fraction": cost.mean_token_fraction,
         "embed_macs": shape.embed_macs,
-        "head_macs": shape.head_macs + round(shape.decoder_macs),
+        "head_macs": shape.head_macs + round(shape.decoder_macs + shape.head_macs_per_token * (shape.prefix + shape.patches)),
         "activation_bytes": cost.activation_bytes,
         "dense_activation_bytes": cost.dense_activation_bytes,
+        "kv_bytes": cost.kv_bytes,
+        "dense_kv_bytes": cost.dense_kv_bytes,
         "layers": [
             {
                 "layer": str(index),

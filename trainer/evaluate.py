@@ -17,9 +17,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..data.rows import BadRowCount, collate
-from ..modules.compress import compress, decompress, stages_of
+from ..modules.backbones import backbone_for
+from ..modules.compress import base_class, compress, decompress, stages_of
 from ..modules.config import CompressionConfig, PartConfig
+from ..modules.cost import CostModel
+from ..modules.generation import can_look_ahead
 from ..modules.loading import from_pretrained, saved_class
+from ..modules.selectors.threshold import ThresholdSelector
 from ..modules.state import KeepCount, Trace
 from .build import cost_model, model_config
 from .recipe import Recipe
@@ -83,15 +87,18 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     loader = DataLoader(data.test, batch_size=recipe.data.eval_batch_size, collate_fn=collate, num_workers=recipe.data.workers)
     results: dict[str, Any] = {}
 
-    def measure(name: str, variant: PreTrainedModel) -> Mapping[str, float]:
+    def measure(name: str, variant: PreTrainedModel, lookahead: bool = False) -> Mapping[str, float]:
         console.print(f"evaluating {name} on {len(data.test):,} {task.item}", highlight=False)  # type: ignore[arg-type]
-        found = _evaluate(variant.eval(), loader, recipe, task, device)
+        cost = cost_model(variant, size=data.size)
+        found = _evaluate(variant.eval(), loader, recipe, task, device, cost, lookahead)
         figures = asdict(found)
         results[name] = {task.metric: figures.pop("quality"), **figures}
         return found.keep
 
     if stages_of(model):
         kept = measure("compressed", model)
+        if can_look_ahead(model):
+            measure("look-ahead", model, lookahead=True)
         for scorer in task.controls:
             measure(scorer, _with_scorer(model, scorer, kept))
         model = decompress(model)
@@ -121,6 +128,7 @@ def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Map
 def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float]) -> PreTrainedModel:
     """The same weights with a control's choice of as many tokens as the model really keeps, the same number of every row."""
     config = CompressionConfig.from_dict(model.config.compression)
+    causal = backbone_for(model.config.model_type, base_class(type(model)).__name__).causal
     stages = [
         replace(
             stage,
@@ -128,26 +136,41 @@ def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float])
             estimator=None,
             # Pairs are found by matching scorers alone; what other scorers leave out is dropped.
             merger="drop" if stage.part("merger").name == "bipartite" else stage.merger,
-            selector="top_k",
-            count="round",
+            # Of a causal model what is chosen may not hang on later tokens.
+            selector="threshold" if causal else "top_k",
+            count=None if causal else "round",
         )
         for stage in config.stages
     ]
     fixed = [stage.key for stage in stages if stage.tokens is not None]
     told = CompressionConfig(stages, config.restore).with_keep({key: keep for key, keep in kept.items() if key not in fixed})
-    return compress(decompress(copy.deepcopy(model)), told)
+    variant = compress(decompress(copy.deepcopy(model)), told).to(model.device)
+    for name, (_, stage) in stages_of(variant).items():
+        if isinstance(stage.selector, ThresholdSelector):
+            # The controls of causal models score uniformly in (0, 1), so that nothing has to be followed.
+            stage.selector.threshold.fill_(1 - kept[name])
+            stage.selector.batches.fill_(1)
+    return variant
 
 
 @torch.no_grad()
-def _evaluate(model: PreTrainedModel, loader: DataLoader[Any], recipe: Recipe, task: type[Task], device: torch.device) -> Evaluated:
+def _evaluate(
+    model: PreTrainedModel,
+    loader: DataLoader[Any],
+    recipe: Recipe,
+    task: type[Task],
+    device: torch.device,
+    cost: CostModel | None,
+    lookahead: bool,
+) -> Evaluated:
     bad, quality, kept, seconds = BadRowCount(recipe.data.max_bad_fraction), task.quality(), KeepCount(), []
-    compressed, cost = bool(stages_of(model)), cost_model(model)
+    compressed = bool(stages_of(model))
     for batch in loader:
         bad.add(batch["rows"], batch["bad"])
         if "sample_ids" not in batch:
             continue
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])
+        trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"], lookahead=lookahead)
         start = time.perf_counter()
         out = task.forward(model, batch, **({"trace": trace} if compressed else {}))
         if device.type == "cuda":

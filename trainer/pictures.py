@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.rows import collate
+from ..modules.compress import stages_of
 from ..modules.state import Trace
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def draw_arms(arms: Mapping[str, Parts], path: Path) -> None:
         arms: by name, the recipe itself last.
         path: of the file.
     """
-    compressed = {name: parts for name, parts in arms.items() if name != "dense"}
+    compressed = {name: parts for name, parts in arms.items() if stages_of(parts.model)}
     if not compressed:
         return
     first = next(iter(arms.values()))

@@ -31,6 +31,7 @@ class Arm:
         mean_token_fraction: likewise.
         train_seconds: spent in training steps, loading included.
         per_second: of the task's unit (images, tokens) over all of these; None where nothing was trained.
+        train_macs_ratio: mean over the training steps, as the budget's schedule asks for it.
         step_seconds: median of the paired measurement; None without one.
         speedup: dense ÷ this, from pairs; None without a measurement.
         of_oracle: oracle ÷ this, from pairs; None without a measurement.
@@ -44,6 +45,7 @@ class Arm:
     mean_token_fraction: float
     train_seconds: float
     per_second: float | None = None
+    train_macs_ratio: float = 1.0
     step_seconds: float | None = None
     speedup: float | None = None
     of_oracle: float | None = None
@@ -66,6 +68,7 @@ class Report:
     baselines: Mapping[str, Any]
     seed: int
     train_seconds: float | None = None
+    train_macs_ratio: float | None = None
     throughput: Mapping[str, Any] = field(default_factory=dict)
     export: Mapping[str, Any] = field(default_factory=lambda: {"format": None, "dtype": None, "max_abs_logit_diff": None})
     bad_rows: str | None = None
@@ -104,6 +107,9 @@ def with_bench(arm: Arm, name: str, bench: Bench | None) -> Arm:
         return arm
     if name == "dense":
         return replace(arm, step_seconds=bench.dense_seconds, speedup=1.0, memory=bench.memory["dense"])
+    if name not in bench.arms:
+        # It went by fewer tokens in training alone, and is dense now.
+        return arm
     times = bench.arms[name]
     return replace(
         arm, step_seconds=times.seconds, speedup=times.speedup.median, of_oracle=times.of_oracle.median, memory=bench.memory[name]

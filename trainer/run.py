@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..data.module import Splits
 from ..data.rows import collate
-from ..modules.compress import checkpoint_activations, stages_of
+from ..modules.compress import checkpoint_activations, decompress, stages_of
 from . import collective
 from .baselines import load_baselines
 from .bench import Bench
@@ -164,10 +164,14 @@ def train_arm(
         trainer.test(module, datamodule=data_module, verbose=False)
         if module.bad_rows.reasons:
             both.line(f"bad rows: {module.bad_rows.summary()}")
+    arm = _arm(loaded.name, parts, module, line.throughput)
+    stages = [stage for _, stage in stages_of(parts.model).values()]
+    if stages and all(stage.whole for stage in stages):
+        # A schedule that ended at full length, as random-LTD's does: what is left is an ordinary model.
+        decompress(parts.model)
     save_model(parts.model, folder / "model")
     if collective.rank() == 0:
         parts.data.save_beside(folder / "model")
-    arm = _arm(loaded.name, parts, module, line.throughput)
     if stage and collective.rank() == 0:
         parts = replace(parts, model=_read_back(folder / "model", recipe))
     return Trained(parts, module, arm)
@@ -241,17 +245,29 @@ def _arm(recipe: str, parts: Parts, module: TaskModule, throughput: Throughput) 
     return Arm(
         recipe=recipe,
         quality=module.quality.value,
-        details=module.quality.details(parts.data),
+        details=_details(parts, module),
         keep={"requested": {} if cost is None else dict(cost.keep), "achieved": module.achieved_keep},
         macs_ratio=module.achieved_macs_ratio,
         mean_token_fraction=1.0 if cost is None else cost.mean_token_fraction,
         train_seconds=throughput.seconds,
         per_second=throughput.mean,
+        train_macs_ratio=1.0 if cost is None else cost.macs_ratio if parts.budget is None else parts.budget.training_macs_ratio,
     )
 
 
+def _details(parts: Parts, module: TaskModule) -> dict[str, Any]:
+    """What is said beside the metric: the task's own, and of a causal model what its cache holds and what looking ahead would give."""
+    details = module.quality.details(parts.data)
+    if parts.cost is not None and (cost := parts.cost()).dense_kv_bytes:
+        tokens = cost.dense_tokens
+        details["kv_bytes_per_token"] = {"dense": cost.dense_kv_bytes / tokens, "compressed": cost.kv_bytes / tokens}
+    if module.ahead is not None:
+        details["lookahead"] = module.ahead.details(parts.task.metric)
+    return details
+
+
 def _bench(arms: Mapping[str, Trained], recipe: Recipe, console: Console) -> Bench | None:
-    compressed = {name: trained for name, trained in arms.items() if name != "dense"}
+    compressed = {name: trained for name, trained in arms.items() if stages_of(trained.parts.model)}
     if not recipe.trainer.bench_rounds or not compressed:
         return None
     if recipe.trainer.strategy == "deepspeed_3":
@@ -296,6 +312,7 @@ def _report(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench |
         baselines={key: vars(other) for key, other in others.items()},
         seed=loaded.recipe.seed,
         train_seconds=arm.train_seconds,
+        train_macs_ratio=arm.train_macs_ratio,
         throughput={"unit": main.parts.task.unit, "per_second": arm.per_second},
         bad_rows=main.module.bad_rows.summary(),
         versions=versions(),

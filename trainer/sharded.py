@@ -50,6 +50,8 @@ def fill(model: PreTrainedModel, source: PreTrainedModel | None) -> None:
     """
     import deepspeed
 
+    # What was skipped with the initialising: without it a shared tensor would be two, of which the plain model has one.
+    model.tie_weights()
     values = dict(source.named_parameters()) if source is not None else {}
     names = collective.from_rank_zero(lambda: {name: tuple(value.shape) for name, value in values.items()})
     ours = {name: tuple(shape_of(parameter)) for name, parameter in model.named_parameters()}

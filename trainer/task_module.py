@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from ..data.rows import BadRow, BadRows
 from ..modules.budget.budget import Budget
+from ..modules.generation import can_look_ahead
 from ..modules.state import KeepCount, Trace
 from . import collective
 from .build import Parts
+from .lookahead import LookAhead
 from .optimization import learning_rate_schedule, parameter_groups
 from .recipe import OptimizerRecipe
 from .tasks.base import Quality, Task
@@ -41,6 +43,7 @@ class TaskModule(lightning.LightningModule):
         self._start_counting()
 
     def _start_counting(self) -> None:
+        self.ahead = LookAhead(self.task.quality()) if can_look_ahead(self.model) else None
         self.quality: Quality = self.task.quality()
         self._rows = 0
         self._kept = KeepCount()
@@ -95,7 +98,14 @@ class TaskModule(lightning.LightningModule):
         return self._evaluate(batch, counted=batch_index < self.trainer.val_dataloaders.batch_sampler.counted)
 
     def test_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
-        return self._evaluate(batch, counted=batch_index < self.trainer.test_dataloaders.batch_sampler.counted)
+        counted = batch_index < self.trainer.test_dataloaders.batch_sampler.counted
+        found = self._evaluate(batch, counted)
+        if self.ahead is not None and "sample_ids" in batch:
+            trace = Trace(seed=self.seed, sample_ids=batch["sample_ids"], lookahead=True)
+            out = self.task.forward(self.model, batch, trace=trace)
+            if counted:
+                self.ahead.add(out, batch, trace)
+        return found
 
     def _evaluate(self, batch: dict[str, Any], counted: bool) -> dict[str, Any]:
         """A forward without gradient; batches that are only there so that every rank calls the same modules are not counted."""
@@ -127,10 +137,12 @@ class TaskModule(lightning.LightningModule):
 
     def _sum_over_ranks(self) -> None:
         """Counts of all ranks on every rank, before anything is divided. Raises BadRows on all of them or on none."""
-        ranks = collective.gather((self.quality, self._rows, self._bad, self._kept))
+        ranks = collective.gather((self.quality, self._rows, self._bad, self._kept, self.ahead))
         self._start_counting()
-        for quality, rows, bad, kept in ranks:
+        for quality, rows, bad, kept, ahead in ranks:
             self.quality.merge(quality)
+            if self.ahead is not None:
+                self.ahead.merge(ahead)
             self._rows += rows
             self._bad += bad
             self._kept.merge(kept)

@@ -44,6 +44,7 @@ def token_loss(
     input_ids: Tensor,
     labels: Tensor,
     position_ids: Tensor | None = None,
+    documents: Tensor | None = None,
     whole: int = WHOLE,
     part: int = PART,
     **options: Any,
@@ -55,6 +56,8 @@ def token_loss(
         input_ids: (B, N) int64.
         labels: (B, N) int64, each token's own id and not that of the next, IGNORE where it is not predicted.
         position_ids: (B, N) int64, from 0 in each document; None for rows of one document.
+        documents: (B, N) int64, the document of each token, -1 for filler, which a compressed model must not count; None where every
+            row is one document.
         whole: most logits that are held all at once, in values.
         part: where there are more, those that are held at a time.
         options: of the base model's forward: ``trace`` of a compressed model.
@@ -62,7 +65,7 @@ def token_loss(
     trace = options.get("trace")
     if trace is not None:
         # The model's own forward would note these.
-        trace.labels, trace.under_head = labels, True
+        trace.labels, trace.under_head, trace.documents = labels, True, documents
     base: Any = model.base_model
     hidden_states = base(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options).last_hidden_state
     # Token i predicts token i + 1. Moving the labels copies less than moving the states would.

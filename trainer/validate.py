@@ -60,8 +60,8 @@ def validate(recipe: Recipe) -> Checked:
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:
-            compression = Budget(recipe.budget, model, compression, steps, recipe.seed).compression
-        counted = cost_model(model, compression)
+            compression = Budget(recipe.budget, model, compression, steps, recipe.seed, data.size).compression
+        counted = cost_model(model, compression, data.size)
     cost = None if counted is None else counted()
     parameters = sum(p.numel() for module in (model, *(counted.stages if counted is not None else [])) for p in module.parameters())
     # Weights, gradients and two moments; one more copy where they are averaged.

@@ -10,19 +10,18 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..cache import LayerEntry, LayerView, RoutedCache
-from ..counting import BackboneShape
 from ..generation import routed_cache
 from ..scorers.base import TokenSpec
 from ..sites import BYPASS
 from ..state import TokenState, Trace
-from ..subsets import take, take_shared
-from .base import Backbone
+from ..subsets import take
+from .text import TextBackbone, with_filler
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig
 
 
-class DecoderBackbone(Backbone):
+class DecoderBackbone(TextBackbone):
     """A token sees itself and earlier ones; positions are turned into keys and queries inside the layers, from what the model hands
     them.
 
@@ -38,18 +37,16 @@ class DecoderBackbone(Backbone):
     cache_name: ClassVar[str] = "past_key_values"
 
     @classmethod
-    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
-        layers = cls.base(model).layers
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
-    @classmethod
     def prefix(cls, config: PretrainedConfig) -> int:
         return 0
 
     @classmethod
     def token_spec(cls, config: PretrainedConfig) -> TokenSpec:
         return TokenSpec(hidden_size=config.hidden_size, classes=config.vocab_size, family=cls.model_type, causal=True)
+
+    @classmethod
+    def reads_every_token(cls, model: PreTrainedModel) -> bool:
+        return True
 
     @classmethod
     def parallel(cls, config: PretrainedConfig) -> bool:
@@ -69,47 +66,6 @@ class DecoderBackbone(Backbone):
                     f"stage {stage.key!r}: site = {stage.site!r} is not offered: the layers of this {cls.model_type} compute attention and "
                     "MLP side by side (use_parallel_residual); take 'around'"
                 )
-
-    @classmethod
-    def gated(cls, config: PretrainedConfig) -> bool:
-        """The MLP has a gate beside its way up and its way down."""
-        return True
-
-    @classmethod
-    def windows(cls, config: Any) -> tuple[int | None, ...]:
-        """Of each layer, how many tokens back it looks; None looks at all."""
-        window = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-    @classmethod
-    def shape(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> BackboneShape:
-        assert not isinstance(size, tuple)
-        config: Any = model.config
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        layers = {id(module) for module in cls.layers(model).modules()}
-        heads_outside = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in layers]
-        return BackboneShape(
-            hidden=config.hidden_size,
-            intermediate=cls.intermediate(config),
-            layers=config.num_hidden_layers,
-            heads=heads,
-            prefix=0,
-            patches=size or DEFAULT_TOKENS,
-            embed_macs=0,
-            head_macs=0,
-            head_macs_per_token=sum(module.in_features * module.out_features for module in heads_outside),
-            query_width=heads * width,
-            key_width=(getattr(config, "num_key_value_heads", None) or heads) * width,
-            gated=cls.gated(config),
-            windows=cls.windows(config),
-        )
-
-    @classmethod
-    def intermediate(cls, config: Any) -> int:
-        """Width of the MLP's hidden layer."""
-        return int(config.intermediate_size)
 
     @classmethod
     def added_inputs(cls, model: PreTrainedModel, trace: Trace | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,28 +122,6 @@ class DecoderBackbone(Backbone):
         return own
 
     @classmethod
-    def of_tokens(cls, inputs: Mapping[str, Any], position: Tensor) -> dict[str, Any]:
-        """Of what a layer is handed token by token, that of the tokens at (B, K) positions."""
-        picked: dict[str, Any] = {}
-        if isinstance(inputs.get("position_ids"), Tensor):
-            picked["position_ids"] = inputs["position_ids"].expand(len(position), -1).gather(1, position)
-        if inputs.get("position_embeddings") is not None:
-            # RoPE of the tokens where they stand, not renumbered.
-            picked["position_embeddings"] = tuple(take_shared(part, position) for part in inputs["position_embeddings"])
-        return picked
-
-    @classmethod
-    def of_first(cls, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-        first = dict(inputs)
-        if isinstance(first.get("position_ids"), Tensor):
-            first["position_ids"] = first["position_ids"][:, :tokens]
-        if first.get("position_embeddings") is not None:
-            first["position_embeddings"] = tuple(part[:, :tokens] for part in first["position_embeddings"])
-        if isinstance(first.get("attention_mask"), Tensor):
-            first["attention_mask"] = first["attention_mask"][..., :tokens, :tokens]
-        return first
-
-    @classmethod
     def causal_mask(cls, mask: Tensor | None, state: TokenState, view: LayerView | None, before: int, dtype: torch.dtype) -> Tensor | None:
         """What the attention of a layer needs as its mask for the tokens that it processes.
 
@@ -220,24 +154,7 @@ class DecoderBackbone(Backbone):
             visible = mask.gather(2, slots.clamp(min=0)[:, None].expand(-1, state.tokens, -1))
         real = slots >= 0 if view is not None else state.valid
         filler = None if state.valid is None else ~state.valid[:, :, None]
-        return _with_filler(visible, real, filler, bias, dtype)[:, None]
-
-
-# Tokens of a row where nobody says how many.
-DEFAULT_TOKENS = 1024
-
-
-def _with_filler(visible: Tensor, real: Tensor | None, filler: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(B, M, S) with keys that are filler hidden, queries that are filler seeing something, and (B, S) added to the keys."""
-    lowest = torch.finfo(dtype).min
-    if visible.dtype == torch.bool:
-        visible = visible if real is None else visible & real[:, None]
-        # A query that sees nothing is no number in some kernels; nobody reads what filler makes of what it sees.
-        visible = visible if filler is None else visible | filler
-        return visible if bias is None else torch.where(visible, bias[:, None].to(dtype), lowest)
-    visible = visible if real is None else visible.masked_fill(~real[:, None], lowest)
-    visible = visible if filler is None else visible.masked_fill(filler, 0.0)
-    return visible if bias is None else visible + bias[:, None].to(visible.dtype)
+        return with_filler(visible, real, filler, bias, dtype)[:, None]
 
 
 def _documents(trace: Trace | None, inputs: Mapping[str, Any]) -> Tensor | None:

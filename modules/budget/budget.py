@@ -15,7 +15,7 @@ from ..config import CompressionConfig, PartConfig
 from ..cost import CostModel
 from ..state import Trace
 from .regularizers.base import Regularizer
-from .schedules import SCHEDULES, progress
+from .schedules import SCHEDULES, progress, staircase
 
 MEASURES = ("macs_ratio", "keep", "mean_token_fraction")
 
@@ -34,6 +34,7 @@ class BudgetConfig:
         schedule: how the target moves from ``start`` to ``target``: ``constant``, ``linear`` or ``cosine``.
         start: target at step 0 of a schedule that moves.
         schedule_until: fraction of training at which ``target`` is reached.
+        increment: the target of a schedule that moves goes in stairs of this size, as random-LTD does; 0 moves it at every step.
         noise: strength of the exploration noise at step 0, in standard deviations of the scores.
         noise_until: fraction of training at which the noise has fallen to 0.
     """
@@ -45,6 +46,7 @@ class BudgetConfig:
     schedule: str = "constant"
     start: float = 1.0
     schedule_until: float = 0.3
+    increment: float = 0.0
     noise: float = 0.0
     noise_until: float = 0.6
 
@@ -58,6 +60,10 @@ class BudgetConfig:
                 raise ValueError(f"budget.{name} = {getattr(self, name)} must be in (0, 1]: the fraction that is left, not removed")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"budget.schedule = {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
+        if not 0 <= self.increment < 1:
+            raise ValueError(f"budget.increment = {self.increment} must be in [0, 1): a part of the target, 16 of 512 tokens are 0.03125")
+        if self.increment and self.schedule == "constant":
+            raise ValueError(f"budget.increment = {self.increment} is for a target that moves: give budget.schedule = linear or cosine")
         for name in ("ramp_until", "schedule_until", "noise_until"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"budget.{name} = {getattr(self, name)} must be in [0, 1]: a fraction of training")
@@ -109,6 +115,7 @@ class Budget:
         compression: its stages; a stage with a keep of its own has it always, the others share one.
         total_steps: optimizer steps of the training, for schedules.
         seed: of the draws.
+        size: of the inputs, as CostModel takes it; None takes the model's own.
 
     Raises:
         ValueError: the target cannot be met, or there is nothing to decide.
@@ -121,7 +128,13 @@ class Budget:
     """
 
     def __init__(
-        self, config: BudgetConfig, model: PreTrainedModel, compression: CompressionConfig, total_steps: int = 1, seed: int = 0
+        self,
+        config: BudgetConfig,
+        model: PreTrainedModel,
+        compression: CompressionConfig,
+        total_steps: int = 1,
+        seed: int = 0,
+        size: tuple[int, int] | int | None = None,
     ) -> None:
         self.config = config
         self.total_steps = total_steps
@@ -129,7 +142,7 @@ class Budget:
         self.free = [stage.key for stage in compression.stages if stage.free]
         if not self.free:
             raise ValueError("budget.target has nothing to decide: every stage has a keep of its own; leave it out of one of them")
-        self.cost = CostModel(model, compression)
+        self.cost = CostModel(model, compression, size)
         self.compression = compression.with_keep(self.resolve(config.target))
         self.regularizer = config.build_regularizer()
         if config.schedule != "constant":
@@ -174,8 +187,22 @@ class Budget:
 
     def target(self, step: int) -> float:
         """Requested value of the measure at a step."""
-        config = self.config
-        return SCHEDULES[config.schedule](config.start, config.target, progress(step, config.schedule_until, self.total_steps))
+        config, done = self.config, progress(step, self.config.schedule_until, self.total_steps)
+        value = SCHEDULES[config.schedule](config.start, config.target, done)
+        return staircase(value, config.start, config.increment) if config.increment and done < 1 else value
+
+    def keep(self, step: int) -> dict[str, float]:
+        """The keep by stage name that a step asks for, of the stages that leave it to the budget."""
+        target = self.target(step)
+        # Where a keep has to be searched for, four decimals of the target are as many as it will have.
+        return self.resolve(target if self.config.measure == "keep" else round(target, 4))
+
+    @property
+    def training_macs_ratio(self) -> float:
+        """Mean ``macs_ratio`` of the training steps as the schedule asks for it, from 200 of them."""
+        moves = self.config.schedule != "constant"
+        steps = [self.total_steps * number // 200 for number in range(200)] if moves else [0]
+        return sum(self.cost(self.keep(step)).macs_ratio for step in steps) / len(steps)
 
     def trace(self, step: int, sample_ids: Tensor | None = None, labels: Tensor | None = None) -> Trace:
         """The trace of a training forward.
@@ -186,7 +213,7 @@ class Budget:
             labels: for estimators that need them, where the model is not called with ``labels``.
         """
         noise = self.config.noise * (1 - progress(step, self.config.noise_until, self.total_steps))
-        keep = self.resolve(round(self.target(step), 4)) if self.target(step) != self.config.target else {}
+        keep = self.keep(step) if self.target(step) != self.config.target else {}
         return Trace(step=step, seed=self.seed, sample_ids=sample_ids, labels=labels, noise=noise, keep=keep)
 
     def loss(self, trace: Trace, step: int, over_ranks: Callable[[Tensor], Tensor] | None = None) -> BudgetLoss:

@@ -27,6 +27,17 @@ def cosine(start: float, end: float, progress: float) -> float:
 SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosine": cosine}
 
 
+def staircase(value: float, start: float, increment: float) -> float:
+    """``value`` on the stair that it has reached: rounded to a multiple of ``increment`` on the side of ``start``, never past it.
+
+    A linear schedule that grows in stairs is random-LTD's (arXiv 2211.11586), v - v mod increment.
+    """
+    # Steps that mean a stair exactly may land a hair before it.
+    stair = math.floor(value / increment + 1e-9) if value >= start else math.ceil(value / increment - 1e-9)
+    reached = stair * increment
+    return max(reached, start) if value >= start else min(reached, start)
+
+
 def progress(step: int, until: float, total_steps: int) -> float:
     """How far ``step`` is on the way to ``until`` (a fraction of ``total_steps``), in [0, 1]."""
     steps = until * total_steps

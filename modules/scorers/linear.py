@@ -17,17 +17,19 @@ class LinearScorer(Scorer):
     Args:
         spec: the tokens that it scores.
         detach: cut the gradient from the scorer into the backbone below it.
+        bias: what scores start from: above 0 a router opens with most tokens on their way through, as fine-tuning may want it.
     """
 
     estimator = "straight_through"
     probabilities = True
 
-    def __init__(self, spec: TokenSpec, detach: bool = False) -> None:
+    def __init__(self, spec: TokenSpec, detach: bool = False, bias: float = 0.0) -> None:
         super().__init__(spec)
         self.detach = detach
         # The residual stream grows from layer to layer; a norm without weights makes routers of all layers start alike.
         self.norm = nn.LayerNorm(spec.hidden_size, elementwise_affine=False)
         self.score = Float32Linear(spec.hidden_size, 1)
+        nn.init.constant_(self.score.bias, bias)
 
     def forward(self, inputs: SiteInput) -> Scored:
         tokens = inputs.hidden_states.detach() if self.detach else inputs.hidden_states

@@ -11,7 +11,6 @@ from ..scorers.base import TokenSpec
 from ..state import Decision, TokenState
 from .base import Request, Taught, everything
 from .threshold import ThresholdSelector
-from .top_k import TopKSelector
 
 
 class PredictorSelector(ThresholdSelector):
@@ -44,7 +43,6 @@ class PredictorSelector(ThresholdSelector):
         self.norm = nn.LayerNorm(spec.hidden_size, elementwise_affine=False)
         self.look = nn.Linear(spec.hidden_size, self.width)
         self.guess = Float32Linear(self.width, 1)
-        self.top_k = TopKSelector(spec, bucket)
 
     def looks_ahead(self, request: Request) -> bool:
         return (self.training or request.lookahead) and request.keep < 1

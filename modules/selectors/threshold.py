@@ -38,7 +38,7 @@ class ThresholdSelector(Selector):
         if not 0 < rate <= 1:
             raise ValueError(f"selector 'threshold': rate = {rate} must be in (0, 1]")
         self.calibrate, self.rate = calibrate, rate
-        self.first = TopKSelector(spec)
+        self.top_k = TopKSelector(spec, bucket)
         self.threshold: Tensor
         self.batches: Tensor
         self.register_buffer("threshold", torch.zeros(()))
@@ -56,7 +56,7 @@ class ThresholdSelector(Selector):
             self.follow(scores, state.routable, request.keep)
         elif self.calibrate and not self.causal and not self.batches.bool():
             # It has seen no scores yet: as many of every row.
-            return self.first(scores, state, replace(request, draws=None))  # type: ignore[no-any-return]
+            return self.top_k(scores, state, replace(request, draws=None))  # type: ignore[no-any-return]
         return self.decide(scores > self.threshold, scores, state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ThresholdSelector:

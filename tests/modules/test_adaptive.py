@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate, combinations, pairwise
 from typing import Any
 
 import pytest
@@ -9,9 +11,10 @@ import torch
 from torch import Tensor
 
 from laconic import Budget, BudgetConfig, CompressionConfig, StageConfig, Trace, compress, decompress
+from laconic.modules import packing
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.cost import CostModel
-from laconic.modules.packing import ATTENTION, Packing
+from laconic.modules.packing import ATTENTION, Packing, group_sizes
 from laconic.modules.scorers.base import TokenSpec
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.gumbel import GumbelSelector
@@ -85,7 +88,13 @@ def test_a_row_answers_alike_alone_and_among_others(packs: bool) -> None:
         assert own.routings["before_1"].kept.tolist() == [int(kept[row])]  # type: ignore[union-attr]
 
 
-def test_layers_compute_no_filler() -> None:
+def _calls_are(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of every length are a group of their own, or all rows are one."""
+    monkeypatch.setitem(packing._CALL, "cpu", 0.0 if free else 1e12)
+
+
+def test_layers_compute_no_filler_where_another_call_of_attention_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _calls_are(True, monkeypatch)
     model = _model()
     seen: list[tuple[int, ...]] = []
     for layer in model.vit.layers:
@@ -95,12 +104,15 @@ def test_layers_compute_no_filler() -> None:
     assert seen == [(6, 37, 16), (1, first, 16), (1, second, 16), (1, second, 16)]
 
 
-def test_packed_and_masked_forwards_agree_with_their_gradients() -> None:
+@pytest.mark.parametrize("free", [True, False], ids=["even_groups", "one_group"])
+@pytest.mark.parametrize("merger", ["drop", "squeeze"])
+def test_packed_and_masked_forwards_agree_with_their_gradients(merger: str, free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _calls_are(free, monkeypatch)
     results = []
     for implementation in ("sdpa", "eager"):
-        model = _model(implementation=implementation, scorer="learned", selector="threshold", estimator="key_bias").train()
+        parts: dict[str, Any] = {"scorer": "learned", "selector": "threshold", "merger": merger, "estimator": "key_bias"}
+        model = _model(implementation=implementation, **parts).train()
         trace = Trace()
-        # Enough rows for several groups of similar length.
         loss = model(pixel_values=images(40), labels=labels(40), trace=trace).loss
         loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
@@ -157,13 +169,48 @@ def test_a_regularizer_holds_the_ratio_of_what_was_really_kept(regularizer: str,
     assert budget.cost.achieved(trace) == pytest.approx(0.6, abs=0.03)
 
 
-def test_packing_is_undone_by_unpacking() -> None:
-    valid = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
-    state = TokenState.initial(3, 3, 1, valid, valid.device)
-    packing = Packing.of(state, torch.float32)
-    tokens = torch.randn(3, 3, 4)
-    assert packing.pack(tokens).shape == (1, 6, 4)
-    assert torch.equal(packing.unpack(packing.pack(tokens)), tokens * valid.unsqueeze(-1))
+@pytest.mark.parametrize("free", [True, False], ids=["even_groups", "one_group"])
+def test_packing_is_undone_by_unpacking_wherever_the_filler_is(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _calls_are(free, monkeypatch)
+    valid = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [True, False, True]])
+    state = TokenState.initial(4, 3, 1, valid, valid.device)
+    tokens = torch.randn(4, 3, 4)
+    packed = Packing.of(state, tokens)
+    assert packed.pack(tokens).shape == (1, 8 if free else 12, 4)
+    assert [group.mask is None for group in packed.groups] == ([True, True, True] if free else [False])
+    assert torch.equal(packed.unpack(packed.pack(tokens))[valid], tokens[valid])
+
+
+def test_groups_take_the_least_time_of_all_there_are() -> None:
+    lengths, rows = [3, 3, 4, 4, 4, 7, 8, 8, 12], 9
+
+    def time(sizes: Sequence[int], call: float) -> float:
+        ends = list(accumulate(sizes))
+        return sum(size * lengths[end - 1] for size, end in zip(sizes, ends, strict=True)) + call * len(sizes)
+
+    cuts = [cut for number in range(rows) for cut in combinations(range(1, rows), number)]
+    every = [[end - start for start, end in pairwise((0, *cut, rows))] for cut in cuts]
+    for call in (0.0, 1.5, 3.0, 6.0, 100.0):
+        assert time(group_sizes(lengths, call), call) == min(time(sizes, call) for sizes in every)
+    assert group_sizes(lengths, 0) == [2, 3, 1, 2, 1]
+    assert group_sizes(lengths, 100) == [rows]
+
+
+def test_rows_of_very_many_lengths_make_few_groups_all_the_same() -> None:
+    sizes = group_sizes(range(1, 1001), 0)
+    assert sum(sizes) == 1000
+    assert len(sizes) <= 32
+    assert max(sizes) <= 32
+
+
+@pytest.mark.parametrize("free", [True, False], ids=["even_groups", "one_group"])
+def test_packed_rows_run_under_autocast(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _calls_are(free, monkeypatch)
+    model = _model().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(pixel_values=images(6), labels=labels(6), trace=Trace()).loss
+    loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
 def test_other_attention_functions_are_refused() -> None:

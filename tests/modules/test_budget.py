@@ -9,7 +9,8 @@ import torch
 
 from laconic import CompressionConfig, StageConfig, Trace, compress
 from laconic.modules.budget import Budget, BudgetConfig
-from laconic.modules.budget.schedules import cosine, linear, progress
+from laconic.modules.budget.schedules import cosine, linear, progress, staircase
+from laconic.modules.counting import tokens_kept
 from tests.matrix import dense, images, labels
 
 STAGES = CompressionConfig([StageConfig(layer=1), StageConfig(layer=2)])
@@ -60,6 +61,45 @@ def test_schedules_pass_through_the_published_points() -> None:
     assert cosine(1, 0.4, 1) == pytest.approx(0.4)
     assert linear(1, 0.5, 0.25) == 0.875
     assert [progress(step, 0.5, 100) for step in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
+
+
+# random-LTD of a GPT (ORACLES 3): 128 to 2048 tokens in stairs of 16 over 200,000 steps.
+LTD = {"measure": "keep", "schedule": "linear", "start": 128 / 2048, "target": 1.0, "increment": 16 / 2048, "schedule_until": 1.0}
+
+
+def test_random_ltd_s_schedule_passes_through_the_published_points_and_saves_the_published_tokens() -> None:
+    budget = _budget(total_steps=200_000, **LTD)
+    tokens = [tokens_kept(2048, budget.target(step)) for step in range(200_000)]
+    by_hand = [min(2048, (value := math.floor(step / 200_000 * 1920 + 128 + 1e-9)) - value % 16) for step in range(200_000)]
+    assert tokens == by_hand
+    assert {step: tokens[step] for step in (0, 1666, 1667, 10_000, 100_000, 199_999)} == {
+        0: 128,
+        1666: 128,
+        1667: 144,
+        10_000: 224,
+        100_000: 1088,
+        199_999: 2032,
+    }
+    assert 22 * sum(tokens) + 2 * 2048 * 200_000 == 5_571_185_920
+    assert budget.target(200_000) == 1.0
+
+
+def test_stairs_go_down_as_they_go_up_and_never_past_where_they_start() -> None:
+    assert [staircase(value, 1.0, 0.25) for value in (1.0, 0.99, 0.76, 0.75, 0.6)] == [1.0, 1.0, 1.0, 0.75, 0.75]
+    assert [staircase(value, 0.1, 0.25) for value in (0.1, 0.24, 0.25, 0.6)] == [0.1, 0.1, 0.25, 0.5]
+    with pytest.raises(ValueError, match="give budget.schedule = linear or cosine"):
+        BudgetConfig(increment=0.1)
+    with pytest.raises(ValueError, match=r"budget.increment = 1.5 must be in \[0, 1\)"):
+        BudgetConfig(schedule="linear", increment=1.5)
+
+
+def test_the_cost_of_a_training_is_the_mean_over_its_schedule() -> None:
+    fixed = _budget(target=0.6)
+    assert fixed.training_macs_ratio == fixed.cost(fixed.resolve(0.6)).macs_ratio
+    moving = _budget(measure="keep", schedule="linear", start=0.25, target=1.0, increment=0.25, schedule_until=1.0)
+    # A third of the steps each at .25, .5 and .75.
+    thirds = [moving.cost(moving.resolve(keep)).macs_ratio for keep in (0.25, 0.5, 0.75)]
+    assert moving.training_macs_ratio == pytest.approx(sum(thirds) / 3, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from laconic import Trace
 from laconic.data.packing import IGNORE
 from laconic.data.rows import collate
 from laconic.trainer.build import build
@@ -211,6 +212,35 @@ def test_a_resumed_run_on_text_ends_like_an_unbroken_one(tmp_path: Path, tiny: l
     weights(tmp_path / "broken", "trainer.checkpoint_every=3")
     resumed = weights(tmp_path / "broken", "trainer.checkpoint_every=3", resume="auto")
     assert all(torch.equal(value, resumed[name]) for name, value in unbroken.items())
+
+
+def test_a_routed_run_is_evaluated_as_deployed_and_looking_ahead_and_shown(tmp_path: Path, tiny: list[str], console: Console) -> None:
+    deep = [item for item in tiny if "num_hidden_layers" not in item]
+    overrides = [*deep, "model.config.num_hidden_layers=3", "baselines=[]", "budget.target=0.8"]
+    overrides += ["compression.stages=[{layer: 1, site: around, scorer: linear, selector: predictor}]"]
+    report = train(load("llm_pretrain", overrides), overrides, console)
+    run = str(tmp_path / "run")
+    variants = evaluate(run, recipe_of(run, []), console)["variants"]
+    assert set(variants) == {"compressed", "look-ahead", "random", "dense"}
+    assert variants["compressed"]["perplexity"] == pytest.approx(report.quality["compressed"], rel=1e-4)
+    # Top-k of every document; the predictor's threshold meets it on average alone.
+    assert variants["look-ahead"]["keep"]["around_1"] == pytest.approx(report.keep["requested"]["around_1"], abs=0.05)
+    kept = inspect_run(run, recipe_of(run, []), "if so: pass", tmp_path / "page.html")
+    assert set(kept) == {"around_1"}
+    assert (tmp_path / "page.html").read_text().count("<span style") == len(
+        AutoTokenizer.from_pretrained(tmp_path / "run" / "model")("if so: pass")["input_ids"]
+    )
+
+
+def test_filler_is_no_token_of_a_stage(tiny: list[str]) -> None:
+    deep = [item for item in tiny if "num_hidden_layers" not in item]
+    stage = "compression.stages=[{layer: 1, site: around, scorer: linear, selector: predictor}]"
+    parts = build(load("llm_pretrain", [*deep, "model.config.num_hidden_layers=3", "baselines=[]", "budget.target=0.8", stage]).recipe)
+    last = collate([parts.data.validation[len(parts.data.validation) - 1]])  # type: ignore[arg-type]
+    assert last["tokens"] < 64
+    trace = Trace(lookahead=True)
+    parts.task.forward(parts.model.eval(), last, trace=trace)
+    assert trace.routings["around_1"].counts()[1] == last["tokens"]
 
 
 def _chat_model(folder: Path) -> str:

@@ -22,7 +22,7 @@ from laconic.trainer.recipe_files import RecipeError, load
 from laconic.trainer.resume import MARKER, find_checkpoint
 from laconic.trainer.run import train_arm
 from laconic.trainer.strategies import check, deepspeed_config, processes_of, resolved
-from tests.trainer.two_ranks import MASKED, SETTINGS, SHARED, STRATEGIES, TWO
+from tests.trainer.two_ranks import LANGUAGE, MASKED, SETTINGS, SHARED, STRATEGIES, TEXT, TWO
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -51,6 +51,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (None, "accumulate", "bf16_2", "learned_plain"):
         settings = [item for item in SETTINGS.get(name or "", []) if not item.startswith("trainer.strategy")]
         train_arm(load("vit_digits", [*plain, *settings]), "arm", folder / (name or "run"), Console(quiet=True))
+    train_arm(load("llm_pretrain", [*TEXT, "data.batch_size=4"]), "arm", folder / "text", Console(quiet=True))
     train_arm(load("mae_digits", [*plain, *MASKED]), "arm", folder / "masked", Console(quiet=True))
     return folder
 
@@ -99,6 +100,20 @@ def test_masks_of_pretraining_are_the_same_on_two_processes(name: str, two_ranks
     assert positions.any()
     # Frozen: nothing has moved them.
     assert torch.equal(positions[0], sine_positions(8, 8))
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_a_rank_whose_layer_processes_no_token_learns_with_the_others(name: str, two_ranks: Path, one_process: Path) -> None:
+    counts = _results(two_ranks)[f"text_{name}"]
+    assert isinstance(counts, list)
+    # While one rank has none in a step, the other has some.
+    assert any(sum(step) > 0 and min(step) == 0 for step in zip(*counts, strict=True)), counts
+    ours, expected = _scalars(two_ranks / f"text_{name}"), _scalars(one_process / "text")
+    difference = max(abs(a - b) for a, b in zip(ours, expected, strict=True))
+    print(f"text_{name}: losses of {len(ours)} steps differ by at most {difference:.1e}")
+    assert difference < 1e-5
+    tag = "around_1/keep_achieved"
+    assert _scalars(two_ranks / f"text_{name}", tag) == pytest.approx(_scalars(one_process / "text", tag), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["plain", "deepspeed_3"])

@@ -19,6 +19,7 @@ from laconic.trainer.recipe_files import load
 from laconic.trainer.run import quiet, silent, train_arm
 from laconic.trainer.sharded import gathered
 from laconic.trainer.strategies import deepspeed_config, resolved
+from laconic.trainer.tasks.causal_lm import CausalLMModule
 from tests.trainer.conftest import QUICK
 
 # Without a threshold everything that is small stays whole, and these models are small.
@@ -48,6 +49,14 @@ SETTINGS = {
 }  # fmt: skip
 # Pretraining with masks: the masks are the same on any number of ranks, and positions are frozen parameters.
 MASKED = ["compression.restore.layer=2", "model.config.decoder_hidden_size=8", "model.config.decoder_num_hidden_layers=1"]
+# Few tokens, and routers that let hardly any through: in some step a layer of some rank has none.
+TEXT = ["trainer.max_steps=4", "trainer.log_every=1", "trainer.bench_rounds=0", "baselines=[]", "model.config.vocab_size=300",
+        "model.config.hidden_size=32", "model.config.intermediate_size=48", "model.config.num_hidden_layers=3", "trainer.pictures=0",
+        "data.sequence_length=16", "data.train_samples=2", "data.eval_samples=1", "budget.target=0.8", "budget.regularizer=macs_squared",
+        "compression.stages=[{layer: 1, site: around, scorer: {name: linear, bias: -1.6}, "
+        "selector: {name: threshold, calibrate: false}}]"]  # fmt: skip
+TWO_TEXT = [*TEXT, "trainer.devices=2", "data.batch_size=2"]
+LANGUAGE = ("deepspeed_1", "deepspeed_2", "deepspeed_3")
 
 
 def main(folder: Path) -> None:
@@ -71,6 +80,8 @@ def main(folder: Path) -> None:
                 shutil.copytree(folder / f"dropout_{name}" / "model", folder / f"dropout_{name}" / "unbroken")
             collective.wait()
             _trained(folder / f"dropout_{name}", both, resume="auto")
+        for name in LANGUAGE:
+            results[f"text_{name}"] = collective.gather(_routed(folder / f"text_{name}", TWO_TEXT + STRATEGIES[name]))
         results["same_first_weights"] = _same_first_weights()
         for name in ("plain", "deepspeed_2", "deepspeed_3"):
             results[f"nan_{name}"] = collective.gather(_nan([*NAN, *STRATEGIES[name]], folder / f"nan_{name}"))
@@ -83,6 +94,23 @@ def _trained(folder: Path, overrides: list[str], resume: str | None = None, reci
     began = time.perf_counter()
     arm = train_arm(load(recipe, overrides), "arm", folder, silent(), resume=resume).arm
     return {"quality": arm.quality, "keep": arm.keep["achieved"], "seconds": time.perf_counter() - began}
+
+
+def _routed(folder: Path, overrides: list[str]) -> list[int]:
+    """Tokens that the routed layer processed on this rank, step by step."""
+    counts, losses = [], CausalLMModule.losses
+
+    def counted(module: CausalLMModule, batch: dict[str, Any]) -> dict[str, Any]:
+        found = losses(module, batch)
+        counts.append(found["trace"].routings["around_1"].counts()[0])
+        return found
+
+    CausalLMModule.losses = counted  # type: ignore[method-assign]
+    try:
+        _trained(folder, overrides, recipe="llm_pretrain")
+    finally:
+        CausalLMModule.losses = losses  # type: ignore[method-assign]
+    return counts
 
 
 def _same_first_weights() -> bool:

@@ -124,6 +124,8 @@ class StepLine(Callback):
             achieved = kept / max(1, present)
             scalars |= {f"{name}/keep_requested": routing.requested, f"{name}/keep_achieved": achieved}
             keeps.append(f"{achieved:.3f}")
+            if routing.agreement is not None:
+                scalars[f"{name}/agreement"] = float(routing.agreement)
         budget = outputs["budget"]
         if budget is not None:
             scalars |= {f"{name}/keep_soft": float(value) for name, value in budget.soft_keep.items()}

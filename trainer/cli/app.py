@@ -239,6 +239,13 @@ def cost(
         f"{result['activation_bytes'] / 2**20:.2f} MiB a row, dense {result['dense_activation_bytes'] / 2**20:.2f} MiB",
         highlight=False,
     )
+    if result["kv_bytes"]:
+        tokens = result["layers"][0]["tokens"]
+        out.print(
+            f"keys and values in a cache about {result['kv_bytes'] / tokens:,.0f} bytes a token, dense "
+            f"{result['dense_kv_bytes'] / tokens:,.0f}, in float32",
+            highlight=False,
+        )
 
 
 @app.command()

@@ -217,12 +217,17 @@ class CausalLM(Task):
 
     @classmethod
     def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> TokenLoss:
-        return token_loss(model, batch["input_ids"], batch["labels"], batch["position_ids"], **options)
+        return token_loss(model, batch["input_ids"], batch["labels"], batch["position_ids"], _apart(batch["documents"]), **options)
 
     @classmethod
     def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
         return {"input_ids": torch.randint(config.get_text_config().vocab_size, (PROBES, _PROBE_TOKENS), generator=generator)}
+
+
+def _apart(documents: Tensor) -> Tensor | None:
+    """The documents of a batch; None where every row is one and has no filler, since attention then needs no mask."""
+    return documents if bool((documents != 0).any()) else None
 
 
 def source_of(recipe: DataRecipe) -> Source:

@@ -1,0 +1,70 @@
+"""BERT of transformers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .text_encoder import TextEncoderBackbone
+
+
+class BertBackbone(TextEncoderBackbone):
+    """Learned positions and segments added before the layers, each half followed by its norm; the pooler reads [CLS]."""
+
+    model_type = "bert"
+    classes: ClassVar[tuple[str, ...]] = ("BertModel", "BertForSequenceClassification", "BertForMaskedLM", "BertForTokenClassification")
+    refused: ClassVar[dict[str, str]] = {"BertLMHeadModel": "it is a decoder; take a model made for generation, a GPT-2 or a Llama"}
+    positional = ("attention_mask", "encoder_hidden_states")
+    dense_heads = ("BertForMaskedLM", "BertForTokenClassification")
+
+    @classmethod
+    def check(cls, model: PreTrainedModel) -> None:
+        config = model.config
+        if config.is_decoder or config.add_cross_attention:
+            raise ValueError("this BERT is a decoder (is_decoder, add_cross_attention): only encoders are served")
+        if config.chunk_size_feed_forward:
+            raise ValueError(
+                f"chunk_size_feed_forward = {config.chunk_size_feed_forward} cuts rows into pieces of one length, and stages leave any: set it to 0"
+            )
+
+    @classmethod
+    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
+        base: Any = cls.base(model)
+        layers = base.encoder.layer
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @classmethod
+    def gated(cls, config: PretrainedConfig) -> bool:
+        return False
+
+    @classmethod
+    def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        parts: Any = layer
+        own = {name: value for name, value in kwargs.items() if not name.startswith("encoder_")}
+        attended: Tensor = parts.attention(hidden_states, attention_mask, **own)[0]
+        return attended
+
+    @classmethod
+    def mlp_half(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        parts: Any = layer
+        out: Tensor = parts.feed_forward_chunk(hidden_states)
+        return out
+
+    @classmethod
+    def keys(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        parts: Any = layer
+        return _heads(parts.attention.self, parts.attention.self.key(hidden_states))
+
+    @classmethod
+    def cls_query_and_keys(cls, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, float]:
+        attention: Any = layer.attention.self  # type: ignore[union-attr]
+        query = _heads(attention, attention.query(hidden_states[:, :1]))
+        return query, cls.keys(layer, hidden_states), attention.scaling
+
+
+def _heads(attention: Any, projected: Tensor) -> Tensor:
+    """(B, M, H·D) -> (B, H, M, D)."""
+    return projected.view(*projected.shape[:2], -1, attention.attention_head_size).transpose(1, 2)

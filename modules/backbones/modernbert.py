@@ -1,0 +1,89 @@
+"""ModernBERT of transformers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..state import TokenState, Trace
+from .text_encoder import TextEncoderBackbone
+
+if TYPE_CHECKING:
+    from ..config import CompressionConfig
+
+
+class ModernBertBackbone(TextEncoderBackbone):
+    """Rotary positions of a kind for each type of layer, and layers that look at near tokens alone; near is counted in the text, not in
+    what is left of it. A classifier reads [CLS] or the mean over all tokens.
+    """
+
+    model_type = "modernbert"
+    classes: ClassVar[tuple[str, ...]] = (
+        "ModernBertModel",
+        "ModernBertForSequenceClassification",
+        "ModernBertForMaskedLM",
+        "ModernBertForTokenClassification",
+    )
+    dense_heads = ("ModernBertForMaskedLM", "ModernBertForTokenClassification")
+
+    @classmethod
+    def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
+        super().check_stages(model, config)
+        for stage in config.stages:
+            scorer, merger = stage.part("scorer"), stage.part("merger")
+            if scorer.name == "cls_attention":
+                raise ValueError(
+                    f"stage {stage.key!r}: scorer 'cls_attention' does not know how the layer that follows rotates and how far it looks; in a "
+                    "modernbert take 'learned' or 'evidence'"
+                )
+            by_keys = [
+                part.name
+                for part, metric in ((scorer, "keys"), (merger, "tokens"))
+                if part.name == ("bipartite" if part is scorer else "squeeze") and part.options.get("metric", metric) == "keys"
+            ]
+            if by_keys:
+                raise ValueError(
+                    f"stage {stage.key!r}: {by_keys[0]!r} compares keys, which in a modernbert come out of one projection with queries and "
+                    f"values: take {{name: {by_keys[0]}, metric: tokens}}"
+                )
+
+    @classmethod
+    def windows(cls, config: Any) -> tuple[int | None, ...]:
+        # As many to the left as to the right, and the token itself.
+        return tuple(None if window is None else 2 * window + 1 for window in super().windows(config))
+
+    @classmethod
+    def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        parts: Any = layer
+        attended, _ = parts.attn(parts.attn_norm(hidden_states), attention_mask=attention_mask, **kwargs)
+        out: Tensor = hidden_states + attended
+        return out
+
+    @classmethod
+    def mlp_half(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        parts: Any = layer
+        out: Tensor = hidden_states + parts.mlp(parts.mlp_norm(hidden_states))
+        return out
+
+    @classmethod
+    def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
+        state, hidden_states = trace.state, getattr(outputs, "last_hidden_state", None)
+        averages = getattr(model.config, "classifier_pooling", "cls") == "mean" and trace.under_head
+        if not averages or state is None or hidden_states is None or _as_it_came(state, trace):
+            return outputs
+        # The head averages over all places that its mask calls text: what is left of a row, at each of them, leaves that mean unmoved.
+        weight = state.size if state.proportional else torch.ones_like(state.size)
+        weight = (weight if state.valid is None else weight * state.valid).unsqueeze(-1)
+        mean = (hidden_states.float() * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+        outputs.last_hidden_state = mean.to(hidden_states.dtype).expand(-1, state.source.shape[1], -1)
+        return outputs
+
+
+def _as_it_came(state: TokenState, trace: Trace) -> bool:
+    """Every row has as many tokens as it came with."""
+    if state.tokens < state.source.shape[1]:
+        return False
+    return state.valid is None or (trace.valid is not None and torch.equal(state.valid, trace.valid))

@@ -1,0 +1,115 @@
+"""What models of text share, causal ones and encoders; no adapter by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..counting import BackboneShape
+from ..subsets import take_shared
+from .base import Backbone
+
+# Tokens of a row where nobody says how many.
+_TOKENS = 1024
+
+
+class TextBackbone(Backbone):
+    """Rows of tokens, whose positions the model may hand to its layers, and layers that may look through a window."""
+
+    @classmethod
+    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
+        layers = cls.base(model).layers
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @classmethod
+    def reads_every_token(cls, model: PreTrainedModel) -> bool:
+        """What follows the layers is computed for every token that leaves them; else for one."""
+        raise NotImplementedError
+
+    @classmethod
+    def default_tokens(cls, config: Any) -> int:
+        """Tokens of a row where nobody says how many."""
+        return _TOKENS
+
+    @classmethod
+    def gated(cls, config: PretrainedConfig) -> bool:
+        """The MLP has a gate beside its way up and its way down."""
+        return True
+
+    @classmethod
+    def windows(cls, config: Any) -> tuple[int | None, ...]:
+        """Of each layer, how many tokens back it looks; None looks at all."""
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+    @classmethod
+    def shape(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> BackboneShape:
+        assert not isinstance(size, tuple)
+        config: Any = model.config
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        layers = {id(module) for module in cls.layers(model).modules()}
+        outside = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in layers]
+        head_macs, every = sum(module.in_features * module.out_features for module in outside), cls.reads_every_token(model)
+        prefix = cls.prefix(config)
+        return BackboneShape(
+            hidden=config.hidden_size,
+            intermediate=cls.intermediate(config),
+            layers=config.num_hidden_layers,
+            heads=heads,
+            prefix=prefix,
+            patches=(size or cls.default_tokens(config)) - prefix,
+            embed_macs=0,
+            head_macs=0 if every else head_macs,
+            head_macs_per_token=head_macs if every else 0,
+            query_width=heads * width,
+            key_width=(getattr(config, "num_key_value_heads", None) or heads) * width,
+            gated=cls.gated(config),
+            windows=cls.windows(config),
+        )
+
+    @classmethod
+    def intermediate(cls, config: Any) -> int:
+        """Width of the MLP's hidden layer."""
+        return int(config.intermediate_size)
+
+    @classmethod
+    def of_tokens(cls, inputs: Mapping[str, Any], position: Tensor) -> dict[str, Any]:
+        """Of what a layer is handed token by token, that of the tokens at (B, K) positions."""
+        picked: dict[str, Any] = {}
+        if isinstance(inputs.get("position_ids"), Tensor):
+            picked["position_ids"] = inputs["position_ids"].expand(len(position), -1).gather(1, position)
+        if inputs.get("position_embeddings") is not None:
+            # RoPE of the tokens where they stand, not renumbered.
+            picked["position_embeddings"] = tuple(take_shared(part, position) for part in inputs["position_embeddings"])
+        return picked
+
+    @classmethod
+    def of_first(cls, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        first = dict(inputs)
+        if isinstance(first.get("position_ids"), Tensor):
+            first["position_ids"] = first["position_ids"][:, :tokens]
+        if first.get("position_embeddings") is not None:
+            first["position_embeddings"] = tuple(part[:, :tokens] for part in first["position_embeddings"])
+        if isinstance(first.get("attention_mask"), Tensor):
+            first["attention_mask"] = first["attention_mask"][..., :tokens, :tokens]
+        return first
+
+
+def with_filler(visible: Tensor, real: Tensor | None, filler: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(B, M, S) with keys that are filler hidden, queries that are filler seeing something, and (B, S) added to the keys."""
+    lowest = torch.finfo(dtype).min
+    if visible.dtype == torch.bool:
+        visible = visible if real is None else visible & real[:, None]
+        # A query that sees nothing is no number in some kernels; nobody reads what filler makes of what it sees.
+        visible = visible if filler is None else visible | filler
+        return visible if bias is None else torch.where(visible, bias[:, None].to(dtype), lowest)
+    visible = visible if real is None else visible.masked_fill(~real[:, None], lowest)
+    visible = visible if filler is None else visible.masked_fill(filler, 0.0)
+    return visible if bias is None else visible + bias[:, None].to(visible.dtype)

@@ -1,0 +1,114 @@
+"""What encoders of text share; no adapter by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..scorers.base import TokenSpec
+from ..sites import SITES
+from ..state import TokenState, Trace
+from ..subsets import take
+from .text import TextBackbone, with_filler
+
+if TYPE_CHECKING:
+    from ..config import CompressionConfig
+
+
+class TextEncoderBackbone(TextBackbone):
+    """A token sees all others, or those near it. The first, [CLS], is protected, whether a head reads it or not: layers learn to
+    leave attention there that they have no use for.
+
+    Padding is what the two-dimensional ``attention_mask`` says, and lies behind the text.
+
+    Attributes:
+        dense_heads: class names of models whose head reads every token, which a shrinking stage must bring back.
+    """
+
+    sites = SITES
+    dense_heads: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def prefix(cls, config: PretrainedConfig) -> int:
+        return 1
+
+    @classmethod
+    def default_tokens(cls, config: Any) -> int:
+        return int(min(super().default_tokens(config), config.max_position_embeddings))
+
+    @classmethod
+    def reads_every_token(cls, model: PreTrainedModel) -> bool:
+        # A compressed model's class derives from the one that is named.
+        return any(kind.__name__ in cls.dense_heads for kind in type(model).__mro__)
+
+    @classmethod
+    def token_spec(cls, config: PretrainedConfig) -> TokenSpec:
+        return TokenSpec(hidden_size=config.hidden_size, classes=config.num_labels or 0, has_cls=True, family=cls.model_type)
+
+    @classmethod
+    def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
+        implementation = model.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"attention {implementation!r} is not served in a {cls.model_type} with stages, which hands layers a mask of the tokens "
+                "that are left: load it with attn_implementation 'sdpa' or 'eager'"
+            )
+        short = [stage.key for stage in config.left_short()]
+        if short and cls.reads_every_token(model):
+            raise ValueError(
+                f"compression.restore is needed: the head of {type(model).__name__} reads every token, and after stages {', '.join(short)} "
+                f"some are missing; give compression.restore = {{layer: {len(cls.layers(model))}, by: rejoin}}, or stages around layers"
+            )
+
+    @classmethod
+    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
+        labels = inputs.get("labels")
+        if trace.labels is None and isinstance(labels, Tensor) and not cls.reads_every_token(model):
+            trace.labels = labels
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            return
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            kind = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask of {kind}: a {cls.model_type} with stages takes (batch, tokens), 1 for text and 0 for padding"
+            )
+        real = mask.bool()
+        trace.valid = None if bool(real.all()) else real
+        if not bool(real[:, 0].all()):
+            raise ValueError(
+                "attention_mask hides the first token of a row, which is [CLS] and protected: pad behind the text "
+                "(tokenizer.padding_side = 'right')"
+            )
+
+    @classmethod
+    def begin(cls, trace: Trace, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
+        rows, tokens, _ = hidden_states.shape
+        return TokenState.initial(rows, tokens, trace.prefix, trace.valid, hidden_states.device)
+
+    @classmethod
+    def prepare(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        own = dict(inputs)
+        if not state.whole:
+            own |= cls.of_tokens(inputs, state.position)
+        own["attention_mask"] = cls.layer_mask(layer, inputs.get("attention_mask"), state, dtype)
+        return own
+
+    @classmethod
+    def layer_mask(
+        cls, layer: nn.Module, attention_mask: Tensor | None, state: TokenState, dtype: torch.dtype, **kwargs: Any
+    ) -> Tensor | None:
+        bias = state.logit_bias
+        if state.whole and bias is None:
+            return attention_mask
+        if attention_mask is None or getattr(layer, "attention_type", "full_attention") == "full_attention":
+            # The model's mask says nothing but which tokens are padding, and so does the state.
+            return cls.mask_for(None, state, dtype)
+        position, mask = state.position, attention_mask.expand(state.rows, -1, -1, -1)[:, 0]
+        visible = take(mask, position).gather(2, position[:, None].expand(-1, state.tokens, -1))
+        filler = None if state.valid is None else ~state.valid[:, :, None]
+        return with_filler(visible, state.valid, filler, bias, dtype)[:, None]
