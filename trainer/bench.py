@@ -147,9 +147,9 @@ def bench(
             name: ArmTimes(
                 seconds=statistics.median(times[name]),
                 oracle_seconds=statistics.median(times[f"{name}/oracle"]),
-                speedup=_ratio(times["dense"], times[name]),
-                of_oracle=_ratio(times[f"{name}/oracle"], times[name]),
-                control=_ratio(times[f"{name}/oracle"], times[f"{name}/control"]),
+                speedup=paired_ratio(times["dense"], times[name]),
+                of_oracle=paired_ratio(times[f"{name}/oracle"], times[name]),
+                control=paired_ratio(times[f"{name}/oracle"], times[f"{name}/control"]),
             )
             for name in arms
         },
@@ -316,7 +316,7 @@ def _memory(step: Callable[[], None], model: nn.Module, device: torch.device) ->
     return sum(saved.values())
 
 
-def _ratio(over: list[float], under: list[float]) -> Ratio:
+def paired_ratio(over: list[float], under: list[float]) -> Ratio:
     """Median of the paired ratios with its bootstrap interval, from draws that are always the same."""
     ratios = np.asarray(over) / np.asarray(under)
     draws = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))

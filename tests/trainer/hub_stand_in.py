@@ -82,6 +82,8 @@ def hub() -> Iterator[Hub]:
                 self._answer(200, content, ETag=etag, X_Repo_Commit=COMMIT, Content_Type="application/octet-stream")
             elif found:
                 self._answer(404, b"{}", X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+            elif "/tree/" in path:
+                self._json([{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in state.files.items()])
             elif path.startswith("/api/models/"):
                 siblings = [{"rfilename": name} for name in state.files]
                 self._json({"id": "me/model", "modelId": "me/model", "sha": COMMIT, "siblings": siblings, "private": True, "tags": []})

@@ -52,7 +52,7 @@ def _model() -> PreTrainedModel:
         StageConfig(layer=1, scorer={"name": "evidence", "reads": "pixels"}, merger="fuse", keep=0.6),
         StageConfig(layer=2, site="between", scorer="bipartite", merger="bipartite", keep=0.7),
     ]
-    model = compress(dense("vit"), CompressionConfig(stages))
+    model = compress(dense("vit", num_hidden_layers=3), CompressionConfig(stages))
     torch.manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...recipe_files import RecipeError
@@ -48,28 +49,32 @@ def load(folder):
 
     @classmethod
     def write(cls, source: Source, settings: Settings, folder: Path) -> None:
-        inputs = source.batches()[0]
-        program = captured(source.model, inputs)
-        with warnings.catch_warnings():
-            # What the converter says of its own insides is nothing that a user could act on.
-            warnings.simplefilter("ignore")
-            converted: Any = torch.onnx.export(
-                program,
-                (),
-                kwargs=inputs,
-                output_names=["logits"],
-                dynamo=True,
-                verbose=False,
-                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
-            )
-        if reducing := sorted({node.op_type for node in _nodes(converted.model) if _reduces(node)}):
-            raise RuntimeError(f"the ONNX graph has a scatter with a reduction: {', '.join(reducing)}")
-        converted.save(folder / FILE, external_data=True)
+        converted(source.model, source.batches()[0]).save(folder / FILE, external_data=True)
         source.model.config.save_pretrained(folder)
 
     @classmethod
     def usage(cls, model: PreTrainedModel) -> str:
         return f'import onnxruntime\n\nmodel = onnxruntime.InferenceSession(f"{{folder}}/{FILE}")'
+
+
+def converted(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Any:
+    """The forward as an ``ONNXProgram``, from the inputs to ``logits``, for any number of rows. Arguments and errors as of ``captured``."""
+    program = captured(model, inputs)
+    with warnings.catch_warnings():
+        # What the converter says of its own insides is nothing that a user could act on.
+        warnings.simplefilter("ignore")
+        made: Any = torch.onnx.export(
+            program,
+            (),
+            kwargs=dict(inputs),
+            output_names=["logits"],
+            dynamo=True,
+            verbose=False,
+            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
+        )
+    if reducing := sorted({node.op_type for node in _nodes(made.model) if _reduces(node)}):
+        raise RuntimeError(f"the ONNX graph has a scatter with a reduction: {', '.join(reducing)}")
+    return made
 
 
 def _stable_sort() -> Any:
