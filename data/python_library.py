@@ -32,7 +32,7 @@ def library_files(split: str, limit: int | None = None, root: Path | None = None
         raise ValueError(f"split = {split!r} must be one of {', '.join(SPLITS)}")
     root = root or Path(os.__file__).parent
     drawn = sorted((draw_of(name), name, path) for name, path in text_files(root))
-    chosen = [(name, path) for draw, name, path in drawn if split_of(draw) == split]
+    chosen = [(name, path) for draw, name, path in drawn if _split(draw) == split]
     # In the order of the draws, so that a few files are a mixture of all.
     return chosen[:limit]
 
@@ -52,6 +52,5 @@ def draw_of(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
-def split_of(draw: float) -> str:
-    """The split that a draw belongs to."""
+def _split(draw: float) -> str:
     return "test" if draw < _TEST else "validation" if draw < _VALIDATION else "train"
