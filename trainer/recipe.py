@@ -91,6 +91,9 @@ class DataRecipe(Block):
     text_column: str | None = Field(
         None, description="column with the texts; none takes messages, prompt and completion, text, or the only column of strings"
     )
+    second_text_column: str | None = Field(
+        None, description="text_classification: column with texts that stand behind those of text_column, as pairs; none has none"
+    )
     sample_by: Literal["line", "paragraph", "document"] = Field("document", description="data.name=text: what of a file is one document")
     sequence_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens of a row of text, which documents are packed into")
     tokenizer: str | None = Field(
@@ -134,7 +137,7 @@ class DataRecipe(Block):
 
 IMAGE_KEYS = ("image_column", "label_column", "mask_column", "ignore_index", "num_labels", "mean", "std", "augmentation",
               "random_augment", "erase", "mixing", "label_smoothing", "canvas")  # fmt: skip
-TEXT_KEYS = ("text_column", "sample_by", "sequence_length", "tokenizer", "streaming")
+TEXT_KEYS = ("text_column", "second_text_column", "sample_by", "sequence_length", "tokenizer", "streaming")
 
 
 class OptimizerRecipe(Block):

@@ -196,11 +196,11 @@ def test_keys_that_mean_the_removed_fraction_are_refused() -> None:
 
 
 def test_backbones_without_an_adapter_are_refused_by_name() -> None:
-    from transformers import BertConfig, BertModel
+    from transformers import RobertaConfig, RobertaModel
 
-    small = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=10)
-    with pytest.raises(ValueError, match="no backbone adapter for model_type 'bert' .*: there are beit, .*, vit, vit_mae"):
-        compress(BertModel(small), CompressionConfig([StageConfig(layer=0, keep=0.5)]))
+    small = RobertaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=10)
+    with pytest.raises(ValueError, match="no backbone adapter for model_type 'roberta' .*: there are beit, .*, vit, vit_mae"):
+        compress(RobertaModel(small), CompressionConfig([StageConfig(layer=0, keep=0.5)]))
 
 
 def test_compressing_twice_and_decompressing_a_dense_model_are_refused() -> None:

@@ -95,6 +95,7 @@ class CausalLM(Task):
     @classmethod
     def check(cls, recipe: Recipe) -> None:
         refuse_data_keys(recipe, IMAGE_KEYS, "is for images, and task = causal_lm has text: leave it out")
+        refuse_data_keys(recipe, ("second_text_column",), "is for task = text_classification: give columns prompt and completion")
         if recipe.distillation is not None:
             raise ValueError("distillation has an image classifier for a teacher, and task = causal_lm has text: leave it out")
         if recipe.model.encoder_of is not None:
