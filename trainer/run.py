@@ -32,7 +32,7 @@ from .recipe import Recipe
 from .recipe_files import LoadedRecipe, dump
 from .report import Arm, Report, table, versions, with_bench
 from .resume import check_same_processes, check_same_run, find_checkpoint, incomplete_checkpoints, remove_checkpoints
-from .sharded import save_trained
+from .sharded import save_trained, weights_name
 from .strategies import deepspeed_config, needs_group, processes_of, resolved, stage_of
 from .task_module import TaskModule
 from .tasks.base import task_named
@@ -173,7 +173,7 @@ def train_arm(
         decompress(parts.model)
     save_trained(parts.model, folder, parts.base, _ratio(arm, parts))
     if collective.rank() == 0:
-        parts.data.save_beside(folder / ("model" if parts.base is None else "adapter"))
+        parts.data.save_beside(folder / weights_name(parts.base))
     if not stage:
         parts.model.to("cpu")
     elif collective.rank() == 0:

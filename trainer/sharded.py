@@ -126,6 +126,11 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     collective.wait()
 
 
+def weights_name(base: Base | None) -> str:
+    """Name of the folder in a run or checkpoint that has its weights: ``adapter`` over frozen ones, else ``model``."""
+    return "model" if base is None else "adapter"
+
+
 def save_trained(model: PreTrainedModel, folder: Path, base: Base | None, ratio: Mapping[str, Any] | None = None) -> None:
     """What a run or checkpoint keeps of its model: ``model/`` whole, or ``adapter/`` with what was trained on frozen weights.
 
@@ -144,12 +149,12 @@ def save_trained(model: PreTrainedModel, folder: Path, base: Base | None, ratio:
         for stale in ("model", "adapter"):
             shutil.rmtree(folder / stale, ignore_errors=True)
     if base is None:
-        save_model(model, folder / "model")
+        save_model(model, folder / weights_name(base))
         return
     names = set(kept_names(model))
     state = gathered(model, lambda name: name in names)
     if collective.rank() == 0:
-        write_adapter(adapter_of(model, base, state=state, ratio=ratio), folder / "adapter")
+        write_adapter(adapter_of(model, base, state=state, ratio=ratio), folder / weights_name(base))
     collective.wait()
 
 

@@ -39,6 +39,7 @@ class Start:
         adapter: on those weights; None where there is none.
         state: tensors of a checkpoint that is one file, by the model's names.
         recipe: of the run that it is of; None where it is of none.
+        places: where tokenizer and image processor may lie, the nearest first.
     """
 
     name: str
@@ -49,6 +50,18 @@ class Start:
     adapter: Adapter | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
     recipe: Path | None = None
+    places: tuple[Path, ...] = ()
+
+    def beside(self, file: str) -> tuple[str, str | None]:
+        """Folder, or hub name and revision, that has a tokenizer's or processor's file: the nearest one, else the dense weights.
+
+        Raises:
+            ValueError: a checkpoint that is one file has none, and its run has not ended.
+        """
+        here = next((place for place in self.places if (place / file).is_file()), None)
+        if here is None and self.weights is None:
+            raise ValueError(f"model.name = {self.name!r} is a checkpoint, which has no {file}: give data.tokenizer")
+        return (str(here), None) if here is not None else (str(self.weights), self.revision)
 
 
 def start_of(model: ModelRecipe) -> Start | None:
@@ -63,7 +76,7 @@ def start_of(model: ModelRecipe) -> Start | None:
     if path.is_file():
         return _of_file(path)
     if (adapter := find_adapter(path if path.is_dir() else model.name, model.revision)) is not None:
-        return _of_adapter(model.name, read_adapter(adapter), _recipe_beside(path))
+        return _of_adapter(model.name, read_adapter(adapter), _recipe_beside(path), (adapter,))
     try:
         weights = weights_folder(model.name)
         config = AutoConfig.from_pretrained(weights, revision=model.revision, trust_remote_code=False)
@@ -129,14 +142,23 @@ def _of_file(path: Path) -> Start:
     checkpoint = read_checkpoint(path)
     recipe = _recipe_beside(path)
     if checkpoint.adapter is not None:
-        return _of_adapter(str(path), checkpoint.adapter, recipe)
+        return _of_adapter(str(path), checkpoint.adapter, recipe, _final(path))
     config = checkpoint.config
-    return Start(str(path), config, None, None, _without_stages(config), state=checkpoint.state, recipe=recipe)
+    config.name_or_path = str(path)
+    return Start(str(path), config, None, None, _without_stages(config), state=checkpoint.state, recipe=recipe, places=_final(path))
 
 
-def _of_adapter(name: str, adapter: Adapter, recipe: Path | None) -> Start:
+def _of_adapter(name: str, adapter: Adapter, recipe: Path | None, places: tuple[Path, ...]) -> Start:
     compression = None if adapter.compression is None else CompressionConfig.from_dict(adapter.compression)
-    return Start(name, config_of(adapter), adapter.base.name, adapter.base.revision, compression, adapter, recipe=recipe)
+    config = config_of(adapter)
+    config.name_or_path = adapter.base.name
+    return Start(name, config, adapter.base.name, adapter.base.revision, compression, adapter, recipe=recipe, places=places)
+
+
+def _final(checkpoint: Path) -> tuple[Path, ...]:
+    """Folders of the weights that the run of a checkpoint ended with, if it has."""
+    run = checkpoint.parent.parent
+    return run / "adapter", run / "model"
 
 
 def _without_stages(config: Any) -> CompressionConfig | None:

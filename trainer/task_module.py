@@ -21,7 +21,7 @@ from .lookahead import LookAhead
 from .optimization import learning_rate_schedule, parameter_groups
 from .recipe import OptimizerRecipe
 from .recipe_files import RecipeError
-from .sharded import kept_names, save_trained
+from .sharded import kept_names, save_trained, weights_name
 from .tasks.base import Quality, Task
 
 
@@ -44,6 +44,7 @@ class TaskModule(lightning.LightningModule):
         self.cost = parts.cost
         self.seed = recipe.seed
         self.base = parts.base
+        self.save_beside = parts.data.save_beside
         # A checkpoint on frozen weights holds what trains; on_load_checkpoint looks whether all of it is there.
         self.strict_loading = parts.base is None
         self.bad_rows = parts.data.bad_rows(recipe.data.max_bad_fraction)
@@ -177,6 +178,8 @@ class TaskModule(lightning.LightningModule):
     def save_weights(self, folder: Path) -> None:
         """Writes the weights whole, as they are now, into a run or checkpoint. Called on every rank."""
         save_trained(self.model, folder, self.base)
+        if collective.rank() == 0:
+            self.save_beside(folder / weights_name(self.base))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes whose weights they are, and leaves those out that stay as they are."""

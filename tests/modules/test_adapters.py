@@ -10,11 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
-from laconic import Adapters, add_lora, compress, from_pretrained, save_adapter, stages_of, train_only
+from laconic import Adapters, add_lora, compress, from_pretrained, merge_lora, save_adapter, stages_of, train_only
 from laconic.modules.adapter_folder import AdapterError
 from laconic.modules.base_weights import weights_hash
+from tests import decoders
 from tests.matrix import BACKBONES, FAMILIES, METHODS, Method, dense, images
 from tests.modules.adapted import LEARNED, adapted, adapter_folder, base_folder
 
@@ -88,6 +89,34 @@ def test_the_folder_holds_each_router_tensor_once_and_the_manifest_says_what_it_
     assert manifest["stages"] == list(stages_of(model))
     assert manifest["files"].keys() == {path.name for path in folder.iterdir()} - {"manifest.json"}
     assert manifest["versions"].keys() >= {"torch", "transformers", "peft"}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox"])
+def test_language_models_have_adapters_that_answer_generate_and_merge_alike(family: str, tmp_path: Path) -> None:
+    decoders.dense(family).save_pretrained(tmp_path / "base")
+    by_name = {method.name: method for method in decoders.METHODS}
+    model = compress(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), by_name["predictor"].config(0.5, 0.6))
+    add_lora(model, LoraConfig(r=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(parameter.requires_grad * torch.randn_like(parameter) * 0.1)
+    save_adapter(model.eval(), tmp_path / "adapter", tmp_path / "base")
+    loaded = from_pretrained(tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter"))
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    found = get_peft_model_state_dict(plain, save_embedding_layers=False)
+    assert written.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in written.items())
+    tokens = torch.randint(2, decoders.VOCABULARY, (2, 24))
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():
+        logits, said = model(tokens).logits, model.generate(tokens, **options)
+        assert torch.equal(loaded(tokens).logits, logits)
+        assert torch.equal(loaded.generate(tokens, **options), said)
+        merge_lora(loaded).save_pretrained(tmp_path / "merged")
+        merged = from_pretrained(tmp_path / "merged")
+        assert (merged(tokens).logits - logits).abs().max() <= 1e-5 * max(1.0, float(logits.abs().max()))
+        assert torch.equal(merged.generate(tokens, **options), said)
 
 
 def test_the_hash_of_weights_hangs_on_their_values_and_not_on_their_files(tmp_path: Path) -> None:

@@ -315,3 +315,24 @@ def test_a_malicious_checkpoint_is_not_run(tmp_path: Path, runs: Path) -> None:
         with pytest.raises(ValueError, match="is no training checkpoint of Laconic"):
             validate(load("vit_lora", [*_overrides(runs, "x"), f"model.name={tmp_path / name}"]).recipe)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_language_model_s_adapter_has_its_tokenizer_and_goes_on(tmp_path: Path, console: Console) -> None:
+    small = ["data.sequence_length=64", "data.train_samples=6", "data.eval_samples=2", "data.batch_size=2", "baselines=[]"]
+    small += ["trainer.max_steps=2", "trainer.bench_rounds=0", "trainer.log_every=1"]
+    model = [item for item in QUICK if item.startswith("model.config") and "num_hidden_layers" not in item]
+    train_arm(load("llm_pretrain_dense", [*small, *model, "model.config.vocab_size=400"]), "dense", tmp_path / "base", console)
+    overrides = [*small, "model.config=null", f"model.name={tmp_path / 'base'}", "lora={r: 2}", "budget.target=0.8"]
+    arm = train_arm(load("llm_pretrain", overrides), "arm", tmp_path / "run", console)
+    assert {path.name for path in (tmp_path / "run" / "adapter").iterdir()} >= {"tokenizer.json", "tokenizer_config.json", "manifest.json"}
+    tokens = torch.randint(400, (2, 16))
+    with torch.no_grad():
+        logits = arm.parts.model.eval()(tokens).logits
+        assert torch.equal(from_pretrained(tmp_path / "run")(tokens).logits, logits)
+    record = export(str(tmp_path / "run"), str(tmp_path / "export"), "adapter")
+    assert record["max_abs_logit_diff"] <= 1e-5
+    assert (tmp_path / "export" / "tokenizer.json").is_file()
+    again = [item for item in overrides if not item.startswith("model.name")]
+    parts = build(load("llm_pretrain", [*again, f"model.name={tmp_path / 'export'}"]).recipe)
+    with torch.no_grad():
+        assert torch.equal(parts.model.eval()(tokens).logits, logits)

@@ -153,9 +153,7 @@ class CausalLM(Task):
             if data.tokenizer is not None:
                 return load_tokenizer(data.tokenizer)
             if (start := start_of(recipe.model)) is not None:
-                if start.weights is None:
-                    raise ValueError(f"data.tokenizer is missing: model.name = {start.name!r} is a checkpoint, which has none")
-                return load_tokenizer(start.weights, start.revision)
+                return load_tokenizer(*start.beside("tokenizer_config.json"))
             if texts is None:
                 raise ValueError("data.tokenizer is missing: a tokenizer is trained on plain texts only, and these rows have prompts")
             size: int = config.get_text_config().vocab_size

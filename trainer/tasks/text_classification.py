@@ -20,6 +20,7 @@ from ..accuracy import Accuracy
 from ..build import Parts
 from ..inspection import inspect_text
 from ..recipe import IMAGE_KEYS, Recipe
+from ..starting import start_of
 from ..task_module import TaskModule
 from .base import PROBES, Quality, Task, refuse_data_keys
 from .causal_lm import source_of
@@ -75,8 +76,8 @@ class TextClassification(Task):
         def tokenizer_of(texts: Iterable[str]) -> Any:
             if data.tokenizer is not None:
                 return load_tokenizer(data.tokenizer, ends=False)
-            if recipe.model.name is not None:
-                return load_tokenizer(recipe.model.name, recipe.model.revision, ends=False)
+            if (start := start_of(recipe.model)) is not None:
+                return load_tokenizer(*start.beside("tokenizer_config.json"), ends=False)
             size: int = config.vocab_size
             return trained_tokenizer(texts, size, framed=True)
 
