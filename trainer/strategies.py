@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,10 @@ def resolved(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"trainer": settings.model_copy(update={"strategy": strategy, "devices": _devices(settings)})})
 
 
+# No part of DeepSpeed takes so long to compile.
+_BUILD_SECONDS = 1200
+
+
 def check(recipe: Recipe) -> None:
     """What the strategy needs and this machine can tell. Raises RecipeError with one clear message."""
     settings = resolved(recipe).trainer
@@ -111,9 +116,24 @@ def check(recipe: Recipe) -> None:
     if stage:
         deepspeed_config(settings, recipe.data.batch_size)
         _check_deepspeed(cuda)
+        _check_builds()
     if stage or processes_of(settings) > 1:
         _check_communication(cuda)
         check_environment(settings.devices, settings.num_nodes)
+
+
+def _check_builds() -> None:
+    """Raises RecipeError where a build of DeepSpeed's parts was killed: torch would wait for its lock for ever, and say nothing."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob("**/deepspeed_*/lock"):
+        age = time.time() - lock.stat().st_mtime
+        if age > _BUILD_SECONDS:
+            raise RecipeError(
+                f"{lock} is {age / 60:.0f} minutes old: compiling a part of DeepSpeed was interrupted, and every run would wait for it for "
+                "ever; delete that file and start again"
+            )
 
 
 def _check_deepspeed(cuda: bool) -> None:

@@ -259,6 +259,18 @@ def test_what_does_not_go_together_is_named_with_its_cure(overrides: list[str], 
         check(load("vit_digits", overrides).recipe)
 
 
+def test_a_lock_of_a_killed_build_is_named_instead_of_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    recipe = load("vit_digits", ["trainer.strategy=deepspeed_2"]).recipe
+    check(recipe)
+    os.utime(lock, (0, 0))
+    with pytest.raises(RecipeError, match=r"deepspeed_shm_comm/lock is .* minutes old: .* delete that file"):
+        check(recipe)
+
+
 def test_a_missing_compiler_is_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load("vit_digits", ["trainer.strategy=deepspeed_2"]).recipe
     monkeypatch.setattr("laconic.trainer.strategies.torch.cuda.is_available", lambda: False)
