@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from laconic import Trace
-from laconic.trainer.bench import _ratio, bench, sliced
+from laconic.trainer.bench import bench, paired_ratio, sliced
 from tests.matrix import BACKBONES, METHODS, compressed, dense, images, inputs, labels
 
 
@@ -37,8 +37,8 @@ def test_a_bench_measures_every_arm_against_dense_and_its_own_oracle() -> None:
 
 
 def test_a_ratio_is_claimed_by_its_lower_bound() -> None:
-    exact = _ratio([2.0] * 40, [1.0] * 40)
+    exact = paired_ratio([2.0] * 40, [1.0] * 40)
     assert (exact.median, exact.low, exact.high) == (2.0, 2.0, 2.0)
-    noisy = _ratio([2.0 + 0.1 * (i % 5) for i in range(40)], [1.0] * 40)
+    noisy = paired_ratio([2.0 + 0.1 * (i % 5) for i in range(40)], [1.0] * 40)
     assert noisy.low <= noisy.median <= noisy.high
     assert noisy.half_width > 0
