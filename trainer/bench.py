@@ -178,7 +178,8 @@ def sliced(model: PreTrainedModel, tokens: Mapping[int, RowTokens], final: int |
         layer.__class__ = type("Sliced" + type(layer).__name__, (_SlicedLayer, type(layer)), {})
         attention, mlp = _mean(tokens[index].attention), _mean(tokens[index].mlp)
         leaving = present[index + 1] if index + 1 < len(layers) else mlp if final is None else final
-        layer.slices = _Slices(index, present[index], attention, mlp, leaving, backbone, removed)
+        filled = index == len(layers) - 1 and backbone.head_counts_places(model)
+        layer.slices = _Slices(index, present[index], attention, mlp, leaving, backbone, removed, filled)
     return model
 
 
@@ -199,7 +200,7 @@ class _Removed:
 
 @dataclass(frozen=True)
 class _Slices:
-    """Tokens that an oracle's layer gets, sends through its halves, and leaves to the next."""
+    """Tokens that an oracle's layer gets, sends through its halves, and leaves to the next; or fills up, for a head that counts places."""
 
     index: int
     present: int
@@ -208,6 +209,7 @@ class _Slices:
     leaving: int
     backbone: type[Backbone]
     removed: _Removed
+    filled: bool = False
 
     def inputs(self, layer: nn.Module, given: Mapping[str, Any], hidden_states: Tensor) -> dict[str, Any]:
         """What the layer is handed for its first tokens, by name."""
@@ -244,7 +246,9 @@ class _SlicedLayer(nn.Module):
             if slices.leaving < slices.present:
                 hidden_states = hidden_states[:, : slices.mlp]
             hidden_states = _through(hidden_states, slices.mlp, lambda tokens: slices.backbone.mlp_half(self, tokens))
-        return slices.removed.fit(hidden_states, slices.leaving)
+        hidden_states = slices.removed.fit(hidden_states, slices.leaving)
+        whole = slices.removed.whole
+        return slices.removed.fit(hidden_states, whole.shape[1]) if slices.filled and whole is not None else hidden_states
 
 
 def _through(hidden_states: Tensor, tokens: int, inner: Callable[[Tensor], Tensor]) -> Tensor:

@@ -130,6 +130,11 @@ class Backbone:
         return outputs
 
     @classmethod
+    def head_counts_places(cls, model: PreTrainedModel) -> bool:
+        """The head wants a token for every place of the input, however many are left; ``finish`` sees to it."""
+        return False
+
+    @classmethod
     def begin(cls, trace: Trace, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
         """The state before the first stage, from what enters the first layer and the mask that it is handed."""
         rows, tokens, _ = hidden_states.shape

@@ -56,6 +56,10 @@ class ModernBertBackbone(TextEncoderBackbone):
         return tuple(None if window is None else 2 * window + 1 for window in super().windows(config))
 
     @classmethod
+    def head_counts_places(cls, model: PreTrainedModel) -> bool:
+        return bool(model.config.classifier_pooling == "mean")
+
+    @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         parts: Any = layer
         attended, _ = parts.attn(parts.attn_norm(hidden_states), attention_mask=attention_mask, **kwargs)
@@ -71,8 +75,7 @@ class ModernBertBackbone(TextEncoderBackbone):
     @classmethod
     def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
         state, hidden_states = trace.state, getattr(outputs, "last_hidden_state", None)
-        averages = getattr(model.config, "classifier_pooling", "cls") == "mean" and trace.under_head
-        if not averages or state is None or hidden_states is None or _as_it_came(state, trace):
+        if not cls.head_counts_places(model) or not trace.under_head or state is None or hidden_states is None or _as_it_came(state, trace):
             return outputs
         # The head averages over all places that its mask calls text: what is left of a row, at each of them, leaves that mean unmoved.
         weight = state.size if state.proportional else torch.ones_like(state.size)

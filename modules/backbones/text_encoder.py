@@ -78,7 +78,10 @@ class TextEncoderBackbone(TextBackbone):
                 f"attention_mask of {kind}: a {cls.model_type} with stages takes (batch, tokens), 1 for text and 0 for padding"
             )
         real = mask.bool()
-        trace.valid = None if bool(real.all()) else real
+        if bool(real.all()):
+            trace.valid = None
+            return
+        trace.valid = real
         if not bool(real[:, 0].all()):
             raise ValueError(
                 "attention_mask hides the first token of a row, which is [CLS] and protected: pad behind the text "
