@@ -55,7 +55,12 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
     save_preprocessing(source, folder)
     if form.hugging_face:
         shutil.copy(source.recipe_file, folder / "recipe.yaml")
-    form.write(source, settings, folder)
+    try:
+        form.write(source, settings, folder)
+    except RecipeError:
+        # There was nothing in it before.
+        shutil.rmtree(folder)
+        raise
     found = clean_answers(form, folder, batches, NEW_TOKENS if "generated" in cast[0] else 0)
     added = _difference(found, cast)
     if not added <= form.tolerance:
