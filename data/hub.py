@@ -189,9 +189,14 @@ def split_of(rows: Any, images: str, column: str | None, names: Sequence[str]) -
 
     if column is None:
         return Split(rows.cast_column(images, datasets.Image(decode=False)), None, {})
+    labels, bad = label_codes(rows[column], names)
+    return Split(rows.cast_column(images, datasets.Image(decode=False)), labels, bad)
+
+
+def label_codes(values: Sequence[Any], names: Sequence[str]) -> tuple[np.ndarray, dict[int, str]]:
+    """(n,) int64 number of each label, -1 where it is bad, and why by row: it is none of ``names``."""
     codes = {name: code for code, name in enumerate(names)}
-    values = rows[column]
-    labels, bad = np.full(len(values), -1, np.int64), {}
+    labels, bad = np.full(len(values), -1, np.int64), dict[int, str]()
     # Of a ClassLabel column, and of plain integers, the number is the code.
     for row, value in enumerate(values):
         code = value if isinstance(value, int) else codes.get(str(value), -1)
@@ -201,4 +206,4 @@ def split_of(rows: Any, images: str, column: str | None, names: Sequence[str]) -
             labels[row] = code
         else:
             bad[row] = f"label out of range 0 … {len(names) - 1}" if isinstance(value, int) else "label that no training row has"
-    return Split(rows.cast_column(images, datasets.Image(decode=False)), labels, bad)
+    return labels, bad

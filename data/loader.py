@@ -48,10 +48,40 @@ class StepBatches(Sampler[list[int]]):
         for step in range(self.start, self.batches):
             epoch, batch = divmod(step, self.per_epoch)
             if epoch != drawn:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order, drawn = torch.randperm(self.length, generator=generator), epoch
+                order, drawn = self._order(torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)), epoch
             first = (batch * self.world_size + self.rank) * self.batch_size
             yield (order[first : first + self.batch_size] + epoch * self.length).tolist()
+
+    def _order(self, draws: torch.Generator) -> torch.Tensor:
+        """(length,) rows of an epoch in their order."""
+        return torch.randperm(self.length, generator=draws)
+
+
+class BucketedBatches(StepBatches):
+    """Batches of items of similar length, so that little is padded, and still another order each epoch.
+
+    Of every ``POOL`` batches of the permutation the items are sorted by length before they are cut into batches, and the batches then
+    come in any order. Ranks get neighbours.
+
+    Args:
+        lengths: (rows,) int64 of the items of the data set.
+        batch_size, batches, seed, rank, world_size: as of StepBatches.
+    """
+
+    POOL = 32
+
+    def __init__(self, lengths: torch.Tensor, batch_size: int, batches: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(len(lengths), batch_size, batches, seed, rank, world_size)
+        self.lengths = lengths
+
+    def _order(self, draws: torch.Generator) -> torch.Tensor:
+        order, together = super()._order(draws), self.batch_size * self.world_size
+        used = self.per_epoch * together
+        parts = []
+        for pool in order[:used].split(self.POOL * together):
+            alike = pool[self.lengths[pool].argsort(stable=True)].view(-1, together)
+            parts.append(alike[torch.randperm(len(alike), generator=draws)].flatten())
+        return torch.cat([*parts, order[used:]])
 
 
 class StreamBatches(StepBatches):

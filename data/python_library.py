@@ -31,13 +31,14 @@ def library_files(split: str, limit: int | None = None, root: Path | None = None
     if split not in SPLITS:
         raise ValueError(f"split = {split!r} must be one of {', '.join(SPLITS)}")
     root = root or Path(os.__file__).parent
-    drawn = sorted((_draw(name), name, path) for name, path in _files(root))
+    drawn = sorted((draw_of(name), name, path) for name, path in text_files(root))
     chosen = [(name, path) for draw, name, path in drawn if _split(draw) == split]
     # In the order of the draws, so that a few files are a mixture of all.
     return chosen[:limit]
 
 
-def _files(root: Path) -> Iterator[tuple[str, Path]]:
+def text_files(root: Path) -> Iterator[tuple[str, Path]]:
+    """Name relative to the library and path of every file that is text to learn from, in any order."""
     for folder, folders, files in os.walk(root):
         # In place: what is left out is not walked through, and other packages are many.
         folders[:] = [name for name in folders if name not in _LEFT_OUT and not name.startswith(_BUILT)]
@@ -46,7 +47,7 @@ def _files(root: Path) -> Iterator[tuple[str, Path]]:
                 yield path.relative_to(root).as_posix(), path
 
 
-def _draw(name: str) -> float:
+def draw_of(name: str) -> float:
     """A number in [0, 1) that belongs to a name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 

@@ -62,12 +62,19 @@ class BadRowCount:
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of the good items; ``bad`` lists the BadRow of the others and ``rows`` counts the rows of the data behind them all.
 
-    Tensors of the items are stacked and numbers summed. An item is one row, unless its ``rows`` says otherwise.
+    Tensors of the items are stacked, those of different lengths with zeros behind, and numbers summed. An item is one row, unless its
+    ``rows`` says otherwise.
     """
     good = [item for item in items if "bad" not in item]
     bad = [item["bad"] for item in items if "bad" in item]
     batch: dict[str, Any] = {}
     for key in good[0] if good else ():
         values = [item[key] for item in good]
-        batch[key] = sum(values) if isinstance(values[0], int) else torch.stack(values)
+        batch[key] = sum(values) if isinstance(values[0], int) else _side_by_side(values)
     return batch | {"bad": bad, "rows": sum(item.get("rows", 1) for item in items)}
+
+
+def _side_by_side(values: list[torch.Tensor]) -> torch.Tensor:
+    if len({value.shape for value in values}) == 1:
+        return torch.stack(values)
+    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)

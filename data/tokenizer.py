@@ -13,6 +13,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
+CLS, SEP, PAD = "[CLS]", "[SEP]", "[PAD]"
 CACHE_VARIABLE = "LACONIC_CACHE"
 # Enough text to learn a vocabulary from; the rest of a large data set would only take time.
 TRAINING_CHARACTERS = 100_000_000
@@ -24,15 +25,16 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "laconic"
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """A tokenizer that ends documents.
+def load_tokenizer(name: str, revision: str | None = None, ends: bool = True) -> Any:
+    """A saved tokenizer.
 
     Args:
         name: a folder, a ``tokenizer.json``, or a hub name.
         revision: of a hub tokenizer.
+        ends: it must end documents.
 
     Raises:
-        ValueError: there is none, or it has no token for the end of a text.
+        ValueError: there is none, or it must have a token for the end of a text and has none.
     """
     try:
         if name.endswith(".json"):
@@ -42,6 +44,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     except Exception as error:
         # Files of tokenizers fail in many ways, some of them as plain Exception.
         raise ValueError(f"data.tokenizer = {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if not ends:
+        return tokenizer
     if tokenizer.eos_token_id is None and END in tokenizer.get_vocab():
         tokenizer.eos_token = END
     if tokenizer.eos_token_id is None:
@@ -49,19 +53,20 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def trained_tokenizer(texts: Iterable[str], size: int) -> Any:
+def trained_tokenizer(texts: Iterable[str], size: int, framed: bool = False) -> Any:
     """A byte-level BPE of ``size`` entries trained on texts, from the cache where the same texts were trained on before.
 
     Args:
         texts: to learn from, those of the training split; read twice where nothing is cached.
         size: entries, ``<|endoftext|>`` and the 256 bytes among them.
+        framed: texts stand between [CLS] and [SEP], as encoders have them, two of them with a [SEP] after each.
 
     Raises:
         ValueError: ``size`` leaves no room for pairs.
     """
     if size < 300:
         raise ValueError(f"model.config.vocab_size = {size} must be at least 300 for a tokenizer to be trained: 256 are single bytes")
-    digest = hashlib.sha256(f"byte-level bpe {size}".encode())
+    digest = hashlib.sha256(f"byte-level bpe {size}{' framed' if framed else ''}".encode())
     for text in _first(texts):
         digest.update(text.encode("utf-8", "surrogatepass"))
     path = cache_folder() / f"tokenizer-{digest.hexdigest()[:24]}.json"
@@ -69,9 +74,10 @@ def trained_tokenizer(texts: Iterable[str], size: int) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Several processes may come here together: each reads the old file or a whole new one.
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        _train(_first(texts), size).save(str(partial))
+        _train(_first(texts), size, framed).save(str(partial))
         partial.replace(path)
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END, pad_token=END)
+    frame = {"cls_token": CLS, "sep_token": SEP, "pad_token": PAD} if framed else {"pad_token": END}
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END, **frame)
 
 
 def _first(texts: Iterable[str]) -> Iterator[str]:
@@ -83,15 +89,22 @@ def _first(texts: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def _train(texts: Iterator[str], size: int) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def _train(texts: Iterator[str], size: int, framed: bool) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer: Any = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    special = [END, *((CLS, SEP, PAD) if framed else ())]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
+    if framed:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{CLS} $A {SEP}",
+            pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in (CLS, SEP)],
+        )
     return tokenizer
 
 

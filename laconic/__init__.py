@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .modules.adapter_saving import save_adapter
+    from .modules.adapters import Adapters
     from .modules.budget import Budget, BudgetConfig
     from .modules.compress import compress, decompress, stages_of
     from .modules.config import CompressionConfig, StageConfig
     from .modules.loading import from_pretrained
+    from .modules.lora import add_lora, merge_lora, train_only
     from .modules.state import Trace
     from .trainer.hf import BudgetMixin, BudgetTrainer
 
 _HOMES = {
+    "Adapters": "modules.adapters",
     "Budget": "modules.budget",
     "BudgetConfig": "modules.budget",
     "BudgetMixin": "trainer.hf",
@@ -27,12 +31,17 @@ _HOMES = {
     "CompressionConfig": "modules.config",
     "StageConfig": "modules.config",
     "Trace": "modules.state",
+    "add_lora": "modules.lora",
     "compress": "modules.compress",
     "decompress": "modules.compress",
     "from_pretrained": "modules.loading",
+    "merge_lora": "modules.lora",
+    "save_adapter": "modules.adapter_saving",
     "stages_of": "modules.compress",
+    "train_only": "modules.lora",
 }
 __all__ = [
+    "Adapters",
     "Budget",
     "BudgetConfig",
     "BudgetMixin",
@@ -41,10 +50,14 @@ __all__ = [
     "StageConfig",
     "Trace",
     "__version__",
+    "add_lora",
     "compress",
     "decompress",
     "from_pretrained",
+    "merge_lora",
+    "save_adapter",
     "stages_of",
+    "train_only",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,6 +258,9 @@ class RoutedCache(Cache):
 
     Args:
         config: of the model.
+
+    Attributes:
+        carry: (B, …) what stages remember of each row's earlier tokens, by name.
     """
 
     layers: list[RoutedLayer]  # type: ignore[assignment]
@@ -268,6 +272,40 @@ class RoutedCache(Cache):
         if kinds is None:
             kinds = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
         super().__init__(layers=[RoutedLayer(window if kind == "sliding_attention" else None) for kind in kinds])
+        self.carry: dict[str, Tensor] = {}
+
+    @property
+    def is_croppable(self) -> bool:
+        return not self.carry and bool(super().is_croppable)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last ``-tokens_to_remove`` tokens. Raises RuntimeError where stages made chunks of them, which stay made."""
+        if self.carry and tokens_to_remove != 0:
+            raise RuntimeError(
+                f"crop({tokens_to_remove}): this model makes chunks, and its cache knows the last token of each row alone, not those before: "
+                "make a new RoutedCache and fill it with the shorter text; generate without an assistant model or prompt lookup"
+            )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[no-untyped-call]
+        self.carry.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._carry_rows(lambda part: part[beam_idx.to(part.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._carry_rows(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._carry_rows(lambda part: part[indices.to(part.device)])
+
+    def _carry_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name, part in self.carry.items():
+            self.carry[name] = change(part)
 
     def bytes_stored(self) -> int:
         """Bytes of all keys and values, filler not counted."""

@@ -117,6 +117,7 @@ def build_stages(model: PreTrainedModel, config: CompressionConfig, backbone: ty
     spec = backbone.token_spec(model.config)
     stages = [Stage(stage, spec, index, backbone) for index, stage in enumerate(config.stages)]
     _check_together(stages, config, len(backbone.layers(model)))
+    backbone.check_shrinking([stage for stage in stages if not stage.bypass], config.restore, len(backbone.layers(model)))
     implementation = model.config._attn_implementation
     for stage in stages:
         if stage.selector.adaptive and implementation not in ("sdpa", "eager", ATTENTION):
@@ -171,6 +172,19 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         # Also where transformers loaded this very file as remote code: what it does for its own classes alone, such as renaming
         # weights, is meant for these too.
         return False
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, under the names that the model has.
+
+        Raises:
+            ValueError: there is LoRA in the model, which transformers would save under names that nothing loads.
+        """
+        if hasattr(self, "peft_config"):
+            raise ValueError(
+                "save_pretrained would mix LoRA into the weights' names: call laconic.save_adapter, or laconic.merge_lora first"
+            )
+        # transformers files the older names of a checkpoint under the names of its own classes: it would save them and not know them again.
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """transformers' own; rows are laid end to end only for the attention function that understands it."""

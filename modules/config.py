@@ -15,7 +15,7 @@ from .scorers.base import Scorer
 from .selectors.base import Selector
 from .sites import BYPASS, SITES
 
-RESTORE = ("unmerge", "rejoin")
+RESTORE = ("unmerge", "rejoin", "dechunk")
 _PACKAGE = __name__.rpartition(".")[0]
 _KINDS: dict[str, type[Scorer | Selector | Merger | Estimator]] = {
     "scorer": Scorer,
@@ -193,7 +193,8 @@ class RestoreConfig:
     Attributes:
         layer: before this layer; the number of layers means after the last.
         by: ``unmerge`` gives every original token the state of the token that stands for it, and one that was dropped the state
-            that it had then; ``rejoin`` gives merged tokens their own last state too.
+            that it had then; ``rejoin`` gives merged tokens their own last state too; ``dechunk``, of a causal model, gives every
+            token the state that it had, and what layers added to the newest chunk at or before it.
     """
 
     layer: int

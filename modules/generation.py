@@ -41,7 +41,7 @@ def routed_cache(config: Any, given: Any) -> RoutedCache:
 
 def check_deployable(stages: dict[str, tuple[int, Stage]]) -> None:
     """Raises ValueError where a stage cannot run token by token."""
-    ahead = [name for name, (_, stage) in stages.items() if stage.lookahead and not stage.whole]
+    ahead = [name for name, (_, stage) in stages.items() if not stage.deployable]
     if ahead:
         raise ValueError(
             f"stages {', '.join(ahead)} look ahead: which tokens they choose hangs on tokens that are not generated yet. Train with "

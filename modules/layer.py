@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .backbones.base import Backbone
 from .packing import Packing
 from .restore import restore
-from .stage import Inner, Stage
+from .stage import Inner, Stage, sharded
 from .state import RowTokens, TokenState, Trace
 
 
@@ -70,6 +70,9 @@ class CompressedLayer(nn.Module):
         assert state is not None
         tokens = state.tokens_per_row
         trace.layer_tokens[plan.index] = RowTokens(tokens, tokens, tokens)
+        if state.empty and not self.training and not sharded(self):
+            # No row has a token here, as in most steps of generating with chunks.
+            return hidden_states
         unmasked = inputs.get("attention_mask") is None
         if plan.packs and not trace.side_by_side and unmasked and state.valid is not None and trace.packed is None:
             trace.packed = Packing.of(state, hidden_states)

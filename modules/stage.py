@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from .backbones.base import Backbone
 from .config import PartConfig, StageConfig
 from .counting import COUNT_RULES, BackboneShape, StageCount, at_least_half
+from .dechunk import smoothing_macs
 from .draws import uniform
 from .estimators.base import Estimate, Estimator
 from .mergers.base import Merged, Merger
+from .prompt import prompt_of
 from .scorers.base import Scored, Scorer, SiteInput, TokenSpec
 from .selectors.base import Request, Selector
-from .state import Decision, Routing, TokenState, Trace
+from .state import Chunks, Decision, Routing, TokenState, Trace
 from .subsets import put, take
 
 # Keeps the draws of a selector's noise apart from those of a random scorer.
@@ -72,8 +74,13 @@ class Stage(nn.Module):
             if given is not None:
                 raise ValueError(f"scorer {self.config.part('scorer').name!r} is not trained: leave estimator out")
             return None
-        part = PartConfig(self.scorer.estimator) if given is None else self.config.part("estimator")
+        default = "confidence" if self.chunks and self.scorer.probabilities else self.scorer.estimator
+        part = PartConfig(default) if given is None else self.config.part("estimator")
         estimator: Estimator = part.build("estimator")
+        if estimator.needs_chunks and not self.chunks:
+            raise ValueError(
+                f"estimator {part.name!r} is for chunks of a causal model that a restore by 'dechunk' spreads; leave estimator out"
+            )
         if estimator.needs_answers != self.scorer.answers_task:
             raise ValueError(
                 f"estimator {part.name!r} cannot train scorer {self.config.part('scorer').name!r}: "
@@ -100,6 +107,9 @@ class Stage(nn.Module):
         if self.selector.adaptive and (self.scorer.matches or self.merger.outputs is not None or self.config.tokens is not None):
             what = f"tokens = {self.config.tokens}" if self.config.tokens is not None else f"scorer {scorer!r} with merger {merger!r}"
             raise ValueError(f"selector {selector!r} lets every row keep as many as it likes, which {what} does not allow; take 'top_k'")
+        if self.selector.prompt_only and (self.bypass or not self.backbone.causal):
+            where = f"site = {self.config.site!r}" if self.bypass else "a model that is not causal"
+            raise ValueError(f"selector {selector!r} shortens the prompt of a causal model at site 'before'; with {where} take another one")
         if self.merger.outputs is not None and self.config.tokens != self.merger.outputs:
             raise ValueError(f"merger {merger!r} makes {self.merger.outputs} tokens: give the stage tokens = {self.merger.outputs}")
 
@@ -109,9 +119,19 @@ class Stage(nn.Module):
         return self.config.bypass
 
     @property
+    def chunks(self) -> bool:
+        """The tokens that leave stand for those behind them too, of a causal model, and a restore gives all of them what layers add."""
+        return self.backbone.causal and not self.bypass and not self.selector.prompt_only
+
+    @property
     def lookahead(self) -> bool:
         """In evaluation, the decision for a token depends on later tokens."""
         return self.scorer.lookahead or self.selector.lookahead
+
+    @property
+    def deployable(self) -> bool:
+        """A causal model can run it token by token: it looks at nothing that is not there yet."""
+        return self.whole or self.selector.prompt_only or not self.lookahead
 
     @property
     def whole(self) -> bool:
@@ -148,11 +168,15 @@ class Stage(nn.Module):
     def forward(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> Tensor:
         """Shrinks (B, M, C) tokens to (B, K, C); the new TokenState and the Routing go onto the trace."""
         state = _state(trace)
-        choice = self._choose(hidden_states, layer, trace)
-        merged = self._merge(self._site(hidden_states, layer, trace), choice)
+        eligible = self._eligible(trace)
+        choice = self._choose(hidden_states, layer, trace, eligible)
+        merged = self._merge(self._site(hidden_states, layer, trace), choice, eligible)
         # Counted on what the merger made, not taken from the rule.
-        self._record(trace, choice, state, merged.state.present)
-        trace.state = merged.state
+        left = merged.state if eligible is state else eligible.select(choice.decision.index, choice.decision.valid)
+        self._record(trace, choice, eligible, left.present)
+        trace.state = replace(merged.state, empty=True) if choice.decision.empty else merged.state
+        if self.chunks:
+            trace.chunks = self._chunks(choice, merged)
         return merged.hidden_states
 
     def around(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, inner: Inner) -> Tensor:
@@ -161,12 +185,12 @@ class Stage(nn.Module):
         A token that went through is what ``inner`` made of it, unscaled: a pretrained layer starts neutral.
         """
         state = _state(trace)
-        choice = self._choose(hidden_states, layer, trace)
+        choice = self._choose(hidden_states, layer, trace, state)
         decision, estimate = choice.decision, choice.estimate
         inside = state if estimate.key_bias is None else state.add_key_bias(estimate.key_bias.masked_fill(~state.routable, 0.0))
         inside = inside.select(decision.index, decision.valid)
         self._record(trace, choice, state, inside.present)
-        if decision.empty and not self.training and not _sharded(layer):
+        if decision.empty and not self.training and not sharded(layer):
             return hidden_states
         before = take(hidden_states, decision.index)
         after = inner(before, inside)
@@ -183,8 +207,28 @@ class Stage(nn.Module):
     def _site(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> SiteInput:
         return SiteInput(hidden_states, _state(trace), trace, self.index, layer, self.backbone)
 
-    def _choose(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> Choice:
+    def _eligible(self, trace: Trace) -> TokenState:
+        """The tokens at the site, those protected that this stage may not touch."""
         state = _state(trace)
+        if not self.selector.prompt_only or trace.keep.get(self.config.key, self.config.fraction) == 1:
+            return state
+        # Rows have prompts of different lengths, so that counts are those of each row.
+        valid = torch.ones_like(state.protected) if state.valid is None else state.valid
+        return replace(state, protected=~prompt_of(trace, state), valid=valid)
+
+    @property
+    def _smooths(self) -> bool:
+        """What layers add to chunks is smoothed by the probabilities that the scores are."""
+        return self.chunks and self.scorer.probabilities and self.selector.cuts
+
+    def _chunks(self, choice: Choice, merged: Merged) -> Chunks:
+        decision, probability = choice.decision, None
+        if self._smooths and decision.cut is not None:
+            # Where a threshold follows the scores, a chunk is as sure as it is above it.
+            probability = torch.sigmoid(choice.scored.scores - decision.cut).clamp(1e-4, 1 - 1e-4).gather(1, decision.index)
+        return Chunks(self.index, merged.hidden_states, decision, probability, choice.estimate.confidence)
+
+    def _choose(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, state: TokenState) -> Choice:
         asked = trace.keep.get(self.config.key)
         present: int | Tensor = state.present
         original = trace.original
@@ -197,11 +241,11 @@ class Stage(nn.Module):
             # A number of tokens was given: as a fraction it is what this input makes of it.
             entering, kept = (float(n.sum()) if isinstance(n, Tensor) else float(n) for n in (present, count))
             keep = kept / max(entering, 1.0)
-        site = self._site(hidden_states, layer, trace)
+        site = replace(self._site(hidden_states, layer, trace), state=state)
         scored: Scored = self.scorer(site)
         request = self._request(keep, count, present, site)
         ahead = self.scorer.lookahead or self.selector.looks_ahead(request)
-        if ahead and self.backbone.causal and not self.training and not trace.lookahead and keep < 1:
+        if ahead and self.backbone.causal and not self.selector.prompt_only and not self.training and not trace.lookahead and keep < 1:
             raise ValueError(
                 f"stage {self.config.key!r} looks ahead: which tokens it chooses hangs on later tokens, which a causal model has not got "
                 "when it is deployed. Train with selector 'predictor' or 'threshold', or pass Trace(lookahead=True) to see what looking "
@@ -237,14 +281,14 @@ class Stage(nn.Module):
             return kept - self.merger.extra * (kept < present).long()  # type: ignore[union-attr]
         return kept - self.merger.extra if kept < present else kept
 
-    def _merge(self, site: SiteInput, choice: Choice) -> Merged:
+    def _merge(self, site: SiteInput, choice: Choice, eligible: TokenState) -> Merged:
         """Merges with the estimate's paths laid: through the tokens' scale, or through the bias of their keys."""
         hidden_states, state, estimate = site.hidden_states, site.state, choice.estimate
         if estimate.scale is not None:
-            scale = estimate.scale.masked_fill(~state.routable, 1.0)
+            scale = estimate.scale.masked_fill(~eligible.routable, 1.0)
             hidden_states = hidden_states * scale.unsqueeze(-1).to(hidden_states.dtype)
         if estimate.key_bias is not None:
-            state = state.add_key_bias(estimate.key_bias.masked_fill(~state.routable, 0.0))
+            state = state.add_key_bias(estimate.key_bias.masked_fill(~eligible.routable, 0.0))
         merged: Merged = self.merger(replace(site, hidden_states=hidden_states, state=state), choice.scored, choice.decision)
         return merged
 
@@ -269,7 +313,8 @@ class Stage(nn.Module):
 
     def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
         """MACs of this stage in evaluation for one row going from ``tokens`` to ``kept``, protected ones included."""
-        return self.scorer.macs(shape, tokens) + self.selector.macs(shape, tokens) + self.merger.macs(shape, tokens, kept)
+        spreading = smoothing_macs(kept, shape.hidden) if self._smooths else 0
+        return self.scorer.macs(shape, tokens) + self.selector.macs(shape, tokens) + self.merger.macs(shape, tokens, kept) + spreading
 
 
 def _state(trace: Trace) -> TokenState:
@@ -277,6 +322,6 @@ def _state(trace: Trace) -> TokenState:
     return trace.state
 
 
-def _sharded(layer: nn.Module) -> bool:
+def sharded(layer: nn.Module) -> bool:
     """Its weights lie on several ranks (ZeRO-3), which must all ask for them at the same time."""
     return any(hasattr(parameter, "ds_id") for parameter in layer.parameters())

@@ -31,6 +31,7 @@ class TokenState:
         protected_per_row: protected tokens of a row, the same for all rows.
         document: (B, M) int64, which document of the row a token belongs to, counted from 0; None where a row is one document.
         whole: these are all tokens of the forward, each in its place.
+        empty: no row has a token, and the slots are filler alone.
         key_bias: (B, M) float32 that every later layer adds to the attention logits of each key; None adds nothing.
         proportional: later layers add log(size) to the attention logits of each key, so that a merged token is attended to as
             its sources together would be.
@@ -44,6 +45,7 @@ class TokenState:
     protected_per_row: int
     document: Tensor | None = None
     whole: bool = True
+    empty: bool = False
     key_bias: Tensor | None = None
     proportional: bool = False
 
@@ -160,11 +162,19 @@ class Decision:
         index: (B, K) int64 slots that stay, sorted, protected ones included.
         valid: (B, K) bool, False where ``index`` is filler; None when every row keeps the same number.
         empty: nothing stays in any row; ``index`` is filler alone.
+        everything: it was decided to leave every slot in its place, filler too.
+        cut: scalar score that a token had to be above; None where it was decided in another way.
     """
 
     index: Tensor
     valid: Tensor | None
     empty: bool = False
+    everything: bool = False
+    cut: Tensor | None = None
+
+    def keeps_all(self, state: TokenState) -> bool:
+        """Nothing goes of the tokens that it was made for, nor moves."""
+        return self.everything or (self.valid is None and state.valid is None and self.index.shape[1] == state.tokens)
 
     def kept_mask(self, tokens: int) -> Tensor:
         """(B, tokens) bool: True at the slots that stay."""
@@ -231,6 +241,26 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Chunks:
+    """What a restore by ``dechunk`` needs to know of the stage that made the chunks.
+
+    Attributes:
+        stage: index of the stage among the model's stages.
+        made: (B, K, C) the chunks as they were made.
+        decision: which tokens of those before it a chunk stands at.
+        probability: (B, K) float32 in (0, 1), with gradient: how sure each of them was, ½ where it just came to be; None where
+            nothing says so.
+        confidence: (B, M) of value 1, for the router's gradient: a factor on what each token is given; None without it.
+    """
+
+    stage: int
+    made: Tensor
+    decision: Decision
+    probability: Tensor | None
+    confidence: Tensor | None
+
+
+@dataclass(frozen=True)
 class RowTokens:
     """Real tokens of each row that one layer processed, protected ones included.
 
@@ -265,6 +295,8 @@ class Trace:
         lookahead: in evaluation too, a causal model may choose tokens by what comes after them, which ``generate`` never can.
         documents: (B, N) int64, the document of each token of rows that are packed, counted from 0 in each row, -1 for padding.
             A causal model that is called with ``position_ids`` that start again, and without a mask, notes it itself.
+        prompt: (B, N) bool, tokens that selector ``prefix`` may take away; None takes those in front of the first label, or where a
+            cache is filled all but the last of each row.
 
     What the forward leaves:
 
@@ -279,12 +311,14 @@ class Trace:
         under_head: the base model runs inside a model with a head.
         left: hidden states (B, M, C) and TokenState before each shrinking stage, for a restore; empty without one.
         shortest: TokenState just before a restore; None without one.
+        chunks: what a restore by ``dechunk`` needs to know; None where no stage makes chunks.
         pixel_values: (B, channels, height, width) the model's input, for scorers that look at it.
         grid: patches (down, across) of the input, None where there is no grid.
         places: (B, N) int64 place in the input that each original token comes from, counted like positions, protected tokens in
             front; None where it is the position itself. A model that shuffles its patches has others.
         valid: (B, N) bool, tokens of a text that are no padding; None where none is.
         seen: tokens that a cache holds in front of those of this forward.
+        carry: (B, …) what stages remember of each row's earlier tokens, by name; it lies in the cache. None without a cache.
     """
 
     step: int | Tensor = 0
@@ -296,6 +330,7 @@ class Trace:
     replay: Mapping[str, Decision] = field(default_factory=dict)
     lookahead: bool = False
     documents: Tensor | None = None
+    prompt: Tensor | None = None
     routings: dict[str, Routing] = field(default_factory=dict)
     prefix: int = 0
     state: TokenState | None = None
@@ -306,11 +341,13 @@ class Trace:
     under_head: bool = False
     left: list[tuple[Tensor, TokenState]] = field(default_factory=list)
     shortest: TokenState | None = None
+    chunks: Chunks | None = None
     pixel_values: Tensor | None = None
     grid: tuple[int, int] | None = None
     places: Tensor | None = None
     valid: Tensor | None = None
     seen: int = 0
+    carry: dict[str, Tensor] | None = None
 
     def places_of(self, state: TokenState) -> Tensor:
         """(B, M) int64 place in the input of each token, counted like positions."""

@@ -23,6 +23,7 @@ class Method:
         detached: the scorer sends no gradient into the backbone.
         positional: scores depend on where a token stands in its row.
         site: where its stages sit.
+        restore: how the sequence gets its length back, before layer 3; None where stages do not shorten it.
     """
 
     name: str
@@ -31,8 +32,12 @@ class Method:
     detached: bool = True
     positional: bool = False
     site: str = "around"
+    restore: str | None = None
 
     def config(self, *capacities: float, layers: tuple[int, ...] = (1, 2)) -> CompressionConfig:
+        if self.restore is not None:
+            stage = StageConfig(layer=1, site=self.site, keep=capacities[0], **self.parts)
+            return CompressionConfig([stage], {"layer": 3, "by": self.restore})
         return CompressionConfig(
             StageConfig(layer=layer, site=self.site, capacity=capacity, **self.parts)
             for layer, capacity in zip(layers, capacities, strict=False)
@@ -49,6 +54,19 @@ METHODS = [
     Method("random", {"scorer": "random", "selector": "threshold"}, positional=True),
     Method("threshold_attention", {**_LINEAR, "selector": "threshold"}, site="around_attention"),
     Method("predictor_mlp", {**_LINEAR, "selector": "predictor"}, site="around_mlp"),
+]
+
+
+def _chunks(name: str, *, positional: bool = False, detached: bool = True, **parts: Any) -> Method:
+    return Method(name, parts, positional=positional, detached=detached, site="before", restore="dechunk")
+
+
+_DETACHED = {"name": "boundary", "detach": True}
+CHUNKS = [
+    _chunks("chunk", scorer=_DETACHED, selector="gumbel"),
+    _chunks("chunk_mean", scorer=_DETACHED, selector="threshold", merger="chunk_mean"),
+    _chunks("chunk_predictor", scorer="linear", selector="predictor", merger="chunk_mean", detached=False),
+    _chunks("chunk_random", scorer="random", selector="threshold", positional=True),
 ]
 
 _COMMON = {
@@ -81,6 +99,11 @@ EAGER = ("gemma2",)
 # Layers without halves.
 WHOLE = ("gpt_neox",)
 PAIRS = [(family, method) for family in FAMILIES for method in METHODS if not (family in WHOLE and method.site != "around")]
+# Rotary, sliding beside full, and learned positions.
+SHRINKING = [
+    (family, method) for family in ("llama", "gemma3_text", "gpt2") for method in CHUNKS if family == "llama" or method in CHUNKS[:2]
+]
+PAIRS += SHRINKING
 DEPLOYED = [pair for pair in PAIRS if pair[1].deployed]
 
 

@@ -67,7 +67,7 @@ def test_the_public_names_are_there() -> None:
         laconic.compres  # noqa: B018
 
 
-@pytest.mark.parametrize("example", ["plain_loop", "lightning_module", "hf_trainer"])
+@pytest.mark.parametrize("example", ["plain_loop", "lightning_module", "hf_trainer", "lora"])
 def test_the_examples_of_own_loops_run(example: str) -> None:
     main = runpy.run_path(str(ROOT / "docs" / "examples" / f"{example}.py"))["main"]
     assert main(steps=3) == pytest.approx(0.36, abs=0.1)

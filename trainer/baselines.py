@@ -18,7 +18,8 @@ def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> list[Loade
         for key in ("task", "seed", "model", "data"):
             _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
         if arm.recipe.compression is not None:
-            _require_equal(loaded, arm, "distillation", loaded.recipe.distillation, arm.recipe.distillation)
+            for key in ("distillation", "lora"):
+                _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
         for key in ("max_steps", "max_epochs", "accumulate", "precision", "devices", "num_nodes"):
             _require_equal(loaded, arm, f"trainer.{key}", getattr(loaded.recipe.trainer, key), getattr(arm.recipe.trainer, key))
         arms.append(arm)

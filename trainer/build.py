@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +13,20 @@ import lightning
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..data.module import DataModule, Splits
+from ..modules.adapters import check_base, quietly
 from ..modules.backbones import backbones
+from ..modules.base_weights import Base, base_of
 from ..modules.budget.budget import Budget
 from ..modules.compress import checkpoint_activations, compress, stages_of
 from ..modules.config import CompressionConfig
 from ..modules.cost import CostModel
 from ..modules.encoder import encoder_config, load_encoder, load_routers
 from . import collective
+from .lora import prepare, quantization
 from .model_settings import check_settings, with_settings
 from .recipe import ModelRecipe, Recipe
 from .sharded import fill, shell
+from .starting import Start, check_start, load_stages, load_state, start_of
 from .strategies import processes_of
 from .tasks.base import Task, task_named
 
@@ -37,6 +42,7 @@ class Parts:
         cost: of the model; None for a dense model whose family has no adapter that could count.
         budget: None for a dense model, or where every stage has its own keep.
         total_steps: optimizer steps.
+        base: weights that stay as they are, which an adapter names; None where everything trains.
     """
 
     recipe: Recipe
@@ -45,6 +51,7 @@ class Parts:
     cost: CostModel | None
     budget: Budget | None
     total_steps: int
+    base: Base | None = None
 
     @property
     def task(self) -> type[Task]:
@@ -71,26 +78,66 @@ def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] 
     """
     task = task_named(recipe.task)
     task.check(recipe)
-    config = model_config(recipe.model, task)
+    start = start_of(recipe.model)
+    check_start(recipe, start)
+    config = model_config(recipe.model, task, start)
     data = data if data is not None else task.open_data(recipe, config)
     lightning.seed_everything(recipe.seed, verbose=False)
     steps = total_steps(recipe, data)
+    base = collective.from_rank_zero(lambda: _base(recipe, start))
     if shards is None:
-        model, budget = _assemble(recipe, build_model(recipe.model, config, data, task), data, steps)
+        dense, new = _starting_model(recipe, config, data, task, start)
+        model, cost, budget = _assemble(recipe, dense, data, steps, start, new)
     else:
-        # Its own copy of the configuration: compress writes into it.
-        whole = copy.deepcopy(config)
-        source = _assemble(recipe, build_model(recipe.model, whole, data, task), data, steps)[0] if collective.rank() == 0 else None
+        source, new = None, []
+        if collective.rank() == 0:
+            # Its own copy of the configuration: compress writes into it.
+            dense, new = _starting_model(recipe, copy.deepcopy(config), data, task, start)
+            source = _assemble(recipe, dense, data, steps, start, new)[0]
+        missing = new
+        new = collective.from_rank_zero(lambda: missing)
         with shell(shards):
             bare = recipe.model.model_copy(update={"name": None, "config": {}})
-            model, budget = _assemble(recipe, build_model(bare, config, data, task), data, steps, filled=False)
+            model, cost, budget = _assemble(recipe, build_model(bare, config, data, task), data, steps, start, new, filled=False)
         fill(model, source)
-    return Parts(recipe, data, model, cost_model(model, size=data.size), budget, steps)
+    return Parts(recipe, data, model, cost, budget, steps, base)
+
+
+def _base(recipe: Recipe, start: Start | None) -> Base | None:
+    """What the adapter that a run writes will name, its weights hashed; of an adapter that goes on, compared with its own."""
+    if recipe.lora is None or not recipe.lora.freezes:
+        return None
+    assert start is not None
+    assert start.weights is not None
+    if start.adapter is None:
+        return base_of(start.weights, start.revision)
+    check_base(start.adapter, start.name, start.weights, start.revision)
+    return start.adapter.base
+
+
+def _starting_model(
+    recipe: Recipe, config: PretrainedConfig, data: Splits, task: type[Task], start: Start | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """The dense model with the weights that it starts from, and the names of the modules that they lack."""
+    if start is None:
+        return build_model(recipe.model, config, data, task), []
+    task.fit_config(config, data)
+    if start.weights is None:
+        model = task.fresh_model(config, recipe.model.attention)
+        lacking = load_state(model, start)
+    else:
+        located = recipe.model.model_copy(update={"name": start.weights, "revision": start.revision})
+        options = {"output_loading_info": True, **quantization(recipe.lora, task.model_class(config.model_type), config)}
+        with quietly() if start.compression is not None or start.adapter is not None else contextlib.nullcontext():
+            loaded: Any = task.loaded_model(located, config, **options)
+        model, report = loaded
+        lacking = [str(item[0] if isinstance(item, tuple) else item) for key in ("missing_keys", "mismatched_keys") for item in report[key]]
+    return model, sorted({name.rpartition(".")[0] for name in lacking})
 
 
 def _assemble(
-    recipe: Recipe, model: PreTrainedModel, data: Splits, steps: int, filled: bool = True
-) -> tuple[PreTrainedModel, Budget | None]:
+    recipe: Recipe, model: PreTrainedModel, data: Splits, steps: int, start: Start | None, new: Sequence[str], filled: bool = True
+) -> tuple[PreTrainedModel, CostModel | None, Budget | None]:
     """The dense model with what the recipe does to it; one that is not ``filled`` gets its values later."""
     budget = None
     if recipe.compression is not None:
@@ -109,12 +156,17 @@ def _assemble(
         if recipe.model.encoder_routers and filled:
             assert recipe.model.encoder_of is not None
             load_routers(model, recipe.model.encoder_of, recipe.model.revision)
+        if start is not None and filled:
+            load_stages(model, start)
+    # LoRA costs nothing once it is merged.
+    cost = cost_model(model, size=data.size)
+    prepare(recipe.lora, model, new, start.adapter if start is not None else None, filled)
     if recipe.trainer.gradient_checkpointing:
         checkpoint_activations(model)
-    return model, budget
+    return model, cost, budget
 
 
-def model_config(recipe: ModelRecipe, task: type[Task]) -> PretrainedConfig:
+def model_config(recipe: ModelRecipe, task: type[Task], start: Start | None = None) -> PretrainedConfig:
     """The configuration of the task's model, without its weights. Raises ValueError where it cannot be had or no adapter serves it."""
     if recipe.config is not None:
         settings = {**recipe.config, **recipe.settings}
@@ -130,13 +182,9 @@ def model_config(recipe: ModelRecipe, task: type[Task]) -> PretrainedConfig:
             raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
     if recipe.encoder_of is not None:
         return _of_task(_encoder_config(recipe), recipe, task)
-    try:
-        config = AutoConfig.from_pretrained(recipe.name, revision=recipe.revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.name = {recipe.name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if getattr(config, "compression", None) is not None:
-        raise ValueError(f"model.name = {recipe.name!r} is compressed already: start from the dense model")
-    return _of_task(config, recipe, task)
+    start = start_of(recipe) if start is None else start
+    assert start is not None
+    return _of_task(start.config, recipe, task)
 
 
 def _encoder_config(recipe: ModelRecipe) -> PretrainedConfig:

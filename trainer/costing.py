@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..modules.budget.budget import Budget
 from ..modules.cost import CostModel
+from ..modules.loading import find_adapter
 from .build import build, build_model, model_config, total_steps
 from .evaluate import load_model
 from .measure import bench_models
@@ -36,8 +37,8 @@ def cost_of_model(folder: str) -> dict[str, Any]:
     """Cost of a saved model."""
     path = Path(folder)
     path = path / "model" if (path / "model" / "config.json").is_file() else path
-    if not (path / "config.json").is_file():
-        raise RecipeError(f"--model {folder} has no config.json: give a run folder, or the folder of a model")
+    if not (path / "config.json").is_file() and find_adapter(path) is None:
+        raise RecipeError(f"--model {folder} has no config.json: give a run folder, or the folder of a model or adapter")
     return _rows(CostModel(load_model(path)))
 
 

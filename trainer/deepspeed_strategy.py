@@ -24,10 +24,11 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
 
     Args:
         config: DeepSpeed's configuration.
+        frozen: whether most weights are, and stay out of checkpoints.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(config=dict(config))
+    def __init__(self, config: Mapping[str, Any], frozen: bool = False) -> None:
+        super().__init__(config=dict(config), exclude_frozen_parameters=frozen)
         # The recipe's own, under the name that Lightning insists on setting itself.
         self.config.pop("gradient_clipping", None)
 
@@ -88,12 +89,17 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
         super().teardown()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Writes a folder; its marker is removed first and written last, when every rank has written its part."""
+        """Writes a folder; its marker is removed first and written last, when every rank has written its part.
+
+        Beside DeepSpeed's shards it holds the weights whole, as safetensors: ``model/`` or ``adapter/``, as a finished run does. So they
+        are there for any number of processes, frozen and tied ones too, and without loading a pickle.
+        """
         folder = Path(collective.from_rank_zero(lambda: str(filepath)))
         self._unmark(folder)
         collective.wait()
         super().save_checkpoint(checkpoint, folder, storage_options)
-        collective.wait()
+        module: Any = self.lightning_module
+        module.save_weights(folder)
         if self.is_global_zero:
             write_marker(folder, {"world_size": self.world_size, "stage": self._stage, "step": checkpoint["global_step"]})
         collective.wait()

@@ -179,7 +179,14 @@ def _source(recipe: DistillationRecipe, model: Any) -> tuple[str, str | None]:
                 "distillation.teacher = 'dense_self' is model.name without stages, and model.config starts from random weights: "
                 "train the dense recipe first and give its run folder"
             )
-        return model.name, model.revision
+        from .starting import start_of
+
+        start = start_of(model)
+        if start is None or start.weights is None:
+            raise ValueError(
+                f"distillation.teacher = 'dense_self': {model.name!r} is a checkpoint without dense weights of its own; name a run"
+            )
+        return start.weights, start.revision
     folder = Path(recipe.teacher)
     if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
         if not (folder / "model" / "config.json").is_file():

@@ -22,7 +22,8 @@ from ..modules.compress import base_class, compress, decompress, stages_of
 from ..modules.config import CompressionConfig, PartConfig
 from ..modules.cost import CostModel
 from ..modules.generation import can_look_ahead
-from ..modules.loading import from_pretrained, saved_class
+from ..modules.loading import find_adapter, from_pretrained, saved_class
+from ..modules.lora import merge_lora
 from ..modules.selectors.threshold import ThresholdSelector
 from ..modules.state import KeepCount, Trace
 from .build import cost_model, model_config
@@ -49,13 +50,15 @@ class Evaluated:
 
 
 def model_folder(target: str) -> tuple[Path, Path]:
-    """Folder of the weights and path of the recipe, from a run folder or an export. Raises RecipeError."""
+    """Folder of the weights or adapter and path of the recipe, from a run folder or an export. Raises RecipeError."""
     folder = Path(target)
     if not folder.is_dir():
         raise RecipeError(f"{target} is no folder: give a run folder, or the folder of an export")
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():
         raise RecipeError(f"{target} has no recipe.yaml: give a run folder, or the folder of an export")
+    if (adapter := find_adapter(folder)) is not None:
+        return adapter, recipe
     for weights in (folder / "model", folder):
         if (weights / "config.json").is_file():
             return weights, recipe
@@ -63,9 +66,12 @@ def model_folder(target: str) -> tuple[Path, Path]:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """A trained model, compressed or dense, in evaluation mode."""
+    """A trained model, compressed or dense, in evaluation mode; an adapter's LoRA is merged into the weights of its base."""
     import json
 
+    if find_adapter(folder) is not None:
+        model = from_pretrained(folder)
+        return merge_lora(model) if hasattr(model, "peft_config") else model
     if "compression" in json.loads((folder / "config.json").read_text()):
         return from_pretrained(folder)
     return saved_class(folder).from_pretrained(folder, use_safetensors=True).eval()

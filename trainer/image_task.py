@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
@@ -24,6 +25,7 @@ from ..modules.state import Trace
 from .build import Parts
 from .pictures import PICTURED, draw_arms, overlays, save_kept_tokens
 from .recipe import TEXT_KEYS, DataRecipe, Recipe
+from .starting import start_of
 from .tasks.base import PROBES, Task, refuse_data_keys
 
 
@@ -132,10 +134,15 @@ def image_input(config: Any) -> tuple[int, int]:
 
 
 def with_normalisation(recipe: Recipe) -> Recipe:
-    """The recipe with ``data.mean`` and ``data.std`` filled in: its own, else those of the model's image processor, else 0.5."""
+    """The recipe with ``data.mean`` and ``data.std`` filled in: its own, else those of the run that ``model.name`` is of, else those of
+    the model's image processor, else 0.5."""
     found: dict[str, Any] = {}
-    weights = recipe.model.name or (recipe.model.encoder_of and encoder_source(recipe.model.encoder_of))
-    if weights is not None and (recipe.data.mean is None or recipe.data.std is None):
+    start = start_of(recipe.model)
+    weights = recipe.model.encoder_of and encoder_source(recipe.model.encoder_of) if start is None else start.weights
+    if start is not None and start.recipe is not None:
+        before = yaml.safe_load(start.recipe.read_text()).get("data", {})
+        found = {f"image_{key}": before.get(key) for key in ("mean", "std")}
+    elif weights is not None and (recipe.data.mean is None or recipe.data.std is None):
         try:
             found, _ = ImageProcessingMixin.get_image_processor_dict(weights, revision=recipe.model.revision)
         except OSError:

@@ -13,14 +13,22 @@ from transformers import PreTrainedModel
 
 from ..modules.backbones import backbone_for
 from ..modules.compress import CompressedModel, base_class
+from ..modules.lora import is_lora
 from ..modules.stage import Stage
 from .sharded import shape_of
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, router_lr: float | None = None, weight_decay: float = 0.0, layer_decay: float | None = None
+    model: nn.Module,
+    lr: float,
+    router_lr: float | None = None,
+    weight_decay: float = 0.0,
+    layer_decay: float | None = None,
+    lora_lr: float | None = None,
+    router_weight_decay: float | None = None,
+    lora_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: backbone and routers, each with and without weight decay.
+    """Groups for an optimizer: backbone, routers and LoRA, each with and without weight decay.
 
     Args:
         model: compressed or dense.
@@ -28,7 +36,10 @@ def parameter_groups(
         router_lr: learning rate of every stage's parameters; None takes ``lr``.
         weight_decay: of matrices; norms, biases, tokens and position embeddings have none.
         layer_decay: factor on ``lr`` from each layer to the one below it, 1 for what follows the layers (arXiv 2106.08254);
-            routers keep theirs. None gives the whole backbone one learning rate, and needs no transformers model.
+            routers and LoRA keep theirs. None gives the whole backbone one learning rate, and needs no transformers model.
+        lora_lr: learning rate of LoRA's parameters; None takes ``lr``.
+        router_weight_decay: of routers' matrices; None takes ``weight_decay``.
+        lora_weight_decay: of LoRA's matrices; None takes ``weight_decay``.
 
     Returns:
         Groups with ``params``, ``lr``, ``weight_decay`` and ``name``; empty ones are left out. Frozen parameters are in none.
@@ -36,16 +47,20 @@ def parameter_groups(
     """
     of_stages = {id(parameter) for module in model.modules() if isinstance(module, Stage) for parameter in module.parameters()}
     depths = {} if layer_decay is None else layer_depths(model)
+    rates = {"router": lr if router_lr is None else router_lr, "lora": lr if lora_lr is None else lora_lr}
+    decays = {"router": router_weight_decay, "lora": lora_weight_decay}
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        router = id(parameter) in of_stages
+        kind = "router" if id(parameter) in of_stages else "lora" if is_lora(name) else "backbone"
         plain = len(shape_of(parameter)) < 2 or "embedding" in name.rsplit(".", 1)[-1] or name.endswith("_token")
-        depth = 0 if router else depths.get(id(parameter), 0)
-        key = ("router" if router else f"backbone_{depth}_below" if depth else "backbone") + ("_no_decay" if plain else "")
-        rate = router_lr if router and router_lr is not None else lr * (layer_decay or 1.0) ** depth
-        group = groups.setdefault(key, {"name": key, "params": [], "lr": rate, "weight_decay": 0.0 if plain else weight_decay})
+        depth = depths.get(id(parameter), 0) if kind == "backbone" else 0
+        key = (f"{kind}_{depth}_below" if depth else kind) + ("_no_decay" if plain else "")
+        rate = rates.get(kind, lr * (layer_decay or 1.0) ** depth)
+        given = decays.get(kind)
+        decay = 0.0 if plain else weight_decay if given is None else given
+        group = groups.setdefault(key, {"name": key, "params": [], "lr": rate, "weight_decay": decay})
         group["params"].append(parameter)
     if not depths:
         return list(groups.values())

@@ -12,6 +12,7 @@ from ..modules import parts as registry
 from ..modules.budget.budget import BudgetConfig
 from ..modules.config import CompressionConfig
 from .distillation import DistillationRecipe
+from .lora_recipe import LoraRecipe
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -27,7 +28,9 @@ class Block(BaseModel):
 class ModelRecipe(Block):
     """Where the backbone comes from: a folder or hub name with weights, a config of our own, or a pretraining with masks."""
 
-    name: str | None = Field(None, description="local folder or hub name; its weights are loaded")
+    name: str | None = Field(
+        None, description="hub name or local folder of weights, a run folder, a checkpoint or an adapter; what was trained there goes on"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     encoder_of: str | None = Field(
         None, description="run of masked_image_pretraining, folder or hub name of a vit_mae: its encoder becomes a vit with a new head"
@@ -88,6 +91,9 @@ class DataRecipe(Block):
     text_column: str | None = Field(
         None, description="column with the texts; none takes messages, prompt and completion, text, or the only column of strings"
     )
+    second_text_column: str | None = Field(
+        None, description="text_classification: column with texts that stand behind those of text_column, as pairs; none has none"
+    )
     sample_by: Literal["line", "paragraph", "document"] = Field("document", description="data.name=text: what of a file is one document")
     sequence_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens of a row of text, which documents are packed into")
     tokenizer: str | None = Field(
@@ -131,7 +137,7 @@ class DataRecipe(Block):
 
 IMAGE_KEYS = ("image_column", "label_column", "mask_column", "ignore_index", "num_labels", "mean", "std", "augmentation",
               "random_augment", "erase", "mixing", "label_smoothing", "canvas")  # fmt: skip
-TEXT_KEYS = ("text_column", "sample_by", "sequence_length", "tokenizer", "streaming")
+TEXT_KEYS = ("text_column", "second_text_column", "sample_by", "sequence_length", "tokenizer", "streaming")
 
 
 class OptimizerRecipe(Block):
@@ -139,6 +145,9 @@ class OptimizerRecipe(Block):
 
     lr: Positive = Field(1e-3, description="peak learning rate of the backbone")
     router_lr: Positive | None = Field(None, description="peak learning rate of routers and mergers; none takes lr")
+    router_weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="of routers' matrices; none takes weight_decay")
+    lora_lr: Positive | None = Field(None, description="peak learning rate of LoRA; none takes lr")
+    lora_weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="of LoRA's matrices; none takes weight_decay")
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="factor on lr from each layer to the one below; head 1, embeddings lowest, routers keep router_lr; none is one lr"
     )
@@ -218,6 +227,7 @@ class Recipe(Block):
     task: Annotated[str, AfterValidator(_task)] = Field("image_classification", description="what is learned: a file of trainer/tasks")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of weights, data order, augmentation and every draw")
     model: ModelRecipe
+    lora: LoraRecipe | None = Field(None, description="train few parameters on frozen weights; none trains everything")
     compression: Annotated[
         CompressionConfig | None, PlainValidator(_compression), PlainSerializer(lambda config: None if config is None else config.to_dict())
     ] = Field(None, description="stages; none trains the dense model")

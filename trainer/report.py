@@ -26,6 +26,7 @@ class Arm:
         recipe: its name.
         quality: on the split that the run reports on.
         details: what the task says beside it.
+        parameters: ``total`` and ``trainable``, of ``lora``, ``routers`` and the ``rest``.
         keep: ``requested`` and ``achieved`` by stage.
         macs_ratio: mean over the held-out rows, from the token counts of each.
         mean_token_fraction: likewise.
@@ -51,6 +52,7 @@ class Arm:
     of_oracle: float | None = None
     memory: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Report:
     train_seconds: float | None = None
     train_macs_ratio: float | None = None
     throughput: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     export: Mapping[str, Any] = field(default_factory=lambda: {"format": None, "dtype": None, "max_abs_logit_diff": None})
     bad_rows: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -79,9 +79,11 @@ def check_same_processes(checkpoint: Path, world_size: int, stage: int) -> None:
 
 
 def _other_world(what: Path, before: int, now: int) -> str:
+    last = what if what.suffix == ".ckpt" else find_checkpoint(what, "auto")
+    weights = last or what
     return (
         f"cannot resume {what}: it was trained by {before} process(es), now there are {now}; give trainer.devices and trainer.num_nodes "
-        f"whose product is {before}, or another output to start anew"
+        f"whose product is {before}, or go on from its weights alone, with a new optimizer: model.name={weights} and another output"
     )
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..data.module import Splits
 from ..data.rows import collate
 from ..modules.compress import checkpoint_activations, decompress, stages_of
+from ..modules.loading import from_pretrained
 from . import collective
 from .baselines import load_baselines
 from .bench import Bench
@@ -24,13 +25,14 @@ from .callbacks.progress import RunLog, StepLine, Throughput
 from .callbacks.stop import StopOnSigterm
 from .evaluate import load_model
 from .lightning_trainer import lightning_trainer, quiet
+from .lora import parameter_counts
 from .measure import bench_models, print_claims
 from .processes import started
 from .recipe import Recipe
 from .recipe_files import LoadedRecipe, dump
 from .report import Arm, Report, table, versions, with_bench
 from .resume import check_same_processes, check_same_run, find_checkpoint, incomplete_checkpoints, remove_checkpoints
-from .sharded import save_model, shape_of
+from .sharded import save_trained, weights_name
 from .strategies import deepspeed_config, needs_group, processes_of, resolved, stage_of
 from .task_module import TaskModule
 from .tasks.base import task_named
@@ -166,14 +168,16 @@ def train_arm(
             both.line(f"bad rows: {module.bad_rows.summary()}")
     arm = _arm(loaded.name, parts, module, line.throughput)
     stages = [stage for _, stage in stages_of(parts.model).values()]
-    if stages and all(stage.whole for stage in stages):
+    if parts.base is None and stages and all(stage.whole for stage in stages):
         # A schedule that ended at full length, as random-LTD's does: what is left is an ordinary model.
         decompress(parts.model)
-    save_model(parts.model, folder / "model")
+    save_trained(parts.model, folder, parts.base, _ratio(arm, parts))
     if collective.rank() == 0:
-        parts.data.save_beside(folder / "model")
-    if stage and collective.rank() == 0:
-        parts = replace(parts, model=_read_back(folder / "model", recipe))
+        parts.data.save_beside(folder / weights_name(parts.base))
+    if not stage:
+        parts.model.to("cpu")
+    elif collective.rank() == 0:
+        parts = replace(parts, model=_read_back(folder, recipe))
     return Trained(parts, module, arm)
 
 
@@ -217,7 +221,7 @@ def _leaves_unused(module: TaskModule, parts: Parts) -> bool:
 
 def _read_back(folder: Path, recipe: Recipe) -> PreTrainedModel:
     """The model from what was saved: DeepSpeed leaves its own behind in shards and hooks."""
-    model = load_model(folder)
+    model = load_model(folder / "model") if (folder / "model").is_dir() else from_pretrained(folder)
     if recipe.trainer.gradient_checkpointing:
         checkpoint_activations(model)
     return model
@@ -225,12 +229,13 @@ def _read_back(folder: Path, recipe: Recipe) -> PreTrainedModel:
 
 def _describe(parts: Parts, name: str, log: RunLog) -> None:
     recipe, cost = parts.recipe, None if parts.cost is None else parts.cost()
-    total = sum(shape_of(parameter).numel() for parameter in parts.model.parameters())
-    routers = sum(shape_of(parameter).numel() for _, stage in stages_of(parts.model).values() for parameter in stage.parameters())
+    counts = parameter_counts(parts.model)
+    total, trainable = (sum(group[kind] for group in counts.values()) for kind in ("total", "trainable"))
+    groups = "; ".join(f"{name} {group['trainable']:,} of {group['total']:,}" for name, group in counts.items() if group["total"])
     processes = processes_of(recipe.trainer)
     spread = f" on {processes} processes with {recipe.trainer.strategy}" if processes > 1 or stage_of(recipe.trainer) else ""
     log.line(
-        f"{name}: {parts.model.config.model_type} with {total:,} parameters, {routers:,} of them in stages; "
+        f"{name}: {parts.model.config.model_type} with {total:,} parameters, {trainable:,} of them trained ({groups}); "
         f"{parts.total_steps:,} steps of {recipe.data.batch_size * recipe.trainer.accumulate * processes} {parts.task.item}{spread}"
         + (
             ""
@@ -238,6 +243,12 @@ def _describe(parts: Parts, name: str, log: RunLog) -> None:
             else f"; macs_ratio {cost.macs_ratio:.3f}, tokens by layer {' '.join(f'{tokens.attention:g}' for tokens in cost.layers)}"
         )
     )
+
+
+def _ratio(arm: Arm, parts: Parts) -> dict[str, Any]:
+    """What an adapter's manifest says of the ratio that it was trained at."""
+    requested = 1.0 if parts.cost is None else parts.cost().macs_ratio
+    return {"macs_ratio": {"requested": requested, "achieved": arm.macs_ratio}, "keep": dict(arm.keep)}
 
 
 def _arm(recipe: str, parts: Parts, module: TaskModule, throughput: Throughput) -> Arm:
@@ -252,6 +263,7 @@ def _arm(recipe: str, parts: Parts, module: TaskModule, throughput: Throughput) 
         train_seconds=throughput.seconds,
         per_second=throughput.mean,
         train_macs_ratio=1.0 if cost is None else cost.macs_ratio if parts.budget is None else parts.budget.training_macs_ratio,
+        parameters=parameter_counts(parts.model),
     )
 
 
@@ -314,6 +326,7 @@ def _report(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench |
         train_seconds=arm.train_seconds,
         train_macs_ratio=arm.train_macs_ratio,
         throughput={"unit": main.parts.task.unit, "per_second": arm.per_second},
+        parameters=arm.parameters,
         bad_rows=main.module.bad_rows.summary(),
         versions=versions(),
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ..modules.adapter_folder import write_adapter
+from ..modules.adapter_saving import adapter_of
+from ..modules.base_weights import Base
+from ..modules.compress import CompressedModel
 from . import collective
 
 
@@ -66,23 +72,35 @@ def fill(model: PreTrainedModel, source: PreTrainedModel | None) -> None:
         buffer.copy_(buffers[name])
 
 
-def gathered(model: nn.Module) -> dict[str, Tensor]:
+def gathered(model: nn.Module, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     """Every parameter and persistent buffer, whole and on the CPU, on rank 0; empty elsewhere. Called on every rank.
+
+    Args:
+        model: spread over ranks or whole.
+        wanted: which names; None takes all. Tied ones share memory.
 
     Raises:
         RuntimeError: something is missing or of another shape than the model's, on every rank.
     """
-    import deepspeed
-
     state: dict[str, Tensor] = {}
     expected: dict[str, tuple[int, ...]] = {}
+    seen: dict[int, str] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in model.state_dict(keep_vars=True).items():
+        if wanted is not None and not wanted(name):
+            continue
         parameter = parameters.get(name)
         expected[name] = tuple(value.shape if parameter is None else shape_of(parameter))
+        if id(value) in seen:
+            if collective.rank() == 0:
+                state[name] = state[seen[id(value)]]
+            continue
+        seen[id(value)] = name
         if parameter is None or not hasattr(parameter, "ds_id"):
             whole: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         else:
+            import deepspeed
+
             whole = deepspeed.zero.GatheredParameters([parameter])
         with whole:
             if collective.rank() == 0:
@@ -99,18 +117,56 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         RuntimeError: what was written is not the whole model.
     """
-    state = gathered(model) if any(hasattr(parameter, "ds_id") for parameter in model.parameters()) else None
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    state = gathered(model, lambda name: name not in unsaved)
     if collective.rank() == 0:
-        if state is None:
-            model.to("cpu").save_pretrained(folder)
-        else:
-            # A copy of the mapping: transformers empties it as it writes.
-            model.save_pretrained(folder, state_dict=dict(state))
-            _check_written(folder, state)
+        # A copy of the mapping: transformers empties it as it writes.
+        model.save_pretrained(folder, state_dict=dict(state))
+        _check_written(folder, state, by_name=isinstance(model, CompressedModel))
     collective.wait()
 
 
-def _check_written(folder: Path, state: Mapping[str, Tensor]) -> None:
+def weights_name(base: Base | None) -> str:
+    """Name of the folder in a run or checkpoint that has its weights: ``adapter`` over frozen ones, else ``model``."""
+    return "model" if base is None else "adapter"
+
+
+def save_trained(model: PreTrainedModel, folder: Path, base: Base | None, ratio: Mapping[str, Any] | None = None) -> None:
+    """What a run or checkpoint keeps of its model: ``model/`` whole, or ``adapter/`` with what was trained on frozen weights.
+
+    Written by rank 0, called on every rank. What an earlier run left there is removed.
+
+    Args:
+        model: that is or was trained.
+        folder: of the run or checkpoint.
+        base: its frozen weights; None where everything trains.
+        ratio: for the adapter's manifest.
+
+    Raises:
+        RuntimeError: what was written is not the whole model, or a tensor was not gathered.
+    """
+    if collective.rank() == 0:
+        for stale in ("model", "adapter"):
+            shutil.rmtree(folder / stale, ignore_errors=True)
+    if base is None:
+        save_model(model, folder / weights_name(base))
+        return
+    names = set(kept_names(model))
+    state = gathered(model, lambda name: name in names)
+    if collective.rank() == 0:
+        write_adapter(adapter_of(model, base, state=state, ratio=ratio), folder / weights_name(base))
+    collective.wait()
+
+
+def kept_names(model: nn.Module) -> list[str]:
+    """Names of what trains, and of all buffers: what a checkpoint on frozen weights holds."""
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return [name for name in model.state_dict(keep_vars=True) if name not in frozen]
+
+
+def _check_written(folder: Path, state: Mapping[str, Tensor], by_name: bool) -> None:
+    """Raises RuntimeError where a folder does not hold the whole state; of a dense model, which transformers may save under the names of
+    its older versions, where the number of values differs."""
     from safetensors import safe_open
 
     written: dict[str, tuple[int, ...]] = {}
@@ -118,6 +174,12 @@ def _check_written(folder: Path, state: Mapping[str, Tensor]) -> None:
         with safe_open(path, "pt") as file:
             written |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     wanted = {name: tuple(value.shape) for name, value in state.items()}
+    if not by_name:
+        tensors = {value.data_ptr(): value.numel() for value in state.values()}
+        values = sum(math.prod(shape) for shape in written.values())
+        if values != sum(tensors.values()):
+            raise RuntimeError(f"{folder} does not hold the whole model: {values} values of {sum(tensors.values())}")
+        return
     # Tied tensors are written once.
     shared = {name for name in wanted.keys() - written.keys() if any(state[name].equal(state[other]) for other in written)}
     if written != {name: shape for name, shape in wanted.items() if name not in shared}:

@@ -286,7 +286,8 @@ def lightning_strategy(recipe: Recipe, unused_parameters: bool) -> Strategy | st
         set_accelerator()
         from .deepspeed_strategy import LaconicDeepSpeed
 
-        return LaconicDeepSpeed(deepspeed_config(settings, recipe.data.batch_size))
+        frozen = recipe.lora is not None and recipe.lora.freezes
+        return LaconicDeepSpeed(deepspeed_config(settings, recipe.data.batch_size), frozen)
     if processes_of(settings) > 1:
         return DDPStrategy(find_unused_parameters=unused_parameters)
     return "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -13,11 +14,14 @@ from ..data.rows import BadRow, BadRows
 from ..modules.budget.budget import Budget
 from ..modules.generation import can_look_ahead
 from ..modules.state import KeepCount, Trace
+from ..modules.training_checkpoint import KEY, PREFIX, about, of_same_model
 from . import collective
 from .build import Parts
 from .lookahead import LookAhead
 from .optimization import learning_rate_schedule, parameter_groups
 from .recipe import OptimizerRecipe
+from .recipe_files import RecipeError
+from .sharded import kept_names, save_trained, weights_name
 from .tasks.base import Quality, Task
 
 
@@ -39,6 +43,10 @@ class TaskModule(lightning.LightningModule):
         self.budget: Budget | None = parts.budget
         self.cost = parts.cost
         self.seed = recipe.seed
+        self.base = parts.base
+        self.save_beside = parts.data.save_beside
+        # A checkpoint on frozen weights holds what trains; on_load_checkpoint looks whether all of it is there.
+        self.strict_loading = parts.base is None
         self.bad_rows = parts.data.bad_rows(recipe.data.max_bad_fraction)
         self._start_counting()
 
@@ -167,9 +175,40 @@ class TaskModule(lightning.LightningModule):
         if empties:
             raise BadRows(f"every row of a training batch is bad: {self.bad_rows.summary()}")
 
+    def save_weights(self, folder: Path) -> None:
+        """Writes the weights whole, as they are now, into a run or checkpoint. Called on every rank."""
+        save_trained(self.model, folder, self.base)
+        if collective.rank() == 0:
+            self.save_beside(folder / weights_name(self.base))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes whose weights they are, and leaves those out that stay as they are."""
+        checkpoint[KEY] = about(self.model, self.base)
+        if self.base is not None:
+            kept = {PREFIX + name for name in kept_names(self.model)}
+            checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises RecipeError where the checkpoint is of another base, or holds something else than what trains."""
+        if not of_same_model(checkpoint[KEY], self.model, self.base):
+            raise RecipeError("the checkpoint is of another model or other frozen weights than the run: start anew in another output")
+        if self.base is not None and "state_dict" in checkpoint:
+            lost = {PREFIX + name for name in kept_names(self.model)} ^ checkpoint["state_dict"].keys()
+            if lost:
+                raise RecipeError(f"the checkpoint does not hold what trains: {', '.join(sorted(lost)[:3])}")
+
     def configure_optimizers(self) -> Any:
         recipe = self.optimizer_recipe
-        groups = parameter_groups(self.model, recipe.lr, recipe.router_lr, recipe.weight_decay, recipe.layer_decay)
+        groups = parameter_groups(
+            self.model,
+            recipe.lr,
+            recipe.router_lr,
+            recipe.weight_decay,
+            recipe.layer_decay,
+            recipe.lora_lr,
+            recipe.router_weight_decay,
+            recipe.lora_weight_decay,
+        )
         # Lightning cannot clip the gradients of a fused optimizer under autocast.
         fused = self.trainer.precision == "32-true"
         optimizer = torch.optim.AdamW(groups, betas=recipe.betas, fused=fused)

@@ -10,7 +10,9 @@ from transformers import AutoModelForImageClassification
 from ..modules.budget.budget import Budget
 from .build import build_model, cost_model, model_config, total_steps
 from .distillation import check_teacher
+from .lora import check_lora, parameter_counts, prepare
 from .recipe import Recipe
+from .starting import check_start, start_of
 from .strategies import check as check_strategy
 from .tasks.base import task_named
 
@@ -20,7 +22,8 @@ class Checked:
     """What a valid recipe amounts to.
 
     Attributes:
-        parameters: of the model, stages included.
+        parameters: of the model, stages and LoRA included.
+        trainable: of those, what trains; a new head, which only loading the weights would show, is not counted where the rest is frozen.
         steps: optimizer steps.
         classes: of the data.
         train_rows: of the data; None where they are streamed.
@@ -32,6 +35,7 @@ class Checked:
     """
 
     parameters: int
+    trainable: int
     steps: int
     classes: int
     train_rows: int | None
@@ -48,9 +52,12 @@ def validate(recipe: Recipe) -> Checked:
         ValueError: what is wrong, and what is allowed.
     """
     check_strategy(recipe)
+    check_lora(recipe)
     task = task_named(recipe.task)
     task.check(recipe)
-    config = model_config(recipe.model, task)
+    start = start_of(recipe.model)
+    check_start(recipe, start)
+    config = model_config(recipe.model, task, start)
     data = task.open_data(recipe, config)
     steps = total_steps(recipe, data)
     teacher = None
@@ -62,16 +69,21 @@ def validate(recipe: Recipe) -> Checked:
         if compression is not None and recipe.budget is not None:
             compression = Budget(recipe.budget, model, compression, steps, recipe.seed, data.size).compression
         counted = cost_model(model, compression, data.size)
+        routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
+        prepare(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
     cost = None if counted is None else counted()
-    parameters = sum(p.numel() for module in (model, *(counted.stages if counted is not None else [])) for p in module.parameters())
-    # Weights, gradients and two moments; one more copy where they are averaged.
-    weights = parameters * (16 if recipe.trainer.ema is None else 20)
+    counts = parameter_counts(model).values()
+    parameters, trainable = (routers + sum(group[kind] for group in counts) for kind in ("total", "trainable"))
+    # Weights, and of what trains gradients and two moments; one more copy where they are averaged.
+    frozen = 0.5 if recipe.lora is not None and recipe.lora.quantize == "4bit" else 4
+    weights = round(frozen * (parameters - trainable)) + trainable * (16 if recipe.trainer.ema is None else 20)
     if teacher is not None:
         with torch.device("meta"):
             weights += 4 * sum(p.numel() for p in AutoModelForImageClassification.from_config(teacher).parameters())
     activations = 0 if cost is None else cost.activation_bytes * recipe.data.batch_size // (2 if recipe.trainer.precision == "bf16" else 1)
     return Checked(
         parameters=parameters,
+        trainable=trainable,
         steps=steps,
         classes=len(data.classes),
         train_rows=data.train_rows,

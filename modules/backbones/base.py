@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,7 +14,8 @@ from ..scorers.base import TokenSpec
 from ..state import TokenState, Trace
 
 if TYPE_CHECKING:
-    from ..config import CompressionConfig
+    from ..config import CompressionConfig, RestoreConfig
+    from ..stage import Stage
 
 
 class Backbone:
@@ -29,6 +30,7 @@ class Backbone:
         masks_in_layers: layers add to their masks by themselves, for the full sequence; ``layer_mask`` does it for a shorter one.
         causal: a token's output may depend on no later token.
         positional: names of what the models hand their layers by position, after the hidden states.
+        lora_targets: ends of names of the linear maps in a layer that LoRA adapts by default; None takes all of them.
     """
 
     model_type: ClassVar[str]
@@ -39,6 +41,7 @@ class Backbone:
     masks_in_layers: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     positional: ClassVar[tuple[str, ...]] = ("attention_mask",)
+    lora_targets: ClassVar[tuple[str, ...] | None] = None
 
     @classmethod
     def base(cls, model: PreTrainedModel) -> nn.Module:
@@ -52,6 +55,18 @@ class Backbone:
     @classmethod
     def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
         """Raises ValueError, with the cure, where this very model cannot have these stages. Called before anything is changed."""
+
+    @classmethod
+    def check_shrinking(cls, stages: Sequence[Stage], restore: RestoreConfig | None, layers: int) -> None:
+        """Raises ValueError, with the cure, where stages that shorten the sequence, and what restores it, do not go together here.
+
+        Args:
+            stages: those that shorten it, built.
+            restore: where it gets its length back; None leaves it short.
+            layers: of the model.
+        """
+        if restore is not None and restore.by == "dechunk":
+            raise ValueError("compression.restore.by = 'dechunk' is for chunks of causal models; take unmerge or rejoin")
 
     @classmethod
     def packs(cls, config: PretrainedConfig) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,10 +15,12 @@ from ..scorers.base import TokenSpec
 from ..sites import BYPASS
 from ..state import TokenState, Trace
 from ..subsets import take
+from .causal_shrinking import check_shrinking
 from .text import TextBackbone, with_filler
 
 if TYPE_CHECKING:
-    from ..config import CompressionConfig
+    from ..config import CompressionConfig, RestoreConfig
+    from ..stage import Stage
 
 
 class DecoderBackbone(TextBackbone):
@@ -32,7 +34,7 @@ class DecoderBackbone(TextBackbone):
         cache_name: under which the models hand their layers the cache.
     """
 
-    sites = BYPASS
+    sites = ("before", *BYPASS)
     causal = True
     cache_name: ClassVar[str] = "past_key_values"
 
@@ -61,11 +63,15 @@ class DecoderBackbone(TextBackbone):
                 f"attention {implementation!r} is not served in a causal model with stages: load it with attn_implementation 'sdpa' or 'eager'"
             )
         for stage in config.stages:
-            if stage.site != "around" and cls.parallel(model.config):
+            if stage.site not in ("before", "around") and cls.parallel(model.config):
                 raise ValueError(
                     f"stage {stage.key!r}: site = {stage.site!r} is not offered: the layers of this {cls.model_type} compute attention and "
                     "MLP side by side (use_parallel_residual); take 'around'"
                 )
+
+    @classmethod
+    def check_shrinking(cls, stages: Sequence[Stage], restore: RestoreConfig | None, layers: int) -> None:
+        check_shrinking(stages, restore, layers)
 
     @classmethod
     def added_inputs(cls, model: PreTrainedModel, trace: Trace | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +99,9 @@ class DecoderBackbone(TextBackbone):
         elif isinstance(mask, Tensor):
             trace.valid = cls.valid_tokens(mask)
         cache = inputs.get("past_key_values")
-        trace.seen = cache.get_seq_length() if isinstance(cache, RoutedCache) else 0
+        trace.seen, trace.carry = (cache.get_seq_length(), cache.carry) if isinstance(cache, RoutedCache) else (0, None)
+        if trace.labels is None and isinstance(inputs.get("labels"), Tensor):
+            trace.labels = inputs["labels"]
 
     @classmethod
     def begin(cls, trace: Trace, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:

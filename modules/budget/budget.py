@@ -151,7 +151,7 @@ class Budget:
         if self.regularizer is None and unheld:
             raise ValueError(
                 f"budget.regularizer is missing: nothing else brings the scores of {', '.join(unheld)} to what is requested, since their "
-                "selectors keep whatever is more likely than not; take macs_squared or ratio_mse, or selector 'top_k' or 'threshold'"
+                "selectors keep whatever is more likely than not; take macs_squared, ratio_mse or h_net, or selector 'top_k' or 'threshold'"
             )
         if self.regularizer is not None and not any(stage.scorer.probabilities for stage in self.cost.stages):
             raise ValueError(

@@ -17,11 +17,13 @@ class Estimate:
     Attributes:
         scale: (B, M) of value 1, multiplied onto the tokens that stay; None leaves them alone.
         key_bias: (B, M) of value 0, added to the attention logits of each key in all later layers; None adds nothing.
+        confidence: (B, M) of value 1, multiplied onto what each token is given at a restore by ``dechunk``; None leaves it alone.
         loss: scalar to add to the task's loss, already weighted; None without one.
     """
 
     scale: Tensor | None = None
     key_bias: Tensor | None = None
+    confidence: Tensor | None = None
     loss: Tensor | None = None
 
 
@@ -31,10 +33,12 @@ class Estimator(nn.Module):
     Attributes:
         needs_answers: it learns from the answers of a scorer whose tokens answer the task.
         needs_attention: its gradient comes through the attention of later layers.
+        needs_chunks: its gradient comes through a restore by ``dechunk``.
     """
 
     needs_answers: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False
+    needs_chunks: ClassVar[bool] = False
 
     def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
         """

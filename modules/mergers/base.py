@@ -37,11 +37,13 @@ class Merger(nn.Module):
         extra: routable tokens that the merger adds to a row from which something was left out; they count as kept.
         conserves_size: the sizes of all tokens add up to the source tokens, before and after.
         needs_partner: it merges into the partners that a matching scorer found.
+        causal: a token that leaves holds nothing of those that stood behind its place.
     """
 
     extra: ClassVar[int] = 0
     conserves_size: ClassVar[bool] = True
     needs_partner: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
 
     def __init__(self, spec: TokenSpec) -> None:
         super().__init__()
@@ -75,7 +77,7 @@ def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportio
         proportional: later layers attend to a token in proportion to its size.
     """
     hidden_states, state = inputs.hidden_states, replace(inputs.state, proportional=inputs.state.proportional or proportional)
-    if decision.valid is None and decision.index.shape[1] == state.tokens:
+    if decision.keeps_all(state):
         return Merged(hidden_states, state)
     slots = torch.arange(state.tokens, device=partner.device).expand_as(partner)
     goes = state.routable & ~decision.kept_mask(state.tokens)

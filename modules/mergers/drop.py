@@ -12,6 +12,9 @@ class DropMerger(Merger):
     """Prunes: X' = X without the tokens that were left out. They are gathered away, in training too, never masked."""
 
     conserves_size = False
+    causal = True
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
+        if decision.keeps_all(inputs.state):
+            return Merged(inputs.hidden_states, inputs.state)
         return Merged(take(inputs.hidden_states, decision.index), inputs.state.select(decision.index, decision.valid))

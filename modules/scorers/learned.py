@@ -1,12 +1,13 @@
-"""A small trained network that scores every token from itself and from the mean of its row."""
+"""A small trained network that scores every token from itself and from the mean of its row, or of its document."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ..counting import BackboneShape
 from ..linear import Float32Linear
+from ..state import TokenState
 from .base import Scored, Scorer, SiteInput, TokenSpec
 
 
@@ -39,11 +40,21 @@ class LearnedScorer(Scorer):
     def forward(self, inputs: SiteInput) -> Scored:
         tokens = inputs.hidden_states.detach() if self.detach else inputs.hidden_states
         local, everywhere = functional.gelu(self.local_global(self.norm(tokens))).chunk(2, dim=-1)
-        routable = inputs.state.routable.unsqueeze(1).to(everywhere.dtype)
-        mean = (routable @ everywhere) / routable.sum(-1, keepdim=True).clamp(min=1)
+        mean = _mean(everywhere, inputs.state)
         # A linear layer over both halves side by side, without repeating the mean for every token.
         mixed = functional.gelu(self.mix_local(local) + self.mix_global(mean))
         return Scored(self.score(mixed).squeeze(-1))
 
     def macs(self, shape: BackboneShape, tokens: int) -> int:
         return tokens * (shape.hidden * 2 * self.width + self.width**2 + self.width) + self.width**2
+
+
+def _mean(values: Tensor, state: TokenState) -> Tensor:
+    """Mean of (B, M, D) over the routable tokens, (B, 1, D); where rows are packed, of each token's own document, (B, M, D)."""
+    if state.document is None:
+        routable = state.routable.unsqueeze(1).to(values.dtype)
+        return (routable @ values) / routable.sum(-1, keepdim=True).clamp(min=1)
+    number = state.present_by_document
+    owner = state.document.unsqueeze(-1).expand_as(values)
+    total = values.new_zeros(*number.shape, values.shape[-1]).scatter_add(1, owner, values * state.routable.unsqueeze(-1))
+    return (total / number.clamp(min=1).unsqueeze(-1)).gather(1, owner)

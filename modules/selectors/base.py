@@ -63,11 +63,15 @@ class Selector(nn.Module):
         lookahead: in evaluation, the decision for a token depends on later tokens.
         adaptive: rows keep different numbers of tokens; only their mean is what was asked for.
         needs_probabilities: it takes the sigmoid of a score for the probability to keep.
+        cuts: a token stays where its score is above a value, which the decision tells.
+        prompt_only: it touches nothing but the prompt, all of which is there before the first token is generated.
     """
 
     lookahead: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
     needs_probabilities: ClassVar[bool] = False
+    cuts: ClassVar[bool] = False
+    prompt_only: ClassVar[bool] = False
 
     def __init__(self, spec: TokenSpec, bucket: int | None = None) -> None:
         super().__init__()
@@ -116,4 +120,5 @@ class Selector(nn.Module):
 
 def everything(state: TokenState) -> Decision:
     """The decision that leaves nothing out."""
-    return Decision(torch.arange(state.tokens, device=state.position.device).expand_as(state.position), state.valid)
+    slots = torch.arange(state.tokens, device=state.position.device)
+    return Decision(slots.expand_as(state.position), state.valid, everything=True)

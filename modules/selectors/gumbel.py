@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ class GumbelSelector(Selector):
 
     adaptive = True
     needs_probabilities = True
+    cuts = True
 
     @torch.no_grad()
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
@@ -26,4 +29,4 @@ class GumbelSelector(Selector):
         if request.draws is not None:
             # The difference of two Gumbel draws is a logistic one.
             scores = scores + torch.logit(request.draws) * request.noise
-        return self.decide(scores > 0, scores, state)
+        return replace(self.decide(scores > 0, scores, state), cut=torch.zeros_like(scores[0, 0]))

@@ -29,6 +29,8 @@ class PredictorSelector(ThresholdSelector):
     """
 
     adaptive = False
+    # It is the predictor's own logits that are cut, not the scores.
+    cuts = False
 
     def __init__(
         self, spec: TokenSpec, width: int | None = None, weight: float = 1.0, rate: float = 0.05, bucket: int | None = None

@@ -32,6 +32,7 @@ class ThresholdSelector(Selector):
     """
 
     adaptive = True
+    cuts = True
 
     def __init__(self, spec: TokenSpec, calibrate: bool = True, rate: float = 0.1, bucket: int | None = None) -> None:
         super().__init__(spec, bucket)
@@ -57,7 +58,8 @@ class ThresholdSelector(Selector):
         elif self.calibrate and not self.causal and not self.batches.bool():
             # It has seen no scores yet: as many of every row.
             return self.top_k(scores, state, replace(request, draws=None))  # type: ignore[no-any-return]
-        return self.decide(scores > self.threshold, scores, state)
+        # A copy, which stays what it is when the threshold moves on.
+        return replace(self.decide(scores > self.threshold, scores, state), cut=self.threshold.clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ThresholdSelector:
         # Scores are float32 in a model of any dtype, and a moving average stands still in bf16.

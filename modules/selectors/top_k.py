@@ -55,7 +55,10 @@ class TopKSelector(Selector):
         owner = last.sort(dim=-1, stable=True).values
         place = torch.arange(state.tokens, device=rank.device).expand_as(owner)
         first = torch.full((state.rows, count.shape[1] + 1), state.tokens, device=rank.device).scatter_reduce_(1, owner, place, "amin")
-        wanted = torch.nn.functional.pad(count, (0, 1)).gather(1, owner)
+        always = torch.zeros_like(count).scatter_add_(
+            1, document, (state.protected if state.valid is None else state.protected & state.valid).long()
+        )
+        wanted = torch.nn.functional.pad(count + always, (0, 1)).gather(1, owner)
         stays = torch.zeros_like(owner, dtype=torch.bool).scatter_(1, order, place - first.gather(1, owner) < wanted)
         kept = compact(stays, bucket=self.bucket)
         return Decision(kept.index, kept.valid, kept.empty)

@@ -18,7 +18,7 @@ from laconic import CompressionConfig, StageConfig, Trace, compress, decompress,
 from laconic.modules.cache import RoutedCache
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.counting import tokens_kept
-from tests.decoders import DEPLOYED, FAMILIES, METHODS, PAIRS, VOCABULARY, compressed, dense, tokens, traced
+from tests.decoders import DEPLOYED, FAMILIES, METHODS, PAIRS, SHRINKING, VOCABULARY, compressed, dense, tokens, traced
 from tests.decoders import Method as Row
 
 names = {"ids": lambda value: getattr(value, "name", value)}
@@ -65,6 +65,9 @@ def test_1_decompress_restores_the_original(family: str) -> None:
 def test_2_going_around_equals_masking(family: str, method: Row) -> None:
     model, plain, ids = compressed(family, method, 0.5, 0.6), dense(family), tokens()
     logits, trace = traced(model, ids, **_ahead(method))
+    if method.restore is not None:
+        torch.testing.assert_close(logits, chunked_reference(model, plain, ids, trace), **CLOSE)
+        return
     routed = {int(name.rsplit("_", 1)[1]): routing.kept_mask for name, routing in trace.routings.items()}
     # Every token goes through every layer; who was not chosen is hidden as a key, and keeps what it was.
     for index, layer in enumerate(model.backbone.layers(plain)):
@@ -120,6 +123,45 @@ def _keep_as_it_was(layer: Any, chosen: Tensor, site: str, backbone: Any) -> Non
         return torch.where(stays, out, attended) if site == "around_mlp" else out
 
     layer.forward = forward
+
+
+def chunked_reference(model: PreTrainedModel, plain: PreTrainedModel, ids: Tensor, trace: Trace) -> Tensor:
+    """Logits of a dense model whose middle layers see every token, those that are no chunk hidden as keys."""
+    routing = trace.routings["before_1"]
+    kept, stage = routing.kept_mask, stages_of(model)["before_1"][1]
+    means = stage.config.part("merger").name == "chunk_mean"
+    entered: dict[str, Tensor] = {}
+    if routing.decision.cut is None or not stage.scorer.probabilities:
+        sure = torch.ones_like(routing.scores)
+    else:
+        sure = torch.sigmoid(routing.scores - routing.decision.cut).clamp(1e-4, 1 - 1e-4)
+
+    def enter(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        made = args[0].clone()
+        for row, place in kept.nonzero().tolist():
+            since = int(kept[row, :place].nonzero()[-1]) + 1 if bool(kept[row, :place].any()) else 0
+            made[row, place] = args[0][row, since : place + 1].mean(0) if means else args[0][row, place]
+        entered["tokens"], entered["made"] = args[0], made
+        return (made, *args[1:]), kwargs
+
+    def leave(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        out = entered["tokens"].clone()
+        for row in range(len(out)):
+            mean = torch.zeros_like(out[row, 0])
+            for place in range(out.shape[1]):
+                if kept[row, place]:
+                    added = args[0][row, place] - entered["made"][row, place]
+                    mean = sure[row, place] * added + (1 - sure[row, place]) * mean
+                out[row, place] += mean
+        return (out, *args[1:]), kwargs
+
+    layers = model.backbone.layers(plain)
+    layers[1].register_forward_pre_hook(enter, with_kwargs=True)
+    for index in (1, 2):
+        layers[index].register_forward_pre_hook(_hide(kept, "around"), with_kwargs=True)
+    layers[3].register_forward_pre_hook(leave, with_kwargs=True)
+    logits: Tensor = plain(ids, use_cache=False, attention_mask=_causal(ids, plain)).logits
+    return logits
 
 
 @pairs
@@ -293,7 +335,7 @@ def test_10_saved_models_answer_and_generate_alike_in_a_clean_process(tmp_path: 
 def test_11_achieved_counts_equal_the_count_rule(family: str, method: Row, dtype: torch.dtype) -> None:
     model = compressed(family, method, 0.37, 0.61).to(dtype)
     _, trace = traced(model, tokens(), **_ahead(method))
-    for routing, capacity in zip(trace.routings.values(), (0.37, 0.61), strict=True):
+    for routing, capacity in zip(trace.routings.values(), (0.37, 0.61), strict=False):
         stage = stages_of(model)[routing.stage][1]
         if not method.deployed:
             assert (routing.present, routing.kept) == (24, tokens_kept(24, capacity))
@@ -326,9 +368,9 @@ def test_12_a_row_that_chooses_nothing_runs_one_token_that_counts_nothing(family
     torch.testing.assert_close(out.logits, plain(ids, use_cache=False).logits, **CLOSE)
 
 
-@families
-def test_beams_sampling_and_continuing_from_a_cache(family: str) -> None:
-    model, ids = compressed(family, METHODS[1], 0.5, 0.6), tokens()
+@pytest.mark.parametrize(("family", "method"), [*((family, METHODS[1]) for family in FAMILIES), *SHRINKING[:2], SHRINKING[-1]], **names)
+def test_beams_sampling_and_continuing_from_a_cache(family: str, method: Row) -> None:
+    model, ids = compressed(family, method, 0.5, 0.6), tokens()
     beams = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
     assert torch.equal(model.generate(ids, **beams), model.generate(ids, use_cache=False, **beams))
     drawn = []
@@ -379,7 +421,7 @@ def test_sites_without_halves_are_refused() -> None:
     with pytest.raises(ValueError, match="use_parallel_residual"):
         compress(dense("gpt_neox"), CompressionConfig([StageConfig(layer=1, site="around_mlp", capacity=0.5)]))
     with pytest.raises(ValueError, match="not offered"):
-        compress(dense("llama"), CompressionConfig([StageConfig(layer=1, keep=0.5)]))
+        compress(dense("llama"), CompressionConfig([StageConfig(layer=1, keep=0.5, site="between")]))
 
 
 def test_a_predictor_learns_whom_top_k_chooses() -> None:

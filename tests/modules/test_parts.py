@@ -171,7 +171,7 @@ WRONG = [
     ({"scorer": "lerned"}, r"scorer 'lerned' does not exist: the scorers are .*; did you mean 'learned'\?"),
     ({"scorer": {"name": "learned", "hiden": 3}}, r"scorer 'learned' has no option 'hiden'"),
     ({"scorer": {"name": "learned", "width": 0}}, r"width = 0 must be at least 1"),
-    ({"merger": "mean"}, r"merger 'mean' does not exist: the mergers are bipartite, drop, fuse, pool, squeeze"),
+    ({"merger": "mean"}, r"merger 'mean' does not exist: the mergers are bipartite, chunk_mean, drop, fuse, pool, squeeze"),
     ({"count": "ceil"}, r"count = 'ceil' is no count rule: there are round, dynamicvit, evit"),
 ]
 
@@ -196,11 +196,11 @@ def test_keys_that_mean_the_removed_fraction_are_refused() -> None:
 
 
 def test_backbones_without_an_adapter_are_refused_by_name() -> None:
-    from transformers import BertConfig, BertModel
+    from transformers import RobertaConfig, RobertaModel
 
-    small = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=10)
-    with pytest.raises(ValueError, match="no backbone adapter for model_type 'bert' .*: there are beit, .*, vit, vit_mae"):
-        compress(BertModel(small), CompressionConfig([StageConfig(layer=0, keep=0.5)]))
+    small = RobertaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=10)
+    with pytest.raises(ValueError, match="no backbone adapter for model_type 'roberta' .*: there are beit, .*, vit, vit_mae"):
+        compress(RobertaModel(small), CompressionConfig([StageConfig(layer=0, keep=0.5)]))
 
 
 def test_compressing_twice_and_decompressing_a_dense_model_are_refused() -> None:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from laconic import CompressionConfig, StageConfig
 from laconic.modules.cost import CostModel
+from laconic.modules.counting import LayerTokens
 
 WIDTHS = {"T": 192, "S": 384, "B": 768}
 # Tokens in the MLP of each block with CLS, as DiffRate's "2.9" of DeiT-S publishes them: what pruning and what merging leave.
@@ -80,3 +90,35 @@ def test_diffrate_keeps_given_numbers_of_tokens() -> None:
     gmacs, tokens = _gmacs("S", stages)
     assert tokens == kept
     assert gmacs == pytest.approx(2.905, abs=6e-4)
+
+
+def _text_cost(model_class: type[PreTrainedModel], config: PretrainedConfig, tokens: int, stages: list[StageConfig]) -> CostModel:
+    with torch.device("meta"):
+        return CostModel(model_class(config), CompressionConfig(stages), size=tokens)
+
+
+def test_ltp_counts_a_layer_of_a_bert() -> None:
+    # 12Ld² + 2dL² (arXiv 2107.00910) with L = 128 and d = 768.
+    cost = _text_cost(BertForSequenceClassification, BertConfig(), 128, [StageConfig(layer=0, keep=1.0, scorer="random")])
+    assert cost().layers[0] == LayerTokens(128, 128)
+    assert cost.shape.layer_macs(cost().layers[0]) == 931_135_488
+    # Twelve of them, the pooler and the classifier, which read [CLS] alone.
+    assert cost().dense_macs == 12 * 931_135_488 + 768 * 768 + 768 * 2
+
+
+@pytest.mark.parametrize(("width", "routed", "every_other"), [(768, 0.0913462, 0.545673), (1024, 0.0976563, 0.548828)])
+def test_mixture_of_depths_around_every_other_layer_of_a_gpt(width: int, routed: float, every_other: float) -> None:
+    config = GPT2Config(n_positions=2048, n_embd=width, n_layer=12, n_head=width // 64)
+    stages = [StageConfig(layer=layer, site="around", capacity=0.125, scorer="linear") for layer in range(1, 12, 2)]
+    cost = _text_cost(GPT2LMHeadModel, config, 2048, stages)
+    result, dense = cost(), cost.shape.layer_macs(LayerTokens(2048, 2048))
+    assert {tokens.attention for tokens in result.layers} == {2048, 256}
+    macs = [cost.shape.layer_macs(tokens) for tokens in result.layers]
+    assert macs[1] / dense == pytest.approx(routed, abs=6e-8)
+    assert sum(macs) / (12 * dense) == pytest.approx(every_other, abs=6e-7)
+
+
+def test_mixture_of_depths_at_half_capacity_leaves_a_quarter_of_the_attention_products() -> None:
+    shape = _text_cost(BertForSequenceClassification, BertConfig(), 128, [StageConfig(layer=0, keep=1.0, scorer="random")]).shape
+    products = [shape.layer_macs(LayerTokens(tokens, 0)) - 4 * tokens * 768**2 for tokens in (64, 128)]
+    assert products[0] / products[1] == 0.25

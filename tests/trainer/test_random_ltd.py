@@ -21,7 +21,7 @@ TINY = [
     "baselines=[]",
     "data.sequence_length=32",
     "budget.increment=0.25",
-    "model.config.num_hidden_layers=6",
+    "model.config.num_hidden_layers=8",
     "model.config.num_attention_heads=2",
     "model.config.num_key_value_heads=2",
     "model.config.vocab_size=400",
@@ -40,7 +40,7 @@ def test_every_middle_layer_draws_its_own_tokens_as_many_as_the_schedule_says(qu
     assert parts.budget is not None
     batch = collate([parts.data.train[index] for index in range(4)])
     # One document a row, so that a row has one count.
-    batch = batch | {"position_ids": torch.arange(32).expand(4, -1)}
+    batch = batch | {"position_ids": torch.arange(32).expand(4, -1), "documents": torch.zeros(4, 32, dtype=torch.long)}
     parts.model.train()
     processed = []
     for step in range(8):
@@ -52,7 +52,7 @@ def test_every_middle_layer_draws_its_own_tokens_as_many_as_the_schedule_says(qu
         processed.append(counts.pop())
         if processed[-1] < 32:
             assert not any(torch.equal(kept[0], other) for other in kept[1:])
-        assert [trace.layer_tokens[index].attention for index in (0, 5)] == [32, 32]
+        assert [trace.layer_tokens[index].attention for index in (0, 7)] == [32, 32]
     # From a quarter on, a stair of a quarter at a time; the whole after 5.6 of 8 steps.
     assert processed == [8, 8, 16, 16, 24, 24, 32, 32]
 
@@ -84,7 +84,7 @@ def test_evaluation_is_at_full_length_and_bit_equal_to_the_model_without_stages(
     batch = collate([parts.data.test[index] for index in range(4)])
     model = parts.model.eval()
     ids = {key: batch[key] for key in ("input_ids", "position_ids")}
-    assert len(stages_of(model)) == 4
+    assert len(stages_of(model)) == 6
     assert torch.equal(model(**ids).logits, plain.model.eval()(**ids).logits)
     assert model.generate(batch["input_ids"][:2, :5], max_new_tokens=3, do_sample=False).shape == (2, 8)
 

@@ -77,7 +77,8 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
     for name, item in checked.items():
         keep = "  ".join(f"{stage} keep {value:.4f}" for stage, value in item.keep.items())
         out.print(
-            f"{name} is valid: {item.parameters:,} parameters, {'streamed' if item.train_rows is None else f'{item.train_rows:,}'} training rows"
+            f"{name} is valid: {item.parameters:,} parameters, {item.trainable:,} of them trained, "
+            f"{'streamed' if item.train_rows is None else f'{item.train_rows:,}'} training rows"
             f"{f' of {item.classes} classes' if item.classes else ''}, {item.steps:,} steps, "
             + (
                 f"macs_ratio {item.macs_ratio:.3f}, tokens by layer {' '.join(map(str, item.tokens))}{'  ' if keep else ''}{keep}, "

@@ -52,15 +52,15 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
     batches = source.batches()
     cast = answers(source.model, batches)
     folder.mkdir(parents=True, exist_ok=True)
-    save_preprocessing(source, folder)
-    if form.hugging_face:
-        shutil.copy(source.recipe_file, folder / "recipe.yaml")
     try:
         form.write(source, settings, folder)
     except RecipeError:
         # There was nothing in it before.
         shutil.rmtree(folder)
         raise
+    save_preprocessing(source, folder)
+    if form.hugging_face:
+        shutil.copy(source.recipe_file, folder / "recipe.yaml")
     found = clean_answers(form, folder, batches, NEW_TOKENS if "generated" in cast[0] else 0)
     added = _difference(found, cast)
     if not added <= form.tolerance:

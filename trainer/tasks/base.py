@@ -85,8 +85,14 @@ class Task:
         return cls.model_class(config.model_type)._from_config(config, attn_implementation=attention)
 
     @classmethod
-    def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig) -> PreTrainedModel:
-        """A dense model with the weights that a recipe names, its head new where it does not fit."""
+    def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+        """A dense model with the weights that a recipe names, its head new where it does not fit.
+
+        Args:
+            recipe: that names them.
+            config: of the model.
+            options: for transformers' ``from_pretrained``; with ``output_loading_info`` its report comes back beside the model.
+        """
         model: PreTrainedModel = cls.model_class(config.model_type).from_pretrained(
             recipe.name,
             revision=recipe.revision,
@@ -95,6 +101,7 @@ class Task:
             ignore_mismatched_sizes=True,
             # Whatever the checkpoint was saved in: trainer.precision decides what is computed in bf16.
             dtype=torch.float32,
+            **options,
         )
         return model
 

@@ -22,6 +22,7 @@ from .. import collective
 from ..build import Parts
 from ..inspection import inspect_text
 from ..recipe import IMAGE_KEYS, DataRecipe, ModelRecipe, Recipe
+from ..starting import start_of
 from ..task_module import TaskModule
 from ..token_loss import TokenLoss, check_model, token_loss
 from .base import PROBES, Quality, Task, refuse_data_keys
@@ -94,6 +95,7 @@ class CausalLM(Task):
     @classmethod
     def check(cls, recipe: Recipe) -> None:
         refuse_data_keys(recipe, IMAGE_KEYS, "is for images, and task = causal_lm has text: leave it out")
+        refuse_data_keys(recipe, ("second_text_column",), "is for task = text_classification: give columns prompt and completion")
         if recipe.distillation is not None:
             raise ValueError("distillation has an image classifier for a teacher, and task = causal_lm has text: leave it out")
         if recipe.model.encoder_of is not None:
@@ -124,8 +126,8 @@ class CausalLM(Task):
         return model
 
     @classmethod
-    def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig) -> PreTrainedModel:
-        model: PreTrainedModel
+    def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig, **options: Any) -> Any:
+        asked = options.pop("output_loading_info", False)
         model, report = cls.model_class(config.model_type).from_pretrained(
             recipe.name,
             revision=recipe.revision,
@@ -134,10 +136,11 @@ class CausalLM(Task):
             # Whatever the checkpoint was saved in: trainer.precision decides what is computed in bf16.
             dtype=torch.float32,
             output_loading_info=True,
+            **options,
         )
         if missing := sorted(map(str, report["missing_keys"])):
             raise ValueError(f"model.name = {recipe.name!r} lacks the weights {', '.join(missing[:3])}: it is no causal language model")
-        return model
+        return (model, report) if asked else model
 
     @classmethod
     def open_data(cls, recipe: Recipe, config: PretrainedConfig) -> TextData:
@@ -149,8 +152,8 @@ class CausalLM(Task):
         def tokenizer_of(texts: Iterable[str] | None) -> Any:
             if data.tokenizer is not None:
                 return load_tokenizer(data.tokenizer)
-            if recipe.model.name is not None:
-                return load_tokenizer(recipe.model.name, recipe.model.revision)
+            if (start := start_of(recipe.model)) is not None:
+                return load_tokenizer(*start.beside("tokenizer_config.json"))
             if texts is None:
                 raise ValueError("data.tokenizer is missing: a tokenizer is trained on plain texts only, and these rows have prompts")
             size: int = config.get_text_config().vocab_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import transformers
@@ -16,6 +15,7 @@ from ...data.image_data import ImageData, hub_images, scattered_digits
 from ...data.images import ImageTransform
 from ...data.mixing import Mixing, soft_labels
 from ...modules.backbones import backbone_for, backbones
+from ..accuracy import Accuracy
 from ..build import Parts
 from ..distillation import Distillation, load_teacher
 from ..image_task import ImageTask, source_of
@@ -28,30 +28,6 @@ _CLASSIFIER_FOR = {
     "clip_vision_model": "the whole CLIP model (model_type clip), whose classifier keeps the vision tower alone",
     "vit_mae": "its encoder as a ViT: set model.encoder_of to the folder or hub name, in place of model.name or model.config",
 }
-
-
-@dataclass
-class Accuracy(Quality):
-    """Share of right answers.
-
-    Attributes:
-        right: answers.
-        seen: answers in all.
-    """
-
-    right: int = 0
-    seen: int = 0
-
-    def add(self, out: Any, batch: Mapping[str, Any]) -> None:
-        self.right += int((out.logits.argmax(-1) == batch["labels"]).sum())
-        self.seen += len(batch["labels"])
-
-    def merge(self, other: Accuracy) -> None:
-        self.right, self.seen = self.right + other.right, self.seen + other.seen
-
-    @property
-    def value(self) -> float:
-        return self.right / max(1, self.seen)
 
 
 class ImageClassificationModule(TaskModule):

@@ -1,0 +1,63 @@
+"""H-Net's ratio loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...cost import CostModel
+from ...state import Routing
+from .base import Regularizer
+
+
+@dataclass(frozen=True)
+class HNet(Regularizer):
+    """Mean over stages of N/(N−1)·[(N−1)·F·G + (1−F)(1−G)]: F the share of tokens that stay, G their mean probability, 1/N the
+    requested keep (H-Net, arXiv 2507.07955, which weighs it by 0.03).
+
+    It is 1 where both are what was requested. F has no gradient; that of G pushes down while F is too large and up while it is too
+    small, so the loss by itself says little: F = 1 with G = 0 gives 0. Look at the hard and the soft ratio, which are logged apart.
+
+    Attributes:
+        weight: weight of the loss at the end of its ramp.
+    """
+
+    weight: float = 0.03
+
+    def __call__(
+        self,
+        routings: Sequence[Routing],
+        target: float | None,
+        cost: CostModel,
+        over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        losses = [self._of(routing, over_ranks) for routing in routings]
+        return torch.stack(losses).mean()
+
+    @staticmethod
+    def _of(routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
+        assert routing.soft is not None
+        present = routing.routable.sum().clamp(min=1)
+        soft = (routing.soft * routing.routable).sum() / present
+        hard = (routing.kept_mask & routing.routable).sum() / present
+        if over_ranks is not None:
+            # Before the product, which no mean of products gives.
+            soft, hard = over_ranks(soft), over_ranks(hard)
+        return ratio_loss(hard.detach(), soft, routing.requested)
+
+
+def ratio_loss(hard: Tensor, soft: Tensor, requested: float) -> Tensor:
+    """Scalar: the loss of one stage.
+
+    Args:
+        hard: scalar F.
+        soft: scalar G.
+        requested: 1/N; at 1 there is nothing to hold, and the loss is 0.
+    """
+    if requested >= 1:
+        return soft * 0
+    number = 1 / requested
+    return number / (number - 1) * ((number - 1) * hard * soft + (1 - hard) * (1 - soft))

@@ -1,0 +1,25 @@
+"""Straight-through weights on what tokens are given of their chunk."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..state import Decision, TokenState, Trace
+from .base import Estimate, Estimator
+
+
+class ConfidenceEstimator(Estimator):
+    """c + sg(1 − c) on what a token gets at a restore by ``dechunk``, with c the probability of what was decided for it: p where a
+    chunk begins, 1 − p where none does (H-Net, arXiv 2507.07955).
+
+    The value is 1. Where what a token was given helps, the router grows surer of its decision, at every token. ``straight_through``
+    would reach it less: the restore takes what layers added, and pre-norm layers do not see the scale of their input.
+    """
+
+    needs_chunks = True
+
+    def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
+        probability = torch.sigmoid(scores)
+        sure = torch.where(decision.kept_mask(state.tokens), probability, 1 - probability)
+        return Estimate(confidence=1 + (sure - sure.detach()))

@@ -1,0 +1,69 @@
+"""Chunk mean: a token that stays becomes the mean of its chunk, which it closes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..scorers.base import Scored, SiteInput, TokenSpec
+from ..state import Decision
+from .base import Merged, Merger, merge_into
+
+
+class ChunkMeanMerger(Merger):
+    """Mean, weighted by size, of a token that stays and of those since the last one that stayed (dynamic pooling, arXiv 2211.09761).
+
+    So a chunk holds nothing that comes after its own place, and a restore by ``dechunk`` hands it to that place and those behind it.
+    Tokens behind the last one that stays wait: their chunk is open still. With a cache their sum waits there; otherwise they
+    are gone for the layers that follow.
+
+    Args:
+        spec: the tokens that it merges.
+    """
+
+    conserves_size = False
+    causal = True
+
+    def __init__(self, spec: TokenSpec) -> None:
+        super().__init__(spec)
+        if not spec.causal:
+            raise ValueError("merger 'chunk_mean' is for causal models, where a token may take up earlier ones only; take 'squeeze'")
+
+    def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
+        state = inputs.state
+        if decision.keeps_all(state):
+            return Merged(inputs.hidden_states, state)
+        kept = decision.kept_mask(state.tokens)
+        slots = torch.arange(state.tokens, device=kept.device).expand_as(kept)
+        # The first one that stays at or behind each token; none closes the chunk of the last tokens.
+        closing = torch.where(kept, slots, state.tokens).flip(1).cummin(1).values.flip(1)
+        closed = closing < state.tokens
+        closing = torch.where(closed, closing, slots)
+        if state.document is not None:
+            closing = torch.where(state.document.gather(1, closing) == state.document, closing, slots)
+        merged = merge_into(inputs, decision, closing, proportional=False)
+        return merged if inputs.trace.carry is None else self._carried(inputs, inputs.trace.carry, merged, closed)
+
+    @staticmethod
+    def _carried(inputs: SiteInput, carry: dict[str, Tensor], merged: Merged, closed: Tensor) -> Merged:
+        """Gives the first chunk what earlier forwards left open, and leaves what is open now."""
+        state, name = inputs.state, f"{inputs.stage}.open"
+        waits = (state.size * (state.routable & ~closed)).unsqueeze(-1)
+        total, size = (inputs.hidden_states.float() * waits).sum(1), waits.sum(1)
+        hidden_states, after = merged.hidden_states, merged.state
+        if name in carry:
+            some = closed.any(-1, keepdim=True)
+            earlier, weight = carry[name], carry[f"{name}.size"]
+            total, size = total + earlier.masked_fill(some, 0.0), size + weight.masked_fill(some, 0.0)
+            # Chunks lie in order, so that the first slot holds the first.
+            own = after.size[:, :1]
+            both = (own + weight).clamp(min=1e-6)
+            first = (hidden_states[:, 0].float() * own + earlier) / both
+            first = torch.where(some & (weight > 0), first.to(hidden_states.dtype), hidden_states[:, 0])
+            hidden_states = torch.cat([first[:, None], hidden_states[:, 1:]], 1)
+            grown = torch.cat([torch.where(some, both, own), after.size[:, 1:]], 1)
+            after = replace(after, size=grown)
+        carry[name], carry[f"{name}.size"] = total, size
+        return Merged(hidden_states, after)

@@ -1,0 +1,86 @@
+"""Boundary: does a new chunk begin here? A token is compared with the one before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..counting import BackboneShape
+from ..state import TokenState
+from ..subsets import take
+from .base import Scored, Scorer, SiteInput, TokenSpec
+
+# Probabilities of 0 and 1 would be infinite scores.
+_SURE = 1e-4
+
+
+class _Identity(nn.Linear):
+    """A square map that starts as the identity; made so where the weight is made, before anything may spread it over ranks."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.eye_(self.weight)
+
+
+class BoundaryScorer(Scorer):
+    """Probability that a chunk begins, p = ½(1 − cos(W_q x_t, W_k x_{t−1})), as log-odds (H-Net, arXiv 2507.07955).
+
+    The first token of a row, or of a document in it, begins one for certain; a token like the one before it does not; at right
+    angles it is undecided. It looks back one token and never ahead. With a cache, what it needs of the last token stays there.
+
+    Args:
+        spec: the tokens that it scores.
+        detach: cut the gradient from the scorer into the backbone below it.
+    """
+
+    estimator = "straight_through"
+    probabilities = True
+
+    def __init__(self, spec: TokenSpec, detach: bool = False) -> None:
+        super().__init__(spec)
+        self.detach = detach
+        self.query = _Identity(spec.hidden_size)
+        self.key = _Identity(spec.hidden_size)
+
+    def forward(self, inputs: SiteInput) -> Scored:
+        tokens = inputs.hidden_states.detach() if self.detach else inputs.hidden_states
+        key, known = _before(self.key(tokens), inputs)
+        # In float32, as all scores: bf16 cannot tell neighbours apart.
+        alike = functional.cosine_similarity(self.query(tokens).float(), key.float(), dim=-1)
+        probability = torch.where(known, 0.5 * (1 - alike), 1.0)
+        return Scored(probability.clamp(_SURE, 1 - _SURE).logit())
+
+    def macs(self, shape: BackboneShape, tokens: int) -> int:
+        return 2 * tokens * shape.hidden**2
+
+
+def _before(keys: Tensor, inputs: SiteInput) -> tuple[Tensor, Tensor]:
+    """(B, M, C) the key of the token before each, and (B, M) bool whether there is one."""
+    state, carry = inputs.state, inputs.trace.carry
+    newest = _newest(state)
+    before = functional.pad(newest[:, :-1], (1, 0), value=-1)
+    here, at = before >= 0, before.clamp(min=0)
+    previous, known = take(keys, at), here
+    if state.document is not None:
+        known = known & (state.document.gather(1, at) == state.document)
+    if carry is None:
+        return previous, known
+    name = f"{inputs.stage}.boundary"
+    # A token at the end of an earlier forward, if the row had any.
+    last, some = newest[:, -1:].clamp(min=0), newest[:, -1] >= 0
+    kept = take(keys, last).squeeze(1)
+    if name in carry:
+        earlier, had = carry[name], carry[f"{name}.some"]
+        previous, known = torch.where(here.unsqueeze(-1), previous, earlier[:, None]), known | had[:, None]
+        kept, some = torch.where(some[:, None], kept, earlier), some | had
+    carry[name], carry[f"{name}.some"] = kept, some
+    return previous, known
+
+
+def _newest(state: TokenState) -> Tensor:
+    """(B, M) int64: the last slot up to each that holds a routable token, -1 where there is none."""
+    slots = torch.arange(state.tokens, device=state.position.device)
+    return torch.where(state.routable, slots, -1).cummax(1).values

@@ -1,0 +1,118 @@
+"""Texts classified from a recipe: the embedded passages, a family's own weights, and what does not belong there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from laconic import Trace, stages_of
+from laconic.data.rows import collate
+from laconic.data.tokenizer import trained_tokenizer
+from laconic.trainer.build import build
+from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
+from laconic.trainer.recipe_files import load
+from laconic.trainer.run import train
+from laconic.trainer.validate import validate
+
+TINY = ["baselines=[]", "model.config.vocab_size=400", "model.config.num_attention_heads=2", "data.sequence_length=48"]
+
+
+def test_a_run_is_evaluated_with_the_tokenizer_it_was_trained_with_and_shown(tmp_path: Path, quick: list[str], console: Console) -> None:
+    overrides = [*quick, *TINY, "trainer.bench_rounds=2"]
+    report = train(load("text_classify", overrides), overrides, console)
+    run = tmp_path / "run"
+    assert report.quality["metric"] == "accuracy"
+    assert report.throughput["unit"] == "tokens"
+    assert report.step_time["of_oracle"] is not None
+    # Rows are of 24 to 48 tokens; the target is met for the longest.
+    assert report.macs_ratio == pytest.approx(0.3, abs=0.06)
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert tokenizer("x = 1").input_ids[0] == tokenizer.cls_token_id
+    again = evaluate(str(run), recipe_of(str(run), []), console)
+    assert again["variants"]["compressed"]["accuracy"] == report.quality["compressed"]
+    assert set(again["variants"]) == {"compressed", "random", "uniform_grid", "dense"}
+    shares = inspect_run(str(run), recipe_of(str(run), []), "import asyncio\nloop = asyncio.new_event_loop()", tmp_path / "page.html")
+    assert 0 < shares["before_0"] < 1
+    assert "<span" in (tmp_path / "page.html").read_text()
+
+
+def _bert(tmp_path: Path) -> Any:
+    tokenizer = trained_tokenizer(["red green blue one two three"] * 20, 300, framed=True)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, pad_token_id=3
+    )
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    rows = [{"first": "red green " * (1 + i % 5), "second": "one two", "label": ["yes", "no", "maybe"][i % 3]} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tokenizer
+
+
+def _pairs(tmp_path: Path) -> list[str]:
+    return [
+        "model.config=null",
+        f"model.name={tmp_path / 'bert'}",
+        "data.name=json",
+        f"data.data_files={tmp_path / 'rows.jsonl'}",
+        "data.text_column=first",
+        "data.second_text_column=second",
+        "data.sequence_length=32",
+        "data.batch_size=4",
+        "trainer.max_steps=2",
+        "budget.target=0.7",
+        "baselines=[]",
+    ]
+
+
+def test_a_folder_of_weights_learns_pairs_with_their_segments(tmp_path: Path) -> None:
+    _bert(tmp_path)
+    parts = build(load("text_classify", _pairs(tmp_path)).recipe)
+    assert type(parts.model).__name__ == "CompressedBertForSequenceClassification"
+    assert parts.model.config.id2label == {0: "maybe", 1: "no", 2: "yes"}
+    saved = BertForSequenceClassification.from_pretrained(tmp_path / "bert")
+    assert torch.equal(parts.model.bert.embeddings.word_embeddings.weight, saved.bert.embeddings.word_embeddings.weight)
+    batch = collate([parts.data.train[index] for index in range(4)])
+    parts.model.eval()
+    assert list(stages_of(parts.model)) == ["before_0"]
+    trace = Trace()
+    with_segments = parts.task.forward(parts.model, batch, trace=trace).logits
+    without = parts.task.forward(parts.model, batch | {"token_type_ids": torch.zeros_like(batch["token_type_ids"])}, trace=Trace()).logits
+    assert not torch.equal(with_segments, without)
+    assert trace.valid is not None
+    assert parts.task.amount(batch) == int(trace.valid.sum())
+    parts.model.train()
+    parts.task.loss(parts.model, batch, trace=(taught := Trace())).backward()
+    assert taught.auxiliary_loss is not None
+
+
+MISTAKES = [
+    (["data.name=python_library"], "holds texts without labels: give python_passages"),
+    (["data.name=scattered_digits"], "holds images"),
+    (["data.mean=[0.5]"], r"data.mean = \[0.5\] is for images"),
+    (["data.streaming=true"], "data.streaming = True is for task = causal_lm"),
+    (["model.config.model_type=vit"], "vit has no sequence classifier in transformers"),
+    (["model.config.model_type=llama"], "the 'llama' adapter does not serve LlamaForSequenceClassification"),
+    (["data.sequence_length=4096"], "data.sequence_length = 4096 is more than the model's max_position_embeddings = 512"),
+    (["data.name=json"], "needs data.data_files or data.data_dir"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[item[0] for item, _ in MISTAKES])
+def test_a_mistake_names_the_key_and_the_cure(overrides: list[str], message: str) -> None:
+    if overrides[0].startswith("model.config.model_type"):
+        overrides = [f"model.config={{model_type: {overrides[0].rpartition('=')[2]}}}"]
+    with pytest.raises(ValueError, match=message):
+        validate(load("text_classify", overrides).recipe)
+
+
+def test_other_tasks_refuse_the_keys_of_pairs() -> None:
+    for name in ("llm_pretrain_dense", "vit_digits"):
+        with pytest.raises(ValueError, match="data.second_text_column = 'b' is for"):
+            validate(load(name, ["data.second_text_column=b"]).recipe)

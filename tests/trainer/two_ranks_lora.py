@@ -1,0 +1,93 @@
+"""What two processes do for test_lora_ranks, all in one launch: torchrun … two_ranks_lora.py FOLDER. Not a test itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from laconic.trainer import collective
+from laconic.trainer.processes import started
+from laconic.trainer.recipe_files import load
+from laconic.trainer.run import quiet, silent, train_arm
+from laconic.trainer.sharded import fill, gathered, save_trained, shell
+from laconic.trainer.strategies import deepspeed_config, resolved
+from tests.trainer.conftest import QUICK
+from tests.trainer.two_ranks import PARTITION
+
+TINY = [item for item in QUICK if not item.startswith("model.config")]
+SHARED = [*TINY, "baselines=[]", "trainer.max_steps=4", "optimizer.warmup=0"]
+STRATEGIES = {
+    "plain": ["trainer.strategy=plain"],
+    "deepspeed_1": ["trainer.strategy=deepspeed_1"],
+    "deepspeed_2": ["trainer.strategy=deepspeed_2"],
+    "deepspeed_3": ["trainer.strategy=deepspeed_3", PARTITION],
+}
+TWO = ["trainer.devices=2", "trainer.checkpoint_every=2"]
+
+
+def main(folder: Path) -> None:
+    quiet()
+    results: dict[str, Any] = {}
+    with started(2, 1, True, []):
+        for name, strategy in STRATEGIES.items():
+            overrides = [*SHARED, *TWO, *strategy, f"model.name={folder / 'base'}"]
+            _train(overrides, folder / name)
+            if collective.rank() == 0:
+                # As if it had been stopped before its last steps: the last checkpoint is that of step 2.
+                shutil.copytree(folder / name / "adapter", folder / name / "unbroken")
+                shutil.copytree(folder / name / "checkpoints", folder / name / "all")
+                for path in (folder / name / "checkpoints").glob("4.ckpt"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            collective.wait()
+            _train(overrides, folder / name, resume="auto")
+        results["tied"] = _tied(folder / "tied")
+        if collective.rank() == 0:
+            (folder / "results.json").write_text(json.dumps(results))
+        collective.wait()
+
+
+def _train(overrides: list[str], folder: Path, resume: str | None = None) -> None:
+    train_arm(load("vit_lora", overrides), "arm", folder, silent(), resume=resume)
+
+
+def _tied(folder: Path) -> list[str]:
+    """A language model in pieces whose head is its embedding: saved whole, and refused where a piece is missing."""
+    import deepspeed
+
+    recipe = resolved(load("vit_digits", [*QUICK, "trainer.devices=2", *STRATEGIES["deepspeed_3"]]).recipe)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, tie_word_embeddings=True
+    )
+    torch.manual_seed(0)
+    whole: PreTrainedModel = LlamaForCausalLM(config)
+    with shell(deepspeed_config(recipe.trainer, recipe.data.batch_size)):
+        pieces: PreTrainedModel = LlamaForCausalLM(config)
+    pieces.tie_weights()
+    for parameter in whole.model.layers.parameters():
+        parameter.requires_grad_(False)
+    fill(pieces, whole if collective.rank() == 0 else None)
+    save_trained(pieces, folder, None)
+    if collective.rank() == 0:
+        whole.save_pretrained(folder / "expected")
+    state = gathered(pieces)
+    said = []
+    gather = deepspeed.zero.GatheredParameters
+    deepspeed.zero.GatheredParameters = lambda parameters: contextlib.nullcontext()
+    try:
+        # What a gathering that did nothing would leave: parameters that look empty.
+        gathered(pieces)
+    except RuntimeError as error:
+        said = [str(error)]
+    deepspeed.zero.GatheredParameters = gather
+    return [*said, *(str(name) for name in state)]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

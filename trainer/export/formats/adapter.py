@@ -1,0 +1,57 @@
+"""``adapter``: PEFT's two files with the routers beside them, for whoever has the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ....modules.adapter_folder import read_adapter, write_adapter
+from ....modules.loading import find_adapter
+from ...recipe_files import RecipeError
+from ..base import ANSWER, Format
+from ..source import Settings, Source
+
+
+class AdapterFormat(Format):
+    """Loads with ``laconic.from_pretrained``, and its LoRA with plain PEFT onto the plain base."""
+
+    dtypes = ("fp32",)
+    # In the clean process plain PEFT must find every tensor of its file in the plain base, by value.
+    program = f"""
+import json, os
+from laconic.modules.loading import from_pretrained
+{ANSWER}
+def load(folder):
+    with open(os.path.join(folder, "manifest.json")) as file:
+        lora = json.load(file)["lora"]
+    if lora:
+        import torch
+        from peft import PeftModel, get_peft_model_state_dict
+        from safetensors.torch import load_file
+        from laconic.modules.adapter_folder import read_adapter
+        from laconic.modules.adapters import load_base
+        plain = PeftModel.from_pretrained(load_base(read_adapter(folder), folder), folder)
+        ours = load_file(os.path.join(folder, "adapter_model.safetensors"))
+        theirs = get_peft_model_state_dict(plain, save_embedding_layers=False)
+        wrong = [name for name, value in ours.items() if name not in theirs or not torch.equal(theirs[name], value)]
+        if wrong:
+            raise SystemExit(f"plain PEFT does not find {{wrong[:3]}} in the plain base")
+    model = from_pretrained(folder)
+    return lambda batch: answer(model, batch)
+"""
+
+    @classmethod
+    def check(cls, source: Source) -> None:
+        if find_adapter(source.run) is None:
+            raise RecipeError(f"{source.run} trained all weights, or holds no adapter: give --format merged")
+
+    @classmethod
+    def write(cls, source: Source, settings: Settings, folder: Path) -> None:
+        found = find_adapter(source.run)
+        assert found is not None
+        write_adapter(read_adapter(found), folder)
+
+    @classmethod
+    def usage(cls, model: PreTrainedModel) -> str:
+        return "import laconic\n\nmodel = laconic.from_pretrained(folder)"
