@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -80,15 +82,20 @@ def captured(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> ExportedPr
         inputs: of a few rows, more than one.
 
     Raises:
+        RecipeError: torch cannot follow the model.
         RuntimeError: the graph has a scatter with a reduction, which runtimes lack or are slow at.
     """
     backbone = backbones().get(model.config.model_type)
     if backbone is not None and issubclass(backbone, VisionBackbone):
         model.set_attn_implementation(ATTENTION)
     rows = Dim("batch", min=1)
-    program = torch.export.export(
-        _Logits(model, list(inputs)).eval(), (), dict(inputs), dynamic_shapes={name: {0: rows} for name in inputs}, strict=False
-    )
+    function, shapes = _Logits(model, list(inputs)).eval(), {name: {0: rows} for name in inputs}
+    try:
+        program = torch.export.export(function, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+    except (UserError, GuardOnDataDependentSymNode) as error:
+        # A size that hangs on values, or on the number of rows.
+        told = str(error).strip().splitlines()[0]
+        raise RecipeError(f"torch.export cannot follow {type(model).__name__}: {told}; take merged or standalone") from error
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     if reducing := sorted(target for target in targets if any(name in target for name in _REDUCING)):
         raise RuntimeError(f"the model's graph has a scatter with a reduction: {', '.join(reducing)}")

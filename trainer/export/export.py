@@ -52,7 +52,12 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
     batches = source.batches()
     cast = answers(source.model, batches)
     folder.mkdir(parents=True, exist_ok=True)
-    form.write(source, settings, folder)
+    try:
+        form.write(source, settings, folder)
+    except RecipeError:
+        # There was nothing in it before.
+        shutil.rmtree(folder)
+        raise
     save_preprocessing(source, folder)
     if form.hugging_face:
         shutil.copy(source.recipe_file, folder / "recipe.yaml")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...modules.compress import stages_of
+from ...modules.compress import decompress, stages_of
 from ...modules.generation import check_deployable
+from ...modules.state import Trace
 from ..evaluate import load_model, model_folder, recipe_of
 from ..recipe import Recipe
 from ..recipe_files import RecipeError
@@ -86,6 +87,30 @@ class Source:
         """The inputs together and the first of them alone, floating-point ones in the model's dtype."""
         given = {key: value.to(self.model.dtype) if value.is_floating_point() else value for key, value in self.inputs.items()}
         return [given, {key: value[:1] for key, value in given.items()}]
+
+    @torch.no_grad()
+    def left_out(self) -> list[str]:
+        """What stages do to the tokens of an evaluation, one entry each; empty where the model answers as its backbone alone would.
+
+        What it does is asked, not what it is called: it runs, and the trace tells.
+        """
+        stages = stages_of(self.model)
+        if not stages:
+            return []
+        trace = Trace()
+        self.model(**self.batches()[0], trace=trace)
+        told = []
+        for name, routing in trace.routings.items():
+            kept, present = routing.counts()
+            if kept < present:
+                told.append(f"{name} keeps {routing.achieved:.3f} of its tokens")
+            elif stages[name][1].merger.outputs is not None:
+                told.append(f"{name} makes tokens of its own")
+        return told
+
+    def backbone(self) -> PreTrainedModel:
+        """The model without stages where they do nothing in evaluation, else as it is. Changes it in place."""
+        return decompress(self.model) if stages_of(self.model) and not self.left_out() else self.model
 
 
 def generates(model: PreTrainedModel) -> bool:

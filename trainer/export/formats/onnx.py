@@ -49,7 +49,7 @@ def load(folder):
 
     @classmethod
     def write(cls, source: Source, settings: Settings, folder: Path) -> None:
-        converted(source.model, source.batches()[0]).save(folder / FILE, external_data=True)
+        converted(source.backbone(), source.batches()[0]).save(folder / FILE, external_data=True)
         source.model.config.save_pretrained(folder)
 
     @classmethod

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
-from ....modules.compress import decompress, stages_of
-from ....modules.state import Trace
 from ...recipe_files import RecipeError
-from ..base import ANSWER, Format, auto_class, base_name, compressed
+from ..base import ANSWER, Format, auto_class, base_name
 from ..source import Settings, Source
 
 
 class Plain(Format):
-    """The backbone alone. Right where every stage lets all tokens through in evaluation: bypasses of training only, schedules that
-    ended at full length. What a model does is asked, not what it is called: it runs, and the trace tells."""
+    """The backbone alone. Right where every stage lets all tokens through in evaluation: schedules that ended at full length."""
 
     without = ("laconic",)
     program = f"""
@@ -36,16 +32,7 @@ def load(folder):
 
         if not hasattr(transformers, base_name(model)):
             raise RecipeError(f"--format plain: {base_name(model)} is a class of Laconic, which transformers lacks; take standalone")
-        if not compressed(model):
-            return
-        trace = Trace()
-        with torch.no_grad():
-            model(**source.batches()[0], trace=trace)
-        short = {name: routing.achieved for name, routing in trace.routings.items() if routing.counts()[0] < routing.counts()[1]}
-        made = [name for name, (_, stage) in stages_of(model).items() if stage.merger.outputs is not None]
-        if short or made:
-            told = [f"{name} keeps {achieved:.3f} of its tokens" for name, achieved in short.items()]
-            told += [f"{name} makes tokens of its own" for name in made if name not in short]
+        if told := source.left_out():
             raise RecipeError(
                 f"--format plain: {', '.join(told)} in evaluation, and a model without routers would answer otherwise. It is for training "
                 "that ends at full length (budget.target = 1 with budget.start below it); take standalone, which needs no Laconic either"
@@ -53,8 +40,7 @@ def load(folder):
 
     @classmethod
     def write(cls, source: Source, settings: Settings, folder: Path) -> None:
-        model = decompress(source.model) if compressed(source.model) else source.model
-        model.save_pretrained(folder, max_shard_size=settings.shard_size)
+        source.backbone().save_pretrained(folder, max_shard_size=settings.shard_size)
 
     @classmethod
     def usage(cls, model: PreTrainedModel) -> str:

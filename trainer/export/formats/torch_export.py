@@ -37,7 +37,7 @@ def load(folder):
 
     @classmethod
     def write(cls, source: Source, settings: Settings, folder: Path) -> None:
-        program = captured(source.model, source.batches()[0])
+        program = captured(source.backbone(), source.batches()[0])
         # They are the one thing that torch writes with pickle.
         program.example_inputs = None
         torch.export.save(program, folder / FILE)
