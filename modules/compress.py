@@ -301,7 +301,9 @@ def _register_outputs(model: Any) -> None:
     """Lets transformers find what its hooks may record, which it files under the class's name."""
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+    # Up to 5.17 by the class's text, later by the model.
+    key: Any = str(type(model)) if type(_CAN_RECORD_REGISTRY) is dict else model
+    _CAN_RECORD_REGISTRY[key] = model._can_record_outputs
 
 
 def _empty(cls: Any) -> Any:

@@ -115,7 +115,7 @@ class Selector(nn.Module):
             best = scores.masked_fill(~state.routable, float("-inf")).argmax(-1, keepdim=True)
             stays = stays.scatter(1, best, True) & state.routable
         kept = compact(stays | (state.protected if state.valid is None else state.protected & state.valid), bucket=self.bucket)
-        return Decision(kept.index, kept.valid, kept.empty)
+        return Decision(kept.index, kept.valid, self.causal and kept.empty)
 
 
 def everything(state: TokenState) -> Decision:

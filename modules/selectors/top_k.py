@@ -42,7 +42,7 @@ class TopKSelector(Selector):
         total = count + (state.protected & state.valid).sum(-1)
         place = torch.arange(state.tokens, device=rank.device).expand_as(order)
         kept = compact(torch.zeros_like(state.valid).scatter_(1, order, place < total[:, None]), bucket=self.bucket)
-        return Decision(kept.index, kept.valid, kept.empty)
+        return Decision(kept.index, kept.valid, self.causal and kept.empty)
 
     def _of_documents(self, rank: Tensor, state: TokenState, document: Tensor, count: Tensor) -> Decision:
         """The highest (B, D) ``count`` of each document."""
@@ -61,4 +61,4 @@ class TopKSelector(Selector):
         wanted = torch.nn.functional.pad(count + always, (0, 1)).gather(1, owner)
         stays = torch.zeros_like(owner, dtype=torch.bool).scatter_(1, order, place - first.gather(1, owner) < wanted)
         kept = compact(stays, bucket=self.bucket)
-        return Decision(kept.index, kept.valid, kept.empty)
+        return Decision(kept.index, kept.valid, self.causal and kept.empty)

@@ -330,7 +330,11 @@ def test_the_image_processor_does_what_evaluation_does(tmp_path: Path, size: tup
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], channels), np.uint8)
     image = Image.fromarray(noise.squeeze(), mode)
-    theirs = AutoImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
+    try:
+        processor = AutoImageProcessor.from_pretrained(tmp_path)
+    except ImportError:
+        pytest.skip("this version of transformers reads images with torchvision alone, which is not installed")
+    theirs = processor(image, return_tensors="pt")["pixel_values"][0]
     ours = ImageTransform(24, channels, (0.4,) * channels, (0.3,) * channels)(image, None)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
