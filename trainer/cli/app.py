@@ -160,7 +160,7 @@ def evaluate(
 def export(
     run: Annotated[str, typer.Argument(help="run folder, or an earlier export")],
     to: Annotated[str, typer.Option(help="folder to write")],
-    format: Annotated[str, typer.Option(help="merged, standalone, plain, onnx or torch-export")] = "merged",
+    format: Annotated[str, typer.Option(help="merged, standalone, plain, adapter, onnx or torch-export")] = "merged",
     dtype: Annotated[str, typer.Option(help="of the weights: fp32, bf16 or fp16")] = "fp32",
     shard_size: Annotated[str, typer.Option(help="largest file of weights, such as 500MB or 5GB")] = "5GB",
     push: Annotated[str | None, typer.Option(help="repository of yours on the hub, made private where it is new")] = None,
