@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
 from laconic.modules.cost import CostModel
@@ -293,6 +294,10 @@ def test_hidden_states_and_the_forwards_signature_are_as_in_transformers() -> No
     assert inspect.signature(model.forward).parameters.keys() == inspect.signature(plain.forward).parameters.keys()
 
 
+@pytest.mark.skipif(
+    transformers.__version__ < "5.18",
+    reason="while it is traced, transformers 5.17 makes a mask that hides nothing, and a count is then the device's",
+)
 def test_one_graph_without_a_break() -> None:
     model = compressed("vit", METHODS[0], 0.5, 0.6)
     compiled = torch.compile(lambda pixels: model(pixel_values=pixels, trace=Trace()).logits, fullgraph=True, backend="eager")

@@ -28,6 +28,8 @@ ROOT = Path(modules.__file__ or "").parent
 PLACES = {tuple(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.rglob("*.py")} - {("__init__",)}
 PLACES = {place[:-1] if place[-1] == "__init__" else place for place in PLACES}
 
+PARTS = {"scorers": Scorer, "selectors": Selector, "mergers": Merger, "estimators": Estimator}
+
 
 def _source(place: tuple[str, ...]) -> str:
     path = ROOT.joinpath(*place)
@@ -92,8 +94,7 @@ def test_parts_are_found_by_the_same_names_in_a_flat_folder(tmp_path: Path, monk
         (flat / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     theirs: Any = importlib.import_module("flat_laconic.parts")
-    kinds = {"scorers": Scorer, "selectors": Selector, "mergers": Merger, "estimators": Estimator}
-    for kind, base in kinds.items():
+    for kind, base in PARTS.items():
         names = parts.names(f"{modules.__name__}.{kind}")
         assert theirs.names(f"flat_laconic.{kind}") == names
         own_base = getattr(importlib.import_module(f"flat_laconic.{kind}_base"), base.__name__)

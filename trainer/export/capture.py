@@ -23,7 +23,18 @@ from ..recipe_files import RecipeError
 # While transformers is traced it makes full masks that hide nothing, as if rows had padding, except for attention that it knows no mask
 # function of. Only for models whose tokens all see each other.
 ATTENTION = "laconic_export"
-AttentionInterface.register(ATTENTION, sdpa_attention_forward)
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    """SDPA as transformers calls it, with an output that lies in memory as its shape says whatever becomes of it.
+
+    Under a mask, torch's converter to ONNX lays it out otherwise than the graph was told.
+    """
+    output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return (output if attention_mask is None else output.clone(memory_format=torch.contiguous_format)), weights
+
+
+AttentionInterface.register(ATTENTION, _attention)
 
 _REDUCING = ("scatter_reduce", "scatter_add", "index_add", "index_reduce")
 
@@ -48,8 +59,8 @@ def check_static(model: PreTrainedModel, inputs: Mapping[str, Tensor], name: str
     ]
     if uneven:
         raise RecipeError(
-            f"--format {name}: in stage {', '.join(uneven)} every row keeps as many tokens as score high, and a graph needs a number that "
-            "is known beforehand; take merged or standalone, or, for images, train with selector top_k"
+            f"--format {name}: in stage {', '.join(uneven)} rows keep numbers of tokens of their own, and a graph needs one that is known "
+            "beforehand; take merged or standalone, or, for images, train with selector top_k"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.onnx import OnnxExporterError
 from transformers import PreTrainedModel
 
 from ...recipe_files import RecipeError
@@ -58,20 +59,25 @@ def load(folder):
 
 
 def converted(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Any:
-    """The forward as an ``ONNXProgram``, from the inputs to ``logits``, for any number of rows. Arguments and errors as of ``captured``."""
+    """The forward as an ``ONNXProgram``, from the inputs to ``logits``, for any number of rows. Arguments and errors as of ``captured``;
+    RecipeError too where torch's converter fails."""
     program = captured(model, inputs)
     with warnings.catch_warnings():
         # What the converter says of its own insides is nothing that a user could act on.
         warnings.simplefilter("ignore")
-        made: Any = torch.onnx.export(
-            program,
-            (),
-            kwargs=dict(inputs),
-            output_names=["logits"],
-            dynamo=True,
-            verbose=False,
-            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
-        )
+        try:
+            made: Any = torch.onnx.export(
+                program,
+                (),
+                kwargs=dict(inputs),
+                output_names=["logits"],
+                dynamo=True,
+                verbose=False,
+                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
+            )
+        except OnnxExporterError as error:
+            told = str(error.__cause__ or error).strip().splitlines()[0]
+            raise RecipeError(f"--format onnx: torch cannot convert {type(model).__name__}: {told}; take torch-export") from error
     if reducing := sorted({node.op_type for node in _nodes(made.model) if _reduces(node)}):
         raise RuntimeError(f"the ONNX graph has a scatter with a reduction: {', '.join(reducing)}")
     return made
