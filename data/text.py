@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .documents import Encoder, encoder_for, text_column
+from .functions import library_functions
 from .hub import Source, named_splits, open_source, open_splits
 from .loader import StepBatches, StreamBatches
 from .module import Splits
@@ -97,10 +99,36 @@ def python_library(train_files: int, eval_files: int, tokenizer_of: TokenizerOf,
     import datasets
 
     def texts(split: str, limit: int) -> Any:
-        return datasets.Dataset.from_dict({"text": [path.read_text("utf-8", "replace") for _, path in library_files(split, limit)]})
+        return datasets.Dataset.from_dict({"text": list(_library_texts(split, limit))})
 
     train, validation, test = texts("train", train_files), texts("validation", eval_files), texts("test", eval_files)
     return _in_memory(train, validation, test, tokenizer_of, settings)
+
+
+def python_functions(train_rows: int, eval_rows: int, tokenizer_of: TokenizerOf, settings: TextSettings) -> TextData:
+    """The embedded prompts and completions: functions up to their docstring, and their bodies. Functions too long for a row are left out.
+
+    Args:
+        train_rows: at most so many functions.
+        eval_rows: at most so many for validation, and as many for test.
+        tokenizer_of: makes or loads the tokenizer; one that is trained learns from the files of ``python_library``.
+        settings: how text becomes rows.
+    """
+    import datasets
+
+    tokenizer = tokenizer_of(_library_texts("train"))
+
+    def rows(split: str, limit: int) -> Any:
+        # Whatever the tokenizer adds, something of the body has to fit.
+        fitting = (row for row in library_functions(split) if len(tokenizer(row["prompt"])["input_ids"]) <= settings.length - 4)
+        return datasets.Dataset.from_list(list(itertools.islice(fitting, limit)))
+
+    splits = rows("train", train_rows), rows("validation", eval_rows), rows("test", eval_rows)
+    return _in_memory(*splits, lambda _: tokenizer, settings)
+
+
+def _library_texts(split: str, limit: int | None = None) -> Iterator[str]:
+    return (path.read_text("utf-8", "replace") for _, path in library_files(split, limit))
 
 
 def hub_text(

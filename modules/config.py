@@ -212,7 +212,7 @@ class CompressionConfig:
     """The stages of a model, in any order; they run in the order of their sites.
 
     Attributes:
-        stages: at most one a site.
+        stages: at most one a site. One that is given as a mapping may name several layers, a stage for each: ``layer: [1, 2, 3]``.
         restore: where the sequence gets its full length back; None leaves it short.
     """
 
@@ -222,7 +222,7 @@ class CompressionConfig:
     def __init__(self, stages: Iterable[StageConfig | Mapping[str, Any]], restore: RestoreConfig | Mapping[str, Any] | None = None) -> None:
         if not isinstance(stages, Iterable) or isinstance(stages, str | Mapping):
             raise ValueError(f"compression.stages must be a list of stages, not {stages!r}")
-        made = [stage if isinstance(stage, StageConfig) else stage_from_dict(stage) for stage in stages]
+        made = [one for stage in stages for one in ([stage] if isinstance(stage, StageConfig) else stages_from_dict(stage))]
         order = {site: index for index, site in enumerate(("before", "around", "around_attention", "between", "around_mlp"))}
         object.__setattr__(self, "stages", tuple(sorted(made, key=lambda stage: (stage.layer, order.get(stage.site, 0)))))
         if isinstance(restore, Mapping):
@@ -297,14 +297,19 @@ class CompressionConfig:
             )
 
 
-def stage_from_dict(data: Mapping[str, Any]) -> StageConfig:
-    """A stage from plain data. Raises ValueError for an unknown key, or one that means the removed fraction."""
+def stages_from_dict(data: Mapping[str, Any]) -> list[StageConfig]:
+    """A stage from plain data, or one for each of several layers. Raises ValueError for an unknown key, or a removed fraction's."""
     if not isinstance(data, Mapping):
         raise ValueError(f"compression.stages[] must be keys and values with 'layer', not {data!r}")
     _check_keys(data, [item.name for item in fields(StageConfig)], "compression.stages[]")
     if "layer" not in data:
         raise ValueError("compression.stages[].layer is missing: which layer does the stage belong to, from 0")
-    return StageConfig(**data)
+    layers = data["layer"] if isinstance(data["layer"], list | tuple) else [data["layer"]]
+    if not layers:
+        raise ValueError("compression.stages[].layer is an empty list: name the layers that the stage is for, from 0")
+    if len(layers) > 1 and data.get("name") is not None:
+        raise ValueError(f"compression.stages[].name = {data['name']!r} would be that of {len(layers)} stages: leave it out")
+    return [StageConfig(**{**data, "layer": layer}) for layer in layers]
 
 
 def _check_keys(data: Mapping[str, Any], allowed: list[str], where: str) -> None:

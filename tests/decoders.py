@@ -52,6 +52,7 @@ METHODS = [
     Method("predictor_attached", {"scorer": "linear", "selector": "predictor"}, detached=False),
     Method("gumbel", {**_LINEAR, "selector": "gumbel"}),
     Method("random", {"scorer": "random", "selector": "threshold"}, positional=True),
+    Method("uniform", {"scorer": "uniform_grid", "selector": "threshold"}, positional=True),
     Method("threshold_attention", {**_LINEAR, "selector": "threshold"}, site="around_attention"),
     Method("predictor_mlp", {**_LINEAR, "selector": "predictor"}, site="around_mlp"),
 ]
@@ -126,7 +127,9 @@ def spread(model: PreTrainedModel, seed: int = 2) -> PreTrainedModel:
         for name, buffer in model.named_buffers():
             if name.endswith("selector.batches"):
                 buffer.fill_(1)
-            if name.endswith("selector.threshold") and "random" in str(model.config.compression["stages"][0]["scorer"]):
+            if name.endswith("selector.threshold") and any(
+                scorer in str(model.config.compression["stages"][0]["scorer"]) for scorer in ("random", "uniform_grid")
+            ):
                 buffer.fill_(0.5)
     return model
 

@@ -149,7 +149,8 @@ def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float])
         for stage in config.stages
     ]
     fixed = [stage.key for stage in stages if stage.tokens is not None]
-    told = CompressionConfig(stages, config.restore).with_keep({key: keep for key, keep in kept.items() if key not in fixed})
+    # A stage that let nothing through asks for next to nothing, since 0 is no keep.
+    told = CompressionConfig(stages, config.restore).with_keep({key: max(keep, 1e-6) for key, keep in kept.items() if key not in fixed})
     variant = compress(decompress(copy.deepcopy(model)), told).to(model.device)
     for name, (_, stage) in stages_of(variant).items():
         if isinstance(stage.selector, ThresholdSelector):

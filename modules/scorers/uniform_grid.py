@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Scored, Scorer, SiteInput
+from .base import Scored, Scorer, SiteInput, TokenSpec
+
+# Positions of a causal model are told apart up to 2^20, which float32 holds exactly.
+_CAUSAL_BITS = 20
 
 
 def _reversed_bits(index: Tensor, bits: int) -> Tensor:
@@ -19,11 +22,18 @@ def _reversed_bits(index: Tensor, bits: int) -> Tensor:
 class UniformGridScorer(Scorer):
     """Ordered-dither ranks (Bayer 1973): the top k of them form an even grid for every k.
 
-    With a known patch grid the order is two-dimensional, else the van der Corput order of the positions.
+    With a known patch grid the order is two-dimensional, else the van der Corput order of the positions; in a causal model a
+    position's score lies in (0, 1] and does not depend on how long the row is, so that a threshold can cut it token by token.
     """
+
+    def __init__(self, spec: TokenSpec) -> None:
+        super().__init__(spec)
+        self.causal = spec.causal
 
     def forward(self, inputs: SiteInput) -> Scored:
         state, grid = inputs.state, inputs.trace.grid
+        if self.causal:
+            return Scored(1 - _reversed_bits(state.position + inputs.trace.seen, _CAUSAL_BITS).float() / 2**_CAUSAL_BITS)
         # Protected prefix tokens come first, so a patch's cell of the grid is its place less their number.
         place = (inputs.trace.places_of(state) - state.protected_per_row).clamp(min=0)
         if grid is None:

@@ -18,9 +18,9 @@ from .top_k import TopKSelector
 class ThresholdSelector(Selector):
     """Keeps the tokens whose score is above a threshold, so that a full image keeps more of them than an empty one.
 
-    The threshold is a buffer, saved with the weights. In training it follows, as a moving average, the value that would have
-    kept the requested share of the whole batch; in evaluation it stands still, and no decision looks at another token. What a
-    trace asks of ``keep`` moves it in training alone. Before it has seen a batch of training, evaluation takes the top k; of a
+    In training the cut is where it keeps the requested share of the whole batch, exactly, however fast the scores move. The
+    threshold is a buffer, saved with the weights, that follows those cuts as a moving average; in evaluation it stands still, and
+    no decision looks at another token. What a trace asks of ``keep`` moves it in training alone. Before it has seen a batch of training, evaluation takes the top k; of a
     causal model, where that would look ahead, what is above 0.
 
     Args:
@@ -53,13 +53,14 @@ class ThresholdSelector(Selector):
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
         if request.keep >= 1:
             return everything(state)
+        cut = self.threshold
         if self.training and self.calibrate:
-            self.follow(scores, state.routable, request.keep)
+            cut = self.follow(scores, state.routable, request.keep)
         elif self.calibrate and not self.causal and not self.batches.bool():
             # It has seen no scores yet: as many of every row.
             return self.top_k(scores, state, replace(request, draws=None))  # type: ignore[no-any-return]
         # A copy, which stays what it is when the threshold moves on.
-        return replace(self.decide(scores > self.threshold, scores, state), cut=self.threshold.clone())
+        return replace(self.decide(scores > cut, scores, state), cut=cut.clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ThresholdSelector:
         # Scores are float32 in a model of any dtype, and a moving average stands still in bf16.
@@ -71,8 +72,8 @@ class ThresholdSelector(Selector):
             self._buffers[name] = cast.float() if buffer.is_meta or cast.is_meta else buffer.to(cast.device, torch.float32)
         return self
 
-    def follow(self, scores: Tensor, routable: Tensor, keep: float) -> None:
-        """Moves the threshold towards the one that keeps ``keep`` of the routable (B, M) scores."""
+    def follow(self, scores: Tensor, routable: Tensor, keep: float) -> Tensor:
+        """The cut that keeps ``keep`` of the routable (B, M) scores, mean over ranks; moves the threshold towards it."""
         order = scores.masked_fill(~routable, float("-inf")).flatten().sort(descending=True).values
         kept = (routable.sum() * keep).round().long().clamp(max=order.numel() - 1)
         fitting = order.gather(0, kept[None]).squeeze(0)
@@ -82,3 +83,4 @@ class ThresholdSelector(Selector):
         rate = torch.where(self.batches == 0, 1.0, self.rate)
         self.threshold.lerp_(fitting.to(self.threshold.dtype), rate.to(self.threshold.dtype))
         self.batches.add_(1).clamp_(max=1)
+        return fitting

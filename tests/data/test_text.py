@@ -12,13 +12,14 @@ import torch
 from datasets import Dataset
 
 from laconic.data.documents import Encoder, encoder_for
+from laconic.data.functions import library_functions
 from laconic.data.hub import Source
 from laconic.data.loader import ResumableLoader
 from laconic.data.module import DataModule
 from laconic.data.packing import FILLER, IGNORE, Corpus, PackedRows, Tokens, cut_end_to_end, keep_whole
 from laconic.data.python_library import library_files
 from laconic.data.rows import BadRows, collate
-from laconic.data.text import TextData, TextSettings, hub_text, python_library, streamed_text
+from laconic.data.text import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
 from laconic.data.tokenizer import END, load_tokenizer, token_bytes, trained_tokenizer
 from tests.data.texts import SENTENCES, chats, jsonl, small_tokenizer
 
@@ -273,6 +274,56 @@ def test_the_library_is_packed_with_a_tokenizer_of_its_own_which_is_cached(tmp_p
     text = path.read_text("utf-8", "replace")
     start = data.tokenizer.decode(data.validation[0]["input_ids"])
     assert text.startswith(start[:100])
+
+
+SOURCE = '''
+class Fox:
+    """Not a function."""
+
+    @property
+    def name(self):
+        """What it is called."""
+        def inner():
+            """Not by itself."""
+            return self._name
+        return inner()
+
+    def silent(self):
+        return None
+
+def only():
+    """Nothing follows."""
+
+async def sleep(hours):
+    "One line."
+    await rest(hours)
+'''
+
+
+def test_functions_end_their_prompt_with_the_docstring_and_are_split_as_their_files(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"fox_{number}.py").write_text(SOURCE)
+    (tmp_path / "broken.py").write_text("def f(:")
+    rows = {split: list(library_functions(split, tmp_path)) for split in ("train", "validation", "test")}
+    for split, found in rows.items():
+        assert len(found) == 2 * len([name for name, _ in library_files(split, root=tmp_path) if name != "broken.py"])
+    name, sleep = rows["train"][:2]
+    assert name["prompt"] == '@property\ndef name(self):\n    """What it is called."""\n'
+    assert name["completion"].startswith("    def inner():\n")
+    assert name["completion"].endswith("    return inner()\n")
+    assert sleep == {"prompt": 'async def sleep(hours):\n    "One line."\n', "completion": "    await rest(hours)\n"}
+
+
+def test_of_functions_the_body_is_learned_and_each_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": "def f():\n", "completion": "    return 1\n"}, {"prompt": "def f(" + "a, " * 99, "completion": "    pass\n"}] * 3
+    monkeypatch.setattr("laconic.data.text.library_functions", lambda split: rows)
+    tokenizer = small_tokenizer()
+    data = python_functions(2, 9, lambda texts: tokenizer, TextSettings(64))
+    assert sum(int(row["documents"].max()) + 1 for row in _rows(data.train)) == 2
+    assert sum(int(row["documents"].max()) + 1 for row in _rows(data.test)) == 3
+    row = data.train[0]
+    first = (row["documents"] == 0) & (row["labels"] != IGNORE)
+    assert tokenizer.decode(row["input_ids"][first]) == "    return 1\n" + END
 
 
 def test_a_tokenizer_without_an_end_or_a_file_is_named(tmp_path: Path) -> None:

@@ -65,6 +65,19 @@ def _language_model(name: str, tmp_path: Path, quick: list[str]) -> list[str]:
         shorter = [item for item in quick if not item.startswith(("model.", "data."))]
         model = [f"model.name={tmp_path / 'llm'}", f"data.data_files={rows}", "data.sequence_length=128", "data.batch_size=2"]
         return [*shorter, *model, "trainer.max_epochs=null"]
+    if name.startswith("llm_lora"):
+        dense = build(load("llm_pretrain_dense", _language_model("llm_pretrain_dense", tmp_path, quick)).recipe)
+        dense.model.save_pretrained(tmp_path / "llm")
+        dense.data.save_beside(tmp_path / "llm")
+        few = ["data.sequence_length=256", "data.train_samples=12", "data.eval_samples=6", "data.batch_size=2"]
+        shorter = [item for item in quick if not item.startswith(("model.", "data."))]
+        return [
+            *shorter,
+            "baselines=[]",
+            f"model.name={tmp_path / 'llm'}",
+            *few,
+            *([] if name.endswith("dense") else ["budget.target=0.8", "budget.schedule=constant"]),
+        ]
     # As deep as it ships: its stages are around layers that a shallower model does not have.
     kept = [item for item in quick if "num_hidden_layers" not in item and "_samples" not in item]
     small = ["model.config.vocab_size=400", "data.sequence_length=64", "data.train_samples=6", "data.eval_samples=2"]
@@ -102,6 +115,14 @@ def test_an_override_and_an_overlay_reach_their_keys() -> None:
     assert recipe.baselines == []
 
 
+def test_a_stage_of_several_layers_is_a_stage_for_each() -> None:
+    stage = "{layer: [3, 1], site: around, scorer: random, selector: threshold}"
+    made = load("llm_pretrain", [f"compression.stages=[{stage}, {{layer: 2, site: around, capacity: 0.5}}]"]).recipe.compression
+    assert made is not None
+    assert [stage.key for stage in made.stages] == ["around_1", "around_2", "around_3"]
+    assert [stage.part("scorer").name for stage in made.stages] == ["random", "learned", "random"]
+
+
 def test_the_dumped_recipe_is_the_recipe(tmp_path: Path) -> None:
     recipe = load("vit_digits", ["seed=7"]).recipe
     assert check(yaml.safe_load(dump(recipe)), "again") == recipe
@@ -117,6 +138,8 @@ MISTAKES = [
     (["trainer.max_epochs=3"], r"give either trainer.max_steps or trainer.max_epochs"),
     (["trainer.precision=fp16"], r"trainer.precision = 'fp16': input should be 'fp32' or 'bf16'"),
     (["data.canvas.scrambld=3"], r"data.canvas.scrambld is not a key; did you mean data.canvas.scrambled\?"),
+    (["compression.stages.0.layer=[]"], r"compression.stages\[\].layer is an empty list"),
+    (["compression.stages.0={layer: [1, 2], name: middle}"], r"name = 'middle' would be that of 2 stages: leave it out"),
     (["compression.stages.0.kep=0.3"], r"compression.stages\[\].kep is not a key: .*did you mean 'keep'\?"),
     (["compression.stages.3.keep=0.3"], r"compression.stages is a list of 1, '3' is no index of it"),
     (["compression.stages.0.keep=0.3"], r"budget.target has nothing to decide"),

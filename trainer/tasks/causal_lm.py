@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ...data.hub import Source
 from ...data.module import Splits
-from ...data.text import TextData, TextSettings, hub_text, python_library, streamed_text
+from ...data.text import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
 from ...data.tokenizer import load_tokenizer, trained_tokenizer
 from .. import collective
 from ..build import Parts
@@ -27,7 +27,7 @@ from ..task_module import TaskModule
 from ..token_loss import TokenLoss, check_model, token_loss
 from .base import PROBES, Quality, Task, refuse_data_keys
 
-EMBEDDED = "python_library"
+EMBEDDED = {"python_library": python_library, "python_functions": python_functions}
 _PROBE_TOKENS = 32
 
 
@@ -89,6 +89,7 @@ class CausalLM(Task):
     metric = "perplexity"
     higher_is_better = False
     quality: ClassVar[type[Quality]] = Perplexity
+    controls: ClassVar[tuple[str, ...]] = ("random", "uniform_grid")
     unit: ClassVar[str] = "tokens"
     item: ClassVar[str] = "rows"
 
@@ -102,10 +103,10 @@ class CausalLM(Task):
             raise ValueError("model.encoder_of is for images, and task = causal_lm has text: give model.name or model.config")
         if recipe.data.name in ("scattered_digits", "imagefolder"):
             raise ValueError(
-                f"data.name = {recipe.data.name!r} holds images, and task = causal_lm has text: give {EMBEDDED}, text, json, parquet or a hub name"
+                f"data.name = {recipe.data.name!r} holds images, and task = causal_lm has text: give {', '.join(EMBEDDED)}, text, json, parquet or a hub name"
             )
-        if recipe.data.streaming and recipe.data.name == EMBEDDED:
-            raise ValueError(f"data.streaming = true: {EMBEDDED} is on this machine and small, leave data.streaming out")
+        if recipe.data.streaming and recipe.data.name in EMBEDDED:
+            raise ValueError(f"data.streaming = true: {recipe.data.name} is on this machine and small, leave data.streaming out")
         if recipe.data.sample_by != "document" and recipe.data.name != "text":
             raise ValueError(f"data.sample_by = {recipe.data.sample_by!r} cuts files of data.name = 'text', and it is {recipe.data.name!r}")
 
@@ -159,8 +160,8 @@ class CausalLM(Task):
             size: int = config.get_text_config().vocab_size
             return trained_tokenizer(texts, size)
 
-        if data.name == EMBEDDED:
-            return python_library(data.train_samples, data.eval_samples, tokenizer_of, settings)
+        if data.name in EMBEDDED:
+            return EMBEDDED[data.name](data.train_samples, data.eval_samples, tokenizer_of, settings)
         if data.name in ("text", "json", "parquet", "csv") and data.data_files is None and data.data_dir is None:
             raise ValueError(f"data.name = {data.name!r} needs data.data_files or data.data_dir")
         splits = source_of(data), data.train_split, data.validation_split, data.test_split

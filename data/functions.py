@@ -1,0 +1,61 @@
+"""The embedded prompts and completions: a function of the standard library up to its docstring, and then its body.
+
+Needs no network, and nothing of it is copied here. Files are shared out to the splits as those of ``python_library``, so that a
+model which learned from that has seen none of the functions that it is tested on.
+"""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from .python_library import library_files
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def library_functions(split: str, root: Path | None = None) -> Iterator[dict[str, str]]:
+    """Rows with ``prompt`` and ``completion``, in a fixed order: of each function and method that has a docstring and something after it.
+
+    Args:
+        split: ``train``, ``validation`` or ``test``.
+        root: folder of the library; None takes the running Python's.
+    """
+    for name, path in library_files(split, root=root):
+        if name.endswith(".py"):
+            yield from _functions(path.read_text("utf-8", "replace"))
+
+
+def _functions(text: str) -> Iterator[dict[str, str]]:
+    try:
+        with warnings.catch_warnings():
+            # Old escapes in strings are the library's own affair.
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        # Templates and files for another grammar lie among the sources.
+        return
+    lines = text.split("\n")
+    for function in _outermost(tree):
+        first, body = function.body[0], function.body[1:]
+        if ast.get_docstring(function) is None or not body or first.end_lineno == body[0].lineno:
+            continue
+        start = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
+        assert first.end_lineno is not None
+        assert function.end_lineno is not None
+        # The two parts have one indentation, that of the definition.
+        whole = textwrap.dedent("\n".join(lines[start - 1 : function.end_lineno])).split("\n")
+        head = first.end_lineno - start + 1
+        yield {"prompt": "\n".join(whole[:head]) + "\n", "completion": "\n".join(whole[head:]) + "\n"}
+
+
+def _outermost(node: ast.AST) -> Iterator[_Function]:
+    """Functions of a module and methods of its classes, not those inside of functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, _Function):
+            yield child
+        else:
+            yield from _outermost(child)
