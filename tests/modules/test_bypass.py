@@ -1,0 +1,121 @@
+"""Tokens around a layer, small enough for paper (ORACLES 2, 4.3, 4.7, 4.8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from laconic import CompressionConfig, StageConfig, Trace, compress, stages_of
+from laconic.modules.scorers.base import TokenSpec
+from laconic.modules.selectors.base import Request
+from laconic.modules.selectors.predictor import PredictorSelector
+from laconic.modules.selectors.top_k import TopKSelector
+from laconic.modules.state import Decision, TokenState
+from tests.decoders import METHODS, compressed, dense, tokens, traced
+
+SPEC = TokenSpec(hidden_size=4, classes=0, causal=True)
+
+
+def _state(rows: int, length: int) -> TokenState:
+    return TokenState.initial(rows, length, 0, None, torch.device("cpu"))
+
+
+def test_the_predictor_s_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    selector = PredictorSelector(SPEC, bucket=1).train()
+    monkeypatch.setattr(selector, "logits", lambda hidden_states: torch.tensor([[2.0, -1, 0.5, -3]]))
+    state, request = _state(1, 4), Request(0.5, 2, torch.zeros(1, 4, 4), False)
+    decision = selector(torch.tensor([[3.0, 0, 2, -5]]), state, request)
+    assert decision.index.tolist() == [[0, 2]]
+    taught = selector.teach(decision, state, request)
+    assert float(taught.loss) == pytest.approx(0.2407135, abs=1e-7)  # type: ignore[arg-type]
+
+
+def test_a_weight_of_one_half_is_half_of_what_the_block_added() -> None:
+    model = compress(dense("llama"), CompressionConfig([StageConfig(layer=1, site="around", scorer="linear", capacity=0.5)])).train()
+    ((_, stage),) = stages_of(model).values()
+    trace = Trace()
+    trace.begin(_state(1, 4))
+
+    class Half(nn.Module):
+        def forward(self, scores: Tensor, *_: Any) -> Any:
+            return type("Estimate", (), {"scale": torch.full_like(scores, 0.5), "key_bias": None, "loss": None, "confidence": None})()
+
+    stage.estimator = Half()
+    x = torch.ones(1, 4, 32)
+    # A block of transformers returns x + f(x), with f(x) = 10.
+    out = stage.around(x, model.model.layers[1], trace, lambda before, inside: before + 10)
+    chosen = trace.routings["around_1"].kept_mask[0]
+    assert int(chosen.sum()) == 2
+    assert out[0, chosen].unique().tolist() == [6.0]
+    assert out[0, ~chosen].unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exactly_k_run_in_order_where_scores_tie(dtype: torch.dtype) -> None:
+    scores = torch.tensor([[1.0, 1.001, 1.0, 1.002, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]]).to(dtype).float()
+    decision = TopKSelector(SPEC, bucket=1).train()(scores, _state(2, 6), Request(0.5, 3, None, False))
+    assert decision.index.shape == (2, 3)
+    assert decision.valid is None
+    assert bool((decision.index.diff(dim=1) > 0).all())
+
+
+def test_rotating_what_was_gathered_is_gathering_what_was_rotated() -> None:
+    config = dense("llama").config
+    rotary, keys = LlamaRotaryEmbedding(config), torch.randn(1, 2, 24, 8)
+    positions, index = torch.arange(24)[None], torch.tensor([[1, 5, 6, 17, 23]])
+
+    def rotated(values: Tensor, at: Tensor) -> Tensor:
+        cos, sin = rotary(values, at)
+        return apply_rotary_pos_emb(values, values, cos, sin)[1]
+
+    assert torch.equal(rotated(keys, positions)[:, :, index[0]], rotated(keys[:, :, index[0]], index))
+
+
+def _suffix(rows: int, length: int, prefix: int) -> Decision:
+    return Decision(torch.arange(prefix, length).expand(rows, -1), None)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
+def test_a_suffix_where_it_stands_answers_like_a_text_of_its_own(family: str) -> None:
+    prefix = 9
+    stages = [StageConfig(layer=layer, site="around", scorer="linear", selector="threshold", capacity=0.5) for layer in range(4)]
+    # Large weights would make much of what float32 rounds.
+    plain = dense(family, initializer_range=0.1)
+    model, ids = compress(dense(family, initializer_range=0.1), CompressionConfig(stages)), tokens()
+    with torch.no_grad():
+        alone = plain(ids[:, prefix:]).logits
+        decision = _suffix(*ids.shape, prefix)
+        trace = Trace(replay={f"around_{layer}": decision for layer in range(4)})
+        ours = model(ids, trace=trace, use_cache=False).logits[:, prefix:]
+        # Positions are those of before, which rotary embeddings do not mind; counted anew among the rest of a prefix, they would.
+        wrong = plain(ids[:, prefix:], position_ids=torch.arange(ids.shape[1] - prefix).mul(2).expand(len(ids), -1)).logits
+    assert (ours - alone).abs().max() < 1e-6
+    assert (wrong - alone).abs().max() > 0.01
+
+
+def test_a_window_counts_positions_and_not_the_tokens_that_are_left() -> None:
+    """A mask that is sliced is right for a purely causal one alone: here every other token goes through layers with a window of 7."""
+    model, ids = compressed("mistral", METHODS[1], 0.5, 0.5), tokens()
+    every_other = Decision(torch.arange(0, ids.shape[1], 2).expand(len(ids), -1), None)
+    replay = dict.fromkeys(("around_1", "around_2"), every_other)
+    logits, _ = traced(model, ids, replay=replay)
+    seen: list[Tensor] = []
+    layer = model.model.layers[1]
+    original = layer.self_attn.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["attention_mask"])
+        return original(*args, **kwargs)
+
+    layer.self_attn.forward = watched
+    again, _ = traced(model, ids, replay=replay)
+    assert torch.equal(logits, again)
+    place = torch.arange(ids.shape[1])
+    whole = (place[:, None] >= place) & (place[:, None] - place < 7)
+    index = every_other.index[0]
+    assert torch.equal(seen[0][0, 0], whole[index][:, index])
+    assert not torch.equal(seen[0][0, 0], whole[: len(index), : len(index)])
