@@ -11,17 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
-from laconic import from_pretrained, merge_lora
+from laconic import Trace, from_pretrained, merge_lora
 from laconic.modules.base_weights import weights_hash
 from laconic.trainer.build import build
 from laconic.trainer.evaluate import load_model
+from laconic.trainer.export.export import export
 from laconic.trainer.recipe_files import RecipeError, load
 from laconic.trainer.run import train_arm
 from tests.trainer.conftest import QUICK
+from tests.trainer.export_runs import machine_without_laconic
 from tests.trainer.test_strategies import _scalars
-from tests.trainer.two_ranks_lora import SHARED, STRATEGIES
+from tests.trainer.two_ranks_lora import LANGUAGE, SHARED, STRATEGIES, TEXT_BASE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +36,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     train_arm(load("vit_lora_base", [*QUICK, f"output={folder / 'base'}"]), "dense", folder / "base", Console(quiet=True))
     (folder / "hash.txt").write_text(weights_hash(folder / "base" / "model"))
+    train_arm(load("llm_pretrain_dense", [*TEXT_BASE, f"output={folder}"]), "dense", folder / "text_base", Console(quiet=True))
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -136,3 +140,76 @@ def test_tied_and_frozen_weights_in_pieces_are_saved_whole_and_a_missing_piece_i
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     assert "lm_head.weight" not in found
+
+
+# On the machine without Laconic: logits of the rows that are given, and for a text what is generated behind them.
+_WITHOUT = """
+import sys
+try:
+    import laconic
+except ImportError:
+    pass
+else:
+    raise SystemExit("Laconic is here")
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+inputs = load_file("inputs.safetensors")
+loader = AutoModelForCausalLM if "input_ids" in inputs else AutoModelForImageClassification
+answers = {}
+with torch.no_grad():
+    for name in sys.argv[1:]:
+        model = loader.from_pretrained(name, trust_remote_code=True).eval()
+        answers[f"{name} logits"] = model(**inputs).logits
+        if "input_ids" in inputs:
+            answers[f"{name} generated"] = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+save_file({name: value.contiguous() for name, value in answers.items()}, "answers.safetensors")
+"""
+
+
+@pytest.mark.parametrize("kind", ["", "text_"], ids=["vit", "llm"])
+def test_the_round_trip(kind: str, ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense, then LoRA and routers on two processes, adapter, merged, and standalone where there is no Laconic."""
+    monkeypatch.chdir(tmp_path)
+    if kind:
+        rows = torch.randint(3, 256, (8, 12), generator=torch.Generator().manual_seed(0))
+        # Prompts of different lengths, padded on the left.
+        mask = torch.arange(12)[None] >= torch.arange(8)[:, None]
+        inputs = {"input_ids": rows, "attention_mask": mask.long()}
+    else:
+        inputs = {"pixel_values": torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))}
+    expected: dict[str, torch.Tensor] = {}
+    for name in LANGUAGE:
+        run = ranks / f"{kind}{name}"
+        # What the checkpoint of the last step holds is what was trained.
+        trained, adapter = from_pretrained(run / "checkpoints" / "4.ckpt"), from_pretrained(run)
+        # Every export is verified in a process of its own, which takes a while: all forms of one strategy.
+        forms = ("adapter", "merged", "standalone") if name == "deepspeed_3" else ("standalone",)
+        assert all(export(str(run), f"{name}_{form}", form)["max_abs_logit_diff"] <= 1e-5 for form in forms)
+        again = from_pretrained(tmp_path / f"{name}_adapter" if "adapter" in forms else run / "adapter")
+        merged = from_pretrained(tmp_path / f"{name}_merged") if "merged" in forms else merge_lora(from_pretrained(run))
+        with torch.no_grad():
+            logits = trained(**inputs).logits
+            assert all(torch.equal(model(**inputs).logits, logits) for model in (adapter, again))
+            expected[f"{name}_standalone logits"] = merged(**inputs).logits
+            assert (expected[f"{name}_standalone logits"] - logits).abs().max() <= 1e-5
+            if kind:
+                assert {float(routing) < 1 for routing in _shares(merged, inputs)} == {True}
+                expected[f"{name}_standalone generated"] = merged.generate(**inputs, max_new_tokens=8, do_sample=False)
+    save_file(inputs, "inputs.safetensors")
+    places = [f"{name}_standalone" for name in LANGUAGE]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    python = machine_without_laconic(tmp_path / "bare")
+    done = subprocess.run([python, "-c", _WITHOUT, *places], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    answers = load_file("answers.safetensors")
+    assert answers.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(answers[name], values, rtol=0, atol=0 if "generated" in name else 1e-5)
+
+
+def _shares(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[float]:
+    """Of the tokens at every stage, how many went through."""
+    trace = Trace()
+    model(**inputs, trace=trace)
+    return [float(routing.kept_mask.float().mean()) for routing in trace.routings.values()]

@@ -30,6 +30,12 @@ STRATEGIES = {
     "deepspeed_3": ["trainer.strategy=deepspeed_3", PARTITION],
 }
 TWO = ["trainer.devices=2", "trainer.checkpoint_every=2"]
+# A language model: of a body of a function the bytes are most of the tokens, since the tokenizer learned from little.
+LANGUAGE = ("plain", "deepspeed_2", "deepspeed_3")
+TEXT = [*SHARED, "data.sequence_length=256", "data.train_samples=12", "data.eval_samples=4", "data.batch_size=2", "budget.target=0.8",
+        "budget.schedule=constant", "compression.stages=[{layer: [1, 2], site: around, scorer: linear, selector: threshold}]"]  # fmt: skip
+TEXT_BASE = [*QUICK, "model.config.num_hidden_layers=4", "model.config.vocab_size=400", "data.sequence_length=64", "data.train_samples=6",
+             "data.eval_samples=2"]  # fmt: skip
 
 
 def main(folder: Path) -> None:
@@ -47,14 +53,17 @@ def main(folder: Path) -> None:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             collective.wait()
             _train(overrides, folder / name, resume="auto")
+        for name in LANGUAGE:
+            overrides = [*TEXT, *TWO, *STRATEGIES[name], f"model.name={folder / 'text_base'}"]
+            _train(overrides, folder / f"text_{name}", recipe="llm_lora")
         results["tied"] = _tied(folder / "tied")
         if collective.rank() == 0:
             (folder / "results.json").write_text(json.dumps(results))
         collective.wait()
 
 
-def _train(overrides: list[str], folder: Path, resume: str | None = None) -> None:
-    train_arm(load("vit_lora", overrides), "arm", folder, silent(), resume=resume)
+def _train(overrides: list[str], folder: Path, resume: str | None = None, recipe: str = "vit_lora") -> None:
+    train_arm(load(recipe, overrides), "arm", folder, silent(), resume=resume)
 
 
 def _tied(folder: Path) -> list[str]:
