@@ -163,7 +163,7 @@ class Decision:
         valid: (B, K) bool, False where ``index`` is filler; None when every row keeps the same number.
         empty: nothing stays in any row; ``index`` is filler alone.
         everything: it was decided to leave every slot in its place, filler too.
-        cut: scalar score that a token had to be above; None where it was decided in another way.
+        cut: score that a token had to be above, a scalar or (B, 1); None where it was decided in another way.
     """
 
     index: Tensor

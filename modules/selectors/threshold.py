@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from ..counting import tokens_kept
 from ..scorers.base import TokenSpec
 from ..state import Decision, TokenState
 from .base import Request, Selector, everything
@@ -18,7 +19,8 @@ from .top_k import TopKSelector
 class ThresholdSelector(Selector):
     """Keeps the tokens whose score is above a threshold, so that a full image keeps more of them than an empty one.
 
-    In training the cut is where it keeps the requested share of the whole batch, exactly, however fast the scores move. The
+    In training the cut is where it keeps the requested share of the whole batch, exactly, however fast the scores move; or of each
+    row, which makes rows equally long, so that nothing is filled up. The
     threshold is a buffer, saved with the weights, that follows those cuts as a moving average; in evaluation it stands still, and
     no decision looks at another token. What a trace asks of ``keep`` moves it in training alone. Before it has seen a batch of training, evaluation takes the top k; of a
     causal model, where that would look ahead, what is above 0.
@@ -29,16 +31,28 @@ class ThresholdSelector(Selector):
             budget has to hold the ratio.
         rate: weight of the newest batch in the moving average.
         bucket: rows are filled up to a multiple of it; None takes 16 in a causal model and 1 elsewhere.
+        equal_rows: in training every row keeps its own share, by rank; None does so in a causal model, whose rows are mostly packed
+            with text to one length, and not elsewhere. Needs ``calibrate``.
     """
 
     adaptive = True
     cuts = True
 
-    def __init__(self, spec: TokenSpec, calibrate: bool = True, rate: float = 0.1, bucket: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: TokenSpec,
+        calibrate: bool = True,
+        rate: float = 0.1,
+        bucket: int | None = None,
+        equal_rows: bool | None = None,
+    ) -> None:
         super().__init__(spec, bucket)
         if not 0 < rate <= 1:
             raise ValueError(f"selector 'threshold': rate = {rate} must be in (0, 1]")
+        if equal_rows and not calibrate:
+            raise ValueError("selector 'threshold': equal_rows = true needs calibrate = true: a fixed threshold keeps what it keeps")
         self.calibrate, self.rate = calibrate, rate
+        self.equal_rows = spec.causal if equal_rows is None else equal_rows
         self.top_k = TopKSelector(spec, bucket)
         self.threshold: Tensor
         self.batches: Tensor
@@ -56,11 +70,22 @@ class ThresholdSelector(Selector):
         cut = self.threshold
         if self.training and self.calibrate:
             cut = self.follow(scores, state.routable, request.keep)
+            if self.equal_rows:
+                return self._by_rows(scores, state, request)
         elif self.calibrate and not self.causal and not self.batches.bool():
             # It has seen no scores yet: as many of every row.
             return self.top_k(scores, state, replace(request, draws=None))  # type: ignore[no-any-return]
         # A copy, which stays what it is when the threshold moves on.
         return replace(self.decide(scores > cut, scores, state), cut=cut.clone())
+
+    def _by_rows(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
+        """The highest share of every row, whatever documents it holds."""
+        rows = replace(state, document=None)
+        count = tokens_kept(rows.present, request.keep)
+        decision: Decision = self.top_k(scores, rows, replace(request, count=count, draws=None))
+        ranked = scores.masked_fill(~state.routable, float("-inf")).sort(dim=-1, descending=True).values
+        next_one = torch.as_tensor(count, device=scores.device).expand(state.rows).clamp(max=state.tokens - 1)
+        return replace(decision, cut=ranked.gather(1, next_one[:, None]))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ThresholdSelector:
         # Scores are float32 in a model of any dtype, and a moving average stands still in bf16.
