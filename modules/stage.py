@@ -81,6 +81,8 @@ class Stage(nn.Module):
             raise ValueError(
                 f"estimator {part.name!r} is for chunks of a causal model that a restore by 'dechunk' spreads; leave estimator out"
             )
+        if estimator.bypass_only and not self.bypass:
+            raise ValueError(f"estimator {part.name!r} weighs what a layer adds to the tokens around it: give site = 'around', or leave it out")
         if estimator.needs_answers != self.scorer.answers_task:
             raise ValueError(
                 f"estimator {part.name!r} cannot train scorer {self.config.part('scorer').name!r}: "
@@ -256,7 +258,7 @@ class Stage(nn.Module):
             decision = self.selector(scored.scores, state, request)
         taught = self.selector.teach(decision, state, request)
         estimate = Estimate()
-        if self.training and self.estimator is not None:
+        if self.estimator is not None and (self.training or self.estimator.in_evaluation):
             estimate = self.estimator(scored.scores, scored.answers, decision, state, trace)
         if self.training and taught.loss is not None:
             estimate = replace(estimate, loss=taught.loss if estimate.loss is None else estimate.loss + taught.loss)

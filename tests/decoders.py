@@ -49,6 +49,8 @@ METHODS = [
     Method("top_k", {**_LINEAR, "selector": "top_k"}, deployed=False),
     Method("threshold", {**_LINEAR, "selector": "threshold"}),
     Method("predictor", {**_LINEAR, "selector": "predictor"}),
+    Method("gate", {**_LINEAR, "selector": "threshold", "estimator": "gate"}),
+    Method("gate_predictor_mlp", {**_LINEAR, "selector": "predictor", "estimator": "gate"}, site="around_mlp"),
     Method("predictor_attached", {"scorer": "linear", "selector": "predictor"}, detached=False),
     Method("gumbel", {**_LINEAR, "selector": "gumbel"}),
     Method("random", {"scorer": "random", "selector": "threshold"}, positional=True),
@@ -124,6 +126,8 @@ def spread(model: PreTrainedModel, seed: int = 2) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if ".stages." in name and parameter.ndim > 1:
                 parameter.normal_(0, 0.5)
+            if name.endswith("estimator.strength"):
+                parameter.fill_(0.8)
         for name, buffer in model.named_buffers():
             if name.endswith("selector.batches"):
                 buffer.fill_(1)
@@ -131,6 +135,15 @@ def spread(model: PreTrainedModel, seed: int = 2) -> PreTrainedModel:
                 scorer in str(model.config.compression["stages"][0]["scorer"]) for scorer in ("random", "uniform_grid")
             ):
                 buffer.fill_(0.5)
+    return model
+
+
+def neutral(model: PreTrainedModel) -> PreTrainedModel:
+    """The same with gates as they are at first: a gate that has learned weighs what layers add, at capacity 1 too."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("estimator.strength"):
+                parameter.zero_()
     return model
 
 

@@ -12,10 +12,10 @@ from ..state import Decision, TokenState, Trace
 
 @dataclass(frozen=True)
 class Estimate:
-    """Paths for the gradient. Each leaves the forward's values untouched.
+    """Paths for the gradient. Each leaves the forward's values untouched, unless the estimator runs in evaluation too.
 
     Attributes:
-        scale: (B, M) of value 1, multiplied onto the tokens that stay; None leaves them alone.
+        scale: (B, M) of value 1, multiplied onto the tokens that stay, or around a layer onto what it adds; None leaves them alone.
         key_bias: (B, M) of value 0, added to the attention logits of each key in all later layers; None adds nothing.
         confidence: (B, M) of value 1, multiplied onto what each token is given at a restore by ``dechunk``; None leaves it alone.
         loss: scalar to add to the task's loss, already weighted; None without one.
@@ -28,14 +28,18 @@ class Estimate:
 
 
 class Estimator(nn.Module):
-    """Runs in training only, behind a trained scorer.
+    """Runs behind a trained scorer, in training only unless it says otherwise.
 
     Attributes:
+        in_evaluation: what it does is a part of the model, and not a path for the gradient alone.
+        bypass_only: it is for stages around a layer or one of its halves.
         needs_answers: it learns from the answers of a scorer whose tokens answer the task.
         needs_attention: its gradient comes through the attention of later layers.
         needs_chunks: its gradient comes through a restore by ``dechunk``.
     """
 
+    in_evaluation: ClassVar[bool] = False
+    bypass_only: ClassVar[bool] = False
     needs_answers: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False
     needs_chunks: ClassVar[bool] = False

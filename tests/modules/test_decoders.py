@@ -18,7 +18,8 @@ from laconic import CompressionConfig, StageConfig, Trace, compress, decompress,
 from laconic.modules.cache import RoutedCache
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.counting import tokens_kept
-from tests.decoders import DEPLOYED, FAMILIES, METHODS, PAIRS, SHRINKING, VOCABULARY, compressed, dense, tokens, traced
+from laconic.modules.state import Routing
+from tests.decoders import DEPLOYED, FAMILIES, METHODS, PAIRS, SHRINKING, VOCABULARY, compressed, dense, neutral, tokens, traced
 from tests.decoders import Method as Row
 
 names = {"ids": lambda value: getattr(value, "name", value)}
@@ -38,7 +39,7 @@ def _gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @pairs
 def test_1_capacity_1_gives_the_dense_outputs_and_gradients_bit_for_bit(family: str, method: Row) -> None:
-    plain, model = dense(family), compressed(family, method, 1.0, 1.0)
+    plain, model = dense(family), neutral(compressed(family, method, 1.0, 1.0))
     ids = tokens()
     assert torch.equal(traced(model, ids)[0], plain(input_ids=ids, use_cache=False).logits)
     plain.train()
@@ -69,11 +70,12 @@ def test_2_going_around_equals_masking(family: str, method: Row) -> None:
         torch.testing.assert_close(logits, chunked_reference(model, plain, ids, trace), **CLOSE)
         return
     routed = {int(name.rsplit("_", 1)[1]): routing.kept_mask for name, routing in trace.routings.items()}
+    weights = {int(name.rsplit("_", 1)[1]): _gate(stages_of(model)[name][1], routing) for name, routing in trace.routings.items()}
     # Every token goes through every layer; who was not chosen is hidden as a key, and keeps what it was.
     for index, layer in enumerate(model.backbone.layers(plain)):
         if index in routed:
             layer.register_forward_pre_hook(_hide(routed[index], method.site), with_kwargs=True)
-            _keep_as_it_was(layer, routed[index], method.site, model.backbone)
+            _keep_as_it_was(layer, routed[index], weights[index], method.site, model.backbone)
     torch.testing.assert_close(logits, plain(ids, use_cache=False, attention_mask=_causal(ids, plain)).logits, **CLOSE)
 
 
@@ -109,18 +111,24 @@ def _hide(chosen: Tensor, site: str) -> Any:
     return hook
 
 
-def _keep_as_it_was(layer: Any, chosen: Tensor, site: str, backbone: Any) -> None:
+def _gate(stage: Any, routing: Routing) -> Tensor | float:
+    strength = getattr(stage.estimator, "strength", None)
+    return 1.0 if strength is None else (1 + strength * (2 * routing.scores.sigmoid() - 1)).unsqueeze(-1)
+
+
+def _keep_as_it_was(layer: Any, chosen: Tensor, weight: Tensor | float, site: str, backbone: Any) -> None:
     original = layer.forward
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         stays = chosen[..., None]
         if site == "around":
-            return torch.where(stays, original(hidden_states, *args, **kwargs), hidden_states)
+            return torch.where(stays, hidden_states + weight * (original(hidden_states, *args, **kwargs) - hidden_states), hidden_states)
         given = dict(zip(backbone.positional, args, strict=False)) | kwargs
         attended = backbone.attention_half(layer, hidden_states, **given)
-        attended = torch.where(stays, attended, hidden_states) if site == "around_attention" else attended
+        if site == "around_attention":
+            attended = torch.where(stays, hidden_states + weight * (attended - hidden_states), hidden_states)
         out = backbone.mlp_half(layer, attended)
-        return torch.where(stays, out, attended) if site == "around_mlp" else out
+        return torch.where(stays, attended + weight * (out - attended), attended) if site == "around_mlp" else out
 
     layer.forward = forward
 

@@ -220,6 +220,7 @@ def test_compressing_twice_and_decompressing_a_dense_model_are_refused() -> None
             "cannot train scorer 'evidence': leave estimator out, or take 'token_labels'",
         ),
         ({"scorer": "learned", "estimator": "token_labels"}, "cannot train scorer 'learned'"),
+        ({"estimator": "gate"}, "estimator 'gate' weighs what a layer adds to the tokens around it: give site = 'around'"),
         ({"scorer": "random", "estimator": "key_bias"}, "scorer 'random' is not trained: leave estimator out"),
         ({"scorer": {"name": "learned", "width": "x"}}, "an option is of the wrong type"),
     ],

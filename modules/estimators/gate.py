@@ -1,0 +1,32 @@
+"""The score weighs what the layer adds, in evaluation too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..state import Decision, TokenState, Trace
+from .base import Estimate, Estimator
+
+
+class GateEstimator(Estimator):
+    """x + (1 + a·(2·sigmoid(score) − 1))·f(x) around a layer, a learned: what it adds counts more where the router is surer
+    (Mixture-of-Depths, arXiv 2404.02258, which multiplies by the score itself).
+
+    With a = 0 the weight is 1, and a pretrained layer is left as it is; a learns from the first step on, the score through it.
+    Once it has, the weights are part of the model: they are there in evaluation too, and at capacity 1 it is not the dense one.
+
+    Args:
+        start: of a.
+    """
+
+    in_evaluation = True
+    bypass_only = True
+
+    def __init__(self, start: float = 0.0) -> None:
+        super().__init__()
+        # One value in one dimension: what shards parameters has no use for those without any.
+        self.strength = nn.Parameter(torch.full((1,), float(start)))
+
+    def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
+        return Estimate(scale=1 + self.strength.float() * (2 * torch.sigmoid(scores) - 1))
