@@ -134,8 +134,9 @@ def test_a_machine_without_laconic_loads_a_standalone_export_from_a_folder_and_f
     torch.testing.assert_close(answers["base"], answers["base_expected"], rtol=0, atol=1e-5)
 
 
-def test_a_language_model_with_routers_generates_the_same_without_laconic(tmp_path: Path) -> None:
-    method = next(item for item in decoders.METHODS if item.name == "predictor")
+@pytest.mark.parametrize("name", ["predictor", "gate"])
+def test_a_language_model_with_routers_generates_the_same_without_laconic(tmp_path: Path, name: str) -> None:
+    method = next(item for item in decoders.METHODS if item.name == name)
     model = decoders.compressed("llama", method, 0.5, 0.5)
     run = written_run(tmp_path / "run", model, "llm_pretrain")
     record = export(str(run), str(tmp_path / "out"), "standalone")
