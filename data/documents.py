@@ -158,16 +158,22 @@ def encoder_for(columns: Sequence[str], features: Mapping[str, Any], wanted: str
     if column is not None:
         return Encoder(tokenizer, column, False, limit)
     chat = "messages" in columns
+    talks = chat or ("prompt" in columns and _are_messages(features.get("prompt")))
     if not chat and not {"prompt", "completion"} <= set(columns):
         raise ValueError(
             f"no text found in the data: set data.text_column to one of {there}, or give the columns messages, or prompt and completion"
         )
-    if chat and not tokenizer.chat_template:
+    if talks and not tokenizer.chat_template:
         raise ValueError(
-            "the data have a column messages, and the tokenizer has no chat template: set data.tokenizer to one of a chat model, "
-            "or give columns prompt and completion"
+            f"the column {'messages' if chat else 'prompt'} has messages, and the tokenizer has no chat template: set data.tokenizer to one "
+            "of a chat model, or give columns prompt and completion with texts"
         )
     return Encoder(tokenizer, None, chat, limit)
+
+
+def _are_messages(feature: Any) -> bool:
+    """A column of lists, by what ``datasets`` says of it; nobody knows where it says nothing."""
+    return feature is not None and not hasattr(feature, "dtype")
 
 
 def text_column(columns: Sequence[str], features: Mapping[str, Any], wanted: str | None) -> str | None:

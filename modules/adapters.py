@@ -95,6 +95,8 @@ class Adapters:
             decompress(model)
         for module, own in {**self._own_heads, **self._heads[name]}.items():
             model.set_submodule(module, own)
+        # A head may be the embedding that was just put in its place.
+        model.tie_weights()
         config = config_of(adapter)
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
         if hasattr(model, "num_labels"):

@@ -163,6 +163,8 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        # Thresholds are compared with float32 scores: rounded to bf16 by loading, they would decide otherwise than they were trained to.
+        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "selector.threshold", "selector.batches"}
         compression = CompressionConfig.from_dict(config.compression)
         _install(self, compression, build_stages(self, compression, self.backbone), self.backbone)
         _register_outputs(self)

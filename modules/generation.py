@@ -61,10 +61,14 @@ class Generating:
     """Mixin of generated classes of models that generate."""
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, with a RoutedCache. Raises ValueError where a stage looks ahead."""
+        """transformers' own, with a RoutedCache. Raises ValueError where a stage looks ahead, as all do in training mode."""
         from .compress import stages_of
 
         check_deployable(stages_of(self))
+        if self.training:
+            raise ValueError(
+                "generate() in training mode would decide as training does, and learn from what it writes: call model.eval() first"
+            )
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

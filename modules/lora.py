@@ -50,6 +50,12 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, name: str = "default") 
         raise ValueError(f"adapter name {name!r} must be a word, and none that a module or an adapter of the model has already")
     targets = lora_targets(model, config.target_modules)
     full = full_modules(model, config.modules_to_save or ())
+    tied = [target for target in targets if _tied(model, target)]
+    if tied:
+        raise ValueError(
+            f"lora.targets names {', '.join(tied)}, whose weight is tied to another module's: LoRA on one of them could not be merged "
+            "without changing the other; name other modules, or untie them (tie_word_embeddings)"
+        )
     both = [target for target in targets if any(_inside(target, module) for module in full)]
     if both:
         raise ValueError(f"lora.targets and lora.modules_to_save both name {', '.join(both)}: what trains in full needs no LoRA")
@@ -146,6 +152,13 @@ def full_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     if whole:
         raise ValueError(f"{', '.join(whole)} would train in full and is quantised: load the base with llm_int8_skip_modules={whole}")
     return found
+
+
+def _tied(model: nn.Module, name: str) -> bool:
+    """The weight of a module is another module's too."""
+    weight = getattr(model.get_submodule(name), "weight", None)
+    names = [key for key, value in model.named_parameters(remove_duplicate=False) if value is weight]
+    return len(names) > 1
 
 
 def lora_state(model: nn.Module, name: str = "default", state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -82,7 +82,9 @@ class Stage(nn.Module):
                 f"estimator {part.name!r} is for chunks of a causal model that a restore by 'dechunk' spreads; leave estimator out"
             )
         if estimator.bypass_only and not self.bypass:
-            raise ValueError(f"estimator {part.name!r} weighs what a layer adds to the tokens around it: give site = 'around', or leave it out")
+            raise ValueError(
+                f"estimator {part.name!r} weighs what a layer adds to the tokens around it: give site = 'around', or leave it out"
+            )
         if estimator.needs_answers != self.scorer.answers_task:
             raise ValueError(
                 f"estimator {part.name!r} cannot train scorer {self.config.part('scorer').name!r}: "
@@ -134,6 +136,11 @@ class Stage(nn.Module):
     def deployable(self) -> bool:
         """A causal model can run it token by token: it looks at nothing that is not there yet."""
         return self.whole or self.selector.prompt_only or not self.lookahead
+
+    @property
+    def idle(self) -> bool:
+        """It changes nothing: every token goes through, and none is weighed."""
+        return self.whole and not (self.estimator is not None and self.estimator.in_evaluation)
 
     @property
     def whole(self) -> bool:

@@ -81,7 +81,8 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     """Quality and speed of the weights in ``target``: as trained, dense, and with each control's choice of as many tokens.
 
     The controls run the same weights without retraining, so they show what the router's choice is worth at inference; how
-    well a model trained with a control does is the report's ``baselines``.
+    well a model trained with a control does is the report's ``baselines``. A gate (``estimator: gate``) stays for the controls, and
+    is gone with the stages of the dense model.
     """
     folder, _ = model_folder(target)
     model = load_model(folder)
@@ -93,10 +94,12 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     loader = DataLoader(data.test, batch_size=recipe.data.eval_batch_size, collate_fn=collate, num_workers=recipe.data.workers)
     results: dict[str, Any] = {}
 
-    def measure(name: str, variant: PreTrainedModel, lookahead: bool = False) -> Mapping[str, float]:
+    def measure(
+        name: str, variant: PreTrainedModel, lookahead: bool = False, decider: PreTrainedModel | None = None
+    ) -> Mapping[str, float]:
         console.print(f"evaluating {name} on {len(data.test):,} {task.item}", highlight=False)  # type: ignore[arg-type]
         cost = cost_model(variant, size=data.size)
-        found = _evaluate(variant.eval(), loader, recipe, task, device, cost, lookahead)
+        found = _evaluate(variant.eval(), loader, recipe, task, device, cost, lookahead, decider)
         figures = asdict(found)
         results[name] = {task.metric: figures.pop("quality"), **figures}
         return found.keep
@@ -105,8 +108,11 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
         kept = measure("compressed", model)
         if can_look_ahead(model):
             measure("look-ahead", model, lookahead=True)
+        gated = any(stage.estimator is not None and stage.estimator.in_evaluation for _, stage in stages_of(model).values())
         for scorer in task.controls:
-            measure(scorer, _with_scorer(model, scorer, kept))
+            control = _with_scorer(model, scorer, kept).eval()
+            # Gates are a part of the weights: they stay, and only who goes through is the control's choice.
+            measure(scorer, *((model, False, control) if gated else (control,)))
         model = decompress(model)
     measure("dense", model)
     return {"target": target, "split": "test" if data.has_test else "validation", "metric": task.metric, "variants": results}
@@ -143,7 +149,7 @@ def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float])
             # Pairs are found by matching scorers alone; what other scorers leave out is dropped.
             merger="drop" if stage.part("merger").name == "bipartite" else stage.merger,
             # Of a causal model what is chosen may not hang on later tokens.
-            selector="threshold" if causal else "top_k",
+            selector=stage.selector if stage.part("selector").name == "prefix" else "threshold" if causal else "top_k",
             count=None if causal else "round",
         )
         for stage in config.stages
@@ -169,6 +175,7 @@ def _evaluate(
     device: torch.device,
     cost: CostModel | None,
     lookahead: bool,
+    decider: PreTrainedModel | None,
 ) -> Evaluated:
     bad, quality, kept, seconds = BadRowCount(recipe.data.max_bad_fraction), task.quality(), KeepCount(), []
     compressed = bool(stages_of(model))
@@ -178,6 +185,11 @@ def _evaluate(
             continue
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"], lookahead=lookahead)
+        if decider is not None:
+            # Controls score without looking at the tokens.
+            chosen = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])
+            task.forward(decider, batch, trace=chosen)
+            trace.replay = chosen.decisions()
         start = time.perf_counter()
         out = task.forward(model, batch, **({"trace": trace} if compressed else {}))
         if device.type == "cuda":

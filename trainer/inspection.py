@@ -85,7 +85,8 @@ def inspect_text(model: Any, tokenizer: Any, text: str, limit: int, title: str, 
     ids = tokenizer(text)["input_ids"][:limit]
     if not ids:
         raise ValueError("--input has no text: give some, or the path of a file with some")
-    trace = Trace()
+    # As if it had just been read and an answer were to follow: all of it but its last token is a prompt.
+    trace = Trace(prompt=torch.arange(len(ids), device=model.device)[None] < len(ids) - 1)
     model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, trace=trace)
     kept = {name: flags[0].tolist() for name, flags in kept_by_stage(trace).items()}
     requested = {name: routing.requested for name, routing in trace.routings.items()}

@@ -151,7 +151,9 @@ class OptimizerRecipe(Block):
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="factor on lr from each layer to the one below; head 1, embeddings lowest, routers keep router_lr; none is one lr"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="of matrices; norms, biases and embeddings have none")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.05, description="of matrices, those of words among them; norms, biases, positions and class tokens have none"
+    )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="of AdamW")
     warmup: Fraction = Field(0.05, description="fraction of training over which the learning rate grows from 0")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")

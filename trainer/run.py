@@ -168,7 +168,7 @@ def train_arm(
             both.line(f"bad rows: {module.bad_rows.summary()}")
     arm = _arm(loaded.name, parts, module, line.throughput)
     stages = [stage for _, stage in stages_of(parts.model).values()]
-    if parts.base is None and stages and all(stage.whole for stage in stages):
+    if parts.base is None and stages and all(stage.idle for stage in stages):
         # A schedule that ended at full length, as random-LTD's does: what is left is an ordinary model.
         decompress(parts.model)
     save_trained(parts.model, folder, parts.base, _ratio(arm, parts))

@@ -16,7 +16,7 @@ from ..modules.adapter_folder import Adapter, read_adapter
 from ..modules.adapter_saving import stage_state
 from ..modules.adapters import config_of
 from ..modules.base_weights import weight_files
-from ..modules.config import CompressionConfig
+from ..modules.config import CompressionConfig, StageConfig
 from ..modules.loading import find_adapter, weights_folder
 from ..modules.lora import copy_all
 from ..modules.training_checkpoint import read_checkpoint
@@ -103,6 +103,9 @@ def check_start(recipe: Recipe, start: Start | None) -> None:
             raise RecipeError(f"{name} was trained with stages {', '.join(was)}, and the recipe has {', '.join(now)}: give the same ones")
         for key, stage in now.items():
             differing = [kind for kind in ("scorer", "selector", "merger") if stage.part(kind) != was[key].part(kind)]
+            # Paths for the gradient may change; what weighs tokens in evaluation too is a part of the model.
+            if _weighing(stage) != _weighing(was[key]):
+                differing.append("estimator")
             if differing:
                 raise RecipeError(
                     f"stage {key!r}: its {' and '.join(differing)} differ from those that {name} was trained with: give the same"
@@ -116,6 +119,14 @@ def check_start(recipe: Recipe, start: Start | None) -> None:
         raise RecipeError(
             f"{name} is a checkpoint of all weights, which no adapter can name as its base: name a folder, or set lora.mode=full"
         )
+
+
+def _weighing(stage: StageConfig) -> str | None:
+    """Name of the estimator, if it runs in evaluation too."""
+    if stage.estimator is None:
+        return None
+    part = stage.part("estimator")
+    return part.name if part.build("estimator").in_evaluation else None
 
 
 def load_stages(model: PreTrainedModel, start: Start) -> None:

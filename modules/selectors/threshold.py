@@ -56,12 +56,16 @@ class ThresholdSelector(Selector):
         self.top_k = TopKSelector(spec, bucket)
         self.threshold: Tensor
         self.batches: Tensor
-        self.register_buffer("threshold", torch.zeros(()))
-        self.register_buffer("batches", torch.zeros(()))
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.float32))
 
     @property
     def needs_probabilities(self) -> bool:  # type: ignore[override]
         return not self.calibrate
+
+    def looks_ahead(self, request: Request) -> bool:
+        # By rank in its row, in training alone.
+        return self.training and self.equal_rows and request.keep < 1
 
     @torch.no_grad()
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
@@ -100,8 +104,10 @@ class ThresholdSelector(Selector):
     def follow(self, scores: Tensor, routable: Tensor, keep: float) -> Tensor:
         """The cut that keeps ``keep`` of the routable (B, M) scores, mean over ranks; moves the threshold towards it."""
         order = scores.masked_fill(~routable, float("-inf")).flatten().sort(descending=True).values
-        kept = (routable.sum() * keep).round().long().clamp(max=order.numel() - 1)
-        fitting = order.gather(0, kept[None]).squeeze(0)
+        present = routable.sum()
+        # Of the tokens that are there: behind them lies filler, whose score no average survives.
+        kept = (present * keep).round().long().clamp(max=present - 1).clamp(min=0)
+        fitting = torch.where(present > 0, order.gather(0, kept[None]).squeeze(0), self.threshold.to(order.dtype))
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(fitting)
             fitting = fitting / distributed.get_world_size()

@@ -238,3 +238,18 @@ def test_what_an_adapter_cannot_hold_is_not_saved_in_part(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"vit.embeddings trains in part, which an adapter cannot hold"):
         save_adapter(model, tmp_path / "adapter", base)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_tied_embedding_that_trained_is_the_head_too_and_lora_on_it_is_refused(tmp_path: Path) -> None:
+    decoders.dense("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="lora.targets names lm_head, whose weight is tied"):
+        add_lora(model, LoraConfig(r=2, target_modules=["lm_head"]))
+    compress(model, decoders.METHODS[1].config(0.5, 0.6))
+    add_lora(model, LoraConfig(r=2, modules_to_save=["embed_tokens"]))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(torch.randn_like(model.model.embed_tokens.weight) * 0.1)
+        tokens = torch.randint(2, decoders.VOCABULARY, (2, 24))
+        logits = model.eval()(tokens).logits
+        save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+        assert torch.equal(from_pretrained(tmp_path / "adapter")(tokens).logits, logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from laconic import CompressionConfig, StageConfig, Trace, compress, stages_of
+from laconic import CompressionConfig, StageConfig, Trace, compress, from_pretrained, stages_of
 from laconic.modules.scorers.base import TokenSpec
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.predictor import PredictorSelector
+from laconic.modules.selectors.threshold import ThresholdSelector
 from laconic.modules.selectors.top_k import TopKSelector
 from laconic.modules.state import Decision, TokenState
 from tests.decoders import METHODS, compressed, dense, tokens, traced
@@ -119,3 +121,41 @@ def test_a_window_counts_positions_and_not_the_tokens_that_are_left() -> None:
     index = every_other.index[0]
     assert torch.equal(seen[0][0, 0], whole[index][:, index])
     assert not torch.equal(seen[0][0, 0], whole[: len(index), : len(index)])
+
+
+def test_a_threshold_stays_finite_where_nearly_every_token_goes_through() -> None:
+    selector = ThresholdSelector(SPEC).train()
+    valid = torch.arange(6) < torch.tensor([[6], [4]])
+    state = TokenState.initial(2, 6, 0, valid, torch.device("cpu"))
+    for keep in (0.98, 0.02):
+        selector(torch.randn(2, 6), state, Request(keep, torch.tensor([5, 3]), None, False))
+        assert bool(selector.threshold.isfinite())
+    nothing = TokenState.initial(1, 6, 0, torch.zeros(1, 6, dtype=torch.bool), torch.device("cpu"))
+    selector(torch.randn(1, 6), nothing, Request(0.5, torch.tensor([0]), None, False))
+    assert bool(selector.threshold.isfinite())
+
+
+def test_rows_of_training_are_equally_long_and_deployed_ones_as_long_as_they_score() -> None:
+    selector = ThresholdSelector(SPEC, bucket=1).train()
+    scores = torch.cat([torch.randn(1, 40) - 3, torch.randn(1, 40) + 3])
+    assert selector(scores, _state(2, 40), Request(0.25, 10, None, False)).index.shape == (2, 10)
+    assert selector.looks_ahead(Request(0.25, 10, None, False))
+    deployed = selector.eval()(scores, _state(2, 40), Request(0.25, 10, None, False))
+    assert deployed.kept_mask(40).sum(-1).tolist() == [0, 20]
+
+
+def test_training_mode_does_not_generate() -> None:
+    with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
+        compressed("llama", METHODS[1], 0.5, 0.5).train().generate(tokens(1), max_new_tokens=2)
+
+
+def test_a_threshold_is_not_rounded_by_loading_in_bf16(tmp_path: Path) -> None:
+    model = compressed("llama", METHODS[1], 0.5, 0.5)
+    for _, stage in stages_of(model).values():
+        stage.selector.threshold.fill_(-0.59751)
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.model.layers[1].self_attn.q_proj.weight.dtype == torch.bfloat16
+    for _, stage in stages_of(loaded).values():
+        assert stage.selector.threshold.dtype == torch.float32
+        assert float(stage.selector.threshold) == float(torch.tensor(-0.59751))

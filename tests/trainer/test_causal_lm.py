@@ -22,7 +22,7 @@ from laconic.data.rows import collate
 from laconic.trainer.build import build
 from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
 from laconic.trainer.export.export import export
-from laconic.trainer.recipe_files import load
+from laconic.trainer.recipe_files import RecipeError, load
 from laconic.trainer.run import rehearse, train, train_arm
 from laconic.trainer.tasks.causal_lm import Perplexity
 from laconic.trainer.token_loss import TokenLoss, check_model, token_loss
@@ -232,6 +232,25 @@ def test_a_routed_run_is_evaluated_as_deployed_and_looking_ahead_and_shown(tmp_p
     )
 
 
+def test_a_gate_stays_with_the_weights(tmp_path: Path, tiny: list[str], console: Console) -> None:
+    """At full length too, for whoever goes on from it, and beside the choice of a control."""
+    deep = [item for item in tiny if "num_hidden_layers" not in item]
+    stage = "{layer: 1, site: around, scorer: linear, selector: threshold, estimator: {name: gate, start: 1}}"
+    overrides = [*deep, "model.config.num_hidden_layers=3", "baselines=[]", f"compression.stages=[{stage}]"]
+    ends_whole = ["budget={measure: keep, schedule: linear, start: 0.5, target: 1.0, schedule_until: 0.5}"]
+    train(load("llm_pretrain", [*overrides, *ends_whole]), overrides, console)
+    run = str(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["compression"] is not None
+    variants = evaluate(run, recipe_of(run, []), console)["variants"]
+    # Every token goes through, and the gate is the same: so is the answer.
+    assert variants["random"]["perplexity"] == pytest.approx(variants["compressed"]["perplexity"])
+    assert variants["dense"]["perplexity"] != pytest.approx(variants["compressed"]["perplexity"])
+    without = stage.replace(", estimator: {name: gate, start: 1}", "")
+    going_on = [item for item in overrides if not item.startswith(("model.config", "compression"))]
+    with pytest.raises(RecipeError, match="its estimator differ from those that"):
+        build(load("llm_pretrain", [*going_on, f"model={{name: {run}}}", f"compression.stages=[{without}]"]).recipe)
+
+
 def test_filler_is_no_token_of_a_stage(tiny: list[str]) -> None:
     deep = [item for item in tiny if "num_hidden_layers" not in item]
     stage = "compression.stages=[{layer: 1, site: around, scorer: linear, selector: predictor}]"
@@ -249,6 +268,22 @@ def _chat_model(folder: Path) -> str:
     LlamaForCausalLM(LlamaConfig(**{**GROUPED, **ids, "vocab_size": len(tokenizer)})).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def test_shorter_prompts_are_evaluated_and_shown(tmp_path: Path, console: Console) -> None:
+    overrides = [
+        f"model.name={_chat_model(tmp_path / 'model')}",
+        f"data.data_files={jsonl(tmp_path / 'chats.jsonl', chats(32))}",
+        "data.sequence_length=128", "data.batch_size=2", "trainer.precision=fp32", "trainer.max_epochs=null", "trainer.max_steps=2",
+        "trainer.bench_rounds=0", f"output={tmp_path / 'run'}",
+        "compression={stages: [{layer: 1, scorer: random, selector: prefix, keep: 0.5}], restore: {layer: 2, by: rejoin}}",
+    ]  # fmt: skip
+    train(load("llm_finetune", overrides), overrides, console)
+    run = str(tmp_path / "run")
+    variants = evaluate(run, recipe_of(run, []), console)["variants"]
+    assert set(variants) >= {"compressed", "random", "uniform_grid", "dense"}
+    kept = inspect_run(run, recipe_of(run, []), "Who slept in the house?", tmp_path / "page.html")
+    assert 0.3 < kept["before_1"] < 0.8
 
 
 def test_answers_of_chats_are_learned_from_a_folder(tmp_path: Path, console: Console) -> None:

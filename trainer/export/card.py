@@ -23,7 +23,7 @@ _PIPELINES = {
 def facts(source: Source) -> dict[str, Any]:
     """What is known of the model, taken before a format changes it: costs from its token counts, the rest from the run's report."""
     model, report = source.model, source.report or {}
-    costs = cost_model(model)
+    costs = cost_model(model, size=source.recipe.data.sequence_length if source.recipe.task == "causal_lm" else None)
     cost = None if costs is None else costs()
     is_compressed = compressed(model)
     quality, keep = report.get("quality") or {}, report.get("keep") or {}

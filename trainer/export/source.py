@@ -104,6 +104,8 @@ class Source:
             kept, present = routing.counts()
             if kept < present:
                 told.append(f"{name} keeps {routing.achieved:.3f} of its tokens")
+            elif stages[name][1].whole and not stages[name][1].idle:
+                told.append(f"{name} weighs what its layer adds (estimator {stages[name][1].config.part('estimator').name!r})")
             elif stages[name][1].merger.outputs is not None:
                 told.append(f"{name} makes tokens of its own")
         return told
