@@ -279,10 +279,12 @@ class Stage(nn.Module):
             mean = present.double().mean() if isinstance(present, Tensor) else present
             keep = max(float(keep - self.merger.extra / max(float(mean), 1.0)), 1e-6)
         request = Request(keep, selected, site.hidden_states, trace.lookahead)
-        if self.estimator is None or (isinstance(trace.noise, float) and trace.noise == 0):
+        if not self.selector.draws and (self.estimator is None or (isinstance(trace.noise, float) and trace.noise == 0)):
             return request
         rows = trace.rows_identity(state.rows, state.position.device)
-        return replace(request, noise=trace.noise, draws=uniform(trace.seed, trace.step, rows, self.index + _NOISE, state.position))
+        return replace(
+            request, noise=trace.noise, draws=uniform(trace.seed, trace.step, rows, self.index + _NOISE, state.position + trace.seen)
+        )
 
     def _selected(self, kept: int | Tensor, present: int | Tensor) -> int | Tensor:
         """Tokens for the selector: all, or ``kept`` less what the merger adds."""

@@ -50,6 +50,7 @@ METHODS = [
     Method("threshold", {**_LINEAR, "selector": "threshold"}),
     Method("predictor", {**_LINEAR, "selector": "predictor"}),
     Method("gate", {**_LINEAR, "selector": "threshold", "estimator": "gate"}),
+    Method("gate_random", {**_LINEAR, "selector": "random", "estimator": "gate"}, positional=True),
     Method("gate_predictor_mlp", {**_LINEAR, "selector": "predictor", "estimator": "gate"}, site="around_mlp"),
     Method("predictor_attached", {"scorer": "linear", "selector": "predictor"}, detached=False),
     Method("gumbel", {**_LINEAR, "selector": "gumbel"}),
@@ -132,7 +133,7 @@ def spread(model: PreTrainedModel, seed: int = 2) -> PreTrainedModel:
             if name.endswith("selector.batches"):
                 buffer.fill_(1)
             if name.endswith("selector.threshold") and any(
-                scorer in str(model.config.compression["stages"][0]["scorer"]) for scorer in ("random", "uniform_grid")
+                part in str(model.config.compression["stages"][0]) for part in ("random", "uniform_grid")
             ):
                 buffer.fill_(0.5)
     return model

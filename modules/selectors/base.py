@@ -64,6 +64,7 @@ class Selector(nn.Module):
         adaptive: rows keep different numbers of tokens; only their mean is what was asked for.
         needs_probabilities: it takes the sigmoid of a score for the probability to keep.
         cuts: a token stays where its score is above a value, which the decision tells.
+        draws: it needs ``Request.draws`` in evaluation too.
         prompt_only: it touches nothing but the prompt, all of which is there before the first token is generated.
     """
 
@@ -71,6 +72,7 @@ class Selector(nn.Module):
     adaptive: ClassVar[bool] = False
     needs_probabilities: ClassVar[bool] = False
     cuts: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     prompt_only: ClassVar[bool] = False
 
     def __init__(self, spec: TokenSpec, bucket: int | None = None) -> None:
