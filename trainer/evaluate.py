@@ -112,7 +112,10 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
         for scorer in task.controls:
             control = _with_scorer(model, scorer, kept).eval()
             # Gates are a part of the weights: they stay, and only who goes through is the control's choice.
-            measure(scorer, *((model, False, control) if gated else (control,)))
+            if gated:
+                measure(scorer, model, decider=control)
+            else:
+                measure(scorer, control)
         model = decompress(model)
     measure("dense", model)
     return {"target": target, "split": "test" if data.has_test else "validation", "metric": task.metric, "variants": results}

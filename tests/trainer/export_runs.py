@@ -12,6 +12,18 @@ from transformers import PreTrainedModel
 from laconic.trainer.recipe_files import dump, load
 from laconic.trainer.report import write_json
 
+# What a program that runs there begins with.
+WITHOUT_LACONIC = """
+import os, sys
+try:
+    import laconic
+except ImportError:
+    pass
+else:
+    raise SystemExit("Laconic is here")
+import torch
+from safetensors.torch import load_file, save_file
+"""
 FIGURES = {
     "quality": {"metric": "accuracy", "split": "test", "dense": 0.9, "compressed": 0.8765},
     "keep": {"requested": {"before_1": 0.5}, "achieved": {"before_1": 0.4953}},

@@ -37,7 +37,7 @@ from laconic.trainer.export.source import Settings, Source
 from laconic.trainer.recipe_files import RecipeError, load
 from tests import decoders
 from tests.matrix import METHODS, compressed, dense, images
-from tests.trainer.export_runs import machine_without_laconic, written_run
+from tests.trainer.export_runs import WITHOUT_LACONIC, machine_without_laconic, written_run
 from tests.trainer.hub_stand_in import hub
 
 DOCS = Path(__file__).parents[2] / "docs" / "exporting.md"
@@ -72,16 +72,9 @@ def _documented(kind: str) -> str:
 
 
 # Runs on the machine without Laconic: by the documentation and by the model card, by its name on the hub, and saved once more.
-_WITHOUT = """
-import os, sys
-try:
-    import laconic
-except ImportError:
-    pass
-else:
-    raise SystemExit("Laconic is here")
-import torch
-from safetensors.torch import load_file, save_file
+_WITHOUT = (
+    WITHOUT_LACONIC
+    + """
 from transformers import AutoModel, AutoModelForImageClassification
 documented, card = sys.argv[1:]
 pixel_values = load_file("batch.safetensors")["pixel_values"]
@@ -97,6 +90,7 @@ with torch.no_grad():
     found["base"], found["base_expected"] = (one(pixel_values).last_hidden_state for one in (base, model.vit))
 save_file({name: value.contiguous() for name, value in found.items()}, "answers.safetensors")
 """
+)
 
 
 def test_a_machine_without_laconic_loads_a_standalone_export_from_a_folder_and_from_the_hub(

@@ -22,7 +22,7 @@ from laconic.trainer.export.export import export
 from laconic.trainer.recipe_files import RecipeError, load
 from laconic.trainer.run import train_arm
 from tests.trainer.conftest import QUICK
-from tests.trainer.export_runs import machine_without_laconic
+from tests.trainer.export_runs import WITHOUT_LACONIC, machine_without_laconic
 from tests.trainer.test_strategies import _scalars
 from tests.trainer.two_ranks_lora import LANGUAGE, SHARED, STRATEGIES, TEXT_BASE
 
@@ -143,16 +143,9 @@ def test_tied_and_frozen_weights_in_pieces_are_saved_whole_and_a_missing_piece_i
 
 
 # On the machine without Laconic: logits of the rows that are given, and for a text what is generated behind them.
-_WITHOUT = """
-import sys
-try:
-    import laconic
-except ImportError:
-    pass
-else:
-    raise SystemExit("Laconic is here")
-import torch
-from safetensors.torch import load_file, save_file
+_WITHOUT = (
+    WITHOUT_LACONIC
+    + """
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 inputs = load_file("inputs.safetensors")
 loader = AutoModelForCausalLM if "input_ids" in inputs else AutoModelForImageClassification
@@ -165,6 +158,7 @@ with torch.no_grad():
             answers[f"{name} generated"] = model.generate(**inputs, max_new_tokens=8, do_sample=False)
 save_file({name: value.contiguous() for name, value in answers.items()}, "answers.safetensors")
 """
+)
 
 
 @pytest.mark.parametrize("kind", ["", "text_"], ids=["vit", "llm"])

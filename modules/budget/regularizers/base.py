@@ -52,3 +52,21 @@ class Regularizer:
             over_ranks: mean over processes; for what is no mean over rows, which averaging losses over ranks would get wrong.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class StageRegularizer(Regularizer):
+    """A mean over stages, each held to its own requested keep."""
+
+    def __call__(
+        self,
+        routings: Sequence[Routing],
+        target: float | None,
+        cost: CostModel,
+        over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        return torch.stack([self.of_stage(routing, over_ranks) for routing in routings]).mean()
+
+    def of_stage(self, routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Scalar: the loss of one stage."""
+        raise NotImplementedError

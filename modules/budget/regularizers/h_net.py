@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ...cost import CostModel
 from ...state import Routing
-from .base import Regularizer
+from .base import StageRegularizer
 
 
 @dataclass(frozen=True)
-class HNet(Regularizer):
+class HNet(StageRegularizer):
     """Mean over stages of N/(N−1)·[(N−1)·F·G + (1−F)(1−G)]: F the share of tokens that stay, G their mean probability, 1/N the
     requested keep (H-Net, arXiv 2507.07955, which weighs it by 0.03).
 
@@ -27,18 +25,7 @@ class HNet(Regularizer):
 
     weight: float = 0.03
 
-    def __call__(
-        self,
-        routings: Sequence[Routing],
-        target: float | None,
-        cost: CostModel,
-        over_ranks: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        losses = [self._of(routing, over_ranks) for routing in routings]
-        return torch.stack(losses).mean()
-
-    @staticmethod
-    def _of(routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def of_stage(self, routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
         assert routing.soft is not None
         present = routing.routable.sum().clamp(min=1)
         soft = (routing.soft * routing.routable).sum() / present

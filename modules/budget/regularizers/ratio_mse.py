@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ...cost import CostModel
 from ...state import Routing
-from .base import Regularizer, soft_keep
+from .base import StageRegularizer, soft_keep
 
 
 @dataclass(frozen=True)
-class RatioMSE(Regularizer):
+class RatioMSE(StageRegularizer):
     """mean over stages and rows of (mean keep probability - keep)² (DynamicViT, arXiv 2106.02034, which weighs it by 2).
 
     Where rows keep as many as they like, the mean over the rows is held, not every row.
@@ -22,17 +20,7 @@ class RatioMSE(Regularizer):
 
     weight: float = 2.0
 
-    def __call__(
-        self,
-        routings: Sequence[Routing],
-        target: float | None,
-        cost: CostModel,
-        over_ranks: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        return torch.stack([self._distance(routing, over_ranks) for routing in routings]).mean()
-
-    @staticmethod
-    def _distance(routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def of_stage(self, routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
         kept = soft_keep(routing)
         if routing.adaptive:
             kept = kept.mean() if over_ranks is None else over_ranks(kept.mean())
