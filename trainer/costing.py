@@ -44,7 +44,7 @@ def cost_of_model(folder: str) -> dict[str, Any]:
 
 def _rows(model: CostModel) -> dict[str, Any]:
     cost, shape = model(), model.shape
-    dense = shape.layer_macs(shape.dense_layers()[0])
+    windows, whole = shape.windows or (None,) * shape.layers, shape.dense_layers()
     at: dict[int, list[str]] = {}
     for stage in model.stages:
         at.setdefault(stage.config.layer, []).append(stage.config.key)
@@ -65,8 +65,8 @@ def _rows(model: CostModel) -> dict[str, Any]:
                 "stage": ", ".join(at.get(index, [])) or None,
                 "tokens": tokens.attention,
                 "mlp_tokens": tokens.mlp,
-                "macs": shape.layer_macs(tokens),
-                "dense_macs": dense,
+                "macs": shape.layer_macs(tokens, windows[index]),
+                "dense_macs": shape.layer_macs(whole[index], windows[index]),
                 "stage_macs": sum(cost.stage_macs[name] for name in at.get(index, [])),
             }
             for index, tokens in enumerate(cost.layers)

@@ -20,6 +20,7 @@ from laconic import Trace
 from laconic.data.packing import IGNORE
 from laconic.data.rows import collate
 from laconic.trainer.build import build
+from laconic.trainer.costing import cost_of_model
 from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
 from laconic.trainer.export.export import export
 from laconic.trainer.recipe_files import RecipeError, load
@@ -359,3 +360,11 @@ def test_keys_of_text_are_refused_for_images_and_a_tokenizer_must_fit(tmp_path: 
     stream = ["data.name=json", f"data.data_files={rows}", "data.streaming=true", "trainer.max_steps=null", "trainer.max_epochs=1"]
     with pytest.raises(ValueError, match="trainer.max_epochs needs to know how long the data are"):
         validate(load("llm_pretrain_dense", [*fit, *stream]).recipe)
+
+
+def test_layers_with_windows_add_up_to_the_cost_of_the_model(tmp_path: Path) -> None:
+    _model("mistral").save_pretrained(tmp_path)
+    cost = cost_of_model(str(tmp_path))
+    assert len({row["macs"] for row in cost["layers"]}) == 1
+    for total, each in (("macs", "macs"), ("dense_macs", "dense_macs")):
+        assert sum(row[each] for row in cost["layers"]) + cost["embed_macs"] + cost["head_macs"] == pytest.approx(cost[total], rel=1e-6)
