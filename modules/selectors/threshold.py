@@ -87,9 +87,10 @@ class ThresholdSelector(Selector):
         rows = replace(state, document=None)
         count = tokens_kept(rows.present, request.keep)
         decision: Decision = self.top_k(scores, rows, replace(request, count=count, draws=None))
-        ranked = scores.masked_fill(~state.routable, float("-inf")).sort(dim=-1, descending=True).values
-        next_one = torch.as_tensor(count, device=scores.device).expand(state.rows).clamp(max=state.tokens - 1)
-        return replace(decision, cut=ranked.gather(1, next_one[:, None]))
+        # The highest of those that go; where none goes, the lowest of all.
+        eligible = scores.masked_fill(~state.routable, float("-inf"))
+        highest = eligible.masked_fill(decision.kept_mask(state.tokens), float("-inf")).amax(-1, keepdim=True)
+        return replace(decision, cut=torch.where(highest.isinf(), eligible.amin(-1, keepdim=True), highest))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ThresholdSelector:
         # Scores are float32 in a model of any dtype, and a moving average stands still in bf16.
