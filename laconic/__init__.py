@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .modules.adapter_saving import save_adapter
     from .modules.adapters import Adapters
     from .modules.budget import Budget, BudgetConfig
+    from .modules.cache import RoutedCache
     from .modules.compress import compress, decompress, stages_of
     from .modules.config import CompressionConfig, StageConfig
     from .modules.loading import from_pretrained
@@ -29,6 +30,7 @@ _HOMES = {
     "BudgetMixin": "trainer.hf",
     "BudgetTrainer": "trainer.hf",
     "CompressionConfig": "modules.config",
+    "RoutedCache": "modules.cache",
     "StageConfig": "modules.config",
     "Trace": "modules.state",
     "add_lora": "modules.lora",
@@ -47,6 +49,7 @@ __all__ = [
     "BudgetMixin",
     "BudgetTrainer",
     "CompressionConfig",
+    "RoutedCache",
     "StageConfig",
     "Trace",
     "__version__",

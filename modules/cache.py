@@ -27,8 +27,9 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     Attributes:
         seen: tokens that came by, processed or not: what transformers calls the sequence length.
         start: first slot that is stored, while rows are alike.
-        slots: (B, S) int64 slot of each stored key, ascending in a row, -1 behind its last; None while rows are alike.
-        lengths: (B,) int64 keys of each row; None while rows are alike.
+        slots: (B, S) int64 slot of each stored key, ascending in a row, -1 behind its last; None while rows are alike. It has more
+            columns than any row has keys.
+        lengths: keys of each row; None while rows are alike.
     """
 
     is_compileable = False
@@ -47,19 +48,19 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = False
         self.seen, self.start = 0, 0
         self.slots: Tensor | None = None
-        self.lengths: Tensor | None = None
+        self.lengths: list[int] | None = None
 
     @property
     def stored(self) -> int:
         """Keys of the row that has most."""
-        if self.slots is not None:
-            return self.slots.shape[1]
+        if self.lengths is not None:
+            return max(self.lengths)
         return 0 if self.keys is None else self.keys.shape[2]
 
     def tokens_stored(self) -> int:
         """Keys of all rows together, filler not counted."""
         if self.lengths is not None:
-            return int(self.lengths.sum())
+            return sum(self.lengths)
         return 0 if self.keys is None else self.keys.shape[0] * self.keys.shape[2]
 
     def bytes_stored(self) -> int:
@@ -108,54 +109,71 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.keys, self.values = (part[:, :, : self.seen - self.start] for part in (self.keys, self.values))
             return
         stays = (self.slots >= 0) & (self.slots < self.seen)
-        self.slots, self.lengths = self.slots.masked_fill(~stays, -1), stays.sum(-1)
+        self.slots, self.lengths = self.slots.masked_fill(~stays, -1), stays.sum(-1).tolist()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for name in ("keys", "values", "slots", "lengths"):
+        for name in ("keys", "values", "slots"):
             part = getattr(self, name)
             if part is not None:
                 setattr(self, name, part.repeat_interleave(repeats, dim=0))
+        if self.lengths is not None:
+            self.lengths = [length for length in self.lengths for _ in range(repeats)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        for name in ("keys", "values", "slots", "lengths"):
+        for name in ("keys", "values", "slots"):
             part = getattr(self, name)
             if part is not None:
                 setattr(self, name, part[indices.to(part.device)])
+        if self.lengths is not None:
+            self.lengths = [self.lengths[row] for row in torch.as_tensor(indices).tolist()]
 
     # What a compressed layer does with it.
 
-    def enter(self, tokens: int) -> LayerEntry:
-        """Called once a forward, before any of its ``tokens`` is processed."""
+    def enter(self, rows: int, tokens: int) -> LayerEntry:
+        """Called once a forward, before any of its ``tokens`` of each row is processed."""
         before, self.seen = self.seen, self.seen + tokens
-        return LayerEntry(self, before)
+        return LayerEntry(self, rows, before)
 
-    def extend(self, slots: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Makes room for (B, K) new slots; filler, not ``valid``, gets none.
+    def extend(self, batch: int, slots: Tensor, valid: Tensor | None, rows: Tensor | None = None) -> LayerView:
+        """Makes room for new tokens.
 
-        Returns:
-            (B, S) slots of all keys, -1 for filler; and (B, K) where each new one is stored, S for filler.
+        Args:
+            batch: rows that there are.
+            slots: (R, K) their slots, ascending in a row.
+            valid: (R, K) bool, False for filler, which gets no room; None without any.
+            rows: (R,) int64, the rows that they are of; None where they are of every row.
         """
-        rows = slots.shape[0]
-        if self.slots is None:
+        if self.slots is None or self.lengths is None:
             before = 0 if self.keys is None else self.keys.shape[2]
-            self.slots = torch.arange(self.start, self.start + before, device=slots.device).repeat(rows, 1)
-            self.lengths = torch.full((rows,), before, device=slots.device)
+            self.slots = torch.arange(self.start, self.start + before, device=slots.device).repeat(batch, 1)
+            self.lengths = [before] * batch
         self._forget(slots)
-        assert self.lengths is not None
-        taken = torch.ones_like(slots) if valid is None else valid.long()
-        lengths = self.lengths + taken.sum(-1)
-        width = int(lengths.max())
-        places = self.lengths[:, None] + taken.cumsum(-1) - 1
-        places = places if valid is None else places.masked_fill(~valid, width)
-        # One more column takes the writes of filler.
-        table = self.slots.new_full((rows, width + 1), -1)
-        table[:, : min(width, self.slots.shape[1])] = self.slots[:, :width]
-        table.scatter_(1, places, slots if valid is None else slots.masked_fill(~valid, -1))
-        self.slots, self.lengths = table[:, :width], lengths
-        return self.slots, places
+        of = range(len(self.lengths)) if rows is None else rows.tolist()
+        starts = [self.lengths[row] for row in of]
+        added = [slots.shape[1]] * len(starts) if valid is None else valid.sum(-1).tolist()
+        for row, number in zip(of, added, strict=True):
+            self.lengths[row] += number
+        width = max(starts[at] + number for at, number in enumerate(added))
+        self.slots = _grown(self.slots, max(self.lengths), -1, 1)
+        if rows is None and valid is None and min(starts) == max(starts):
+            self.slots[:, starts[0] : width] = slots
+            return LayerView(self, self.slots[:, :width], starts[0], None, even=True)
+        first = torch.tensor(starts, device=slots.device)[:, None]
+        if valid is None:
+            places = first + torch.arange(slots.shape[1], device=slots.device)
+        else:
+            # The last column takes the writes of filler; nothing reads it.
+            places = (first + valid.long().cumsum(-1) - 1).masked_fill(~valid, self.slots.shape[1] - 1)
+            slots = slots.masked_fill(~valid, -1)
+        if rows is None:
+            self.slots.scatter_(1, places, slots)
+        else:
+            self.slots[rows[:, None], places] = slots
+        even = valid is None and min(starts) == max(starts)
+        return LayerView(self, _of_rows(self.slots[:, :width], rows), places, rows, even)
 
     def _forget(self, arriving: Tensor) -> None:
         """Tidies away what no query can see any more, once there is enough of it."""
@@ -164,9 +182,8 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert self.slots is not None
         stays = self.slots > arriving.amin() - self.window
         order = (~stays).byte().sort(dim=-1, stable=True).indices
-        self.lengths = stays.sum(-1)
-        width = int(self.lengths.max())
-        order = order[:, :width]
+        self.lengths = stays.sum(-1).tolist()
+        order = order[:, : max(self.lengths)]
         self.slots = self.slots.masked_fill(~stays, -1).gather(1, order)
         at = order[:, None, :, None]
         self.keys, self.values = (part.gather(2, at.expand(-1, part.shape[1], -1, part.shape[3])) for part in (self.keys, self.values))
@@ -181,28 +198,45 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.keys, self.values, self.start = keys[:, :, first:], values[:, :, first:], self.start + first
         return keys, values
 
-    def write(self, key_states: Tensor, value_states: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B, H, K, D) at the (B, K) places that ``extend`` gave, and gives all there are, zeros in place of filler."""
+    def write(self, key_states: Tensor, value_states: Tensor, view: LayerView) -> tuple[Tensor, Tensor]:
+        """Stores (R, H, K, D) where a view of ``extend`` says, and gives (R, H, S, D), all that there are of its rows."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        width = self.stored
-        self.keys, self.values = (
-            self._written(old, new, places, width) for old, new in ((self.keys, key_states), (self.values, value_states))
-        )
-        return self.keys[:, :, :width], self.values[:, :, :width]
+        assert view.slots is not None
+        assert self.slots is not None
+        width = view.slots.shape[1]
+        self.keys, self.values = (self._written(old, new, view) for old, new in ((self.keys, key_states), (self.values, value_states)))
+        return _of_rows(self.keys[:, :, :width], view.rows), _of_rows(self.values[:, :, :width], view.rows)
 
-    @staticmethod
-    def _written(old: Tensor | None, new: Tensor, places: Tensor, width: int) -> Tensor:
-        # Filler is written to the last column, which nothing ever reads.
-        if old is None or old.shape[2] <= width:
-            grown = new.new_zeros(*new.shape[:2], (width // _BLOCK + 1) * _BLOCK, new.shape[3])
-            if old is not None:
-                grown[:, :, : min(width, old.shape[2])] = old[:, :, :width]
-            old = grown
-        places = places.masked_fill(places >= width, old.shape[2] - 1)[:, None, :, None]
-        places = places.expand(-1, new.shape[1], -1, new.shape[3])
-        # Where somebody wants gradients, what earlier forwards read must stay as it was.
-        return old.scatter(2, places, new) if torch.is_grad_enabled() else old.scatter_(2, places, new)
+    def _written(self, old: Tensor | None, new: Tensor, view: LayerView) -> Tensor:
+        assert self.slots is not None
+        if old is None:
+            old = new.new_zeros(self.slots.shape[0], new.shape[1], 0, new.shape[3])
+        written = _grown(old, self.slots.shape[1] - 1, 0, 2)
+        if written is old and torch.is_grad_enabled():
+            # Where somebody wants gradients, what earlier forwards read must stay as it was.
+            written = old.clone()
+        if isinstance(view.places, int):
+            written[:, :, view.places : view.places + new.shape[2]] = new
+        elif view.rows is None:
+            written.scatter_(2, view.places[:, None, :, None].expand_as(new), new)
+        else:
+            written[view.rows[:, None], :, view.places] = new.transpose(1, 2)
+        return written
+
+
+def _grown(table: Tensor, width: int, filler: int, dim: int) -> Tensor:
+    """A table with more than ``width`` columns along ``dim``, itself where it has them."""
+    if table.shape[dim] > width:
+        return table
+    shape = list(table.shape)
+    shape[dim] = (width // _BLOCK + 1) * _BLOCK - table.shape[dim]
+    return torch.cat([table, table.new_full(shape, filler)], dim)
+
+
+def _of_rows(table: Tensor, rows: Tensor | None) -> Tensor:
+    """What a table holds of some rows, or of all."""
+    return table if rows is None else table.index_select(0, rows)
 
 
 @dataclass(frozen=True)
@@ -211,23 +245,24 @@ class LayerEntry:
 
     Attributes:
         layer: what is stored.
-        before: tokens seen before this forward.
+        rows: of the forward.
+        before: tokens seen before it.
     """
 
     layer: RoutedLayer
+    rows: int
     before: int
 
     def everything(self) -> LayerView:
         """All tokens of the forward are about to be processed, in every row."""
         if self.layer.slots is None:
-            return LayerView(self.layer, self.layer.start, None, None)
-        rows, tokens = self.layer.slots.shape[0], self.layer.seen - self.before
-        return self.chosen(torch.arange(tokens, device=self.layer.slots.device).expand(rows, -1), None)
+            return LayerView(self.layer, None, self.layer.start, None, even=True)
+        tokens = torch.arange(self.layer.seen - self.before, device=self.layer.slots.device)
+        return self.chosen(tokens.expand(self.rows, -1), None)
 
-    def chosen(self, position: Tensor, valid: Tensor | None) -> LayerView:
-        """The tokens at (B, K) positions of the forward are about to be processed, but for filler."""
-        slots, places = self.layer.extend(position + self.before, valid)
-        return LayerView(self.layer, 0, slots, places)
+    def chosen(self, position: Tensor, valid: Tensor | None, rows: Tensor | None = None) -> LayerView:
+        """The tokens at (R, K) positions of the forward are about to be processed, but for filler: of some rows, or of all."""
+        return self.layer.extend(self.rows, position + self.before, valid, rows)
 
 
 @dataclass(frozen=True)
@@ -236,21 +271,23 @@ class LayerView:
 
     Attributes:
         layer: what is stored.
-        start: first slot stored where every row has all of them.
-        slots: (B, S) int64 of the keys that attention will see, -1 for filler; None where every row has all from ``start``.
-        places: (B, K) int64 where the new ones go; None where every row has all.
+        slots: (R, S) int64 of the keys that attention will see, -1 for filler; None where every row has all from ``places``.
+        places: where the new ones go: (R, K) int64, or the first column where they lie side by side in every row.
+        rows: (R,) int64, the rows that are processed; None for all.
+        even: the rows have the same number of keys, and no new one is filler.
     """
 
     layer: RoutedLayer
-    start: int
     slots: Tensor | None
-    places: Tensor | None
+    places: Tensor | int
+    rows: Tensor | None
+    even: bool
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Stores the keys and values (B, H, K, D) of the tokens that were announced, and gives all (B, H, S, D)."""
-        if self.places is None:
+        """Stores the keys and values (R, H, K, D) of the tokens that were announced, and gives all (R, H, S, D)."""
+        if self.slots is None:
             return self.layer.append(key_states, value_states)
-        return self.layer.write(key_states, value_states, self.places)
+        return self.layer.write(key_states, value_states, self)
 
 
 class RoutedCache(Cache):

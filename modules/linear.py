@@ -11,7 +11,9 @@ from torch.nn import functional
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Autocast switched off. A graph that is exported has no autocast to switch, and those that name one cannot be loaded."""
-    return contextlib.nullcontext() if torch.compiler.is_exporting() else torch.autocast(device.type, enabled=False)
+    if torch.compiler.is_exporting() or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class Float32Linear(nn.Linear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbones.base import Backbone
+from .bypass import passing
 from .config import PartConfig, StageConfig
 from .counting import COUNT_RULES, BackboneShape, StageCount, at_least_half
 from .dechunk import smoothing_macs
@@ -19,7 +21,6 @@ from .prompt import prompt_of
 from .scorers.base import Scored, Scorer, SiteInput, TokenSpec
 from .selectors.base import Request, Selector
 from .state import Chunks, Decision, Routing, TokenState, Trace
-from .subsets import put, take
 
 # Keeps the draws of a selector's noise apart from those of a random scorer.
 _NOISE = 1 << 20
@@ -197,21 +198,19 @@ class Stage(nn.Module):
         choice = self._choose(hidden_states, layer, trace, state)
         decision, estimate = choice.decision, choice.estimate
         inside = state if estimate.key_bias is None else state.add_key_bias(estimate.key_bias.masked_fill(~state.routable, 0.0))
-        inside = inside.select(decision.index, decision.valid)
-        self._record(trace, choice, state, inside.present)
-        if decision.empty and not self.training and not sharded(layer):
+        # Ranks that share a layer must all run it, and what trains needs its gradients.
+        skips = not self.training and not sharded(layer)
+        if decision.empty and skips:
+            self._record(trace, choice, state, 0)
             return hidden_states
-        before = take(hidden_states, decision.index)
-        after = inner(before, inside)
+        through = passing(decision, state, rows=skips)
+        part, before = through.state(inside), through.take(hidden_states)
+        self._record(trace, choice, state, part.present if part.rows == state.rows else decision.kept_mask(state.tokens).sum(-1))
+        after = inner(before, part)
         if estimate.scale is not None:
-            scale = estimate.scale.masked_fill(~state.routable, 1.0).gather(1, decision.index).unsqueeze(-1).to(after.dtype)
-            after = after * scale + before * (1 - scale)
-        if decision.valid is None and decision.index.shape[1] == state.tokens:
-            return after
-        if decision.valid is not None:
-            # Filler stays what it was.
-            after = torch.where(decision.valid.unsqueeze(-1), after, before)
-        return put(hidden_states, decision.index, after.to(hidden_states.dtype))
+            scale = estimate.scale.masked_fill(~state.routable, 1.0) if state.protected_per_row else estimate.scale
+            after = before.to(after.dtype).lerp(after, through.take(scale).unsqueeze(-1).to(after.dtype))
+        return through.put(hidden_states, before, after)
 
     def _site(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> SiteInput:
         return SiteInput(hidden_states, _state(trace), trace, self.index, layer, self.backbone)
@@ -265,7 +264,7 @@ class Stage(nn.Module):
             decision = self.selector(scored.scores, state, request)
         taught = self.selector.teach(decision, state, request)
         estimate = Estimate()
-        if self.estimator is not None and (self.training or self.estimator.in_evaluation):
+        if self.estimator is not None and (self.training or (self.estimator.in_evaluation and not decision.empty)):
             estimate = self.estimator(scored.scores, scored.answers, decision, state, trace)
         if self.training and taught.loss is not None:
             estimate = replace(estimate, loss=taught.loss if estimate.loss is None else estimate.loss + taught.loss)
@@ -308,8 +307,7 @@ class Stage(nn.Module):
         trace.routings[self.config.key] = Routing(
             stage=self.config.key,
             scores=scores,
-            soft=scores.sigmoid() if self.scorer.probabilities else None,
-            routable=state.routable,
+            probabilities=self.scorer.probabilities,
             decision=choice.decision,
             state=state,
             requested=choice.keep,
@@ -335,4 +333,4 @@ def _state(trace: Trace) -> TokenState:
 
 def sharded(layer: nn.Module) -> bool:
     """Its weights lie on several ranks (ZeRO-3), which must all ask for them at the same time."""
-    return any(hasattr(parameter, "ds_id") for parameter in layer.parameters())
+    return any(hasattr(parameter, "ds_id") for parameter in itertools.islice(layer.parameters(), 1))

@@ -5,6 +5,7 @@ Shapes: B rows of a batch, N tokens before the first stage, M tokens now, K toke
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ class TokenState:
         key_bias: (B, M) float32 that every later layer adds to the attention logits of each key; None adds nothing.
         proportional: later layers add log(size) to the attention logits of each key, so that a merged token is attended to as
             its sources together would be.
+        batch_rows: (B,) int64, which rows of the forward these are, where others were left out; None where all are there.
     """
 
     size: Tensor
@@ -48,6 +50,7 @@ class TokenState:
     empty: bool = False
     key_bias: Tensor | None = None
     proportional: bool = False
+    batch_rows: Tensor | None = None
 
     @staticmethod
     def initial(
@@ -74,7 +77,7 @@ class TokenState:
     def tokens(self) -> int:
         return self.position.shape[1]
 
-    @property
+    @functools.cached_property
     def routable(self) -> Tensor:
         """(B, M) bool: real tokens that a stage may touch."""
         return ~self.protected if self.valid is None else ~self.protected & self.valid
@@ -124,6 +127,15 @@ class TokenState:
             key_bias=None if self.key_bias is None else self.key_bias.gather(1, index),
         )
 
+    def select_rows(self, rows: Tensor) -> TokenState:
+        """State of the rows at (R,) alone, with all of their tokens."""
+        parts: dict[str, Tensor | None] = {
+            name: None if part is None else part.index_select(0, rows)
+            for name in ("size", "source", "position", "protected", "valid", "document", "key_bias")
+            for part in (getattr(self, name),)
+        }
+        return replace(self, **parts, batch_rows=rows)  # type: ignore[arg-type]
+
     def absorb(self, into: Tensor) -> TokenState:
         """State after every token whose target is another slot has been merged into it; the slots all stay.
 
@@ -164,6 +176,7 @@ class Decision:
         empty: nothing stays in any row; ``index`` is filler alone.
         everything: it was decided to leave every slot in its place, filler too.
         cut: score that a token had to be above, a scalar or (B, 1); None where it was decided in another way.
+        rows: (R,) int64, where rows have one token, as while generating, those whose token stays; None elsewhere.
     """
 
     index: Tensor
@@ -171,6 +184,7 @@ class Decision:
     empty: bool = False
     everything: bool = False
     cut: Tensor | None = None
+    rows: Tensor | None = None
 
     def keeps_all(self, state: TokenState) -> bool:
         """Nothing goes of the tokens that it was made for, nor moves."""
@@ -191,8 +205,7 @@ class Routing:
     Attributes:
         stage: name of the stage, the path of its site (``before_3``).
         scores: (B, M) float32 scores of the scorer, with gradient where it has any.
-        soft: (B, M) float32 keep probabilities in (0, 1); None for a scorer that is not trained.
-        routable: (B, M) bool, the tokens that could be dropped.
+        probabilities: the sigmoid of a score is a keep probability, as of a scorer that is trained.
         decision: which slots stayed.
         state: TokenState before the stage.
         requested: keep that the config or the schedule asked for.
@@ -208,8 +221,7 @@ class Routing:
 
     stage: str
     scores: Tensor
-    soft: Tensor | None
-    routable: Tensor
+    probabilities: bool
     decision: Decision
     state: TokenState
     requested: float
@@ -220,6 +232,16 @@ class Routing:
     bypass: bool = False
     auxiliary_loss: Tensor | None = None
     agreement: Tensor | None = None
+
+    @functools.cached_property
+    def soft(self) -> Tensor | None:
+        """(B, M) float32 keep probabilities in (0, 1); None for a scorer that is not trained."""
+        return self.scores.sigmoid() if self.probabilities else None
+
+    @property
+    def routable(self) -> Tensor:
+        """(B, M) bool, the tokens that could be dropped."""
+        return self.state.routable
 
     def counts(self) -> tuple[int, int]:
         """Routable tokens (kept, present) summed over the rows. Synchronises with the device when rows differ."""

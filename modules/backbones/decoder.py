@@ -115,18 +115,21 @@ class DecoderBackbone(TextBackbone):
         if not isinstance(cache, RoutedCache):
             return inputs
         of: Any = layer
-        return inputs | {cls.cache_name: cache.layers[of.plan.index].enter(state.source.shape[1])}
+        return inputs | {cls.cache_name: cache.layers[of.plan.index].enter(*state.source.shape)}
 
     @classmethod
     def prepare(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
         own, entry, view = dict(inputs), inputs.get(cls.cache_name), None
         if isinstance(entry, LayerEntry):
-            view = entry.everything() if state.whole else entry.chosen(state.position, state.valid)
+            every = state.whole and state.batch_rows is None
+            view = entry.everything() if every else entry.chosen(state.position, state.valid, state.batch_rows)
             own[cls.cache_name] = view
+        if state.batch_rows is not None:
+            own |= cls.of_rows(inputs, state.batch_rows)
         if not state.whole:
-            own |= cls.of_tokens(inputs, state.position)
+            own |= cls.of_tokens(own, state.position)
         before = entry.before if isinstance(entry, LayerEntry) else 0
-        own["attention_mask"] = cls.causal_mask(inputs.get("attention_mask"), state, view, before, dtype)
+        own["attention_mask"] = cls.causal_mask(own.get("attention_mask"), state, view, before, dtype)
         return own
 
     @classmethod
@@ -151,8 +154,11 @@ class DecoderBackbone(TextBackbone):
         if mask is None and bias is None and alike and (state.whole or before == 0):
             # Filler lies behind the real tokens of its row, so that none of them sees it.
             return None
+        if mask is None and view is not None and view.even and state.tokens == 1:
+            # The newest token of each row sees all that is stored.
+            return None
         if state.whole and alike and bias is None:
-            return mask if mask is None or view is None else mask[..., view.start :]
+            return mask if mask is None or view is None else mask[..., view.places :]
         slots = state.position if view is None or view.slots is None else view.slots
         if mask is None:
             visible = slots[:, None] <= state.position[:, :, None] + before

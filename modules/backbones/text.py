@@ -91,6 +91,20 @@ class TextBackbone(Backbone):
         return picked
 
     @classmethod
+    def of_rows(cls, inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+        """Of what a layer is handed row by row, that of (R,) rows; what is the same for all rows stays as it is."""
+
+        def of(part: Tensor) -> Tensor:
+            return part if part.shape[0] == 1 else part.index_select(0, rows)
+
+        picked: dict[str, Any] = {
+            name: of(inputs[name]) for name in ("position_ids", "attention_mask") if isinstance(inputs.get(name), Tensor)
+        }
+        if inputs.get("position_embeddings") is not None:
+            picked["position_embeddings"] = tuple(of(part) for part in inputs["position_embeddings"])
+        return picked
+
+    @classmethod
     def of_first(cls, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
         first = dict(inputs)
         if isinstance(first.get("position_ids"), Tensor):

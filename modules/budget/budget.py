@@ -230,7 +230,7 @@ class Budget:
         if not trace.routings:
             raise ValueError("the trace has no routing: pass it to the model's forward as trace=trace, before asking for the loss")
         device = next(iter(trace.routings.values())).scores.device
-        trained = [routing for routing in trace.routings.values() if routing.soft is not None]
+        trained = [routing for routing in trace.routings.values() if routing.probabilities]
         total = torch.zeros((), device=device)
         auxiliary = trace.auxiliary_loss
         if auxiliary is not None:

@@ -10,7 +10,7 @@ from .base import Estimate, Estimator
 
 
 class GateEstimator(Estimator):
-    """x + (1 + a·(2·sigmoid(score) − 1))·f(x) around a layer, a learned: what it adds counts more where the router is surer
+    """x + (1 + a·tanh(score / 2))·f(x) around a layer, a learned: what it adds counts more where the router is surer
     (Mixture-of-Depths, arXiv 2404.02258, which multiplies by the score itself).
 
     With a = 0 the weight is 1, and a pretrained layer is left as it is; a learns from the first step on, the score through it.
@@ -29,4 +29,4 @@ class GateEstimator(Estimator):
         self.strength = nn.Parameter(torch.full((1,), float(start)))
 
     def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
-        return Estimate(scale=1 + self.strength.float() * (2 * torch.sigmoid(scores) - 1))
+        return Estimate(scale=1 + self.strength.float() * torch.tanh(scores / 2))

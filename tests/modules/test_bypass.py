@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from laconic import CompressionConfig, StageConfig, Trace, compress, from_pretrained, stages_of
+from laconic import CompressionConfig, RoutedCache, StageConfig, Trace, compress, from_pretrained, stages_of
 from laconic.modules.scorers.base import TokenSpec
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.predictor import PredictorSelector
@@ -142,6 +142,32 @@ def test_rows_of_training_are_equally_long_and_deployed_ones_as_long_as_they_sco
     assert selector.looks_ahead(Request(0.25, 10, None, False))
     deployed = selector.eval()(scores, _state(2, 40), Request(0.25, 10, None, False))
     assert deployed.kept_mask(40).sum(-1).tolist() == [0, 20]
+
+
+def test_a_step_of_generating_runs_a_layer_on_those_rows_alone_that_go_through_it() -> None:
+    model, ids = compressed("llama", METHODS[1], 0.5, 0.5), tokens(8)
+    cache = RoutedCache(model.config)
+    model(ids[:, :9], past_key_values=cache, use_cache=True)
+    whole = model(ids, use_cache=False).logits
+    seen: list[int] = []
+    model.model.layers[1].mlp.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[0]))
+    went: list[int] = []
+    for place in range(9, 24):
+        trace, before = Trace(), cache.layers[1].tokens_stored()
+        out = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True, trace=trace).logits
+        torch.testing.assert_close(out[:, 0], whole[:, place], rtol=1e-4, atol=2e-5)
+        went.append(trace.routings["around_1"].counts()[0])
+        assert cache.layers[1].tokens_stored() - before == went[-1]
+    # A layer that nobody needs is not run at all.
+    assert seen == [rows for rows in went if rows]
+    assert 0 < min(seen) < 8
+
+
+def test_the_first_token_of_all_may_be_that_of_some_rows() -> None:
+    model, ids = compressed("llama", METHODS[1], 0.5, 0.5), tokens(8)
+    whole, cache = model(ids, use_cache=False).logits, RoutedCache(model.config)
+    steps = [model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits for place in range(24)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=2e-5)
 
 
 def test_training_mode_does_not_generate() -> None:

@@ -1,0 +1,80 @@
+"""Which tokens go through the part of a layer that a stage goes around: how they are taken out, and put back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .state import Decision, TokenState
+from .subsets import put, take
+
+
+class EveryToken:
+    """All of them, as they lie."""
+
+    def state(self, state: TokenState) -> TokenState:
+        """Of those that go through."""
+        return state
+
+    def take(self, values: Tensor) -> Tensor:
+        """(B, M, …) -> what there is of those that go through."""
+        return values
+
+    def put(self, values: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """(B, M, C) with what became ``after`` of those that were ``before``."""
+        return after
+
+
+@dataclass(frozen=True)
+class SomeRows(EveryToken):
+    """All tokens of the rows at (R,); the other rows are left out."""
+
+    rows: Tensor
+
+    def state(self, state: TokenState) -> TokenState:
+        return state.select_rows(self.rows)
+
+    def take(self, values: Tensor) -> Tensor:
+        return values.index_select(0, self.rows)
+
+    def put(self, values: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        return values.index_copy(0, self.rows, after.to(values.dtype))
+
+
+@dataclass(frozen=True)
+class SomeTokens(EveryToken):
+    """(B, K) of every row, ``valid`` where they are no filler."""
+
+    index: Tensor
+    valid: Tensor | None
+
+    def state(self, state: TokenState) -> TokenState:
+        return state.select(self.index, self.valid)
+
+    def take(self, values: Tensor) -> Tensor:
+        return values.gather(1, self.index) if values.ndim == 2 else take(values, self.index)
+
+    def put(self, values: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        if self.valid is not None:
+            # Filler stays what it was.
+            after = torch.where(self.valid.unsqueeze(-1), after, before)
+        return put(values, self.index, after.to(values.dtype))
+
+
+def passing(decision: Decision, state: TokenState, rows: bool) -> EveryToken:
+    """Those that a decision sends through.
+
+    Args:
+        decision: of a stage.
+        state: the tokens that it was made for.
+        rows: a row without any may be left out.
+    """
+    if decision.rows is not None and len(decision.rows) == state.rows:
+        return EveryToken()
+    if decision.rows is not None and rows:
+        return SomeRows(decision.rows)
+    if decision.valid is None and decision.index.shape[1] == state.tokens:
+        return EveryToken()
+    return SomeTokens(decision.index, decision.valid)
