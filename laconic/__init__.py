@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .modules.config import CompressionConfig, StageConfig
     from .modules.loading import from_pretrained
     from .modules.lora import add_lora, merge_lora, train_only
-    from .modules.state import Trace
+    from .modules.trace import Trace
     from .trainer.hf import BudgetMixin, BudgetTrainer
 
 _HOMES = {
@@ -32,7 +32,7 @@ _HOMES = {
     "CompressionConfig": "modules.config",
     "RoutedCache": "modules.cache",
     "StageConfig": "modules.config",
-    "Trace": "modules.state",
+    "Trace": "modules.trace",
     "add_lora": "modules.lora",
     "compress": "modules.compress",
     "decompress": "modules.compress",

@@ -22,7 +22,7 @@ from .layer import CompressedLayer, LayerPlan
 from .models.base import PatchSegmentation
 from .packing import ATTENTION
 from .stage import Stage
-from .state import Trace
+from .trace import Trace
 
 PREFIX = "Compressed"
 Model = TypeVar("Model", bound=PreTrainedModel)

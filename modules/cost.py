@@ -15,7 +15,7 @@ from .compress import CompressedModel, build_stages, stages_of
 from .config import CompressionConfig
 from .counting import BackboneShape, LayerTokens
 from .stage import Stage
-from .state import Trace
+from .trace import Trace
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .state import TokenState, Trace
+from .state import TokenState
 from .subsets import take
+from .trace import Trace
 
 # Chunks whose mean is taken by one matrix product; the means of blocks follow one another.
 BLOCK = 32

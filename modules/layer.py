@@ -12,7 +12,8 @@ from .backbones.base import Backbone
 from .packing import Packing
 from .restore import restore
 from .stage import Inner, Stage, sharded
-from .state import RowTokens, TokenState, Trace
+from .state import TokenState
+from .trace import RowTokens, Trace
 
 
 @dataclass(frozen=True)

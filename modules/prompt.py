@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .state import TokenState, Trace
+from .state import TokenState
+from .trace import Trace
 
 # What transformers calls a label that is not counted.
 _IGNORED = -100

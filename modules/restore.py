@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .dechunk import dechunk
-from .state import TokenState, Trace
+from .state import TokenState
+from .trace import Trace
 
 
 def restore(hidden_states: Tensor, trace: Trace, by: str) -> Tensor:

@@ -20,7 +20,8 @@ from .mergers.base import Merged, Merger
 from .prompt import prompt_of
 from .scorers.base import Scored, Scorer, SiteInput, TokenSpec
 from .selectors.base import Request, Selector
-from .state import Chunks, Decision, Routing, TokenState, Trace
+from .state import Decision, TokenState
+from .trace import Chunks, Routing, Trace
 
 # Keeps the draws of a selector's noise apart from those of a random scorer.
 _NOISE = 1 << 20

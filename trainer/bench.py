@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from ..modules.backbones import backbone_for
 from ..modules.backbones.base import Backbone
 from ..modules.compress import CompressedModel, base_class
-from ..modules.state import RowTokens, TokenState, Trace
+from ..modules.state import TokenState
+from ..modules.trace import RowTokens, Trace
 
 WARM_UP_ROUNDS = 3
 

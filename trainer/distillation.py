@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 
-from ..modules.state import Trace
+from ..modules.trace import Trace
 
 SELF = "dense_self"
 

@@ -25,7 +25,7 @@ from ..modules.generation import can_look_ahead
 from ..modules.loading import find_adapter, from_pretrained, saved_class
 from ..modules.lora import merge_lora
 from ..modules.selectors.threshold import ThresholdSelector
-from ..modules.state import KeepCount, Trace
+from ..modules.trace import KeepCount, Trace
 from .build import cost_model, model_config
 from .recipe import Recipe
 from .recipe_files import RecipeError, check

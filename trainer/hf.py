@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, Trainer
 
 from ..modules.budget.budget import Budget
 from ..modules.cost import CostModel
-from ..modules.state import KeepCount, Trace
+from ..modules.trace import KeepCount, Trace
 from . import collective
 
 

@@ -21,7 +21,7 @@ from ..data.rows import collate
 from ..modules.backbones import backbones
 from ..modules.backbones.vision import VisionBackbone
 from ..modules.encoder import encoder_source
-from ..modules.state import Trace
+from ..modules.trace import Trace
 from .build import Parts
 from .pictures import PICTURED, draw_arms, overlays, save_kept_tokens
 from .recipe import TEXT_KEYS, DataRecipe, Recipe

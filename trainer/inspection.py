@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modules.state import Trace
+from ..modules.trace import Trace
 
 _STYLE = """
 body { font: 15px/1.7 ui-monospace, monospace; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #111; background: #fff }

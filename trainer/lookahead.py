@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..modules.state import Trace
+from ..modules.trace import Trace
 from .tasks.base import Quality
 
 

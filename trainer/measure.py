@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..data.rows import collate
 from ..modules.compress import decompress
-from ..modules.state import Trace
+from ..modules.trace import Trace
 from .bench import Bench, bench
 from .build import Parts
 from .recipe import Recipe

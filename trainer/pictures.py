@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.rows import collate
 from ..modules.compress import stages_of
-from ..modules.state import Trace
+from ..modules.trace import Trace
 
 if TYPE_CHECKING:
     from .build import Parts

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..data.rows import BadRow, BadRows
 from ..modules.budget.budget import Budget
 from ..modules.generation import can_look_ahead
-from ..modules.state import KeepCount, Trace
+from ..modules.trace import KeepCount, Trace
 from ..modules.training_checkpoint import KEY, PREFIX, about, of_same_model
 from . import collective
 from .build import Parts

@@ -11,7 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..counting import BackboneShape
 from ..scorers.base import TokenSpec
-from ..state import TokenState, Trace
+from ..state import TokenState
+from ..trace import Trace
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig, RestoreConfig

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..state import TokenState, Trace
+from ..state import TokenState
+from ..trace import Trace
 from .vision import VisionBackbone
 
 

@@ -13,8 +13,9 @@ from ..cache import LayerEntry, LayerView, RoutedCache
 from ..generation import routed_cache
 from ..scorers.base import TokenSpec
 from ..sites import BYPASS
-from ..state import TokenState, Trace
+from ..state import TokenState
 from ..subsets import take
+from ..trace import Trace
 from .causal_shrinking import check_shrinking
 from .text import TextBackbone, with_filler
 

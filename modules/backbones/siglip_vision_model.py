@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..counting import BackboneShape
-from ..state import Trace
+from ..trace import Trace
 from .clip_vision_model import ClipVisionBackbone
 
 

@@ -11,8 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..scorers.base import TokenSpec
 from ..sites import SITES
-from ..state import TokenState, Trace
+from ..state import TokenState
 from ..subsets import take
+from ..trace import Trace
 from .text import TextBackbone, with_filler
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from ..counting import BackboneShape
 from ..models.base import PatchSegmentation
 from ..scorers.base import TokenSpec
 from ..sites import SITES
-from ..state import Trace
+from ..trace import Trace
 from .base import Backbone
 
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..counting import BackboneShape
 from ..draws import masking_order
-from ..state import Trace
+from ..trace import Trace
 from .vision import pair
 from .vit import ViTBackbone
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .. import parts
 from ..config import CompressionConfig, PartConfig
 from ..cost import CostModel
-from ..state import Trace
+from ..trace import Trace
 from .regularizers.base import Regularizer
 from .schedules import SCHEDULES, progress, staircase
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..state import Decision, TokenState, Trace
+from ..state import Decision, TokenState
+from ..trace import Trace
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..state import Decision, TokenState, Trace
+from ..state import Decision, TokenState
+from ..trace import Trace
 from .base import Estimate, Estimator
 
 

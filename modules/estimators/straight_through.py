@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..state import Decision, TokenState, Trace
+from ..state import Decision, TokenState
+from ..trace import Trace
 from .base import Estimate, Estimator
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..models.base import IGNORE
-from ..state import Decision, TokenState, Trace
+from ..state import Decision, TokenState
+from ..trace import Trace
 from .base import Estimate, Estimator
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 from ..counting import BackboneShape
-from ..state import TokenState, Trace
+from ..state import TokenState
+from ..trace import Trace
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone

@@ -19,7 +19,8 @@ from laconic.modules.dechunk import BLOCK, dechunk, smooth
 from laconic.modules.mergers.chunk_mean import ChunkMeanMerger
 from laconic.modules.scorers.base import Scored, SiteInput, TokenSpec
 from laconic.modules.scorers.boundary import BoundaryScorer
-from laconic.modules.state import Chunks, Decision, TokenState
+from laconic.modules.state import Decision, TokenState
+from laconic.modules.trace import Chunks
 from tests.decoders import CHUNKS, compressed, dense, spread, tokens, traced
 
 SPEC = TokenSpec(2, 0, causal=True)

@@ -18,7 +18,7 @@ from laconic import CompressionConfig, StageConfig, Trace, compress, decompress,
 from laconic.modules.cache import RoutedCache
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.counting import tokens_kept
-from laconic.modules.state import Routing
+from laconic.modules.trace import Routing
 from tests.decoders import DEPLOYED, FAMILIES, METHODS, PAIRS, SHRINKING, VOCABULARY, compressed, dense, neutral, tokens, traced
 from tests.decoders import Method as Row
 

@@ -18,7 +18,8 @@ from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.cost import CostModel
 from laconic.modules.counting import tokens_kept
-from laconic.modules.state import Routing, TokenState
+from laconic.modules.state import TokenState
+from laconic.modules.trace import Routing
 from tests.encoders import (
     FAMILIES,
     LENGTH,

@@ -19,7 +19,8 @@ from laconic.modules.backbones import backbone_for
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.counting import COUNT_RULES, StageCount
 from laconic.modules.sites import SITES
-from laconic.modules.state import Routing, TokenState
+from laconic.modules.state import TokenState
+from laconic.modules.trace import Routing
 from tests.matrix import (
     BACKBONES,
     METHODS,

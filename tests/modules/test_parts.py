@@ -14,7 +14,8 @@ from laconic.modules.draws import uniform
 from laconic.modules.scorers.base import TokenSpec
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.top_k import TopKSelector
-from laconic.modules.state import Decision, KeepCount, TokenState
+from laconic.modules.state import Decision, TokenState
+from laconic.modules.trace import KeepCount
 from tests.matrix import METHODS, compressed, dense, images, labels, traced
 
 

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ...modules.backbones import backbones
 from ...modules.backbones.vision import VisionBackbone
 from ...modules.compress import stages_of
-from ...modules.state import Trace
+from ...modules.trace import Trace
 from ..recipe_files import RecipeError
 
 # While transformers is traced it makes full masks that hide nothing, as if rows had padding, except for attention that it knows no mask

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ...modules.compress import decompress, stages_of
 from ...modules.generation import check_deployable
-from ...modules.state import Trace
+from ...modules.trace import Trace
 from ..evaluate import load_model, model_folder, recipe_of
 from ..recipe import Recipe
 from ..recipe_files import RecipeError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...cost import CostModel
-from ...state import Routing
+from ...trace import Routing
 
 
 def soft_keep(routing: Routing) -> Tensor:

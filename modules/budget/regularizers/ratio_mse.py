@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...state import Routing
+from ...trace import Routing
 from .base import StageRegularizer, soft_keep
 
 
