@@ -65,7 +65,7 @@ def _language_model(name: str, tmp_path: Path, quick: list[str]) -> list[str]:
         shorter = [item for item in quick if not item.startswith(("model.", "data."))]
         model = [f"model.name={tmp_path / 'llm'}", f"data.data_files={rows}", "data.sequence_length=128", "data.batch_size=2"]
         return [*shorter, *model, "trainer.max_epochs=null"]
-    if name.startswith("llm_lora"):
+    if name.startswith(("llm_lora", "llm_continue")):
         dense = build(load("llm_pretrain_dense", _language_model("llm_pretrain_dense", tmp_path, quick)).recipe)
         dense.model.save_pretrained(tmp_path / "llm")
         dense.data.save_beside(tmp_path / "llm")
