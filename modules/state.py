@@ -5,7 +5,6 @@ Shapes: B rows of a batch, N tokens before the first stage, M tokens now, K toke
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,7 +71,7 @@ class TokenState:
     def tokens(self) -> int:
         return self.position.shape[1]
 
-    @functools.cached_property
+    @property
     def routable(self) -> Tensor:
         """(B, M) bool: real tokens that a stage may touch."""
         return ~self.protected if self.valid is None else ~self.protected & self.valid

@@ -5,7 +5,6 @@ Shapes: B rows of a batch, N tokens before the first stage, M tokens now, K toke
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -54,7 +53,7 @@ class Routing:
     auxiliary_loss: Tensor | None = None
     agreement: Tensor | None = None
 
-    @functools.cached_property
+    @property
     def soft(self) -> Tensor | None:
         """(B, M) float32 keep probabilities in (0, 1); None for a scorer that is not trained."""
         return self.scores.sigmoid() if self.probabilities else None
