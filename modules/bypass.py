@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .state import Decision, TokenState
-from .subsets import put, take
+from .subsets import put_back, take_out
 
 
 class EveryToken:
@@ -18,11 +18,15 @@ class EveryToken:
         """Of those that go through."""
         return state
 
-    def take(self, values: Tensor) -> Tensor:
-        """(B, M, …) -> what there is of those that go through."""
+    def of(self, values: Tensor) -> Tensor:
+        """(B, M) -> the values of those that go through."""
         return values
 
-    def put(self, values: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    def take_out(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, C) -> those that go through, and what ``put_back`` puts them into."""
+        return hidden_states, hidden_states
+
+    def put_back(self, rest: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """(B, M, C) with what became ``after`` of those that were ``before``."""
         return after
 
@@ -36,11 +40,14 @@ class SomeRows(EveryToken):
     def state(self, state: TokenState) -> TokenState:
         return state.select_rows(self.rows)
 
-    def take(self, values: Tensor) -> Tensor:
+    def of(self, values: Tensor) -> Tensor:
         return values.index_select(0, self.rows)
 
-    def put(self, values: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        return values.index_copy(0, self.rows, after.to(values.dtype))
+    def take_out(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        return self.of(hidden_states), hidden_states
+
+    def put_back(self, rest: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        return rest.index_copy(0, self.rows, after.to(rest.dtype))
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,17 @@ class SomeTokens(EveryToken):
     def state(self, state: TokenState) -> TokenState:
         return state.select(self.index, self.valid)
 
-    def take(self, values: Tensor) -> Tensor:
-        return values.gather(1, self.index) if values.ndim == 2 else take(values, self.index)
+    def of(self, values: Tensor) -> Tensor:
+        return values.gather(1, self.index)
 
-    def put(self, values: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    def take_out(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        return take_out(hidden_states, self.index)
+
+    def put_back(self, rest: Tensor, before: Tensor, after: Tensor) -> Tensor:
         if self.valid is not None:
             # Filler stays what it was.
             after = torch.where(self.valid.unsqueeze(-1), after, before)
-        return put(values, self.index, after.to(values.dtype))
+        return put_back(rest, self.index, after.to(rest.dtype))
 
 
 def passing(decision: Decision, state: TokenState, rows: bool) -> EveryToken:

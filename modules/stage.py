@@ -205,13 +205,13 @@ class Stage(nn.Module):
             self._record(trace, choice, state, 0)
             return hidden_states
         through = passing(decision, state, rows=skips)
-        part, before = through.state(inside), through.take(hidden_states)
+        part, (before, rest) = through.state(inside), through.take_out(hidden_states)
         self._record(trace, choice, state, part.present if part.rows == state.rows else decision.kept_mask(state.tokens).sum(-1))
         after = inner(before, part)
         if estimate.scale is not None:
             scale = estimate.scale.masked_fill(~state.routable, 1.0) if state.protected_per_row else estimate.scale
-            after = before.to(after.dtype).lerp(after, through.take(scale).unsqueeze(-1).to(after.dtype))
-        return through.put(hidden_states, before, after)
+            after = before.to(after.dtype).lerp(after, through.of(scale).unsqueeze(-1).to(after.dtype))
+        return through.put_back(rest, before, after)
 
     def _site(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> SiteInput:
         return SiteInput(hidden_states, _state(trace), trace, self.index, layer, self.backbone)

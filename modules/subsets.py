@@ -52,9 +52,21 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     return taken.view(*index.shape, -1)
 
 
-def put(values: Tensor, index: Tensor, new: Tensor) -> Tensor:
-    """(B, M, D) with the (B, K, D) at (B, K) slots, each at most once in a row."""
-    return values.flatten(0, 1).index_copy(0, _flat(index, values.shape[1]), new.flatten(0, 1)).view_as(values)
+def take_out(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, M, D) and (B, K) slots, each at most once in a row, -> (B, K, D), and the rest, for ``put_back`` alone, with all (B, M, D)."""
+    if torch.is_grad_enabled() and values.requires_grad:
+        taken, rest = _TakeOut.apply(values, _flat(index, values.shape[1]))  # type: ignore[no-untyped-call]
+        return taken.view(*index.shape, -1), rest
+    return take(values, index), values
+
+
+def put_back(rest: Tensor, index: Tensor, new: Tensor) -> Tensor:
+    """The rest of ``take_out`` with the (B, K, D) in the slots that were taken."""
+    flat = _flat(index, rest.shape[1])
+    if torch.is_grad_enabled() and (rest.requires_grad or new.requires_grad):
+        whole: Tensor = _PutBack.apply(rest, flat, new.flatten(0, 1))  # type: ignore[no-untyped-call]
+        return whole
+    return rest.flatten(0, 1).index_copy(0, flat, new.flatten(0, 1)).view_as(rest)
 
 
 def take_shared(values: Tensor, index: Tensor) -> Tensor:
@@ -99,3 +111,31 @@ class _Take(torch.autograd.Function):
         whole = gradient.new_zeros(ctx.shape)
         whole.flatten(0, 1).index_copy_(0, flat, gradient)
         return whole, None
+
+
+class _TakeOut(torch.autograd.Function):
+    """Gradients of what is taken replace those of the rest in its slots: one copy, where a sum of two gradients would take three."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(flat)
+        return values.flatten(0, 1).index_select(0, flat), values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, taken: Tensor, rest: Tensor) -> tuple[Tensor, None]:
+        (flat,) = ctx.saved_tensors
+        return rest.flatten(0, 1).index_copy(0, flat, taken.to(rest.dtype)).view_as(rest), None
+
+
+class _PutBack(torch.autograd.Function):
+    """The rest's own gradient stays as it is in the slots that were taken, where nobody reads it."""
+
+    @staticmethod
+    def forward(ctx: Any, rest: Tensor, flat: Tensor, new: Tensor) -> Tensor:
+        ctx.save_for_backward(flat)
+        return rest.flatten(0, 1).index_copy(0, flat, new).view_as(rest)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
+        (flat,) = ctx.saved_tensors
+        return gradient, None, gradient.flatten(0, 1).index_select(0, flat)
