@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,28 +12,40 @@ from .state import Decision, TokenState
 from .subsets import put_back, take_out
 
 
+class Passing(Protocol):
+    """The tokens that go through."""
+
+    def state(self, state: TokenState) -> TokenState:
+        """Theirs."""
+
+    def of(self, values: Tensor) -> Tensor:
+        """(B, M) -> theirs."""
+
+    def take_out(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, C) -> theirs, and what ``put_back`` puts them into."""
+
+    def put_back(self, rest: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """(B, M, C) with what became ``after`` of those that were ``before``."""
+
+
 class EveryToken:
     """All of them, as they lie."""
 
     def state(self, state: TokenState) -> TokenState:
-        """Of those that go through."""
         return state
 
     def of(self, values: Tensor) -> Tensor:
-        """(B, M) -> the values of those that go through."""
         return values
 
     def take_out(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, M, C) -> those that go through, and what ``put_back`` puts them into."""
         return hidden_states, hidden_states
 
     def put_back(self, rest: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """(B, M, C) with what became ``after`` of those that were ``before``."""
         return after
 
 
 @dataclass(frozen=True)
-class SomeRows(EveryToken):
+class SomeRows:
     """All tokens of the rows at (R,); the other rows are left out."""
 
     rows: Tensor
@@ -51,7 +64,7 @@ class SomeRows(EveryToken):
 
 
 @dataclass(frozen=True)
-class SomeTokens(EveryToken):
+class SomeTokens:
     """(B, K) of every row, ``valid`` where they are no filler."""
 
     index: Tensor
@@ -73,17 +86,17 @@ class SomeTokens(EveryToken):
         return put_back(rest, self.index, after.to(rest.dtype))
 
 
-def passing(decision: Decision, state: TokenState, rows: bool) -> EveryToken:
+def passing(decision: Decision, state: TokenState, may_leave_rows_out: bool) -> Passing:
     """Those that a decision sends through.
 
     Args:
         decision: of a stage.
         state: the tokens that it was made for.
-        rows: a row without any may be left out.
+        may_leave_rows_out: those without any.
     """
     if decision.rows is not None and len(decision.rows) == state.rows:
         return EveryToken()
-    if decision.rows is not None and rows:
+    if decision.rows is not None and may_leave_rows_out:
         return SomeRows(decision.rows)
     if decision.valid is None and decision.index.shape[1] == state.tokens:
         return EveryToken()

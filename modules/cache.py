@@ -128,7 +128,7 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             if part is not None:
                 setattr(self, name, part[indices.to(part.device)])
         if self.lengths is not None:
-            self.lengths = [self.lengths[row] for row in torch.as_tensor(indices).tolist()]
+            self.lengths = torch.tensor(self.lengths)[indices.cpu()].tolist()
 
     # What a compressed layer does with it.
 
@@ -147,33 +147,26 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             rows: (R,) int64, the rows that they are of; None where they are of every row.
         """
         if self.slots is None or self.lengths is None:
-            before = 0 if self.keys is None else self.keys.shape[2]
+            before = self.stored
             self.slots = torch.arange(self.start, self.start + before, device=slots.device).repeat(batch, 1)
             self.lengths = [before] * batch
         self._forget(slots)
-        of = range(len(self.lengths)) if rows is None else rows.tolist()
+        of = range(batch) if rows is None else rows.tolist()
         starts = [self.lengths[row] for row in of]
         added = [slots.shape[1]] * len(starts) if valid is None else valid.sum(-1).tolist()
         for row, number in zip(of, added, strict=True):
             self.lengths[row] += number
-        width = max(starts[at] + number for at, number in enumerate(added))
-        self.slots = _grown(self.slots, max(self.lengths), -1, 1)
-        if rows is None and valid is None and min(starts) == max(starts):
-            self.slots[:, starts[0] : width] = slots
-            return LayerView(self, self.slots[:, :width], starts[0], None, even=True)
-        first = torch.tensor(starts, device=slots.device)[:, None]
-        if valid is None:
-            places = first + torch.arange(slots.shape[1], device=slots.device)
-        else:
+        width, even = max(self.lengths[row] for row in of), valid is None and min(starts) == max(starts)
+        self.slots = _with_room(self.slots, max(self.lengths), -1, 1)
+        columns: Tensor | slice = slice(starts[0], width)
+        if not even or rows is not None:
+            taken = torch.ones_like(slots) if valid is None else valid.long()
+            columns = torch.tensor(starts, device=slots.device)[:, None] + taken.cumsum(-1) - 1
+        if valid is not None:
             # The last column takes the writes of filler; nothing reads it.
-            places = (first + valid.long().cumsum(-1) - 1).masked_fill(~valid, self.slots.shape[1] - 1)
-            slots = slots.masked_fill(~valid, -1)
-        if rows is None:
-            self.slots.scatter_(1, places, slots)
-        else:
-            self.slots[rows[:, None], places] = slots
-        even = valid is None and min(starts) == max(starts)
-        return LayerView(self, _of_rows(self.slots[:, :width], rows), places, rows, even)
+            columns, slots = columns.masked_fill(~valid, self.slots.shape[1] - 1), slots.masked_fill(~valid, -1)  # type: ignore[union-attr]
+        _store(self.slots, rows, columns, slots)
+        return LayerView(self, self.start, _of_rows(self.slots[:, :width], rows), columns, rows, even)
 
     def _forget(self, arriving: Tensor) -> None:
         """Tidies away what no query can see any more, once there is enough of it."""
@@ -203,35 +196,38 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert view.slots is not None
-        assert self.slots is not None
         width = view.slots.shape[1]
         self.keys, self.values = (self._written(old, new, view) for old, new in ((self.keys, key_states), (self.values, value_states)))
         return _of_rows(self.keys[:, :, :width], view.rows), _of_rows(self.values[:, :, :width], view.rows)
 
     def _written(self, old: Tensor | None, new: Tensor, view: LayerView) -> Tensor:
         assert self.slots is not None
-        if old is None:
-            old = new.new_zeros(self.slots.shape[0], new.shape[1], 0, new.shape[3])
-        written = _grown(old, self.slots.shape[1] - 1, 0, 2)
-        if written is old and torch.is_grad_enabled():
-            # Where somebody wants gradients, what earlier forwards read must stay as it was.
-            written = old.clone()
-        if isinstance(view.places, int):
-            written[:, :, view.places : view.places + new.shape[2]] = new
-        elif view.rows is None:
-            written.scatter_(2, view.places[:, None, :, None].expand_as(new), new)
-        else:
-            written[view.rows[:, None], :, view.places] = new.transpose(1, 2)
-        return written
-
-
-def _grown(table: Tensor, width: int, filler: int, dim: int) -> Tensor:
-    """A table with more than ``width`` columns along ``dim``, itself where it has them."""
-    if table.shape[dim] > width:
+        batch, columns = self.slots.shape
+        table = new.new_zeros(batch, new.shape[1], 0, new.shape[3]) if old is None else old
+        table = _with_room(table, columns - 1, 0, 2)
+        _store(table.transpose(1, 2), view.rows, view.columns, new.transpose(1, 2))
         return table
-    shape = list(table.shape)
-    shape[dim] = (width // _BLOCK + 1) * _BLOCK - table.shape[dim]
-    return torch.cat([table, table.new_full(shape, filler)], dim)
+
+
+def _with_room(table: Tensor, width: int, filler: int, dim: int) -> Tensor:
+    """A table that may be written to, with more than ``width`` columns along ``dim``."""
+    if table.shape[dim] <= width:
+        shape = list(table.shape)
+        shape[dim] = (width // _BLOCK + 1) * _BLOCK - table.shape[dim]
+        return torch.cat([table, table.new_full(shape, filler)], dim)
+    if torch.is_grad_enabled() or table.requires_grad or (table.is_inference() and not torch.is_inference_mode_enabled()):
+        # Where somebody wants gradients, what earlier forwards read must stay as it was; and torch guards what it made for inference.
+        return table.clone()
+    return table
+
+
+def _store(table: Tensor, rows: Tensor | None, columns: Tensor | slice, new: Tensor) -> None:
+    """Writes (R, K, …) into some rows of a (B, S, …) table, or into all."""
+    if isinstance(columns, slice):
+        table[:, columns] = new
+    else:
+        of = torch.arange(table.shape[0], device=table.device) if rows is None else rows
+        table[of[:, None], columns] = new
 
 
 def _of_rows(table: Tensor, rows: Tensor | None) -> Tensor:
@@ -253,12 +249,12 @@ class LayerEntry:
     rows: int
     before: int
 
-    def everything(self) -> LayerView:
-        """All tokens of the forward are about to be processed, in every row."""
-        if self.layer.slots is None:
-            return LayerView(self.layer, None, self.layer.start, None, even=True)
-        tokens = torch.arange(self.layer.seen - self.before, device=self.layer.slots.device)
-        return self.chosen(tokens.expand(self.rows, -1), None)
+    def everything(self, position: Tensor) -> LayerView:
+        """All tokens of the forward, at (B, N) positions, are about to be processed, in every row."""
+        layer = self.layer
+        if layer.slots is None and layer.start + layer.stored == self.before:
+            return LayerView(layer, layer.start, None, slice(0), None, even=True)
+        return self.chosen(position, None)
 
     def chosen(self, position: Tensor, valid: Tensor | None, rows: Tensor | None = None) -> LayerView:
         """The tokens at (R, K) positions of the forward are about to be processed, but for filler: of some rows, or of all."""
@@ -271,15 +267,17 @@ class LayerView:
 
     Attributes:
         layer: what is stored.
-        slots: (R, S) int64 of the keys that attention will see, -1 for filler; None where every row has all from ``places``.
-        places: where the new ones go: (R, K) int64, or the first column where they lie side by side in every row.
+        start: first slot stored where every row has all of them.
+        slots: (R, S) int64 of the keys that attention will see, -1 for filler; None where every row has all from ``start``.
+        columns: of the table of slots, where the new ones go: (R, K) int64, or a slice where that is the same for every row.
         rows: (R,) int64, the rows that are processed; None for all.
         even: the rows have the same number of keys, and no new one is filler.
     """
 
     layer: RoutedLayer
+    start: int
     slots: Tensor | None
-    places: Tensor | int
+    columns: Tensor | slice
     rows: Tensor | None
     even: bool
 

@@ -26,7 +26,11 @@ def routed_cache(config: Any, given: Any) -> RoutedCache:
     if isinstance(given, RoutedCache):
         return given
     if given is None or (type(given) is DynamicCache and not given.offloading and given.get_seq_length() == 0):
-        return RoutedCache(config)
+        cache = RoutedCache(config)
+        if given is not None and any(getattr(layer, "record_past", False) for layer in given.layers):
+            # Who means to crop it, as for an assistant's tokens, has said so to the cache that he brought.
+            cache.activate_past_recording()
+        return cache
     if type(given) is DynamicCache and not given.offloading:
         raise ValueError(
             f"past_key_values is a DynamicCache that holds {given.get_seq_length()} tokens: it does not say which tokens each layer "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -199,19 +198,22 @@ class Stage(nn.Module):
         choice = self._choose(hidden_states, layer, trace, state)
         decision, estimate = choice.decision, choice.estimate
         inside = state if estimate.key_bias is None else state.add_key_bias(estimate.key_bias.masked_fill(~state.routable, 0.0))
-        # Ranks that share a layer must all run it, and what trains needs its gradients.
-        skips = not self.training and not sharded(layer)
-        if decision.empty and skips:
+        if decision.empty and self._may_skip(layer, trace):
             self._record(trace, choice, state, 0)
             return hidden_states
-        through = passing(decision, state, rows=skips)
+        through = passing(decision, state, self._may_skip(layer, trace))
         part, (before, rest) = through.state(inside), through.take_out(hidden_states)
-        self._record(trace, choice, state, part.present if part.rows == state.rows else decision.kept_mask(state.tokens).sum(-1))
+        # Of rows of one token, part has those alone that keep theirs.
+        self._record(trace, choice, state, part.present if decision.rows is None else decision.kept_mask(state.tokens).sum(-1))
         after = inner(before, part)
         if estimate.scale is not None:
             scale = estimate.scale.masked_fill(~state.routable, 1.0) if state.protected_per_row else estimate.scale
             after = before.to(after.dtype).lerp(after, through.of(scale).unsqueeze(-1).to(after.dtype))
         return through.put_back(rest, before, after)
+
+    def _may_skip(self, layer: nn.Module, trace: Trace) -> bool:
+        """The layer need not run for rows of which nothing goes through: no gradient is missed, no other rank waits, nobody reads them."""
+        return not self.training and not trace.side_by_side and not sharded(layer)
 
     def _site(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> SiteInput:
         return SiteInput(hidden_states, _state(trace), trace, self.index, layer, self.backbone)
@@ -265,7 +267,9 @@ class Stage(nn.Module):
             decision = self.selector(scored.scores, state, request)
         taught = self.selector.teach(decision, state, request)
         estimate = Estimate()
-        if self.estimator is not None and (self.training or (self.estimator.in_evaluation and not decision.empty)):
+        if self.estimator is not None and (
+            self.training or (self.estimator.in_evaluation and not (decision.empty and self._may_skip(layer, trace)))
+        ):
             estimate = self.estimator(scored.scores, scored.answers, decision, state, trace)
         if self.training and taught.loss is not None:
             estimate = replace(estimate, loss=taught.loss if estimate.loss is None else estimate.loss + taught.loss)
@@ -334,4 +338,5 @@ def _state(trace: Trace) -> TokenState:
 
 def sharded(layer: nn.Module) -> bool:
     """Its weights lie on several ranks (ZeRO-3), which must all ask for them at the same time."""
-    return any(hasattr(parameter, "ds_id") for parameter in itertools.islice(layer.parameters(), 1))
+    # All parameters of a model are, or none is.
+    return hasattr(next(layer.parameters(), None), "ds_id")

@@ -6,6 +6,7 @@ Shapes: B rows of a batch, N tokens before the first stage, M tokens now, K toke
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,12 +124,21 @@ class TokenState:
 
     def select_rows(self, rows: Tensor) -> TokenState:
         """State of the rows at (R,) alone, with all of their tokens."""
-        parts: dict[str, Tensor | None] = {
-            name: None if part is None else part.index_select(0, rows)
-            for name in ("size", "source", "position", "protected", "valid", "document", "key_bias")
-            for part in (getattr(self, name),)
-        }
-        return replace(self, **parts, batch_rows=rows)  # type: ignore[arg-type]
+
+        def pick(part: Tensor | None) -> Any:
+            return None if part is None else part.index_select(0, rows)
+
+        return replace(
+            self,
+            size=pick(self.size),
+            source=pick(self.source),
+            position=pick(self.position),
+            protected=pick(self.protected),
+            valid=pick(self.valid),
+            document=pick(self.document),
+            key_bias=pick(self.key_bias),
+            batch_rows=rows if self.batch_rows is None else self.batch_rows.index_select(0, rows),
+        )
 
     def absorb(self, into: Tensor) -> TokenState:
         """State after every token whose target is another slot has been merged into it; the slots all stay.

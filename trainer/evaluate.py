@@ -22,10 +22,11 @@ from ..modules.compress import base_class, compress, decompress, stages_of
 from ..modules.config import CompressionConfig, PartConfig
 from ..modules.cost import CostModel
 from ..modules.generation import can_look_ahead
+from ..modules.keep_count import KeepCount
 from ..modules.loading import find_adapter, from_pretrained, saved_class
 from ..modules.lora import merge_lora
 from ..modules.selectors.threshold import ThresholdSelector
-from ..modules.trace import KeepCount, Trace
+from ..modules.trace import Trace
 from .build import cost_model, model_config
 from .recipe import Recipe
 from .recipe_files import RecipeError, check

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel, Trainer
 
 from ..modules.budget.budget import Budget
 from ..modules.cost import CostModel
-from ..modules.trace import KeepCount, Trace
+from ..modules.keep_count import KeepCount
+from ..modules.trace import Trace
 from . import collective
 
 

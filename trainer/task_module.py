@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from ..data.rows import BadRow, BadRows
 from ..modules.budget.budget import Budget
 from ..modules.generation import can_look_ahead
-from ..modules.trace import KeepCount, Trace
+from ..modules.keep_count import KeepCount
+from ..modules.trace import Trace
 from ..modules.training_checkpoint import KEY, PREFIX, about, of_same_model
 from . import collective
 from .build import Parts

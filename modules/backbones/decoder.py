@@ -98,7 +98,8 @@ class DecoderBackbone(TextBackbone):
             real = mask[:, -number:].bool()
             trace.valid = None if bool(real.all()) else real
         elif isinstance(mask, Tensor):
-            trace.valid = cls.valid_tokens(mask)
+            real = cls.valid_tokens(mask)
+            trace.valid = None if real is None or bool(real[:, -number:].all()) else real[:, -number:]
         cache = inputs.get("past_key_values")
         trace.seen, trace.carry = (cache.get_seq_length(), cache.carry) if isinstance(cache, RoutedCache) else (0, None)
         if trace.labels is None and isinstance(inputs.get("labels"), Tensor):
@@ -123,7 +124,7 @@ class DecoderBackbone(TextBackbone):
         own, entry, view = dict(inputs), inputs.get(cls.cache_name), None
         if isinstance(entry, LayerEntry):
             every = state.whole and state.batch_rows is None
-            view = entry.everything() if every else entry.chosen(state.position, state.valid, state.batch_rows)
+            view = entry.everything(state.position) if every else entry.chosen(state.position, state.valid, state.batch_rows)
             own[cls.cache_name] = view
         if state.batch_rows is not None:
             own |= cls.of_rows(inputs, state.batch_rows)
@@ -159,7 +160,7 @@ class DecoderBackbone(TextBackbone):
             # The newest token of each row sees all that is stored.
             return None
         if state.whole and alike and bias is None:
-            return mask if mask is None or view is None else mask[..., view.places :]
+            return mask if mask is None or view is None else mask[..., view.start :]
         slots = state.position if view is None or view.slots is None else view.slots
         if mask is None:
             visible = slots[:, None] <= state.position[:, :, None] + before

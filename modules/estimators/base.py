@@ -16,7 +16,8 @@ class Estimate:
     """Paths for the gradient. Each leaves the forward's values untouched, unless the estimator runs in evaluation too.
 
     Attributes:
-        scale: (B, M) of value 1, multiplied onto the tokens that stay, or around a layer onto what it adds; None leaves them alone.
+        scale: (B, M), multiplied onto the tokens that stay, where it has the value 1; around a layer, onto what the layer adds. None leaves
+            them alone.
         key_bias: (B, M) of value 0, added to the attention logits of each key in all later layers; None adds nothing.
         confidence: (B, M) of value 1, multiplied onto what each token is given at a restore by ``dechunk``; None leaves it alone.
         loss: scalar to add to the task's loss, already weighted; None without one.

@@ -118,21 +118,19 @@ class Selector(nn.Module):
             best = scores.masked_fill(~state.routable, float("-inf")).argmax(-1, keepdim=True)
             stays = stays.scatter(1, best, True) & state.routable
         elif state.tokens == 1 and state.protected_per_row == 0:
-            return _of_one(stays, state)
+            return _of_single_tokens(stays)
         kept = compact(stays | (state.protected if state.valid is None else state.protected & state.valid), bucket=self.bucket)
         return Decision(kept.index, kept.valid, self.causal and kept.empty)
 
 
-def _of_one(stays: Tensor, state: TokenState) -> Decision:
-    """The decision of rows of one token, as while generating: rows stay or are left out."""
+def _of_single_tokens(stays: Tensor) -> Decision:
+    """The decision that a (B, 1) mask means, as while generating: rows stay or are left out."""
     rows = [row for row, (stay,) in enumerate(stays.tolist()) if stay]
-    slots = state.position if state.whole else torch.zeros_like(state.position)
-    return Decision(slots, stays, empty=not rows, rows=torch.tensor(rows, dtype=torch.int64, device=stays.device))
+    there = torch.tensor(rows, dtype=torch.int64, device=stays.device)
+    return Decision(torch.zeros_like(stays, dtype=torch.int64), stays, empty=not rows, rows=there)
 
 
 def everything(state: TokenState) -> Decision:
     """The decision that leaves nothing out."""
-    slots = state.position
-    if not state.whole:
-        slots = torch.arange(state.tokens, device=slots.device).expand_as(slots)
-    return Decision(slots, state.valid, everything=True)
+    slots = torch.arange(state.tokens, device=state.position.device)
+    return Decision(slots.expand_as(state.position), state.valid, everything=True)

@@ -79,8 +79,8 @@ class ThresholdSelector(Selector):
         elif self.calibrate and not self.causal and not self.batches.bool():
             # It has seen no scores yet: as many of every row.
             return self.top_k(scores, state, replace(request, draws=None))  # type: ignore[no-any-return]
-        # In training a copy, which stays what it is when the threshold moves on.
-        return replace(self.decide(scores > cut, scores, state), cut=cut.clone() if self.training else cut)
+        # A copy, which stays what it is when the threshold moves on.
+        return replace(self.decide(scores > cut, scores, state), cut=cut.clone())
 
     def _by_rows(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
         """The highest share of every row, whatever documents it holds."""

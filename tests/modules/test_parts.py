@@ -11,11 +11,11 @@ import transformers
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
 from laconic.modules.cost import CostModel
 from laconic.modules.draws import uniform
+from laconic.modules.keep_count import KeepCount
 from laconic.modules.scorers.base import TokenSpec
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.top_k import TopKSelector
 from laconic.modules.state import Decision, TokenState
-from laconic.modules.trace import KeepCount
 from tests.matrix import METHODS, compressed, dense, images, labels, traced
 
 

@@ -1,0 +1,56 @@
+"""Tokens kept over several forwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .trace import Trace
+
+
+@dataclass
+class KeepCount:
+    """Hard keep by stage over several forwards, summed over all rows before dividing.
+
+    Attributes:
+        totals: routable tokens (kept, present) by stage name.
+        macs: sum over the rows of their ``macs_ratio``.
+        rows: that ``macs`` sums over.
+    """
+
+    totals: dict[str, tuple[int, int]] = field(default_factory=dict)
+    macs: float = 0.0
+    rows: int = 0
+
+    def add(self, trace: Trace, macs_ratio: float) -> None:
+        """Counts one forward.
+
+        Args:
+            trace: of it.
+            macs_ratio: mean over its rows, what ``CostModel.achieved`` says of the trace.
+        """
+        assert trace.state is not None
+        self.merge(
+            KeepCount({name: routing.counts() for name, routing in trace.routings.items()}, macs_ratio * trace.state.rows, trace.state.rows)
+        )
+
+    def clear(self) -> None:
+        """Starts counting again."""
+        self.totals.clear()
+        self.macs, self.rows = 0.0, 0
+
+    def merge(self, other: KeepCount) -> None:
+        """Adds the counts of other forwards, another rank's for example."""
+        for name, (kept, present) in other.totals.items():
+            before = self.totals.get(name, (0, 0))
+            self.totals[name] = (before[0] + kept, before[1] + present)
+        self.macs, self.rows = self.macs + other.macs, self.rows + other.rows
+
+    @property
+    def achieved(self) -> dict[str, float]:
+        """Routable tokens leaving ÷ entering, by stage name."""
+        return {name: kept / max(1, present) for name, (kept, present) in self.totals.items()}
+
+    @property
+    def macs_ratio(self) -> float:
+        """Mean over the rows; 1 where none was counted, as for a dense model."""
+        return self.macs / self.rows if self.rows else 1.0
