@@ -29,7 +29,7 @@ def routed_cache(config: Any, given: Any) -> RoutedCache:
         cache = RoutedCache(config)
         if given is not None and any(getattr(layer, "record_past", False) for layer in given.layers):
             # Who means to crop it, as for an assistant's tokens, has said so to the cache that he brought.
-            cache.activate_past_recording()
+            cache.activate_past_recording()  # type: ignore[no-untyped-call]
         return cache
     if type(given) is DynamicCache and not given.offloading:
         raise ValueError(

@@ -98,8 +98,8 @@ class DecoderBackbone(TextBackbone):
             real = mask[:, -number:].bool()
             trace.valid = None if bool(real.all()) else real
         elif isinstance(mask, Tensor):
-            real = cls.valid_tokens(mask)
-            trace.valid = None if real is None or bool(real[:, -number:].all()) else real[:, -number:]
+            seen = cls.valid_tokens(mask)
+            trace.valid = None if seen is None or bool(seen[:, -number:].all()) else seen[:, -number:]
         cache = inputs.get("past_key_values")
         trace.seen, trace.carry = (cache.get_seq_length(), cache.carry) if isinstance(cache, RoutedCache) else (0, None)
         if trace.labels is None and isinstance(inputs.get("labels"), Tensor):
