@@ -203,8 +203,8 @@ class Stage(nn.Module):
             return hidden_states
         through = passing(decision, state, self._may_skip(layer, trace))
         part, (before, rest) = through.state(inside), through.take_out(hidden_states)
-        # Of rows of one token, part has those alone that keep theirs.
-        self._record(trace, choice, state, part.present if decision.rows is None else decision.kept_mask(state.tokens).sum(-1))
+        # Of rows of one token, part may have those alone that keep theirs.
+        self._record(trace, choice, state, part.present if decision.rows is None or decision.valid is None else decision.valid.sum(-1))
         after = inner(before, part)
         if estimate.scale is not None:
             scale = estimate.scale.masked_fill(~state.routable, 1.0) if state.protected_per_row else estimate.scale

@@ -156,9 +156,9 @@ class DecoderBackbone(TextBackbone):
         if mask is None and bias is None and alike and (state.whole or before == 0):
             # Filler lies behind the real tokens of its row, so that none of them sees it.
             return None
-        if mask is None and view is not None and view.even and state.tokens == 1:
+        if mask is None and bias is None and view is not None and state.tokens == 1 and state.valid is None:
             # The newest token of each row sees all that is stored.
-            return None
+            return None if view.even or view.slots is None else (view.slots >= 0)[:, None, None]
         if state.whole and alike and bias is None:
             return mask if mask is None or view is None else mask[..., view.start :]
         slots = state.position if view is None or view.slots is None else view.slots
