@@ -310,7 +310,8 @@ import laconic
 torch.set_num_threads(1)
 root = sys.argv[1]
 for name in json.loads(sys.argv[2]):
-    model = laconic.from_pretrained(f"{root}/{name}")
+    # transformers 5.17 loads Gemma 2 with sdpa, which has no soft caps.
+    model = laconic.from_pretrained(f"{root}/{name}", attn_implementation="eager" if "gemma2" in name else "sdpa")
     given = load_file(f"{root}/{name}/inputs")
     logits = model(**given, use_cache=False, trace=laconic.Trace(lookahead=True)).logits.detach()
     made = {} if "top_k" in name else {"made": model.generate(**given, max_new_tokens=5, do_sample=False)}
