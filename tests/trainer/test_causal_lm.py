@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from laconic.trainer.token_loss import TokenLoss, check_model, token_loss
 from laconic.trainer.validate import validate
 from tests.data.texts import chats, jsonl, small_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 VOCAB, ROWS, LENGTH = 97, 3, 24
 SHARED = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SHARED, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -215,7 +218,9 @@ def test_a_resumed_run_on_text_ends_like_an_unbroken_one(tmp_path: Path, tiny: l
     assert all(torch.equal(value, resumed[name]) for name, value in unbroken.items())
 
 
-def test_a_routed_run_is_evaluated_as_deployed_and_looking_ahead_and_shown(tmp_path: Path, tiny: list[str], console: Console) -> None:
+def test_a_routed_run_is_evaluated_as_deployed_and_looking_ahead_and_shown(
+    tmp_path: Path, tiny: list[str], console: Console, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     deep = [item for item in tiny if "num_hidden_layers" not in item]
     overrides = [*deep, "model.config.num_hidden_layers=3", "baselines=[]", "budget.target=0.8"]
     overrides += ["compression.stages=[{layer: 1, site: around, scorer: linear, selector: predictor}]"]
@@ -231,6 +236,11 @@ def test_a_routed_run_is_evaluated_as_deployed_and_looking_ahead_and_shown(tmp_p
     assert (tmp_path / "page.html").read_text().count("<span style") == len(
         AutoTokenizer.from_pretrained(tmp_path / "run" / "model")("if so: pass")["input_ids"]
     )
+    monkeypatch.setattr(sys, "argv", ["decoding", run, "--prompt", "32", "--new", "3", "--rounds", "2", "--batch", "1", "2"])
+    runpy.run_path(str(ROOT / "scripts" / "decoding"), run_name="__main__")
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown[1:]] == ["rows", "1", "2"]
+    assert "32 tokens of a prompt, 3 new ones" in shown[0]
 
 
 def test_a_gate_stays_with_the_weights(tmp_path: Path, tiny: list[str], console: Console) -> None:
