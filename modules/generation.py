@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -43,13 +44,14 @@ def routed_cache(config: Any, given: Any) -> RoutedCache:
     )
 
 
-def check_deployable(stages: dict[str, tuple[int, Stage]]) -> None:
-    """Raises ValueError where a stage cannot run token by token."""
-    ahead = [name for name, (_, stage) in stages.items() if not stage.deployable]
+def check_deployable(stages: Iterable[Stage]) -> None:
+    """Raises ValueError where a stage of a causal model cannot run token by token."""
+    ahead = [stage.config.key for stage in stages if not stage.deployable]
     if ahead:
         raise ValueError(
             f"stages {', '.join(ahead)} look ahead: which tokens they choose hangs on tokens that are not generated yet. Train with "
-            "selector 'predictor' (top-k in training, a causal predictor afterwards) or 'threshold', or call decompress(model)"
+            "scorer 'linear' and selector 'threshold' or 'predictor' (top-k in training, a causal predictor afterwards), or call "
+            "decompress(model)"
         )
 
 
@@ -68,7 +70,7 @@ class Generating:
         """transformers' own, with a RoutedCache. Raises ValueError where a stage looks ahead, as all do in training mode."""
         from .compress import stages_of
 
-        check_deployable(stages_of(self))
+        check_deployable(stage for _, stage in stages_of(self).values())
         if self.training:
             raise ValueError(
                 "generate() in training mode would decide as training does, and learn from what it writes: call model.eval() first"

@@ -111,7 +111,9 @@ class Stage(nn.Module):
             )
         if self.selector.adaptive and (self.scorer.matches or self.merger.outputs is not None or self.config.tokens is not None):
             what = f"tokens = {self.config.tokens}" if self.config.tokens is not None else f"scorer {scorer!r} with merger {merger!r}"
-            raise ValueError(f"selector {selector!r} lets every row keep as many as it likes, which {what} does not allow; take 'top_k'")
+            raise ValueError(
+                f"selector {selector!r} lets every row keep as many as it likes, which {what} does not allow; take 'top_k', or give keep or capacity"
+            )
         if self.selector.prompt_only and (self.bypass or not self.backbone.causal):
             where = f"site = {self.config.site!r}" if self.bypass else "a model that is not causal"
             raise ValueError(f"selector {selector!r} shortens the prompt of a causal model at site 'before'; with {where} take another one")
@@ -259,8 +261,8 @@ class Stage(nn.Module):
         if ahead and self.backbone.causal and not self.selector.prompt_only and not self.training and not trace.lookahead and keep < 1:
             raise ValueError(
                 f"stage {self.config.key!r} looks ahead: which tokens it chooses hangs on later tokens, which a causal model has not got "
-                "when it is deployed. Train with selector 'predictor' or 'threshold', or pass Trace(lookahead=True) to see what looking "
-                "ahead would give"
+                "when it is deployed. Train with scorer 'linear' and selector 'predictor' or 'threshold', or pass Trace(lookahead=True) "
+                "to see what looking ahead would give"
             )
         decision = trace.replay.get(self.config.key)
         if decision is None:

@@ -1,4 +1,4 @@
-"""The matrix that every invariant runs over. A new method is one more line in METHODS; a new family one more in BACKBONES."""
+"""The matrix that every invariant runs over. A new method is one more line in METHODS; a new family one more in FAMILIES."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def _assemble(
         if unheld:
             raise ValueError(
                 f"stages {', '.join(unheld)}: their selectors keep what is more likely than not, and only a budget with a regulariser brings "
-                "that to what is requested: leave keep out and give budget.target and budget.regularizer, or take top_k or threshold"
+                "that to what is requested: leave keep out and give budget.target and budget.regularizer, or take threshold, or top_k if the model is not causal"
             )
         if recipe.model.encoder_routers and filled:
             assert recipe.model.encoder_of is not None

@@ -74,7 +74,8 @@ class DataRecipe(Block):
     """What is trained on."""
 
     name: str = Field(
-        "scattered_digits", description="scattered_digits, imagefolder; for text python_library, text, json; parquet, or a hub name"
+        "scattered_digits",
+        description="scattered_digits, imagefolder; for text python_library, python_functions, python_passages, text, json, csv; parquet, or a hub name",
     )
     data_dir: str | None = Field(None, description="folder of an imagefolder, or of files of text")
     data_files: str | list[str] | dict[str, str | list[str]] | None = Field(None, description="files, or files by split")

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from ..modules.budget.budget import Budget
+from ..modules.generation import check_deployable
 from .build import build_model, cost_model, model_config, total_steps
 from .distillation import check_teacher
 from .lora import check_lora, parameter_counts, prepare
@@ -69,6 +70,9 @@ def validate(recipe: Recipe) -> Checked:
         if compression is not None and recipe.budget is not None:
             compression = Budget(recipe.budget, model, compression, steps, recipe.seed, data.size).compression
         counted = cost_model(model, compression, data.size)
+        if counted is not None:
+            # Found out before training, not when it is evaluated.
+            check_deployable(stage for stage in counted.stages if stage.backbone.causal)
         routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
         prepare(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
     cost = None if counted is None else counted()

@@ -25,7 +25,7 @@ class BeitBackbone(VisionBackbone):
     classes: ClassVar[tuple[str, ...]] = ("BeitModel", "BeitForImageClassification")
     refused: ClassVar[dict[str, str]] = {
         "BeitForSemanticSegmentation": "its head reads the hidden states of several layers, which have different tokens under compression; "
-        "take ViTForSemanticSegmentation or Dinov2ForSemanticSegmentation of laconic.modules.models"
+        "take ViTForSemanticSegmentation or Dinov2ForSemanticSegmentation of laconic.modules.models.vit and .dinov2"
     }
     averages = True
     masks_in_layers = True

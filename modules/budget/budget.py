@@ -151,12 +151,12 @@ class Budget:
         if self.regularizer is None and unheld:
             raise ValueError(
                 f"budget.regularizer is missing: nothing else brings the scores of {', '.join(unheld)} to what is requested, since their "
-                "selectors keep whatever is more likely than not; take macs_squared, ratio_mse or h_net, or selector 'top_k' or 'threshold'"
+                "selectors keep whatever is more likely than not; take macs_squared, ratio_mse or h_net, or selector 'threshold', or 'top_k' if the model is not causal"
             )
         if self.regularizer is not None and not any(stage.scorer.probabilities for stage in self.cost.stages):
             raise ValueError(
                 "budget.regularizer pulls on keep probabilities, and no stage's scorer has any: leave it out "
-                "(a top-k selector holds the count by itself), or take scorer 'learned'"
+                "(a top-k selector holds the count by itself), or take scorer 'learned', or 'linear' in a causal model"
             )
 
     def resolve(self, target: float) -> dict[str, float]:
@@ -178,7 +178,7 @@ class Budget:
         if ratio(low / 10_000) > target:
             raise ValueError(
                 f"budget.target = {target} cannot be met: with one token left the {self.config.measure} is still {ratio(low / 10_000):.4f}; "
-                "raise the target or move the first stage to an earlier layer"
+                "raise the target, move the first stage to an earlier layer, or put stages around more layers"
             )
         while high - low > 1:
             middle = (low + high) // 2

@@ -61,10 +61,10 @@ def end(message: str, code: int, speaks: bool = True) -> typer.Exit:
 
 @contextlib.contextmanager
 def user_input() -> Iterator[None]:
-    """Inside, a ValueError is the user's mistake: one message, no traceback, exit code 2."""
+    """Inside, a ValueError is the user's mistake: one message, no traceback, exit code 2. So is a package that was asked for and is not there."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         # Every machine speaks: a folder may be missing on one of them only.
         raise end(f"error: {error}", WRONG_INPUT, first_process(of_machine=True)) from None
 

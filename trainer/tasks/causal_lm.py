@@ -103,7 +103,7 @@ class CausalLM(Task):
             raise ValueError("model.encoder_of is for images, and task = causal_lm has text: give model.name or model.config")
         if recipe.data.name in ("scattered_digits", "imagefolder"):
             raise ValueError(
-                f"data.name = {recipe.data.name!r} holds images, and task = causal_lm has text: give {', '.join(EMBEDDED)}, text, json, parquet or a hub name"
+                f"data.name = {recipe.data.name!r} holds images, and task = causal_lm has text: give {', '.join(EMBEDDED)}, text, json, parquet, csv or a hub name"
             )
         if recipe.data.streaming and recipe.data.name in EMBEDDED:
             raise ValueError(f"data.streaming = true: {recipe.data.name} is on this machine and small, leave data.streaming out")
