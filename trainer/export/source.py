@@ -120,7 +120,7 @@ def generates(model: PreTrainedModel) -> bool:
     if not model.can_generate():
         return False
     try:
-        check_deployable(stages_of(model))
+        check_deployable(stage for _, stage in stages_of(model).values())
     except ValueError:
         return False
     return True
