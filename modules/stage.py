@@ -39,6 +39,7 @@ class Choice:
     keep: float
     lookahead: bool
     agreement: Tensor | None
+    skipped: bool
 
 
 class Stage(nn.Module):
@@ -200,10 +201,10 @@ class Stage(nn.Module):
         choice = self._choose(hidden_states, layer, trace, state)
         decision, estimate = choice.decision, choice.estimate
         inside = state if estimate.key_bias is None else state.add_key_bias(estimate.key_bias.masked_fill(~state.routable, 0.0))
-        if decision.empty and self._may_skip(layer, trace):
+        if choice.skipped:
             self._record(trace, choice, state, 0)
             return hidden_states
-        through = passing(decision, state, self._may_skip(layer, trace))
+        through = passing(decision, state, decision.rows is not None and self._may_skip(layer, trace))
         part, (before, rest) = through.state(inside), through.take_out(hidden_states)
         # Of rows of one token, part may have those alone that keep theirs.
         self._record(trace, choice, state, part.present if decision.rows is None or decision.valid is None else decision.valid.sum(-1))
@@ -268,14 +269,12 @@ class Stage(nn.Module):
         if decision is None:
             decision = self.selector(scored.scores, state, request)
         taught = self.selector.teach(decision, state, request)
-        estimate = Estimate()
-        if self.estimator is not None and (
-            self.training or (self.estimator.in_evaluation and not (decision.empty and self._may_skip(layer, trace)))
-        ):
+        estimate, skipped = Estimate(), self.bypass and decision.empty and self._may_skip(layer, trace)
+        if self.estimator is not None and (self.training or self.estimator.in_evaluation) and not skipped:
             estimate = self.estimator(scored.scores, scored.answers, decision, state, trace)
         if self.training and taught.loss is not None:
             estimate = replace(estimate, loss=taught.loss if estimate.loss is None else estimate.loss + taught.loss)
-        return Choice(scored, decision, estimate, keep, ahead, taught.agreement)
+        return Choice(scored, decision, estimate, keep, ahead, taught.agreement, skipped)
 
     def _request(self, keep: float, count: int | Tensor, present: int | Tensor, site: SiteInput) -> Request:
         state, trace = site.state, site.trace

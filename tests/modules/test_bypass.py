@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from laconic import CompressionConfig, RoutedCache, StageConfig, Trace, compress, from_pretrained, stages_of
+from laconic import CompressionConfig, StageConfig, Trace, compress, from_pretrained, stages_of
 from laconic.modules.scorers.base import TokenSpec
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.predictor import PredictorSelector
@@ -143,94 +143,6 @@ def test_rows_of_training_are_equally_long_and_deployed_ones_as_long_as_they_sco
     assert selector.looks_ahead(Request(0.25, 10, None, False))
     deployed = selector.eval()(scores, _state(2, 40), Request(0.25, 10, None, False))
     assert deployed.kept_mask(40).sum(-1).tolist() == [0, 20]
-
-
-def test_a_step_of_generating_runs_a_layer_on_those_rows_alone_that_go_through_it() -> None:
-    model, ids = compressed("llama", METHODS[1], 0.5, 0.5), tokens(8)
-    cache = RoutedCache(model.config)
-    model(ids[:, :9], past_key_values=cache, use_cache=True)
-    whole = model(ids, use_cache=False).logits
-    seen: list[int] = []
-    model.model.layers[1].mlp.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[0]))
-    went: list[int] = []
-    for place in range(9, 24):
-        trace, before = Trace(), cache.layers[1].tokens_stored()
-        out = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True, trace=trace).logits
-        torch.testing.assert_close(out[:, 0], whole[:, place], rtol=1e-4, atol=2e-5)
-        went.append(trace.routings["around_1"].counts()[0])
-        assert cache.layers[1].tokens_stored() - before == went[-1]
-    # A layer that nobody needs is not run at all.
-    assert seen == [rows for rows in went if rows]
-    assert 0 < min(seen) < 8
-
-
-@pytest.mark.parametrize("rows", [1, 2, 8])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
-def test_token_by_token_from_nothing(family: str, rows: int) -> None:
-    # With one row a layer sees everything of a step or nothing, and it may be nothing at first.
-    for seed in range(4):
-        model, ids = compressed(family, METHODS[1], 0.5, 0.5), tokens(rows, seed=seed)
-        with torch.no_grad():
-            whole, cache = model(ids, use_cache=False).logits, RoutedCache(model.config)
-            steps = [model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits for place in range(24)]
-        torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=2e-5)
-
-
-def test_a_cache_that_begins_late_can_be_cropped() -> None:
-    for seed in range(4):
-        model, ids, cache = compressed("llama", METHODS[1], 0.5, 0.5), tokens(1, seed=seed), None
-        cache = RoutedCache(model.config)
-        for place in range(12):
-            model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
-        cache.crop(-3)
-        rest = model(ids[:, 9:], past_key_values=cache, use_cache=True).logits
-        torch.testing.assert_close(rest, model(ids, use_cache=False).logits[:, 9:], rtol=1e-4, atol=2e-5)
-
-
-def test_rows_of_a_cache_are_picked_by_number_or_by_mask() -> None:
-    model, ids = compressed("llama", METHODS[1], 0.5, 0.5), tokens()
-    stays = torch.tensor([False, True, True])
-    for pick in (stays, stays.nonzero().flatten()):
-        cache = RoutedCache(model.config)
-        model(ids[:, :20], past_key_values=cache, use_cache=True)
-        cache.batch_select_indices(pick)
-        rest = model(ids[stays][:, 20:], past_key_values=cache, use_cache=True).logits
-        torch.testing.assert_close(rest, model(ids[stays], use_cache=False).logits[:, 20:], rtol=1e-4, atol=2e-5)
-
-
-def test_a_cache_goes_from_inference_to_gradients_and_back() -> None:
-    model, ids = compressed("llama", METHODS[1], 0.5, 0.5), tokens()
-    cache, parts = RoutedCache(model.config), []
-    for start, how in ((0, torch.inference_mode), (8, torch.enable_grad), (12, torch.no_grad), (13, torch.enable_grad)):
-        with how():
-            parts.append(model(ids[:, start : {0: 8, 8: 12, 12: 13, 13: 24}[start]], past_key_values=cache, use_cache=True).logits)
-    (parts[1].sum() + parts[3].sum()).backward()
-    torch.testing.assert_close(torch.cat(parts, 1), model(ids, use_cache=False).logits, rtol=1e-4, atol=2e-5)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_a_compressed_model_assists_and_is_assisted(family: str) -> None:
-    model, plain, ids = compressed(family, METHODS[1], 0.5, 0.6), dense(family), tokens(1)
-    for main, assistant in ((model, plain), (plain, compressed(family, METHODS[1], 0.5, 0.6))):
-        alone = main.generate(ids, max_new_tokens=10, do_sample=False)
-        assert torch.equal(main.generate(ids, assistant_model=assistant, max_new_tokens=10, do_sample=False), alone)
-
-
-def test_hidden_states_of_a_step_are_of_every_row() -> None:
-    model, ids = compressed("llama", METHODS[1], 0.5, 0.5), tokens(8)
-    cache = RoutedCache(model.config)
-    model(ids[:, :23], past_key_values=cache, use_cache=True)
-    states = model(ids[:, 23:], past_key_values=cache, use_cache=True, output_hidden_states=True).hidden_states
-    assert [tuple(state.shape) for state in states] == [(8, 1, 32)] * 5
-
-
-def test_a_mask_of_four_dimensions_goes_with_a_cache() -> None:
-    model, ids = compressed("llama", METHODS[1], 0.5, 0.5), tokens()
-    mask = torch.ones(24, 24, dtype=torch.bool).tril().expand(3, 1, 24, 24)
-    cache, parts = RoutedCache(model.config), []
-    for start, stop in ((0, 16), (16, 17), (17, 24)):
-        parts.append(model(ids[:, start:stop], attention_mask=mask[:, :, start:stop, :stop], past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(parts, 1), model(ids, use_cache=False).logits, rtol=1e-4, atol=2e-5)
 
 
 def test_gradients_of_taking_out_and_putting_back_are_those_of_indexing() -> None:

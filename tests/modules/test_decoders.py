@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress, stages_of
 from laconic.modules.cache import RoutedCache
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.counting import tokens_kept
 from laconic.modules.trace import Routing
-from tests.decoders import DEPLOYED, FAMILIES, METHODS, PAIRS, SHRINKING, VOCABULARY, compressed, dense, neutral, tokens, traced
+from tests.decoders import DEPLOYED, FAMILIES, METHODS, PAIRS, VOCABULARY, compressed, dense, neutral, tokens, traced
 from tests.decoders import Method as Row
 
 names = {"ids": lambda value: getattr(value, "name", value)}
@@ -376,55 +376,6 @@ def test_12_a_row_that_chooses_nothing_runs_one_token_that_counts_nothing(family
     for index in (1, 2):
         layers[index].forward = lambda hidden_states, *args, **kwargs: hidden_states
     torch.testing.assert_close(out.logits, plain(ids, use_cache=False).logits, **CLOSE)
-
-
-@pytest.mark.parametrize(("family", "method"), [*((family, METHODS[1]) for family in FAMILIES), *SHRINKING[:2], SHRINKING[-1]], **names)
-def test_beams_sampling_and_continuing_from_a_cache(family: str, method: Row) -> None:
-    model, ids = compressed(family, method, 0.5, 0.6), tokens()
-    beams = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
-    assert torch.equal(model.generate(ids, **beams), model.generate(ids, use_cache=False, **beams))
-    drawn = []
-    for use_cache in (True, False):
-        torch.manual_seed(0)
-        drawn.append(model.generate(ids, max_new_tokens=6, do_sample=True, use_cache=use_cache))
-    assert torch.equal(drawn[0], drawn[1])
-    cache = RoutedCache(model.config)
-    with torch.no_grad():
-        model(ids[:, :20], past_key_values=cache, use_cache=True)
-    continued = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
-    assert torch.equal(continued, model.generate(ids, max_new_tokens=6, do_sample=False))
-
-
-@families
-def test_a_cache_can_be_cropped(family: str) -> None:
-    model, ids = compressed(family, METHODS[1], 0.5, 0.6), tokens()
-    cache = RoutedCache(model.config)
-    cache.activate_past_recording()
-    model(ids[:, :20], past_key_values=cache, use_cache=True)
-    cache.crop(-6)
-    assert cache.get_seq_length() == 14
-    rest = model(ids[:, 14:], past_key_values=cache, use_cache=True).logits
-    torch.testing.assert_close(rest, model(ids, use_cache=False).logits[:, 14:], **CLOSE)
-
-
-def test_a_cache_stores_what_was_processed() -> None:
-    model, ids = compressed("llama", METHODS[1], 0.5, 0.5), tokens()
-    cache, trace = RoutedCache(model.config), Trace()
-    model(ids, past_key_values=cache, use_cache=True, trace=trace)
-    kept = [routing.counts()[0] for routing in trace.routings.values()]
-    assert cache.tokens_stored() == [72, *kept, 72]
-    # Two key heads of 8 channels, keys and values, float32.
-    assert cache.bytes_stored() == sum(cache.tokens_stored()) * 2 * 2 * 8 * 4
-
-
-def test_caches_of_other_kinds_are_refused_by_name() -> None:
-    model, ids = compressed("llama", METHODS[1], 0.5, 0.5), tokens()
-    full = DynamicCache(config=model.config)
-    dense("llama")(ids, past_key_values=full, use_cache=True)
-    with pytest.raises(ValueError, match=r"DynamicCache that holds 24 tokens.*RoutedCache"):
-        model(ids, past_key_values=full, use_cache=True)
-    with pytest.raises(ValueError, match=r"StaticCache.*cache_implementation"):
-        model.generate(ids, max_new_tokens=2, cache_implementation="static")
 
 
 def test_sites_without_halves_are_refused() -> None:

@@ -18,9 +18,10 @@ def soft_keep(routing: Routing) -> Tensor:
     Where rows keep as many as they like, the value is what they really kept: probabilities can meet a target that the decisions
     miss. The gradient is the probabilities' all the same.
     """
-    assert routing.soft is not None
-    number = routing.routable.sum(-1).clamp(min=1)
-    soft = (routing.soft * routing.routable).sum(-1) / number
+    probabilities, routable = routing.soft, routing.routable
+    assert probabilities is not None
+    number = routable.sum(-1).clamp(min=1)
+    soft = (probabilities * routable).sum(-1) / number
     if not routing.adaptive:
         return soft
     return torch.as_tensor(routing.kept, device=soft.device) / number + soft - soft.detach()

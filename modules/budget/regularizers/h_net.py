@@ -26,10 +26,11 @@ class HNet(StageRegularizer):
     weight: float = 0.03
 
     def of_stage(self, routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
-        assert routing.soft is not None
-        present = routing.routable.sum().clamp(min=1)
-        soft = (routing.soft * routing.routable).sum() / present
-        hard = (routing.kept_mask & routing.routable).sum() / present
+        probabilities, routable = routing.soft, routing.routable
+        assert probabilities is not None
+        present = routable.sum().clamp(min=1)
+        soft = (probabilities * routable).sum() / present
+        hard = (routing.kept_mask & routable).sum() / present
         if over_ranks is not None:
             # Before the product, which no mean of products gives.
             soft, hard = over_ranks(soft), over_ranks(hard)
