@@ -27,7 +27,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Where images come from.
 
     Attributes:
@@ -51,7 +51,7 @@ class Source:
     mask_column: str | None = None
 
 
-def open_source(source: Source, **options: Any) -> Any:
+def open_source(source: DataSource, **options: Any) -> Any:
     """The ``DatasetDict``. Raises ValueError with what to do when it cannot be opened.
 
     Args:
@@ -80,7 +80,7 @@ def open_source(source: Source, **options: Any) -> Any:
 
 
 def open_splits(
-    source: Source,
+    source: DataSource,
     train_split: str,
     validation_split: str | None,
     test_split: str | None,

@@ -12,35 +12,35 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .modules.adapter_saving import save_adapter
-    from .modules.adapters import Adapters
-    from .modules.budget import Budget, BudgetConfig
-    from .modules.cache import RoutedCache
-    from .modules.compress import compress, decompress, stages_of
-    from .modules.config import CompressionConfig, StageConfig
-    from .modules.loading import from_pretrained
-    from .modules.lora import add_lora, merge_lora, train_only
-    from .modules.trace import Trace
-    from .trainer.hf import BudgetMixin, BudgetTrainer
+    from ..modules.budget import Budget, BudgetConfig
+    from ..modules.checkpoints.adapter_saving import save_adapter
+    from ..modules.checkpoints.adapters import Adapters
+    from ..modules.checkpoints.loading import from_pretrained
+    from ..modules.checkpoints.lora import add_lora, merge_lora, train_only
+    from ..modules.compress import compress, decompress, stages_of
+    from ..modules.config import CompressionConfig, StageConfig
+    from ..modules.decoding.cache import RoutedCache
+    from ..modules.tokens.trace import Trace
+    from ..trainer.hf import BudgetMixin, BudgetTrainer
 
 _HOMES = {
-    "Adapters": "modules.adapters",
+    "Adapters": "modules.checkpoints.adapters",
     "Budget": "modules.budget",
     "BudgetConfig": "modules.budget",
     "BudgetMixin": "trainer.hf",
     "BudgetTrainer": "trainer.hf",
     "CompressionConfig": "modules.config",
-    "RoutedCache": "modules.cache",
+    "RoutedCache": "modules.decoding.cache",
     "StageConfig": "modules.config",
-    "Trace": "modules.trace",
-    "add_lora": "modules.lora",
+    "Trace": "modules.tokens.trace",
+    "add_lora": "modules.checkpoints.lora",
     "compress": "modules.compress",
     "decompress": "modules.compress",
-    "from_pretrained": "modules.loading",
-    "merge_lora": "modules.lora",
-    "save_adapter": "modules.adapter_saving",
+    "from_pretrained": "modules.checkpoints.loading",
+    "merge_lora": "modules.checkpoints.lora",
+    "save_adapter": "modules.checkpoints.adapter_saving",
     "stages_of": "modules.compress",
-    "train_only": "modules.lora",
+    "train_only": "modules.checkpoints.lora",
 }
 __all__ = [
     "Adapters",

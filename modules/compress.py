@@ -17,14 +17,14 @@ from transformers import GenerationMixin, PreTrainedModel
 from .backbones import backbone_for
 from .backbones.base import Backbone
 from .config import CompressionConfig
-from .generation import Generating
+from .decoding.generation import Generating
+from .heads.base import PatchSegmentation
 from .layer import CompressedLayer, LayerPlan
-from .models.base import PatchSegmentation
-from .packing import ATTENTION
 from .stage import Stage
-from .trace import Trace
+from .tokens.ragged import ATTENTION
+from .tokens.trace import Trace
 
-PREFIX = "Compressed"
+CLASS_PREFIX = "Compressed"
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -71,7 +71,7 @@ def decompress(model: Model) -> Model:
     for layer in backbone.layers(model):
         if "stages" in layer._modules:
             del layer.stages
-        backbone.release(layer)
+        backbone.unpatch_layer(layer)
         del layer.plan
         layer.__class__ = base_class(type(layer))
     base = backbone.base(model)
@@ -148,7 +148,7 @@ def _check_together(stages: list[Stage], config: CompressionConfig, layers: int)
         uneven = uneven or (stage.selector.adaptive and not stage.bypass)
 
 
-class Generated:
+class Picklable:
     """Lets pickle (spawned workers, ``copy``, ``torch.save`` of a model) rebuild a class that no module has by name."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -197,7 +197,7 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         for layer, plan in plans:
             layer.plan = replace(plan, packs=attn_implementation == ATTENTION)
 
-    def note(self, trace: Trace | None, inputs: dict[str, Any]) -> Trace:
+    def bind_trace(self, trace: Trace | None, inputs: dict[str, Any]) -> Trace:
         """The trace of this forward: the caller's, or a new one."""
         trace = Trace() if trace is None else trace
         if trace.state is not None:
@@ -231,7 +231,7 @@ def compressed_class(cls: Any) -> type[Any]:
         inputs = dict(zip(names, args, strict=False)) | kwargs
         if added := self.backbone.added_inputs(self, trace, inputs):
             args, kwargs = (), inputs | added
-        trace = self.note(trace, inputs | added)
+        trace = self.bind_trace(trace, inputs | added)
         return self.backbone.finish(self, cls.forward(self, *args, trace=trace, **kwargs), trace)
 
     # transformers tells its own classes from a user's by the module's name, and treats only its own as fully supported.
@@ -242,14 +242,14 @@ def compressed_class(cls: Any) -> type[Any]:
         "backbone": backbone_for(cls.config_class.model_type, cls.__name__),
         "forward": forward,
     }
-    mixins = (Generated, Generating) if issubclass(cls, GenerationMixin) else (Generated,)
-    return type(PREFIX + cls.__name__, (*mixins, CompressedModel, cls), attributes)
+    mixins = (Picklable, Generating) if issubclass(cls, GenerationMixin) else (Picklable,)
+    return type(CLASS_PREFIX + cls.__name__, (*mixins, CompressedModel, cls), attributes)
 
 
 @functools.cache
 def _compressed_layer_class(cls: Any) -> type[Any]:
     attributes = {"__module__": cls.__module__, "__doc__": cls.__doc__, "original": cls}
-    return type(PREFIX + cls.__name__, (Generated, CompressedLayer, cls), attributes)
+    return type(CLASS_PREFIX + cls.__name__, (Picklable, CompressedLayer, cls), attributes)
 
 
 def _install(model: PreTrainedModel, config: CompressionConfig, stages: list[Stage], backbone: type[Backbone]) -> None:
@@ -266,7 +266,7 @@ def _install(model: PreTrainedModel, config: CompressionConfig, stages: list[Sta
         layer.__class__ = _compressed_layer_class(plain)
         assert isinstance(layer, CompressedLayer)
         layer.plan = plan
-        backbone.adopt(layer)
+        backbone.patch_layer(layer)
         if of_layer[plan.index]:
             layer.stages = nn.ModuleDict(of_layer[plan.index])
     if packs:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from . import parts
-from .counting import COUNT_RULES
+from . import registry
+from .cost.count_rules import COUNT_RULES
 from .estimators.base import Estimator
 from .mergers.base import Merger
 from .scorers.base import Scorer
@@ -78,8 +78,8 @@ class PartConfig:
         Raises:
             ValueError: an unknown name or option, or a value out of its range.
         """
-        cls = parts.find(f"{_PACKAGE}.{kind}s", self.name, _KINDS[kind])
-        parts.check_options(cls, kind, self.name, dict(self.options), _GIVEN[kind])
+        cls = registry.find(f"{_PACKAGE}.{kind}s", self.name, _KINDS[kind])
+        registry.check_options(cls, kind, self.name, dict(self.options), _GIVEN[kind])
         try:
             return cls(*given, **self.options)
         except TypeError as error:

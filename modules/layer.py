@@ -9,11 +9,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .backbones.base import Backbone
-from .packing import Packing
-from .restore import restore
 from .stage import Inner, Stage, sharded
-from .state import TokenState
-from .trace import RowTokens, Trace
+from .tokens.ragged import Packing
+from .tokens.restore import restore
+from .tokens.state import TokenState
+from .tokens.trace import RowTokens, Trace
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class CompressedLayer(nn.Module):
             trace.begin(plan.backbone.begin(trace, hidden_states, inputs.get("attention_mask")))
         if plan.restore_before is not None:
             hidden_states = restore(hidden_states, trace, plan.restore_before)
-        inputs = plan.backbone.enter(self, cast(TokenState, trace.state), inputs)
+        inputs = plan.backbone.begin_layer(self, cast(TokenState, trace.state), inputs)
         if (before := self._stage("before")) is not None:
             hidden_states = self._shrink(before, hidden_states, trace)
         if self._stage("around", "around_attention", "between", "around_mlp") is None:
@@ -81,7 +81,7 @@ class CompressedLayer(nn.Module):
         if trace.packed is not None:
             inputs = inputs | {"attention_mask": trace.packed}
         else:
-            inputs = plan.backbone.prepare(self, state, hidden_states.dtype, inputs)
+            inputs = plan.backbone.layer_inputs(self, state, hidden_states.dtype, inputs)
         hidden_states = super().__call__(hidden_states, **inputs)
         if trace.packed is not None and plan.unpacks:
             hidden_states, trace.packed = trace.packed.unpack(hidden_states), None
@@ -94,11 +94,11 @@ class CompressedLayer(nn.Module):
         call = super().__call__
 
         def whole(tokens: Tensor, of: TokenState) -> Tensor:
-            output: Tensor = call(tokens, **plan.backbone.prepare(self, of, tokens.dtype, inputs))
+            output: Tensor = call(tokens, **plan.backbone.layer_inputs(self, of, tokens.dtype, inputs))
             return output
 
         def attention(tokens: Tensor, of: TokenState) -> Tensor:
-            own = plan.backbone.prepare(self, of, tokens.dtype, inputs)
+            own = plan.backbone.layer_inputs(self, of, tokens.dtype, inputs)
             return self._half(functools.partial(plan.backbone.attention_half, self, **own), tokens)
 
         def mlp(tokens: Tensor, of: TokenState) -> Tensor:

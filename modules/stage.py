@@ -9,18 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from .backbones.base import Backbone
-from .bypass import passing
 from .config import PartConfig, StageConfig
-from .counting import COUNT_RULES, BackboneShape, StageCount, at_least_half
-from .dechunk import smoothing_macs
-from .draws import uniform
+from .cost.count_rules import COUNT_RULES, StageCount, at_least_half
+from .cost.shape import BackboneShape
 from .estimators.base import Estimate, Estimator
 from .mergers.base import Merged, Merger
-from .prompt import prompt_of
 from .scorers.base import Scored, Scorer, SiteInput, TokenSpec
 from .selectors.base import Request, Selector
-from .state import Decision, TokenState
-from .trace import Chunks, Routing, Trace
+from .tokens.bypass import passing
+from .tokens.dechunk import smoothing_macs
+from .tokens.decision import Decision
+from .tokens.draws import uniform
+from .tokens.scope import prompt_of
+from .tokens.state import TokenState
+from .tokens.trace import Chunks, Routing, Trace
 
 # Keeps the draws of a selector's noise apart from those of a random scorer.
 _NOISE = 1 << 20
@@ -268,7 +270,7 @@ class Stage(nn.Module):
         decision = trace.replay.get(self.config.key)
         if decision is None:
             decision = self.selector(scored.scores, state, request)
-        taught = self.selector.teach(decision, state, request)
+        taught = self.selector.auxiliary(decision, state, request)
         estimate, skipped = Estimate(), self.bypass and decision.empty and self._may_skip(layer, trace)
         if self.estimator is not None and (self.training or self.estimator.in_evaluation) and not skipped:
             estimate = self.estimator(scored.scores, scored.answers, decision, state, trace)

@@ -18,18 +18,19 @@ from transformers import PreTrainedModel
 
 from ..data.rows import BadRowCount, collate
 from ..modules.backbones import backbone_for
+from ..modules.checkpoints.loading import find_adapter, from_pretrained, saved_class
+from ..modules.checkpoints.lora import merge_lora
 from ..modules.compress import base_class, compress, decompress, stages_of
 from ..modules.config import CompressionConfig, PartConfig
-from ..modules.cost import CostModel
-from ..modules.generation import can_look_ahead
-from ..modules.keep_count import KeepCount
-from ..modules.loading import find_adapter, from_pretrained, saved_class
-from ..modules.lora import merge_lora
+from ..modules.cost.cost import CostModel
+from ..modules.decoding.generation import can_look_ahead
 from ..modules.selectors.threshold import ThresholdSelector
-from ..modules.trace import Trace
-from .build import cost_model, model_config
-from .recipe import Recipe
-from .recipe_files import RecipeError, check
+from ..modules.tokens.keep_count import KeepCount
+from ..modules.tokens.trace import Trace
+from .build.build import cost_model, model_config
+from .errors import RecipeError
+from .recipe.files import check
+from .recipe.schema import Recipe
 from .tasks.base import Task, task_named
 
 
@@ -215,7 +216,7 @@ def recipe_of(target: str, overrides: list[str]) -> Recipe:
     """The recipe beside a trained model, with overrides laid over it."""
     import yaml
 
-    from .recipe_files import apply_override
+    from .recipe.files import apply_override
 
     _, path = model_folder(target)
     data = yaml.safe_load(path.read_text())

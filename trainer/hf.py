@@ -7,10 +7,10 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer
 
 from ..modules.budget.budget import Budget
-from ..modules.cost import CostModel
-from ..modules.keep_count import KeepCount
-from ..modules.trace import Trace
-from . import collective
+from ..modules.cost.cost import CostModel
+from ..modules.tokens.keep_count import KeepCount
+from ..modules.tokens.trace import Trace
+from .distributed import collective
 
 
 class BudgetMixin:

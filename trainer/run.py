@@ -12,28 +12,29 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from ..data.module import Splits
 from ..data.rows import collate
+from ..data.splits import Splits
+from ..modules.checkpoints.loading import from_pretrained
 from ..modules.compress import checkpoint_activations, decompress, stages_of
-from ..modules.loading import from_pretrained
-from . import collective
-from .baselines import load_baselines
-from .bench import Bench
-from .build import Parts, build
+from .build.build import build
+from .build.lightning_trainer import lightning_trainer, quiet
+from .build.parts import RunParts
+from .build.trainable import parameter_counts
 from .callbacks.guards import NanGuard, RandomState
 from .callbacks.progress import RunLog, StepLine, Throughput
 from .callbacks.stop import StopOnSigterm
+from .distributed import collective
+from .distributed.processes import started
+from .distributed.resume import check_same_processes, check_same_run, find_checkpoint, incomplete_checkpoints, remove_checkpoints
+from .distributed.strategies import deepspeed_config, needs_group, processes_of, resolved, stage_of
+from .distributed.zero3 import save_trained, weights_name
 from .evaluate import load_model
-from .lightning_trainer import lightning_trainer, quiet
-from .lora import parameter_counts
-from .measure import bench_models, print_claims
-from .processes import started
-from .recipe import Recipe
-from .recipe_files import LoadedRecipe, dump
-from .report import Arm, Report, table, versions, with_bench
-from .resume import check_same_processes, check_same_run, find_checkpoint, incomplete_checkpoints, remove_checkpoints
-from .sharded import save_trained, weights_name
-from .strategies import deepspeed_config, needs_group, processes_of, resolved, stage_of
+from .measure.arms import bench_models, print_claims
+from .measure.bench import Bench
+from .measure.report import Arm, Report, table, versions, with_bench
+from .recipe.baselines import load_baselines
+from .recipe.files import LoadedRecipe, dump
+from .recipe.schema import Recipe
 from .task_module import TaskModule
 from .tasks.base import task_named
 
@@ -46,7 +47,7 @@ class Stopped(Exception):
 class Trained:
     """One arm after training."""
 
-    parts: Parts
+    parts: RunParts
     module: TaskModule
     arm: Arm
 
@@ -117,7 +118,7 @@ def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -
     result: dict[str, Any] = {}
     for arm in [*load_baselines(loaded, overrides), loaded]:
         parts = build(arm.recipe)
-        module = parts.task.module(parts)
+        module = task_named(parts.recipe.task).module(parts)
         rows = [parts.data.train[index] for index in range(arm.recipe.data.batch_size)]
         batch = collate(rows)
         module.model.train()
@@ -150,8 +151,8 @@ def train_arm(
     with (folder / "log.txt" if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w") as log:
         both = RunLog(console, log)
         _describe(parts, name, both)
-        module = parts.task.module(parts)
-        line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name, parts.task)
+        module = task_named(parts.recipe.task).module(parts)
+        line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name, module.task)
         stop = StopOnSigterm(folder / "checkpoints" / "stopped.ckpt")
         watching = [NanGuard(), line, stop, RandomState(recipe.seed)]
         trainer = lightning_trainer(recipe, folder, parts.total_steps, watching, _leaves_unused(module, parts))
@@ -159,7 +160,7 @@ def train_arm(
         # transformers gives loaded models in evaluation mode, and Lightning leaves them so: no router would learn.
         parts.model.train()
         if recipe.trainer.compile:
-            parts.task.compile(parts.model)
+            module.task.compile(parts.model)
         trainer.fit(module, datamodule=data_module, ckpt_path=checkpoint, weights_only=True)
         if stop.stopped:
             raise Stopped(f"stopped by SIGTERM at step {trainer.global_step}; repeat the same command with --resume auto to go on")
@@ -200,7 +201,7 @@ def _open_folder(folder: Path, recipe: Recipe) -> None:
     (folder / "recipe.yaml").write_text(dump(recipe))
 
 
-def _leaves_unused(module: TaskModule, parts: Parts) -> bool:
+def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:
     """Whether a training step leaves parameters without gradient, seen on a step of one row; DDP must be told."""
     if stage_of(parts.recipe.trainer) or collective.world_size() == 1:
         return False
@@ -227,7 +228,7 @@ def _read_back(folder: Path, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def _describe(parts: Parts, name: str, log: RunLog) -> None:
+def _describe(parts: RunParts, name: str, log: RunLog) -> None:
     recipe, cost = parts.recipe, None if parts.cost is None else parts.cost()
     counts = parameter_counts(parts.model)
     total, trainable = (sum(group[kind] for group in counts.values()) for kind in ("total", "trainable"))
@@ -236,7 +237,7 @@ def _describe(parts: Parts, name: str, log: RunLog) -> None:
     spread = f" on {processes} processes with {recipe.trainer.strategy}" if processes > 1 or stage_of(recipe.trainer) else ""
     log.line(
         f"{name}: {parts.model.config.model_type} with {total:,} parameters, {trainable:,} of them trained ({groups}); "
-        f"{parts.total_steps:,} steps of {recipe.data.batch_size * recipe.trainer.accumulate * processes} {parts.task.item}{spread}"
+        f"{parts.total_steps:,} steps of {recipe.data.batch_size * recipe.trainer.accumulate * processes} {task_named(recipe.task).item}{spread}"
         + (
             ""
             if cost is None
@@ -245,13 +246,13 @@ def _describe(parts: Parts, name: str, log: RunLog) -> None:
     )
 
 
-def _ratio(arm: Arm, parts: Parts) -> dict[str, Any]:
+def _ratio(arm: Arm, parts: RunParts) -> dict[str, Any]:
     """What an adapter's manifest says of the ratio that it was trained at."""
     requested = 1.0 if parts.cost is None else parts.cost().macs_ratio
     return {"macs_ratio": {"requested": requested, "achieved": arm.macs_ratio}, "keep": dict(arm.keep)}
 
 
-def _arm(recipe: str, parts: Parts, module: TaskModule, throughput: Throughput) -> Arm:
+def _arm(recipe: str, parts: RunParts, module: TaskModule, throughput: Throughput) -> Arm:
     cost = None if parts.cost is None else parts.cost()
     return Arm(
         recipe=recipe,
@@ -267,14 +268,14 @@ def _arm(recipe: str, parts: Parts, module: TaskModule, throughput: Throughput) 
     )
 
 
-def _details(parts: Parts, module: TaskModule) -> dict[str, Any]:
+def _details(parts: RunParts, module: TaskModule) -> dict[str, Any]:
     """What is said beside the metric: the task's own, and of a causal model what its cache holds and what looking ahead would give."""
     details = module.quality.details(parts.data)
     if parts.cost is not None and (cost := parts.cost()).dense_kv_bytes:
         tokens = cost.dense_tokens
         details["kv_bytes_per_token"] = {"dense": cost.dense_kv_bytes / tokens, "compressed": cost.kv_bytes / tokens}
     if module.ahead is not None:
-        details["lookahead"] = module.ahead.details(parts.task.metric)
+        details["lookahead"] = module.ahead.details(module.task.metric)
     return details
 
 
@@ -298,8 +299,8 @@ def _report(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench |
         recipe=loaded.name,
         task=loaded.recipe.task,
         quality={
-            "metric": main.parts.task.metric,
-            "higher_is_better": main.parts.task.higher_is_better,
+            "metric": main.module.task.metric,
+            "higher_is_better": main.module.task.higher_is_better,
             "split": "test" if main.parts.data.has_test else "validation",
             "dense": dense,
             "compressed": None if name == "dense" else arm.quality,
@@ -325,7 +326,7 @@ def _report(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench |
         seed=loaded.recipe.seed,
         train_seconds=arm.train_seconds,
         train_macs_ratio=arm.train_macs_ratio,
-        throughput={"unit": main.parts.task.unit, "per_second": arm.per_second},
+        throughput={"unit": main.module.task.unit, "per_second": arm.per_second},
         parameters=arm.parameters,
         bad_rows=main.module.bad_rows.summary(),
         versions=versions(),

@@ -12,18 +12,19 @@ from transformers import PreTrainedModel
 
 from ..data.rows import BadRow, BadRows
 from ..modules.budget.budget import Budget
-from ..modules.generation import can_look_ahead
-from ..modules.keep_count import KeepCount
-from ..modules.trace import Trace
-from ..modules.training_checkpoint import KEY, PREFIX, about, of_same_model
-from . import collective
-from .build import Parts
-from .lookahead import LookAhead
-from .optimization import learning_rate_schedule, parameter_groups
-from .recipe import OptimizerRecipe
-from .recipe_files import RecipeError
-from .sharded import kept_names, save_trained, weights_name
-from .tasks.base import Quality, Task
+from ..modules.checkpoints.training_checkpoint import KEY, STATE_PREFIX, about, of_same_model
+from ..modules.decoding.generation import can_look_ahead
+from ..modules.tokens.keep_count import KeepCount
+from ..modules.tokens.trace import Trace
+from .build.optimization import learning_rate_schedule, parameter_groups
+from .build.parts import RunParts
+from .distributed import collective
+from .distributed.zero3 import kept_names, save_trained, weights_name
+from .errors import RecipeError
+from .metrics.lookahead import LookAhead
+from .metrics.quality import Quality
+from .recipe.schema import OptimizerRecipe
+from .tasks.base import Task
 
 
 class TaskModule(lightning.LightningModule):
@@ -34,7 +35,7 @@ class TaskModule(lightning.LightningModule):
         parts: of the run.
     """
 
-    def __init__(self, task: type[Task], parts: Parts) -> None:
+    def __init__(self, task: type[Task], parts: RunParts) -> None:
         super().__init__()
         recipe = parts.recipe
         self.task = task
@@ -186,7 +187,7 @@ class TaskModule(lightning.LightningModule):
         """Notes whose weights they are, and leaves those out that stay as they are."""
         checkpoint[KEY] = about(self.model, self.base)
         if self.base is not None:
-            kept = {PREFIX + name for name in kept_names(self.model)}
+            kept = {STATE_PREFIX + name for name in kept_names(self.model)}
             checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -194,7 +195,7 @@ class TaskModule(lightning.LightningModule):
         if not of_same_model(checkpoint[KEY], self.model, self.base):
             raise RecipeError("the checkpoint is of another model or other frozen weights than the run: start anew in another output")
         if self.base is not None and "state_dict" in checkpoint:
-            lost = {PREFIX + name for name in kept_names(self.model)} ^ checkpoint["state_dict"].keys()
+            lost = {STATE_PREFIX + name for name in kept_names(self.model)} ^ checkpoint["state_dict"].keys()
             if lost:
                 raise RecipeError(f"the checkpoint does not hold what trains: {', '.join(sorted(lost)[:3])}")
 

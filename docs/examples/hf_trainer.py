@@ -6,8 +6,8 @@ import torch
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from laconic import Budget, BudgetConfig, BudgetTrainer, CompressionConfig, StageConfig, compress, from_pretrained
-from laconic.data.scattered_digits import ScatteredDigits
-from laconic.trainer.optimization import parameter_groups
+from laconic.data.embedded.scattered_digits import ScatteredDigits
+from laconic.trainer.build.optimization import parameter_groups
 
 STEPS, BATCH = 20, 32
 

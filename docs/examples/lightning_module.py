@@ -6,8 +6,8 @@ from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification
 
 from laconic import Budget, BudgetConfig, CompressionConfig, StageConfig, compress
-from laconic.data.scattered_digits import ScatteredDigits
-from laconic.trainer.optimization import parameter_groups
+from laconic.data.embedded.scattered_digits import ScatteredDigits
+from laconic.trainer.build.optimization import parameter_groups
 
 STEPS = 20
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 
-from .. import parts
+from .. import registry
 from .base import Backbone
 
 
 def backbones() -> dict[str, type[Backbone]]:
     """Every adapter by the ``model_type`` it serves; the folder is the registry."""
     found: dict[str, type[Backbone]] = {}
-    for module in parts.files(__name__).values():
+    for module in registry.files(__name__).values():
         for item in vars(importlib.import_module(module)).values():
             if isinstance(item, type) and issubclass(item, Backbone) and hasattr(item, "model_type"):
                 found[item.model_type] = item

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..counting import BackboneShape
+from ..cost.shape import BackboneShape
 from ..scorers.base import TokenSpec
-from ..state import TokenState
-from ..trace import Trace
+from ..tokens.state import TokenState
+from ..tokens.trace import Trace
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig, RestoreConfig
@@ -75,12 +75,12 @@ class Backbone:
         return False
 
     @classmethod
-    def adopt(cls, layer: nn.Module) -> None:
+    def patch_layer(cls, layer: nn.Module) -> None:
         """Called on every layer when stages are put in: leaves to ``layer_mask`` what only full-length layers can do."""
 
     @classmethod
-    def release(cls, layer: nn.Module) -> None:
-        """Called on every layer when stages are taken out: undoes ``adopt``."""
+    def unpatch_layer(cls, layer: nn.Module) -> None:
+        """Called on every layer when stages are taken out: undoes ``patch_layer``."""
 
     @classmethod
     def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
@@ -142,25 +142,25 @@ class Backbone:
         return TokenState.initial(rows, tokens, trace.prefix, cls.valid_tokens(attention_mask), hidden_states.device)
 
     @classmethod
-    def enter(cls, layer: nn.Module, state: TokenState, inputs: dict[str, Any]) -> dict[str, Any]:
+    def begin_layer(cls, layer: nn.Module, state: TokenState, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the model hands a layer, by name, once a forward before anything of the layer runs."""
         return inputs
 
     @classmethod
-    def prepare(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def layer_inputs(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What a layer or its attention half is handed for the current tokens, by name.
 
         Args:
             layer: the layer that is about to run.
             state: the tokens that it will see.
             dtype: of an additive mask.
-            inputs: what ``enter`` gave.
+            inputs: what ``begin_layer`` gave.
         """
         others = {name: value for name, value in inputs.items() if name != "attention_mask"}
         return others | {"attention_mask": cls.layer_mask(layer, inputs.get("attention_mask"), state, dtype, **others)}
 
     @classmethod
-    def of_first(cls, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    def slice_inputs(cls, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
         """Of what a layer is handed, that of the first tokens by plain slicing, for measuring how fast a layer could be."""
         return dict(inputs)
 
@@ -207,7 +207,7 @@ class Backbone:
             dtype: of an additive mask, that of the queries.
             kwargs: whatever else the model hands its layers.
         """
-        return cls.mask_for(attention_mask, state, dtype)
+        return cls.gather_mask(attention_mask, state, dtype)
 
     @staticmethod
     def valid_tokens(attention_mask: Tensor | None) -> Tensor | None:
@@ -223,7 +223,7 @@ class Backbone:
         return seen.any(2).any(1)
 
     @staticmethod
-    def mask_for(attention_mask: Tensor | None, state: TokenState, dtype: torch.dtype) -> Tensor | None:
+    def gather_mask(attention_mask: Tensor | None, state: TokenState, dtype: torch.dtype) -> Tensor | None:
         """The mask that a layer needs for the current tokens.
 
         Args:

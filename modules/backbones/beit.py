@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..state import TokenState
-from ..trace import Trace
+from ..tokens.state import TokenState
+from ..tokens.trace import Trace
 from .vision import VisionBackbone
 
 
@@ -25,7 +25,7 @@ class BeitBackbone(VisionBackbone):
     classes: ClassVar[tuple[str, ...]] = ("BeitModel", "BeitForImageClassification")
     refused: ClassVar[dict[str, str]] = {
         "BeitForSemanticSegmentation": "its head reads the hidden states of several layers, which have different tokens under compression; "
-        "take ViTForSemanticSegmentation or Dinov2ForSemanticSegmentation of laconic.modules.models.vit and .dinov2"
+        "take ViTForSemanticSegmentation or Dinov2ForSemanticSegmentation of laconic.modules.heads.vit and .dinov2"
     }
     averages = True
     masks_in_layers = True
@@ -35,13 +35,13 @@ class BeitBackbone(VisionBackbone):
         return False
 
     @classmethod
-    def adopt(cls, layer: nn.Module) -> None:
+    def patch_layer(cls, layer: nn.Module) -> None:
         if layer.relative_position_bias is not None:
             # An instance attribute comes before the class's method. The module, its parameters and their names stay.
             layer.relative_position_bias.__dict__["forward"] = _nothing
 
     @classmethod
-    def release(cls, layer: nn.Module) -> None:
+    def unpatch_layer(cls, layer: nn.Module) -> None:
         if layer.relative_position_bias is not None:
             del layer.relative_position_bias.__dict__["forward"]
 
@@ -63,7 +63,7 @@ class BeitBackbone(VisionBackbone):
         cls, layer: nn.Module, attention_mask: Tensor | None, state: TokenState, dtype: torch.dtype, **kwargs: Any
     ) -> Tensor | None:
         bias = attention_mask if _is_shared_bias(attention_mask) else None
-        mask = cls.mask_for(None if bias is not None else attention_mask, state, dtype)
+        mask = cls.gather_mask(None if bias is not None else attention_mask, state, dtype)
         own: Any = layer.relative_position_bias
         if own is not None:
             (height, width), patch, tokens = kwargs["resolution"], cast(int, layer.patch_size), state.source.shape[1]

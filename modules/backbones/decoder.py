@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..cache import LayerEntry, LayerView, RoutedCache
-from ..generation import routed_cache
+from ..decoding.cache import LayerEntry, LayerView, RoutedCache
+from ..decoding.generation import routed_cache
 from ..scorers.base import TokenSpec
 from ..sites import BYPASS
-from ..state import TokenState
-from ..subsets import take
-from ..trace import Trace
+from ..tokens.gather import take
+from ..tokens.state import TokenState
+from ..tokens.trace import Trace
 from .causal_shrinking import check_shrinking
 from .text import TextBackbone, with_filler
 
@@ -112,24 +112,24 @@ class DecoderBackbone(TextBackbone):
         return TokenState.initial(rows, tokens, trace.prefix, trace.valid, hidden_states.device, documents)
 
     @classmethod
-    def enter(cls, layer: nn.Module, state: TokenState, inputs: dict[str, Any]) -> dict[str, Any]:
+    def begin_layer(cls, layer: nn.Module, state: TokenState, inputs: dict[str, Any]) -> dict[str, Any]:
         cache = inputs.get(cls.cache_name)
         if not isinstance(cache, RoutedCache):
             return inputs
         of: Any = layer
-        return inputs | {cls.cache_name: cache.layers[of.plan.index].enter(*state.source.shape)}
+        return inputs | {cls.cache_name: cache.layers[of.plan.index].begin_forward(*state.source.shape)}
 
     @classmethod
-    def prepare(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def layer_inputs(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
         own, entry, view = dict(inputs), inputs.get(cls.cache_name), None
         if isinstance(entry, LayerEntry):
             every = state.whole and state.batch_rows is None
             view = entry.everything(state.position) if every else entry.chosen(state.position, state.valid, state.batch_rows)
             own[cls.cache_name] = view
         if state.batch_rows is not None:
-            own |= cls.of_rows(inputs, state.batch_rows)
+            own |= cls.select_row_inputs(inputs, state.batch_rows)
         if not state.whole:
-            own |= cls.of_tokens(own, state.position)
+            own |= cls.gather_inputs(own, state.position)
         before = entry.before if isinstance(entry, LayerEntry) else 0
         own["attention_mask"] = cls.causal_mask(own.get("attention_mask"), state, view, before, dtype)
         return own

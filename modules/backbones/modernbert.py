@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..state import TokenState
-from ..trace import Trace
+from ..tokens.state import TokenState
+from ..tokens.trace import Trace
 from .text_encoder import TextEncoderBackbone
 
 if TYPE_CHECKING:

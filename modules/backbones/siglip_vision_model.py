@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from ..counting import BackboneShape
-from ..trace import Trace
+from ..cost.shape import BackboneShape
+from ..tokens.trace import Trace
 from .clip_vision_model import ClipVisionBackbone
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..counting import BackboneShape
-from ..subsets import take_shared
+from ..cost.shape import BackboneShape
+from ..tokens.gather import take_shared
 from .base import Backbone
 
 # Tokens of a row where nobody says how many.
@@ -80,7 +80,7 @@ class TextBackbone(Backbone):
         return int(config.intermediate_size)
 
     @classmethod
-    def of_tokens(cls, inputs: Mapping[str, Any], position: Tensor) -> dict[str, Any]:
+    def gather_inputs(cls, inputs: Mapping[str, Any], position: Tensor) -> dict[str, Any]:
         """Of what a layer is handed token by token, that of the tokens at (B, K) positions."""
         picked: dict[str, Any] = {}
         if isinstance(inputs.get("position_ids"), Tensor):
@@ -91,7 +91,7 @@ class TextBackbone(Backbone):
         return picked
 
     @classmethod
-    def of_rows(cls, inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    def select_row_inputs(cls, inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
         """Of what a layer is handed row by row, that of (R,) rows; what is the same for all rows stays as it is."""
 
         def of(part: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class TextBackbone(Backbone):
         return picked
 
     @classmethod
-    def of_first(cls, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    def slice_inputs(cls, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
         first = dict(inputs)
         if isinstance(first.get("position_ids"), Tensor):
             first["position_ids"] = first["position_ids"][:, :tokens]

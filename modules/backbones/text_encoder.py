@@ -11,9 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..scorers.base import TokenSpec
 from ..sites import SITES
-from ..state import TokenState
-from ..subsets import take
-from ..trace import Trace
+from ..tokens.gather import take
+from ..tokens.state import TokenState
+from ..tokens.trace import Trace
 from .text import TextBackbone, with_filler
 
 if TYPE_CHECKING:
@@ -95,10 +95,10 @@ class TextEncoderBackbone(TextBackbone):
         return TokenState.initial(rows, tokens, trace.prefix, trace.valid, hidden_states.device)
 
     @classmethod
-    def prepare(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def layer_inputs(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
         own = dict(inputs)
         if not state.whole:
-            own |= cls.of_tokens(inputs, state.position)
+            own |= cls.gather_inputs(inputs, state.position)
         own["attention_mask"] = cls.layer_mask(layer, inputs.get("attention_mask"), state, dtype)
         return own
 
@@ -111,7 +111,7 @@ class TextEncoderBackbone(TextBackbone):
             return attention_mask
         if attention_mask is None or getattr(layer, "attention_type", "full_attention") == "full_attention":
             # The model's mask says nothing but which tokens are padding, and so does the state.
-            return cls.mask_for(None, state, dtype)
+            return cls.gather_mask(None, state, dtype)
         position, mask = state.position, attention_mask.expand(state.rows, -1, -1, -1)[:, 0]
         visible = take(mask, position).gather(2, position[:, None].expand(-1, state.tokens, -1))
         filler = None if state.valid is None else ~state.valid[:, :, None]

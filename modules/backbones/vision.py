@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..counting import BackboneShape
-from ..models.base import PatchSegmentation
+from ..cost.shape import BackboneShape
+from ..heads.base import PatchSegmentation
 from ..scorers.base import TokenSpec
 from ..sites import SITES
-from ..trace import Trace
+from ..tokens.trace import Trace
 from .base import Backbone
 
 

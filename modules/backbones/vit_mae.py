@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..counting import BackboneShape
-from ..draws import masking_order
-from ..trace import Trace
+from ..cost.shape import BackboneShape
+from ..tokens.draws import masking_order
+from ..tokens.trace import Trace
 from .vision import pair
 from .vit import ViTBackbone
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import parts
+from .. import registry
 from ..config import CompressionConfig, PartConfig
-from ..cost import CostModel
-from ..trace import Trace
+from ..cost.cost import CostModel
+from ..tokens.trace import Trace
 from .regularizers.base import Regularizer
 from .schedules import SCHEDULES, progress, staircase
 
@@ -80,8 +80,8 @@ class BudgetConfig:
         if self.regularizer is None:
             return None
         part = PartConfig.of(self.regularizer)
-        cls = parts.find(f"{__package__}.regularizers", part.name, Regularizer)
-        parts.check_options(cls, "regularizer", part.name, dict(part.options), ())
+        cls = registry.find(f"{__package__}.regularizers", part.name, Regularizer)
+        registry.check_options(cls, "regularizer", part.name, dict(part.options), ())
         built = cls(**part.options)
         assert isinstance(built, Regularizer)
         return built

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..state import Decision, TokenState
-from ..trace import Trace
+from ..tokens.decision import Decision
+from ..tokens.state import TokenState
+from ..tokens.trace import Trace
 
 
 @dataclass(frozen=True)

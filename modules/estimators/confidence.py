@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..state import Decision, TokenState
-from ..trace import Trace
+from ..tokens.decision import Decision
+from ..tokens.state import TokenState
+from ..tokens.trace import Trace
 from .base import Estimate, Estimator
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..models.base import IGNORE
-from ..state import Decision, TokenState
-from ..trace import Trace
+from ..tokens.decision import Decision
+from ..tokens.labels import IGNORE_PIXEL
+from ..tokens.state import TokenState
+from ..tokens.trace import Trace
 from .base import Estimate, Estimator
 
 
@@ -58,7 +59,7 @@ def patch_labels(labels: Tensor, grid: tuple[int, int] | None, classes: int, pre
     """What share of a patch's labelled pixels each class has.
 
     Args:
-        labels: (B, height, width) int64, IGNORE where a pixel has none.
+        labels: (B, height, width) int64, IGNORE_PIXEL where a pixel has none.
         grid: patches (down, across) of the images.
         classes: number of classes.
         prefix: protected tokens in front of the patches.
@@ -74,7 +75,7 @@ def patch_labels(labels: Tensor, grid: tuple[int, int] | None, classes: int, pre
     cut = labels[:, : grid[0] * down, : grid[1] * across].reshape(rows, grid[0], down, grid[1], across)
     cut = cut.permute(0, 1, 3, 2, 4).reshape(rows, grid[0] * grid[1], -1)
     # Ignored pixels are counted in a class past the last.
-    cut = cut.masked_fill(cut == IGNORE, classes)
+    cut = cut.masked_fill(cut == IGNORE_PIXEL, classes)
     counts = cut.new_zeros(rows, cut.shape[1], classes + 1, dtype=torch.float32)
     counts = counts.scatter_add_(2, cut, torch.ones_like(cut, dtype=torch.float32))[..., :classes]
     return functional.pad(counts / counts.sum(-1, keepdim=True).clamp(min=1), (0, 0, prefix, 0))

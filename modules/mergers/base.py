@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..counting import BackboneShape
+from ..cost.shape import BackboneShape
 from ..scorers.base import Scored, SiteInput, TokenSpec
-from ..state import Decision, TokenState
-from ..subsets import sum_into, take
+from ..tokens.decision import Decision
+from ..tokens.gather import sum_into, take
+from ..tokens.state import TokenState
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..counting import BackboneShape
+from ..cost.shape import BackboneShape
 from ..scorers.base import Scored, SiteInput, TokenSpec
-from ..state import Decision
+from ..tokens.decision import Decision
 from .base import Merged, Merger, merge_into
 
 

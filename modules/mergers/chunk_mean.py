@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..scorers.base import Scored, SiteInput, TokenSpec
-from ..state import Decision
+from ..tokens.decision import Decision
 from .base import Merged, Merger, merge_into
 
 

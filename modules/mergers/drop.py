@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..scorers.base import Scored, SiteInput
-from ..state import Decision
-from ..subsets import take
+from ..tokens.decision import Decision
+from ..tokens.gather import take
 from .base import Merged, Merger
 
 

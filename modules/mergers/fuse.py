@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from ..counting import BackboneShape
+from ..cost.shape import BackboneShape
 from ..scorers.base import Scored, SiteInput
-from ..state import Decision
-from ..subsets import take
+from ..tokens.decision import Decision
+from ..tokens.gather import take
 from .base import Merged, Merger
 
 

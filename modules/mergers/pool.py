@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..counting import BackboneShape
+from ..cost.shape import BackboneShape
 from ..scorers.base import Scored, SiteInput, TokenSpec
-from ..state import Decision
+from ..tokens.decision import Decision
 from .base import Merged, Merger
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..counting import BackboneShape
+from ..cost.shape import BackboneShape
 from ..scorers.base import Scored, SiteInput, TokenSpec
 from ..scorers.bipartite import METRICS, best_partner, metric_macs, metric_width, token_metric
-from ..state import Decision
+from ..tokens.decision import Decision
 from .base import Merged, Merger, merge_into
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from ..counting import BackboneShape
-from ..state import TokenState
-from ..trace import Trace
+from ..cost.shape import BackboneShape
+from ..tokens.state import TokenState
+from ..tokens.trace import Trace
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone

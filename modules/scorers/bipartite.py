@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..counting import BackboneShape
-from ..subsets import compact, take
+from ..cost.shape import BackboneShape
+from ..tokens.gather import compact, take
 from .base import Scored, Scorer, SiteInput, TokenSpec
 
 METRICS = ("keys", "tokens")

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..counting import BackboneShape
-from ..state import TokenState
-from ..subsets import take
+from ..cost.shape import BackboneShape
+from ..tokens.gather import take
+from ..tokens.state import TokenState
 from .base import Scored, Scorer, SiteInput, TokenSpec
 
 # Probabilities of 0 and 1 would be infinite scores.

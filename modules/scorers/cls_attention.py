@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..counting import BackboneShape
+from ..cost.shape import BackboneShape
 from .base import Scored, Scorer, SiteInput, TokenSpec
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..counting import BackboneShape
-from ..linear import Float32Linear, full_precision
+from ..cost.shape import BackboneShape
+from ..precision import Float32Linear, full_precision
 from .base import Scored, Scorer, SiteInput, TokenSpec
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..counting import BackboneShape
-from ..linear import Float32Linear
-from ..state import TokenState
+from ..cost.shape import BackboneShape
+from ..precision import Float32Linear
+from ..tokens.state import TokenState
 from .base import Scored, Scorer, SiteInput, TokenSpec
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..counting import BackboneShape
-from ..linear import Float32Linear
+from ..cost.shape import BackboneShape
+from ..precision import Float32Linear
 from .base import Scored, Scorer, SiteInput, TokenSpec
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..draws import uniform
+from ..tokens.draws import uniform
 from .base import Scored, Scorer, SiteInput
 
 

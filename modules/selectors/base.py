@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..counting import BackboneShape
+from ..cost.shape import BackboneShape
 from ..scorers.base import TokenSpec
-from ..state import Decision, TokenState
-from ..subsets import compact
+from ..tokens.decision import Decision
+from ..tokens.gather import compact
+from ..tokens.state import TokenState
 
 _BUCKET = 16
 
@@ -39,7 +40,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Taught:
+class Auxiliary:
     """What a selector that learns says of a decision.
 
     Attributes:
@@ -95,9 +96,9 @@ class Selector(nn.Module):
         """This very decision will depend on later tokens."""
         return self.lookahead
 
-    def teach(self, decision: Decision, state: TokenState, request: Request) -> Taught:
+    def auxiliary(self, decision: Decision, state: TokenState, request: Request) -> Auxiliary:
         """What a selector that learns from its own decisions has to say of one."""
-        return Taught()
+        return Auxiliary()
 
     def macs(self, shape: BackboneShape, tokens: int) -> int:
         """MACs in evaluation for one row of ``tokens`` tokens, protected ones included."""

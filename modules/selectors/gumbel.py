@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..state import Decision, TokenState
+from ..tokens.decision import Decision
+from ..tokens.state import TokenState
 from .base import Request, Selector, everything
 
 

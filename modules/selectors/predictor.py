@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..counting import BackboneShape
-from ..linear import Float32Linear
+from ..cost.shape import BackboneShape
+from ..precision import Float32Linear
 from ..scorers.base import TokenSpec
-from ..state import Decision, TokenState
-from .base import Request, Taught, everything
+from ..tokens.decision import Decision
+from ..tokens.state import TokenState
+from .base import Auxiliary, Request, everything
 from .threshold import ThresholdSelector
 
 
@@ -65,9 +66,9 @@ class PredictorSelector(ThresholdSelector):
         logits = self.logits(request.hidden_states)
         return self.decide(logits > self.threshold, logits, state)
 
-    def teach(self, decision: Decision, state: TokenState, request: Request) -> Taught:
+    def auxiliary(self, decision: Decision, state: TokenState, request: Request) -> Auxiliary:
         if not self.looks_ahead(request):
-            return Taught()
+            return Auxiliary()
         logits, routable = self.logits(request.hidden_states), state.routable
         chosen = decision.kept_mask(state.tokens)
         if self.training:
@@ -75,7 +76,7 @@ class PredictorSelector(ThresholdSelector):
         number = routable.sum().clamp(min=1)
         losses = functional.binary_cross_entropy_with_logits(logits, chosen.to(logits.dtype), reduction="none")
         agrees = ((logits > self.threshold) == chosen) & routable
-        return Taught(self.weight * (losses * routable).sum() / number, agrees.sum() / number)
+        return Auxiliary(self.weight * (losses * routable).sum() / number, agrees.sum() / number)
 
     def macs(self, shape: BackboneShape, tokens: int) -> int:
         return tokens * (shape.hidden * self.width + self.width)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..state import Decision, TokenState
+from ..tokens.decision import Decision
+from ..tokens.state import TokenState
 from .base import Request, everything
 from .top_k import TopKSelector
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..state import Decision, TokenState
+from ..tokens.decision import Decision
+from ..tokens.state import TokenState
 from .base import Request
 from .threshold import ThresholdSelector
 

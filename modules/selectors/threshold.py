@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from ..counting import tokens_kept
+from ..cost.count_rules import tokens_kept
 from ..scorers.base import TokenSpec
-from ..state import Decision, TokenState
+from ..tokens.decision import Decision
+from ..tokens.state import TokenState
 from .base import Request, Selector, everything
 from .top_k import TopKSelector
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..draws import gumbel
-from ..state import Decision, TokenState
-from ..subsets import compact
+from ..tokens.decision import Decision
+from ..tokens.draws import gumbel
+from ..tokens.gather import compact
+from ..tokens.state import TokenState
 from .base import Request, Selector
 
 

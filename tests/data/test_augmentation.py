@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from laconic.data.augmentation import NAMES, OPERATIONS, RandomAugment, erase
-from laconic.data.images import ImageTransform
+from laconic.data.images.augmentation import NAMES, OPERATIONS, RandomAugment, erase
+from laconic.data.images.transform import ImageTransform
 from tests.data.folders import picture
 
 STRENGTHLESS = {"auto_contrast", "equalize"}

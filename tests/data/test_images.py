@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from laconic.data.hub import Source
-from laconic.data.image_data import ImageData, hub_images
-from laconic.data.images import ImageTransform, decode
+from laconic.data.hub import DataSource
+from laconic.data.images.splits import ImageData, hub_images
+from laconic.data.images.transform import ImageTransform, decode
 from laconic.data.loader import ResumableLoader, StepBatches
 from laconic.data.rows import BadRow, BadRowCount, BadRows, collate
 from tests.data.folders import encoded, image_folder, parquet, picture
@@ -21,7 +21,7 @@ from tests.data.folders import encoded, image_folder, parquet, picture
 TRANSFORM = ImageTransform(size=16)
 
 
-def _open(source: Source, **settings: Any) -> ImageData:
+def _open(source: DataSource, **settings: Any) -> ImageData:
     given = {
         "train_split": "train",
         "validation_split": None,
@@ -34,7 +34,7 @@ def _open(source: Source, **settings: Any) -> ImageData:
 
 
 def test_an_image_folder_gives_its_classes_and_holds_rows_out(tmp_path: Path) -> None:
-    data = _open(Source("imagefolder", data_dir=str(image_folder(tmp_path / "images"))))
+    data = _open(DataSource("imagefolder", data_dir=str(image_folder(tmp_path / "images"))))
     assert data.classes == ["class_0", "class_1", "class_2"]
     assert (len(data.train), len(data.validation)) == (18, 6)  # type: ignore[arg-type]
     assert data.train[0]["pixel_values"].shape == (3, 16, 16)
@@ -43,7 +43,7 @@ def test_an_image_folder_gives_its_classes_and_holds_rows_out(tmp_path: Path) ->
 
 def test_parquet_with_named_columns(tmp_path: Path) -> None:
     path = parquet(tmp_path / "rows.parquet", [encoded(i) for i in range(8)], [f"kind {i % 2}" for i in range(8)], "photo", "kind")
-    data = _open(Source("parquet", data_files=str(path), image_column="photo", label_column="kind"))
+    data = _open(DataSource("parquet", data_files=str(path), image_column="photo", label_column="kind"))
     assert data.classes == ["kind 0", "kind 1"]
     assert {int(data.train[i]["labels"]) for i in range(len(data.train))} == {0, 1}  # type: ignore[arg-type]
 
@@ -53,11 +53,11 @@ def test_a_missing_column_split_or_source_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"data.label_column = 'labl' is missing from the data: its columns are img, label; did you mean 'label'"
     ):
-        _open(Source("parquet", data_files=path, label_column="labl"))
+        _open(DataSource("parquet", data_files=path, label_column="labl"))
     with pytest.raises(ValueError, match=r"data.test_split = 'tst' does not exist: the splits are train"):
-        _open(Source("parquet", data_files=path), test_split="tst")
+        _open(DataSource("parquet", data_files=path), test_split="tst")
     with pytest.raises(ValueError, match=r"data.name = 'parquet' cannot be opened"):
-        _open(Source("parquet", data_files=str(tmp_path / "none.parquet")))
+        _open(DataSource("parquet", data_files=str(tmp_path / "none.parquet")))
 
 
 def test_bad_rows_are_named_by_reason_and_not_skipped_silently(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_bad_rows_are_named_by_reason_and_not_skipped_silently(tmp_path: Path) -
     labels: list[Any] = [i % 3 for i in range(12)]
     labels[2], labels[3] = None, 9
     path = str(parquet(tmp_path / "rows.parquet", images, labels))
-    data = _open(Source("parquet", data_files=path), num_labels=3, validation_fraction=0.01)
+    data = _open(DataSource("parquet", data_files=path), num_labels=3, validation_fraction=0.01)
     batch = collate([data.train[i] for i in range(len(data.train))] + [data.validation[0]])  # type: ignore[arg-type]
     reasons = sorted(row.reason.split(" (")[0] for row in batch["bad"])
     assert reasons == ["label out of range 0 … 2", "missing label", "undecodable image", "undecodable image"]

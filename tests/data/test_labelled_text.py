@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from laconic.data.hub import Source
-from laconic.data.labelled_text import Columns, LabelledText, frame_of, hub_labelled_text
+from laconic.data.embedded.python_passages import PACKAGES, PassageRows, library_texts
+from laconic.data.hub import DataSource
 from laconic.data.loader import BucketedBatches, StepBatches
-from laconic.data.passages import PACKAGES, PassageRows, library_texts
 from laconic.data.rows import BadRows, collate
-from laconic.data.tokenizer import trained_tokenizer
+from laconic.data.text.labelled import Columns, LabelledText, frame_of, hub_labelled_text
+from laconic.data.text.tokenizer import trained_tokenizer
 
 WORDS = ["red green blue", "one two three four five", "north"]
 
@@ -101,12 +101,12 @@ def test_a_batch_is_filled_up_to_its_longest_row() -> None:
     assert batch["labels"].shape == (4,)
 
 
-def _jsonl(path: Path, rows: list[dict[str, Any]]) -> Source:
+def _jsonl(path: Path, rows: list[dict[str, Any]]) -> DataSource:
     path.write_text("\n".join(map(json.dumps, rows)))
-    return Source("json", data_files=str(path))
+    return DataSource("json", data_files=str(path))
 
 
-def _open(source: Source, tokenizer: Any, columns: Columns, length: int = 16, bad: float = 0.0) -> LabelledText:
+def _open(source: DataSource, tokenizer: Any, columns: Columns, length: int = 16, bad: float = 0.0) -> LabelledText:
     return hub_labelled_text(source, "train", None, None, 0.25, columns, length, lambda texts: tokenizer, bad)
 
 

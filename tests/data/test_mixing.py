@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laconic.data.mixing import Mixing, _beta_quantiles, soft_labels
+from laconic.data.images.mixing import Mixing, _beta_quantiles, soft_labels
 
 CLASSES, SIZE = 6, 12
 

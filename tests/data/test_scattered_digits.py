@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from laconic.data.scattered_digits import Canvas, ScatteredDigits, source_digits
+from laconic.data.embedded.scattered_digits import Canvas, ScatteredDigits, source_digits
 
 
 def test_splits_share_no_source_digit() -> None:

@@ -11,16 +11,17 @@ import pytest
 import torch
 from datasets import Dataset
 
-from laconic.data.documents import Encoder, encoder_for
-from laconic.data.functions import library_functions
-from laconic.data.hub import Source
+from laconic.data.embedded.python_functions import library_functions
+from laconic.data.embedded.python_library import library_files
+from laconic.data.hub import DataSource
 from laconic.data.loader import ResumableLoader
-from laconic.data.module import DataModule
-from laconic.data.packing import FILLER, IGNORE, Corpus, PackedRows, Tokens, cut_end_to_end, keep_whole
-from laconic.data.python_library import library_files
 from laconic.data.rows import BadRows, collate
-from laconic.data.text import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
-from laconic.data.tokenizer import END, load_tokenizer, token_bytes, trained_tokenizer
+from laconic.data.splits import DataModule
+from laconic.data.text.documents import Encoder, encoder_for
+from laconic.data.text.packing import PADDING, Corpus, PackedRows, Tokens, cut_end_to_end, keep_whole
+from laconic.data.text.splits import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
+from laconic.data.text.tokenizer import END, load_tokenizer, token_bytes, trained_tokenizer
+from laconic.modules.tokens.labels import IGNORE_TOKEN
 from tests.data.texts import SENTENCES, chats, jsonl, small_tokenizer
 
 
@@ -44,11 +45,11 @@ def test_every_token_is_in_one_row_and_filler_is_only_at_the_end(plan: Any) -> N
     rows = _rows(PackedRows(corpus, plan(corpus, 8), _tokens()))
     seen = []
     for row in rows:
-        real = row["documents"] != FILLER
+        real = row["documents"] != PADDING
         assert real.tolist() == sorted(real.tolist(), reverse=True)
         assert set(row["input_ids"][~real].tolist()) <= {99}
         assert set(row["position_ids"][~real].tolist()) <= {0}
-        assert set(row["labels"][~real].tolist()) <= {IGNORE}
+        assert set(row["labels"][~real].tolist()) <= {IGNORE_TOKEN}
         assert row["tokens"] == int(real.sum())
         seen += row["input_ids"][real].tolist()
     assert sorted(seen) == list(range(32))
@@ -63,7 +64,7 @@ def test_positions_and_documents_start_again_at_every_border_and_no_document_pre
     assert [row["documents"].tolist() for row in rows] == [[0] * 5 + [1] * 3, [0] * 5 + [1] + [2] * 2, [0] * 8]
     for row in rows:
         first = row["position_ids"] == 0
-        assert torch.equal(row["labels"], torch.where(first, IGNORE, row["input_ids"]))
+        assert torch.equal(row["labels"], torch.where(first, IGNORE_TOKEN, row["input_ids"]))
         assert row["predicted"] == int((~first).sum()) == row["bytes"]
 
 
@@ -163,7 +164,7 @@ def test_what_the_columns_do_not_offer_is_named() -> None:
 
 
 def _open(path: str, builder: str = "json", stream: bool = False, template: bool = False, **settings: Any) -> TextData:
-    source, options = Source(builder, data_files=path), TextSettings(length=64, **settings)
+    source, options = DataSource(builder, data_files=path), TextSettings(length=64, **settings)
     if stream:
         return streamed_text(source, "train", None, None, lambda texts: small_tokenizer(template), options)
     return hub_text(source, "train", None, None, 0.25, lambda texts: small_tokenizer(template), options)
@@ -204,8 +205,8 @@ def test_chats_are_packed_whole_with_their_prompts_masked(tmp_path: Path) -> Non
     for row in _rows(data.train):  # type: ignore[arg-type]
         for document in range(int(row["documents"].max()) + 1):
             labels = row["labels"][row["documents"] == document]
-            assert labels[0] == IGNORE
-            assert (labels != IGNORE).any()
+            assert labels[0] == IGNORE_TOKEN
+            assert (labels != IGNORE_TOKEN).any()
 
 
 def test_a_stream_gives_the_same_rows_on_any_number_of_processes_and_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -237,7 +238,9 @@ def test_a_tokenizer_is_trained_on_the_beginning_of_a_stream(tmp_path: Path, mon
     monkeypatch.setenv("LACONIC_CACHE", str(tmp_path / "cache"))
     path = jsonl(tmp_path / "rows.jsonl", [{"text": sentence} for sentence in SENTENCES])
     settings = TextSettings(length=64, held_out=8)
-    data = streamed_text(Source("json", data_files=path), "train", None, None, lambda texts: trained_tokenizer(texts or (), 400), settings)
+    data = streamed_text(
+        DataSource("json", data_files=path), "train", None, None, lambda texts: trained_tokenizer(texts or (), 400), settings
+    )
     # Pairs that only the texts could teach it.
     assert len(data.tokenizer(" counted to ten under a bridge")["input_ids"]) < 12
 
@@ -316,13 +319,13 @@ def test_functions_end_their_prompt_with_the_docstring_and_are_split_as_their_fi
 
 def test_of_functions_the_body_is_learned_and_each_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": "def f():\n", "completion": "    return 1\n"}, {"prompt": "def f(" + "a, " * 99, "completion": "    pass\n"}] * 3
-    monkeypatch.setattr("laconic.data.text.library_functions", lambda split: rows)
+    monkeypatch.setattr("laconic.data.text.splits.library_functions", lambda split: rows)
     tokenizer = small_tokenizer()
     data = python_functions(2, 9, lambda texts: tokenizer, TextSettings(64))
     assert sum(int(row["documents"].max()) + 1 for row in _rows(data.train)) == 2
     assert sum(int(row["documents"].max()) + 1 for row in _rows(data.test)) == 3
     row = data.train[0]
-    first = (row["documents"] == 0) & (row["labels"] != IGNORE)
+    first = (row["documents"] == 0) & (row["labels"] != IGNORE_TOKEN)
     assert tokenizer.decode(row["input_ids"][first]) == "    return 1\n" + END
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from laconic.data.tokenizer import END, trained_tokenizer
+from laconic.data.text.tokenizer import END, trained_tokenizer
 
 SENTENCES = [
     f"{who} {what} {where}, and nobody {'knew' if number % 2 else 'asked'} why {number}."

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from laconic import Adapters, from_pretrained
-from laconic.modules import adapter_folder as format_of
-from laconic.modules.adapter_folder import AdapterError, json_bytes, read_adapter, seal, write_adapter
-from laconic.modules.adapter_saving import adapter_of
-from laconic.modules.base_weights import Base
+from laconic.modules.checkpoints import adapter_folder as format_of
+from laconic.modules.checkpoints.adapter_folder import AdapterError, json_bytes, read_adapter, seal, write_adapter
+from laconic.modules.checkpoints.adapter_saving import adapter_of
+from laconic.modules.checkpoints.base_weights import Base
 from tests.matrix import images
 from tests.modules.adapted import adapted, adapter_folder, base_folder
 

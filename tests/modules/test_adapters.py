@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from laconic import Adapters, add_lora, compress, from_pretrained, merge_lora, save_adapter, stages_of, train_only
-from laconic.modules.adapter_folder import AdapterError
-from laconic.modules.base_weights import weights_hash
+from laconic.modules.checkpoints.adapter_folder import AdapterError
+from laconic.modules.checkpoints.base_weights import weights_hash
 from tests import decoders
 from tests.matrix import BACKBONES, FAMILIES, METHODS, Method, dense, images
 from tests.modules.adapted import LEARNED, adapted, adapter_folder, base_folder
@@ -209,8 +209,8 @@ def test_an_adapter_of_the_hub_is_fetched_without_anything_that_could_run(tmp_pa
         asked.update(kwargs, name=name)
         return str(folder)
 
-    monkeypatch.setattr("laconic.modules.loading.snapshot_download", snapshot)
-    monkeypatch.setattr("laconic.modules.loading.cached_file", lambda name, file, **kwargs: str(folder / file))
+    monkeypatch.setattr("laconic.modules.checkpoints.loading.snapshot_download", snapshot)
+    monkeypatch.setattr("laconic.modules.checkpoints.loading.cached_file", lambda name, file, **kwargs: str(folder / file))
     assert torch.equal(_logits(from_pretrained("somebody/adapter", revision="v1")), _logits(model))
     assert asked == {"name": "somebody/adapter", "revision": "v1", "allow_patterns": ["*.json", "*.safetensors"]}
 

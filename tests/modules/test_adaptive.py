@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from laconic import Budget, BudgetConfig, CompressionConfig, StageConfig, Trace, compress, decompress
-from laconic.modules import packing
 from laconic.modules.compress import checkpoint_activations
-from laconic.modules.cost import CostModel
-from laconic.modules.packing import ATTENTION, Packing, group_sizes
+from laconic.modules.cost.cost import CostModel
 from laconic.modules.scorers.base import TokenSpec
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.gumbel import GumbelSelector
 from laconic.modules.selectors.threshold import ThresholdSelector
-from laconic.modules.state import TokenState
+from laconic.modules.tokens import ragged
+from laconic.modules.tokens.ragged import ATTENTION, Packing, group_sizes
+from laconic.modules.tokens.state import TokenState
 from tests.matrix import METHODS, compressed, dense, images, labels, settle, traced
 
 SPEC = TokenSpec(hidden_size=16, classes=0)
@@ -90,7 +90,7 @@ def test_a_row_answers_alike_alone_and_among_others(packs: bool) -> None:
 
 def _calls_are(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of every length are a group of their own, or all rows are one."""
-    monkeypatch.setitem(packing._CALL, "cpu", 0.0 if free else 1e12)
+    monkeypatch.setitem(ragged._CALL, "cpu", 0.0 if free else 1e12)
 
 
 def test_layers_compute_no_filler_where_another_call_of_attention_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,9 @@ from laconic import CompressionConfig, StageConfig, Trace, compress
 from laconic.modules.backbones import backbone_for, backbones
 from laconic.modules.backbones.base import Backbone
 from laconic.modules.backbones.vision import VisionBackbone
-from laconic.modules.cost import CostModel
-from laconic.modules.state import Decision, TokenState
+from laconic.modules.cost.cost import CostModel
+from laconic.modules.tokens.decision import Decision
+from laconic.modules.tokens.state import TokenState
 from tests.matrix import BACKBONES, FAMILIES, IMAGE, METHODS, PATCH, Method, answer, compressed, dense, images, inputs, labels, traced
 from tests.modules.test_invariants import PREFIX, UNPADDED, _masked_reference, _with_layers_replaced
 

@@ -10,7 +10,7 @@ import torch
 from laconic import CompressionConfig, StageConfig, Trace, compress
 from laconic.modules.budget import Budget, BudgetConfig
 from laconic.modules.budget.schedules import cosine, linear, progress, staircase
-from laconic.modules.counting import tokens_kept
+from laconic.modules.cost.count_rules import tokens_kept
 from tests.matrix import dense, images, labels
 
 STAGES = CompressionConfig([StageConfig(layer=1), StageConfig(layer=2)])

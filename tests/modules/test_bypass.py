@@ -16,8 +16,9 @@ from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.predictor import PredictorSelector
 from laconic.modules.selectors.threshold import ThresholdSelector
 from laconic.modules.selectors.top_k import TopKSelector
-from laconic.modules.state import Decision, TokenState
-from laconic.modules.subsets import put_back, take_out
+from laconic.modules.tokens.decision import Decision
+from laconic.modules.tokens.gather import put_back, take_out
+from laconic.modules.tokens.state import TokenState
 from tests.decoders import METHODS, compressed, dense, tokens, traced
 
 SPEC = TokenSpec(hidden_size=4, classes=0, causal=True)
@@ -33,7 +34,7 @@ def test_the_predictor_s_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     state, request = _state(1, 4), Request(0.5, 2, torch.zeros(1, 4, 4), False)
     decision = selector(torch.tensor([[3.0, 0, 2, -5]]), state, request)
     assert decision.index.tolist() == [[0, 2]]
-    taught = selector.teach(decision, state, request)
+    taught = selector.auxiliary(decision, state, request)
     assert float(taught.loss) == pytest.approx(0.2407135, abs=1e-7)  # type: ignore[arg-type]
 
 

@@ -13,14 +13,15 @@ from laconic import CompressionConfig, StageConfig, Trace, compress, stages_of
 from laconic.modules.backbones.llama import LlamaBackbone
 from laconic.modules.budget import Budget, BudgetConfig
 from laconic.modules.budget.regularizers.h_net import ratio_loss
-from laconic.modules.cache import RoutedCache
-from laconic.modules.cost import CostModel
-from laconic.modules.dechunk import BLOCK, dechunk, smooth
+from laconic.modules.cost.cost import CostModel
+from laconic.modules.decoding.cache import RoutedCache
 from laconic.modules.mergers.chunk_mean import ChunkMeanMerger
 from laconic.modules.scorers.base import Scored, SiteInput, TokenSpec
 from laconic.modules.scorers.boundary import BoundaryScorer
-from laconic.modules.state import Decision, TokenState
-from laconic.modules.trace import Chunks
+from laconic.modules.tokens.dechunk import BLOCK, dechunk, smooth
+from laconic.modules.tokens.decision import Decision
+from laconic.modules.tokens.state import TokenState
+from laconic.modules.tokens.trace import Chunks
 from tests.decoders import CHUNKS, compressed, dense, spread, tokens, traced
 
 SPEC = TokenSpec(2, 0, causal=True)

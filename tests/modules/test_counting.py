@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from laconic import CompressionConfig, StageConfig, Trace
-from laconic.modules.cost import CostModel
-from laconic.modules.counting import COUNT_RULES, BackboneShape, LayerTokens, StageCount, tokens_kept
+from laconic.modules.cost.cost import CostModel
+from laconic.modules.cost.count_rules import COUNT_RULES, StageCount, tokens_kept
+from laconic.modules.cost.shape import BackboneShape, LayerTokens
 from tests.matrix import PAIRS, Method, compressed, dense, images, inputs
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress, stages_of
-from laconic.modules.cache import RoutedCache
 from laconic.modules.compress import checkpoint_activations
-from laconic.modules.counting import tokens_kept
-from laconic.modules.trace import Routing
+from laconic.modules.cost.count_rules import tokens_kept
+from laconic.modules.decoding.cache import RoutedCache
+from laconic.modules.tokens.trace import Routing
 from tests.decoders import DEPLOYED, FAMILIES, METHODS, PAIRS, VOCABULARY, compressed, dense, neutral, tokens, traced
 from tests.decoders import Method as Row
 

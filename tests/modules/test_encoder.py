@@ -9,7 +9,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTMAEForPreTraining, ViTModel
 
 from laconic import CompressionConfig, StageConfig, compress
-from laconic.modules.encoder import encoder_config, encoder_source, load_encoder, load_routers
+from laconic.modules.checkpoints.from_mae import encoder_config, encoder_source, load_encoder, load_routers
 from tests.modules.test_masked_images import PATCHES, dense, images, stages
 
 

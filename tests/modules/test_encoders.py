@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceC
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
 from laconic.modules.compress import checkpoint_activations
-from laconic.modules.cost import CostModel
-from laconic.modules.counting import tokens_kept
-from laconic.modules.state import TokenState
-from laconic.modules.trace import Routing
+from laconic.modules.cost.cost import CostModel
+from laconic.modules.cost.count_rules import tokens_kept
+from laconic.modules.tokens.state import TokenState
+from laconic.modules.tokens.trace import Routing
 from tests.encoders import (
     FAMILIES,
     LENGTH,

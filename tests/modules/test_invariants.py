@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from laconic import Trace, decompress, stages_of
 from laconic.modules.backbones import backbone_for
 from laconic.modules.compress import checkpoint_activations
-from laconic.modules.counting import COUNT_RULES, StageCount
+from laconic.modules.cost.count_rules import COUNT_RULES, StageCount
 from laconic.modules.sites import SITES
-from laconic.modules.state import TokenState
-from laconic.modules.trace import Routing
+from laconic.modules.tokens.state import TokenState
+from laconic.modules.tokens.trace import Routing
 from tests.matrix import (
     BACKBONES,
     METHODS,

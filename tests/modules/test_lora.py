@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 
 from laconic import Trace, add_lora, decompress, merge_lora, stages_of, train_only
-from laconic.modules.lora import is_lora, lora_targets
+from laconic.modules.checkpoints.lora import is_lora, lora_targets
 from tests.matrix import BACKBONES, METHODS, compressed, dense, images, inputs, loss_of, traced
 from tests.modules.adapted import LEARNED, adapted, base_folder
 

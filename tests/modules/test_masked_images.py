@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining, Vi
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress, from_pretrained
 from laconic.modules.backbones.vit_mae import fill_positions, sine_positions
 from laconic.modules.compress import checkpoint_activations
-from laconic.modules.cost import CostModel
-from laconic.modules.draws import masking_order
-from laconic.trainer.pictures import kept_pixels
+from laconic.modules.cost.cost import CostModel
+from laconic.modules.tokens.draws import masking_order
+from laconic.trainer.show.pictures import kept_pixels
 
 IMAGE, PATCH, LAYERS, PATCHES, VISIBLE = 24, 4, 3, 36, 18
 

@@ -15,7 +15,7 @@ from laconic.modules.scorers.base import Scored, SiteInput, TokenSpec
 from laconic.modules.scorers.bipartite import BipartiteScorer
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.top_k import TopKSelector
-from laconic.modules.state import TokenState
+from laconic.modules.tokens.state import TokenState
 from tests.matrix import BACKBONES, answer, dense, images, labels
 
 SPEC = TokenSpec(hidden_size=2, classes=0)
@@ -84,7 +84,7 @@ def test_merged_copies_with_proportional_attention_equal_attention_over_all_of_t
     decision = TopKSelector(SPEC)(scored.scores, state, Request(0.5, 4))
     merged = BipartiteMerger(TokenSpec(16, 0))(site, scored, decision)
     torch.testing.assert_close(merged.hidden_states, distinct, atol=1e-6, rtol=1e-6)
-    out = layer(merged.hidden_states, ViTBackbone.mask_for(None, merged.state, torch.float32))
+    out = layer(merged.hidden_states, ViTBackbone.gather_mask(None, merged.state, torch.float32))
     torch.testing.assert_close(out[:, :1], expected[:, :1], atol=1e-5, rtol=1e-5)
     restored = out.gather(1, merged.state.source[..., None].expand(-1, -1, 16))
     torch.testing.assert_close(restored, expected, atol=1e-5, rtol=1e-5)

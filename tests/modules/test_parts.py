@@ -9,13 +9,14 @@ import torch
 import transformers
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
-from laconic.modules.cost import CostModel
-from laconic.modules.draws import uniform
-from laconic.modules.keep_count import KeepCount
+from laconic.modules.cost.cost import CostModel
 from laconic.modules.scorers.base import TokenSpec
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.top_k import TopKSelector
-from laconic.modules.state import Decision, TokenState
+from laconic.modules.tokens.decision import Decision
+from laconic.modules.tokens.draws import uniform
+from laconic.modules.tokens.keep_count import KeepCount
+from laconic.modules.tokens.state import TokenState
 from tests.matrix import METHODS, compressed, dense, images, labels, traced
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic import CompressionConfig, StageConfig, Trace, compress
-from laconic.modules.cache import RoutedCache
-from laconic.modules.counting import tokens_kept
-from laconic.modules.prompt import prompt_of
-from laconic.modules.state import TokenState
+from laconic.modules.cost.count_rules import tokens_kept
+from laconic.modules.decoding.cache import RoutedCache
+from laconic.modules.tokens.scope import prompt_of
+from laconic.modules.tokens.state import TokenState
 from tests.decoders import dense, spread, tokens, traced
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}

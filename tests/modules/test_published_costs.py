@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from laconic import CompressionConfig, StageConfig
-from laconic.modules.cost import CostModel
-from laconic.modules.counting import LayerTokens
+from laconic.modules.cost.cost import CostModel
+from laconic.modules.cost.shape import LayerTokens
 
 WIDTHS = {"T": 192, "S": 384, "B": 768}
 # Tokens in the MLP of each block with CLS, as DiffRate's "2.9" of DeiT-S publishes them: what pruning and what merging leave.

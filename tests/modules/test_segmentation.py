@@ -11,10 +11,11 @@ from torch.nn import functional
 from transformers import AutoConfig, PreTrainedModel
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress, from_pretrained
-from laconic.modules.cost import CostModel
+from laconic.modules.cost.cost import CostModel
 from laconic.modules.estimators.token_labels import TokenLabelsEstimator, patch_labels
-from laconic.modules.models import own_models
-from laconic.modules.state import Decision, TokenState
+from laconic.modules.heads import own_models
+from laconic.modules.tokens.decision import Decision
+from laconic.modules.tokens.state import TokenState
 from tests.matrix import BACKBONES, images
 
 CLASSES, LAYERS = 5, 3

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
 from laconic.modules.compress import checkpoint_activations
-from laconic.modules.cost import CostModel
-from laconic.trainer.bench import sliced
+from laconic.modules.cost.cost import CostModel
+from laconic.trainer.measure.bench import sliced
 from tests.matrix import dense, images, labels, traced
 
 PARTS: dict[str, Any] = {"scorer": {"name": "learned", "detach": True}}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from laconic.trainer.recipe_files import dump, load
-from laconic.trainer.report import write_json
+from laconic.trainer.measure.report import write_json
+from laconic.trainer.recipe.files import dump, load
 
 # What a program that runs there begins with.
 WITHOUT_LACONIC = """

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from laconic import Trace
-from laconic.trainer.bench import bench, paired_ratio, sliced
+from laconic.trainer.measure.bench import bench, paired_ratio, sliced
 from tests.matrix import BACKBONES, METHODS, compressed, dense, images, inputs, labels
 
 

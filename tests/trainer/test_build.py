@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from laconic import Trace, stages_of
-from laconic.trainer.build import build
-from laconic.trainer.recipe_files import RecipeError, load
-from laconic.trainer.validate import validate
+from laconic.trainer.build.build import build
+from laconic.trainer.build.validate import validate
+from laconic.trainer.errors import RecipeError
+from laconic.trainer.recipe.files import load
 from tests.data.folders import image_folder
 from tests.matrix import BACKBONES, FAMILIES, IMAGE, LAYERS, dense
 

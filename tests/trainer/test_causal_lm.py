@@ -19,17 +19,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from laconic import Trace
-from laconic.data.packing import IGNORE
 from laconic.data.rows import collate
-from laconic.trainer.build import build
-from laconic.trainer.costing import cost_of_model
+from laconic.modules.tokens.labels import IGNORE_TOKEN
+from laconic.trainer.build.build import build
+from laconic.trainer.build.validate import validate
+from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
 from laconic.trainer.export.export import export
-from laconic.trainer.recipe_files import RecipeError, load
+from laconic.trainer.losses.token_loss import TokenLoss, check_model, token_loss
+from laconic.trainer.measure.tables import cost_of_model
+from laconic.trainer.recipe.files import load
 from laconic.trainer.run import rehearse, train, train_arm
 from laconic.trainer.tasks.causal_lm import Perplexity
-from laconic.trainer.token_loss import TokenLoss, check_model, token_loss
-from laconic.trainer.validate import validate
 from tests.data.texts import chats, jsonl, small_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,8 +64,8 @@ def _batch() -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, labels and positions of rows with documents of 9, 1 and 14 tokens."""
     ids = torch.randint(3, VOCAB, (ROWS, LENGTH))
     positions = torch.cat([torch.arange(size) for size in (9, 1, 14)]).expand(ROWS, -1)
-    labels = ids.masked_fill(positions == 0, IGNORE)
-    labels[:, 4:7] = IGNORE
+    labels = ids.masked_fill(positions == 0, IGNORE_TOKEN)
+    labels[:, 4:7] = IGNORE_TOKEN
     return ids, labels, positions
 
 
@@ -79,7 +80,7 @@ def test_the_loss_in_parts_is_the_models_own_with_its_gradients(family: str) -> 
         loss = token_loss(model, ids, labels, positions, whole=0, part=part)
         loss.mean.backward()
         torch.testing.assert_close(loss.mean, own, atol=1e-5, rtol=1e-5)
-        assert int(loss.count) == int((labels[:, 1:] != IGNORE).sum())
+        assert int(loss.count) == int((labels[:, 1:] != IGNORE_TOKEN).sum())
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4, msg=name)
 
@@ -330,8 +331,8 @@ def test_the_module_weighs_its_loss_by_the_tokens_of_all_ranks(tiny: list[str], 
     alone = float(module.losses(batch)["loss"])
     assert alone == pytest.approx(float(parts.task.loss(parts.model, batch)))
     # Another rank predicts three times as many: its mean counts three times as much.
-    monkeypatch.setattr("laconic.trainer.collective.world_size", lambda: 2)
-    monkeypatch.setattr("laconic.trainer.collective.total", lambda counts: [4 * count for count in counts])
+    monkeypatch.setattr("laconic.trainer.distributed.collective.world_size", lambda: 2)
+    monkeypatch.setattr("laconic.trainer.distributed.collective.total", lambda counts: [4 * count for count in counts])
     assert float(module.losses(batch)["loss"]) == pytest.approx(alone / 2, rel=1e-5)
 
 

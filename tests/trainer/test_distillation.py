@@ -13,12 +13,12 @@ from transformers import ViTConfig
 
 from laconic import Trace
 from laconic.modules.compress import checkpoint_activations
-from laconic.trainer.build import build
-from laconic.trainer.distillation import Distillation, DistillationRecipe, distillation_loss, load_teacher, token_loss
-from laconic.trainer.recipe import ModelRecipe
-from laconic.trainer.recipe_files import load
+from laconic.trainer.build.build import build
+from laconic.trainer.build.validate import validate
+from laconic.trainer.losses.distillation import Distillation, DistillationRecipe, distillation_loss, hidden_loss, load_teacher
+from laconic.trainer.recipe.files import load
+from laconic.trainer.recipe.schema import ModelRecipe
 from laconic.trainer.run import train_arm
-from laconic.trainer.validate import validate
 from tests.matrix import CLASSES, METHODS, compressed, dense, images, labels
 
 NAMES = [f"LABEL_{code}" for code in range(CLASSES)]
@@ -63,10 +63,10 @@ def test_tokens_are_matched_with_the_teachers_at_their_own_positions() -> None:
     # The fused token stands for several and has no counterpart.
     same[trace.state.size != 1] += 5
     assert left.shape == same.shape
-    assert float(token_loss(same, teacher, trace)) == 0
-    assert float(token_loss(same.roll(1, 1), teacher, trace)) > 0.1
+    assert float(hidden_loss(same, teacher, trace)) == 0
+    assert float(hidden_loss(same.roll(1, 1), teacher, trace)) > 0.1
     plain = functional.mse_loss(functional.layer_norm(left, (16,)), functional.layer_norm(same, (16,)))
-    torch.testing.assert_close(token_loss(left, same, None), plain)
+    torch.testing.assert_close(hidden_loss(left, same, None), plain)
 
 
 def test_the_teacher_is_no_part_of_the_task(tmp_path: Path, quick: list[str]) -> None:

@@ -14,14 +14,14 @@ import pytest
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from laconic import modules
-from laconic.modules import parts
+from laconic.modules import registry
 from laconic.modules.estimators.base import Estimator
 from laconic.modules.mergers.base import Merger
 from laconic.modules.scorers.base import Scorer
 from laconic.modules.selectors.base import Selector
 from laconic.trainer.export.flatten import files_of, flattened
 from laconic.trainer.export.formats.standalone import Standalone
-from laconic.trainer.export.source import Settings, Source
+from laconic.trainer.export.source import ExportSource, Settings
 from tests.matrix import METHODS, compressed
 
 ROOT = Path(modules.__file__ or "").parent
@@ -49,12 +49,12 @@ def test_every_file_is_the_same_text_but_for_its_import_lines() -> None:
 
 
 # What loads and saves from outside, with packages of its own; no model's own classes are written there.
-OUTSIDE = {"adapter_folder", "adapter_saving", "adapters", "base_weights", "encoder", "loading", "lora", "training_checkpoint"}
+OUTSIDE = "checkpoints"
 
 
 def test_imports_lead_to_files_of_the_folder_and_to_torch_and_transformers_alone() -> None:
-    flat = flattened({place for place in PLACES if place[0] not in OUTSIDE})
-    assert not {f"{name}.py" for name in OUTSIDE} & flat.keys()
+    flat = flattened({place for place in PLACES if place[0] != OUTSIDE})
+    assert not [name for name in flat if name.startswith(OUTSIDE)]
     for name, text in flat.items():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -71,14 +71,14 @@ def test_a_model_takes_along_the_parts_it_has_and_no_others() -> None:
     files = set(files_of(compressed("vit", next(method for method in METHODS if method.name == "learned_fuse"), 0.5, 0.6)))
     carried = {name for name in files if "_" in name}
     assert {"scorers_learned.py", "selectors_top_k.py", "mergers_fuse.py", "backbones_vit.py"} <= carried
-    assert not {"scorers_evidence.py", "selectors_threshold.py", "mergers_pool.py", "backbones_beit.py", "models_vit.py"} & files
-    assert not {name for name in files if name.startswith(("budget", "loading", "encoder", "cost"))}
+    assert not {"scorers_evidence.py", "selectors_threshold.py", "mergers_pool.py", "backbones_beit.py", "heads_vit.py"} & files
+    assert not {name for name in files if name.startswith(("budget", "checkpoints", "cost_cost"))}
 
 
 def test_transformers_finds_every_file_that_was_written_from_the_entry_alone(tmp_path: Path) -> None:
     model = compressed("vit", METHODS[0], 0.5, 0.6)
     nothing: Any = None
-    Standalone.write(Source(tmp_path, tmp_path, nothing, tmp_path, model, None, {}), Settings(), tmp_path)
+    Standalone.write(ExportSource(tmp_path, tmp_path, nothing, tmp_path, model, None, {}), Settings(), tmp_path)
     entry = tmp_path / "modeling_laconic.py"
     assert {Path(path) for path in get_relative_import_files(entry)} == set(tmp_path.glob("*.py")) - {entry}
     assert model.config.auto_map == {
@@ -93,22 +93,23 @@ def test_parts_are_found_by_the_same_names_in_a_flat_folder(tmp_path: Path, monk
     for name, text in {"__init__.py": "", **flattened(PLACES)}.items():
         (flat / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    theirs: Any = importlib.import_module("flat_laconic.parts")
+    theirs: Any = importlib.import_module("flat_laconic.registry")
     for kind, base in PARTS.items():
-        names = parts.names(f"{modules.__name__}.{kind}")
+        names = registry.names(f"{modules.__name__}.{kind}")
         assert theirs.names(f"flat_laconic.{kind}") == names
         own_base = getattr(importlib.import_module(f"flat_laconic.{kind}_base"), base.__name__)
         for name in names:
             assert (
                 theirs.find(f"flat_laconic.{kind}", name, own_base).__name__
-                == parts.find(f"{modules.__name__}.{kind}", name, base).__name__
+                == registry.find(f"{modules.__name__}.{kind}", name, base).__name__
             )
     assert (
         importlib.import_module("flat_laconic.backbones").backbones().keys()
         == importlib.import_module(f"{modules.__name__}.backbones").backbones().keys()
     )
     # Two copies in one process do not take each other's packed rows for their own.
-    assert importlib.import_module("flat_laconic.packing").ATTENTION != importlib.import_module(f"{modules.__name__}.packing").ATTENTION
+    theirs, ours = importlib.import_module("flat_laconic.tokens_ragged"), importlib.import_module(f"{modules.__name__}.tokens.ragged")
+    assert theirs.ATTENTION != ours.ATTENTION
 
 
 @pytest.mark.parametrize(

@@ -24,17 +24,18 @@ from typer.testing import CliRunner
 
 import laconic
 from laconic import CompressionConfig, StageConfig, compress
-from laconic.data.images import ImageTransform
-from laconic.modules.subsets import sum_into
+from laconic.data.images.transform import ImageTransform
+from laconic.modules.tokens.gather import sum_into
 from laconic.trainer.cli.app import app
+from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import load_model
 from laconic.trainer.export import export as exporting
 from laconic.trainer.export.base import names
 from laconic.trainer.export.capture import captured
 from laconic.trainer.export.export import export
 from laconic.trainer.export.preprocessing import image_processor
-from laconic.trainer.export.source import Settings, Source
-from laconic.trainer.recipe_files import RecipeError, load
+from laconic.trainer.export.source import ExportSource, Settings
+from laconic.trainer.recipe.files import load
 from tests import decoders
 from tests.matrix import METHODS, compressed, dense, images
 from tests.trainer.export_runs import WITHOUT_LACONIC, machine_without_laconic, written_run
@@ -296,7 +297,7 @@ def test_the_card_says_what_was_measured_and_nothing_else(run: Path, tmp_path: P
     from laconic.trainer.export.base import format_named
     from laconic.trainer.export.card import facts, write_card
 
-    source, form = Source.open(str(run)), format_named("merged")
+    source, form = ExportSource.open(str(run)), format_named("merged")
     write_card(source, form, Settings(), facts(source), form.usage(source.model), tmp_path)
     card = (tmp_path / "README.md").read_text()
     for said in (

@@ -13,13 +13,13 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from safetensors.torch import load_file
 
-from laconic.trainer.build import build
+from laconic.trainer.build.build import build
+from laconic.trainer.build.lightning_trainer import lightning_trainer
+from laconic.trainer.build.validate import validate
 from laconic.trainer.callbacks.ema import WeightEma
 from laconic.trainer.callbacks.stop import StopOnSigterm
-from laconic.trainer.lightning_trainer import lightning_trainer
-from laconic.trainer.recipe_files import load
+from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
-from laconic.trainer.validate import validate
 from tests.matrix import dense
 
 EXTRAS = [

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from laconic import Trace
 from laconic.trainer.evaluate import inspect_run, recipe_of
-from laconic.trainer.inspection import kept_by_stage, page
-from laconic.trainer.recipe_files import load
+from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
+from laconic.trainer.show.inspection import kept_by_stage, page
 from tests.matrix import METHODS, compressed, images, inputs
 
 

@@ -12,18 +12,19 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from laconic import from_pretrained
-from laconic.modules.base_weights import weights_hash
-from laconic.modules.lora import is_lora
-from laconic.trainer.baselines import load_baselines
-from laconic.trainer.build import build
+from laconic.modules.checkpoints.base_weights import weights_hash
+from laconic.modules.checkpoints.lora import is_lora
+from laconic.trainer.build.build import build
+from laconic.trainer.build.optimization import parameter_groups
+from laconic.trainer.build.trainable import quantization
+from laconic.trainer.build.validate import validate
+from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import evaluate, load_model, recipe_of
 from laconic.trainer.export.export import export
-from laconic.trainer.image_task import with_normalisation
-from laconic.trainer.lora import quantization
-from laconic.trainer.optimization import parameter_groups
-from laconic.trainer.recipe_files import RecipeError, load
+from laconic.trainer.recipe.baselines import load_baselines
+from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train, train_arm
-from laconic.trainer.validate import validate
+from laconic.trainer.tasks.base_image import with_normalisation
 from tests.trainer.conftest import QUICK
 
 TINY = [item for item in QUICK if not item.startswith("model.config")]
@@ -257,7 +258,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[" ".join(item) for item, _ in MISTAKES])
 def test_a_mistake_names_the_key_and_the_cure(overrides: list[str], message: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laconic.trainer.lora.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("laconic.trainer.build.trainable.torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         validate(load("vit_lora", [*_overrides(runs, "x"), *overrides]).recipe)
 
@@ -280,7 +281,7 @@ def test_going_on_otherwise_than_before_is_refused(overrides: list[str], message
 
 
 def test_quantised_weights_are_asked_for_as_qlora_has_them(monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
-    monkeypatch.setattr("laconic.trainer.lora.torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("laconic.trainer.build.trainable.torch.cuda.current_device", lambda: 0)
     model = load_model(runs / "base" / "model")
     options = quantization(load("vit_lora", [*_overrides(runs, "x"), "lora.quantize=4bit"]).recipe.lora, type(model), model.config)
     config = options["quantization_config"]
@@ -291,9 +292,9 @@ def test_quantised_weights_are_asked_for_as_qlora_has_them(monkeypatch: pytest.M
 
 
 def test_quantisation_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
-    monkeypatch.setattr("laconic.trainer.lora.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("laconic.trainer.lora.importlib.util.find_spec", lambda name: None)
-    from laconic.trainer.lora import check_lora
+    monkeypatch.setattr("laconic.trainer.build.trainable.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("laconic.trainer.build.trainable.importlib.util.find_spec", lambda name: None)
+    from laconic.trainer.build.trainable import check_lora
 
     with pytest.raises(RecipeError, match=r"the package bitsandbytes is not installed; pip install 'laconic\[quant\]'"):
         check_lora(load("vit_lora", [*_overrides(runs, "x"), "lora.quantize=4bit"]).recipe)

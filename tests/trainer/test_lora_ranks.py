@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from laconic import Trace, from_pretrained, merge_lora
-from laconic.modules.base_weights import weights_hash
-from laconic.trainer.build import build
+from laconic.modules.checkpoints.base_weights import weights_hash
+from laconic.trainer.build.build import build
+from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import load_model
 from laconic.trainer.export.export import export
-from laconic.trainer.recipe_files import RecipeError, load
+from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
 from tests.trainer.conftest import QUICK
 from tests.trainer.export_runs import WITHOUT_LACONIC, machine_without_laconic

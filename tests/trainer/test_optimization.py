@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laconic.trainer.optimization import parameter_groups
+from laconic.trainer.build.optimization import parameter_groups
 from tests.matrix import BACKBONES, LAYERS, METHODS, compressed, dense
 
 

@@ -13,12 +13,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from laconic import stages_of
-from laconic.trainer.build import build
+from laconic.trainer.build.build import build
+from laconic.trainer.build.validate import validate
+from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import evaluate, load_model
 from laconic.trainer.export.export import export
-from laconic.trainer.recipe_files import RecipeError, load
+from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train, train_arm
-from laconic.trainer.validate import validate
 
 TINY = ["model.config.decoder_hidden_size=8", "model.config.decoder_num_hidden_layers=1", "model.config.decoder_intermediate_size=16"]
 SHORT = [*TINY, "baselines=[]"]

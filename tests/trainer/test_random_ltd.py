@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from laconic import stages_of
 from laconic.data.rows import collate
-from laconic.trainer.build import build
+from laconic.trainer.build.build import build
 from laconic.trainer.evaluate import evaluate, recipe_of
-from laconic.trainer.recipe_files import load
+from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
 
 TINY = [

@@ -9,10 +9,11 @@ import yaml
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
-from laconic.trainer.build import build
-from laconic.trainer.recipe_files import RecipeError, check, dump, load, shipped
+from laconic.trainer.build.build import build
+from laconic.trainer.build.validate import validate
+from laconic.trainer.errors import RecipeError
+from laconic.trainer.recipe.files import check, dump, load, shipped
 from laconic.trainer.run import train
-from laconic.trainer.validate import validate
 from tests.data.folders import image_folder
 from tests.data.texts import chats, jsonl, small_tokenizer
 

@@ -18,15 +18,16 @@ from safetensors.torch import load_file
 
 import laconic
 from laconic.data.rows import BadRows
-from laconic.trainer.baselines import load_baselines
-from laconic.trainer.build import build
+from laconic.trainer.build.build import build
 from laconic.trainer.callbacks.guards import NanGuard, NotANumber
+from laconic.trainer.distributed.resume import find_checkpoint
+from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import evaluate, recipe_of
 from laconic.trainer.export.export import export
-from laconic.trainer.image_task import with_normalisation
-from laconic.trainer.recipe_files import RecipeError, load
-from laconic.trainer.resume import find_checkpoint
+from laconic.trainer.recipe.baselines import load_baselines
+from laconic.trainer.recipe.files import load
 from laconic.trainer.run import rehearse, train, train_arm
+from laconic.trainer.tasks.base_image import with_normalisation
 from tests.data.folders import encoded, parquet
 
 REPORT = {

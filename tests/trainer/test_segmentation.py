@@ -18,14 +18,14 @@ from transformers import ViTConfig, ViTForImageClassification
 import laconic
 from laconic import Trace
 from laconic.data.rows import collate
-from laconic.trainer.build import build
+from laconic.trainer.build.build import build
+from laconic.trainer.build.validate import validate
 from laconic.trainer.evaluate import evaluate, recipe_of
 from laconic.trainer.export.export import export
-from laconic.trainer.pictures import kept_pixels
-from laconic.trainer.recipe_files import load
+from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train, train_arm
+from laconic.trainer.show.pictures import kept_pixels
 from laconic.trainer.tasks.semantic_segmentation import MeanIoU
-from laconic.trainer.validate import validate
 from tests.trainer.conftest import QUICK
 
 DEEP = "model.config.num_hidden_layers=6"

@@ -17,11 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from laconic.data.loader import EvalBatches
 from laconic.modules.backbones.vit_mae import sine_positions
+from laconic.trainer.distributed.resume import MARKER, find_checkpoint
+from laconic.trainer.distributed.strategies import check, deepspeed_config, processes_of, resolved
+from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import evaluate, recipe_of
-from laconic.trainer.recipe_files import RecipeError, load
-from laconic.trainer.resume import MARKER, find_checkpoint
+from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
-from laconic.trainer.strategies import check, deepspeed_config, processes_of, resolved
 from tests.trainer.two_ranks import LANGUAGE, MASKED, SETTINGS, SHARED, STRATEGIES, TEXT, TWO
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,7 +274,7 @@ def test_a_lock_of_a_killed_build_is_named_instead_of_waited_for(monkeypatch: py
 
 def test_a_missing_compiler_is_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load("vit_digits", ["trainer.strategy=deepspeed_2"]).recipe
-    monkeypatch.setattr("laconic.trainer.strategies.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("laconic.trainer.distributed.strategies.torch.cuda.is_available", lambda: False)
     check(recipe)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RecipeError, match=r"DeepSpeed compiles a part of itself on a CPU and no-such-compiler cannot be found: install"):
@@ -281,8 +282,8 @@ def test_a_missing_compiler_is_named_before_training(monkeypatch: pytest.MonkeyP
 
 
 def test_more_devices_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laconic.trainer.strategies.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("laconic.trainer.strategies.torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("laconic.trainer.distributed.strategies.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("laconic.trainer.distributed.strategies.torch.cuda.device_count", lambda: 2)
     with pytest.raises(RecipeError, match=r"trainer.devices = 4, and this machine has 2 CUDA devices"):
         check(load("vit_digits", ["trainer.devices=4"]).recipe)
     assert processes_of(load("vit_digits", ["trainer.devices=auto", "trainer.num_nodes=3"]).recipe.trainer) == 6

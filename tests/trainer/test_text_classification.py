@@ -13,12 +13,12 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from laconic import Trace, stages_of
 from laconic.data.rows import collate
-from laconic.data.tokenizer import trained_tokenizer
-from laconic.trainer.build import build
+from laconic.data.text.tokenizer import trained_tokenizer
+from laconic.trainer.build.build import build
+from laconic.trainer.build.validate import validate
 from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
-from laconic.trainer.recipe_files import load
+from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
-from laconic.trainer.validate import validate
 
 TINY = ["baselines=[]", "model.config.vocab_size=400", "model.config.num_attention_heads=2", "data.sequence_length=48"]
 

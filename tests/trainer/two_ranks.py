@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from laconic.trainer import collective
-from laconic.trainer.build import build
+from laconic.trainer.build.build import build
 from laconic.trainer.callbacks.guards import NotANumber
-from laconic.trainer.processes import started
-from laconic.trainer.recipe_files import load
+from laconic.trainer.distributed import collective
+from laconic.trainer.distributed.processes import started
+from laconic.trainer.distributed.strategies import deepspeed_config, resolved
+from laconic.trainer.distributed.zero3 import gathered
+from laconic.trainer.recipe.files import load
 from laconic.trainer.run import quiet, silent, train_arm
-from laconic.trainer.sharded import gathered
-from laconic.trainer.strategies import deepspeed_config, resolved
 from laconic.trainer.tasks.causal_lm import CausalLMModule
 from tests.trainer.conftest import QUICK
 

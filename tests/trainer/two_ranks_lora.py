@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from laconic.trainer import collective
-from laconic.trainer.processes import started
-from laconic.trainer.recipe_files import load
+from laconic.trainer.distributed import collective
+from laconic.trainer.distributed.processes import started
+from laconic.trainer.distributed.strategies import deepspeed_config, resolved
+from laconic.trainer.distributed.zero3 import broadcast_weights, gathered, save_trained, zero3_init
+from laconic.trainer.recipe.files import load
 from laconic.trainer.run import quiet, silent, train_arm
-from laconic.trainer.sharded import fill, gathered, save_trained, shell
-from laconic.trainer.strategies import deepspeed_config, resolved
 from tests.trainer.conftest import QUICK
 from tests.trainer.two_ranks import PARTITION
 
@@ -76,12 +76,12 @@ def _tied(folder: Path) -> list[str]:
     )
     torch.manual_seed(0)
     whole: PreTrainedModel = LlamaForCausalLM(config)
-    with shell(deepspeed_config(recipe.trainer, recipe.data.batch_size)):
+    with zero3_init(deepspeed_config(recipe.trainer, recipe.data.batch_size)):
         pieces: PreTrainedModel = LlamaForCausalLM(config)
     pieces.tie_weights()
     for parameter in whole.model.layers.parameters():
         parameter.requires_grad_(False)
-    fill(pieces, whole if collective.rank() == 0 else None)
+    broadcast_weights(pieces, whole if collective.rank() == 0 else None)
     save_trained(pieces, folder, None)
     if collective.rank() == 0:
         whole.save_pretrained(folder / "expected")

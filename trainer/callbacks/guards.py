@@ -8,7 +8,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from .. import collective
+from ..distributed import collective
 
 
 class NotANumber(RuntimeError):

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .. import collective
+from ..distributed import collective
 from ..tasks.base import Task
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from .. import collective
+from ..distributed import collective
 
 
 class StopOnSigterm(Callback):

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from ..pictures import overlays
+from ..show.pictures import overlays
 
 
 class RoutingPictures(Callback):

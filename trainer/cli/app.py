@@ -35,7 +35,7 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the shipped recipes, show one, or copy it."""
-    from ..recipe_files import dump, load, shipped
+    from ..recipe.files import dump, load, shipped
 
     if name is None:
         listed = {key: path.read_text().splitlines()[0].lstrip("# ") for key, path in shipped().items()}
@@ -63,11 +63,11 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
     from dataclasses import asdict
 
     with user_input():
-        from ..recipe_files import load
+        from ..recipe.files import load
 
         loaded = load(recipe, overrides or [])
-        from ..baselines import load_baselines
-        from ..validate import validate as check
+        from ..build.validate import validate as check
+        from ..recipe.baselines import load_baselines
 
         checked = {loaded.name: check(loaded.recipe)}
         for arm in load_baselines(loaded, overrides or []):
@@ -102,14 +102,14 @@ def train(
     """Train a recipe and its control arms, measure them, write the run folder."""
     given = overrides or []
     with user_input():
-        from ..recipe_files import load
+        from ..recipe.files import load
 
         loaded = load(recipe, given)
-        from ..baselines import load_baselines
-        from ..resume import find_checkpoint
+        from ..build.validate import validate as check
+        from ..distributed.resume import find_checkpoint
+        from ..recipe.baselines import load_baselines
         from ..run import output_folder, rehearse
         from ..run import train as run
-        from ..validate import validate as check
 
         for arm in [loaded, *load_baselines(loaded, given)]:
             check(arm.recipe)
@@ -133,7 +133,7 @@ def evaluate(
         from ..evaluate import recipe_of
 
         recipe = recipe_of(target, overrides or [])
-        from ..validate import validate as check
+        from ..build.validate import validate as check
 
         check(recipe)
     out = console(as_json)
@@ -222,7 +222,7 @@ def cost(
     with user_input():
         if (recipe is None) == (model is None):
             raise ValueError("give a recipe or --model")
-        from ..costing import cost_of_model, cost_of_recipe
+        from ..measure.tables import cost_of_model, cost_of_recipe
 
         result = cost_of_recipe(recipe, overrides or []) if recipe is not None else cost_of_model(str(model))
     emit(result, as_json)
@@ -259,15 +259,15 @@ def bench(
     """Training-step time and memory of dense, compressed and oracle, paired and interleaved."""
     given = [*(overrides or []), f"trainer.bench_rounds={rounds}", "baselines=[]"]
     with user_input():
-        from ..recipe_files import load
+        from ..recipe.files import load
 
         loaded = load(recipe, given)
         if loaded.recipe.compression is None:
             raise ValueError(f"{recipe} has no compression: there is nothing to compare with dense")
-        from ..validate import validate as check
+        from ..build.validate import validate as check
 
         check(loaded.recipe)
-    from ..costing import bench_recipe
+    from ..measure.tables import bench_recipe
 
     with running():
         emit(bench_recipe(loaded, console(as_json)), as_json)
@@ -276,7 +276,7 @@ def bench(
 @app.command()
 def env(as_json: Json = False) -> None:
     """Versions and devices, for a bug report."""
-    from ..environment import environment
+    from ..measure.environment import environment
 
     found = environment()
     emit(found, as_json)

@@ -72,7 +72,7 @@ def user_input() -> Iterator[None]:
 @contextlib.contextmanager
 def running() -> Iterator[None]:
     """Inside, a failure ends with exit code 1 and its traceback; a stop by SIGTERM with 143."""
-    from ..recipe_files import RecipeError
+    from ..errors import RecipeError
     from ..run import Stopped
 
     try:

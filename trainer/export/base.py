@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from ...modules import parts as registry
+from ...modules import registry
 from ...modules.compress import stages_of
-from ..recipe_files import RecipeError
-from .source import DTYPES, Settings, Source
+from ..errors import RecipeError
+from .source import DTYPES, ExportSource, Settings
 
 _FOLDER = f"{__package__}.formats"
 
@@ -62,11 +62,11 @@ class Format:
         """Raises RecipeError, with the cure, where a package is missing that writing or verifying needs."""
 
     @classmethod
-    def check(cls, source: Source) -> None:
+    def check(cls, source: ExportSource) -> None:
         """Raises RecipeError, with the reason, where this very model cannot be written so. Called before anything is written."""
 
     @classmethod
-    def write(cls, source: Source, settings: Settings, folder: Path) -> None:
+    def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:
         """Writes the model, whose dtype has been set; the format may leave it changed."""
         raise NotImplementedError
 
@@ -111,9 +111,9 @@ def auto_class(model: PreTrainedModel) -> str:
 
 def base_name(model: PreTrainedModel) -> str:
     """Name of the class that a model, compressed or not, has in transformers."""
-    from ...modules.compress import PREFIX
+    from ...modules.compress import CLASS_PREFIX
 
-    return type(model).__name__.removeprefix(PREFIX)
+    return type(model).__name__.removeprefix(CLASS_PREFIX)
 
 
 def compressed(model: PreTrainedModel) -> bool:

@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ...modules.backbones import backbones
 from ...modules.backbones.vision import VisionBackbone
 from ...modules.compress import stages_of
-from ...modules.trace import Trace
-from ..recipe_files import RecipeError
+from ...modules.tokens.trace import Trace
+from ..errors import RecipeError
 
 # While transformers is traced it makes full masks that hide nothing, as if rows had padding, except for attention that it knows no mask
 # function of. Only for models whose tokens all see each other.

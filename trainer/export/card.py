@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..build import cost_model
+from ..build.build import cost_model
 from ..tasks.base import task_named
 from .base import Format, auto_class, base_name, compressed
-from .source import Settings, Source
+from .source import ExportSource, Settings
 
 # transformers' names for what a model of an Auto class is for.
 _PIPELINES = {
@@ -20,7 +20,7 @@ _PIPELINES = {
 }
 
 
-def facts(source: Source) -> dict[str, Any]:
+def facts(source: ExportSource) -> dict[str, Any]:
     """What is known of the model, taken before a format changes it: costs from its token counts, the rest from the run's report."""
     model, report = source.model, source.report or {}
     costs = cost_model(model, size=source.recipe.data.sequence_length if source.recipe.task == "causal_lm" else None)
@@ -46,7 +46,7 @@ def facts(source: Source) -> dict[str, Any]:
     }
 
 
-def write_card(source: Source, form: type[Format], settings: Settings, about: Mapping[str, Any], usage: str, folder: Path) -> None:
+def write_card(source: ExportSource, form: type[Format], settings: Settings, about: Mapping[str, Any], usage: str, folder: Path) -> None:
     """Writes ``README.md``.
 
     Args:

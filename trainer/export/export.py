@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..recipe_files import RecipeError
-from ..report import versions, write_json
+from ..errors import RecipeError
+from ..measure.report import versions, write_json
 from .base import Format, format_named
 from .card import facts, write_card
 from .preprocessing import save_preprocessing
 from .push import push as push_to_hub
-from .source import DTYPES, NEW_TOKENS, Settings, Source, answers
+from .source import DTYPES, NEW_TOKENS, ExportSource, Settings, answers
 from .verify import clean_answers
 
 RECORD = "export.json"
@@ -40,7 +40,7 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
     settings = settings or Settings()
     form, folder = format_named(format), Path(to)
     check(form, folder, settings)
-    source = Source.open(run)
+    source = ExportSource.open(run)
     try:
         of_run = answers(source.model, source.batches())
     except ValueError as error:
@@ -124,7 +124,7 @@ def _file(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _note_in_report(source: Source, record: dict[str, Any]) -> None:
+def _note_in_report(source: ExportSource, record: dict[str, Any]) -> None:
     path = source.run / "report.json"
     if path.is_file():
         report = json.loads(path.read_text())

@@ -33,8 +33,8 @@ def files_of(model: PreTrainedModel) -> dict[str, str]:
     classes = {cls for module in model.modules() for cls in type(module).__mro__} | set(model.backbone.__mro__)
     names = {cls.__module__ for cls in classes if cls.__module__.startswith(f"{package}.")}
     places = {tuple(name.removeprefix(f"{package}.").split(".")) for name in names}
-    # A part is found through its folder, so the folder is there as well.
-    return flattened(places | {place[:1] for place in places})
+    # A part is found through its folder, so the folders above it are there as well.
+    return flattened(places | {place[:depth] for place in places for depth in range(1, len(place))})
 
 
 def flattened(places: Iterable[Place], package: ModuleType = modules) -> dict[str, str]:

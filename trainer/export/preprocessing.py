@@ -8,16 +8,16 @@ from typing import Any
 from PIL import Image
 from transformers import AutoTokenizer
 
-from ..image_task import ImageTask, image_input, with_normalisation
-from ..recipe import Recipe
-from ..report import write_json
+from ..measure.report import write_json
+from ..recipe.schema import Recipe
 from ..tasks.base import task_named
-from .source import Source
+from ..tasks.base_image import ImageTask, image_input, with_normalisation
+from .source import ExportSource
 
 PROCESSOR = "preprocessor_config.json"
 
 
-def save_preprocessing(source: Source, folder: Path) -> None:
+def save_preprocessing(source: ExportSource, folder: Path) -> None:
     """Writes the image processor of a task on images, and the tokenizer that lies beside the weights."""
     config: Any = source.model.config
     if issubclass(task_named(source.recipe.task), ImageTask):

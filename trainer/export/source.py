@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...modules.compress import decompress, stages_of
-from ...modules.generation import check_deployable
-from ...modules.trace import Trace
+from ...modules.decoding.generation import check_deployable
+from ...modules.tokens.trace import Trace
+from ..errors import RecipeError
 from ..evaluate import load_model, model_folder, recipe_of
-from ..recipe import Recipe
-from ..recipe_files import RecipeError
+from ..recipe.schema import Recipe
 from ..tasks.base import task_named
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +46,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A trained model and what is known about it.
 
     Attributes:
@@ -68,12 +68,12 @@ class Source:
     inputs: Mapping[str, Tensor]
 
     @staticmethod
-    def open(run: str) -> Source:
+    def open(run: str) -> ExportSource:
         """From a run folder or an export. Raises RecipeError where it holds no trained model."""
         weights, recipe_file = model_folder(run)
         recipe, report = recipe_of(run, []), Path(run) / "report.json"
         model = load_model(weights).eval()
-        return Source(
+        return ExportSource(
             run=Path(run),
             weights=weights,
             recipe=recipe,

@@ -4,47 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import lightning
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ...data.module import Splits
-from ...modules import parts as registry
-
-if TYPE_CHECKING:
-    from ..build import Parts
-    from ..recipe import ModelRecipe, Recipe
-    from ..task_module import TaskModule
+from ...data.splits import Splits
+from ...modules import registry
+from ..build.parts import RunParts
+from ..metrics.quality import Quality
+from ..recipe.schema import ModelRecipe, Recipe
 
 PROBES = 8
-
-
-class Quality:
-    """A metric while it is being counted: what can be summed over batches and ranks before anything is divided."""
-
-    def add(self, out: Any, batch: Mapping[str, Any]) -> None:
-        """Counts one batch.
-
-        Args:
-            out: what the model answered.
-            batch: that it answered to, on the same device.
-        """
-        raise NotImplementedError
-
-    def merge(self, other: Any) -> None:
-        """Adds what another rank counted."""
-        raise NotImplementedError
-
-    @property
-    def value(self) -> float:
-        """The metric."""
-        raise NotImplementedError
-
-    def details(self, data: Splits) -> dict[str, Any]:
-        """What the report's ``quality`` says beside the metric, JSON-able."""
-        return {}
 
 
 class Task:
@@ -135,7 +108,7 @@ class Task:
         """
 
     @classmethod
-    def module(cls, parts: Parts) -> TaskModule:
+    def module(cls, parts: RunParts) -> lightning.LightningModule:
         """What Lightning trains, with the training extras that the recipe asks for."""
         raise NotImplementedError
 
@@ -161,7 +134,7 @@ class Task:
         raise NotImplementedError
 
     @classmethod
-    def draw(cls, arms: Mapping[str, Parts], folder: Path) -> None:
+    def draw(cls, arms: Mapping[str, RunParts], folder: Path) -> None:
         """Draws what the arms of a run did, into its folder, where the task has a picture of it.
 
         Args:

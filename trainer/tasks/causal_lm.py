@@ -14,18 +14,19 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ...data.hub import Source
-from ...data.module import Splits
-from ...data.text import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
-from ...data.tokenizer import load_tokenizer, trained_tokenizer
-from .. import collective
-from ..build import Parts
-from ..inspection import inspect_text
-from ..recipe import IMAGE_KEYS, DataRecipe, ModelRecipe, Recipe
-from ..starting import start_of
+from ...data.hub import DataSource
+from ...data.splits import Splits
+from ...data.text.splits import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
+from ...data.text.tokenizer import load_tokenizer, trained_tokenizer
+from ..build.initial_weights import start_of
+from ..build.parts import RunParts
+from ..distributed import collective
+from ..losses.token_loss import TokenLoss, check_model, token_loss
+from ..metrics.quality import Quality
+from ..recipe.schema import IMAGE_KEYS, DataRecipe, ModelRecipe, Recipe
+from ..show.inspection import inspect_text
 from ..task_module import TaskModule
-from ..token_loss import TokenLoss, check_model, token_loss
-from .base import PROBES, Quality, Task, refuse_data_keys
+from .base import PROBES, Task, refuse_data_keys
 
 EMBEDDED = {"python_library": python_library, "python_functions": python_functions}
 _PROBE_TOKENS = 32
@@ -164,7 +165,7 @@ class CausalLM(Task):
             return EMBEDDED[data.name](data.train_samples, data.eval_samples, tokenizer_of, settings)
         if data.name in ("text", "json", "parquet", "csv") and data.data_files is None and data.data_dir is None:
             raise ValueError(f"data.name = {data.name!r} needs data.data_files or data.data_dir")
-        splits = source_of(data), data.train_split, data.validation_split, data.test_split
+        splits = text_source(data), data.train_split, data.validation_split, data.test_split
         if data.streaming:
             return streamed_text(*splits, tokenizer_of, settings)
         return hub_text(*splits, data.validation_fraction, tokenizer_of, settings)
@@ -188,7 +189,7 @@ class CausalLM(Task):
             config.pad_token_id = data.tokenizer.pad_token_id
 
     @classmethod
-    def module(cls, parts: Parts) -> TaskModule:
+    def module(cls, parts: RunParts) -> TaskModule:
         return CausalLMModule(cls, parts)
 
     @classmethod
@@ -234,6 +235,6 @@ def _apart(documents: Tensor) -> Tensor | None:
     return documents if bool((documents != 0).any()) else None
 
 
-def source_of(recipe: DataRecipe) -> Source:
+def text_source(recipe: DataRecipe) -> DataSource:
     """Where a recipe's texts come from."""
-    return Source(recipe.name, recipe.data_dir, recipe.data_files, recipe.config, recipe.revision)
+    return DataSource(recipe.name, recipe.data_dir, recipe.data_files, recipe.config, recipe.revision)

@@ -11,17 +11,18 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from ...data.image_data import ImageData, hub_images, scattered_digits
-from ...data.images import ImageTransform
-from ...data.mixing import Mixing, soft_labels
+from ...data.images.mixing import Mixing, soft_labels
+from ...data.images.splits import ImageData, hub_images, scattered_digits
+from ...data.images.transform import ImageTransform
 from ...modules.backbones import backbone_for, backbones
-from ..accuracy import Accuracy
-from ..build import Parts
-from ..distillation import Distillation, load_teacher
-from ..image_task import ImageTask, source_of
-from ..recipe import DataRecipe, Recipe
+from ..build.parts import RunParts
+from ..losses.distillation import Distillation, load_teacher
+from ..metrics.accuracy import Accuracy
+from ..metrics.quality import Quality
+from ..recipe.schema import DataRecipe, Recipe
 from ..task_module import TaskModule
-from .base import Quality, Task, refuse_data_keys
+from .base import Task, refuse_data_keys
+from .base_image import ImageTask, image_source
 
 _CLASSIFIER_FOR = {
     "siglip_vision_model": "the whole SigLIP model (model_type siglip), whose classifier keeps the vision tower alone",
@@ -33,7 +34,7 @@ _CLASSIFIER_FOR = {
 class ImageClassificationModule(TaskModule):
     """Trains a classifier: mixed images, smoothed labels and a teacher where the recipe has them."""
 
-    def __init__(self, task: type[Task], parts: Parts) -> None:
+    def __init__(self, task: type[Task], parts: RunParts) -> None:
         super().__init__(task, parts)
         recipe = parts.recipe
         mixing, teacher = recipe.data.mixing, recipe.distillation
@@ -103,7 +104,7 @@ class ImageClassification(ImageTask):
     @classmethod
     def hub_data(cls, recipe: DataRecipe, transform: ImageTransform, seed: int) -> ImageData:
         return hub_images(
-            source_of(recipe),
+            image_source(recipe),
             recipe.train_split,
             recipe.validation_split,
             recipe.test_split,
@@ -114,7 +115,7 @@ class ImageClassification(ImageTask):
         )
 
     @classmethod
-    def module(cls, parts: Parts) -> TaskModule:
+    def module(cls, parts: RunParts) -> TaskModule:
         return ImageClassificationModule(cls, parts)
 
     @classmethod

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, ViTMAEForPreTraining
 
-from ...data.image_data import ImageData, hub_images, scattered_digits
-from ...data.images import ImageTransform
+from ...data.images.splits import ImageData, hub_images, scattered_digits
+from ...data.images.transform import ImageTransform
 from ...modules.backbones import backbone_for
 from ...modules.backbones.vision import pair
 from ...modules.backbones.vit_mae import fill_positions, visible
-from ...modules.draws import masking_order
-from ..build import Parts
-from ..image_task import ImageTask, source_of
-from ..recipe import DataRecipe, Recipe
+from ...modules.tokens.draws import masking_order
+from ..build.parts import RunParts
+from ..metrics.quality import Quality
+from ..recipe.schema import DataRecipe, Recipe
 from ..task_module import TaskModule
-from .base import PROBES, Quality
+from .base import PROBES
+from .base_image import ImageTask, image_source
 
 # Masks of evaluation are the same in every run, whatever its seed, so that runs can be compared.
 _EVALUATION_SEED = 0
@@ -117,7 +118,7 @@ class MaskedImagePretraining(ImageTask):
     @classmethod
     def hub_data(cls, recipe: DataRecipe, transform: ImageTransform, seed: int) -> ImageData:
         return hub_images(
-            source_of(recipe),
+            image_source(recipe),
             recipe.train_split,
             recipe.validation_split,
             recipe.test_split,
@@ -129,7 +130,7 @@ class MaskedImagePretraining(ImageTask):
         )
 
     @classmethod
-    def module(cls, parts: Parts) -> TaskModule:
+    def module(cls, parts: RunParts) -> TaskModule:
         return MaskedImageModule(cls, parts)
 
     @classmethod

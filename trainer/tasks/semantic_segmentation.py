@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...data.image_data import ImageData, scattered_digits
-from ...data.images import ImageTransform
-from ...data.masks import hub_masks
+from ...data.images.masks import hub_masks
+from ...data.images.splits import ImageData, scattered_digits
+from ...data.images.transform import ImageTransform
 from ...modules.backbones import backbone_for
-from ...modules.models import own_models
-from ...modules.models.base import IGNORE
-from ..build import Parts
-from ..image_task import ImageTask, source_of
-from ..recipe import DataRecipe, Recipe
+from ...modules.heads import own_models
+from ...modules.tokens.labels import IGNORE_PIXEL
+from ..build.parts import RunParts
+from ..metrics.quality import Quality
+from ..recipe.schema import DataRecipe, Recipe
 from ..task_module import TaskModule
-from .base import Quality
+from .base_image import ImageTask, image_source
 
 
 class MeanIoU(Quality):
@@ -36,7 +36,7 @@ class MeanIoU(Quality):
 
     def add(self, out: Any, batch: Mapping[str, Any]) -> None:
         logits, labels = out.logits, batch["labels"]
-        classes, labelled = logits.shape[1], labels != IGNORE
+        classes, labelled = logits.shape[1], labels != IGNORE_PIXEL
         pairs = labels[labelled] * classes + logits.argmax(1)[labelled]
         self._count(torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu())
 
@@ -101,13 +101,13 @@ class SemanticSegmentation(ImageTask):
 
     @classmethod
     def hub_data(cls, recipe: DataRecipe, transform: ImageTransform, seed: int) -> ImageData:
-        if recipe.num_labels is None or recipe.num_labels > IGNORE:
+        if recipe.num_labels is None or recipe.num_labels > IGNORE_PIXEL:
             raise ValueError(
-                f"data.num_labels = {recipe.num_labels} must say how many classes the masks have, from 2 to {IGNORE}: only all of their "
+                f"data.num_labels = {recipe.num_labels} must say how many classes the masks have, from 2 to {IGNORE_PIXEL}: only all of their "
                 "pixels could tell; pixels of data.ignore_index are of none"
             )
         return hub_masks(
-            source_of(recipe),
+            image_source(recipe),
             recipe.train_split,
             recipe.validation_split,
             recipe.test_split,
@@ -119,13 +119,13 @@ class SemanticSegmentation(ImageTask):
         )
 
     @classmethod
-    def module(cls, parts: Parts) -> TaskModule:
+    def module(cls, parts: RunParts) -> TaskModule:
         return TaskModule(cls, parts)
 
     @classmethod
     def titles(cls, batch: Mapping[str, Any], data: ImageData) -> list[str]:
         """The largest class of each image, the largest of all images aside."""
-        counts = torch.stack([torch.bincount(labels[labels != IGNORE], minlength=len(data.classes)) for labels in batch["labels"]])
+        counts = torch.stack([torch.bincount(labels[labels != IGNORE_PIXEL], minlength=len(data.classes)) for labels in batch["labels"]])
         counts[:, counts.sum(0).argmax()] = 0
         return [data.classes[int(row.argmax())] if row.any() else "" for row in counts]
 
@@ -140,7 +140,7 @@ class SemanticSegmentation(ImageTask):
 
 def _painted(labels: Tensor, classes: int) -> np.ndarray:
     """(B, height, width) classes -> (B, height, width, 3) uint8, a colour each; black where a pixel has none."""
-    colours = np.zeros((IGNORE + 1, 3), np.uint8)
+    colours = np.zeros((IGNORE_PIXEL + 1, 3), np.uint8)
     for code in range(classes):
         # Steps of the golden ratio keep neighbours apart, however many classes there are.
         colours[code] = [round(255 * part) for part in colorsys.hsv_to_rgb(code * 0.618034 % 1, 0.65, 0.5 + 0.4 * (code % 2))]

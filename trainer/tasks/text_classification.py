@@ -12,18 +12,19 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from ...data.labelled_text import Columns, LabelledText, hub_labelled_text, passages
-from ...data.module import Splits
-from ...data.tokenizer import load_tokenizer, trained_tokenizer
+from ...data.splits import Splits
+from ...data.text.labelled import Columns, LabelledText, hub_labelled_text, passages
+from ...data.text.tokenizer import load_tokenizer, trained_tokenizer
 from ...modules.backbones import backbone_for, backbones
-from ..accuracy import Accuracy
-from ..build import Parts
-from ..inspection import inspect_text
-from ..recipe import IMAGE_KEYS, Recipe
-from ..starting import start_of
+from ..build.initial_weights import start_of
+from ..build.parts import RunParts
+from ..metrics.accuracy import Accuracy
+from ..metrics.quality import Quality
+from ..recipe.schema import IMAGE_KEYS, Recipe
+from ..show.inspection import inspect_text
 from ..task_module import TaskModule
-from .base import PROBES, Quality, Task, refuse_data_keys
-from .causal_lm import source_of
+from .base import PROBES, Task, refuse_data_keys
+from .causal_lm import text_source
 
 EMBEDDED = "python_passages"
 _PROBE_TOKENS = 32
@@ -86,7 +87,7 @@ class TextClassification(Task):
         if data.name in ("json", "parquet", "csv") and data.data_files is None and data.data_dir is None:
             raise ValueError(f"data.name = {data.name!r} needs data.data_files or data.data_dir")
         return hub_labelled_text(
-            source_of(data),
+            text_source(data),
             data.train_split,
             data.validation_split,
             data.test_split,
@@ -118,7 +119,7 @@ class TextClassification(Task):
                     setattr(inner, f"{name}_token_id", getattr(data.tokenizer, f"{name}_token_id"))
 
     @classmethod
-    def module(cls, parts: Parts) -> TaskModule:
+    def module(cls, parts: RunParts) -> TaskModule:
         return TaskModule(cls, parts)
 
     @classmethod

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...cost import CostModel
-from ...trace import Routing
+from ...cost.cost import CostModel
+from ...tokens.trace import Routing
 
 
 def soft_keep(routing: Routing) -> Tensor:

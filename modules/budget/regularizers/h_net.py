@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...trace import Routing
+from ...tokens.trace import Routing
 from .base import StageRegularizer
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ....modules.adapter_folder import read_adapter, write_adapter
-from ....modules.loading import find_adapter
-from ...recipe_files import RecipeError
+from ....modules.checkpoints.adapter_folder import read_adapter, write_adapter
+from ....modules.checkpoints.loading import find_adapter
+from ...errors import RecipeError
 from ..base import ANSWER, Format
-from ..source import Settings, Source
+from ..source import ExportSource, Settings
 
 
 class AdapterFormat(Format):
@@ -20,7 +20,7 @@ class AdapterFormat(Format):
     # In the clean process plain PEFT must find every tensor of its file in the plain base, by value.
     program = f"""
 import json, os
-from laconic.modules.loading import from_pretrained
+from laconic.modules.checkpoints.loading import from_pretrained
 {ANSWER}
 def load(folder):
     with open(os.path.join(folder, "manifest.json")) as file:
@@ -29,8 +29,8 @@ def load(folder):
         import torch
         from peft import PeftModel, get_peft_model_state_dict
         from safetensors.torch import load_file
-        from laconic.modules.adapter_folder import read_adapter
-        from laconic.modules.adapters import load_base
+        from laconic.modules.checkpoints.adapter_folder import read_adapter
+        from laconic.modules.checkpoints.adapters import load_base
         plain = PeftModel.from_pretrained(load_base(read_adapter(folder), folder), folder)
         ours = load_file(os.path.join(folder, "adapter_model.safetensors"))
         theirs = get_peft_model_state_dict(plain, save_embedding_layers=False)
@@ -42,12 +42,12 @@ def load(folder):
 """
 
     @classmethod
-    def check(cls, source: Source) -> None:
+    def check(cls, source: ExportSource) -> None:
         if find_adapter(source.run) is None:
             raise RecipeError(f"{source.run} trained all weights, or holds no adapter: give --format merged")
 
     @classmethod
-    def write(cls, source: Source, settings: Settings, folder: Path) -> None:
+    def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:
         found = find_adapter(source.run)
         assert found is not None
         write_adapter(read_adapter(found), folder)

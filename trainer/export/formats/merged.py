@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..base import ANSWER, Format, auto_class, compressed
-from ..source import Settings, Source
+from ..source import ExportSource, Settings
 
 
 class Merged(Format):
@@ -15,7 +15,7 @@ class Merged(Format):
 
     program = f"""
 import json, os
-from laconic.modules.loading import from_pretrained, saved_class
+from laconic.modules.checkpoints.loading import from_pretrained, saved_class
 {ANSWER}
 def load(folder):
     with open(os.path.join(folder, "config.json")) as file:
@@ -28,7 +28,7 @@ def load(folder):
 """
 
     @classmethod
-    def write(cls, source: Source, settings: Settings, folder: Path) -> None:
+    def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:
         source.model.save_pretrained(folder, max_shard_size=settings.shard_size)
 
     @classmethod

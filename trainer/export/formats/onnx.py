@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.onnx import OnnxExporterError
 from transformers import PreTrainedModel
 
-from ...recipe_files import RecipeError
+from ...errors import RecipeError
 from ..base import Format
 from ..capture import captured, check_static
-from ..source import Settings, Source
+from ..source import ExportSource, Settings
 
 FILE = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -45,11 +45,11 @@ def load(folder):
             raise RecipeError(f"--format onnx needs {', '.join(missing)}: pip install 'laconic[onnx]'")
 
     @classmethod
-    def check(cls, source: Source) -> None:
+    def check(cls, source: ExportSource) -> None:
         check_static(source.model, source.batches()[0], "onnx")
 
     @classmethod
-    def write(cls, source: Source, settings: Settings, folder: Path) -> None:
+    def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:
         converted(source.backbone(), source.batches()[0]).save(folder / FILE, external_data=True)
         source.model.config.save_pretrained(folder)
 

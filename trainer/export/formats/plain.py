@@ -6,9 +6,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ...recipe_files import RecipeError
+from ...errors import RecipeError
 from ..base import ANSWER, Format, auto_class, base_name
-from ..source import Settings, Source
+from ..source import ExportSource, Settings
 
 
 class Plain(Format):
@@ -26,7 +26,7 @@ def load(folder):
 """
 
     @classmethod
-    def check(cls, source: Source) -> None:
+    def check(cls, source: ExportSource) -> None:
         model = source.model
         import transformers
 
@@ -39,7 +39,7 @@ def load(folder):
             )
 
     @classmethod
-    def write(cls, source: Source, settings: Settings, folder: Path) -> None:
+    def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:
         source.backbone().save_pretrained(folder, max_shard_size=settings.shard_size)
 
     @classmethod

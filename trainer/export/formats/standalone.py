@@ -7,11 +7,11 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ....modules.compress import CompressedModel, base_class
-from ....modules.models import own_models
-from ...recipe_files import RecipeError
+from ....modules.heads import own_models
+from ...errors import RecipeError
 from ..base import ANSWER, Format, auto_class, base_name, compressed
 from ..flatten import files_of
-from ..source import Settings, Source
+from ..source import ExportSource, Settings
 
 ENTRY = "modeling_laconic"
 
@@ -49,12 +49,12 @@ def load(folder):
 """
 
     @classmethod
-    def check(cls, source: Source) -> None:
+    def check(cls, source: ExportSource) -> None:
         if not compressed(source.model):
             raise RecipeError("--format standalone: this model is dense, and transformers has all that it needs; take plain")
 
     @classmethod
-    def write(cls, source: Source, settings: Settings, folder: Path) -> None:
+    def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:
         model = source.model
         classes = _classes(model)
         model.config.auto_map = {auto: f"{ENTRY}.{type(part).__name__}" for auto, part in classes.items()}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..base import Format
 from ..capture import captured, check_static
-from ..source import Settings, Source
+from ..source import ExportSource, Settings
 
 FILE = "model.pt2"
 
@@ -32,11 +32,11 @@ def load(folder):
 """
 
     @classmethod
-    def check(cls, source: Source) -> None:
+    def check(cls, source: ExportSource) -> None:
         check_static(source.model, source.batches()[0], "torch-export")
 
     @classmethod
-    def write(cls, source: Source, settings: Settings, folder: Path) -> None:
+    def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:
         program = captured(source.backbone(), source.batches()[0])
         # They are the one thing that torch writes with pickle.
         program.example_inputs = None

@@ -1,0 +1,1 @@
+"""Data that ship with a dependency, so that recipes run without a network."""

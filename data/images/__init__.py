@@ -1,0 +1,1 @@
+"""Images: transforms, masks, augmentation, splits."""

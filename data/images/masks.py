@@ -1,0 +1,102 @@
+"""Images with a class for each pixel, through Hugging Face ``datasets``: one column of images, one of masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ...modules.tokens.labels import IGNORE_PIXEL
+from ..hub import DataSource, image_column, mask_column, open_splits
+from ..rows import BadRow
+from .splits import ImageData
+from .transform import ImageTransform, decode
+
+
+class MaskRows(Dataset[dict[str, Any]]):
+    """Rows of a Hugging Face data set as inputs of a segmentation model.
+
+    Args:
+        rows: the split, both columns cast to undecoded images.
+        columns: names of the columns with images and masks.
+        classes: number of classes; a mask holds 0 … classes - 1, or ``ignore``.
+        ignore: what a mask says of a pixel that has no class.
+        transform: from image and mask to pixels and their labels.
+        seed: of the augmentation; None for evaluation.
+
+    An item is ``pixel_values``, ``labels`` (size, size) int64 with IGNORE_PIXEL where there is no class, and ``sample_ids``; or ``bad``: a
+    BadRow. Index i stands for row i % n of epoch i // n.
+    """
+
+    def __init__(self, rows: Any, columns: tuple[str, str], classes: int, ignore: int, transform: ImageTransform, seed: int | None) -> None:
+        self.rows, self.columns, self.classes, self.ignore = rows, columns, classes, ignore
+        self.transform, self.seed = transform, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = index % len(self.rows)
+        draws = None if self.seed is None else np.random.Generator(np.random.Philox(key=[self.seed, index]))
+        item, decoded = self.rows[row], []
+        for kind, column in zip(("image", "mask"), self.columns, strict=True):
+            try:
+                decoded.append(decode(item[column]))
+            except Exception as error:
+                # Decoders fail in many ways; whichever it is, the row is counted and named.
+                return {"bad": BadRow(row, f"undecodable {kind} ({type(error).__name__})")}
+        image, mask = decoded
+        if len(mask.getbands()) != 1:
+            return {"bad": BadRow(row, f"mask of mode {mask.mode}, not one number a pixel")}
+        if mask.size != image.size:
+            return {"bad": BadRow(row, "mask of another size than its image")}
+        numbers = np.asarray(mask).astype(np.int64)
+        unlabelled = numbers == self.ignore
+        if ((numbers >= self.classes) & ~unlabelled).any():
+            return {"bad": BadRow(row, f"mask with a number past {self.classes - 1} that is not data.ignore_index")}
+        pixels, labels = self.transform.with_mask(
+            image, Image.fromarray(np.where(unlabelled, IGNORE_PIXEL, numbers).astype(np.uint8)), draws
+        )
+        return {"pixel_values": pixels, "labels": labels, "sample_ids": torch.tensor(index)}
+
+
+def hub_masks(
+    source: DataSource,
+    train_split: str,
+    validation_split: str | None,
+    test_split: str | None,
+    validation_fraction: float,
+    classes: int,
+    ignore: int,
+    transform: ImageTransform,
+    seed: int,
+) -> ImageData:
+    """Any data set of Hugging Face ``datasets`` with a column of images and one of masks.
+
+    Raises:
+        ValueError: the source cannot be opened, or a split or column is missing; the message names those there are.
+    """
+    import datasets
+
+    train, validation, test = open_splits(source, train_split, validation_split, test_split, validation_fraction)
+    # Masks are images too: of several such columns the one of a usual name is the image.
+    images = image_column(train.features, source.image_column or next((name for name in ("image", "img") if name in train.features), None))
+    columns = images, mask_column(train.features, source.mask_column, images)
+
+    def rows(split: Any, draws: int | None) -> MaskRows:
+        for column in columns:
+            split = split.cast_column(column, datasets.Image(decode=False))
+        return MaskRows(split, columns, classes, ignore, transform, draws)
+
+    evaluated = rows(validation, None)
+    return ImageData(
+        train=rows(train, seed),
+        validation=evaluated,
+        test=evaluated if test is None else rows(test, None),
+        classes=[str(value) for value in range(classes)],
+        channels=transform.channels,
+        has_test=test is not None,
+    )

@@ -1,0 +1,69 @@
+"""Splits of images: the embedded digits, and any image data set of Hugging Face ``datasets``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..embedded.scattered_digits import CLASSES, Canvas, ScatteredDigits
+from ..hub import DataSource, Split, class_names, image_column, label_column, open_splits, split_of
+from ..splits import Splits
+from .transform import ImageRows, ImageTransform
+
+
+@dataclass(frozen=True)
+class ImageData(Splits):
+    """Splits of images.
+
+    Attributes:
+        channels: of an image.
+    """
+
+    channels: int = 3
+
+
+def scattered_digits(canvas: Canvas, train_samples: int, eval_samples: int, seed: int, pixel_labels: bool = False) -> ImageData:
+    """The embedded data; with ``pixel_labels`` every pixel has a class, the background one more."""
+    return ImageData(
+        train=ScatteredDigits("train", train_samples, canvas, seed, pixel_labels),
+        validation=ScatteredDigits("validation", eval_samples, canvas, pixel_labels=pixel_labels),
+        test=ScatteredDigits("test", eval_samples, canvas, pixel_labels=pixel_labels),
+        classes=[*(str(digit) for digit in range(CLASSES)), *(["background"] if pixel_labels else [])],
+        channels=1,
+    )
+
+
+def hub_images(
+    source: DataSource,
+    train_split: str,
+    validation_split: str | None,
+    test_split: str | None,
+    validation_fraction: float,
+    num_labels: int | None,
+    transform: ImageTransform,
+    seed: int,
+    labelled: bool = True,
+) -> ImageData:
+    """Any image data set of Hugging Face ``datasets``; where ``labelled`` is False its labels, if it has any, are not read.
+
+    Raises:
+        ValueError: the source cannot be opened, or a split or column is missing; the message names those there are.
+    """
+    train, validation, test = open_splits(source, train_split, validation_split, test_split, validation_fraction)
+    images = image_column(train.features, source.image_column)
+    labels = label_column(train.features, source.label_column) if labelled else None
+    names = [] if labels is None else class_names(train, labels)
+    if num_labels is not None:
+        names = names if len(names) == num_labels else [str(value) for value in range(num_labels)]
+
+    def rows(split: Split, draws: int | None) -> ImageRows:
+        return ImageRows(split.rows, images, split.labels, split.bad_labels, transform, draws)
+
+    evaluated = rows(split_of(validation, images, labels, names), None)
+    return ImageData(
+        train=rows(split_of(train, images, labels, names), seed),
+        validation=evaluated,
+        test=evaluated if test is None else rows(split_of(test, images, labels, names), None),
+        classes=names,
+        channels=transform.channels,
+        has_test=test is not None,
+    )

@@ -1,0 +1,79 @@
+"""Text that is read as it is needed: a stream of ``datasets``, encoded and packed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from ..rows import BadRow
+from .documents import Encoder
+from .packing import Packer, Tokens
+
+# Rows encoded together; tokenizers work on several at once.
+_TOGETHER = 64
+
+
+class StreamedRows(Dataset[dict[str, Any]]):
+    """Rows of packed documents, numbered from the beginning of a stream that starts anew when it ends.
+
+    Going to a later item reads everything before it, and going back starts over: batches in order are what this is for, and
+    a run that goes on from a checkpoint reads up to its place again. Every process and worker reads the whole stream, and keeps its own
+    items, so that they are the same on any number of them.
+
+    Args:
+        rows: an ``IterableDataset``, shuffled or not.
+        encoder: of its rows.
+        tokens: what rows are made with.
+    """
+
+    def __init__(self, rows: Any, encoder: Encoder, tokens: Tokens) -> None:
+        self.rows, self.encoder, self.tokens = rows, encoder, tokens
+        self._items: Iterator[list[dict[str, Any]]] | None = None
+        self._next = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_items": None, "_next": 0}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """The packed rows of these numbers, and behind them the rows of the data that were found bad on the way."""
+        found, bad = [], []
+        for index in indices:
+            item, *others = self._take(index)
+            found.append(item | {"sample_ids": torch.tensor(index)})
+            bad += others
+        return found + bad
+
+    def _take(self, index: int) -> list[dict[str, Any]]:
+        if self._items is None or index < self._next:
+            self._items, self._next = self._read(), 0
+        while True:
+            items = next(self._items)
+            self._next += 1
+            if self._next > index:
+                return items
+
+    def _read(self) -> Iterator[list[dict[str, Any]]]:
+        """Every packed row with the number of rows that were read for it, and those of them that are bad."""
+        packer, epoch, row = Packer(self.tokens, self.encoder.prompts), 0, 0
+        read, bad = 0, []
+        while True:
+            self.rows.set_epoch(epoch)
+            before = row
+            for batch in self.rows.iter(_TOGETHER):
+                for document in self.encoder.texts(batch):
+                    read += 1
+                    if document.bad:
+                        bad.append({"bad": BadRow(row, document.bad), "rows": 0})
+                    row += 1
+                    for item in packer.add(document):
+                        yield [item | {"rows": read}, *bad]
+                        read, bad = 0, []
+            if row == before:
+                raise ValueError("the stream has no rows: check data.data_files and data.train_split")
+            epoch += 1

@@ -1,0 +1,102 @@
+"""What was trained on frozen weights, taken out of a model and written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..compress import CompressedModel, base_class, stages_of
+from .adapter_folder import Adapter, write_adapter
+from .base_weights import Base, base_of
+from .lora import is_lora, lora_state
+
+
+def save_adapter(model: PreTrainedModel, folder: str | Path, base: str | Path, revision: str | None = None) -> None:
+    """Writes what was trained on frozen weights: LoRA, routers and mergers, modules that trained in full.
+
+    Args:
+        model: after ``compress`` and ``add_lora``, or ``train_only``.
+        folder: to write; must not exist yet, or be empty.
+        base: folder or hub name of the weights that the model started from, in safetensors.
+        revision: of a hub model.
+
+    Raises:
+        ValueError: nothing or everything trains, the base is not there, or the folder is not empty.
+    """
+    write_adapter(adapter_of(model, base_of(base, revision)), Path(folder))
+
+
+def adapter_of(
+    model: PreTrainedModel,
+    base: Base,
+    name: str = "default",
+    state: Mapping[str, Tensor] | None = None,
+    ratio: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """What an adapter folder will hold.
+
+    Args:
+        model: after ``compress`` and ``add_lora``, or ``train_only``.
+        base: weights that it started from.
+        name: of the LoRA.
+        state: the model's tensors by name, where they are not in the model itself but spread over ranks: at least what trains.
+        ratio: for the manifest; None says nothing of it.
+
+    Raises:
+        ValueError: something trains that an adapter cannot hold.
+    """
+    values = dict(model.state_dict()) if state is None else dict(state)
+    lora_configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    stages = stage_names(model)
+    full = trained_modules(model)
+    config = copy.deepcopy(model.config)
+    compression = config.__dict__.pop("compression", None)
+    cls = base_class(type(model)) if isinstance(model, CompressedModel) else type(model)
+    config.architectures = [cls.__name__]
+    return Adapter(
+        base=base,
+        model_class=cls.__name__,
+        model_config=config.to_dict(),
+        lora_config=lora_configs.get(name),
+        lora=lora_state(model, name, values) if name in lora_configs else {},
+        compression=compression,
+        stages={key: value for key, value in values.items() if any(key.startswith(f"{stage}.") for stage in stages)},
+        full=tuple(full),
+        full_tensors={key: value for key, value in values.items() if any(key.startswith(f"{module}.") for module in full)},
+        ratio={} if ratio is None else ratio,
+    )
+
+
+def trained_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that train in full beside LoRA and routers.
+
+    Raises:
+        ValueError: a part of a module trains and the rest does not, or everything does.
+    """
+    stages = stage_names(model)
+    free = [name for name, parameter in model.named_parameters() if parameter.requires_grad and not is_lora(name)]
+    owners = sorted({name.rpartition(".")[0] for name in free if not any(name.startswith(f"{stage}.") for stage in stages)})
+    for owner in owners:
+        if not owner or not all(parameter.requires_grad for parameter in model.get_submodule(owner).parameters()):
+            raise ValueError(
+                f"{owner or 'a parameter of the model itself'} trains in part, which an adapter cannot hold: call add_lora or train_only, "
+                "or save the whole model"
+            )
+    return owners
+
+
+def stage_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and buffers of routers and mergers by name; they share memory with the model's."""
+    stages = stage_names(model)
+    return {key: value for key, value in model.state_dict().items() if any(key.startswith(f"{stage}.") for stage in stages)}
+
+
+def stage_names(model: nn.Module) -> list[str]:
+    """Names of the modules that are stages."""
+    stages = {id(stage) for _, stage in stages_of(model).values()} if isinstance(model, PreTrainedModel) else set()
+    return [name for name, module in model.named_modules() if id(module) in stages]

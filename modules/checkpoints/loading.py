@@ -1,0 +1,128 @@
+"""Loading what Laconic wrote: adapters, merged models, and what a training run holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from ..compress import compressed_class
+from .adapter_folder import MANIFEST
+from .adapters import Adapters, own_memory
+from .lora import copy_all
+from .model_class import class_named
+from .training_checkpoint import read_checkpoint
+
+_HUB = ("token", "cache_dir", "local_files_only")
+# Of a repository with an adapter, what is fetched: nothing that could run.
+_FETCHED = ("*.json", "*.safetensors")
+
+
+def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs: Any) -> PreTrainedModel:
+    """A model from what Laconic wrote, with its stages and its LoRA.
+
+    Args:
+        folder: an adapter; a compressed model (``save_pretrained``, ``laconic export``); a training run, or one of its checkpoints, a file or
+            a folder, whatever of these it holds; or a repository on the hub with one of the first two.
+        base: for an adapter: folder or hub name of its base, where it is elsewhere than the manifest says.
+        kwargs: passed to transformers' ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision`` …).
+
+    Returns:
+        The model in evaluation mode. LoRA is in place and not merged: ``laconic.merge_lora(model)`` merges it.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+        ValueError: the config holds no compression, or its class is unknown; an adapter is damaged or of another base.
+        RuntimeError: weights are missing, left over, or of another shape; nothing is initialised silently.
+    """
+    if Path(folder).is_file():
+        return _from_checkpoint(Path(folder), base, **kwargs)
+    if (adapter := find_adapter(folder, **{key: kwargs[key] for key in ("revision", *_HUB) if key in kwargs})) is not None:
+        return Adapters({"default": adapter}, base, **{key: value for key, value in kwargs.items() if key != "revision"}).model
+    if base is not None:
+        raise ValueError(f"{folder} is no adapter: leave base = {str(base)!r} out")
+    place = weights_folder(folder)
+    config = AutoConfig.from_pretrained(
+        place,
+        trust_remote_code=False,
+        **{key: value for key, value in kwargs.items() if key in ("revision", "subfolder", *_HUB)},
+    )
+    if getattr(config, "compression", None) is None:
+        raise ValueError(
+            f"{folder} is a dense {config.model_type} model: config.json has no 'compression'. Load it with transformers and call laconic.compress"
+        )
+    own: Any = class_named((config.architectures or [""])[0], str(folder))
+    model, report = compressed_class(own).from_pretrained(place, config=config, output_loading_info=True, use_safetensors=True, **kwargs)
+    wrong = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}
+    if wrong:
+        raise RuntimeError(f"{folder}: the weights do not fit the config: {wrong}")
+    assert isinstance(model, PreTrainedModel)
+    own_memory(model)
+    return model
+
+
+def find_adapter(folder: str | Path, revision: str | None = None, **hub: Any) -> Path | None:
+    """The adapter folder that a folder is, or a run or checkpoint holds; of a repository on the hub a local copy; None where it is none."""
+    path = Path(folder)
+    if path.is_dir():
+        return next((place for place in (path, path / "adapter") if _is_adapter(place)), None)
+    if path.exists() or str(folder).count("/") != 1:
+        return None
+    quiet: Any = dict.fromkeys((f"_raise_exceptions_for_{what}" for what in ("missing_entries", "connection_errors")), False)
+    try:
+        found = cached_file(str(folder), MANIFEST, revision=revision, **quiet, **hub)
+    except OSError:
+        # No such repository; whoever loads the model says so.
+        return None
+    if found is None:
+        return None
+    return Path(snapshot_download(str(folder), revision=revision, allow_patterns=list(_FETCHED), **hub))
+
+
+def weights_folder(folder: str | Path) -> str:
+    """Folder of whole weights that a folder is, or a run or checkpoint holds; a name on the hub as it is.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        return str(folder)
+    for place in (path, path / "model"):
+        if (place / "config.json").is_file():
+            return str(place)
+    what = "its run has not ended" if (path / "recipe.yaml").is_file() else "give a run folder, or the folder of an adapter or export"
+    raise FileNotFoundError(f"{path} has no config.json: {what}")
+
+
+def saved_class(folder: str | Path) -> type[PreTrainedModel]:
+    """The class that a folder's weights were saved from, of transformers or our own; of a compressed model its original.
+
+    Raises:
+        ValueError: its class is unknown.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return class_named((config.architectures or [""])[0], str(folder))
+
+
+def _from_checkpoint(path: Path, base: str | Path | None, **kwargs: Any) -> PreTrainedModel:
+    checkpoint = read_checkpoint(path)
+    if checkpoint.adapter is not None:
+        return Adapters({"default": checkpoint.adapter}, base, **kwargs).model
+    config: Any = checkpoint.config
+    if not hasattr(config, "compression"):
+        raise ValueError(f"{path} is of a dense {config.model_type} model: give it to model.name of a recipe")
+    own: Any = class_named((config.architectures or [""])[0], str(path))
+    model = compressed_class(own)._from_config(config, **kwargs)
+    copy_all(model.state_dict(), checkpoint.state, str(path))
+    model.eval()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _is_adapter(path: Path) -> bool:
+    # A folder that lost its manifest is still one, and says so when it is read.
+    return (path / MANIFEST).is_file() or ((path / "adapter_config.json").is_file() and not (path / "config.json").is_file())

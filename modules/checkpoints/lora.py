@@ -1,0 +1,259 @@
+"""LoRA beside routers, through PEFT: which modules get it, what trains, and merging it into the weights.
+
+Compression comes first, adapters after. Routers and mergers are never LoRA's targets and train in full.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..backbones import backbone_for
+from ..backbones.base import Backbone
+from ..compress import CompressedModel, base_class
+from ..stage import Stage
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ALL_LINEAR = "all-linear"
+# What PEFT puts before every name in its files.
+PEFT_PREFIX = "base_model.model."
+_LINEAR = (nn.Linear, Conv1D)
+_ADAPTABLE = (*_LINEAR, nn.Conv2d, nn.Embedding)
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig, name: str = "default") -> PreTrainedModel:
+    """Puts LoRA into a model, in place, and leaves only LoRA, routers and ``config.modules_to_save`` to train.
+
+    Args:
+        model: compressed, or dense for a control arm.
+        config: PEFT's. ``target_modules`` are names or ends of names, a regular expression, ``all-linear`` (everything linear but the
+            head), or None: the family's default, which is every linear map of its layers. ``modules_to_save`` train in full, in place.
+        name: of the adapter among several.
+
+    Returns:
+        The same object, of the same class; parameters of adapted modules are under ``base_layer`` now.
+
+    Raises:
+        ValueError: a name matches nothing, or a router, or the adapter's is taken. Nothing has been changed then.
+    """
+    taken = {part for key, _ in model.named_modules() for part in key.split(".") if not is_lora(key)}
+    if not name.isidentifier() or name in taken or name in getattr(model, "peft_config", {}):
+        raise ValueError(f"adapter name {name!r} must be a word, and none that a module or an adapter of the model has already")
+    targets = lora_targets(model, config.target_modules)
+    full = full_modules(model, config.modules_to_save or ())
+    tied = [target for target in targets if _tied(model, target)]
+    if tied:
+        raise ValueError(
+            f"lora.targets names {', '.join(tied)}, whose weight is tied to another module's: LoRA on one of them could not be merged "
+            "without changing the other; name other modules, or untie them (tie_word_embeddings)"
+        )
+    both = [target for target in targets if any(_inside(target, module) for module in full)]
+    if both:
+        raise ValueError(f"lora.targets and lora.modules_to_save both name {', '.join(both)}: what trains in full needs no LoRA")
+    from peft import inject_adapter_in_model
+
+    own: Any = copy.deepcopy(config)
+    own.target_modules, own.modules_to_save = set(targets), None
+    inject_adapter_in_model(own, model, name)
+    _check_only(model, targets)
+    train_only(model, full, lora=name)
+    return model
+
+
+def train_only(model: nn.Module, full: Iterable[str] = (), lora: str | None = None) -> None:
+    """Leaves only routers, mergers, the modules named and one adapter's LoRA to train.
+
+    Args:
+        model: with stages, LoRA, or both.
+        full: exact names of modules.
+        lora: name of the adapter; None trains none.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Stage):
+            module.requires_grad_(True)
+    for name in full:
+        model.get_submodule(name).requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if lora is not None and re.search(rf"\.lora_\w+\.{re.escape(lora)}(\.|$)", name):
+            parameter.requires_grad_(True)
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter is LoRA's, by its name in the model."""
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def backbone_of(model: PreTrainedModel) -> type[Backbone]:
+    """The adapter of a model, compressed or dense."""
+    cls = base_class(type(model)) if isinstance(model, CompressedModel) else type(model)
+    return backbone_for(model.config.model_type, cls.__name__)
+
+
+def outside_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the linear maps that are not in layers: heads, poolers."""
+    inside = {id(module) for module in backbone_of(model).layers(model).modules()}
+    return [name for name, module in model.named_modules() if isinstance(module, _LINEAR) and id(module) not in inside]
+
+
+def lora_targets(model: PreTrainedModel, targets: str | Iterable[str] | None) -> list[str]:
+    """Exact names of the modules that LoRA adapts, in the model's order.
+
+    Raises:
+        ValueError: a name matches nothing that LoRA can adapt, or only routers.
+    """
+    backbone = backbone_of(model)
+    known = {name.replace(".base_layer", ""): module for name, module in model.named_modules() if isinstance(module, _ADAPTABLE)}
+    known = {name: module for name, module in known.items() if not is_lora(name)}
+    routers = [name for name, module in model.named_modules() if isinstance(module, Stage)]
+    free = {name: module for name, module in known.items() if not any(_inside(name, router) for router in routers)}
+    linear = [name for name, module in free.items() if isinstance(module, _LINEAR)]
+    if targets is None:
+        layers = next(name for name, module in model.named_modules() if module is backbone.layers(model))
+        found = [name for name in linear if _inside(name, layers)]
+        return found if backbone.lora_targets is None else [name for name in found if _matches(name, backbone.lora_targets)]
+    if targets == ALL_LINEAR:
+        # Everything under the base model, where there is a head beside it.
+        base = backbone.base(model)
+        inside = next(name for name, module in model.named_modules() if module is base)
+        return [name for name in linear if not inside or _inside(name, inside)]
+    if isinstance(targets, str):
+        found = [name for name in free if re.fullmatch(targets, name)]
+        return found or _nothing([targets], known, free)
+    wanted = list(targets)
+    unknown = [target for target in wanted if not any(_matches(name, (target,)) for name in free)]
+    if unknown or not wanted:
+        _nothing(unknown, known, free)
+    return [name for name in free if _matches(name, wanted)]
+
+
+def full_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Exact names of the modules that names or ends of names mean. Raises ValueError where one means none, or what cannot train."""
+    modules = [name for name, _ in model.named_modules() if name]
+    found: list[str] = []
+    for wanted in names:
+        matching = [name for name in modules if _matches(name, (wanted,)) and not any(_inside(name, other) for other in found)]
+        if not matching:
+            with_weights = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
+            raise ValueError(
+                f"lora.modules_to_save names {wanted!r}, which the model does not have; at its top are {', '.join(with_weights)}"
+            )
+        found += matching
+    whole = [name for name in found if any(not parameter.is_floating_point() for parameter in model.get_submodule(name).parameters())]
+    if whole:
+        raise ValueError(f"{', '.join(whole)} would train in full and is quantised: load the base with llm_int8_skip_modules={whole}")
+    return found
+
+
+def _tied(model: nn.Module, name: str) -> bool:
+    """The weight of a module is another module's too."""
+    weight = getattr(model.get_submodule(name), "weight", None)
+    names = [key for key, value in model.named_parameters(remove_duplicate=False) if value is weight]
+    return len(names) > 1
+
+
+def lora_state(model: nn.Module, name: str = "default", state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """LoRA's tensors under the names of PEFT's files.
+
+    Args:
+        model: with LoRA.
+        name: of the adapter.
+        state: the model's parameters by name, where they are not in the model itself but spread over ranks.
+
+    Returns:
+        Tensors that share memory with the model's, or with ``state``.
+    """
+    from peft import get_peft_model_state_dict
+
+    peft: Any = get_peft_model_state_dict
+    found = peft(model, state_dict=dict(model.state_dict() if state is None else state), adapter_name=name, save_embedding_layers=False)
+    return {PEFT_PREFIX + key: value for key, value in found.items()}
+
+
+def merge_lora(model: PreTrainedModel) -> PreTrainedModel:
+    """Adds the active adapter to the weights and takes all LoRA out, in place; routers stay as they are.
+
+    Returns:
+        The same object, as if it never had LoRA. Its parameters train or not as they did.
+
+    Raises:
+        ValueError: there is no LoRA, the base is quantised, or a merged weight would not be finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no LoRA to merge")
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "the base is quantised, and merging would round what LoRA learned: load the adapter onto the base in full precision"
+        )
+    for name, module in found.items():
+        layer: Any = module
+        layer.merge(safe_merge=True)
+        model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
+    return model
+
+
+def _check_only(model: nn.Module, targets: Iterable[str]) -> None:
+    """Raises RuntimeError where PEFT has adapted something else than it was asked to."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    routers = [name for name, module in model.named_modules() if isinstance(module, Stage)]
+    wrong = sorted(name for name in adapted if any(_inside(name, router) for router in routers)) + sorted(set(targets) - adapted)
+    if wrong:
+        raise RuntimeError(f"PEFT put LoRA elsewhere than asked: {', '.join(wrong[:5])}")
+
+
+def _matches(name: str, ends: Iterable[str]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def _nothing(wanted: list[str], known: Mapping[str, Any], free: Mapping[str, Any]) -> list[str]:
+    """Raises ValueError saying why the targets match nothing."""
+    there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in free}))
+    in_routers = [target for target in wanted if any(_matches(name, (target,)) for name in known)]
+    why = "are parts of routers, which train in full" if in_routers else "match nothing that LoRA can adapt"
+    raise ValueError(
+        f"lora.targets = {in_routers or wanted}: they {why}; give names or ends of names, of {there}, or {ALL_LINEAR}, or null"
+    )
+
+
+def copy_all(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
+    """Copies tensors by name, all of them or none.
+
+    Raises:
+        ValueError: names or shapes differ; nothing has been copied then.
+    """
+    check_same(ours, theirs, where)
+    with torch.no_grad():
+        for name, value in theirs.items():
+            ours[name].copy_(value)
+    lost = [name for name, value in theirs.items() if not torch.equal(ours[name].cpu(), value.to(ours[name].dtype).cpu())]
+    if lost:
+        raise RuntimeError(f"{where}: tensors did not arrive: {', '.join(lost[:5])}")
+
+
+def check_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
+    """Raises ValueError where tensors are missing, left over or of another shape than the model's."""
+    for kind, names in (("lacks", ours.keys() - theirs.keys()), ("has, and the model has not,", theirs.keys() - ours.keys())):
+        if names:
+            raise ValueError(f"{where} {kind} {len(names)} tensor(s): {', '.join(sorted(names)[:3])}{' …' if len(names) > 3 else ''}")
+    for name, value in theirs.items():
+        if value.shape != ours[name].shape:
+            raise ValueError(f"{where}: {name} is {tuple(value.shape)}, the model's {tuple(ours[name].shape)}")

@@ -1,0 +1,26 @@
+"""A model class by its name in a config: transformers' own or ours, and nothing else that has a name there."""
+
+from __future__ import annotations
+
+import transformers
+from transformers import PreTrainedModel
+
+from ..compress import CLASS_PREFIX
+from ..heads import own_models
+
+
+def class_named(name: str, where: str) -> type[PreTrainedModel]:
+    """The class that a config names; of a compressed model its original.
+
+    Args:
+        name: of the architecture.
+        where: the config is, for the message.
+
+    Raises:
+        ValueError: there is no model class of that name.
+    """
+    plain = name.removeprefix(CLASS_PREFIX)
+    found = own_models().get(plain) or getattr(transformers, plain, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"{where} names the architecture {name!r}, which neither transformers {transformers.__version__} nor Laconic has")
+    return found

@@ -1,0 +1,93 @@
+"""Handing what layers made of chunks to the tokens behind them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .gather import take
+from .state import TokenState
+from .trace import Trace
+
+# Chunks whose mean is taken by one matrix product; the means of blocks follow one another.
+BLOCK = 32
+
+
+def dechunk(hidden_states: Tensor, trace: Trace) -> Tensor:
+    """(B, K, C) chunks -> (B, N, C) tokens: what each was when the chunks were made, and what layers added to the newest chunk at or
+    before it (H-Net, arXiv 2507.07955).
+
+    What was added is smoothed over the chunks by their probabilities, ``smooth``. What a token gets is what was *added*, not the
+    chunk itself, so that with a chunk for every token the layers do what they did in the dense model. A token in front of the
+    first chunk gets nothing. With a cache the newest chunk of each row waits there for the tokens to come.
+    """
+    chunks, state = trace.chunks, trace.state
+    assert chunks is not None
+    assert state is not None
+    full, entering = trace.left[0]
+    added = hidden_states.float() - chunks.made.float()
+    name = f"{chunks.stage}.newest"
+    carried = None if trace.carry is None else trace.carry.get(name)
+    if chunks.probability is not None:
+        added = smooth(added, chunks.probability, _first_of_documents(state), carried)
+    kept = chunks.decision.kept_mask(entering.tokens)
+    places = torch.arange(entering.tokens, device=kept.device)
+    newest = torch.where(kept, places, -1).cummax(1).values
+    some, at = newest >= 0, newest.clamp(min=0)
+    if entering.document is not None:
+        some = some & (entering.document.gather(1, at) == entering.document)
+    given = take(added, state.source.gather(1, at).clamp(min=0))
+    none = torch.zeros_like(given[:, :1]) if carried is None else carried[:, None]
+    given = torch.where(some.unsqueeze(-1), given, none)
+    if trace.carry is not None:
+        trace.carry[name] = given[:, -1]
+    if chunks.confidence is not None:
+        given = given * chunks.confidence.unsqueeze(-1)
+    return full + given.to(full.dtype)
+
+
+def smooth(values: Tensor, probability: Tensor, first: Tensor | None = None, carried: Tensor | None = None) -> Tensor:
+    """The running mean z̄_k = P_k·z_k + (1 − P_k)·z̄_{k−1}, from 0.
+
+    Args:
+        values: (B, K, C) float32 z.
+        probability: (B, K) float32 P, above 0 and below 1.
+        first: (B, K) bool, where a document begins and z̄ starts from 0 again; None where a row is one.
+        carried: (B, C) z̄ before the first; None for 0.
+
+    Returns:
+        (B, K, C) float32.
+    """
+    rows, number, width = values.shape
+    block = min(BLOCK, number)
+    fill = -number % block
+    remembers = torch.log1p(-probability)
+    if first is not None:
+        remembers = remembers.masked_fill(first, float("-inf"))
+    with torch.autocast(values.device.type, enabled=False):
+        # Behind the last chunk nothing is added and everything remembered.
+        z, p, r = (functional.pad(part, (0, 0) * (part.ndim - 2) + (0, fill)) for part in (values, probability, remembers))
+        z, p, r = z.view(rows, -1, block, width), p.view(rows, -1, block), r.view(rows, -1, block)
+        # log of what is left at k of what came in at j: the sum of j + 1 to k, added up without differences of long sums.
+        later = torch.ones(block, block, dtype=torch.bool, device=z.device).tril()
+        left = r.unsqueeze(-1).expand(-1, -1, -1, block).masked_fill(~later.tril(-1), 0.0).cumsum(2).masked_fill(~later, float("-inf"))
+        within = (left.exp() * p.unsqueeze(2)) @ z
+        of_earlier = r.cumsum(2).exp().unsqueeze(-1)
+        means, mean = [], torch.zeros_like(z[:, 0, 0]) if carried is None else carried.float()
+        for index in range(z.shape[1]):
+            means.append(within[:, index] + of_earlier[:, index] * mean[:, None])
+            mean = means[-1][:, -1]
+    return torch.cat(means, 1)[:, :number]
+
+
+def smoothing_macs(kept: int, hidden: int) -> int:
+    """MACs of ``smooth`` over a row's chunks."""
+    return kept * BLOCK * hidden
+
+
+def _first_of_documents(state: TokenState) -> Tensor | None:
+    """(B, K) bool: chunks that are the first of their document."""
+    if state.document is None:
+        return None
+    return state.document.diff(dim=1, prepend=state.document[:, :1] - 1) != 0

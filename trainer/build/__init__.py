@@ -1,0 +1,1 @@
+"""From a recipe to the parts of a run: data, model, initial weights, budget, optimizer, Lightning's trainer."""

@@ -1,0 +1,209 @@
+"""From a recipe to its parts: configuration, data, model, budget. Nothing is trained here."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from ...data.splits import Splits
+from ...modules.backbones import backbones
+from ...modules.budget.budget import Budget
+from ...modules.checkpoints.adapters import check_base, quietly
+from ...modules.checkpoints.base_weights import Base, base_of
+from ...modules.checkpoints.from_mae import encoder_config, load_encoder, load_routers
+from ...modules.compress import checkpoint_activations, compress, stages_of
+from ...modules.config import CompressionConfig
+from ...modules.cost.cost import CostModel
+from ..distributed import collective
+from ..distributed.strategies import processes_of
+from ..distributed.zero3 import broadcast_weights, zero3_init
+from ..recipe.schema import ModelRecipe, Recipe
+from ..tasks.base import Task, task_named
+from .initial_weights import Start, check_start, load_stages, load_state, start_of
+from .model_settings import check_settings, with_settings
+from .parts import RunParts
+from .trainable import quantization, train_parts
+
+
+def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] | None = None) -> RunParts:
+    """Every part of a run; the same seed gives the same weights whatever the compression and the strategy.
+
+    Args:
+        recipe: a checked recipe.
+        data: splits that another arm has opened already.
+        shards: DeepSpeed's configuration, to build the model in shards (ZeRO-3); None builds it whole.
+
+    Raises:
+        ValueError: something that only shows against the real model or data: a layer that is not there, a missing column …
+    """
+    task = task_named(recipe.task)
+    task.check(recipe)
+    start = start_of(recipe.model)
+    check_start(recipe, start)
+    config = model_config(recipe.model, task, start)
+    data = data if data is not None else task.open_data(recipe, config)
+    lightning.seed_everything(recipe.seed, verbose=False)
+    steps = total_steps(recipe, data)
+    base = collective.from_rank_zero(lambda: _base(recipe, start))
+    if shards is None:
+        dense, new = _starting_model(recipe, config, data, task, start)
+        model, cost, budget = _assemble(recipe, dense, data, steps, start, new)
+    else:
+        source, new = None, []
+        if collective.rank() == 0:
+            # Its own copy of the configuration: compress writes into it.
+            dense, new = _starting_model(recipe, copy.deepcopy(config), data, task, start)
+            source = _assemble(recipe, dense, data, steps, start, new)[0]
+        missing = new
+        new = collective.from_rank_zero(lambda: missing)
+        with zero3_init(shards):
+            bare = recipe.model.model_copy(update={"name": None, "config": {}})
+            model, cost, budget = _assemble(recipe, build_model(bare, config, data, task), data, steps, start, new, filled=False)
+        broadcast_weights(model, source)
+    return RunParts(recipe, data, model, cost, budget, steps, base)
+
+
+def _base(recipe: Recipe, start: Start | None) -> Base | None:
+    """What the adapter that a run writes will name, its weights hashed; of an adapter that goes on, compared with its own."""
+    if recipe.lora is None or not recipe.lora.freezes:
+        return None
+    assert start is not None
+    assert start.weights is not None
+    if start.adapter is None:
+        return base_of(start.weights, start.revision)
+    check_base(start.adapter, start.name, start.weights, start.revision)
+    return start.adapter.base
+
+
+def _starting_model(
+    recipe: Recipe, config: PretrainedConfig, data: Splits, task: type[Task], start: Start | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """The dense model with the weights that it starts from, and the names of the modules that they lack."""
+    if start is None:
+        return build_model(recipe.model, config, data, task), []
+    task.fit_config(config, data)
+    if start.weights is None:
+        model = task.fresh_model(config, recipe.model.attention)
+        lacking = load_state(model, start)
+    else:
+        located = recipe.model.model_copy(update={"name": start.weights, "revision": start.revision})
+        options = {"output_loading_info": True, **quantization(recipe.lora, task.model_class(config.model_type), config)}
+        with quietly() if start.compression is not None or start.adapter is not None else contextlib.nullcontext():
+            loaded: Any = task.loaded_model(located, config, **options)
+        model, report = loaded
+        lacking = [str(item[0] if isinstance(item, tuple) else item) for key in ("missing_keys", "mismatched_keys") for item in report[key]]
+    return model, sorted({name.rpartition(".")[0] for name in lacking})
+
+
+def _assemble(
+    recipe: Recipe, model: PreTrainedModel, data: Splits, steps: int, start: Start | None, new: Sequence[str], filled: bool = True
+) -> tuple[PreTrainedModel, CostModel | None, Budget | None]:
+    """The dense model with what the recipe does to it; one that is not ``filled`` gets its values later."""
+    budget = None
+    if recipe.compression is not None:
+        # Draws of the stages' weights come after the backbone's, so a dense arm starts from the same backbone.
+        compression = recipe.compression
+        if recipe.budget is not None:
+            budget = Budget(recipe.budget, model, compression, steps, recipe.seed, data.size)
+            compression = budget.compression
+        model = compress(model, compression)
+        unheld = [name for name, (_, stage) in stages_of(model).items() if budget is None and stage.selector.needs_probabilities]
+        if unheld:
+            raise ValueError(
+                f"stages {', '.join(unheld)}: their selectors keep what is more likely than not, and only a budget with a regulariser brings "
+                "that to what is requested: leave keep out and give budget.target and budget.regularizer, or take threshold, or top_k if the model is not causal"
+            )
+        if recipe.model.encoder_routers and filled:
+            assert recipe.model.encoder_of is not None
+            load_routers(model, recipe.model.encoder_of, recipe.model.revision)
+        if start is not None and filled:
+            load_stages(model, start)
+    # LoRA costs nothing once it is merged.
+    cost = cost_model(model, size=data.size)
+    train_parts(recipe.lora, model, new, start.adapter if start is not None else None, filled)
+    if recipe.trainer.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model, cost, budget
+
+
+def model_config(recipe: ModelRecipe, task: type[Task], start: Start | None = None) -> PretrainedConfig:
+    """The configuration of the task's model, without its weights. Raises ValueError where it cannot be had or no adapter serves it."""
+    if recipe.config is not None:
+        settings = {**recipe.config, **recipe.settings}
+        model_type = settings.pop("model_type")
+        architecture = task.model_class(model_type).__name__
+        check_settings(model_type, {key: value for key, value in recipe.config.items() if key != "model_type"}, "model.config")
+        check_settings(model_type, recipe.settings, "model.settings")
+        try:
+            # Where a family has several heads, transformers chooses by the architecture.
+            return AutoConfig.for_model(model_type, **{"architectures": [architecture], **settings})
+        except Exception as error:
+            # transformers checks its configs with errors of several kinds; each is the user's setting here.
+            raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
+    if recipe.encoder_of is not None:
+        return _of_task(_encoder_config(recipe), recipe, task)
+    start = start_of(recipe) if start is None else start
+    assert start is not None
+    return _of_task(start.config, recipe, task)
+
+
+def _encoder_config(recipe: ModelRecipe) -> PretrainedConfig:
+    assert recipe.encoder_of is not None
+    try:
+        return encoder_config(recipe.encoder_of, recipe.revision)
+    except ValueError as error:
+        raise ValueError(f"model.encoder_of = {recipe.encoder_of!r}: {error}") from None
+
+
+def _of_task(config: PretrainedConfig, recipe: ModelRecipe, task: type[Task]) -> PretrainedConfig:
+    """The config of weights that are loaded, with the recipe's settings and the task's head."""
+    model_class = task.model_class(config.model_type)
+    config = with_settings(config, recipe.settings, model_class)
+    # The task's plain head, also where the checkpoint has another (distilled DeiT's second one takes no labels).
+    config.architectures = [model_class.__name__]
+    return config
+
+
+def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: Splits, task: type[Task]) -> PreTrainedModel:
+    """The dense model, with the head that the data need."""
+    task.fit_config(config, data)
+    if recipe.config is None and recipe.encoder_of is None:
+        return task.loaded_model(recipe, config)
+    model = task.fresh_model(config, recipe.attention)
+    if recipe.config is None and recipe.encoder_of is not None:
+        load_encoder(model, recipe.encoder_of, recipe.revision)
+    return model
+
+
+def cost_model(
+    model: PreTrainedModel, compression: CompressionConfig | None = None, size: tuple[int, int] | int | None = None
+) -> CostModel | None:
+    """What a model's forward costs; None for a dense model of a family without an adapter, which trains all the same.
+
+    Args:
+        model: dense or compressed.
+        compression: stages for a dense model.
+        size: of an input; None takes the model's own.
+    """
+    dense = compression is None and not hasattr(model.config, "compression")
+    return None if dense and model.config.model_type not in backbones() else CostModel(model, compression, size)
+
+
+def total_steps(recipe: Recipe, data: Splits) -> int:
+    """Optimizer steps of a run."""
+    trainer = recipe.trainer
+    if trainer.max_steps is not None:
+        return trainer.max_steps
+    assert trainer.max_epochs is not None
+    if data.train_rows is None:
+        raise ValueError(
+            "trainer.max_epochs needs to know how long the data are, and data.streaming = true does not tell: give trainer.max_steps"
+        )
+    rows = data.train_rows
+    return max(1, math.floor(trainer.max_epochs * rows / (recipe.data.batch_size * trainer.accumulate * processes_of(trainer))))

@@ -1,0 +1,197 @@
+"""Where a run's weights come from: what ``model.name`` leads to, be it a model, a run, an adapter or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from ...modules.checkpoints.adapter_folder import Adapter, read_adapter
+from ...modules.checkpoints.adapter_saving import stage_state
+from ...modules.checkpoints.adapters import config_of
+from ...modules.checkpoints.base_weights import weight_files
+from ...modules.checkpoints.loading import find_adapter, weights_folder
+from ...modules.checkpoints.lora import copy_all
+from ...modules.checkpoints.training_checkpoint import read_checkpoint
+from ...modules.config import CompressionConfig, StageConfig
+from ..errors import RecipeError
+from ..recipe.schema import ModelRecipe, Recipe
+
+
+@dataclass(frozen=True)
+class Start:
+    """What ``model.name`` leads to.
+
+    Attributes:
+        name: as the recipe has it.
+        config: of the dense model, without stages.
+        weights: folder or hub name of the dense weights; None where ``state`` has them.
+        revision: of a hub model.
+        compression: stages that were trained there; None where it is dense.
+        adapter: on those weights; None where there is none.
+        state: tensors of a checkpoint that is one file, by the model's names.
+        recipe: of the run that it is of; None where it is of none.
+        places: where tokenizer and image processor may lie, the nearest first.
+    """
+
+    name: str
+    config: PretrainedConfig
+    weights: str | None
+    revision: str | None = None
+    compression: CompressionConfig | None = None
+    adapter: Adapter | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    recipe: Path | None = None
+    places: tuple[Path, ...] = ()
+
+    def beside(self, file: str) -> tuple[str, str | None]:
+        """Folder, or hub name and revision, that has a tokenizer's or processor's file: the nearest one, else the dense weights.
+
+        Raises:
+            ValueError: a checkpoint that is one file has none, and its run has not ended.
+        """
+        here = next((place for place in self.places if (place / file).is_file()), None)
+        if here is None and self.weights is None:
+            raise ValueError(f"model.name = {self.name!r} is a checkpoint, which has no {file}: give data.tokenizer")
+        return (str(here), None) if here is not None else (str(self.weights), self.revision)
+
+
+def start_of(model: ModelRecipe) -> Start | None:
+    """What a recipe's ``model.name`` leads to; None where the recipe has no name.
+
+    Raises:
+        ValueError: it cannot be loaded, or is damaged.
+    """
+    if model.name is None:
+        return None
+    path = Path(model.name)
+    if path.is_file():
+        return _of_file(path)
+    if (adapter := find_adapter(path if path.is_dir() else model.name, model.revision)) is not None:
+        return _of_adapter(model.name, read_adapter(adapter), _recipe_beside(path), (adapter,))
+    try:
+        weights = weights_folder(model.name)
+        config = AutoConfig.from_pretrained(weights, revision=model.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        hint = "" if path.exists() else "; a run must have ended before another goes on from it"
+        raise ValueError(f"model.name = {model.name!r} cannot be loaded: {str(error).splitlines()[0]}{hint}") from None
+    return Start(model.name, config, weights, model.revision, _without_stages(config), recipe=_recipe_beside(path))
+
+
+def check_start(recipe: Recipe, start: Start | None) -> None:
+    """Raises RecipeError where the recipe's stages or LoRA cannot go on from what it starts from."""
+    if start is None:
+        return
+    name = f"model.name = {start.name!r}"
+    if start.compression is not None:
+        was = {stage.key: stage for stage in start.compression.stages}
+        if recipe.compression is None:
+            raise RecipeError(
+                f"{name} was trained with stages {', '.join(was)}, and the recipe has no compression: give it the same stages (those of its "
+                "recipe.yaml), or start from a dense model"
+            )
+        now = {stage.key: stage for stage in recipe.compression.stages}
+        if now.keys() != was.keys():
+            raise RecipeError(f"{name} was trained with stages {', '.join(was)}, and the recipe has {', '.join(now)}: give the same ones")
+        for key, stage in now.items():
+            differing = [kind for kind in ("scorer", "selector", "merger") if stage.part(kind) != was[key].part(kind)]
+            # Paths for the gradient may change; what weighs tokens in evaluation too is a part of the model.
+            if _weighing(stage) != _weighing(was[key]):
+                differing.append("estimator")
+            if differing:
+                raise RecipeError(
+                    f"stage {key!r}: its {' and '.join(differing)} differ from those that {name} was trained with: give the same"
+                )
+    lora = recipe.lora
+    if lora is not None and lora.mode == "routers" and start.adapter is not None and start.adapter.lora_config is not None:
+        raise RecipeError(
+            f"{name} is an adapter with LoRA, and lora.mode = 'routers' would train on without it: give lora.mode=lora, or name its merged export"
+        )
+    if lora is not None and lora.freezes and start.weights is None:
+        raise RecipeError(
+            f"{name} is a checkpoint of all weights, which no adapter can name as its base: name a folder, or set lora.mode=full"
+        )
+
+
+def _weighing(stage: StageConfig) -> str | None:
+    """Name of the estimator, if it runs in evaluation too."""
+    if stage.estimator is None:
+        return None
+    part = stage.part("estimator")
+    return part.name if part.build("estimator").in_evaluation else None
+
+
+def load_stages(model: PreTrainedModel, start: Start) -> None:
+    """Gives the stages of a compressed model the weights that they start from, in place; those of a dense start stay as drawn."""
+    if start.compression is None:
+        return
+    if start.adapter is not None:
+        tensors: Mapping[str, Tensor] = start.adapter.stages
+    else:
+        # Parameters that are tied, or of the head, are none of a stage's.
+        tensors = _stage_tensors(start, set(stage_state(model)))
+    copy_all(stage_state(model), tensors, f"the routers of model.name = {start.name!r}")
+
+
+def load_state(model: PreTrainedModel, start: Start) -> list[str]:
+    """Gives a dense model the tensors of a checkpoint that is one file; names of those that it lacks or has in another shape."""
+    state = model.state_dict()
+    fitting = {name: start.state[name] for name, value in state.items() if name in start.state and start.state[name].shape == value.shape}
+    copy_all({name: state[name] for name in fitting}, fitting, f"model.name = {start.name!r}")
+    return sorted(state.keys() - fitting.keys())
+
+
+def _of_file(path: Path) -> Start:
+    checkpoint = read_checkpoint(path)
+    recipe = _recipe_beside(path)
+    if checkpoint.adapter is not None:
+        return _of_adapter(str(path), checkpoint.adapter, recipe, _final(path))
+    config = checkpoint.config
+    config.name_or_path = str(path)
+    return Start(str(path), config, None, None, _without_stages(config), state=checkpoint.state, recipe=recipe, places=_final(path))
+
+
+def _of_adapter(name: str, adapter: Adapter, recipe: Path | None, places: tuple[Path, ...]) -> Start:
+    compression = None if adapter.compression is None else CompressionConfig.from_dict(adapter.compression)
+    config = config_of(adapter)
+    config.name_or_path = adapter.base.name
+    return Start(name, config, adapter.base.name, adapter.base.revision, compression, adapter, recipe=recipe, places=places)
+
+
+def _final(checkpoint: Path) -> tuple[Path, ...]:
+    """Folders of the weights that the run of a checkpoint ended with, if it has."""
+    run = checkpoint.parent.parent
+    return run / "adapter", run / "model"
+
+
+def _without_stages(config: Any) -> CompressionConfig | None:
+    """Takes the stages out of a config, in place."""
+    told = config.__dict__.pop("compression", None)
+    return None if told is None else CompressionConfig.from_dict(told)
+
+
+def _recipe_beside(path: Path) -> Path | None:
+    """The recipe of the run or export that a folder or checkpoint is of; None where it is of none."""
+    if not path.exists():
+        return None
+    if path.name in ("model", "adapter"):
+        path = path.parent
+    if path.suffix == ".ckpt":
+        path = path.parent.parent
+    return path / "recipe.yaml" if (path / "recipe.yaml").is_file() else None
+
+
+def _stage_tensors(start: Start, names: set[str]) -> dict[str, Tensor]:
+    if start.weights is None:
+        return {name: value for name, value in start.state.items() if name in names}
+    found: dict[str, Tensor] = {}
+    for path in weight_files(start.weights, start.revision):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name).to(torch.float32) for name in file.keys() if name in names}  # noqa: SIM118 - no mapping
+    return found

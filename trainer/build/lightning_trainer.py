@@ -1,0 +1,84 @@
+"""The Lightning Trainer that a recipe asks for."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from transformers.utils.logging import disable_progress_bar
+
+from ..callbacks.ema import WeightEma
+from ..callbacks.tensorboard import RoutingPictures
+from ..distributed.processes import environment
+from ..distributed.strategies import lightning_strategy, needs_group, processes_of, set_accelerator, stage_of
+from ..recipe.schema import Recipe
+
+
+def lightning_trainer(
+    recipe: Recipe, folder: Path, steps: int, callbacks: Sequence[Callback], unused_parameters: bool = False
+) -> lightning.Trainer:
+    """The Lightning Trainer that a recipe asks for.
+
+    Args:
+        recipe: resolved.
+        folder: of the run.
+        steps: optimizer steps.
+        callbacks: beside those for checkpoints and pictures.
+        unused_parameters: whether a step leaves parameters without gradient.
+    """
+    settings = recipe.trainer
+    # DeepSpeed's autocast is in its own configuration; Lightning's precision would cast the weights.
+    precision = "32-true" if settings.precision == "fp32" or stage_of(settings) else "bf16-mixed"
+    several = processes_of(settings) > 1 or needs_group(settings)
+    checkpoints = ModelCheckpoint(
+        dirpath=folder / "checkpoints",
+        filename="{step}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=settings.checkpoint_every or steps,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
+    # First, so that a checkpoint at the end of a batch holds the average with that batch in it.
+    averaged = [WeightEma(settings.ema)] if settings.ema is not None else []
+    return lightning.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator=("cuda" if torch.cuda.is_available() else "cpu") if several else "auto",
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=lightning_strategy(recipe, unused_parameters),
+        plugins=[environment(processes_of(settings))] if several else None,
+        precision=precision,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.clip or None,
+        val_check_interval=(settings.validate_every * settings.accumulate) if settings.validate_every else None,
+        check_val_every_n_epoch=None if settings.validate_every else 1,
+        num_sanity_val_steps=0,
+        logger=TensorBoardLogger(folder, name="tensorboard", version=""),
+        log_every_n_steps=settings.log_every,
+        callbacks=[*averaged, *callbacks, checkpoints, RoutingPictures(settings.pictures)],
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def quiet() -> None:
+    """Keeps libraries' notices out of the log; what goes wrong is still shown."""
+    set_accelerator()
+    disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*When saving the DeepSpeed Stage 3 checkpoint.*")
+    # What is logged is the same on every rank already.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")

@@ -1,0 +1,115 @@
+"""Parameter groups and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from ...modules.backbones import backbone_for
+from ...modules.checkpoints.lora import is_lora
+from ...modules.compress import CompressedModel, base_class
+from ...modules.stage import Stage
+from ..distributed.zero3 import shape_of
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    router_lr: float | None = None,
+    weight_decay: float = 0.0,
+    layer_decay: float | None = None,
+    lora_lr: float | None = None,
+    router_weight_decay: float | None = None,
+    lora_weight_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: backbone, routers and LoRA, each with and without weight decay.
+
+    Args:
+        model: compressed or dense.
+        lr: learning rate of the backbone.
+        router_lr: learning rate of every stage's parameters; None takes ``lr``.
+        weight_decay: of matrices; norms, biases, tokens and position embeddings have none.
+        layer_decay: factor on ``lr`` from each layer to the one below it, 1 for what follows the layers (arXiv 2106.08254);
+            routers and LoRA keep theirs. None gives the whole backbone one learning rate, and needs no transformers model.
+        lora_lr: learning rate of LoRA's parameters; None takes ``lr``.
+        router_weight_decay: of routers' matrices; None takes ``weight_decay``.
+        lora_weight_decay: of LoRA's matrices; None takes ``weight_decay``.
+
+    Returns:
+        Groups with ``params``, ``lr``, ``weight_decay`` and ``name``; empty ones are left out. Frozen parameters are in none.
+        With ``layer_decay`` the head's come first and there are two of each layer.
+    """
+    of_stages = {id(parameter) for module in model.modules() if isinstance(module, Stage) for parameter in module.parameters()}
+    depths = {} if layer_decay is None else layer_depths(model)
+    rates = {"router": lr if router_lr is None else router_lr, "lora": lr if lora_lr is None else lora_lr}
+    decays = {"router": router_weight_decay, "lora": lora_weight_decay}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = "router" if id(parameter) in of_stages else "lora" if is_lora(name) else "backbone"
+        plain = len(shape_of(parameter)) < 2 or "embedding" in name.rsplit(".", 1)[-1] or name.endswith("_token")
+        depth = depths.get(id(parameter), 0) if kind == "backbone" else 0
+        key = (f"{kind}_{depth}_below" if depth else kind) + ("_no_decay" if plain else "")
+        rate = rates.get(kind, lr * (layer_decay or 1.0) ** depth)
+        given = decays.get(kind)
+        decay = 0.0 if plain else weight_decay if given is None else given
+        group = groups.setdefault(key, {"name": key, "params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+    if not depths:
+        return list(groups.values())
+    # The head's first: what reads the first group's learning rate means the recipe's.
+    return sorted(groups.values(), key=lambda group: (group["name"].startswith("router"), -group["lr"]))
+
+
+def layer_depths(model: nn.Module) -> dict[int, int]:
+    """How far below the head each parameter is, by its id: 0 after the layers, 1 in the last layer …, layers + 1 before the first.
+
+    Raises:
+        ValueError: the model has no backbone adapter, which tells where its layers are.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"optimizer.layer_decay needs a transformers model, whose layers an adapter finds, not {type(model).__name__}")
+    cls = base_class(type(model)) if isinstance(model, CompressedModel) else type(model)
+    backbone = backbone_for(model.config.model_type, cls.__name__)
+    layers = backbone.layers(model)
+    depths = {id(parameter): len(layers) - index for index, layer in enumerate(layers) for parameter in layer.parameters()}
+    for parameter in backbone.base(model).parameters():
+        if id(parameter) in depths:
+            break
+        # Models register in the order of computation: what stands before the layers are the embeddings.
+        depths[id(parameter)] = len(layers) + 1
+    return depths
+
+
+def learning_rate_schedule(optimizer: Optimizer, kind: str, total_steps: int, warmup: float = 0.05, final: float = 0.0) -> LambdaLR:
+    """Linear warm-up, then ``cosine``, ``linear`` or ``constant``.
+
+    Args:
+        optimizer: whose groups' learning rates are the peaks.
+        kind: of the schedule after the warm-up.
+        total_steps: optimizer steps.
+        warmup: fraction of them that warms up.
+        final: learning rate at the end ÷ peak.
+    """
+    steps = math.ceil(warmup * total_steps)
+    shapes: dict[str, Callable[[float], float]] = {
+        "cosine": lambda progress: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": lambda progress: 1 - (1 - final) * progress,
+        "constant": lambda progress: 1.0,
+    }
+    if kind not in shapes:
+        raise ValueError(f"optimizer.schedule = {kind!r} must be one of {', '.join(shapes)}")
+
+    def factor(step: int) -> float:
+        if step < steps:
+            return (step + 1) / steps
+        return shapes[kind](min(1.0, (step - steps) / max(1, total_steps - steps)))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,42 @@
+"""What a run is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from ...data.splits import DataModule, Splits
+from ...modules.budget.budget import Budget
+from ...modules.checkpoints.base_weights import Base
+from ...modules.cost.cost import CostModel
+from ..recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What a run is made of.
+
+    Attributes:
+        recipe: the recipe.
+        data: splits.
+        model: compressed if the recipe says so.
+        cost: of the model; None for a dense model whose family has no adapter that could count.
+        budget: None for a dense model, or where every stage has its own keep.
+        total_steps: optimizer steps.
+        base: weights that stay as they are, which an adapter names; None where everything trains.
+    """
+
+    recipe: Recipe
+    data: Splits
+    model: PreTrainedModel
+    cost: CostModel | None
+    budget: Budget | None
+    total_steps: int
+    base: Base | None = None
+
+    def data_module(self) -> DataModule:
+        """Loaders for this run."""
+        data, trainer = self.recipe.data, self.recipe.trainer
+        batches = self.total_steps * trainer.accumulate
+        return DataModule(self.data, data.batch_size, data.eval_batch_size, batches, data.workers, self.recipe.seed)

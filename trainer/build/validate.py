@@ -1,0 +1,98 @@
+"""Everything of a recipe that can be checked without training: keys, paths, columns, layers, budgets, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForImageClassification
+
+from ...modules.budget.budget import Budget
+from ...modules.decoding.generation import check_deployable
+from ..distributed.strategies import check as check_strategy
+from ..losses.distillation import check_teacher
+from ..recipe.schema import Recipe
+from ..tasks.base import task_named
+from .build import build_model, cost_model, model_config, total_steps
+from .initial_weights import check_start, start_of
+from .trainable import check_lora, parameter_counts, train_parts
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a valid recipe amounts to.
+
+    Attributes:
+        parameters: of the model, stages and LoRA included.
+        trainable: of those, what trains; a new head, which only loading the weights would show, is not counted where the rest is frozen.
+        steps: optimizer steps.
+        classes: of the data.
+        train_rows: of the data; None where they are streamed.
+        keep: resolved keep by stage.
+        tokens: of each layer; none where the family has no adapter that could tell.
+        macs_ratio: of the compressed forward; 1 for a dense recipe.
+        memory_bytes: estimate for training on one process: weights, gradients, AdamW, an average, a teacher and, where an
+            adapter can tell, activations of a batch.
+    """
+
+    parameters: int
+    trainable: int
+    steps: int
+    classes: int
+    train_rows: int | None
+    keep: dict[str, float]
+    tokens: list[int]
+    macs_ratio: float
+    memory_bytes: int
+
+
+def validate(recipe: Recipe) -> Checked:
+    """Checks a recipe against its real config and data; weights are neither loaded nor made.
+
+    Raises:
+        ValueError: what is wrong, and what is allowed.
+    """
+    check_strategy(recipe)
+    check_lora(recipe)
+    task = task_named(recipe.task)
+    task.check(recipe)
+    start = start_of(recipe.model)
+    check_start(recipe, start)
+    config = model_config(recipe.model, task, start)
+    data = task.open_data(recipe, config)
+    steps = total_steps(recipe, data)
+    teacher = None
+    if recipe.distillation is not None:
+        teacher = check_teacher(recipe.distillation, recipe.model, config, data.classes)
+    with torch.device("meta"):
+        model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
+        compression = recipe.compression
+        if compression is not None and recipe.budget is not None:
+            compression = Budget(recipe.budget, model, compression, steps, recipe.seed, data.size).compression
+        counted = cost_model(model, compression, data.size)
+        if counted is not None:
+            # Found out before training, not when it is evaluated.
+            check_deployable(stage for stage in counted.stages if stage.backbone.causal)
+        routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
+        train_parts(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
+    cost = None if counted is None else counted()
+    counts = parameter_counts(model).values()
+    parameters, trainable = (routers + sum(group[kind] for group in counts) for kind in ("total", "trainable"))
+    # Weights, and of what trains gradients and two moments; one more copy where they are averaged.
+    frozen = 0.5 if recipe.lora is not None and recipe.lora.quantize == "4bit" else 4
+    weights = round(frozen * (parameters - trainable)) + trainable * (16 if recipe.trainer.ema is None else 20)
+    if teacher is not None:
+        with torch.device("meta"):
+            weights += 4 * sum(p.numel() for p in AutoModelForImageClassification.from_config(teacher).parameters())
+    activations = 0 if cost is None else cost.activation_bytes * recipe.data.batch_size // (2 if recipe.trainer.precision == "bf16" else 1)
+    return Checked(
+        parameters=parameters,
+        trainable=trainable,
+        steps=steps,
+        classes=len(data.classes),
+        train_rows=data.train_rows,
+        keep={} if cost is None else dict(cost.keep),
+        tokens=[] if cost is None else [tokens.attention for tokens in cost.layers],
+        macs_ratio=1.0 if cost is None else cost.macs_ratio,
+        memory_bytes=weights + activations,
+    )

@@ -1,0 +1,123 @@
+"""Going on from a checkpoint: which one, and whether it is of the same run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import RecipeError
+from ..recipe.files import dump
+from ..recipe.schema import Recipe
+
+# The file that DeepSpeed's checkpoint folders end with; Lightning's single files are written at once.
+MARKER = "complete.json"
+
+
+def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from, a file or a DeepSpeed folder; incomplete folders are passed over by ``auto``.
+
+    Raises:
+        RecipeError: a named one does not exist or is incomplete.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        path = Path(resume)
+        if not path.exists():
+            raise RecipeError(f"--resume {resume}: there is no such checkpoint; give auto, or a .ckpt of a run's checkpoints folder")
+        if not _complete(path):
+            raise RecipeError(
+                f"--resume {resume}: the folder is no complete checkpoint, it has no {MARKER}: writing it was interrupted, or it is something "
+                "else; give auto, or another .ckpt of a run's checkpoints folder"
+            )
+        return path
+    found = sorted(filter(_complete, (folder / "checkpoints").glob("*.ckpt")), key=_written_at)
+    return found[-1] if found else None
+
+
+def incomplete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders of a run whose writing was interrupted."""
+    return sorted(path for path in (folder / "checkpoints").glob("*.ckpt") if not _complete(path))
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Every checkpoint of a run, so that what an earlier run left is not taken for this one's when it is resumed."""
+    for stale in (folder / "checkpoints").glob("*.ckpt"):
+        if stale.is_dir():
+            (stale / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(stale)
+        else:
+            stale.unlink()
+
+
+def check_same_processes(checkpoint: Path, world_size: int, stage: int) -> None:
+    """Raises RecipeError where a checkpoint's shards are of other ranks than there are now.
+
+    Args:
+        checkpoint: a file or folder.
+        world_size: processes now.
+        stage: of ZeRO now, 0 for a plain strategy.
+    """
+    if checkpoint.is_dir() != bool(stage):
+        kinds = ("a DeepSpeed folder" if checkpoint.is_dir() else "a single file", f"deepspeed_{stage}" if stage else "plain")
+        raise RecipeError(
+            f"cannot resume {checkpoint}: it is {kinds[0]}, and trainer.strategy is {kinds[1]}; give the strategy of that run"
+        )
+    if not checkpoint.is_dir():
+        return
+    written = json.loads((checkpoint / MARKER).read_text())
+    if written["world_size"] != world_size:
+        raise RecipeError(_other_world(checkpoint, written["world_size"], world_size))
+    if written["stage"] != stage:
+        raise RecipeError(
+            f"cannot resume {checkpoint}: it was written by deepspeed_{written['stage']}, now it is deepspeed_{stage}; give "
+            f"trainer.strategy=deepspeed_{written['stage']}"
+        )
+
+
+def _other_world(what: Path, before: int, now: int) -> str:
+    last = what if what.suffix == ".ckpt" else find_checkpoint(what, "auto")
+    weights = last or what
+    return (
+        f"cannot resume {what}: it was trained by {before} process(es), now there are {now}; give trainer.devices and trainer.num_nodes "
+        f"whose product is {before}, or go on from its weights alone, with a new optimizer: model.name={weights} and another output"
+    )
+
+
+def _complete(path: Path) -> bool:
+    return path.is_file() or (path / MARKER).is_file()
+
+
+def _written_at(path: Path) -> float:
+    return (path / MARKER if path.is_dir() else path).stat().st_mtime
+
+
+def check_same_run(folder: Path, recipe: Recipe) -> None:
+    """Raises RecipeError where resuming would go on with another recipe than the checkpoint's."""
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return
+    before, now = yaml.safe_load(path.read_text()), yaml.safe_load(dump(recipe))
+    worlds = [_world(settings) for settings in (before["trainer"], now["trainer"])]
+    if worlds[0] != worlds[1]:
+        raise RecipeError(_other_world(folder, *worlds))
+    # How many of the processes share a machine does not matter.
+    free = {"output", "baselines"} | {
+        f"trainer.{key}" for key in ("log_every", "validate_every", "checkpoint_every", "pictures", "bench_rounds", "devices", "num_nodes")
+    }
+    for block, value in now.items():
+        pairs = {f"{block}.{key}": (before.get(block, {}).get(key), item) for key, item in value.items()} if block == "trainer" else {}
+        for key, (old, new) in (pairs or {block: (before.get(block), value)}).items():
+            if key not in free and old != new:
+                raise RecipeError(
+                    f"cannot resume {folder}: {key} was {old!r} and is now {new!r}; give the same overrides, or another output to start anew"
+                )
+
+
+def _world(settings: dict[str, Any]) -> int:
+    """Processes of a run from its recorded trainer block; ``auto`` was filled in."""
+    return int(settings.get("devices", 1)) * int(settings.get("num_nodes", 1))

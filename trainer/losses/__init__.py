@@ -1,0 +1,1 @@
+"""Losses beside a model's own: tokens of large vocabularies in parts, and distillation."""

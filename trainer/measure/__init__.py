@@ -1,0 +1,1 @@
+"""Figures of a run: paired step times, cost tables, the report, versions."""

@@ -1,0 +1,329 @@
+"""Paired measurement of training steps and of the memory that they hold."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...modules.backbones import backbone_for
+from ...modules.backbones.base import Backbone
+from ...modules.compress import CompressedModel, base_class
+from ...modules.tokens.state import TokenState
+from ...modules.tokens.trace import RowTokens, Trace
+
+WARM_UP_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Ratio of two arms' times, from pairs of the same round.
+
+    Attributes:
+        median: of the ratios.
+        low: lower 95 % bound of the median.
+        high: upper 95 % bound.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half of the interval's width."""
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class ArmTimes:
+    """One compressed arm against the dense model and against its oracle.
+
+    Attributes:
+        seconds: median of a training step.
+        oracle_seconds: of the backbone given the same token counts by slicing, no router.
+        speedup: dense ÷ compressed.
+        of_oracle: oracle ÷ compressed.
+        control: oracle ÷ the same oracle again: the noise of this measurement.
+    """
+
+    seconds: float
+    oracle_seconds: float
+    speedup: Ratio
+    of_oracle: Ratio
+    control: Ratio
+
+    @property
+    def claimed_speedup(self) -> float:
+        """Lower bound of the speed-up less the noise."""
+        return self.speedup.low - self.control.half_width
+
+    @property
+    def claimed_of_oracle(self) -> float:
+        """Lower bound of the share of oracle speed less the noise."""
+        return self.of_oracle.low - self.control.half_width
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured.
+
+    Attributes:
+        dense_seconds: median of a dense training step.
+        arms: by name.
+        memory: bytes by arm, ``dense`` among them: peak of the device on CUDA, else what autograd saves for backward.
+        memory_kind: ``cuda_peak`` or ``saved_for_backward``.
+        rounds: of the pairing.
+        amount: what a step does, in the task's unit: images, tokens.
+    """
+
+    dense_seconds: float
+    arms: Mapping[str, ArmTimes]
+    memory: Mapping[str, int]
+    memory_kind: str
+    rounds: int
+    amount: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, with the claimed ratios beside the measured ones."""
+        data = asdict(self)
+        for name, arm in self.arms.items():
+            data["arms"][name] |= {"claimed_speedup": arm.claimed_speedup, "claimed_of_oracle": arm.claimed_of_oracle}
+        return data
+
+
+def bench(
+    dense: PreTrainedModel,
+    arms: Mapping[str, PreTrainedModel],
+    batch: Mapping[str, Tensor],
+    loss: Callable[[str, PreTrainedModel, Mapping[str, Tensor]], Tensor],
+    rounds: int = 40,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    forward: Callable[..., Any] = lambda model, batch, **options: model(**batch, **options),
+    amount: int | None = None,
+) -> Bench:
+    """Times training steps (forward, backward, optimizer) of all arms in one process, interleaved, their order rotated.
+
+    Args:
+        dense: the uncompressed model.
+        arms: compressed models by name; all are left with other weights than they had.
+        batch: inputs of a step, on the models' device.
+        loss: arm name, model and batch -> the loss that training minimises.
+        rounds: at least 30 for a figure that is reported.
+        progress: called with rounds done and in all.
+        forward: model and batch, and ``trace`` -> an answer, for the token counts of evaluation.
+        amount: what the batch holds, in the task's unit; None counts its rows.
+    """
+    device = next(dense.parameters()).device
+    contestants: dict[str, tuple[str, nn.Module]] = {"dense": ("dense", dense)}
+    for name, model in arms.items():
+        # A threshold that follows the scores finds its place at the first step; only then do the counts mean something.
+        _step(name, model, batch, loss)()
+        counts = _counts(model, batch, forward)
+        contestants[name] = (name, model)
+        for copy_name in (f"{name}/oracle", f"{name}/control"):
+            contestants[copy_name] = ("dense", sliced(copy.deepcopy(dense), *counts))
+    steps = {name: _step(kind, model, batch, loss) for name, (kind, model) in contestants.items()}
+    memory = {name: _memory(steps[name], contestants[name][1], device) for name in ("dense", *arms)}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for round_index in range(-WARM_UP_ROUNDS, rounds):
+        shift = round_index % len(order)
+        for name in order[shift:] + order[:shift]:
+            seconds = _timed(steps[name], device)
+            if round_index >= 0:
+                times[name].append(seconds)
+        progress(max(0, round_index + 1), rounds)
+    return Bench(
+        dense_seconds=statistics.median(times["dense"]),
+        arms={
+            name: ArmTimes(
+                seconds=statistics.median(times[name]),
+                oracle_seconds=statistics.median(times[f"{name}/oracle"]),
+                speedup=paired_ratio(times["dense"], times[name]),
+                of_oracle=paired_ratio(times[f"{name}/oracle"], times[name]),
+                control=paired_ratio(times[f"{name}/oracle"], times[f"{name}/control"]),
+            )
+            for name in arms
+        },
+        memory=memory,
+        memory_kind="cuda_peak" if device.type == "cuda" else "saved_for_backward",
+        rounds=rounds,
+        amount=len(next(iter(batch.values()))) if amount is None else amount,
+    )
+
+
+def sliced(model: PreTrainedModel, tokens: Mapping[int, RowTokens], final: int | None = None) -> PreTrainedModel:
+    """The oracle: a dense model whose layers see as many tokens, by plain slicing ``x[:, :k]``.
+
+    Args:
+        model: dense; changed in place.
+        tokens: by layer index, what a compressed model's forward left on its trace; where rows differ, their mean counts.
+        final: tokens after the last layer; None takes those of its MLP.
+    """
+    backbone = backbone_for(model.config.model_type, type(model).__name__)
+    layers = backbone.layers(model)
+    present = [_mean(tokens[index].present) for index in range(len(layers))]
+    removed = _Removed()
+    for index, layer in enumerate(layers):
+        if backbone.masks_in_layers:
+            backbone.patch_layer(layer)
+        layer.__class__ = type("Sliced" + type(layer).__name__, (_SlicedLayer, type(layer)), {})
+        attention, mlp = _mean(tokens[index].attention), _mean(tokens[index].mlp)
+        leaving = present[index + 1] if index + 1 < len(layers) else mlp if final is None else final
+        filled = index == len(layers) - 1 and backbone.head_counts_places(model)
+        layer.slices = _Slices(index, present[index], attention, mlp, leaving, backbone, removed, filled)
+    return model
+
+
+@dataclass
+class _Removed:
+    """What slicing took away, for layers after a restore."""
+
+    whole: Tensor | None = None
+
+    def fit(self, hidden_states: Tensor, tokens: int) -> Tensor:
+        """(B, M, C) sliced, or filled up from the whole, to ``tokens``."""
+        missing = tokens - hidden_states.shape[1]
+        if missing <= 0:
+            return hidden_states[:, :tokens]
+        assert self.whole is not None
+        return torch.cat([hidden_states, self.whole[:, -missing:]], 1)
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """Tokens that an oracle's layer gets, sends through its halves, and leaves to the next; or fills up, for a head that counts places."""
+
+    index: int
+    present: int
+    attention: int
+    mlp: int
+    leaving: int
+    backbone: type[Backbone]
+    removed: _Removed
+    filled: bool = False
+
+    def inputs(self, layer: nn.Module, given: Mapping[str, Any], hidden_states: Tensor) -> dict[str, Any]:
+        """What the layer is handed for its first tokens, by name."""
+        whole = self.removed.whole
+        rows, tokens, _ = hidden_states.shape
+        if whole is None or tokens == whole.shape[1]:
+            return dict(given)
+        if not self.backbone.masks_in_layers:
+            return self.backbone.slice_inputs(given, tokens)
+        # The layer has a bias of its own for every pair of tokens.
+        first = torch.arange(tokens, device=hidden_states.device).expand(rows, -1)
+        state = TokenState.initial(rows, whole.shape[1], 0, None, hidden_states.device).select(first, None)
+        return self.backbone.layer_inputs(layer, state, hidden_states.dtype, given)
+
+
+class _SlicedLayer(nn.Module):
+    slices: _Slices
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        slices = self.slices
+        given = dict(zip(slices.backbone.positional, args, strict=False)) | kwargs
+        if slices.index == 0:
+            slices.removed.whole = hidden_states
+        hidden_states = slices.removed.fit(hidden_states, slices.present)
+        call = super().__call__
+
+        if slices.attention == slices.mlp:
+            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: call(tokens, **slices.inputs(self, given, tokens)))
+        else:
+            half = slices.backbone.attention_half
+            hidden_states = _through(
+                hidden_states, slices.attention, lambda tokens: half(self, tokens, **slices.inputs(self, given, tokens))
+            )
+            if slices.leaving < slices.present:
+                hidden_states = hidden_states[:, : slices.mlp]
+            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: slices.backbone.mlp_half(self, tokens))
+        hidden_states = slices.removed.fit(hidden_states, slices.leaving)
+        whole = slices.removed.whole
+        return slices.removed.fit(hidden_states, whole.shape[1]) if slices.filled and whole is not None else hidden_states
+
+
+def _through(hidden_states: Tensor, tokens: int, inner: Callable[[Tensor], Tensor]) -> Tensor:
+    """The first tokens through a part of a layer, the others around it."""
+    if tokens == hidden_states.shape[1]:
+        return inner(hidden_states)
+    return torch.cat([inner(hidden_states[:, :tokens]), hidden_states[:, tokens:]], 1)
+
+
+def _mean(count: int | Tensor) -> int:
+    return round(float(count.double().mean())) if isinstance(count, Tensor) else count
+
+
+def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor], forward: Callable[..., Any]) -> tuple[dict[int, RowTokens], int]:
+    """Tokens of each layer and after the last, from one real forward."""
+    assert isinstance(model, CompressedModel), base_class(type(model))
+    # Training may look ahead, and it is training that is measured.
+    trace = Trace(lookahead=True)
+    training = model.training
+    with torch.no_grad():
+        forward(model.eval(), batch, trace=trace)
+    model.train(training)
+    assert trace.state is not None
+    return dict(trace.layer_tokens), _mean(trace.state.tokens_per_row)
+
+
+def _step(kind: str, model: nn.Module, batch: Mapping[str, Tensor], loss: Callable[..., Tensor]) -> Callable[[], None]:
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss(kind, model, batch).backward()
+        optimizer.step()
+
+    return step
+
+
+def _timed(step: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _memory(step: Callable[[], None], model: nn.Module, device: torch.device) -> int:
+    if device.type == "cuda":
+        step()
+        # The step frees the last gradients first: they are not part of what stood before it.
+        model.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(saved.values())
+
+
+def paired_ratio(over: list[float], under: list[float]) -> Ratio:
+    """Median of the paired ratios with its bootstrap interval, from draws that are always the same."""
+    ratios = np.asarray(over) / np.asarray(under)
+    draws = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
+    low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
+    return Ratio(float(np.median(ratios)), float(low), float(high))

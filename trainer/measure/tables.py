@@ -1,0 +1,102 @@
+"""What ``laconic cost`` and ``laconic bench`` show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ...modules.budget.budget import Budget
+from ...modules.checkpoints.loading import find_adapter
+from ...modules.cost.cost import CostModel
+from ..build.build import build, build_model, model_config, total_steps
+from ..errors import RecipeError
+from ..evaluate import load_model
+from ..recipe.files import LoadedRecipe, load
+from ..tasks.base import task_named
+from .arms import bench_models
+
+
+def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
+    """Cost of the model that a recipe describes; no weights are made."""
+    recipe = load(name, overrides).recipe
+    task = task_named(recipe.task)
+    config = model_config(recipe.model, task)
+    data = task.open_data(recipe, config)
+    with torch.device("meta"):
+        model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
+        compression = recipe.compression
+        if compression is not None and recipe.budget is not None:
+            compression = Budget(recipe.budget, model, compression, total_steps(recipe, data), recipe.seed, data.size).compression
+        return _rows(CostModel(model, compression, data.size))
+
+
+def cost_of_model(folder: str) -> dict[str, Any]:
+    """Cost of a saved model."""
+    path = Path(folder)
+    path = path / "model" if (path / "model" / "config.json").is_file() else path
+    if not (path / "config.json").is_file() and find_adapter(path) is None:
+        raise RecipeError(f"--model {folder} has no config.json: give a run folder, or the folder of a model or adapter")
+    return _rows(CostModel(load_model(path)))
+
+
+def _rows(model: CostModel) -> dict[str, Any]:
+    cost, shape = model(), model.shape
+    windows, whole = shape.windows or (None,) * shape.layers, shape.dense_layers()
+    at: dict[int, list[str]] = {}
+    for stage in model.stages:
+        at.setdefault(stage.config.layer, []).append(stage.config.key)
+    return {
+        "macs": cost.macs,
+        "dense_macs": cost.dense_macs,
+        "macs_ratio": cost.macs_ratio,
+        "mean_token_fraction": cost.mean_token_fraction,
+        "embed_macs": shape.embed_macs,
+        "head_macs": shape.head_macs + round(shape.decoder_macs + shape.head_macs_per_token * (shape.prefix + shape.patches)),
+        "activation_bytes": cost.activation_bytes,
+        "dense_activation_bytes": cost.dense_activation_bytes,
+        "kv_bytes": cost.kv_bytes,
+        "dense_kv_bytes": cost.dense_kv_bytes,
+        "layers": [
+            {
+                "layer": str(index),
+                "stage": ", ".join(at.get(index, [])) or None,
+                "tokens": tokens.attention,
+                "mlp_tokens": tokens.mlp,
+                "macs": shape.layer_macs(tokens, windows[index]),
+                "dense_macs": shape.layer_macs(whole[index], windows[index]),
+                "stage_macs": sum(cost.stage_macs[name] for name in at.get(index, [])),
+            }
+            for index, tokens in enumerate(cost.layers)
+        ],
+    }
+
+
+def bench_recipe(loaded: LoadedRecipe, console: Console) -> dict[str, Any]:
+    """Measures a recipe's training step with fresh weights, and prints the table."""
+    measured = bench_models({"compressed": build(loaded.recipe)}, loaded.recipe, console)
+    arm = measured.arms["compressed"]
+    unit = task_named(loaded.recipe.task).unit
+    table = Table(title=f"training step of {measured.amount:,} {unit}, {measured.rounds} paired rounds")
+    for column in ("arm", "median", "dense ÷ this", "oracle ÷ this", "memory a step"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    table.add_row("dense", f"{measured.dense_seconds * 1000:.0f} ms", "1.00×", "–", f"{measured.memory['dense'] / 2**20:.0f} MiB")
+    table.add_row(
+        "compressed",
+        f"{arm.seconds * 1000:.0f} ms",
+        f"{arm.speedup.median:.2f}× ({arm.speedup.low:.2f}–{arm.speedup.high:.2f})",
+        f"{arm.of_oracle.median:.3f} ({arm.of_oracle.low:.3f}–{arm.of_oracle.high:.3f})",
+        f"{measured.memory['compressed'] / 2**20:.0f} MiB",
+    )
+    table.add_row("oracle", f"{arm.oracle_seconds * 1000:.0f} ms", "–", f"{arm.control.median:.3f} (control)", "–")
+    console.print(table)
+    console.print(
+        f"claimed: speed-up {arm.claimed_speedup:.2f}×, of oracle {arm.claimed_of_oracle:.3f} "
+        "(lower 95 % bounds less the control's half-width); ranges are 95 % intervals of the median",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return measured.to_dict()

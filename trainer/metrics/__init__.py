@@ -1,0 +1,1 @@
+"""Metrics that are summed over batches and ranks before anything is divided."""

@@ -1,0 +1,40 @@
+"""What looking ahead would give: how well a causal predictor stands in for the decisions that it learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...modules.tokens.trace import Trace
+from .quality import Quality
+
+
+@dataclass
+class LookAhead:
+    """Counted beside the causal evaluation, on the same batches.
+
+    Attributes:
+        quality: with decisions that see later tokens.
+        agreement: sum over batches and stages of the share of tokens on which the predictor agrees with them.
+        stages: that ``agreement`` sums over.
+    """
+
+    quality: Quality
+    agreement: float = 0.0
+    stages: int = 0
+
+    def add(self, out: Any, batch: Mapping[str, Any], trace: Trace) -> None:
+        """Counts one batch."""
+        self.quality.add(out, batch)
+        found = [float(routing.agreement) for routing in trace.routings.values() if routing.agreement is not None]
+        self.agreement, self.stages = self.agreement + sum(found), self.stages + len(found)
+
+    def merge(self, other: LookAhead) -> None:
+        """Adds what another rank counted."""
+        self.quality.merge(other.quality)
+        self.agreement, self.stages = self.agreement + other.agreement, self.stages + other.stages
+
+    def details(self, metric: str) -> dict[str, Any]:
+        """For the report."""
+        return {metric: self.quality.value, "agreement": self.agreement / self.stages if self.stages else None}

@@ -1,0 +1,47 @@
+"""Control arms: the recipes that a run is compared with, kept comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import RecipeError
+from .files import LoadedRecipe, load
+
+
+def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> list[LoadedRecipe]:
+    """The control arms, with the same overrides wherever they apply: a dense arm has no compression to override,
+    and no teacher: it is what a teacher would be."""
+    arms = []
+    for name in loaded.recipe.baselines:
+        dense = load(name).recipe.compression is None
+        arm = load(name, [item for item in overrides if _shared(item, dense)])
+        for key in ("task", "seed", "model", "data"):
+            _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
+        if arm.recipe.compression is not None:
+            for key in ("distillation", "lora"):
+                _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
+        for key in ("max_steps", "max_epochs", "accumulate", "precision", "devices", "num_nodes"):
+            _require_equal(loaded, arm, f"trainer.{key}", getattr(loaded.recipe.trainer, key), getattr(arm.recipe.trainer, key))
+        arms.append(arm)
+    return arms
+
+
+def _shared(override: str, dense: bool) -> bool:
+    """Whether an override of the main recipe goes for its control arms: not what makes an arm that arm."""
+    path = override.partition("=")[0]
+    if path.split(".")[0] in ("baselines", "output"):
+        return False
+    if dense:
+        return not path.startswith(("compression", "budget", "distillation"))
+    if path in ("compression", "compression.stages"):
+        raise RecipeError(f"{path} as a whole cannot be overridden for control arms too: override single keys, or set baselines=[]")
+    return not (path.startswith("compression.stages.") and path.split(".")[3:4] in (["scorer"], ["estimator"]))
+
+
+def _require_equal(main: LoadedRecipe, arm: LoadedRecipe, key: str, wanted: Any, given: Any) -> None:
+    if wanted != given:
+        raise RecipeError(
+            f"baseline {arm.name}: its {key} differs from that of {main.name}, so the two could not be compared; "
+            f"make them equal (an overlay with 'base: {main.name}' does), or set baselines=[]"
+        )

@@ -1,0 +1,172 @@
+"""Recipes as files: finding one, laying overlays and overrides over it, and turning mistakes into one clear message."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ..errors import RecipeError
+from .schema import Recipe
+
+SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe with its name, which is that of its file.
+
+    Attributes:
+        name: of the file.
+        recipe: what it says, overrides laid over it.
+        source: what it was loaded by.
+    """
+
+    name: str
+    recipe: Recipe
+    source: str
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with Laconic, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """A shipped recipe by name, or a file by path. Raises RecipeError naming what there is."""
+    known = shipped()
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or "/" in name:
+        raise RecipeError(f"recipe file {name} does not exist")
+    near = difflib.get_close_matches(name, list(known), 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise RecipeError(f"no recipe {name!r}: there are {', '.join(known)}, or give a path to a YAML file{hint}")
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """A checked recipe.
+
+    Args:
+        name: of a shipped recipe, or the path of a file.
+        overrides: ``key.path=value``, the value in YAML.
+
+    Raises:
+        RecipeError: with the full path of the first wrong key, and the nearest right one.
+    """
+    path = find(name)
+    data = _read(path, ())
+    for override in overrides:
+        apply_override(data, override)
+    return LoadedRecipe(path.stem, check(data, str(path.name)), name)
+
+
+def check(data: dict[str, Any], where: str) -> Recipe:
+    """A recipe from plain data. Raises RecipeError."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: " + "; ".join(_explain(item) for item in error.errors()[:5])) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise RecipeError(f"{path.name}: its base leads back to itself: {' → '.join(item.stem for item in (*seen, path))}")
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} must hold keys and values, it holds {type(data).__name__}")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    beside = path.parent / f"{base}.yaml"
+    return _merge(_read(beside if beside.is_file() else find(str(base)), (*seen, path)), data)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one ``key.path=value`` in plain data, in place. Raises RecipeError where it is not of that form."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"override {override!r} must be key.path=value, trainer.max_steps=100 for example")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not YAML") from None
+    here: Any = data
+    keys = path.split(".")
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(here, list):
+            if not key.isdigit() or int(key) >= len(here):
+                raise RecipeError(f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(here)}, {key!r} is no index of it")
+            index: Any = int(key)
+        else:
+            index = key
+        if last:
+            here[index] = value
+        else:
+            if not isinstance(here, list) and not isinstance(here.get(index), dict | list):
+                here[index] = {}
+            here = here[index]
+
+
+# What pydantic puts into an error's path for a choice of types.
+_OF_TYPES = ("function-", "dict[", "list[", "PartConfig", "Mapping", "literal[", "constrained-")
+
+
+def _explain(error: Any) -> str:
+    location = [part for part in error["loc"] if str(part) not in ("str", "int") and not str(part).startswith(_OF_TYPES)]
+    path = ".".join(map(str, location))
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        allowed = _keys_at(Recipe, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), allowed, 1, cutoff=0.5)
+        parent = ".".join(map(str, location[:-1]))
+        prefix = f"{parent}." if parent else ""
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"keys here: {', '.join(allowed)}"
+        return f"{path} is not a key; {hint}"
+    if error["type"] == "missing":
+        return f"{path} is missing"
+    if error["type"] == "value_error" or not path:
+        return message if not path or path in message or "." in message.split(" ")[0] else f"{path}: {message}"
+    return f"{path} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(model: Any, location: Sequence[Any]) -> list[str]:
+    """Names of the keys at a place of the recipe, for a hint."""
+    for part in location:
+        annotation = model.model_fields[part].annotation if isinstance(model, type) and issubclass(model, BaseModel) else None
+        options = (
+            typing.get_args(annotation)
+            if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+            else (annotation,)
+        )
+        model = next((item for item in options if isinstance(item, type) and (is_dataclass(item) or issubclass(item, BaseModel))), None)
+        if model is None:
+            return []
+    return list(model.model_fields) if issubclass(model, BaseModel) else [item.name for item in fields(model)]

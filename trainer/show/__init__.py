@@ -1,0 +1,1 @@
+"""Pictures and pages of which tokens were kept."""

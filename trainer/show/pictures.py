@@ -1,0 +1,106 @@
+"""Pictures of kept tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.rows import collate
+from ...modules.compress import stages_of
+from ...modules.tokens.trace import Trace
+from ..build.parts import RunParts
+from ..tasks.base import task_named
+
+PICTURED = 8
+
+
+def kept_pixels(trace: Trace) -> Tensor:
+    """(B, height, width) bool: pixels whose token is left, by itself, after the last stage, before a restore.
+
+    Args:
+        trace: of a forward with images.
+    """
+    assert trace.pixel_values is not None
+    assert trace.grid is not None
+    state = trace.shortest or trace.state
+    assert state is not None
+    # A token that was fused with others is gone as far as a picture can tell.
+    alone = (state.source >= 0) & (state.size.gather(1, state.source.clamp(min=0)) == 1)
+    patches = alone[:, state.protected_per_row :]
+    if trace.places is not None:
+        # Patches that the model masked by itself are gone like those that a stage dropped.
+        places = trace.places[:, state.protected_per_row :] - state.protected_per_row
+        patches = patches.new_zeros(len(patches), trace.grid[0] * trace.grid[1]).scatter(1, places, patches)
+    patches = patches.view(-1, *trace.grid)
+    down, across = (side // cells for side, cells in zip(trace.pixel_values.shape[-2:], trace.grid, strict=True))
+    return patches.repeat_interleave(down, 1).repeat_interleave(across, 2)
+
+
+def overlays(trace: Trace, number: int) -> np.ndarray:
+    """(number, height, width, 3) uint8: images with dropped patches darkened and tinted blue."""
+    assert trace.pixel_values is not None
+    kept = kept_pixels(trace)[:number, :, :, None].cpu().numpy()
+    image = trace.pixel_values[:number, :, : kept.shape[1], : kept.shape[2]].float().cpu()
+    low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
+    image = ((image - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    dropped = 0.3 * image + np.array([0.05, 0.08, 0.25])
+    return (np.where(kept, image, dropped).clip(0, 1) * 255).astype(np.uint8)
+
+
+def save_kept_tokens(path: Path, rows: Sequence[tuple[str, np.ndarray]], titles: Sequence[str]) -> None:
+    """A PNG: a row of pictures for each arm, a column for each image.
+
+    Args:
+        path: of the file.
+        rows: label and (n, height, width, 3) uint8 pictures.
+        titles: one a column.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = len(titles)
+    figure = Figure(figsize=(1.4 * columns + 1.0, 1.5 * len(rows) + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, ((label, pictures), line) in enumerate(zip(rows, axes, strict=True)):
+        for column, axis in enumerate(line):
+            axis.imshow(pictures[column], interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if row == 0:
+                axis.set_title(titles[column], fontsize=9)
+        line[0].set_ylabel(label, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def draw_arms(arms: Mapping[str, RunParts], path: Path) -> None:
+    """The same test images under every compressed arm, its answers below where they are pictures; no file without such an arm.
+
+    Args:
+        arms: by name, the recipe itself last.
+        path: of the file.
+    """
+    compressed = {name: parts for name, parts in arms.items() if stages_of(parts.model)}
+    if not compressed:
+        return
+    first = next(iter(arms.values()))
+    task: Any = task_named(first.recipe.task)
+    data = first.data
+    batch = collate([data.test[index] for index in range(PICTURED)])
+    rows = []
+    # The recipe itself on top, its control arms below.
+    for name, parts in reversed(compressed.items()):
+        trace = Trace(seed=parts.recipe.seed, sample_ids=batch["sample_ids"])
+        with torch.no_grad():
+            out = task.forward(parts.model.eval(), batch, trace=trace)
+        rows.append((name, overlays(trace, len(batch["sample_ids"]))))
+        answer = task.answer(out, data)
+        if answer is not None:
+            rows.append(("", answer))
+    truth = task.truth(batch, data)
+    save_kept_tokens(path, rows if truth is None else [*rows, ("right", truth)], task.titles(batch, data))

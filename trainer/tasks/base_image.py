@@ -1,0 +1,206 @@
+"""What tasks on images share: their data, their inputs, their pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from ...data.hub import DataSource
+from ...data.images.splits import ImageData
+from ...data.images.transform import ImageTransform
+from ...data.rows import collate
+from ...data.splits import Splits
+from ...modules.backbones import backbones
+from ...modules.backbones.vision import VisionBackbone
+from ...modules.checkpoints.from_mae import encoder_source
+from ...modules.tokens.trace import Trace
+from ..build.initial_weights import start_of
+from ..build.parts import RunParts
+from ..recipe.schema import TEXT_KEYS, DataRecipe, Recipe
+from ..show.pictures import PICTURED, draw_arms, overlays, save_kept_tokens
+from .base import PROBES, Task, refuse_data_keys
+
+
+class ImageTask(Task):
+    """A task whose model takes ``pixel_values``."""
+
+    unit: ClassVar[str] = "images"
+    item: ClassVar[str] = "images"
+    controls: ClassVar[tuple[str, ...]] = ("random", "uniform_grid", "patch_energy")
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        refuse_data_keys(recipe, TEXT_KEYS, "is for text, and this task has images: leave it out")
+
+    @classmethod
+    def resolved(cls, recipe: Recipe) -> Recipe:
+        return with_normalisation(recipe)
+
+    @classmethod
+    def open_data(cls, recipe: Recipe, config: PretrainedConfig) -> ImageData:
+        return _open_data(cls, recipe, config)
+
+    @classmethod
+    def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
+        names = dict(enumerate(data.classes))
+        config.id2label, config.label2id = names, {name: code for code, name in names.items()}
+
+    @classmethod
+    def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        loss: Tensor = model(**cls.step_inputs(batch, model.config), **options).loss
+        return loss
+
+    @classmethod
+    def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Any:
+        return model(**cls.evaluation_inputs(batch, model.config), **options)
+
+    @classmethod
+    def step_inputs(cls, batch: Mapping[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
+        """Of a batch, what the model of a config needs for its own loss."""
+        return {"pixel_values": batch["pixel_values"], "labels": batch["labels"]}
+
+    @classmethod
+    def evaluation_inputs(cls, batch: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Tensor]:
+        """Of a batch, what the model of a config needs to answer without labels."""
+        return {"pixel_values": batch["pixel_values"]}
+
+    @classmethod
+    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
+        size, channels = image_input(config)
+        return {"pixel_values": torch.rand(PROBES, channels, size, size, generator=torch.Generator().manual_seed(0))}
+
+    @classmethod
+    def draw(cls, arms: Mapping[str, RunParts], folder: Path) -> None:
+        draw_arms(arms, folder / "kept_tokens.png")
+
+    @classmethod
+    def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
+        if given is not None:
+            raise ValueError(
+                "--input is for text: of images, the first held-out ones are shown; leave it out, or point data.data_dir at others"
+            )
+        if to.suffix != ".png":
+            raise ValueError(f"--to {to}: pictures of kept tokens are a .png")
+        data = cls.open_data(cls.resolved(recipe), model.config)
+        batch = collate([data.test[index] for index in range(PICTURED)])
+        trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])
+        with torch.no_grad():
+            cls.forward(model, batch, trace=trace)
+        save_kept_tokens(to, [("kept", overlays(trace, PICTURED))], cls.titles(batch, data))
+        return {name: routing.achieved for name, routing in trace.routings.items()}
+
+    @classmethod
+    def embedded_data(cls, recipe: DataRecipe, seed: int) -> ImageData:
+        """The splits of ``scattered_digits``."""
+        raise NotImplementedError
+
+    @classmethod
+    def hub_data(cls, recipe: DataRecipe, transform: ImageTransform, seed: int) -> ImageData:
+        """The splits of any data set of Hugging Face ``datasets``."""
+        raise NotImplementedError
+
+    @classmethod
+    def titles(cls, batch: Mapping[str, Any], data: ImageData) -> list[str]:
+        """One for each image of a batch, over its pictures."""
+        return [""] * len(batch["pixel_values"])
+
+    @classmethod
+    def truth(cls, batch: Mapping[str, Any], data: ImageData) -> np.ndarray | None:
+        """(B, height, width, 3) uint8 pictures of what is right; None where it is no picture."""
+        return None
+
+    @classmethod
+    def answer(cls, out: Any, data: ImageData) -> np.ndarray | None:
+        """(B, height, width, 3) uint8 pictures of what a model answered; None where it is no picture."""
+        return None
+
+
+def image_input(config: Any) -> tuple[int, int]:
+    """Side in pixels and channels of the images that a model takes. Raises ValueError where its images are not square."""
+    backbone = backbones()[config.model_type]
+    assert issubclass(backbone, VisionBackbone)
+    height, width, channels = backbone.image_input(config)
+    if height != width:
+        raise ValueError(f"model.config.image_size = {(height, width)}: images are cut square, give one number")
+    return height, channels
+
+
+def with_normalisation(recipe: Recipe) -> Recipe:
+    """The recipe with ``data.mean`` and ``data.std`` filled in: its own, else those of the run that ``model.name`` is of, else those of
+    the model's image processor, else 0.5."""
+    found: dict[str, Any] = {}
+    start = start_of(recipe.model)
+    weights = recipe.model.encoder_of and encoder_source(recipe.model.encoder_of) if start is None else start.weights
+    if start is not None and start.recipe is not None:
+        before = yaml.safe_load(start.recipe.read_text()).get("data", {})
+        found = {f"image_{key}": before.get(key) for key in ("mean", "std")}
+    elif weights is not None and (recipe.data.mean is None or recipe.data.std is None):
+        try:
+            found, _ = ImageProcessingMixin.get_image_processor_dict(weights, revision=recipe.model.revision)
+        except OSError:
+            # Weights without a processor, as a model that was trained here from scratch has.
+            found = {}
+    half = [0.5]
+    mean = recipe.data.mean if recipe.data.mean is not None else found.get("image_mean") or half
+    std = recipe.data.std if recipe.data.std is not None else found.get("image_std") or half
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"mean": list(mean), "std": list(std)})})
+
+
+def _open_data(task: type[ImageTask], whole: Recipe, config: Any) -> ImageData:
+    """The splits that a recipe names, as the model of ``config`` takes them."""
+    recipe, seed = with_normalisation(whole).data, whole.seed
+    assert recipe.mean is not None
+    assert recipe.std is not None
+    size, channels = image_input(config)
+    if recipe.name == "scattered_digits":
+        if (size, channels) != (recipe.canvas.size, 1):
+            raise ValueError(
+                f"data.canvas.size = {recipe.canvas.size} with 1 channel does not fit model.config: image_size = {size}, num_channels = {channels}"
+            )
+        for key in ("augmentation", "random_augment", "erase"):
+            if getattr(recipe, key) not in ("none", None, 0):
+                raise ValueError(
+                    f"data.{key} is for images that are decoded, and data.name = 'scattered_digits' draws its own: leave it out; "
+                    "data.mixing and data.label_smoothing work on any data"
+                )
+        return task.embedded_data(recipe, seed)
+    if recipe.name == "imagefolder" and recipe.data_dir is None and recipe.data_files is None:
+        raise ValueError("data.name = 'imagefolder' needs data.data_dir: the folder with one sub-folder of images a class")
+    transform = ImageTransform(
+        size,
+        channels,
+        _per_channel(recipe.mean, channels),
+        _per_channel(recipe.std, channels),
+        recipe.augmentation,
+        recipe.random_augment,
+        recipe.erase,
+    )
+    return task.hub_data(recipe, transform, seed)
+
+
+def image_source(recipe: DataRecipe) -> DataSource:
+    """Where a recipe's images come from."""
+    return DataSource(
+        recipe.name,
+        recipe.data_dir,
+        recipe.data_files,
+        recipe.config,
+        recipe.revision,
+        recipe.image_column,
+        recipe.label_column,
+        recipe.mask_column,
+    )
+
+
+def _per_channel(values: list[float], channels: int) -> tuple[float, ...]:
+    if len(values) not in (1, channels):
+        raise ValueError(f"data.mean and data.std must have 1 or {channels} values, not {len(values)}")
+    return tuple(values) * (channels if len(values) == 1 else 1)
