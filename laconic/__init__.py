@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ..modules.budget import Budget, BudgetConfig
-    from ..modules.checkpoints.adapter_saving import save_adapter
-    from ..modules.checkpoints.adapters import Adapters
-    from ..modules.checkpoints.loading import from_pretrained
-    from ..modules.checkpoints.lora import add_lora, merge_lora, train_only
-    from ..modules.compress import compress, decompress, stages_of
-    from ..modules.config import CompressionConfig, StageConfig
-    from ..modules.decoding.cache import RoutedCache
-    from ..modules.tokens.trace import Trace
-    from ..trainer.hf import BudgetMixin, BudgetTrainer
+    from .modules.budget import Budget, BudgetConfig
+    from .modules.checkpoints.adapter_saving import save_adapter
+    from .modules.checkpoints.adapters import Adapters
+    from .modules.checkpoints.loading import from_pretrained
+    from .modules.checkpoints.lora import add_lora, merge_lora, train_only
+    from .modules.compress import compress, decompress, stages_of
+    from .modules.config import CompressionConfig, StageConfig
+    from .modules.decoding.cache import RoutedCache
+    from .modules.tokens.trace import Trace
+    from .trainer.hf import BudgetMixin, BudgetTrainer
 
 _HOMES = {
     "Adapters": "modules.checkpoints.adapters",
