@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from laconic.modules.compress import checkpoint_activations
 from laconic.modules.cost.count_rules import tokens_kept
 from laconic.modules.decoding.cache import RoutedCache
 from laconic.modules.tokens.trace import Routing
+from tests.clean import CleanProcesses
 from tests.decoders import DEPLOYED, FAMILIES, METHODS, PAIRS, VOCABULARY, compressed, dense, neutral, tokens, traced
 from tests.decoders import Method as Row
 
@@ -319,7 +318,7 @@ for name in json.loads(sys.argv[2]):
 """
 
 
-def test_10_saved_models_answer_and_generate_alike_in_a_clean_process(tmp_path: Path) -> None:
+def test_10_saved_models_answer_and_generate_alike_in_a_clean_process(tmp_path: Path, clean: CleanProcesses) -> None:
     from safetensors.torch import load_file, save_file
 
     expected = {}
@@ -332,7 +331,7 @@ def test_10_saved_models_answer_and_generate_alike_in_a_clean_process(tmp_path: 
         expected[name] = {"logits": traced(model, **given, lookahead=True)[0]}
         if method.deployed:
             expected[name]["made"] = model.generate(**given, max_new_tokens=5, do_sample=False)
-    done = subprocess.run([sys.executable, "-c", _CLEAN, str(tmp_path), json.dumps(list(expected))], capture_output=True, text=True)
+    done = clean.python(_CLEAN, [str(tmp_path), json.dumps(list(expected))])
     assert done.returncode == 0, done.stderr[-2000:]
     for name, answers in expected.items():
         found = load_file(tmp_path / name / "answer")

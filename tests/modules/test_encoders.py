@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from laconic.modules.cost.cost import CostModel
 from laconic.modules.cost.count_rules import tokens_kept
 from laconic.modules.tokens.state import TokenState
 from laconic.modules.tokens.trace import Routing
+from tests.clean import CleanProcesses
 from tests.encoders import (
     FAMILIES,
     LENGTH,
@@ -178,7 +177,7 @@ for name in json.loads(sys.argv[2]):
 """
 
 
-def test_10_saved_models_answer_bit_for_bit_in_a_clean_process(tmp_path: Path) -> None:
+def test_10_saved_models_answer_bit_for_bit_in_a_clean_process(tmp_path: Path, clean: CleanProcesses) -> None:
     from safetensors.torch import load_file, save_file
 
     expected, batch = {}, {"input_ids": tokens(), "attention_mask": _mask(24, 17, 9)}
@@ -188,7 +187,7 @@ def test_10_saved_models_answer_bit_for_bit_in_a_clean_process(tmp_path: Path) -
         model, name = compressed(family, method, 0.5, 0.6), f"{family}-{method.name}"
         model.save_pretrained(tmp_path / name)
         expected[name] = traced(model, **batch)[0]
-    done = subprocess.run([sys.executable, "-c", _CLEAN, str(tmp_path), json.dumps(list(expected))], capture_output=True, text=True)
+    done = clean.python(_CLEAN, [str(tmp_path), json.dumps(list(expected))])
     assert done.returncode == 0, done.stderr[-2000:]
     equal = {name: torch.equal(load_file(tmp_path / name / "logits")["logits"], logits) for name, logits in expected.items()}
     assert equal == dict.fromkeys(expected, True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from laconic.modules.cost.count_rules import COUNT_RULES, StageCount
 from laconic.modules.sites import SITES
 from laconic.modules.tokens.state import TokenState
 from laconic.modules.tokens.trace import Routing
+from tests.clean import CleanProcesses
 from tests.matrix import (
     BACKBONES,
     METHODS,
@@ -388,7 +387,7 @@ for name in json.loads(sys.argv[2]):
 """
 
 
-def test_10_saved_models_answer_bit_for_bit_in_a_clean_process(tmp_path: Path) -> None:
+def test_10_saved_models_answer_bit_for_bit_in_a_clean_process(tmp_path: Path, clean: CleanProcesses) -> None:
     from safetensors.torch import load_file, save_file
 
     expected = {}
@@ -397,7 +396,7 @@ def test_10_saved_models_answer_bit_for_bit_in_a_clean_process(tmp_path: Path) -
         model.save_pretrained(tmp_path / name)
         save_file(inputs(model, images()), tmp_path / name / "inputs")
         expected[name] = traced(model, images())[0]
-    done = subprocess.run([sys.executable, "-c", _CLEAN, str(tmp_path), json.dumps(list(expected))], capture_output=True, text=True)
+    done = clean.python(_CLEAN, [str(tmp_path), json.dumps(list(expected))])
     assert done.returncode == 0, done.stderr[-2000:]
     equal = {name: torch.equal(load_file(tmp_path / name / "logits")["logits"], logits) for name, logits in expected.items()}
     assert equal == dict.fromkeys(expected, True)

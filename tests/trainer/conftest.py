@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tests.clean import CleanProcesses
+
 QUICK = [
     "trainer.max_steps=2",
     "trainer.log_every=1",
@@ -30,3 +32,9 @@ def quick(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def console() -> Console:
     return Console(stderr=True, width=160)
+
+
+@pytest.fixture
+def quick_exports(clean: CleanProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are verified in clean processes that start at once. One test of each format starts them as users do, without this."""
+    monkeypatch.setattr("laconic.trainer.export.verify.run_python", clean.python)

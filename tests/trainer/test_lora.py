@@ -318,6 +318,7 @@ def test_a_malicious_checkpoint_is_not_run(tmp_path: Path, runs: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_a_language_model_s_adapter_has_its_tokenizer_and_goes_on(tmp_path: Path, console: Console) -> None:
     small = ["data.sequence_length=64", "data.train_samples=6", "data.eval_samples=2", "data.batch_size=2", "baselines=[]"]
     small += ["trainer.max_steps=2", "trainer.bench_rounds=0", "trainer.log_every=1"]

@@ -162,6 +162,7 @@ save_file({name: value.contiguous() for name, value in answers.items()}, "answer
 )
 
 
+@pytest.mark.usefixtures("quick_exports")
 @pytest.mark.parametrize("kind", ["", "text_"], ids=["vit", "llm"])
 def test_the_round_trip(kind: str, ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense, then LoRA and routers on two processes, adapter, merged, and standalone where there is no Laconic."""
