@@ -17,15 +17,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..data.rows import BadRowCount, collate
-from ..modules.backbones import backbone_for
 from ..modules.checkpoints.loading import find_adapter, from_pretrained, saved_class
 from ..modules.checkpoints.lora import merge_lora
-from ..modules.compress import base_class, compress, decompress, stages_of
+from ..modules.compress import compress, decompress
 from ..modules.config import CompressionConfig, PartConfig
 from ..modules.cost.cost import CostModel
 from ..modules.decoding.generation import can_look_ahead
-from ..modules.selectors.threshold import ThresholdSelector
+from ..modules.stage import stages_of
 from ..modules.tokens.keep_count import KeepCount
+from ..modules.tokens.scope import COMPLETE
 from ..modules.tokens.trace import Trace
 from .build.build import cost_model, model_config
 from .errors import RecipeError
@@ -110,7 +110,7 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
         kept = measure("compressed", model)
         if can_look_ahead(model):
             measure("look-ahead", model, lookahead=True)
-        gated = any(stage.estimator is not None and stage.estimator.in_evaluation for _, stage in stages_of(model).values())
+        gated = any(stage.estimator is not None and stage.estimator.in_evaluation for stage in stages_of(model).values())
         for scorer in task.controls:
             control = _with_scorer(model, scorer, kept).eval()
             # Gates are a part of the weights: they stay, and only who goes through is the control's choice.
@@ -145,29 +145,29 @@ def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Map
 def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float]) -> PreTrainedModel:
     """The same weights with a control's choice of as many tokens as the model really keeps, the same number of every row."""
     config = CompressionConfig.from_dict(model.config.compression)
-    causal = backbone_for(model.config.model_type, base_class(type(model)).__name__).causal
-    stages = [
-        replace(
-            stage,
-            scorer=PartConfig(scorer),
-            estimator=None,
-            # Pairs are found by matching scorers alone; what other scorers leave out is dropped.
-            merger="drop" if stage.part("merger").name == "bipartite" else stage.merger,
-            # Of a causal model what is chosen may not hang on later tokens.
-            selector=stage.selector if stage.part("selector").name == "prefix" else "threshold" if causal else "top_k",
-            count=None if causal else "round",
+    built, stages = stages_of(model), []
+    for stage in config.stages:
+        trained = built[stage.key]
+        # Of a causal model what is chosen may depend on no later token, unless the scope is complete before generation.
+        by_threshold = trained.adapter.causal and stage.scope not in COMPLETE
+        stages.append(
+            replace(
+                stage,
+                scorer=PartConfig(scorer),
+                estimator=None,
+                # Pairs are found by matching scorers alone; what other scorers leave out is dropped.
+                merger="drop" if trained.merger.needs_partner else stage.merger,
+                selector="threshold" if by_threshold else "top_k",
+                count=None if by_threshold else "round",
+            )
         )
-        for stage in config.stages
-    ]
     fixed = [stage.key for stage in stages if stage.tokens is not None]
-    # A stage that let nothing through asks for next to nothing, since 0 is no keep.
-    told = CompressionConfig(stages, config.restore).with_keep({key: max(keep, 1e-6) for key, keep in kept.items() if key not in fixed})
-    variant = compress(decompress(copy.deepcopy(model)), told).to(model.device)
-    for name, (_, stage) in stages_of(variant).items():
-        if isinstance(stage.selector, ThresholdSelector):
-            # The controls of causal models score uniformly in (0, 1), so that nothing has to be followed.
-            stage.selector.threshold.fill_(1 - kept[name])
-            stage.selector.batches.fill_(1)
+    # A stage that kept nothing requests next to nothing, since 0 is no keep.
+    given = config.with_stages(stages).with_keep({key: max(keep, 1e-6) for key, keep in kept.items() if key not in fixed})
+    variant = compress(decompress(copy.deepcopy(model)), given).to(model.device)
+    for name, control in stages_of(variant).items():
+        # The controls of causal models score uniformly in (0, 1), so that no score has to be followed.
+        control.selector.set_cut(kept[name])
     return variant
 
 

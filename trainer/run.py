@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from ..data.rows import collate
 from ..data.splits import Splits
 from ..modules.checkpoints.loading import from_pretrained
-from ..modules.compress import checkpoint_activations, decompress, stages_of
+from ..modules.compress import checkpoint_activations, decompress
+from ..modules.stage import stages_of
 from .build.build import build
 from .build.lightning_trainer import lightning_trainer, quiet
 from .build.parts import RunParts
@@ -168,7 +169,7 @@ def train_arm(
         if module.bad_rows.reasons:
             both.line(f"bad rows: {module.bad_rows.summary()}")
     arm = _arm(loaded.name, parts, module, line.throughput)
-    stages = [stage for _, stage in stages_of(parts.model).values()]
+    stages = list(stages_of(parts.model).values())
     if parts.base is None and stages and all(stage.idle for stage in stages):
         # A schedule that ended at full length, as random-LTD's does: what is left is an ordinary model.
         decompress(parts.model)

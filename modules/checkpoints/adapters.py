@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..compress import CompressedModel, compress, decompress
+from ..compress import compress, decompress
+from ..compressed_model import CompressedModel
 from ..config import CompressionConfig
 from .adapter_folder import Adapter, AdapterError, read_adapter
 from .adapter_saving import stage_state

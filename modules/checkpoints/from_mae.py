@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, ViTConfig, ViTMAEModel
 from transformers.utils import logging
 
-from ..compress import stages_of
+from ..stage import stages_of
 
 # What both configs have, under one name and with one meaning.
 ENCODER_SETTINGS = (
@@ -122,12 +122,14 @@ def load_routers(model: PreTrainedModel, name: str | Path, revision: str | None 
     if getattr(config, "compression", None) is None:
         raise ValueError(f"{name} was pretrained without stages: there are no routers to take over")
     source = stages_of(from_pretrained(encoder_source(name), revision=revision))
-    for key, (layer, stage) in stages_of(model).items():
+    for key, stage in stages_of(model).items():
         if key not in source:
             raise ValueError(f"stage {key!r} was not there in the pretraining of {name}: its stages are {', '.join(source)}")
-        was_layer, was = source[key]
+        was = source[key]
         parts = ("scorer", "merger", "selector")
-        differing = [kind for kind in parts if was.config.part(kind) != stage.config.part(kind)] + ["layer"] * (layer != was_layer)
+        differing = [kind for kind in parts if was.config.part(kind) != stage.config.part(kind)] + ["layer"] * (
+            was.config.layer != stage.config.layer
+        )
         if differing:
             raise ValueError(f"stage {key!r}: its {' and '.join(differing)} differ from those of the pretraining of {name}")
         stage.load_state_dict(was.state_dict())

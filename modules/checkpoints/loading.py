@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..compress import compressed_class
+from ..compressed_model import compressed_class
 from .adapter_folder import MANIFEST
 from .adapters import Adapters, own_memory
 from .lora import copy_all

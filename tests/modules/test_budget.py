@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from laconic import CompressionConfig, StageConfig, Trace, compress
-from laconic.modules.budget import Budget, BudgetConfig
+from laconic.modules.budget.budget import Budget
+from laconic.modules.budget.config import BudgetConfig
 from laconic.modules.budget.schedules import cosine, linear, progress, staircase
 from laconic.modules.cost.count_rules import tokens_kept
 from tests.matrix import dense, images, labels

@@ -143,7 +143,7 @@ def test_a_language_model_with_routers_generates_the_same_without_laconic(tmp_pa
 
 
 def test_plain_is_the_backbone_where_every_token_passes_and_its_record_is_true(tmp_path: Path) -> None:
-    config = CompressionConfig([StageConfig(layer=1, site="around", scorer="random", capacity=1.0), StageConfig(layer=2, keep=1.0)])
+    config = CompressionConfig([StageConfig(layer=1, site="around", scorer="random", keep=1.0), StageConfig(layer=2, keep=1.0)])
     run = written_run(tmp_path / "run", compress(dense("vit"), config))
     record = export(str(run), str(tmp_path / "out"), "plain", Settings("bf16"))
     folder = tmp_path / "out"

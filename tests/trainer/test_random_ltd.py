@@ -52,7 +52,7 @@ def test_every_middle_layer_draws_its_own_tokens_as_many_as_the_schedule_says(qu
         processed.append(counts.pop())
         if processed[-1] < 32:
             assert not any(torch.equal(kept[0], other) for other in kept[1:])
-        assert [trace.layer_tokens[index].attention for index in (0, 7)] == [32, 32]
+        assert [trace.flow().layer_tokens[index].attention for index in (0, 7)] == [32, 32]
     # From a quarter on, a stair of a quarter at a time; the whole after 5.6 of 8 steps.
     assert processed == [8, 8, 16, 16, 24, 24, 32, 32]
 

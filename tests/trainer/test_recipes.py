@@ -118,7 +118,7 @@ def test_an_override_and_an_overlay_reach_their_keys() -> None:
 
 def test_a_stage_of_several_layers_is_a_stage_for_each() -> None:
     stage = "{layer: [3, 1], site: around, scorer: random, selector: threshold}"
-    made = load("llm_pretrain", [f"compression.stages=[{stage}, {{layer: 2, site: around, capacity: 0.5}}]"]).recipe.compression
+    made = load("llm_pretrain", [f"compression.stages=[{stage}, {{layer: 2, site: around, keep: 0.5}}]"]).recipe.compression
     assert made is not None
     assert [stage.key for stage in made.stages] == ["around_1", "around_2", "around_3"]
     assert [stage.part("scorer").name for stage in made.stages] == ["random", "learned", "random"]

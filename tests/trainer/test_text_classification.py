@@ -85,8 +85,8 @@ def test_a_folder_of_weights_learns_pairs_with_their_segments(tmp_path: Path) ->
     with_segments = parts.task.forward(parts.model, batch, trace=trace).logits
     without = parts.task.forward(parts.model, batch | {"token_type_ids": torch.zeros_like(batch["token_type_ids"])}, trace=Trace()).logits
     assert not torch.equal(with_segments, without)
-    assert trace.valid is not None
-    assert parts.task.amount(batch) == int(trace.valid.sum())
+    assert trace.flow().valid is not None
+    assert parts.task.amount(batch) == int(trace.flow().valid.sum())
     parts.model.train()
     parts.task.loss(parts.model, batch, trace=(taught := Trace())).backward()
     assert taught.auxiliary_loss is not None

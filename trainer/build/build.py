@@ -12,14 +12,16 @@ import lightning
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ...data.splits import Splits
-from ...modules.backbones import backbones
+from ...modules.backbones import families
 from ...modules.budget.budget import Budget
 from ...modules.checkpoints.adapters import check_base, quietly
 from ...modules.checkpoints.base_weights import Base, base_of
 from ...modules.checkpoints.from_mae import encoder_config, load_encoder, load_routers
-from ...modules.compress import checkpoint_activations, compress, stages_of
+from ...modules.compatibility import check_held
+from ...modules.compress import checkpoint_activations, compress
 from ...modules.config import CompressionConfig
 from ...modules.cost.cost import CostModel
+from ...modules.stage import stages_of
 from ..distributed import collective
 from ..distributed.strategies import processes_of
 from ..distributed.zero3 import broadcast_weights, zero3_init
@@ -113,12 +115,8 @@ def _assemble(
             budget = Budget(recipe.budget, model, compression, steps, recipe.seed, data.size)
             compression = budget.compression
         model = compress(model, compression)
-        unheld = [name for name, (_, stage) in stages_of(model).items() if budget is None and stage.selector.needs_probabilities]
-        if unheld:
-            raise ValueError(
-                f"stages {', '.join(unheld)}: their selectors keep what is more likely than not, and only a budget with a regulariser brings "
-                "that to what is requested: leave keep out and give budget.target and budget.regularizer, or take threshold, or top_k if the model is not causal"
-            )
+        if budget is None:
+            check_held(stages_of(model).values(), regularized=False)
         if recipe.model.encoder_routers and filled:
             assert recipe.model.encoder_of is not None
             load_routers(model, recipe.model.encoder_of, recipe.model.revision)
@@ -192,7 +190,7 @@ def cost_model(
         size: of an input; None takes the model's own.
     """
     dense = compression is None and not hasattr(model.config, "compression")
-    return None if dense and model.config.model_type not in backbones() else CostModel(model, compression, size)
+    return None if dense and model.config.model_type not in families() else CostModel(model, compression, size)
 
 
 def total_steps(recipe: Recipe, data: Splits) -> int:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from ...modules import registry
 from ...modules.checkpoints.adapter_folder import Adapter, read_adapter
 from ...modules.checkpoints.adapter_saving import stage_state
 from ...modules.checkpoints.adapters import config_of
@@ -124,7 +125,7 @@ def _weighing(stage: StageConfig) -> str | None:
     if stage.estimator is None:
         return None
     part = stage.part("estimator")
-    return part.name if part.build("estimator").in_evaluation else None
+    return part.name if registry.part_class("estimator", part).in_evaluation else None
 
 
 def load_stages(model: PreTrainedModel, start: Start) -> None:

@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from ...modules.backbones import backbone_for
+from ...modules.backbones import adapter_of
 from ...modules.checkpoints.lora import is_lora
-from ...modules.compress import CompressedModel, base_class
 from ...modules.stage import Stage
 from ..distributed.zero3 import shape_of
 
@@ -76,11 +75,10 @@ def layer_depths(model: nn.Module) -> dict[int, int]:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"optimizer.layer_decay needs a transformers model, whose layers an adapter finds, not {type(model).__name__}")
-    cls = base_class(type(model)) if isinstance(model, CompressedModel) else type(model)
-    backbone = backbone_for(model.config.model_type, cls.__name__)
-    layers = backbone.layers(model)
+    adapter = adapter_of(model)
+    layers = adapter.layers(model)
     depths = {id(parameter): len(layers) - index for index, layer in enumerate(layers) for parameter in layer.parameters()}
-    for parameter in backbone.base(model).parameters():
+    for parameter in adapter.base(model).parameters():
         if id(parameter) in depths:
             break
         # Models register in the order of computation: what stands before the layers are the embeddings.

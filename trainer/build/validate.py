@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from ...modules.budget.budget import Budget
-from ...modules.decoding.generation import check_deployable
+from ...modules.compatibility import check_deployable
 from ..distributed.strategies import check as check_strategy
 from ..losses.distillation import check_teacher
 from ..recipe.schema import Recipe
@@ -72,7 +72,7 @@ def validate(recipe: Recipe) -> Checked:
         counted = cost_model(model, compression, data.size)
         if counted is not None:
             # Found out before training, not when it is evaluated.
-            check_deployable(stage for stage in counted.stages if stage.backbone.causal)
+            check_deployable(stage for stage in counted.stages if stage.adapter.causal)
         routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
         train_parts(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
     cost = None if counted is None else counted()

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from ...modules.checkpoints.adapter_folder import write_adapter
 from ...modules.checkpoints.adapter_saving import adapter_of
 from ...modules.checkpoints.base_weights import Base
-from ...modules.compress import CompressedModel
+from ...modules.compressed_model import CompressedModel
 from . import collective
 
 

@@ -14,7 +14,8 @@ from types import ModuleType
 from transformers import PreTrainedModel
 
 from ... import modules
-from ...modules.compress import CompressedModel
+from ...modules.compressed_model import CompressedModel
+from ...modules.stage import stages_of
 
 _IMPORT = re.compile(r"^(?P<indent>[ \t]*)from (?P<dots>\.+)(?P<path>[\w.]*) import (?P<what>.*)$", re.MULTILINE)
 
@@ -30,7 +31,11 @@ def files_of(model: PreTrainedModel) -> dict[str, str]:
     """
     assert isinstance(model, CompressedModel)
     package = modules.__name__
-    classes = {cls for module in model.modules() for cls in type(module).__mro__} | set(model.backbone.__mro__)
+    classes = (
+        {cls for module in model.modules() for cls in type(module).__mro__}
+        | {cls for stage in stages_of(model).values() for cls in stage.adapter.__mro__}
+        | set(model.adapter.__mro__)
+    )
     names = {cls.__module__ for cls in classes if cls.__module__.startswith(f"{package}.")}
     places = {tuple(name.removeprefix(f"{package}.").split(".")) for name in names}
     # A part is found through its folder, so the folders above it are there as well.

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...modules.compress import decompress, stages_of
-from ...modules.decoding.generation import check_deployable
+from ...modules.compatibility import check_deployable
+from ...modules.compress import decompress
+from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..errors import RecipeError
 from ..evaluate import load_model, model_folder, recipe_of
@@ -104,9 +105,9 @@ class ExportSource:
             kept, present = routing.counts()
             if kept < present:
                 told.append(f"{name} keeps {routing.achieved:.3f} of its tokens")
-            elif stages[name][1].whole and not stages[name][1].idle:
-                told.append(f"{name} weighs what its layer adds (estimator {stages[name][1].config.part('estimator').name!r})")
-            elif stages[name][1].merger.outputs is not None:
+            elif stages[name].whole and not stages[name].idle:
+                told.append(f"{name} weighs what its layer adds (estimator {stages[name].config.part('estimator').name!r})")
+            elif stages[name].merger.outputs is not None:
                 told.append(f"{name} makes tokens of its own")
         return told
 
@@ -120,7 +121,7 @@ def generates(model: PreTrainedModel) -> bool:
     if not model.can_generate():
         return False
     try:
-        check_deployable(stage for _, stage in stages_of(model).values())
+        check_deployable(stages_of(model).values())
     except ValueError:
         return False
     return True

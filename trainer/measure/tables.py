@@ -55,7 +55,7 @@ def _rows(model: CostModel) -> dict[str, Any]:
         "macs_ratio": cost.macs_ratio,
         "mean_token_fraction": cost.mean_token_fraction,
         "embed_macs": shape.embed_macs,
-        "head_macs": shape.head_macs + round(shape.decoder_macs + shape.head_macs_per_token * (shape.prefix + shape.patches)),
+        "head_macs": shape.head_macs + round(model.fixed_macs + shape.head_macs_per_token * (shape.protected + shape.routable)),
         "activation_bytes": cost.activation_bytes,
         "dense_activation_bytes": cost.dense_activation_bytes,
         "kv_bytes": cost.kv_bytes,

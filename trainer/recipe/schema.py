@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ...data.embedded.scattered_digits import Canvas
 from ...data.images.augmentation import RandomAugment
 from ...modules import registry
-from ...modules.budget.budget import BudgetConfig
+from ...modules.budget.config import BudgetConfig
 from ...modules.config import CompressionConfig
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ def _no_removed_fraction(value: Any) -> Any:
 
 def _task(name: str) -> str:
     # The names alone: the tasks themselves import what trains.
-    registry.check_name(f"{__package__.rpartition('.')[0]}.tasks", name)
+    registry.check_name("task", name, registry.names(f"{__package__.rpartition('.')[0]}.tasks"))
     return name
 
 

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...data.splits import Splits
 from ...modules import registry
+from ...modules.tokens.trace import Trace
 from ..build.parts import RunParts
 from ..metrics.quality import Quality
 from ..recipe.schema import ModelRecipe, Recipe
@@ -167,6 +168,18 @@ class Task:
     def compile(cls, model: PreTrainedModel) -> None:
         """torch.compile of what a training step calls, in place."""
         model.compile()
+
+
+def give_labels(options: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+    """Gives the labels of a batch to the trace of its forward, where estimators find them.
+
+    Args:
+        options: of the forward, with its ``trace`` if the model is compressed.
+        batch: with ``labels``, unless the task has none.
+    """
+    trace: Trace | None = options.get("trace")
+    if trace is not None:
+        trace.labels = batch.get("labels")
 
 
 def refuse_data_keys(recipe: Recipe, keys: Sequence[str], why: str) -> None:

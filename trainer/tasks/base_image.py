@@ -18,15 +18,15 @@ from ...data.images.splits import ImageData
 from ...data.images.transform import ImageTransform
 from ...data.rows import collate
 from ...data.splits import Splits
-from ...modules.backbones import backbones
-from ...modules.backbones.vision import VisionBackbone
+from ...modules.backbones import families
+from ...modules.backbones.vision import VisionModel
 from ...modules.checkpoints.from_mae import encoder_source
 from ...modules.tokens.trace import Trace
 from ..build.initial_weights import start_of
 from ..build.parts import RunParts
 from ..recipe.schema import TEXT_KEYS, DataRecipe, Recipe
 from ..show.pictures import PICTURED, draw_arms, overlays, save_kept_tokens
-from .base import PROBES, Task, refuse_data_keys
+from .base import PROBES, Task, give_labels, refuse_data_keys
 
 
 class ImageTask(Task):
@@ -55,6 +55,7 @@ class ImageTask(Task):
 
     @classmethod
     def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        give_labels(options, batch)
         loss: Tensor = model(**cls.step_inputs(batch, model.config), **options).loss
         return loss
 
@@ -125,9 +126,9 @@ class ImageTask(Task):
 
 def image_input(config: Any) -> tuple[int, int]:
     """Side in pixels and channels of the images that a model takes. Raises ValueError where its images are not square."""
-    backbone = backbones()[config.model_type]
-    assert issubclass(backbone, VisionBackbone)
-    height, width, channels = backbone.image_input(config)
+    adapter = families()[config.model_type]
+    assert issubclass(adapter, VisionModel)
+    height, width, channels = adapter.image_input(config)
     if height != width:
         raise ValueError(f"model.config.image_size = {(height, width)}: images are cut square, give one number")
     return height, channels

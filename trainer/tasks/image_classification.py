@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from ...data.images.mixing import Mixing, soft_labels
 from ...data.images.splits import ImageData, hub_images, scattered_digits
 from ...data.images.transform import ImageTransform
-from ...modules.backbones import backbone_for, backbones
+from ...modules.backbones import adapter_for, families
 from ..build.parts import RunParts
 from ..losses.distillation import Distillation, load_teacher
 from ..metrics.accuracy import Accuracy
@@ -47,11 +47,11 @@ class ImageClassificationModule(TaskModule):
     def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
         trace = self.training_trace(batch)
         pixels, labels = self._prepared(batch)
+        if trace is not None:
+            trace.labels = labels
         options = self.with_trace(trace) | (self.distillation.student_options if self.distillation is not None else {})
         if labels.is_floating_point():
-            # transformers' models take whole labels only; estimators find the soft ones on the trace.
-            if trace is not None:
-                trace.labels = labels
+            # transformers' models take whole labels only.
             out = self.model(pixel_values=pixels, **options)
             task_loss = functional.cross_entropy(out.logits.float(), labels)
         else:
@@ -85,7 +85,7 @@ class ImageClassification(ImageTask):
 
     @classmethod
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:
-        if model_type in backbones() and model_type not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        if model_type in families() and model_type not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
             raise ValueError(
                 f"{model_type} has no image classification head in transformers: take weights of "
                 f"{_CLASSIFIER_FOR.get(model_type, 'a family that has one, such as vit or dinov2')}"
@@ -93,7 +93,7 @@ class ImageClassification(ImageTask):
         name = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(model_type, model_type)
         # DeiT's mapping lists several heads; the plain one comes first.
         name = name if isinstance(name, str) else name[0]
-        backbone_for(model_type, name)
+        adapter_for(model_type, name)
         model: type[PreTrainedModel] = getattr(transformers, name)
         return model
 

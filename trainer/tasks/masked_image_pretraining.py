@@ -13,7 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel, ViTMAEForPreTraining
 
 from ...data.images.splits import ImageData, hub_images, scattered_digits
 from ...data.images.transform import ImageTransform
-from ...modules.backbones import backbone_for
+from ...modules import registry
+from ...modules.backbones import adapter_for
 from ...modules.backbones.vision import pair
 from ...modules.backbones.vit_mae import fill_positions, visible
 from ...modules.tokens.draws import masking_order
@@ -85,10 +86,10 @@ class MaskedImagePretraining(ImageTask):
             if given is not None:
                 raise ValueError(f"{key} is for tasks with labels, and masked_image_pretraining has none: leave it out")
         for stage in recipe.compression.stages if recipe.compression is not None else ():
-            if stage.part("scorer").name == "evidence":
+            if registry.part_class("scorer", stage.part("scorer")).answers_task:
                 raise ValueError(
-                    f"stage {stage.key!r}: scorer 'evidence' learns from labels, and masked_image_pretraining has none: take learned "
-                    "(with estimator key_bias or straight_through), bipartite, patch_energy, uniform_grid or random"
+                    f"stage {stage.key!r}: scorer {stage.part('scorer').name!r} learns from labels, and masked_image_pretraining has none: "
+                    "take learned (with estimator key_bias or straight_through), bipartite, patch_energy, uniform_grid or random"
                 )
 
     @classmethod
@@ -98,7 +99,7 @@ class MaskedImagePretraining(ImageTask):
                 f"masked_image_pretraining trains vit_mae, which has the decoder for it, not {model_type}: set "
                 "model.config.model_type=vit_mae; task image_classification then fine-tunes it as a ViT with model.encoder_of"
             )
-        backbone_for(model_type, ViTMAEForPreTraining.__name__)
+        adapter_for(model_type, ViTMAEForPreTraining.__name__)
         return ViTMAEForPreTraining
 
     @classmethod
@@ -132,6 +133,11 @@ class MaskedImagePretraining(ImageTask):
     @classmethod
     def module(cls, parts: RunParts) -> TaskModule:
         return MaskedImageModule(cls, parts)
+
+    @classmethod
+    def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        loss: Tensor = model(**cls.step_inputs(batch, model.config), **options).loss
+        return loss
 
     @classmethod
     def step_inputs(cls, batch: Mapping[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:

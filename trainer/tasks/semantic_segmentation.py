@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ...data.images.masks import hub_masks
 from ...data.images.splits import ImageData, scattered_digits
 from ...data.images.transform import ImageTransform
-from ...modules.backbones import backbone_for
+from ...modules.backbones import adapter_for
 from ...modules.heads import own_models
 from ...modules.tokens.labels import IGNORE_PIXEL
 from ..build.parts import RunParts
@@ -91,7 +91,7 @@ class SemanticSegmentation(ImageTask):
         heads = {model.config_class.model_type: model for name, model in own_models().items() if name.endswith("ForSemanticSegmentation")}
         if model_type not in heads:
             if model_type == "beit":
-                backbone_for(model_type, "BeitForSemanticSegmentation")
+                adapter_for(model_type, "BeitForSemanticSegmentation")
             raise ValueError(f"{model_type} has no head for semantic segmentation here: take model_type {' or '.join(sorted(heads))}")
         return heads[model_type]
 

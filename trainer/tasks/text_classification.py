@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from ...data.splits import Splits
 from ...data.text.labelled import Columns, LabelledText, hub_labelled_text, passages
 from ...data.text.tokenizer import load_tokenizer, trained_tokenizer
-from ...modules.backbones import backbone_for, backbones
+from ...modules.backbones import adapter_for, families
 from ..build.initial_weights import start_of
 from ..build.parts import RunParts
 from ..metrics.accuracy import Accuracy
@@ -23,7 +23,7 @@ from ..metrics.quality import Quality
 from ..recipe.schema import IMAGE_KEYS, Recipe
 from ..show.inspection import inspect_text
 from ..task_module import TaskModule
-from .base import PROBES, Task, refuse_data_keys
+from .base import PROBES, Task, give_labels, refuse_data_keys
 from .causal_lm import text_source
 
 EMBEDDED = "python_passages"
@@ -65,8 +65,8 @@ class TextClassification(Task):
         name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(model_type)
         if name is None:
             raise ValueError(f"{model_type} has no sequence classifier in transformers: take modernbert or bert, for example")
-        if model_type in backbones():
-            backbone_for(model_type, name)
+        if model_type in families():
+            adapter_for(model_type, name)
         model: type[PreTrainedModel] = getattr(transformers, name)
         return model
 
@@ -128,6 +128,7 @@ class TextClassification(Task):
 
     @classmethod
     def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        give_labels(options, batch)
         loss: Tensor = cls.forward(model, batch, labels=batch["labels"], **options).loss
         return loss
 
