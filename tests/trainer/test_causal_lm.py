@@ -28,9 +28,9 @@ from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
 from laconic.trainer.export.export import export
 from laconic.trainer.losses.token_loss import TokenLoss, check_model, token_loss
 from laconic.trainer.measure.tables import cost_of_model
+from laconic.trainer.metrics.perplexity import Perplexity
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import rehearse, train, train_arm
-from laconic.trainer.tasks.causal_lm import Perplexity
 from tests.data.texts import chats, jsonl, small_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,10 +22,10 @@ from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
 from laconic.trainer.evaluate import evaluate, recipe_of
 from laconic.trainer.export.export import export
+from laconic.trainer.metrics.mean_iou import MeanIoU
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train, train_arm
 from laconic.trainer.show.pictures import kept_pixels
-from laconic.trainer.tasks.semantic_segmentation import MeanIoU
 from tests.trainer.conftest import QUICK
 
 DEEP = "model.config.num_hidden_layers=6"
