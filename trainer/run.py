@@ -25,9 +25,10 @@ from .callbacks.guards import NanGuard, RandomState
 from .callbacks.progress import RunLog, StepLine, Throughput
 from .callbacks.stop import StopOnSigterm
 from .distributed import collective
+from .distributed.deepspeed import deepspeed_config, stage_of
 from .distributed.processes import started
 from .distributed.resume import check_same_processes, check_same_run, find_checkpoint, incomplete_checkpoints, remove_checkpoints
-from .distributed.strategies import deepspeed_config, needs_group, processes_of, resolved, stage_of
+from .distributed.strategies import needs_group, processes_of, resolved
 from .distributed.zero3 import save_trained, weights_name
 from .evaluate import load_model
 from .measure.arms import bench_models, print_claims

@@ -17,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from laconic.data.loader import EvalBatches
 from laconic.modules.backbones.vit_mae import sine_positions
+from laconic.trainer.distributed.deepspeed import deepspeed_config
 from laconic.trainer.distributed.resume import MARKER, find_checkpoint
-from laconic.trainer.distributed.strategies import check, deepspeed_config, processes_of, resolved
+from laconic.trainer.distributed.strategies import check, processes_of, resolved
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import evaluate, recipe_of
 from laconic.trainer.recipe.files import load

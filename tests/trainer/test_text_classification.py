@@ -14,11 +14,18 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from laconic import Trace, stages_of
 from laconic.data.rows import collate
 from laconic.data.text.tokenizer import trained_tokenizer
+from laconic.modules.cost.cost import CostModel
 from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
 from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
+from laconic.trainer.export.base import format_named
+from laconic.trainer.export.card import facts, write_card
+from laconic.trainer.export.source import ExportSource, Settings
+from laconic.trainer.measure.tables import cost_of_model, cost_of_recipe
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
+from laconic.trainer.tasks.base import task_named
+from tests.trainer.export_runs import written_run
 
 TINY = ["baselines=[]", "model.config.vocab_size=400", "model.config.num_attention_heads=2", "data.sequence_length=48"]
 
@@ -40,6 +47,23 @@ def test_a_run_is_evaluated_with_the_tokenizer_it_was_trained_with_and_shown(tmp
     shares = inspect_run(str(run), recipe_of(str(run), []), "import asyncio\nloop = asyncio.new_event_loop()", tmp_path / "page.html")
     assert 0 < shares["before_0"] < 1
     assert "<span" in (tmp_path / "page.html").read_text()
+
+
+def test_card_and_cost_of_a_model_count_rows_of_its_own_length(tmp_path: Path, quick: list[str]) -> None:
+    overrides = [*quick, *TINY, "data.sequence_length=192"]
+    model = build(load("text_classify", overrides).recipe).model
+    run = written_run(tmp_path / "run", model, "text_classify", *overrides)
+    ratio = cost_of_recipe("text_classify", overrides)["macs_ratio"]
+    assert ratio == CostModel(model, size=192)().macs_ratio
+    # What the family is counted at where nothing says how long its texts are.
+    assert abs(ratio - CostModel(model)().macs_ratio) > 1e-3
+    for folder in (run, run / "model"):
+        assert cost_of_model(str(folder))["macs_ratio"] == ratio
+    source, form = ExportSource.open(str(run)), format_named("merged")
+    write_card(source, form, Settings(), facts(source), form.usage(source.model), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"| MACs ÷ dense | {ratio:.4f} requested" in card
+    assert "pipeline_tag: text-classification" in card
 
 
 def _bert(tmp_path: Path) -> Any:
@@ -82,13 +106,17 @@ def test_a_folder_of_weights_learns_pairs_with_their_segments(tmp_path: Path) ->
     parts.model.eval()
     assert list(stages_of(parts.model)) == ["before_0"]
     trace = Trace()
-    with_segments = parts.task.forward(parts.model, batch, trace=trace).logits
-    without = parts.task.forward(parts.model, batch | {"token_type_ids": torch.zeros_like(batch["token_type_ids"])}, trace=Trace()).logits
+    with_segments = task_named(parts.recipe.task).forward(parts.model, batch, trace=trace).logits
+    without = (
+        task_named(parts.recipe.task)
+        .forward(parts.model, batch | {"token_type_ids": torch.zeros_like(batch["token_type_ids"])}, trace=Trace())
+        .logits
+    )
     assert not torch.equal(with_segments, without)
     assert trace.flow().valid is not None
-    assert parts.task.amount(batch) == int(trace.flow().valid.sum())
+    assert task_named(parts.recipe.task).amount(batch) == int(trace.flow().valid.sum())
     parts.model.train()
-    parts.task.loss(parts.model, batch, trace=(taught := Trace())).backward()
+    task_named(parts.recipe.task).loss(parts.model, batch, trace=(taught := Trace())).backward()
     assert taught.auxiliary_loss is not None
 
 

@@ -13,8 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from laconic.trainer.distributed import collective
+from laconic.trainer.distributed.deepspeed import deepspeed_config
 from laconic.trainer.distributed.processes import started
-from laconic.trainer.distributed.strategies import deepspeed_config, resolved
+from laconic.trainer.distributed.strategies import resolved
 from laconic.trainer.distributed.zero3 import broadcast_weights, gathered, save_trained, zero3_init
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import quiet, silent, train_arm

@@ -15,8 +15,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..callbacks.ema import WeightEma
 from ..callbacks.tensorboard import RoutingPictures
+from ..distributed.deepspeed import set_accelerator, stage_of
 from ..distributed.processes import environment
-from ..distributed.strategies import lightning_strategy, needs_group, processes_of, set_accelerator, stage_of
+from ..distributed.strategies import lightning_strategy, needs_group, processes_of
 from ..recipe.schema import Recipe
 
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...modules.checkpoints.adapter_folder import Adapter
 from ...modules.checkpoints.lora import add_lora, copy_all, full_modules, is_lora, lora_state, merge_lora, outside_layers, train_only
 from ...modules.stage import stages_of
-from ..distributed.strategies import stage_of
+from ..distributed.deepspeed import stage_of
 from ..distributed.zero3 import shape_of
 from ..errors import RecipeError
 from ..recipe.schema import LoraRecipe, Recipe

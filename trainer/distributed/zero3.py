@@ -19,6 +19,7 @@ from ...modules.checkpoints.adapter_saving import adapter_of
 from ...modules.checkpoints.base_weights import Base
 from ...modules.compressed_model import CompressedModel
 from . import collective
+from .deepspeed import join_deepspeed
 
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:
@@ -36,8 +37,6 @@ def zero3_init(config: Mapping[str, Any]) -> Iterator[None]:
         config: DeepSpeed's.
     """
     import deepspeed
-
-    from .strategies import join_deepspeed
 
     join_deepspeed()
     # Initialising would look at parameters that are gone already, and would draw in another order than a plain build.

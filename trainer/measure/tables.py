@@ -14,7 +14,7 @@ from ...modules.checkpoints.loading import find_adapter
 from ...modules.cost.cost import CostModel
 from ..build.build import build, build_model, model_config, total_steps
 from ..errors import RecipeError
-from ..evaluate import load_model
+from ..evaluate import load_model, recipe_of
 from ..recipe.files import LoadedRecipe, load
 from ..tasks.base import task_named
 from .arms import bench_models
@@ -30,17 +30,23 @@ def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:
-            compression = Budget(recipe.budget, model, compression, total_steps(recipe, data), recipe.seed, data.size).compression
-        return _rows(CostModel(model, compression, data.size))
+            compression = Budget(recipe.budget, model, compression, total_steps(recipe, data), recipe.seed, task.size(recipe)).compression
+        return _rows(CostModel(model, compression, task.size(recipe)))
 
 
 def cost_of_model(folder: str) -> dict[str, Any]:
-    """Cost of a saved model."""
-    path = Path(folder)
-    path = path / "model" if (path / "model" / "config.json").is_file() else path
+    """Cost of a saved model: of rows as its recipe has them, or where there is no recipe of those that the cost of its family is counted at."""
+    given = Path(folder)
+    path = given / "model" if (given / "model" / "config.json").is_file() else given
     if not (path / "config.json").is_file() and find_adapter(path) is None:
         raise RecipeError(f"--model {folder} has no config.json: give a run folder, or the folder of a model or adapter")
-    return _rows(CostModel(load_model(path)))
+    size = None
+    # A run's own folders of weights have the recipe beside them.
+    for place in (given, given.parent) if given.name in ("model", "adapter") else (given,):
+        if (place / "recipe.yaml").is_file():
+            recipe = recipe_of(str(place), [])
+            size = task_named(recipe.task).size(recipe)
+    return _rows(CostModel(load_model(path), size=size))
 
 
 def _rows(model: CostModel) -> dict[str, Any]:
