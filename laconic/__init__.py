@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from ..modules.budget import Budget, BudgetConfig
     from ..modules.checkpoints.adapter_saving import save_adapter
     from ..modules.checkpoints.adapters import Adapters
-    from ..modules.checkpoints.loading import from_pretrained
     from ..modules.checkpoints.lora import add_lora, merge_lora, train_only
     from ..modules.compress import compress, decompress, stages_of
     from ..modules.config import CompressionConfig, StageConfig
     from ..modules.decoding.cache import RoutedCache
     from ..modules.tokens.trace import Trace
     from ..trainer.hf import BudgetMixin, BudgetTrainer
+    from ..trainer.run_folder import from_pretrained
 
 _HOMES = {
     "Adapters": "modules.checkpoints.adapters",
@@ -36,7 +36,7 @@ _HOMES = {
     "add_lora": "modules.checkpoints.lora",
     "compress": "modules.compress",
     "decompress": "modules.compress",
-    "from_pretrained": "modules.checkpoints.loading",
+    "from_pretrained": "trainer.run_folder",
     "merge_lora": "modules.checkpoints.lora",
     "save_adapter": "modules.checkpoints.adapter_saving",
     "stages_of": "modules.compress",

@@ -16,10 +16,11 @@ from laconic import stages_of
 from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
-from laconic.trainer.evaluate import evaluate, load_model
+from laconic.trainer.evaluate import evaluate
 from laconic.trainer.export.export import export
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train, train_arm
+from laconic.trainer.run_folder import load_model
 
 TINY = ["model.config.decoder_hidden_size=8", "model.config.decoder_num_hidden_layers=1", "model.config.decoder_intermediate_size=16"]
 SHORT = [*TINY, "baselines=[]"]
@@ -158,7 +159,7 @@ def test_an_encoder_that_is_none_is_refused_by_validate(tmp_path: Path, quick: l
     build(load("vit_digits_dense", quick).recipe).model.save_pretrained(tmp_path / "vit")
     for folder, message in (
         (tmp_path / "vit", "is a vit model, and only a vit_mae"),
-        (tmp_path / "none", "is no folder here and cannot be loaded .*: pretrain first"),
+        (tmp_path / "none", "is no folder of weights here and cannot be loaded .*; pretrain first"),
     ):
         with pytest.raises(ValueError, match=message):
             validate(load("mae_digits_finetune", finetuning(quick, folder)).recipe)

@@ -20,10 +20,11 @@ from laconic import Trace
 from laconic.data.rows import collate
 from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
-from laconic.trainer.evaluate import evaluate, recipe_of
+from laconic.trainer.evaluate import evaluate
 from laconic.trainer.export.export import export
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train, train_arm
+from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.show.pictures import kept_pixels
 from laconic.trainer.tasks.semantic_segmentation import MeanIoU
 from tests.trainer.conftest import QUICK
@@ -90,12 +91,12 @@ def test_a_run_reports_mean_iou_with_that_of_each_class_and_draws_its_answers(ru
 
 
 def test_evaluate_counts_what_the_run_did_and_runs_the_controls_with_their_restore(run: Path, console: Console) -> None:
-    result = evaluate(str(run), recipe_of(str(run), []), console)
+    result = evaluate(str(run), RunFolder.open(run).read_recipe(), console)
     assert result["metric"] == "mean_iou"
     assert result["variants"].keys() == {"compressed", "random", "uniform_grid", "patch_energy", "dense"}
     assert result["variants"]["compressed"]["mean_iou"] == json.loads((run / "report.json").read_text())["quality"]["compressed"]
     merged = str(run / "baselines" / "segment_digits_bipartite")
-    assert evaluate(merged, recipe_of(merged, []), console)["variants"]["random"]["mean_iou"] >= 0
+    assert evaluate(merged, RunFolder.open(merged).read_recipe(), console)["variants"]["random"]["mean_iou"] >= 0
 
 
 def test_an_export_answers_in_a_clean_process_as_the_run_does(run: Path, tmp_path: Path) -> None:

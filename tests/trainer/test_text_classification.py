@@ -16,9 +16,10 @@ from laconic.data.rows import collate
 from laconic.data.text.tokenizer import trained_tokenizer
 from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
-from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
+from laconic.trainer.evaluate import evaluate, inspect_run
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
+from laconic.trainer.run_folder import RunFolder
 
 TINY = ["baselines=[]", "model.config.vocab_size=400", "model.config.num_attention_heads=2", "data.sequence_length=48"]
 
@@ -34,10 +35,12 @@ def test_a_run_is_evaluated_with_the_tokenizer_it_was_trained_with_and_shown(tmp
     assert report.macs_ratio == pytest.approx(0.3, abs=0.06)
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     assert tokenizer("x = 1").input_ids[0] == tokenizer.cls_token_id
-    again = evaluate(str(run), recipe_of(str(run), []), console)
+    again = evaluate(str(run), RunFolder.open(run).read_recipe(), console)
     assert again["variants"]["compressed"]["accuracy"] == report.quality["compressed"]
     assert set(again["variants"]) == {"compressed", "random", "uniform_grid", "dense"}
-    shares = inspect_run(str(run), recipe_of(str(run), []), "import asyncio\nloop = asyncio.new_event_loop()", tmp_path / "page.html")
+    shares = inspect_run(
+        str(run), RunFolder.open(run).read_recipe(), "import asyncio\nloop = asyncio.new_event_loop()", tmp_path / "page.html"
+    )
     assert 0 < shares["before_0"] < 1
     assert "<span" in (tmp_path / "page.html").read_text()
 

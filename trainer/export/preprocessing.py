@@ -10,11 +10,10 @@ from transformers import AutoTokenizer
 
 from ..measure.report import write_json
 from ..recipe.schema import Recipe
+from ..run_folder import PROCESSOR, TOKENIZER
 from ..tasks.base import task_named
 from ..tasks.base_image import ImageTask, image_input, with_normalisation
 from .source import ExportSource
-
-PROCESSOR = "preprocessor_config.json"
 
 
 def save_preprocessing(source: ExportSource, folder: Path) -> None:
@@ -22,8 +21,8 @@ def save_preprocessing(source: ExportSource, folder: Path) -> None:
     config: Any = source.model.config
     if issubclass(task_named(source.recipe.task), ImageTask):
         write_json(folder / PROCESSOR, image_processor(source.recipe, config))
-    if (source.weights / "tokenizer_config.json").is_file():
-        AutoTokenizer.from_pretrained(source.weights).save_pretrained(folder)
+    if (place := source.run.with_file(TOKENIZER)) is not None:
+        AutoTokenizer.from_pretrained(place).save_pretrained(folder)
 
 
 def image_processor(recipe: Recipe, config: Any) -> dict[str, Any]:

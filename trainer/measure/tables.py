@@ -10,12 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ...modules.budget.budget import Budget
-from ...modules.checkpoints.loading import find_adapter
 from ...modules.cost.cost import CostModel
 from ..build.build import build, build_model, model_config, total_steps
 from ..errors import RecipeError
-from ..evaluate import load_model
 from ..recipe.files import LoadedRecipe, load
+from ..run_folder import load_model
 from ..tasks.base import task_named
 from .arms import bench_models
 
@@ -36,11 +35,13 @@ def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
 
 def cost_of_model(folder: str) -> dict[str, Any]:
     """Cost of a saved model."""
-    path = Path(folder)
-    path = path / "model" if (path / "model" / "config.json").is_file() else path
-    if not (path / "config.json").is_file() and find_adapter(path) is None:
-        raise RecipeError(f"--model {folder} has no config.json: give a run folder, or the folder of a model or adapter")
-    return _rows(CostModel(load_model(path)))
+    if not Path(folder).is_dir():
+        raise RecipeError(f"--model {folder} is no folder: give a run folder, or the folder of a model or adapter")
+    try:
+        model = load_model(folder)
+    except FileNotFoundError as error:
+        raise RecipeError(f"--model {error}") from None
+    return _rows(CostModel(model))
 
 
 def _rows(model: CostModel) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ...modules import registry
 from ..build.parts import RunParts
 from ..metrics.quality import Quality
 from ..recipe.schema import ModelRecipe, Recipe
+from ..run_folder import RunFolder
 
 PROBES = 8
 
@@ -84,12 +85,12 @@ class Task:
         return recipe
 
     @classmethod
-    def of_run(cls, recipe: Recipe, folder: Path) -> Recipe:
-        """The recipe of a trained model, to evaluate it: with what the folder of its weights brings.
+    def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
+        """The recipe of a trained model, to evaluate it: with what lies beside its weights.
 
         Args:
-            recipe: beside the model.
-            folder: of the weights.
+            recipe: of the run.
+            run: with the weights.
         """
         return recipe
 

@@ -20,9 +20,8 @@ from ...data.rows import collate
 from ...data.splits import Splits
 from ...modules.backbones import backbones
 from ...modules.backbones.vision import VisionBackbone
-from ...modules.checkpoints.from_mae import encoder_source
 from ...modules.tokens.trace import Trace
-from ..build.initial_weights import start_of
+from ..build.initial_weights import encoder_weights, start_of
 from ..build.parts import RunParts
 from ..recipe.schema import TEXT_KEYS, DataRecipe, Recipe
 from ..show.pictures import PICTURED, draw_arms, overlays, save_kept_tokens
@@ -138,9 +137,9 @@ def with_normalisation(recipe: Recipe) -> Recipe:
     the model's image processor, else 0.5."""
     found: dict[str, Any] = {}
     start = start_of(recipe.model)
-    weights = recipe.model.encoder_of and encoder_source(recipe.model.encoder_of) if start is None else start.weights
-    if start is not None and start.recipe is not None:
-        before = yaml.safe_load(start.recipe.read_text()).get("data", {})
+    weights = start.weights if start is not None else None if recipe.model.encoder_of is None else encoder_weights(recipe.model)
+    if start is not None and start.run is not None and start.run.recipe.is_file():
+        before = yaml.safe_load(start.run.recipe.read_text()).get("data", {})
         found = {f"image_{key}": before.get(key) for key in ("mean", "std")}
     elif weights is not None and (recipe.data.mean is None or recipe.data.std is None):
         try:

@@ -24,6 +24,7 @@ from ..distributed import collective
 from ..losses.token_loss import TokenLoss, check_model, token_loss
 from ..metrics.quality import Quality
 from ..recipe.schema import IMAGE_KEYS, DataRecipe, ModelRecipe, Recipe
+from ..run_folder import TOKENIZER, RunFolder
 from ..show.inspection import inspect_text
 from ..task_module import TaskModule
 from .base import PROBES, Task, refuse_data_keys
@@ -112,9 +113,10 @@ class CausalLM(Task):
             raise ValueError(f"data.sample_by = {recipe.data.sample_by!r} cuts files of data.name = 'text', and it is {recipe.data.name!r}")
 
     @classmethod
-    def of_run(cls, recipe: Recipe, folder: Path) -> Recipe:
+    def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
         # Another version of Python has other files to train a tokenizer on: that of the weights stays with them.
-        if not (folder / "tokenizer_config.json").is_file():
+        folder = run.with_file(TOKENIZER)
+        if folder is None:
             return recipe
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": str(folder)})})
 
@@ -155,7 +157,7 @@ class CausalLM(Task):
             if data.tokenizer is not None:
                 return load_tokenizer(data.tokenizer)
             if (start := start_of(recipe.model)) is not None:
-                return load_tokenizer(*start.beside("tokenizer_config.json"))
+                return load_tokenizer(*start.beside(TOKENIZER))
             if texts is None:
                 raise ValueError("data.tokenizer is missing: a tokenizer is trained on plain texts only, and these rows have prompts")
             size: int = config.get_text_config().vocab_size

@@ -21,6 +21,7 @@ from ..build.parts import RunParts
 from ..metrics.accuracy import Accuracy
 from ..metrics.quality import Quality
 from ..recipe.schema import IMAGE_KEYS, Recipe
+from ..run_folder import TOKENIZER, RunFolder
 from ..show.inspection import inspect_text
 from ..task_module import TaskModule
 from .base import PROBES, Task, refuse_data_keys
@@ -54,9 +55,10 @@ class TextClassification(Task):
             raise ValueError(f"data.name = {name!r} holds {holds}: give {EMBEDDED}, json, csv, parquet or a hub name")
 
     @classmethod
-    def of_run(cls, recipe: Recipe, folder: Path) -> Recipe:
+    def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
         # Another version of Python has other files to train a tokenizer on: that of the weights stays with them.
-        if not (folder / "tokenizer_config.json").is_file():
+        folder = run.with_file(TOKENIZER)
+        if folder is None:
             return recipe
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": str(folder)})})
 
@@ -78,7 +80,7 @@ class TextClassification(Task):
             if data.tokenizer is not None:
                 return load_tokenizer(data.tokenizer, ends=False)
             if (start := start_of(recipe.model)) is not None:
-                return load_tokenizer(*start.beside("tokenizer_config.json"), ends=False)
+                return load_tokenizer(*start.beside(TOKENIZER), ends=False)
             size: int = config.vocab_size
             return trained_tokenizer(texts, size, framed=True)
 
