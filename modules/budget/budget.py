@@ -143,6 +143,9 @@ class Budget:
         if not self.free:
             raise ValueError("budget.target has nothing to decide: every stage has a keep of its own; leave it out of one of them")
         self.cost = CostModel(model, compression, size)
+        # Found once each, since a schedule that moves looks for a keep in every step.
+        self._keeps: dict[float, float] = {}
+        self._ratios: dict[int, float] = {}
         self.compression = compression.with_keep(self.resolve(config.target))
         self.regularizer = config.build_regularizer()
         if config.schedule != "constant":
@@ -163,27 +166,30 @@ class Budget:
         """The keep by stage name that meets ``target`` from below, for the stages that leave it to the budget."""
         if self.config.measure == "keep":
             return dict.fromkeys(self.free, target)
-        return dict.fromkeys(self.free, self._keep_for(target))
+        if target not in self._keeps:
+            self._keeps[target] = self._keep_for(target)
+        return dict.fromkeys(self.free, self._keeps[target])
 
     def _keep_for(self, target: float) -> float:
         """The largest keep, to four decimals, whose measure is at most ``target``."""
-
-        def ratio(keep: float) -> float:
-            measured: float = getattr(self.cost(dict.fromkeys(self.free, keep)), self.config.measure)
-            return measured
-
         low, high = 1, 10_000
-        if target >= 1 or ratio(1.0) <= target:
+        if target >= 1 or self._ratio(high) <= target:
             return 1.0
-        if ratio(low / 10_000) > target:
+        if self._ratio(low) > target:
             raise ValueError(
-                f"budget.target = {target} cannot be met: with one token left the {self.config.measure} is still {ratio(low / 10_000):.4f}; "
+                f"budget.target = {target} cannot be met: with one token left the {self.config.measure} is still {self._ratio(low):.4f}; "
                 "raise the target, move the first stage to an earlier layer, or put stages around more layers"
             )
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if ratio(middle / 10_000) <= target else (low, middle)
+            low, high = (middle, high) if self._ratio(middle) <= target else (low, middle)
         return low / 10_000
+
+    def _ratio(self, keep: int) -> float:
+        """The measure at a keep of so many ten-thousandths."""
+        if keep not in self._ratios:
+            self._ratios[keep] = getattr(self.cost(dict.fromkeys(self.free, keep / 10_000)), self.config.measure)
+        return self._ratios[keep]
 
     def target(self, step: int) -> float:
         """Requested value of the measure at a step."""

@@ -28,11 +28,11 @@ from laconic.trainer.evaluate import evaluate, inspect_run
 from laconic.trainer.export.export import export
 from laconic.trainer.losses.token_loss import TokenLoss, check_model, token_loss
 from laconic.trainer.measure.tables import cost_of_model
+from laconic.trainer.metrics.perplexity import Perplexity
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import rehearse, train, train_arm
 from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base import task_named
-from laconic.trainer.tasks.causal_lm import Perplexity
 from tests.data.texts import chats, jsonl, small_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,7 +273,7 @@ def test_filler_is_no_token_of_a_stage(tiny: list[str]) -> None:
     last = collate([parts.data.validation[len(parts.data.validation) - 1]])  # type: ignore[arg-type]
     assert last["tokens"] < 64
     trace = Trace(lookahead=True)
-    parts.task.forward(parts.model.eval(), last, trace=trace)
+    task_named(parts.recipe.task).forward(parts.model.eval(), last, trace=trace)
     assert trace.routings["around_1"].counts()[1] == last["tokens"]
 
 
@@ -330,9 +330,9 @@ def test_a_dry_run_and_a_validation_name_what_they_found(tiny: list[str], consol
 
 def test_the_module_weighs_its_loss_by_the_tokens_of_all_ranks(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     parts = build(load("llm_pretrain_dense", tiny).recipe)
-    module, batch = parts.task.module(parts), collate([parts.data.train[index] for index in range(4)])
+    module, batch = task_named(parts.recipe.task).module(parts), collate([parts.data.train[index] for index in range(4)])
     alone = float(module.losses(batch)["loss"])
-    assert alone == pytest.approx(float(parts.task.loss(parts.model, batch)))
+    assert alone == pytest.approx(float(task_named(parts.recipe.task).loss(parts.model, batch)))
     # Another rank predicts three times as many: its mean counts three times as much.
     monkeypatch.setattr("laconic.trainer.distributed.collective.world_size", lambda: 2)
     monkeypatch.setattr("laconic.trainer.distributed.collective.total", lambda counts: [4 * count for count in counts])

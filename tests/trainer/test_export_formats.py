@@ -17,6 +17,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, PreTrainedModel, ViTForImageClassification
@@ -313,8 +314,16 @@ def test_the_card_says_what_was_measured_and_nothing_else(run: Path, tmp_path: P
         assert said in card
     assert str(run) not in card
     bare = replace(source, report=None)
-    write_card(bare, form, Settings(), facts(bare), form.usage(source.model), tmp_path)
-    assert "| accuracy | not measured |" in (tmp_path / "README.md").read_text()
+    write_card(bare, form, Settings(), {**facts(bare), "base_model": "someone/a-model"}, form.usage(source.model), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| accuracy | not measured |" in card
+    # The header as the hub reads it.
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "transformers",
+        "tags": ["laconic", "token-compression"],
+        "pipeline_tag": "image-classification",
+        "base_model": "someone/a-model",
+    }
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from laconic.trainer.export.export import export
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train, train_arm
 from laconic.trainer.run_folder import load_model
+from laconic.trainer.tasks.base import task_named
 
 TINY = ["model.config.decoder_hidden_size=8", "model.config.decoder_num_hidden_layers=1", "model.config.decoder_intermediate_size=16"]
 SHORT = [*TINY, "baselines=[]"]
@@ -43,7 +44,7 @@ def test_every_step_and_arm_masks_by_seed_step_and_sample(quick: list[str]) -> N
     seen = {}
     for name in ("mae_digits", "mae_digits_dense"):
         parts = build(load(name, [*quick, *SHORT, *(STAGES if name == "mae_digits" else [])]).recipe)
-        module, batches = parts.task.module(parts), iter(parts.data_module().train_dataloader())
+        module, batches = task_named(parts.recipe.task).module(parts), iter(parts.data_module().train_dataloader())
         given: list[Any] = []
         forward = module.model.forward
         module.model.forward = lambda *, forward=forward, given=given, **kwargs: (given.append(kwargs["noise"]), forward(**kwargs))[1]

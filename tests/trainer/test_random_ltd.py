@@ -17,6 +17,7 @@ from laconic.trainer.evaluate import evaluate
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
 from laconic.trainer.run_folder import RunFolder
+from laconic.trainer.tasks.base import task_named
 
 TINY = [
     "baselines=[]",
@@ -46,7 +47,7 @@ def test_every_middle_layer_draws_its_own_tokens_as_many_as_the_schedule_says(qu
     processed = []
     for step in range(8):
         trace = parts.budget.trace(step, batch["sample_ids"])
-        parts.task.loss(parts.model, batch, trace=trace).backward()
+        task_named(parts.recipe.task).loss(parts.model, batch, trace=trace).backward()
         kept = [routing.kept_mask for routing in trace.routings.values()]
         counts = {int(count) for mask in kept for count in mask.sum(-1)}
         assert len(counts) == 1

@@ -22,11 +22,12 @@ from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
 from laconic.trainer.evaluate import evaluate
 from laconic.trainer.export.export import export
+from laconic.trainer.metrics.mean_iou import MeanIoU
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train, train_arm
 from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.show.pictures import kept_pixels
-from laconic.trainer.tasks.semantic_segmentation import MeanIoU
+from laconic.trainer.tasks.base import task_named
 from tests.trainer.conftest import QUICK
 
 DEEP = "model.config.num_hidden_layers=6"
@@ -60,12 +61,12 @@ def test_pictures_show_what_was_kept_before_the_restore() -> None:
     batch, trace = collate([parts.data.test[index] for index in range(3)]), Trace()
     out = parts.model.eval()(pixel_values=batch["pixel_values"], trace=trace)
     assert kept_pixels(trace).float().mean() == pytest.approx(trace.routings["before_1"].achieved)
-    answer, truth = parts.task.answer(out, parts.data), parts.task.truth(batch, parts.data)
+    answer, truth = task_named(parts.recipe.task).answer(out, parts.data), task_named(parts.recipe.task).truth(batch, parts.data)
     assert answer is not None
     assert truth is not None
     assert answer.shape == truth.shape == (3, 32, 32, 3)
     digits = [str(int(labels.min())) for labels in batch["labels"]]
-    assert parts.task.titles(batch, parts.data) == digits
+    assert task_named(parts.recipe.task).titles(batch, parts.data) == digits
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from laconic.trainer.evaluate import evaluate, inspect_run
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
 from laconic.trainer.run_folder import RunFolder
+from laconic.trainer.tasks.base import task_named
 
 TINY = ["baselines=[]", "model.config.vocab_size=400", "model.config.num_attention_heads=2", "data.sequence_length=48"]
 
@@ -85,13 +86,17 @@ def test_a_folder_of_weights_learns_pairs_with_their_segments(tmp_path: Path) ->
     parts.model.eval()
     assert list(stages_of(parts.model)) == ["before_0"]
     trace = Trace()
-    with_segments = parts.task.forward(parts.model, batch, trace=trace).logits
-    without = parts.task.forward(parts.model, batch | {"token_type_ids": torch.zeros_like(batch["token_type_ids"])}, trace=Trace()).logits
+    with_segments = task_named(parts.recipe.task).forward(parts.model, batch, trace=trace).logits
+    without = (
+        task_named(parts.recipe.task)
+        .forward(parts.model, batch | {"token_type_ids": torch.zeros_like(batch["token_type_ids"])}, trace=Trace())
+        .logits
+    )
     assert not torch.equal(with_segments, without)
     assert trace.valid is not None
-    assert parts.task.amount(batch) == int(trace.valid.sum())
+    assert task_named(parts.recipe.task).amount(batch) == int(trace.valid.sum())
     parts.model.train()
-    parts.task.loss(parts.model, batch, trace=(taught := Trace())).backward()
+    task_named(parts.recipe.task).loss(parts.model, batch, trace=(taught := Trace())).backward()
     assert taught.auxiliary_loss is not None
 
 

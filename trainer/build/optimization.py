@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, get_scheduler
 
 from ...modules.backbones import backbone_for
 from ...modules.checkpoints.lora import is_lora
@@ -91,25 +91,34 @@ def layer_depths(model: nn.Module) -> dict[int, int]:
 def learning_rate_schedule(optimizer: Optimizer, kind: str, total_steps: int, warmup: float = 0.05, final: float = 0.0) -> LambdaLR:
     """Linear warm-up, then ``cosine``, ``linear`` or ``constant``.
 
+    The warm-up is done here: that of transformers' schedules gives the first step a learning rate of 0, which trains nothing, or
+    (``cosine_warmup_with_min_lr``) starts the cosine one step late.
+
     Args:
         optimizer: whose groups' learning rates are the peaks.
         kind: of the schedule after the warm-up.
         total_steps: optimizer steps.
         warmup: fraction of them that warms up.
-        final: learning rate at the end ÷ peak.
+        final: learning rate at the end ÷ peak; ``constant`` has none.
     """
+    if kind not in ("cosine", "linear", "constant"):
+        raise ValueError(f"optimizer.schedule = {kind!r} must be one of cosine, linear, constant")
     steps = math.ceil(warmup * total_steps)
-    shapes: dict[str, Callable[[float], float]] = {
-        "cosine": lambda progress: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)),
-        "linear": lambda progress: 1 - (1 - final) * progress,
-        "constant": lambda progress: 1.0,
-    }
-    if kind not in shapes:
-        raise ValueError(f"optimizer.schedule = {kind!r} must be one of {', '.join(shapes)}")
+    rest = max(1, total_steps - steps)
+    decay = _decay(optimizer, kind, rest, final)
 
     def factor(step: int) -> float:
-        if step < steps:
-            return (step + 1) / steps
-        return shapes[kind](min(1.0, (step - steps) / max(1, total_steps - steps)))
+        return (step + 1) / steps if step < steps else decay(min(step - steps, rest))
 
     return LambdaLR(optimizer, factor)
+
+
+def _decay(optimizer: Optimizer, kind: str, steps: int, final: float) -> Callable[[int], float]:
+    """Factor on the peak learning rate by step from 0 to ``steps``, after the warm-up."""
+    if kind == "linear" and final > 0:
+        # transformers' linear schedule ends at 0; its polynomial one takes its end as a learning rate, and groups have different ones.
+        return lambda step: 1 - (1 - final) * (step / steps)
+    name, options = ("cosine_with_min_lr", {"min_lr_rate": final}) if kind == "cosine" else (kind, None)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=steps, scheduler_specific_kwargs=options)
+    decay: Callable[[int], float] = schedule.lr_lambdas[0]
+    return decay

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from ..build.build import cost_model
 from ..tasks.base import task_named
 from .base import Format, auto_class, base_name, compressed
@@ -58,12 +60,29 @@ def write_card(source: ExportSource, form: type[Format], settings: Settings, abo
         folder: of the export.
     """
     kind = form.__module__.rpartition(".")[2].replace("_", "-")
-    pipeline = _PIPELINES.get(auto_class(source.model))
-    header = ["---", "library_name: transformers", "tags: [laconic, token-compression]"]
-    header += [f"pipeline_tag: {pipeline}"] if pipeline else []
-    header += [f"base_model: {about['base_model']}"] if about["base_model"] and not Path(about["base_model"]).exists() else []
+    base = about["base_model"]
+    header = ModelCardData(
+        library_name="transformers",
+        tags=["laconic", "token-compression"],
+        pipeline_tag=_PIPELINES.get(auto_class(source.model)),
+        # A folder of this machine is of no use to a reader of the card.
+        base_model=base if base and not Path(base).exists() else None,
+    )
     title = f"{about['architecture']}, {'compressed by Laconic' if about['compressed'] else 'trained by Laconic'}"
-    lines = [*header, "---", "", f"# {title}", "", _words(about), "", "| | |", "|---|---|", *_rows(about, kind, settings), ""]
+    lines = [
+        "---",
+        header.to_yaml(),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        _words(about),
+        "",
+        "| | |",
+        "|---|---|",
+        *_rows(about, kind, settings),
+        "",
+    ]
     lines += ["## Loading", "", "```python", f'folder = "."  # or the name of the repository\n{usage}', "```", "", *_notes(kind, about), ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 

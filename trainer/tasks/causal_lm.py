@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +20,7 @@ from ..build.initial_weights import start_of
 from ..build.parts import RunParts
 from ..distributed import collective
 from ..losses.token_loss import TokenLoss, check_model, token_loss
+from ..metrics.perplexity import Perplexity
 from ..metrics.quality import Quality
 from ..recipe.schema import IMAGE_KEYS, DataRecipe, ModelRecipe, Recipe
 from ..run_folder import TOKENIZER, RunFolder
@@ -31,41 +30,6 @@ from .base import PROBES, Task, refuse_data_keys
 
 EMBEDDED = {"python_library": python_library, "python_functions": python_functions}
 _PROBE_TOKENS = 32
-
-
-@dataclass
-class Perplexity(Quality):
-    """Perplexity of the predicted tokens, and what can be compared between tokenizers: bits a byte of their text.
-
-    Attributes:
-        nats: negative log-likelihood of all of them.
-        tokens: predicted.
-        bytes: of their text, in UTF-8; special tokens have none, and still cost nats.
-    """
-
-    nats: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-
-    def add(self, out: TokenLoss, batch: Mapping[str, Any]) -> None:
-        self.nats, self.tokens, self.bytes = self.nats + float(out.total), self.tokens + int(out.count), self.bytes + batch["bytes"]
-
-    def merge(self, other: Perplexity) -> None:
-        self.nats, self.tokens, self.bytes = self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes
-
-    @property
-    def loss(self) -> float:
-        """Nats a token."""
-        return self.nats / max(1, self.tokens)
-
-    @property
-    def value(self) -> float:
-        # Untrained models of large vocabularies may be past what a float holds.
-        return math.exp(min(self.loss, 700.0))
-
-    def details(self, data: Splits) -> dict[str, Any]:
-        bits = self.nats / math.log(2) / self.bytes if self.bytes else None
-        return {"loss": self.loss, "bits_per_byte": bits, "tokens": self.tokens, "bytes": self.bytes}
 
 
 class CausalLMModule(TaskModule):

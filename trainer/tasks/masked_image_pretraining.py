@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from ...modules.backbones.vit_mae import fill_positions, visible
 from ...modules.tokens.draws import masking_order
 from ..build.parts import RunParts
 from ..metrics.quality import Quality
+from ..metrics.reconstruction import Reconstruction
 from ..recipe.schema import DataRecipe, Recipe
 from ..task_module import TaskModule
 from .base import PROBES
@@ -26,31 +27,6 @@ from .base_image import ImageTask, image_source
 
 # Masks of evaluation are the same in every run, whatever its seed, so that runs can be compared.
 _EVALUATION_SEED = 0
-
-
-@dataclass
-class Reconstruction(Quality):
-    """Mean squared error of the hidden patches' pixels, as the model's own loss counts it.
-
-    Attributes:
-        total: of the images' errors.
-        images: seen.
-    """
-
-    total: float = 0.0
-    images: int = 0
-
-    def add(self, out: Any, batch: Mapping[str, Any]) -> None:
-        # Every image hides as many patches, so that the mean over a batch is a mean over its images.
-        number = len(batch["pixel_values"])
-        self.total, self.images = self.total + float(out.loss) * number, self.images + number
-
-    def merge(self, other: Reconstruction) -> None:
-        self.total, self.images = self.total + other.total, self.images + other.images
-
-    @property
-    def value(self) -> float:
-        return self.total / max(1, self.images)
 
 
 class MaskedImageModule(TaskModule):

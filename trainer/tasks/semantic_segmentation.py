@@ -18,51 +18,11 @@ from ...modules.backbones import backbone_for
 from ...modules.heads import own_models
 from ...modules.tokens.labels import IGNORE_PIXEL
 from ..build.parts import RunParts
+from ..metrics.mean_iou import MeanIoU
 from ..metrics.quality import Quality
 from ..recipe.schema import DataRecipe, Recipe
 from ..task_module import TaskModule
 from .base_image import ImageTask, image_source
-
-
-class MeanIoU(Quality):
-    """Intersection over union of each class, over all pixels of all images, and its mean over the classes that there are.
-
-    Attributes:
-        confusion: (classes, classes) int64 pixels by their class and the class that they were given; None before the first batch.
-    """
-
-    def __init__(self) -> None:
-        self.confusion: Tensor | None = None
-
-    def add(self, out: Any, batch: Mapping[str, Any]) -> None:
-        logits, labels = out.logits, batch["labels"]
-        classes, labelled = logits.shape[1], labels != IGNORE_PIXEL
-        pairs = labels[labelled] * classes + logits.argmax(1)[labelled]
-        self._count(torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu())
-
-    def merge(self, other: MeanIoU) -> None:
-        if other.confusion is not None:
-            self._count(other.confusion)
-
-    def _count(self, confusion: Tensor) -> None:
-        self.confusion = confusion if self.confusion is None else self.confusion + confusion
-
-    @property
-    def per_class(self) -> list[float | None]:
-        """By class; None for one that neither a label nor an answer names."""
-        if self.confusion is None:
-            return []
-        both = self.confusion.diagonal()
-        either = self.confusion.sum(0) + self.confusion.sum(1) - both
-        return [hit / union if union else None for hit, union in zip(both.tolist(), either.tolist(), strict=True)]
-
-    @property
-    def value(self) -> float:
-        known = [value for value in self.per_class if value is not None]
-        return sum(known) / max(1, len(known))
-
-    def details(self, data: ImageData) -> dict[str, Any]:
-        return {"iou": dict(zip(data.classes, self.per_class, strict=False))}
 
 
 class SemanticSegmentation(ImageTask):
