@@ -114,7 +114,7 @@ _FREE = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_ran
 def _mae_config(name: str | Path, revision: str | None) -> Any:
     try:
         config: Any = AutoConfig.from_pretrained(str(name), revision=revision)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} is no folder of weights here and cannot be loaded from the hub ({str(error).splitlines()[0]}): give a folder or hub name "
             "of a vit_mae"
