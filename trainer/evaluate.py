@@ -69,7 +69,7 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
         name: str, variant: PreTrainedModel, lookahead: bool = False, decider: PreTrainedModel | None = None
     ) -> Mapping[str, float]:
         console.print(f"evaluating {name} on {len(data.test):,} {task.item}", highlight=False)  # type: ignore[arg-type]
-        cost = cost_model(variant, size=data.size)
+        cost = cost_model(variant, size=task.size(recipe))
         found = _evaluate(variant.eval(), loader, recipe, task, device, cost, lookahead, decider)
         figures = asdict(found)
         results[name] = {task.metric: figures.pop("quality"), **figures}

@@ -37,10 +37,6 @@ class LabelledText(Splits):
     length: int
     counted: BadRowCount
 
-    @property
-    def size(self) -> int:
-        return self.length
-
     def train_batches(self, batch_size: int, batches: int, seed: int, rank: int = 0, world_size: int = 1) -> StepBatches:
         lengths: torch.Tensor = self.train.lengths  # type: ignore[attr-defined]
         return BucketedBatches(lengths, batch_size, batches, seed, rank, world_size)

@@ -68,10 +68,6 @@ class TextData(Splits):
     streamed: bool = False
 
     @property
-    def size(self) -> int:
-        return self.length
-
-    @property
     def train_rows(self) -> int | None:
         return None if self.streamed else super().train_rows
 

@@ -114,7 +114,7 @@ def test_any_data_set_with_texts_and_labels_is_read_cut_and_framed(tmp_path: Pat
     rows = [{"sentence": WORDS[i % 3] * (1 + i % 4), "label": ["a", "b"][i % 2]} for i in range(24)]
     data = _open(_jsonl(tmp_path / "rows.jsonl", rows), tokenizer, Columns())
     assert data.classes == ["a", "b"]
-    assert (len(data.train), len(data.validation), data.has_test, data.size) == (18, 6, False, 16)  # type: ignore[arg-type]
+    assert (len(data.train), len(data.validation), data.has_test, data.length) == (18, 6, False, 16)  # type: ignore[arg-type]
     frame = frame_of(tokenizer)
     for index in range(18):
         item = data.train[index]

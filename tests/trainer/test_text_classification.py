@@ -14,13 +14,19 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from laconic import Trace, stages_of
 from laconic.data.rows import collate
 from laconic.data.text.tokenizer import trained_tokenizer
+from laconic.modules.cost.cost import CostModel
 from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
 from laconic.trainer.evaluate import evaluate, inspect_run
+from laconic.trainer.export.base import format_named
+from laconic.trainer.export.card import facts, write_card
+from laconic.trainer.export.source import ExportSource, Settings
+from laconic.trainer.measure.tables import cost_of_model, cost_of_recipe
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
 from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base import task_named
+from tests.trainer.export_runs import written_run
 
 TINY = ["baselines=[]", "model.config.vocab_size=400", "model.config.num_attention_heads=2", "data.sequence_length=48"]
 
@@ -44,6 +50,23 @@ def test_a_run_is_evaluated_with_the_tokenizer_it_was_trained_with_and_shown(tmp
     )
     assert 0 < shares["before_0"] < 1
     assert "<span" in (tmp_path / "page.html").read_text()
+
+
+def test_card_and_cost_of_a_model_count_rows_of_its_own_length(tmp_path: Path, quick: list[str]) -> None:
+    overrides = [*quick, *TINY, "data.sequence_length=192"]
+    model = build(load("text_classify", overrides).recipe).model
+    run = written_run(tmp_path / "run", model, "text_classify", *overrides)
+    ratio = cost_of_recipe("text_classify", overrides)["macs_ratio"]
+    assert ratio == CostModel(model, size=192)().macs_ratio
+    # What the family is counted at where nothing says how long its texts are.
+    assert abs(ratio - CostModel(model)().macs_ratio) > 1e-3
+    for folder in (run, run / "model"):
+        assert cost_of_model(str(folder))["macs_ratio"] == ratio
+    source, form = ExportSource.open(str(run)), format_named("merged")
+    write_card(source, form, Settings(), facts(source), form.usage(source.model), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"| MACs ÷ dense | {ratio:.4f} requested" in card
+    assert "pipeline_tag: text-classification" in card
 
 
 def _bert(tmp_path: Path) -> Any:

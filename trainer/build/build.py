@@ -53,18 +53,18 @@ def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] 
     base = collective.from_rank_zero(lambda: _base(recipe, start))
     if shards is None:
         dense, new = _starting_model(recipe, config, data, task, start)
-        model, cost, budget = _assemble(recipe, dense, data, steps, start, new)
+        model, cost, budget = _assemble(recipe, dense, steps, start, new)
     else:
         source, new = None, []
         if collective.rank() == 0:
             # Its own copy of the configuration: compress writes into it.
             dense, new = _starting_model(recipe, copy.deepcopy(config), data, task, start)
-            source = _assemble(recipe, dense, data, steps, start, new)[0]
+            source = _assemble(recipe, dense, steps, start, new)[0]
         missing = new
         new = collective.from_rank_zero(lambda: missing)
         with zero3_init(shards):
             bare = recipe.model.model_copy(update={"name": None, "config": {}})
-            model, cost, budget = _assemble(recipe, build_model(bare, config, data, task), data, steps, start, new, filled=False)
+            model, cost, budget = _assemble(recipe, build_model(bare, config, data, task), steps, start, new, filled=False)
         broadcast_weights(model, source)
     return RunParts(recipe, data, model, cost, budget, steps, base)
 
@@ -102,15 +102,15 @@ def _starting_model(
 
 
 def _assemble(
-    recipe: Recipe, model: PreTrainedModel, data: Splits, steps: int, start: Start | None, new: Sequence[str], filled: bool = True
+    recipe: Recipe, model: PreTrainedModel, steps: int, start: Start | None, new: Sequence[str], filled: bool = True
 ) -> tuple[PreTrainedModel, CostModel | None, Budget | None]:
     """The dense model with what the recipe does to it; one that is not ``filled`` gets its values later."""
-    budget = None
+    budget, size = None, task_named(recipe.task).size(recipe)
     if recipe.compression is not None:
         # Draws of the stages' weights come after the backbone's, so a dense arm starts from the same backbone.
         compression = recipe.compression
         if recipe.budget is not None:
-            budget = Budget(recipe.budget, model, compression, steps, recipe.seed, data.size)
+            budget = Budget(recipe.budget, model, compression, steps, recipe.seed, size)
             compression = budget.compression
         model = compress(model, compression)
         unheld = [name for name, (_, stage) in stages_of(model).items() if budget is None and stage.selector.needs_probabilities]
@@ -124,7 +124,7 @@ def _assemble(
         if start is not None and filled:
             load_stages(model, start)
     # LoRA costs nothing once it is merged.
-    cost = cost_model(model, size=data.size)
+    cost = cost_model(model, size=size)
     train_parts(recipe.lora, model, new, start.adapter if start is not None else None, filled)
     if recipe.trainer.gradient_checkpointing:
         checkpoint_activations(model)

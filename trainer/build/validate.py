@@ -68,8 +68,8 @@ def validate(recipe: Recipe) -> Checked:
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:
-            compression = Budget(recipe.budget, model, compression, steps, recipe.seed, data.size).compression
-        counted = cost_model(model, compression, data.size)
+            compression = Budget(recipe.budget, model, compression, steps, recipe.seed, task.size(recipe)).compression
+        counted = cost_model(model, compression, task.size(recipe))
         if counted is not None:
             # Found out before training, not when it is evaluated.
             check_deployable(stage for stage in counted.stages if stage.backbone.causal)

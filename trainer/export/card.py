@@ -17,6 +17,7 @@ from .source import ExportSource, Settings
 _PIPELINES = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForSemanticSegmentation": "image-segmentation",
+    "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForPreTraining": "feature-extraction",
 }
@@ -25,7 +26,8 @@ _PIPELINES = {
 def facts(source: ExportSource) -> dict[str, Any]:
     """What is known of the model, taken before a format changes it: costs from its token counts, the rest from the run's report."""
     model, report = source.model, source.report or {}
-    costs = cost_model(model, size=source.recipe.data.sequence_length if source.recipe.task == "causal_lm" else None)
+    task = task_named(source.recipe.task)
+    costs = cost_model(model, size=task.size(source.recipe))
     cost = None if costs is None else costs()
     is_compressed = compressed(model)
     quality, keep = report.get("quality") or {}, report.get("keep") or {}
@@ -34,7 +36,7 @@ def facts(source: ExportSource) -> dict[str, Any]:
         "architecture": base_name(model),
         "base_model": source.recipe.model.name,
         "compressed": is_compressed,
-        "metric": task_named(source.recipe.task).metric,
+        "metric": task.metric,
         "quality": quality.get("compressed" if is_compressed else "dense"),
         "dense_quality": quality.get("dense"),
         "split": quality.get("split"),

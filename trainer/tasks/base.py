@@ -100,6 +100,11 @@ class Task:
         raise NotImplementedError
 
     @classmethod
+    def size(cls, recipe: Recipe) -> tuple[int, int] | int | None:
+        """Of one row as the model takes it: height and width in pixels, or tokens of the longest text; None where the model's config says it."""
+        return None
+
+    @classmethod
     def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
         """Makes a config fit the data, in place, before its model is built. Raises ValueError where it cannot.
 

@@ -137,6 +137,10 @@ class CausalLM(Task):
         return hub_text(*splits, data.validation_fraction, tokenizer_of, settings)
 
     @classmethod
+    def size(cls, recipe: Recipe) -> int:
+        return recipe.data.sequence_length
+
+    @classmethod
     def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
         assert isinstance(data, TextData)
         inner: Any = config.get_text_config()

@@ -101,6 +101,10 @@ class TextClassification(Task):
         )
 
     @classmethod
+    def size(cls, recipe: Recipe) -> int:
+        return recipe.data.sequence_length
+
+    @classmethod
     def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
         assert isinstance(data, LabelledText)
         inner: Any = config
