@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import PreTrainedModel
 
 from ..modules.checkpoints import loading
@@ -17,7 +16,7 @@ from ..modules.checkpoints.adapter_folder import is_adapter
 from ..modules.checkpoints.base_weights import Base
 from ..modules.checkpoints.lora import merge_lora
 from .errors import RecipeError
-from .recipe.files import apply_override, check
+from .recipe.files import read_recorded
 from .recipe.schema import Recipe
 
 MODEL, ADAPTER, RECIPE = "model", "adapter", "recipe.yaml"
@@ -142,10 +141,7 @@ class RunFolder:
 
     def read_recipe(self, overrides: Sequence[str] = ()) -> Recipe:
         """The recipe that was trained, with overrides laid over it. Raises RecipeError."""
-        data = yaml.safe_load(self.recipe.read_text())
-        for override in overrides:
-            apply_override(data, override)
-        return check(data, str(self.recipe))
+        return read_recorded(self.recipe, overrides)
 
     def read_report(self) -> dict[str, Any] | None:
         """The run's figures; None where there is no report."""

@@ -342,12 +342,12 @@ def test_the_module_weighs_its_loss_by_the_tokens_of_all_ranks(tiny: list[str], 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.augmentation=flip"], r"data.augmentation = 'flip' is for images, and task = causal_lm has text"),
-        (["data.canvas.size=40"], r"data.canvas = .* is for images"),
+        (["data.augmentation=flip"], r"data.augmentation is for images .*, and task = causal_lm has text without labels: leave it out"),
+        (["data.canvas.size=40"], r"data.canvas is for images"),
         (["distillation={teacher: dense_self}"], "distillation has an image classifier for a teacher"),
         (
             ["data.name=scattered_digits"],
-            r"data.name = 'scattered_digits' holds images, .*: give python_library, python_functions, text, json",
+            r"data.name = 'scattered_digits' is for images .*: give python_library, python_functions, text, json",
         ),
         (["data.streaming=true"], "python_library is on this machine and small"),
         (["data.sample_by=line"], "data.sample_by = 'line' cuts files of data.name = 'text', and it is 'python_library'"),
@@ -374,7 +374,9 @@ def test_what_cannot_be_deployed_is_refused_before_it_is_trained(parts: str, tin
 
 
 def test_keys_of_text_are_refused_for_images_and_a_tokenizer_must_fit(tmp_path: Path, tiny: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"data.sequence_length = 64 is for text, and this task has images: leave it out"):
+    with pytest.raises(
+        ValueError, match=r"data.sequence_length is for text .*, and task = image_classification has images .*: leave it out"
+    ):
         validate(load("vit_digits", ["data.sequence_length=64"]).recipe)
     small_tokenizer().save_pretrained(tmp_path / "tokenizer")
     fit = [*tiny, f"data.tokenizer={tmp_path / 'tokenizer'}"]

@@ -143,12 +143,21 @@ def test_a_dataset_with_masks_trains_from_a_classifier_s_weights(tmp_path: Path,
     ("overrides", "message"),
     [
         (["compression.restore=null"], r"compression.restore is needed: .*after stages before_1 .*\{layer: 6, by: unmerge\}"),
-        (["data.mixing={mixup: 0.8}"], r"data.mixing mixes one label an image"),
-        (["data.label_smoothing=0.1"], r"data.label_smoothing .* leave it out"),
+        (
+            ["data.mixing={mixup: 0.8}"],
+            r"data.mixing is for images with one label each .*, and task = semantic_segmentation has images with masks: leave it out",
+        ),
+        (["data.label_smoothing=0.1"], r"data.label_smoothing is for .* leave it out"),
+        (["data.random_augment={}"], r"data.random_augment is for .* leave it out"),
+        (["data.erase=0.1"], r"data.erase is for .* leave it out"),
+        (["data.label_column=kind"], r"data.label_column is for .* leave it out"),
         (["distillation={teacher: dense_self}"], r"distillation has an image classifier"),
         (["model.config={model_type: beit}"], r"BeitForSemanticSegmentation cannot be compressed: its head reads the hidden states"),
         (["model.config={model_type: deit}"], r"deit has no head for semantic segmentation here: take model_type dinov2 or vit"),
-        (["task=image_classification", "data.mask_column=mask"], r"data.mask_column = 'mask' is for masks"),
+        (
+            ["task=image_classification", "data.mask_column=mask"],
+            r"data.mask_column is for images with masks \(task = semantic_segmentation\)",
+        ),
     ],
 )
 def test_what_segmentation_does_not_have_is_refused_with_the_cure(overrides: list[str], message: str) -> None:

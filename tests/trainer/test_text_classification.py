@@ -124,10 +124,16 @@ def test_a_folder_of_weights_learns_pairs_with_their_segments(tmp_path: Path) ->
 
 
 MISTAKES = [
-    (["data.name=python_library"], "holds texts without labels: give python_passages"),
-    (["data.name=scattered_digits"], "holds images"),
-    (["data.mean=[0.5]"], r"data.mean = \[0.5\] is for images"),
-    (["data.streaming=true"], "data.streaming = True is for task = causal_lm"),
+    (
+        ["data.name=python_library"],
+        r"is for text without labels \(task = causal_lm\), and task = text_classification .*: give python_passages",
+    ),
+    (
+        ["data.name=scattered_digits"],
+        "is for images .*, and task = text_classification has texts with one label each: give python_passages",
+    ),
+    (["data.mean=[0.5]"], r"data.mean is for images .*, and task = text_classification has texts with one label each: leave it out"),
+    (["data.streaming=true"], r"data.streaming is for text without labels \(task = causal_lm\)"),
     (["model.config.model_type=vit"], "vit has no sequence classifier in transformers"),
     (["model.config.model_type=llama"], "the 'llama' adapter does not serve LlamaForSequenceClassification"),
     (["data.sequence_length=4096"], "data.sequence_length = 4096 is more than the model's max_position_embeddings = 512"),
@@ -145,5 +151,5 @@ def test_a_mistake_names_the_key_and_the_cure(overrides: list[str], message: str
 
 def test_other_tasks_refuse_the_keys_of_pairs() -> None:
     for name in ("llm_pretrain_dense", "vit_digits"):
-        with pytest.raises(ValueError, match="data.second_text_column = 'b' is for"):
+        with pytest.raises(ValueError, match=r"data.second_text_column is for texts with one label each \(task = text_classification\)"):
             validate(load(name, ["data.second_text_column=b"]).recipe)

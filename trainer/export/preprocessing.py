@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 from transformers import AutoTokenizer
 
+from ...data.images.recipe import DRAWN, ImageRecipe
 from ..measure.report import write_json
 from ..recipe.schema import Recipe
 from ..run_folder import PROCESSOR, TOKENIZER
@@ -29,10 +30,11 @@ def image_processor(recipe: Recipe, config: Any) -> dict[str, Any]:
     """Settings for transformers' image processors that do what evaluation here does: shorter side to size, centre, normalise."""
     size, channels = image_input(config)
     data = with_normalisation(recipe).data
+    assert isinstance(data, ImageRecipe)
     assert data.mean is not None
     assert data.std is not None
     # The embedded digits are drawn as numbers in [0, 1], and stay so.
-    normalised = data.name != "scattered_digits"
+    normalised = data.name != DRAWN
     return {
         "image_processor_type": "ViTImageProcessor",
         # A colour image for a grey model is the caller's to convert: transformers knows no grey.

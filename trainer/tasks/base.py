@@ -175,22 +175,6 @@ class Task:
         model.compile()
 
 
-def refuse_data_keys(recipe: Recipe, keys: Sequence[str], why: str) -> None:
-    """Raises ValueError where a key of ``data`` is set that belongs to other tasks.
-
-    Args:
-        recipe: the recipe.
-        keys: of ``data``.
-        why: the rest of the message, after the key.
-    """
-    fields = type(recipe.data).model_fields
-    for key in keys:
-        value = getattr(recipe.data, key)
-        # A recorded recipe names every key, also those that nobody set.
-        if value != fields[key].get_default(call_default_factory=True):
-            raise ValueError(f"data.{key} = {value!r} {why}")
-
-
 def names() -> Sequence[str]:
     """The tasks there are."""
     return registry.names(__package__)
