@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .modules.budget.config import BudgetConfig
     from .modules.checkpoints.adapter_saving import save_adapter
     from .modules.checkpoints.adapters import Adapters
-    from .modules.checkpoints.loading import from_pretrained
     from .modules.checkpoints.lora import add_lora, merge_lora, train_only
     from .modules.compress import compress, decompress
     from .modules.config import CompressionConfig, StageConfig
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from .modules.stage import stages_of
     from .modules.tokens.trace import Trace
     from .trainer.hf import BudgetMixin, BudgetTrainer
+    from .trainer.run_folder import from_pretrained
 
 _HOMES = {
     "Adapters": "modules.checkpoints.adapters",
@@ -38,7 +38,7 @@ _HOMES = {
     "add_lora": "modules.checkpoints.lora",
     "compress": "modules.compress",
     "decompress": "modules.compress",
-    "from_pretrained": "modules.checkpoints.loading",
+    "from_pretrained": "trainer.run_folder",
     "merge_lora": "modules.checkpoints.lora",
     "save_adapter": "modules.checkpoints.adapter_saving",
     "stages_of": "modules.stage",

@@ -17,8 +17,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..data.rows import BadRowCount, collate
-from ..modules.checkpoints.loading import find_adapter, from_pretrained, saved_class
-from ..modules.checkpoints.lora import merge_lora
 from ..modules.compress import compress, decompress
 from ..modules.config import CompressionConfig, PartConfig
 from ..modules.cost.cost import CostModel
@@ -28,9 +26,8 @@ from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.scope import COMPLETE
 from ..modules.tokens.trace import Trace
 from .build.build import cost_model, model_config
-from .errors import RecipeError
-from .recipe.files import check
 from .recipe.schema import Recipe
+from .run_folder import RunFolder, load_model
 from .tasks.base import Task, task_named
 
 
@@ -51,34 +48,6 @@ class Evaluated:
     latency: float | None
 
 
-def model_folder(target: str) -> tuple[Path, Path]:
-    """Folder of the weights or adapter and path of the recipe, from a run folder or an export. Raises RecipeError."""
-    folder = Path(target)
-    if not folder.is_dir():
-        raise RecipeError(f"{target} is no folder: give a run folder, or the folder of an export")
-    recipe = folder / "recipe.yaml"
-    if not recipe.is_file():
-        raise RecipeError(f"{target} has no recipe.yaml: give a run folder, or the folder of an export")
-    if (adapter := find_adapter(folder)) is not None:
-        return adapter, recipe
-    for weights in (folder / "model", folder):
-        if (weights / "config.json").is_file():
-            return weights, recipe
-    raise RecipeError(f"{target} holds no trained model yet (model/config.json): the run has not ended; laconic train … --resume auto")
-
-
-def load_model(folder: Path) -> PreTrainedModel:
-    """A trained model, compressed or dense, in evaluation mode; an adapter's LoRA is merged into the weights of its base."""
-    import json
-
-    if find_adapter(folder) is not None:
-        model = from_pretrained(folder)
-        return merge_lora(model) if hasattr(model, "peft_config") else model
-    if "compression" in json.loads((folder / "config.json").read_text()):
-        return from_pretrained(folder)
-    return saved_class(folder).from_pretrained(folder, use_safetensors=True).eval()
-
-
 def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     """Quality and speed of the weights in ``target``: as trained, dense, and with each control's choice of as many tokens.
 
@@ -86,13 +55,13 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     well a model trained with a control does is the report's ``baselines``. A gate (``estimator: gate``) stays for the controls, and
     is gone with the stages of the dense model.
     """
-    folder, _ = model_folder(target)
-    model = load_model(folder)
+    run = RunFolder.open(target)
+    model = load_model(run.trained())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     task = task_named(recipe.task)
     config = model_config(recipe.model, task) if recipe.model.config is not None else model.config
-    data = task.open_data(task.of_run(recipe, folder), config)
+    data = task.open_data(task.of_run(recipe, run), config)
     loader = DataLoader(data.test, batch_size=recipe.data.eval_batch_size, collate_fn=collate, num_workers=recipe.data.workers)
     results: dict[str, Any] = {}
 
@@ -135,11 +104,11 @@ def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Map
     Raises:
         ValueError: the model is dense, or the task cannot show what is asked for.
     """
-    folder, _ = model_folder(target)
-    task, model = task_named(recipe.task), load_model(folder)
+    run = RunFolder.open(target)
+    task, model = task_named(recipe.task), load_model(run.trained())
     if not stages_of(model):
         raise ValueError(f"{target} is a dense model: every layer sees every token, there is nothing to inspect")
-    return task.inspect(target, task.of_run(recipe, folder), model, given, to)
+    return task.inspect(target, task.of_run(recipe, run), model, given, to)
 
 
 def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float]) -> PreTrainedModel:
@@ -210,16 +179,3 @@ def _evaluate(
         macs_ratio=kept.macs_ratio,
         latency=statistics.median(seconds) if seconds else None,
     )
-
-
-def recipe_of(target: str, overrides: list[str]) -> Recipe:
-    """The recipe beside a trained model, with overrides laid over it."""
-    import yaml
-
-    from .recipe.files import apply_override
-
-    _, path = model_folder(target)
-    data = yaml.safe_load(path.read_text())
-    for override in overrides:
-        apply_override(data, override)
-    return check(data, str(path))

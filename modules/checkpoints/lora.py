@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -231,28 +230,3 @@ def _nothing(wanted: list[str], known: Mapping[str, Any], free: Mapping[str, Any
     raise ValueError(
         f"lora.targets = {in_routers or wanted}: they {why}; give names or ends of names, of {there}, or {ALL_LINEAR}, or null"
     )
-
-
-def copy_all(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
-    """Copies tensors by name, all of them or none.
-
-    Raises:
-        ValueError: names or shapes differ; nothing has been copied then.
-    """
-    check_same(ours, theirs, where)
-    with torch.no_grad():
-        for name, value in theirs.items():
-            ours[name].copy_(value)
-    lost = [name for name, value in theirs.items() if not torch.equal(ours[name].cpu(), value.to(ours[name].dtype).cpu())]
-    if lost:
-        raise RuntimeError(f"{where}: tensors did not arrive: {', '.join(lost[:5])}")
-
-
-def check_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
-    """Raises ValueError where tensors are missing, left over or of another shape than the model's."""
-    for kind, names in (("lacks", ours.keys() - theirs.keys()), ("has, and the model has not,", theirs.keys() - ours.keys())):
-        if names:
-            raise ValueError(f"{where} {kind} {len(names)} tensor(s): {', '.join(sorted(names)[:3])}{' …' if len(names) > 3 else ''}")
-    for name, value in theirs.items():
-        if value.shape != ours[name].shape:
-            raise ValueError(f"{where}: {name} is {tuple(value.shape)}, the model's {tuple(ours[name].shape)}")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from laconic.data.embedded.python_passages import PACKAGES, PassageRows, library_texts
-from laconic.data.hub import DataSource
 from laconic.data.loader import BucketedBatches, StepBatches
 from laconic.data.rows import BadRows, collate
+from laconic.data.source import DataSource, SplitNames
 from laconic.data.text.labelled import Columns, LabelledText, frame_of, hub_labelled_text
 from laconic.data.text.tokenizer import trained_tokenizer
 
@@ -107,7 +107,7 @@ def _jsonl(path: Path, rows: list[dict[str, Any]]) -> DataSource:
 
 
 def _open(source: DataSource, tokenizer: Any, columns: Columns, length: int = 16, bad: float = 0.0) -> LabelledText:
-    return hub_labelled_text(source, "train", None, None, 0.25, columns, length, lambda texts: tokenizer, bad)
+    return hub_labelled_text(source, SplitNames(fraction=0.25), columns, length, lambda texts: tokenizer, bad)
 
 
 def test_any_data_set_with_texts_and_labels_is_read_cut_and_framed(tmp_path: Path, tokenizer: Any) -> None:

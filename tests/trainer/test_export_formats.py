@@ -29,7 +29,6 @@ from laconic.data.images.transform import ImageTransform
 from laconic.modules.tokens.gather import sum_into
 from laconic.trainer.cli.app import app
 from laconic.trainer.errors import RecipeError
-from laconic.trainer.evaluate import load_model
 from laconic.trainer.export import export as exporting
 from laconic.trainer.export.base import names
 from laconic.trainer.export.capture import captured
@@ -37,6 +36,7 @@ from laconic.trainer.export.export import export
 from laconic.trainer.export.preprocessing import image_processor
 from laconic.trainer.export.source import ExportSource, Settings
 from laconic.trainer.recipe.files import load
+from laconic.trainer.run_folder import load_model
 from tests import decoders
 from tests.matrix import METHODS, compressed, dense, images
 from tests.trainer.export_runs import WITHOUT_LACONIC, machine_without_laconic, written_run

@@ -20,6 +20,7 @@ from laconic.trainer.callbacks.ema import WeightEma
 from laconic.trainer.callbacks.stop import StopOnSigterm
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
+from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base import task_named
 from tests.matrix import dense
 
@@ -52,7 +53,7 @@ def _fit(tmp_path: Path, quick: list[str], *overrides: str, callbacks: list[Call
     parts = build(recipe)
     task = task_named(parts.recipe.task).module(parts)
     parts.model.train()
-    trainer = lightning_trainer(recipe, tmp_path / "run", parts.total_steps, callbacks)
+    trainer = lightning_trainer(recipe, RunFolder(tmp_path / "run"), parts.total_steps, callbacks)
     trainer.fit(task, datamodule=parts.data_module())
     return task, trainer
 
@@ -82,7 +83,7 @@ def test_a_checkpoint_of_a_stopped_run_holds_the_average_with_its_last_step(tmp_
 
 def test_an_average_comes_before_every_callback_that_saves(tmp_path: Path, quick: list[str]) -> None:
     recipe = load("vit_digits", [*quick, "trainer.ema=0.6"]).recipe
-    trainer = lightning_trainer(recipe, tmp_path, 2, [StopOnSigterm(tmp_path / "x.ckpt")])
+    trainer = lightning_trainer(recipe, RunFolder(tmp_path), 2, [StopOnSigterm(tmp_path / "x.ckpt")])
     assert isinstance(trainer.callbacks[0], WeightEma)  # type: ignore[attr-defined]
 
 

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from laconic import stages_of
 from laconic.data.rows import collate
 from laconic.trainer.build.build import build
-from laconic.trainer.evaluate import evaluate, recipe_of
+from laconic.trainer.evaluate import evaluate
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
+from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base import task_named
 
 TINY = [
@@ -68,7 +69,7 @@ def test_the_trained_model_is_an_ordinary_one_that_answers_as_the_run_was_evalua
     assert type(plain) is LlamaForCausalLM
     assert not any(loaded.values())
     assert "compression" not in json.loads((folder / "config.json").read_text())
-    again = evaluate(str(tmp_path / "run"), recipe_of(str(tmp_path / "run"), []), console)
+    again = evaluate(str(tmp_path / "run"), RunFolder.open(tmp_path / "run").read_recipe(), console)
     assert list(again["variants"]) == ["dense"]
     assert again["variants"]["dense"]["perplexity"] == report.quality["compressed"]
     # Fewer tokens in training alone, and the report says so.

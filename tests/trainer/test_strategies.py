@@ -21,9 +21,10 @@ from laconic.trainer.distributed.deepspeed import deepspeed_config
 from laconic.trainer.distributed.resume import MARKER, find_checkpoint
 from laconic.trainer.distributed.strategies import check, processes_of, resolved
 from laconic.trainer.errors import RecipeError
-from laconic.trainer.evaluate import evaluate, recipe_of
+from laconic.trainer.evaluate import evaluate
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
+from laconic.trainer.run_folder import RunFolder
 from tests.trainer.two_ranks import LANGUAGE, MASKED, SETTINGS, SHARED, STRATEGIES, TEXT, TWO
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,7 +159,7 @@ def test_rows_are_counted_once_whatever_the_number_of_processes(two_ranks: Path,
     results = _results(two_ranks)
     for name in STRATEGIES:
         target = str(two_ranks / name)
-        alone = evaluate(target, recipe_of(target, []), console)["variants"]["compressed"]
+        alone = evaluate(target, RunFolder.open(target).read_recipe(), console)["variants"]["compressed"]
         assert results[name]["quality"] == alone["accuracy"]  # type: ignore[index]
         assert results[name]["keep"] == alone["keep"]  # type: ignore[index]
 
@@ -192,11 +193,11 @@ def test_another_number_of_processes_and_incomplete_folders_are_refused(two_rank
         train_arm(alone, "arm", run, console, resume="auto")
     folder = tmp_path / "checkpoints" / "2.ckpt"
     (folder / "checkpoint").mkdir(parents=True)
-    assert find_checkpoint(tmp_path, "auto") is None
+    assert find_checkpoint(RunFolder(tmp_path), "auto") is None
     with pytest.raises(RecipeError, match=f"is no complete checkpoint, it has no {MARKER}"):
-        find_checkpoint(tmp_path, str(folder))
+        find_checkpoint(RunFolder(tmp_path), str(folder))
     (folder / MARKER).write_text("{}")
-    assert find_checkpoint(tmp_path, "auto") == folder
+    assert find_checkpoint(RunFolder(tmp_path), "auto") == folder
 
 
 def test_the_command_starts_its_processes_stops_all_at_sigterm_and_resumes(tmp_path: Path, quick: list[str]) -> None:

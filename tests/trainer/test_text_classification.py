@@ -17,13 +17,14 @@ from laconic.data.text.tokenizer import trained_tokenizer
 from laconic.modules.cost.cost import CostModel
 from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
-from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
+from laconic.trainer.evaluate import evaluate, inspect_run
 from laconic.trainer.export.base import format_named
 from laconic.trainer.export.card import facts, write_card
 from laconic.trainer.export.source import ExportSource, Settings
 from laconic.trainer.measure.tables import cost_of_model, cost_of_recipe
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
+from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base import task_named
 from tests.trainer.export_runs import written_run
 
@@ -41,10 +42,12 @@ def test_a_run_is_evaluated_with_the_tokenizer_it_was_trained_with_and_shown(tmp
     assert report.macs_ratio == pytest.approx(0.3, abs=0.06)
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     assert tokenizer("x = 1").input_ids[0] == tokenizer.cls_token_id
-    again = evaluate(str(run), recipe_of(str(run), []), console)
+    again = evaluate(str(run), RunFolder.open(run).read_recipe(), console)
     assert again["variants"]["compressed"]["accuracy"] == report.quality["compressed"]
     assert set(again["variants"]) == {"compressed", "random", "uniform_grid", "dense"}
-    shares = inspect_run(str(run), recipe_of(str(run), []), "import asyncio\nloop = asyncio.new_event_loop()", tmp_path / "page.html")
+    shares = inspect_run(
+        str(run), RunFolder.open(run).read_recipe(), "import asyncio\nloop = asyncio.new_event_loop()", tmp_path / "page.html"
+    )
     assert 0 < shares["before_0"] < 1
     assert "<span" in (tmp_path / "page.html").read_text()
 
@@ -121,10 +124,16 @@ def test_a_folder_of_weights_learns_pairs_with_their_segments(tmp_path: Path) ->
 
 
 MISTAKES = [
-    (["data.name=python_library"], "holds texts without labels: give python_passages"),
-    (["data.name=scattered_digits"], "holds images"),
-    (["data.mean=[0.5]"], r"data.mean = \[0.5\] is for images"),
-    (["data.streaming=true"], "data.streaming = True is for task = causal_lm"),
+    (
+        ["data.name=python_library"],
+        r"is for text without labels \(task = causal_lm\), and task = text_classification .*: give python_passages",
+    ),
+    (
+        ["data.name=scattered_digits"],
+        "is for images .*, and task = text_classification has texts with one label each: give python_passages",
+    ),
+    (["data.mean=[0.5]"], r"data.mean is for images .*, and task = text_classification has texts with one label each: leave it out"),
+    (["data.streaming=true"], r"data.streaming is for text without labels \(task = causal_lm\)"),
     (["model.config.model_type=vit"], "vit has no sequence classifier in transformers"),
     (["model.config.model_type=llama"], "the 'llama' adapter does not serve LlamaForSequenceClassification"),
     (["data.sequence_length=4096"], "data.sequence_length = 4096 is more than the model's max_position_embeddings = 512"),
@@ -142,5 +151,5 @@ def test_a_mistake_names_the_key_and_the_cure(overrides: list[str], message: str
 
 def test_other_tasks_refuse_the_keys_of_pairs() -> None:
     for name in ("llm_pretrain_dense", "vit_digits"):
-        with pytest.raises(ValueError, match="data.second_text_column = 'b' is for"):
+        with pytest.raises(ValueError, match=r"data.second_text_column is for texts with one label each \(task = text_classification\)"):
             validate(load(name, ["data.second_text_column=b"]).recipe)

@@ -27,7 +27,7 @@ from ..distributed.strategies import processes_of
 from ..distributed.zero3 import broadcast_weights, zero3_init
 from ..recipe.schema import ModelRecipe, Recipe
 from ..tasks.base import Task, task_named
-from .initial_weights import Start, check_start, load_stages, load_state, start_of
+from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load_stages, load_state, start_of
 from .model_settings import check_settings, with_settings
 from .parts import RunParts
 from .trainable import quantization, train_parts
@@ -118,8 +118,7 @@ def _assemble(
         if budget is None:
             check_held(stages_of(model).values(), regularized=False)
         if recipe.model.encoder_routers and filled:
-            assert recipe.model.encoder_of is not None
-            load_routers(model, recipe.model.encoder_of, recipe.model.revision)
+            load_routers(model, encoder_weights(recipe.model), recipe.model.revision)
         if start is not None and filled:
             load_stages(model, start)
     # LoRA costs nothing once it is merged.
@@ -152,11 +151,11 @@ def model_config(recipe: ModelRecipe, task: type[Task], start: Start | None = No
 
 
 def _encoder_config(recipe: ModelRecipe) -> PretrainedConfig:
-    assert recipe.encoder_of is not None
+    weights = encoder_weights(recipe)
     try:
-        return encoder_config(recipe.encoder_of, recipe.revision)
+        return encoder_config(weights, recipe.revision)
     except ValueError as error:
-        raise ValueError(f"model.encoder_of = {recipe.encoder_of!r}: {error}") from None
+        raise ValueError(f"model.encoder_of = {recipe.encoder_of!r}: {error}; {PRETRAIN}") from None
 
 
 def _of_task(config: PretrainedConfig, recipe: ModelRecipe, task: type[Task]) -> PretrainedConfig:
@@ -175,7 +174,7 @@ def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: Splits, tas
         return task.loaded_model(recipe, config)
     model = task.fresh_model(config, recipe.attention)
     if recipe.config is None and recipe.encoder_of is not None:
-        load_encoder(model, recipe.encoder_of, recipe.revision)
+        load_encoder(model, encoder_weights(recipe), recipe.revision)
     return model
 
 

@@ -11,7 +11,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...modules.checkpoints.adapter_folder import Adapter
-from ...modules.checkpoints.lora import add_lora, copy_all, full_modules, is_lora, lora_state, merge_lora, outside_layers, train_only
+from ...modules.checkpoints.lora import add_lora, full_modules, is_lora, lora_state, merge_lora, outside_layers, train_only
+from ...modules.checkpoints.tensors import copy_all
 from ...modules.stage import stages_of
 from ..distributed.deepspeed import stage_of
 from ..distributed.zero3 import shape_of

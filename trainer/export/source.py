@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,8 +15,8 @@ from ...modules.compress import decompress
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..errors import RecipeError
-from ..evaluate import load_model, model_folder, recipe_of
 from ..recipe.schema import Recipe
+from ..run_folder import RunFolder, load_model
 from ..tasks.base import task_named
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,36 +49,30 @@ class ExportSource:
     """A trained model and what is known about it.
 
     Attributes:
-        run: folder of the run, or of an earlier export.
-        weights: folder of the weights in it.
+        run: the run, or an earlier export.
         recipe: that it was trained with.
-        recipe_file: the same, as a file.
         model: with its stages, in evaluation mode, float32; a format may change it as it writes.
         report: of the run; None where there is none.
         inputs: to compare answers on, a few rows.
     """
 
-    run: Path
-    weights: Path
+    run: RunFolder
     recipe: Recipe
-    recipe_file: Path
     model: PreTrainedModel
     report: Mapping[str, Any] | None
     inputs: Mapping[str, Tensor]
 
     @staticmethod
-    def open(run: str) -> ExportSource:
+    def open(folder: str) -> ExportSource:
         """From a run folder or an export. Raises RecipeError where it holds no trained model."""
-        weights, recipe_file = model_folder(run)
-        recipe, report = recipe_of(run, []), Path(run) / "report.json"
-        model = load_model(weights).eval()
+        run = RunFolder.open(folder)
+        recipe = run.read_recipe()
+        model = load_model(run.trained()).eval()
         return ExportSource(
-            run=Path(run),
-            weights=weights,
+            run=run,
             recipe=recipe,
-            recipe_file=recipe_file,
             model=model,
-            report=json.loads(report.read_text()) if report.is_file() else None,
+            report=run.read_report(),
             inputs=task_named(recipe.task).probe(model.config),
         )
 

@@ -10,12 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ...modules.budget.budget import Budget
-from ...modules.checkpoints.loading import find_adapter
 from ...modules.cost.cost import CostModel
 from ..build.build import build, build_model, model_config, total_steps
 from ..errors import RecipeError
-from ..evaluate import load_model, recipe_of
 from ..recipe.files import LoadedRecipe, load
+from ..run_folder import RunFolder, load_model
 from ..tasks.base import task_named
 from .arms import bench_models
 
@@ -36,17 +35,17 @@ def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
 
 def cost_of_model(folder: str) -> dict[str, Any]:
     """Cost of a saved model: of rows as its recipe has them, or where there is no recipe of those that the cost of its family is counted at."""
-    given = Path(folder)
-    path = given / "model" if (given / "model" / "config.json").is_file() else given
-    if not (path / "config.json").is_file() and find_adapter(path) is None:
-        raise RecipeError(f"--model {folder} has no config.json: give a run folder, or the folder of a model or adapter")
-    size = None
-    # A run's own folders of weights have the recipe beside them.
-    for place in (given, given.parent) if given.name in ("model", "adapter") else (given,):
-        if (place / "recipe.yaml").is_file():
-            recipe = recipe_of(str(place), [])
-            size = task_named(recipe.task).size(recipe)
-    return _rows(CostModel(load_model(path), size=size))
+    if not Path(folder).is_dir():
+        raise RecipeError(f"--model {folder} is no folder: give a run folder, or the folder of a model or adapter")
+    run, size = RunFolder.of(folder), None
+    try:
+        model = load_model(folder)
+    except FileNotFoundError as error:
+        raise RecipeError(f"--model {error}") from None
+    if run.recipe.is_file():
+        recipe = run.read_recipe()
+        size = task_named(recipe.task).size(recipe)
+    return _rows(CostModel(model, size=size))
 
 
 def _rows(model: CostModel) -> dict[str, Any]:

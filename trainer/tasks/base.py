@@ -17,6 +17,7 @@ from ...modules.tokens.trace import Trace
 from ..build.parts import RunParts
 from ..metrics.quality import Quality
 from ..recipe.schema import ModelRecipe, Recipe
+from ..run_folder import RunFolder
 
 PROBES = 8
 
@@ -85,12 +86,12 @@ class Task:
         return recipe
 
     @classmethod
-    def of_run(cls, recipe: Recipe, folder: Path) -> Recipe:
-        """The recipe of a trained model, to evaluate it: with what the folder of its weights brings.
+    def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
+        """The recipe of a trained model, to evaluate it: with what lies beside its weights.
 
         Args:
-            recipe: beside the model.
-            folder: of the weights.
+            recipe: of the run.
+            run: with the weights.
         """
         return recipe
 
@@ -185,22 +186,6 @@ def give_labels(options: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
     trace: Trace | None = options.get("trace")
     if trace is not None:
         trace.labels = batch.get("labels")
-
-
-def refuse_data_keys(recipe: Recipe, keys: Sequence[str], why: str) -> None:
-    """Raises ValueError where a key of ``data`` is set that belongs to other tasks.
-
-    Args:
-        recipe: the recipe.
-        keys: of ``data``.
-        why: the rest of the message, after the key.
-    """
-    fields = type(recipe.data).model_fields
-    for key in keys:
-        value = getattr(recipe.data, key)
-        # A recorded recipe names every key, also those that nobody set.
-        if value != fields[key].get_default(call_default_factory=True):
-            raise ValueError(f"data.{key} = {value!r} {why}")
 
 
 def names() -> Sequence[str]:

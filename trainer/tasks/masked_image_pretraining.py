@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, ViTMAEForPreTraining
 
+from ...data.images.recipe import ImageRecipe
 from ...data.images.splits import ImageData, hub_images, scattered_digits
 from ...data.images.transform import ImageTransform
 from ...modules import registry
@@ -21,10 +22,10 @@ from ...modules.tokens.draws import masking_order
 from ..build.parts import RunParts
 from ..metrics.quality import Quality
 from ..metrics.reconstruction import Reconstruction
-from ..recipe.schema import DataRecipe, Recipe
+from ..recipe.schema import Recipe
 from ..task_module import TaskModule
 from .base import PROBES
-from .base_image import ImageTask, image_source
+from .base_image import ImageTask
 
 # Masks of evaluation are the same in every run, whatever its seed, so that runs can be compared.
 _EVALUATION_SEED = 0
@@ -51,16 +52,8 @@ class MaskedImagePretraining(ImageTask):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        super().check(recipe)
-        for key, given in (
-            ("distillation", recipe.distillation),
-            ("data.mixing", recipe.data.mixing),
-            ("data.label_smoothing", recipe.data.label_smoothing or None),
-            ("data.num_labels", recipe.data.num_labels),
-            ("data.label_column", recipe.data.label_column),
-        ):
-            if given is not None:
-                raise ValueError(f"{key} is for tasks with labels, and masked_image_pretraining has none: leave it out")
+        if recipe.distillation is not None:
+            raise ValueError("distillation is for tasks with labels, and masked_image_pretraining has none: leave it out")
         for stage in recipe.compression.stages if recipe.compression is not None else ():
             if registry.part_class("scorer", stage.part("scorer")).answers_task:
                 raise ValueError(
@@ -88,23 +81,13 @@ class MaskedImagePretraining(ImageTask):
         return model
 
     @classmethod
-    def embedded_data(cls, recipe: DataRecipe, seed: int) -> ImageData:
+    def embedded_data(cls, recipe: ImageRecipe, seed: int) -> ImageData:
         # Its labels are not read.
         return replace(scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed), classes=[])
 
     @classmethod
-    def hub_data(cls, recipe: DataRecipe, transform: ImageTransform, seed: int) -> ImageData:
-        return hub_images(
-            image_source(recipe),
-            recipe.train_split,
-            recipe.validation_split,
-            recipe.test_split,
-            recipe.validation_fraction,
-            None,
-            transform,
-            seed,
-            labelled=False,
-        )
+    def hub_data(cls, recipe: ImageRecipe, transform: ImageTransform, seed: int) -> ImageData:
+        return hub_images(recipe.source, recipe.splits, None, transform, seed, labelled=False)
 
     @classmethod
     def module(cls, parts: RunParts) -> TaskModule:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...data.images.masks import hub_masks
+from ...data.images.recipe import ImageRecipe, MaskRecipe
 from ...data.images.splits import ImageData, scattered_digits
 from ...data.images.transform import ImageTransform
 from ...modules.backbones import adapter_for
@@ -20,9 +21,9 @@ from ...modules.tokens.labels import IGNORE_PIXEL
 from ..build.parts import RunParts
 from ..metrics.mean_iou import MeanIoU
 from ..metrics.quality import Quality
-from ..recipe.schema import DataRecipe, Recipe
+from ..recipe.schema import Recipe
 from ..task_module import TaskModule
-from .base_image import ImageTask, image_source
+from .base_image import ImageTask
 
 
 class SemanticSegmentation(ImageTask):
@@ -33,18 +34,10 @@ class SemanticSegmentation(ImageTask):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        super().check(recipe)
-        data = recipe.data
-        for key, value, why in (
-            ("data.mixing", data.mixing, "mixes one label an image"),
-            ("data.label_smoothing", data.label_smoothing, "smoothes one label an image"),
-            ("data.random_augment", data.random_augment, "turns and shears images without their masks"),
-            ("data.erase", data.erase, "covers images and not their masks"),
-            ("data.label_column", data.label_column, "is for one label an image, masks are in data.mask_column"),
-            ("distillation", recipe.distillation, "has an image classifier for a teacher"),
-        ):
-            if value:
-                raise ValueError(f"{key} {why}, and task = semantic_segmentation has one a pixel: leave it out")
+        if recipe.distillation is not None:
+            raise ValueError(
+                "distillation has an image classifier for a teacher, and task = semantic_segmentation has one a pixel: leave it out"
+            )
 
     @classmethod
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:
@@ -56,27 +49,17 @@ class SemanticSegmentation(ImageTask):
         return heads[model_type]
 
     @classmethod
-    def embedded_data(cls, recipe: DataRecipe, seed: int) -> ImageData:
+    def embedded_data(cls, recipe: ImageRecipe, seed: int) -> ImageData:
         return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed, pixel_labels=True)
 
     @classmethod
-    def hub_data(cls, recipe: DataRecipe, transform: ImageTransform, seed: int) -> ImageData:
+    def hub_data(cls, recipe: MaskRecipe, transform: ImageTransform, seed: int) -> ImageData:
         if recipe.num_labels is None or recipe.num_labels > IGNORE_PIXEL:
             raise ValueError(
                 f"data.num_labels = {recipe.num_labels} must say how many classes the masks have, from 2 to {IGNORE_PIXEL}: only all of their "
                 "pixels could tell; pixels of data.ignore_index are of none"
             )
-        return hub_masks(
-            image_source(recipe),
-            recipe.train_split,
-            recipe.validation_split,
-            recipe.test_split,
-            recipe.validation_fraction,
-            recipe.num_labels,
-            recipe.ignore_index,
-            transform,
-            seed,
-        )
+        return hub_masks(recipe.source, recipe.splits, recipe.num_labels, recipe.ignore_index, transform, seed)
 
     @classmethod
     def module(cls, parts: RunParts) -> TaskModule:
