@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..precision import full_precision
 from .flow import Flow
 from .gather import take
 from .state import TokenState
@@ -64,7 +65,7 @@ def smooth(values: Tensor, probability: Tensor, first: Tensor | None = None, car
     remembers = torch.log1p(-probability)
     if first is not None:
         remembers = remembers.masked_fill(first, float("-inf"))
-    with torch.autocast(values.device.type, enabled=False):
+    with full_precision(values.device):
         # Behind the last chunk nothing is added and everything remembered.
         z, p, r = (functional.pad(part, (0, 0) * (part.ndim - 2) + (0, fill)) for part in (values, probability, remembers))
         z, p, r = z.view(rows, -1, block, width), p.view(rows, -1, block), r.view(rows, -1, block)
