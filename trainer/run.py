@@ -25,7 +25,8 @@ from .callbacks.progress import RunLog, StepLine, Throughput
 from .callbacks.stop import StopOnSigterm
 from .distributed import collective
 from .distributed.deepspeed import deepspeed_config, stage_of
-from .distributed.processes import started
+from .distributed.launch import launch
+from .distributed.processes import join, unstarted
 from .distributed.resume import check_same_processes, check_same_run, find_checkpoint, incomplete_checkpoints, remove_checkpoints
 from .distributed.strategies import needs_group, processes_of, resolved
 from .distributed.zero3 import save_trained
@@ -58,7 +59,7 @@ def output_folder(loaded: LoadedRecipe) -> Path:
     return Path(loaded.recipe.output.format(recipe=loaded.name, seed=loaded.recipe.seed))
 
 
-def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None = None) -> Report:
+def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None = None) -> Report | None:
     """Trains a recipe and its baselines, measures, and writes the run folder.
 
     Args:
@@ -67,16 +68,28 @@ def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resu
         console: for progress.
         resume: ``auto`` (the newest checkpoint of this run, if there is one) or the path of a checkpoint; None starts anew.
 
-    With several processes this is called in each of them; rank 0 writes, prints, and measures while the others wait.
+    With several processes this is called in each of them; rank 0 writes, prints, and measures while the others wait. Where nothing has
+    started them, they are started here, and this process waits for them.
+
+    Returns:
+        The report; None where processes were started on a machine that is not the first of several.
 
     Raises:
         Stopped: SIGTERM came.
+        Ended: processes that were started here did not end well.
     """
     quiet()
     settings = resolved(loaded.recipe).trainer
-    command = [sys.executable, "-m", "laconic", "train", loaded.source, *overrides, *(["--resume", resume] if resume else [])]
-    with started(int(settings.devices), settings.num_nodes, needs_group(settings), command):
-        return _train(loaded, overrides, console if collective.rank() == 0 else silent(), resume)
+    devices, num_nodes = int(settings.devices), settings.num_nodes
+    if unstarted(devices, num_nodes):
+        launch(
+            devices,
+            num_nodes,
+            [sys.executable, "-m", "laconic", "train", loaded.source, *overrides, *(["--resume", resume] if resume else [])],
+        )
+        return Report.read(output_folder(loaded)) if num_nodes == 1 or os.environ["NODE_RANK"] == "0" else None
+    join(devices, num_nodes, needs_group(settings))
+    return _train(loaded, overrides, console if collective.rank() == 0 else silent(), resume)
 
 
 def silent() -> Console:

@@ -15,7 +15,7 @@ from laconic.trainer.build.build import build
 from laconic.trainer.callbacks.guards import NotANumber
 from laconic.trainer.distributed import collective
 from laconic.trainer.distributed.deepspeed import deepspeed_config
-from laconic.trainer.distributed.processes import started
+from laconic.trainer.distributed.processes import join
 from laconic.trainer.distributed.strategies import resolved
 from laconic.trainer.distributed.zero3 import gathered
 from laconic.trainer.recipe.files import load
@@ -63,32 +63,32 @@ LANGUAGE = ("deepspeed_1", "deepspeed_2", "deepspeed_3")
 def main(folder: Path) -> None:
     results: dict[str, Any] = {}
     quiet()
-    with started(2, 1, True, []):
-        for name, overrides in STRATEGIES.items():
-            results[name] = _trained(folder / name, [*TWO, "trainer.checkpoint_every=4", *overrides])
-            if collective.rank() == 0:
-                shutil.copytree(folder / name / "model", folder / name / "unbroken")
-            collective.wait()
-            _trained(folder / name, [*TWO, "trainer.checkpoint_every=4", *overrides], resume="auto")
-        for name, overrides in SETTINGS.items():
-            results[name] = _trained(folder / name, [*TWO, *overrides])
-        for name in ("plain", "deepspeed_2", "deepspeed_3"):
-            results[f"masked_{name}"] = _trained(folder / f"masked_{name}", [*TWO, *MASKED, *STRATEGIES[name]], recipe="mae_digits")
-        for name in ("plain", "deepspeed_3"):
-            both = [*TWO, "trainer.checkpoint_every=4", DROPOUT, *STRATEGIES[name]]
-            _trained(folder / f"dropout_{name}", both)
-            if collective.rank() == 0:
-                shutil.copytree(folder / f"dropout_{name}" / "model", folder / f"dropout_{name}" / "unbroken")
-            collective.wait()
-            _trained(folder / f"dropout_{name}", both, resume="auto")
-        for name in LANGUAGE:
-            results[f"text_{name}"] = collective.gather(_routed(folder / f"text_{name}", TWO_TEXT + STRATEGIES[name]))
-        results["same_first_weights"] = _same_first_weights()
-        for name in ("plain", "deepspeed_2", "deepspeed_3"):
-            results[f"nan_{name}"] = collective.gather(_nan([*NAN, *STRATEGIES[name]], folder / f"nan_{name}"))
+    join(2, 1, True)
+    for name, overrides in STRATEGIES.items():
+        results[name] = _trained(folder / name, [*TWO, "trainer.checkpoint_every=4", *overrides])
         if collective.rank() == 0:
-            (folder / "results.json").write_text(json.dumps(results))
+            shutil.copytree(folder / name / "model", folder / name / "unbroken")
         collective.wait()
+        _trained(folder / name, [*TWO, "trainer.checkpoint_every=4", *overrides], resume="auto")
+    for name, overrides in SETTINGS.items():
+        results[name] = _trained(folder / name, [*TWO, *overrides])
+    for name in ("plain", "deepspeed_2", "deepspeed_3"):
+        results[f"masked_{name}"] = _trained(folder / f"masked_{name}", [*TWO, *MASKED, *STRATEGIES[name]], recipe="mae_digits")
+    for name in ("plain", "deepspeed_3"):
+        both = [*TWO, "trainer.checkpoint_every=4", DROPOUT, *STRATEGIES[name]]
+        _trained(folder / f"dropout_{name}", both)
+        if collective.rank() == 0:
+            shutil.copytree(folder / f"dropout_{name}" / "model", folder / f"dropout_{name}" / "unbroken")
+        collective.wait()
+        _trained(folder / f"dropout_{name}", both, resume="auto")
+    for name in LANGUAGE:
+        results[f"text_{name}"] = collective.gather(_routed(folder / f"text_{name}", TWO_TEXT + STRATEGIES[name]))
+    results["same_first_weights"] = _same_first_weights()
+    for name in ("plain", "deepspeed_2", "deepspeed_3"):
+        results[f"nan_{name}"] = collective.gather(_nan([*NAN, *STRATEGIES[name]], folder / f"nan_{name}"))
+    if collective.rank() == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    collective.wait()
 
 
 def _trained(folder: Path, overrides: list[str], resume: str | None = None, recipe: str = "vit_digits") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from laconic.trainer.distributed import collective
 from laconic.trainer.distributed.deepspeed import deepspeed_config
-from laconic.trainer.distributed.processes import started
+from laconic.trainer.distributed.processes import join
 from laconic.trainer.distributed.strategies import resolved
 from laconic.trainer.distributed.zero3 import broadcast_weights, gathered, save_trained, zero3_init
 from laconic.trainer.recipe.files import load
@@ -42,25 +42,25 @@ TEXT_BASE = [*QUICK, "model.config.num_hidden_layers=4", "model.config.vocab_siz
 def main(folder: Path) -> None:
     quiet()
     results: dict[str, Any] = {}
-    with started(2, 1, True, []):
-        for name, strategy in STRATEGIES.items():
-            overrides = [*SHARED, *TWO, *strategy, f"model.name={folder / 'base'}"]
-            _train(overrides, folder / name)
-            if collective.rank() == 0:
-                # As if it had been stopped before its last steps: the last checkpoint is that of step 2.
-                shutil.copytree(folder / name / "adapter", folder / name / "unbroken")
-                shutil.copytree(folder / name / "checkpoints", folder / name / "all")
-                for path in (folder / name / "checkpoints").glob("4.ckpt"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            collective.wait()
-            _train(overrides, folder / name, resume="auto")
-        for name in LANGUAGE:
-            overrides = [*TEXT, *TWO, *STRATEGIES[name], f"model.name={folder / 'text_base'}"]
-            _train(overrides, folder / f"text_{name}", recipe="llm_lora")
-        results["tied"] = _tied(folder / "tied")
+    join(2, 1, True)
+    for name, strategy in STRATEGIES.items():
+        overrides = [*SHARED, *TWO, *strategy, f"model.name={folder / 'base'}"]
+        _train(overrides, folder / name)
         if collective.rank() == 0:
-            (folder / "results.json").write_text(json.dumps(results))
+            # As if it had been stopped before its last steps: the last checkpoint is that of step 2.
+            shutil.copytree(folder / name / "adapter", folder / name / "unbroken")
+            shutil.copytree(folder / name / "checkpoints", folder / name / "all")
+            for path in (folder / name / "checkpoints").glob("4.ckpt"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         collective.wait()
+        _train(overrides, folder / name, resume="auto")
+    for name in LANGUAGE:
+        overrides = [*TEXT, *TWO, *STRATEGIES[name], f"model.name={folder / 'text_base'}"]
+        _train(overrides, folder / f"text_{name}", recipe="llm_lora")
+    results["tied"] = _tied(folder / "tied")
+    if collective.rank() == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    collective.wait()
 
 
 def _train(overrides: list[str], folder: Path, resume: str | None = None, recipe: str = "vit_lora") -> None:

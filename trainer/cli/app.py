@@ -119,7 +119,9 @@ def train(
         if dry_run:
             emit(rehearse(loaded, given, console(as_json)), as_json)
         else:
-            emit(run(loaded, given, console(as_json), resume).to_dict(), as_json)
+            report = run(loaded, given, console(as_json), resume)
+            if report is not None:
+                emit(report.to_dict(), as_json)
 
 
 @app.command()

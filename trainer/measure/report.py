@@ -85,6 +85,11 @@ class Report:
         """Writes ``report.json``."""
         write_json(path, self.to_dict())
 
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        """What ``save`` wrote."""
+        return cls(**json.loads((folder / "report.json").read_text()))
+
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
