@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tokenizers are kept under a digest of what they were trained on.
@@ -13,8 +14,35 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests.clean import CleanProcesses
+
 
 @pytest.fixture(autouse=True)
 def _steady() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def clean() -> Iterator[CleanProcesses]:
+    """Clean Python processes at once."""
+    processes = CleanProcesses()
+    yield processes
+    processes.close()
+
+
+# Fixtures that take seconds, once for all tests of a module that use them.
+DEAR = ("good", "run", "runs", "tokenizer")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a dear fixture go to one process, where it is made once; long tests come first, so that all processes end together."""
+    for item in items:
+        if not isinstance(item, pytest.Function):
+            continue
+        shared = [f"{item.module.__name__}.{name}" for name in DEAR if name in item.fixturenames]
+        if "two_processes" in item.fixturenames:
+            shared = ["two_processes"]
+        for name in shared[:1]:
+            item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: "trainer" not in item.path.parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import subprocess
 import sys
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TREE = ("modules", "trainer", "data", "recipes")
 
 
+@pytest.mark.slow
 def test_a_wheel_in_a_clean_environment_holds_the_tree(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)], check=True
@@ -34,7 +36,10 @@ def test_a_wheel_in_a_clean_environment_holds_the_tree(tmp_path: Path) -> None:
     python = tmp_path / "clean" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
     check = "import laconic, pathlib; print(laconic.__version__, pathlib.Path(laconic.__file__).parent)"
-    version, where = subprocess.run([python, "-c", check], check=True, capture_output=True, text=True, cwd=tmp_path).stdout.split()
+    # Not what lies in a folder that the variable names.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", check], check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    version, where = done.stdout.split()
     assert version == "0.1.0"
     installed = {
         str(path.relative_to(Path(where).parent)) for path in Path(where).rglob("*") if path.is_file() and "__pycache__" not in path.parts

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,26 @@ from laconic.modules.compress import checkpoint_activations
 from laconic.modules.cost.count_rules import tokens_kept
 from laconic.modules.decoding.cache import RoutedCache
 from laconic.modules.tokens.trace import Routing
+from tests.clean import CleanProcesses
 from tests.decoders import DEPLOYED, FAMILIES, METHODS, PAIRS, VOCABULARY, compressed, dense, neutral, tokens, traced
 from tests.decoders import Method as Row
+from tests.thin import thinned
 
 names = {"ids": lambda value: getattr(value, "name", value)}
 families = pytest.mark.parametrize("family", FAMILIES)
 pairs = pytest.mark.parametrize(("family", "method"), PAIRS, **names)
 deployed = pytest.mark.parametrize(("family", "method"), DEPLOYED, **names)
+# Each site, kind of selector, of estimator and of draw, in every family; all methods in one.
+REPRESENTATIVE = ("threshold", "gate_random", "gate_predictor_mlp", "gumbel", "threshold_attention", "chunk_mean")
+representative = pytest.mark.parametrize(("family", "method"), thinned(PAIRS, ["llama"], REPRESENTATIVE), **names)
+# Generation is a loop around the steps that test_7_prefill takes with every pair.
+generating = pytest.mark.parametrize(
+    ("family", "method"), thinned(DEPLOYED, ["llama"], ("predictor", "gate_random", "threshold_attention", "chunk_mean")), **names
+)
+# Selectors count tokens of a row and see no family: one with and one without sliding windows; one method in bf16 in every family.
+layouts = pytest.mark.parametrize(
+    ("family", "method"), thinned(PAIRS, ["llama", "gemma3_text"], ["gate_predictor_mlp", "predictor"]), **names
+)
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
@@ -172,7 +183,7 @@ def chunked_reference(model: PreTrainedModel, plain: PreTrainedModel, ids: Tenso
     return logits
 
 
-@pairs
+@representative
 def test_4_chosen_tokens_are_in_order(family: str, method: Row) -> None:
     _, trace = traced(compressed(family, method, 0.4, 0.4), tokens(), **_ahead(method))
     for routing in trace.routings.values():
@@ -253,7 +264,7 @@ def test_7_prefill_equals_a_shorter_prefill_and_decoding(family: str, method: Ro
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], **CLOSE)
 
 
-@deployed
+@generating
 def test_7_greedy_generation_with_and_without_cache_agrees(family: str, method: Row) -> None:
     model = compressed(family, method, 0.5, 0.6)
     ids, mask = (tokens(), torch.ones(3, 24, dtype=torch.long)) if method.positional else _left_padded()
@@ -319,7 +330,7 @@ for name in json.loads(sys.argv[2]):
 """
 
 
-def test_10_saved_models_answer_and_generate_alike_in_a_clean_process(tmp_path: Path) -> None:
+def test_10_saved_models_answer_and_generate_alike_in_a_clean_process(tmp_path: Path, clean: CleanProcesses) -> None:
     from safetensors.torch import load_file, save_file
 
     expected = {}
@@ -332,14 +343,14 @@ def test_10_saved_models_answer_and_generate_alike_in_a_clean_process(tmp_path: 
         expected[name] = {"logits": traced(model, **given, lookahead=True)[0]}
         if method.deployed:
             expected[name]["made"] = model.generate(**given, max_new_tokens=5, do_sample=False)
-    done = subprocess.run([sys.executable, "-c", _CLEAN, str(tmp_path), json.dumps(list(expected))], capture_output=True, text=True)
+    done = clean.python(_CLEAN, [str(tmp_path), json.dumps(list(expected))])
     assert done.returncode == 0, done.stderr[-2000:]
     for name, answers in expected.items():
         found = load_file(tmp_path / name / "answer")
         assert {key: torch.equal(found[key], value) for key, value in answers.items()} == dict.fromkeys(answers, True), name
 
 
-@pairs
+@layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_11_achieved_counts_equal_the_count_rule(family: str, method: Row, dtype: torch.dtype) -> None:
     model = compressed(family, method, 0.37, 0.61).to(dtype)

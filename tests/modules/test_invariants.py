@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from laconic.modules.config import SITES
 from laconic.modules.cost.count_rules import COUNT_RULES, StageCount
 from laconic.modules.tokens.state import TokenState
 from laconic.modules.tokens.trace import Routing
+from tests.clean import CleanProcesses
 from tests.matrix import (
     BACKBONES,
     METHODS,
@@ -34,6 +33,7 @@ from tests.matrix import (
     loss_of,
     traced,
 )
+from tests.thin import thinned
 
 PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 4, "clip": 1, "siglip": 0, "beit": 1, "vit_mae": 1}
 AVERAGES = {family: family in ("dinov2", "dinov2_with_registers", "siglip", "beit", "clip") for family in BACKBONES}
@@ -41,6 +41,16 @@ AVERAGES = {family: family in ("dinov2", "dinov2_with_registers", "siglip", "bei
 UNPADDED = {"clip", "siglip"}
 matrix = pytest.mark.parametrize("family", BACKBONES)
 pairs = pytest.mark.parametrize(("family", "method"), PAIRS, ids=lambda value: getattr(value, "name", value))
+# Each site, merger, kind of selector and of estimator, in every family; all methods in one.
+REPRESENTATIVE = ("learned_key_bias", "evidence_fuse", "tome", "squeeze", "gumbel", "around_attention")
+representative = pytest.mark.parametrize(
+    ("family", "method"), thinned(PAIRS, ["vit"], REPRESENTATIVE), ids=lambda value: getattr(value, "name", value)
+)
+# Selectors count tokens of a layout and see no family: one protected token in front, none, and patches in random order. One method in
+# every family, since that runs in bf16 nowhere else.
+layouts = pytest.mark.parametrize(
+    ("family", "method"), thinned(PAIRS, ["vit", "siglip", "vit_mae"], ["evidence_fuse"]), ids=lambda value: getattr(value, "name", value)
+)
 padded = pytest.mark.parametrize(
     ("family", "method"), [pair for pair in PAIRS if pair[0] not in UNPADDED], ids=lambda value: getattr(value, "name", value)
 )
@@ -70,7 +80,7 @@ def test_1_keep_1_gives_the_dense_outputs_and_backbone_gradients_bit_for_bit(fam
         assert {name: torch.equal(grad, expected[name]) for name, grad in _gradients(model).items()} == dict.fromkeys(expected, True)
 
 
-@pairs
+@representative
 def test_1_decompress_restores_the_original(family: str, method: Method) -> None:
     plain, model = dense(family), compressed(family, method, 0.5, 0.5)
     before = {name: value.clone() for name, value in plain.state_dict().items()}
@@ -238,7 +248,7 @@ def test_3_sizes_add_up_unless_tokens_are_dropped(family: str, method: Method) -
             assert (trace.state.source[row] == slot).sum() == trace.state.size[row, slot]
 
 
-@pairs
+@representative
 def test_4_protected_tokens_keep_their_place_and_order_is_preserved(family: str, method: Method) -> None:
     model = compressed(family, method, 0.4, 0.4)
     _, trace = traced(model, images())
@@ -387,7 +397,7 @@ for name in json.loads(sys.argv[2]):
 """
 
 
-def test_10_saved_models_answer_bit_for_bit_in_a_clean_process(tmp_path: Path) -> None:
+def test_10_saved_models_answer_bit_for_bit_in_a_clean_process(tmp_path: Path, clean: CleanProcesses) -> None:
     from safetensors.torch import load_file, save_file
 
     expected = {}
@@ -396,13 +406,13 @@ def test_10_saved_models_answer_bit_for_bit_in_a_clean_process(tmp_path: Path) -
         model.save_pretrained(tmp_path / name)
         save_file(inputs(model, images()), tmp_path / name / "inputs")
         expected[name] = traced(model, images())[0]
-    done = subprocess.run([sys.executable, "-c", _CLEAN, str(tmp_path), json.dumps(list(expected))], capture_output=True, text=True)
+    done = clean.python(_CLEAN, [str(tmp_path), json.dumps(list(expected))])
     assert done.returncode == 0, done.stderr[-2000:]
     equal = {name: torch.equal(load_file(tmp_path / name / "logits")["logits"], logits) for name, logits in expected.items()}
     assert equal == dict.fromkeys(expected, True)
 
 
-@pairs
+@layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 def test_11_achieved_counts_equal_the_count_rule(family: str, method: Method, dtype: torch.dtype, ties: bool) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tests.clean import CleanProcesses
+
 QUICK = [
     "trainer.max_steps=2",
     "trainer.log_every=1",
@@ -30,3 +32,21 @@ def quick(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def console() -> Console:
     return Console(stderr=True, width=160)
+
+
+@pytest.fixture
+def quick_exports(clean: CleanProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are verified in clean processes that start at once. One test of each format starts them as users do, without this."""
+    monkeypatch.setattr("laconic.trainer.export.verify.run_python", clean.python)
+
+
+@pytest.fixture(scope="session")
+def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of all that tests want of two processes, in one launch. Modules that need it are in one group, so in one worker."""
+    from tests.trainer.two_ranks import launch
+
+    modules = {item.module.__name__.rpartition(".")[2] for item in request.session.items if isinstance(item, pytest.Function)}
+    wanted = {"strategies": "test_strategies", "lora": "test_lora_ranks"}
+    folder = tmp_path_factory.mktemp("two")
+    launch(folder, [part for part, module in wanted.items() if module in modules])
+    return folder

@@ -170,6 +170,7 @@ def tiny(quick: list[str]) -> list[str]:
     ]
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_a_run_on_the_library_is_reported_evaluated_exported_and_generates(tmp_path: Path, tiny: list[str], console: Console) -> None:
     report = train(load("llm_pretrain_dense", tiny), tiny, console).to_dict()
     run = tmp_path / "run"

@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from laconic.trainer.cli.app import COST_COLUMNS
+from tests.clean import CleanProcesses
 
 
 def _laconic(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process that starts from nothing, as a user's."""
     return subprocess.run(
         [sys.executable, "-m", "laconic", *arguments],
         capture_output=True,
@@ -22,6 +25,15 @@ def _laconic(*arguments: str) -> subprocess.CompletedProcess[str]:
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+Laconic = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def laconic(clean: CleanProcesses) -> Laconic:
+    """The command in a clean process that starts at once."""
+    return lambda *arguments: clean.module("laconic", arguments)
 
 
 def test_help_answers_in_under_a_second() -> None:
@@ -61,23 +73,23 @@ def test_a_wrong_key_exits_2_with_one_message() -> None:
         (("bench", "vit_digits_dense"), "there is nothing to compare"),
     ],
 )
-def test_wrong_input_exits_2(arguments: tuple[str, ...], message: str) -> None:
-    done = _laconic(*arguments)
+def test_wrong_input_exits_2(arguments: tuple[str, ...], message: str, laconic: Laconic) -> None:
+    done = laconic(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_its_evaluation_export_and_cost_speak_json(tmp_path: Path, quick: list[str]) -> None:
+def test_a_run_its_evaluation_export_and_cost_speak_json(tmp_path: Path, quick: list[str], laconic: Laconic) -> None:
     run = str(tmp_path / "run")
-    done = _laconic("train", "vit_digits", *quick, "baselines=[]", "--json")
+    done = laconic("train", "vit_digits", *quick, "baselines=[]", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "report.json").read_text())
-    evaluated = json.loads(_laconic("evaluate", run, "--json").stdout)
+    evaluated = json.loads(laconic("evaluate", run, "--json").stdout)
     assert evaluated["variants"]["compressed"]["keep"] == json.loads(done.stdout)["keep"]["achieved"]
-    exported = _laconic("export", run, "--to", str(tmp_path / "out"), "--json")
+    exported = laconic("export", run, "--to", str(tmp_path / "out"), "--json")
     assert json.loads(exported.stdout)["format"] == "merged"
-    costs = [json.loads(_laconic(*call, "--json").stdout) for call in (("cost", "vit_digits", *quick), ("cost", "--model", run))]
+    costs = [json.loads(laconic(*call, "--json").stdout) for call in (("cost", "vit_digits", *quick), ("cost", "--model", run))]
     assert costs[0] == costs[1]
     assert {len(row) for row in costs[0]["layers"]} == {len(COST_COLUMNS)}
     assert costs[0]["macs"] == costs[0]["embed_macs"] + costs[0]["head_macs"] + sum(
@@ -85,20 +97,20 @@ def test_a_run_its_evaluation_export_and_cost_speak_json(tmp_path: Path, quick: 
     )
 
 
-def test_recipes_env_validate_bench_and_dry_run_speak_json(tmp_path: Path, quick: list[str]) -> None:
-    assert "vit_digits" in json.loads(_laconic("recipes", "--json").stdout)
-    assert json.loads(_laconic("recipes", "vit_digits", "--json").stdout)["task"] == "image_classification"
+def test_recipes_env_validate_bench_and_dry_run_speak_json(tmp_path: Path, quick: list[str], laconic: Laconic) -> None:
+    assert "vit_digits" in json.loads(laconic("recipes", "--json").stdout)
+    assert json.loads(laconic("recipes", "vit_digits", "--json").stdout)["task"] == "image_classification"
     copied = tmp_path / "mine.yaml"
-    assert _laconic("recipes", "vit_digits", "--copy", str(copied)).returncode == 0
-    assert set(json.loads(_laconic("validate", str(copied), *quick, "--json").stdout)) == {"mine", "vit_digits_dense", "vit_digits_random"}
-    assert json.loads(_laconic("env", "--json").stdout)["torch"]
-    measured = json.loads(_laconic("bench", "vit_digits", *quick, "--rounds", "2", "--json").stdout)
+    assert laconic("recipes", "vit_digits", "--copy", str(copied)).returncode == 0
+    assert set(json.loads(laconic("validate", str(copied), *quick, "--json").stdout)) == {"mine", "vit_digits_dense", "vit_digits_random"}
+    assert json.loads(laconic("env", "--json").stdout)["torch"]
+    measured = json.loads(laconic("bench", "vit_digits", *quick, "--rounds", "2", "--json").stdout)
     assert measured["rounds"] == 2
-    assert set(json.loads(_laconic("train", "vit_digits", *quick, "--dry-run", "--json").stdout)) >= {"vit_digits"}
+    assert set(json.loads(laconic("train", "vit_digits", *quick, "--dry-run", "--json").stdout)) >= {"vit_digits"}
 
 
-def test_a_failing_run_exits_1(tmp_path: Path, quick: list[str]) -> None:
-    done = _laconic("train", "vit_digits", *quick, "baselines=[]", "optimizer.lr=1e30", "trainer.max_steps=30", "trainer.clip=0")
+def test_a_failing_run_exits_1(tmp_path: Path, quick: list[str], laconic: Laconic) -> None:
+    done = laconic("train", "vit_digits", *quick, "baselines=[]", "optimizer.lr=1e30", "trainer.max_steps=30", "trainer.clip=0")
     assert done.returncode == 1
     assert "not finite" in done.stderr
     assert "Traceback" not in done.stderr

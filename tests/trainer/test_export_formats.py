@@ -130,6 +130,7 @@ def test_a_machine_without_laconic_loads_a_standalone_export_from_a_folder_and_f
     torch.testing.assert_close(answers["base"], answers["base_expected"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("quick_exports")
 @pytest.mark.parametrize("name", ["predictor", "gate"])
 def test_a_language_model_with_routers_generates_the_same_without_laconic(tmp_path: Path, name: str) -> None:
     method = next(item for item in decoders.METHODS if item.name == name)

@@ -135,13 +135,14 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(runs: Path, console
         weights.write_bytes(before)
 
 
-def test_exports_and_evaluation_answer_like_the_run(runs: Path, tmp_path: Path, console: Console) -> None:
+def test_exports_and_evaluation_answer_like_the_run(runs: Path, tmp_path: Path, console: Console, request: pytest.FixtureRequest) -> None:
     run = runs / "lora"
     trained = _probe(from_pretrained(run))
     record = export(str(run), str(tmp_path / "adapter"), "adapter")
     # Against the run with its LoRA merged.
     assert record["max_abs_logit_diff"] <= 1e-5
     assert torch.equal(_probe(from_pretrained(tmp_path / "adapter")), trained)
+    request.getfixturevalue("quick_exports")
     export(str(run), str(tmp_path / "merged"))
     assert (_probe(from_pretrained(tmp_path / "merged")) - trained).abs().max() <= 1e-5
     targets = (str(run), str(tmp_path / "adapter"), str(tmp_path / "merged"))
@@ -319,6 +320,7 @@ def test_a_malicious_checkpoint_is_not_run(tmp_path: Path, runs: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_a_language_model_s_adapter_has_its_tokenizer_and_goes_on(tmp_path: Path, console: Console) -> None:
     small = ["data.sequence_length=64", "data.train_samples=6", "data.eval_samples=2", "data.batch_size=2", "baselines=[]"]
     small += ["trainer.max_steps=2", "trainer.bench_rounds=0", "trainer.log_every=1"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,32 +21,16 @@ from laconic.trainer.export.export import export
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
 from laconic.trainer.run_folder import load_model
-from tests.trainer.conftest import QUICK
 from tests.trainer.export_runs import WITHOUT_LACONIC, machine_without_laconic
 from tests.trainer.test_strategies import _scalars
-from tests.trainer.two_ranks_lora import LANGUAGE, SHARED, STRATEGIES, TEXT_BASE
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.trainer.two_ranks_lora import LANGUAGE, SHARED, STRATEGIES
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of everything that two processes under torchrun do, in one launch, and one process beside them."""
-    folder = tmp_path_factory.mktemp("ranks")
+def ranks(two_processes: Path) -> Path:
+    """Folder of what two processes did, and one process beside them."""
+    folder = two_processes / "lora"
     torch.set_num_threads(1)
-    train_arm(load("vit_lora_base", [*QUICK, f"output={folder / 'base'}"]), "dense", folder / "base", Console(quiet=True))
-    (folder / "hash.txt").write_text(weights_hash(folder / "base" / "model"))
-    train_arm(load("llm_pretrain_dense", [*TEXT_BASE, f"output={folder}"]), "dense", folder / "text_base", Console(quiet=True))
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(Path(__file__).with_name("two_ranks_lora.py")), str(folder)],
-        capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
     one = load("vit_lora", [*SHARED, "data.batch_size=16", f"model.name={folder / 'base'}"])
     train_arm(one, "arm", folder / "one", Console(quiet=True))
     return folder
@@ -162,6 +145,7 @@ save_file({name: value.contiguous() for name, value in answers.items()}, "answer
 )
 
 
+@pytest.mark.usefixtures("quick_exports")
 @pytest.mark.parametrize("kind", ["", "text_"], ids=["vit", "llm"])
 def test_the_round_trip(kind: str, ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense, then LoRA and routers on two processes, adapter, merged, and standalone where there is no Laconic."""

@@ -70,6 +70,7 @@ def test_positions_are_filled_and_arms_start_alike(quick: list[str]) -> None:
     assert dense.vit.embeddings.position_embeddings.any()
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_a_run_reports_its_loss_evaluates_and_exports(tmp_path: Path, quick: list[str], console: Console) -> None:
     folder = pretrained(tmp_path, quick, console)
     report = json.loads((folder / "report.json").read_text())

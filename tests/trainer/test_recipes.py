@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.recipe.data_kinds import KINDS
 from laconic.trainer.recipe.files import check, dump, load, read_recorded, shipped
-from laconic.trainer.run import train
+from laconic.trainer.run import rehearse, train
 from laconic.trainer.tasks import base as tasks
 from tests.data.folders import image_folder
 from tests.data.texts import chats, jsonl, small_tokenizer
@@ -90,7 +91,12 @@ def _language_model(name: str, tmp_path: Path, quick: list[str]) -> list[str]:
     return [*kept, "baselines=[]", *small, *wider]
 
 
-@pytest.mark.parametrize("name", sorted(shipped()))
+# What the name of a recipe ends with that is laid over another one as a control arm.
+ENDINGS = ("_dense", "_random", "_random_choice", "_uniform", "_energy", "_bipartite")
+CONTROLS = [name for name, path in shipped().items() if name.endswith(ENDINGS) and "base" in yaml.safe_load(path.read_text())]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in CONTROLS else name for name in shipped()])
 def test_every_shipped_recipe_is_valid_and_runs_two_steps(name: str, tmp_path: Path, quick: list[str], console: Console) -> None:
     overrides = _overrides(name, tmp_path, quick)
     loaded = load(name, overrides)
@@ -108,6 +114,20 @@ def test_every_shipped_recipe_is_valid_and_runs_two_steps(name: str, tmp_path: P
         for stage, keep in report.keep["requested"].items():
             # Half a token of the few that such small images have.
             assert report.keep["achieved"][stage] == pytest.approx(keep, abs=0.3 if adaptive else 0.5 / 7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_arm_is_valid_and_takes_a_step(name: str, tmp_path: Path, quick: list[str], console: Console) -> None:
+    overrides = _overrides(name, tmp_path, quick)
+    loaded = load(name, overrides)
+    checked = validate(loaded.recipe)
+    assert checked.steps == 2
+    budget = loaded.recipe.budget
+    assert budget is None or budget.measure == "keep" or checked.macs_ratio <= budget.target
+    assert (loaded.recipe.compression is None) == name.endswith("_dense")
+    done = rehearse(loaded, overrides, console)
+    assert list(done) == [name]
+    assert math.isfinite(done[name]["loss"])
 
 
 def test_an_override_and_an_overlay_reach_their_keys() -> None:

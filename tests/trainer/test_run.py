@@ -267,6 +267,7 @@ def test_a_dry_run_keeps_nothing(tmp_path: Path, quick: list[str], console: Cons
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_export_answers_like_the_run_and_evaluate_reads_both(tmp_path: Path, quick: list[str], console: Console) -> None:
     overrides = [*quick, "baselines=[]"]
     train(load("vit_digits", overrides), overrides, console)

@@ -25,24 +25,15 @@ from laconic.trainer.evaluate import evaluate
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
 from laconic.trainer.run_folder import RunFolder
-from tests.trainer.two_ranks import LANGUAGE, MASKED, SETTINGS, SHARED, STRATEGIES, TEXT, TWO
+from tests.trainer.two_ranks_strategies import LANGUAGE, MASKED, SETTINGS, SHARED, STRATEGIES, TEXT, TWO
 
-ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of everything that two processes under torchrun do, in one launch."""
-    folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("two_ranks.py")), str(folder)],
-        capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+def two_ranks(two_processes: Path) -> Path:
+    """Folder of what two processes did under every strategy."""
+    return two_processes / "strategies"
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,25 @@
-"""What two processes do for test_lora_ranks, all in one launch: torchrun … two_ranks_lora.py FOLDER. Not a test itself."""
+"""What two processes do for test_lora_ranks. Not a test itself; two_ranks.py starts them."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from laconic.modules.checkpoints.base_weights import weights_hash
 from laconic.trainer.distributed import collective
 from laconic.trainer.distributed.deepspeed import deepspeed_config
-from laconic.trainer.distributed.processes import join
 from laconic.trainer.distributed.strategies import resolved
 from laconic.trainer.distributed.zero3 import broadcast_weights, gathered, save_trained, zero3_init
 from laconic.trainer.recipe.files import load
-from laconic.trainer.run import quiet, silent, train_arm
+from laconic.trainer.run import silent, train_arm
 from tests.trainer.conftest import QUICK
-from tests.trainer.two_ranks import PARTITION
+from tests.trainer.two_ranks_strategies import PARTITION
 
 TINY = [item for item in QUICK if not item.startswith("model.config")]
 SHARED = [*TINY, "baselines=[]", "trainer.max_steps=4", "optimizer.warmup=0"]
@@ -39,10 +38,16 @@ TEXT_BASE = [*QUICK, "model.config.num_hidden_layers=4", "model.config.vocab_siz
              "data.eval_samples=2"]  # fmt: skip
 
 
-def main(folder: Path) -> None:
-    quiet()
-    results: dict[str, Any] = {}
-    join(2, 1, True)
+def bases(folder: Path) -> None:
+    """Trains what the runs with LoRA start from; called by one process, before there are two."""
+    console = Console(quiet=True)
+    train_arm(load("vit_lora_base", [*QUICK, f"output={folder / 'base'}"]), "dense", folder / "base", console)
+    (folder / "hash.txt").write_text(weights_hash(folder / "base" / "model"))
+    train_arm(load("llm_pretrain_dense", [*TEXT_BASE, f"output={folder}"]), "dense", folder / "text_base", console)
+
+
+def lora(folder: Path) -> dict[str, Any]:
+    """Every run of the tests, into folders of this one; called by both processes."""
     for name, strategy in STRATEGIES.items():
         overrides = [*SHARED, *TWO, *strategy, f"model.name={folder / 'base'}"]
         _train(overrides, folder / name)
@@ -57,10 +62,7 @@ def main(folder: Path) -> None:
     for name in LANGUAGE:
         overrides = [*TEXT, *TWO, *STRATEGIES[name], f"model.name={folder / 'text_base'}"]
         _train(overrides, folder / f"text_{name}", recipe="llm_lora")
-    results["tied"] = _tied(folder / "tied")
-    if collective.rank() == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-    collective.wait()
+    return {"tied": _tied(folder / "tied")}
 
 
 def _train(overrides: list[str], folder: Path, resume: str | None = None, recipe: str = "vit_lora") -> None:
@@ -97,7 +99,3 @@ def _tied(folder: Path) -> list[str]:
         said = [str(error)]
     deepspeed.zero.GatheredParameters = gather
     return [*said, *(str(name) for name in state)]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

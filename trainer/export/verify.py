@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -48,9 +49,13 @@ def clean_answers(form: type[Format], folder: Path, batches: list[dict[str, Tens
         program = _PROGRAM.format(without=form.without, program=form.program, tensors=form.tensors, new_tokens=new_tokens)
         # Code that comes with an export is copied to a cache before it runs; the user's own is none of our business.
         environment = {**os.environ, "HF_MODULES_CACHE": f"{temporary}/modules", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        command = [sys.executable, "-c", program, str(folder), *files]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        done = run_python(program, [str(folder), *files], environment)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise RuntimeError(f"the export in {folder} cannot be loaded in a clean process: {said[-1]}")
         return [load_file(file) for file in files[1::2]]
+
+
+def run_python(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs a program in a new Python process, with these environment variables and no others."""
+    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False, env=environment)
