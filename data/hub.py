@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .source import DataSource, SplitNames
+
 
 @dataclass(frozen=True)
 class Split:
@@ -24,31 +26,6 @@ class Split:
     rows: Any
     labels: np.ndarray | None
     bad_labels: Mapping[int, str]
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Where images come from.
-
-    Attributes:
-        name: hub name, or a packaged builder of ``datasets``: ``imagefolder``, ``parquet`` …
-        data_dir: folder for ``imagefolder``.
-        data_files: file, pattern, list, or either by split.
-        config: configuration of a hub data set that has several.
-        revision: of a hub data set.
-        image_column: column with the images; None takes the only image column, or ``image``, ``img``.
-        label_column: column with the labels; None takes ``label``, ``labels``, ``fine_label``.
-        mask_column: column with a class for each pixel; None takes the image column of a usual name.
-    """
-
-    name: str
-    data_dir: str | None = None
-    data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None
-    config: str | None = None
-    revision: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    mask_column: str | None = None
 
 
 def open_source(source: DataSource, **options: Any) -> Any:
@@ -80,47 +57,40 @@ def open_source(source: DataSource, **options: Any) -> Any:
 
 
 def open_splits(
-    source: DataSource,
-    train_split: str,
-    validation_split: str | None,
-    test_split: str | None,
-    validation_fraction: float,
-    counts: Callable[[Mapping[str, Any]], bool] | None = None,
-    **options: Any,
+    source: DataSource, names: SplitNames, counts: Callable[[Mapping[str, Any]], bool] | None = None, **options: Any
 ) -> tuple[Any, Any, Any]:
     """Rows to train on, to validate on, and to report on, or None where there are none of their own.
 
     Args:
         source: where the rows come from.
-        train_split, validation_split, test_split: names of splits.
-        validation_fraction: share of the training rows held out where there is no validation split.
+        names: of the splits; rows are held out of the training split where there is none to validate on.
         counts: whether a row is one at all; None takes every row.
         options: of ``open_source``.
 
     Raises:
         ValueError: the source cannot be opened, a split is missing (the message names those there are), or rows are too few to hold some out.
     """
-    opened = named_splits(open_source(source, **options), train_split, validation_split, test_split)
+    opened = named_splits(open_source(source, **options), names)
     train, validation, test = (rows if rows is None or counts is None else rows.filter(counts) for rows in opened)
     if validation is not None:
         return train, validation, test
     # The same rows are held out whatever the seed, so that runs can be compared.
     order = np.random.default_rng(0).permutation(len(train))
-    held_out = max(1, math.floor(validation_fraction * len(train)))
+    held_out = max(1, math.floor(names.fraction * len(train)))
     if held_out >= len(train):
         raise ValueError(
-            f"data.train_split = {train_split!r} has {len(train)} row(s), too few to hold one out for validation: give data.validation_split "
+            f"data.train_split = {names.train!r} has {len(train)} row(s), too few to hold one out for validation: give data.validation_split "
             "and data.data_files={train: …, validation: …}; for text, data.sample_by=paragraph makes more rows of a file"
         )
     return train.select(np.sort(order[held_out:])), train.select(np.sort(order[:held_out])), test
 
 
-def named_splits(opened: Any, train_split: str, validation_split: str | None, test_split: str | None) -> tuple[Any, Any, Any]:
+def named_splits(opened: Any, names: SplitNames) -> tuple[Any, Any, Any]:
     """The splits of those names, None where no name is given. Raises ValueError naming those there are."""
-    for key, name in (("train", train_split), ("validation", validation_split), ("test", test_split)):
+    for key, name in (("train", names.train), ("validation", names.validation), ("test", names.test)):
         if name is not None and name not in opened:
             raise ValueError(f"data.{key}_split = {name!r} does not exist: the splits are {', '.join(opened)}")
-    return opened[train_split], *(None if name is None else opened[name] for name in (validation_split, test_split))
+    return opened[names.train], *(None if name is None else opened[name] for name in (names.validation, names.test))
 
 
 def _as_list(value: str | Sequence[str]) -> str | list[str]:

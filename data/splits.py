@@ -30,11 +30,6 @@ class Splits:
     has_test: bool = True
 
     @property
-    def size(self) -> tuple[int, int] | int | None:
-        """Of an input, as CostModel takes it; None where it is what the model's config says."""
-        return None
-
-    @property
     def train_rows(self) -> int | None:
         """Items of an epoch; None where nobody knows."""
         return len(self.train)  # type: ignore[arg-type]

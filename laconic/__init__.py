@@ -12,21 +12,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .modules.budget import Budget, BudgetConfig
+    from .modules.budget.budget import Budget
+    from .modules.budget.config import BudgetConfig
     from .modules.checkpoints.adapter_saving import save_adapter
     from .modules.checkpoints.adapters import Adapters
-    from .modules.checkpoints.loading import from_pretrained
     from .modules.checkpoints.lora import add_lora, merge_lora, train_only
-    from .modules.compress import compress, decompress, stages_of
+    from .modules.compress import compress, decompress
     from .modules.config import CompressionConfig, StageConfig
     from .modules.decoding.cache import RoutedCache
+    from .modules.stage import stages_of
     from .modules.tokens.trace import Trace
     from .trainer.hf import BudgetMixin, BudgetTrainer
+    from .trainer.run_folder import from_pretrained
 
 _HOMES = {
     "Adapters": "modules.checkpoints.adapters",
-    "Budget": "modules.budget",
-    "BudgetConfig": "modules.budget",
+    "Budget": "modules.budget.budget",
+    "BudgetConfig": "modules.budget.config",
     "BudgetMixin": "trainer.hf",
     "BudgetTrainer": "trainer.hf",
     "CompressionConfig": "modules.config",
@@ -36,10 +38,10 @@ _HOMES = {
     "add_lora": "modules.checkpoints.lora",
     "compress": "modules.compress",
     "decompress": "modules.compress",
-    "from_pretrained": "modules.checkpoints.loading",
+    "from_pretrained": "trainer.run_folder",
     "merge_lora": "modules.checkpoints.lora",
     "save_adapter": "modules.checkpoints.adapter_saving",
-    "stages_of": "modules.compress",
+    "stages_of": "modules.stage",
     "train_only": "modules.checkpoints.lora",
 }
 __all__ = [

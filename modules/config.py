@@ -1,30 +1,25 @@
-"""CompressionConfig: which stages a model has. Plain data, kept in ``config.compression`` of the model."""
+"""CompressionConfig: which stages a model has. Plain data, kept in ``config.compression`` of the model; needs no torch."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from . import registry
-from .cost.count_rules import COUNT_RULES
-from .estimators.base import Estimator
-from .mergers.base import Merger
-from .scorers.base import Scorer
-from .selectors.base import Selector
-from .sites import BYPASS, SITES
 
+# Sites after which the sequence is shorter for all that follows.
+SHRINKING = ("before", "between")
+# Sites at which the chosen tokens are processed and the others bypass the layer, or half of it; the sequence keeps its length.
+BYPASS = ("around", "around_attention", "around_mlp")
+SITES = (*SHRINKING, *BYPASS)
+# The order in which the sites of one layer run.
+_ORDER = {site: index for index, site in enumerate(("before", "around", "around_attention", "between", "around_mlp"))}
+# Which tokens a stage may touch.
+SCOPES = ("all", "prompt", "visual")
 RESTORE = ("unmerge", "rejoin", "dechunk")
-_PACKAGE = __name__.rpartition(".")[0]
-_KINDS: dict[str, type[Scorer | Selector | Merger | Estimator]] = {
-    "scorer": Scorer,
-    "selector": Selector,
-    "merger": Merger,
-    "estimator": Estimator,
-}
-# Arguments that the stage itself gives to a part's constructor.
-_GIVEN = {"scorer": ("spec",), "selector": ("spec",), "merger": ("spec",), "estimator": ()}
+PARTS = ("scorer", "selector", "merger", "estimator")
 # What users of other systems write; each would silently mean the opposite here.
 _REMOVED_FRACTION = (
     "ratio",
@@ -46,44 +41,54 @@ class PartConfig:
     """A scorer, selector, merger or estimator by name, with its options.
 
     Attributes:
-        name: the part's file name in its folder.
+        name: the part's file name in its folder, or that of its entry point in another package.
         options: keyword arguments of its constructor.
+        given: the class or the object itself, where Python code gave one.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    given: Any = field(default=None, repr=False)
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic where a recipe holds a part
 
     @staticmethod
-    def of(value: str | Mapping[str, Any] | PartConfig) -> PartConfig:
-        """From ``"top_k"``, from ``{"name": "top_k", "noise": 1.0}``, or as it is."""
+    def of(value: Any, kind: str) -> PartConfig:
+        """From ``"top_k"``, from ``{"name": "top_k", "bucket": 16}``, from a class or an object of this kind, or as it is.
+
+        Args:
+            value: any of these.
+            kind: ``scorer``, ``selector``, ``merger``, ``estimator`` or ``regularizer``.
+        """
         if isinstance(value, PartConfig):
             return value
         if isinstance(value, str):
             return PartConfig(value)
+        if isinstance(value, type) or callable(value):
+            cls = value if isinstance(value, type) else type(value)
+            return PartConfig(registry.name_of(kind, cls) or cls.__qualname__, given=value)
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise ValueError(f"a part is a name or a mapping with 'name' and its options, not {value!r}")
+            raise ValueError(f"a {kind} is a name, a mapping with 'name' and its options, or a class or object of Python, not {value!r}")
         if isinstance(value.get("options"), Mapping) and set(value) == {"name", "options"}:
             return PartConfig(value["name"], dict(value["options"]))
         return PartConfig(value["name"], {key: item for key, item in value.items() if key != "name"})
 
-    def build(self, kind: str, *given: Any) -> Any:
-        """The part itself.
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, the inverse of ``of``. What Python code gave is named only."""
+        return {"name": self.name, "options": dict(self.options)}
 
-        Args:
-            kind: ``scorer``, ``selector``, ``merger`` or ``estimator``.
-            given: what the stage gives to every part of this kind.
-
-        Raises:
-            ValueError: an unknown name or option, or a value out of its range.
-        """
-        cls = registry.find(f"{_PACKAGE}.{kind}s", self.name, _KINDS[kind])
-        registry.check_options(cls, kind, self.name, dict(self.options), _GIVEN[kind])
-        try:
-            return cls(*given, **self.options)
-        except TypeError as error:
-            raise ValueError(f"{kind} {self.name!r}: an option is of the wrong type: {error}") from None
+    def unsaved(self, kind: str) -> str | None:
+        """Why a saved model could not find the part again; None where it could."""
+        if self.given is None:
+            return None
+        if not isinstance(self.given, type):
+            return f"{kind} {self.name!r} was given as an object, whose options are not known: give its name and options"
+        if registry.name_of(kind, self.given) is None:
+            return (
+                f"{kind} {self.name!r} was given as a class that has no name: offer it as an entry point in group "
+                f"{registry.KINDS[kind].group!r} of its package, and give that name"
+            )
+        return None
 
 
 @dataclass(frozen=True)
@@ -92,45 +97,48 @@ class StageConfig:
 
     Attributes:
         layer: layer that the site belongs to, from 0.
-        keep: of a shrinking site, routable tokens leaving ÷ entering, in (0, 1]; None leaves it to the budget.
-        capacity: of a bypass site, routable tokens processed ÷ present, in (0, 1]; None leaves it to the budget.
-        tokens: instead of ``keep`` or ``capacity``, how many routable tokens, whatever the size of the input.
+        keep: in (0, 1]; None leaves it to the budget. At a shrinking site, routable tokens leaving ÷ entering; around a layer or one
+            of its halves, routable tokens processed ÷ present (the capacity of Mixture-of-Depths). Routable are those in scope.
+        tokens: instead of ``keep``, how many routable tokens, whatever the size of the input.
         site: where at the layer. ``before`` it and ``between`` its attention and its MLP the sequence gets shorter for all that
-            follows; ``around`` it, ``around_attention`` and ``around_mlp`` only the chosen tokens go through the layer or its half.
-        scorer: gives every token a score.
+            follows; ``around`` it, ``around_attention`` and ``around_mlp`` only the chosen tokens are processed by the layer or its half.
+        scorer: gives every token a score. Like every part a name, a mapping of name and options, or a class or object of Python.
         selector: turns scores into a decision.
         merger: what becomes of the tokens left out; a bypass site has none.
         estimator: how a gradient reaches a trained scorer in training; None takes the one that the scorer is made for.
         count: rule from ``keep`` to a number of tokens, a key of ``COUNT_RULES``; None takes the scorer's, which is mostly ``round``.
-        name: name in logs and reports; None makes one of site and layer.
+        scope: which tokens the stage may touch: ``all``, ``prompt`` (those before the first that is predicted) or ``visual``.
+        stack: run of layers that ``layer`` counts in, of a model that has several (``vision``, ``text``); "" where there is one.
+        name: name in logs and reports; None makes one of stack, site and layer.
     """
 
     layer: int
     keep: float | None = None
-    capacity: float | None = None
     tokens: int | None = None
     site: str = "before"
-    scorer: PartConfig | str | Mapping[str, Any] = PartConfig("learned")
-    selector: PartConfig | str | Mapping[str, Any] = PartConfig("top_k")
-    merger: PartConfig | str | Mapping[str, Any] = PartConfig("drop")
-    estimator: PartConfig | str | Mapping[str, Any] | None = None
+    scorer: Any = PartConfig("learned")
+    selector: Any = PartConfig("top_k")
+    merger: Any = PartConfig("drop")
+    estimator: Any = None
     count: str | None = None
+    scope: str = "all"
+    stack: str = ""
     name: str | None = None
 
     def __post_init__(self) -> None:
-        for kind in _KINDS:
+        for kind in PARTS:
             if getattr(self, kind) is not None:
-                object.__setattr__(self, kind, PartConfig.of(getattr(self, kind)))
-        for key in ("keep", "capacity"):
-            value = getattr(self, key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise ValueError(f"compression.stages[].{key} = {value!r} must be a number in (0, 1]")
+                object.__setattr__(self, kind, PartConfig.of(getattr(self, kind), kind))
+        if self.keep is not None and (isinstance(self.keep, bool) or not isinstance(self.keep, int | float)):
+            raise ValueError(f"compression.stages[].keep = {self.keep!r} must be a number in (0, 1]")
         if self.tokens is not None and (isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1):
             raise ValueError(f"compression.stages[].tokens = {self.tokens!r} must be an integer of at least 1")
         if isinstance(self.layer, bool) or not isinstance(self.layer, int):
             raise ValueError(f"compression.stages[].layer = {self.layer!r} must be an integer, the number of a layer from 0")
+        if self.scope not in SCOPES:
+            raise ValueError(f"compression.stages[].scope = {self.scope!r} must be one of {', '.join(SCOPES)}")
         if self.name is None:
-            object.__setattr__(self, "name", f"{self.site}_{self.layer}")
+            object.__setattr__(self, "name", f"{self.stack}{'.' if self.stack else ''}{self.site}_{self.layer}")
 
     @property
     def key(self) -> str:
@@ -140,55 +148,27 @@ class StageConfig:
 
     @property
     def bypass(self) -> bool:
-        """Tokens that are not chosen go around instead of away."""
+        """Tokens that are not chosen bypass the layer or its half; they stay in the sequence."""
         return self.site in BYPASS
 
     @property
-    def fraction(self) -> float | None:
-        """``keep`` of a shrinking site, ``capacity`` of a bypass site."""
-        return self.capacity if self.bypass else self.keep
-
-    @property
     def free(self) -> bool:
-        """Nothing says how many tokens: a budget must."""
-        return self.fraction is None and self.tokens is None
+        """Neither ``keep`` nor ``tokens`` is set: a budget must decide."""
+        return self.keep is None and self.tokens is None
 
     def part(self, kind: str) -> PartConfig:
         """The stage's ``scorer``, ``selector``, ``merger`` or ``estimator``."""
-        return PartConfig.of(getattr(self, kind))
+        return PartConfig.of(getattr(self, kind), kind)
 
-    def check(self, layers: int, sites: tuple[str, ...]) -> None:
-        """Raises ValueError, naming the stage, the key and what is allowed, unless the stage can be built.
-
-        Args:
-            layers: number of layers of the backbone.
-            sites: sites that the backbone offers.
-        """
-        where, key = f"stage {self.key!r}", "capacity" if self.bypass else "keep"
-        if self.site not in SITES:
-            raise ValueError(f"{where}: site = {self.site!r} does not exist: the sites are {', '.join(SITES)}")
-        if self.site not in sites:
-            raise ValueError(f"{where}: site = {self.site!r} is not offered by this backbone: it has {', '.join(sites)}")
-        if not 0 <= self.layer < layers:
-            raise ValueError(f"{where}: layer = {self.layer!r} must be an integer from 0 to {layers - 1}, the backbone has {layers} layers")
-        other = "keep" if self.bypass else "capacity"
-        if getattr(self, other) is not None:
-            raise ValueError(f"{where}: {other} belongs to another kind of site; at site {self.site!r} give {key}")
-        if self.tokens is not None and self.fraction is not None:
-            raise ValueError(f"{where}: give either {key} or tokens, not both")
-        if self.free:
-            raise ValueError(f"{where}: {key} is not set: give the fraction of tokens kept, in (0, 1], or let a budget decide it")
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise ValueError(f"{where}: {key} = {self.fraction} must be in (0, 1]: the fraction that is kept, not removed")
-        if self.count is not None and self.count not in COUNT_RULES:
-            raise ValueError(f"{where}: count = {self.count!r} is no count rule: there are {', '.join(COUNT_RULES)}")
-        if self.bypass and self.part("merger").name != "drop":
-            raise ValueError(f"{where}: merger = {self.part('merger').name!r}: at site {self.site!r} no token goes away; leave merger out")
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        plain = {item.name: getattr(self, item.name) for item in fields(self)}
+        return plain | {kind: plain[kind].to_dict() for kind in PARTS if plain[kind] is not None}
 
 
 @dataclass(frozen=True)
 class RestoreConfig:
-    """Where the sequence gets its full length back.
+    """Where the sequence of a stack gets its full length back.
 
     Attributes:
         layer: before this layer; the number of layers means after the last.
@@ -213,28 +193,44 @@ class CompressionConfig:
 
     Attributes:
         stages: at most one a site. One that is given as a mapping may name several layers, a stage for each: ``layer: [1, 2, 3]``.
-        restore: where the sequence gets its full length back; None leaves it short.
+        restores: by stack, where its sequence gets its full length back; a stack that is not named stays short.
+
+    Args:
+        stages: StageConfigs, or mappings of their attributes.
+        restore: a RestoreConfig or a mapping of its attributes, for a model of one stack; or a mapping of these by stack.
     """
 
     stages: tuple[StageConfig, ...]
-    restore: RestoreConfig | None = None
+    restores: Mapping[str, RestoreConfig]
 
     def __init__(self, stages: Iterable[StageConfig | Mapping[str, Any]], restore: RestoreConfig | Mapping[str, Any] | None = None) -> None:
         if not isinstance(stages, Iterable) or isinstance(stages, str | Mapping):
             raise ValueError(f"compression.stages must be a list of stages, not {stages!r}")
         made = [one for stage in stages for one in ([stage] if isinstance(stage, StageConfig) else stages_from_dict(stage))]
-        order = {site: index for index, site in enumerate(("before", "around", "around_attention", "between", "around_mlp"))}
-        object.__setattr__(self, "stages", tuple(sorted(made, key=lambda stage: (stage.layer, order.get(stage.site, 0)))))
-        if isinstance(restore, Mapping):
-            _check_keys(restore, [item.name for item in fields(RestoreConfig)], "compression.restore")
-            if "layer" not in restore:
-                raise ValueError("compression.restore.layer is missing: before which layer; the number of layers means after the last")
-            restore = RestoreConfig(**restore)
-        object.__setattr__(self, "restore", restore)
+        stacks = list(dict.fromkeys(stage.stack for stage in made))
+        in_order = sorted(made, key=lambda stage: (stacks.index(stage.stack), stage.layer, _ORDER.get(stage.site, 0)))
+        object.__setattr__(self, "stages", tuple(in_order))
+        object.__setattr__(self, "restores", _restores(restore))
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Names of the stacks that have stages."""
+        return tuple(dict.fromkeys(stage.stack for stage in self.stages))
+
+    @property
+    def restore(self) -> RestoreConfig | None:
+        """Of a model of one stack."""
+        return self.restores.get("")
+
+    def of_stack(self, stack: str) -> tuple[StageConfig, ...]:
+        """The stages of one stack, in the order that they run."""
+        return tuple(stage for stage in self.stages if stage.stack == stack)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, the inverse of ``from_dict``."""
-        return {"stages": [asdict(stage) for stage in self.stages], "restore": None if self.restore is None else asdict(self.restore)}
+        restores = {stack: {"layer": where.layer, "by": where.by} for stack, where in self.restores.items()}
+        restore = None if not restores else restores[""] if list(restores) == [""] else restores
+        return {"stages": [stage.to_dict() for stage in self.stages], "restore": restore}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> CompressionConfig:
@@ -244,57 +240,40 @@ class CompressionConfig:
             raise ValueError("compression.stages is missing: give at least one stage, or leave compression out for a dense model")
         return CompressionConfig(data["stages"], data.get("restore"))
 
+    def with_stages(self, stages: Iterable[StageConfig]) -> CompressionConfig:
+        """A copy with other stages."""
+        return CompressionConfig(stages, self.restores or None)
+
     def with_keep(self, keep: Mapping[str, float]) -> CompressionConfig:
-        """A copy whose stages keep (or process) what the mapping says, by stage name."""
+        """A copy whose stages have the keep that the mapping gives, by stage name."""
+        return self.with_stages(replace(stage, tokens=None, keep=keep[stage.key]) if stage.key in keep else stage for stage in self.stages)
 
-        def told(stage: StageConfig) -> StageConfig:
-            if stage.key not in keep:
-                return stage
-            return replace(stage, tokens=None, **{"capacity" if stage.bypass else "keep": keep[stage.key]})  # type: ignore[arg-type]
+    def left_short(self, stack: str = "") -> list[StageConfig]:
+        """Stages that shorten a stack's sequence for good: no restore comes after them."""
+        where = self.restores.get(stack)
+        end = 0 if where is None else where.layer
+        return [stage for stage in self.of_stack(stack) if not stage.bypass and stage.layer >= end]
 
-        return CompressionConfig(map(told, self.stages), self.restore)
 
-    def check(self, layers: int, sites: tuple[str, ...]) -> None:
-        """Raises ValueError, naming the stage, the key and what is allowed, unless every stage can be built.
+def _restores(given: RestoreConfig | Mapping[str, Any] | None) -> dict[str, RestoreConfig]:
+    if given is None:
+        return {}
+    if isinstance(given, RestoreConfig):
+        return {"": given}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"compression.restore must have 'layer' and 'by', or these by stack, not {given!r}")
+    if given and all(isinstance(value, Mapping | RestoreConfig) for value in given.values()):
+        return {stack: _restore(value, f"compression.restore.{stack}") for stack, value in given.items()}
+    return {"": _restore(given, "compression.restore")}
 
-        Args:
-            layers: number of layers of the backbone.
-            sites: sites that the backbone offers.
-        """
-        if not self.stages:
-            raise ValueError("compression.stages is empty: give at least one stage, or leave compression out for a dense model")
-        seen: set[tuple[str, int]] = set()
-        for stage in self.stages:
-            stage.check(layers, sites)
-            if (stage.site, stage.layer) in seen:
-                raise ValueError(f"stage {stage.key!r}: there are two stages {stage.site} layer {stage.layer}: a site holds one")
-            seen.add((stage.site, stage.layer))
-        for layer in {stage.layer for stage in self.stages if stage.site == "around"}:
-            inner = [stage.key for stage in self.stages if stage.layer == layer and stage.site not in ("around", "before")]
-            if inner:
-                raise ValueError(f"layer {layer} has a stage around it: {', '.join(inner)} inside it cannot run on the chosen tokens alone")
-        names = [stage.key for stage in self.stages]
-        if len(set(names)) < len(names):
-            raise ValueError(f"stage names must differ: {', '.join(names)}")
-        self._check_restore(layers)
 
-    def left_short(self) -> list[StageConfig]:
-        """Stages that shorten the sequence for good: no restore comes after them."""
-        end = 0 if self.restore is None else self.restore.layer
-        return [stage for stage in self.stages if not stage.bypass and stage.layer >= end]
-
-    def _check_restore(self, layers: int) -> None:
-        if self.restore is None:
-            return
-        shrinking = [stage for stage in self.stages if not stage.bypass]
-        if not shrinking:
-            raise ValueError("compression.restore has nothing to do: no stage makes the sequence shorter")
-        first = min(stage.layer + (stage.site == "between") for stage in shrinking)
-        if not first < self.restore.layer <= layers:
-            raise ValueError(
-                f"compression.restore.layer = {self.restore.layer} must be from {first + 1} (after the first stage) to {layers} "
-                "(after the last layer)"
-            )
+def _restore(given: RestoreConfig | Mapping[str, Any], where: str) -> RestoreConfig:
+    if isinstance(given, RestoreConfig):
+        return given
+    _check_keys(given, [item.name for item in fields(RestoreConfig)], where)
+    if "layer" not in given:
+        raise ValueError(f"{where}.layer is missing: before which layer; the number of layers means after the last")
+    return RestoreConfig(**given)
 
 
 def stages_from_dict(data: Mapping[str, Any]) -> list[StageConfig]:
@@ -316,6 +295,10 @@ def _check_keys(data: Mapping[str, Any], allowed: list[str], where: str) -> None
     for key in data:
         if key in allowed:
             continue
+        if key == "capacity":
+            raise ValueError(
+                f"{where}.capacity is not a key: give keep, the word at every site; around a layer it is the fraction of tokens processed"
+            )
         if key in _REMOVED_FRACTION:
             raise ValueError(f"{where}.{key} is not a key: Laconic counts what is kept; give keep = 1 - removed, in (0, 1]")
         near = difflib.get_close_matches(key, allowed, 1)

@@ -8,12 +8,16 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .backbones.base import Backbone
+from .backbones.layer_adapter import LayerAdapter
 from .stage import Inner, Stage, sharded
+from .tokens.flow import Flow, RowTokens
 from .tokens.ragged import Packing
 from .tokens.restore import restore
 from .tokens.state import TokenState
-from .tokens.trace import RowTokens, Trace
+from .tokens.trace import Trace
+
+# What the names of generated classes begin with.
+CLASS_PREFIX = "Compressed"
 
 
 @dataclass(frozen=True)
@@ -21,17 +25,21 @@ class LayerPlan:
     """What a compressed layer does beside its stages.
 
     Attributes:
-        index: of the layer, from 0.
-        backbone: adapter of the family.
+        stack: name of the stack that the layer is of.
+        index: of the layer in its stack, from 0.
+        adapter: of the layer.
+        dense: its stack has no stage, and the layer does what it always did.
         restore_before: how the sequence gets its full length back before the layer; None leaves it.
         restore_after: the same after it.
-        notes_left: a restore follows and wants to know what tokens were before they went.
-        packs: rows of different lengths are laid end to end for the layer.
-        unpacks: what follows the layer reads rows side by side.
+        notes_left: a restore follows, which needs what tokens were before they went.
+        packs: rows of different lengths are packed for the layer.
+        unpacks: what follows the layer reads padded rows.
     """
 
+    stack: str
     index: int
-    backbone: type[Backbone]
+    adapter: type[LayerAdapter]
+    dense: bool = False
     restore_before: str | None = None
     restore_after: str | None = None
     notes_left: bool = False
@@ -49,86 +57,87 @@ class CompressedLayer(nn.Module):
 
     def __call__(self, hidden_states: Tensor, *args: Any, trace: Trace | None = None, **kwargs: Any) -> Any:
         plan = self.plan
+        if plan.dense:
+            return super().__call__(hidden_states, *args, **kwargs)
         if trace is None:
             raise ValueError(f"layer {plan.index} of a compressed model was called on its own: call the model, which makes the trace")
-        inputs = dict(zip(plan.backbone.positional, args, strict=False)) | kwargs
-        if trace.state is None:
-            trace.begin(plan.backbone.begin(trace, hidden_states, inputs.get("attention_mask")))
+        inputs = dict(zip(plan.adapter.positional, args, strict=False)) | kwargs
+        flow = trace.flow(plan.stack)
+        if flow.state is None:
+            flow.begin(plan.adapter.begin(flow, hidden_states, inputs.get("attention_mask")))
         if plan.restore_before is not None:
-            hidden_states = restore(hidden_states, trace, plan.restore_before)
-        inputs = plan.backbone.begin_layer(self, cast(TokenState, trace.state), inputs)
+            hidden_states = restore(hidden_states, flow, plan.restore_before)
+        inputs = plan.adapter.begin_layer(self, flow.tokens, inputs)
         if (before := self._stage("before")) is not None:
             hidden_states = self._shrink(before, hidden_states, trace)
         if self._stage("around", "around_attention", "between", "around_mlp") is None:
-            hidden_states = self._whole(hidden_states, trace, inputs)
+            hidden_states = self._whole(hidden_states, flow, inputs)
         else:
             hidden_states = self._in_parts(hidden_states, trace, inputs)
-        return hidden_states if plan.restore_after is None else restore(hidden_states, trace, plan.restore_after)
+        return hidden_states if plan.restore_after is None else restore(hidden_states, flow, plan.restore_after)
 
-    def _whole(self, hidden_states: Tensor, trace: Trace, inputs: dict[str, Any]) -> Any:
+    def _whole(self, hidden_states: Tensor, flow: Flow, inputs: dict[str, Any]) -> Any:
         """The layer on all tokens that are left."""
-        plan, state = self.plan, trace.state
-        assert state is not None
+        plan, state = self.plan, flow.tokens
         tokens = state.tokens_per_row
-        trace.layer_tokens[plan.index] = RowTokens(tokens, tokens, tokens)
+        flow.layer_tokens[plan.index] = RowTokens(tokens, tokens, tokens)
         if state.empty and not self.training and not sharded(self):
             # No row has a token here, as in most steps of generating with chunks.
             return hidden_states
         unmasked = inputs.get("attention_mask") is None
-        if plan.packs and not trace.side_by_side and unmasked and state.valid is not None and trace.packed is None:
-            trace.packed = Packing.of(state, hidden_states)
-            hidden_states = trace.packed.pack(hidden_states)
-        if trace.packed is not None:
-            inputs = inputs | {"attention_mask": trace.packed}
+        if plan.packs and not flow.keep_padded and unmasked and state.valid is not None and flow.packed is None:
+            flow.packed = Packing.of(state, hidden_states)
+            hidden_states = flow.packed.pack(hidden_states)
+        if flow.packed is not None:
+            inputs = inputs | {"attention_mask": flow.packed}
         else:
-            inputs = plan.backbone.layer_inputs(self, state, hidden_states.dtype, inputs)
+            inputs = plan.adapter.layer_inputs(self, state, hidden_states.dtype, inputs)
         hidden_states = super().__call__(hidden_states, **inputs)
-        if trace.packed is not None and plan.unpacks:
-            hidden_states, trace.packed = trace.packed.unpack(hidden_states), None
+        if flow.packed is not None and plan.unpacks:
+            hidden_states, flow.packed = flow.packed.unpack(hidden_states), None
         return hidden_states
 
     def _in_parts(self, hidden_states: Tensor, trace: Trace, inputs: dict[str, Any]) -> Tensor:
         """The layer or its halves, with the stages around and between them."""
-        plan, state = self.plan, trace.state
-        assert state is not None
+        plan, flow = self.plan, trace.flow(self.plan.stack)
         call = super().__call__
 
         def whole(tokens: Tensor, of: TokenState) -> Tensor:
-            output: Tensor = call(tokens, **plan.backbone.layer_inputs(self, of, tokens.dtype, inputs))
+            output: Tensor = call(tokens, **plan.adapter.layer_inputs(self, of, tokens.dtype, inputs))
             return output
 
         def attention(tokens: Tensor, of: TokenState) -> Tensor:
-            own = plan.backbone.layer_inputs(self, of, tokens.dtype, inputs)
-            return self._half(functools.partial(plan.backbone.attention_half, self, **own), tokens)
+            own = plan.adapter.layer_inputs(self, of, tokens.dtype, inputs)
+            return self._half(functools.partial(plan.adapter.attention_half, self, **own), tokens)
 
         def mlp(tokens: Tensor, of: TokenState) -> Tensor:
-            return self._half(functools.partial(plan.backbone.mlp_half, self), tokens)
+            return self._half(functools.partial(plan.adapter.mlp_half, self), tokens)
 
-        present = state.tokens_per_row
+        present = flow.tokens.tokens_per_row
         if (around := self._stage("around")) is not None:
             hidden_states, tokens = self._bypass(around, hidden_states, trace, whole)
-            trace.layer_tokens[plan.index] = RowTokens(present, tokens, tokens)
+            flow.layer_tokens[plan.index] = RowTokens(present, tokens, tokens)
             return hidden_states
         hidden_states, attended = self._bypass(self._stage("around_attention"), hidden_states, trace, attention)
         if (between := self._stage("between")) is not None:
             hidden_states = self._shrink(between, hidden_states, trace)
         hidden_states, tokens = self._bypass(self._stage("around_mlp"), hidden_states, trace, mlp)
-        trace.layer_tokens[plan.index] = RowTokens(present, attended, tokens)
+        flow.layer_tokens[plan.index] = RowTokens(present, attended, tokens)
         return hidden_states
 
     def _bypass(self, stage: Stage | None, hidden_states: Tensor, trace: Trace, inner: Inner) -> tuple[Tensor, int | Tensor]:
         """What ``inner`` makes of the tokens that a stage chooses, or of all, and the number of those in a row."""
-        state = trace.state
-        assert state is not None
         if stage is None:
+            state = trace.flow(self.plan.stack).tokens
             return inner(hidden_states, state), state.tokens_per_row
         hidden_states = stage.around(hidden_states, self, trace, inner)
-        return hidden_states, trace.routings[stage.config.key].kept + state.protected_per_row
+        routing = trace.routings[stage.config.key]
+        return hidden_states, routing.kept + routing.state.protected_real
 
     def _shrink(self, stage: Stage, hidden_states: Tensor, trace: Trace) -> Tensor:
-        assert trace.state is not None
+        flow = trace.flow(self.plan.stack)
         if self.plan.notes_left:
-            trace.left.append((hidden_states, trace.state))
+            flow.left.append((hidden_states, flow.tokens))
         shorter: Tensor = stage(hidden_states, self, trace)
         return shorter
 
@@ -148,3 +157,28 @@ class CompressedLayer(nn.Module):
                 if site in stages:
                     return cast(Stage, stages[site])
         return None
+
+
+class Picklable:
+    """Lets pickle (spawned workers, ``copy``, ``torch.save`` of a model) rebuild a class that no module has by name."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Without what torch.compile leaves on a module, which is bound to the original.
+        return _empty_layer, (base_class(type(self)),), self.__getstate__()
+
+
+def base_class(cls: type[Any]) -> type[Any]:
+    """The class that a generated class, or one derived from it, was made from."""
+    original: type[Any] = cls.original
+    return original
+
+
+@functools.cache
+def compressed_layer_class(cls: Any) -> type[Any]:
+    """The generated subclass of a layer's class."""
+    attributes = {"__module__": cls.__module__, "__doc__": cls.__doc__, "original": cls}
+    return type(CLASS_PREFIX + cls.__name__, (Picklable, CompressedLayer, cls), attributes)
+
+
+def _empty_layer(cls: Any) -> Any:
+    return object.__new__(compressed_layer_class(cls))

@@ -10,8 +10,11 @@ from torch.nn import functional
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Autocast switched off. A graph that is exported has no autocast to switch, and those that name one cannot be loaded."""
-    if torch.compiler.is_exporting() or not torch.is_autocast_enabled(device.type):
+    """Autocast switched off.
+
+    A device such as ``meta`` has none. A graph that is exported has none to switch either, and those that name one cannot be loaded.
+    """
+    if torch.compiler.is_exporting() or not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 

@@ -1,19 +1,73 @@
-"""Finding a part (scorer, selector, merger) by name: the folder is the registry, the file's name is the part's name."""
+"""Finding a part by name: a file of the part's folder in this package, or an entry point of another package.
+
+Nothing here imports torch, and a part's file is imported only when the part is built, so that recipes can be checked at once.
+"""
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
-from typing import Any
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Protocol
+
+_ROOT = __name__.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of part.
+
+    Attributes:
+        folder: of its files, below this package.
+        base: class that every part of the kind derives from; it stands in the folder's ``base.py``.
+        given: arguments of the constructor that a stage passes itself and no config may set.
+    """
+
+    folder: str
+    base: str
+    given: tuple[str, ...] = ()
+
+    @property
+    def package(self) -> str:
+        """Full name of the folder's package."""
+        return f"{_ROOT}.{self.folder}"
+
+    @property
+    def group(self) -> str:
+        """Group of entry points under which other packages offer such parts."""
+        return f"laconic.{self.folder.rpartition('.')[2]}"
+
+
+KINDS = {
+    "scorer": Kind("scorers", "Scorer", ("spec",)),
+    "selector": Kind("selectors", "Selector", ("spec",)),
+    "merger": Kind("mergers", "Merger", ("spec",)),
+    "estimator": Kind("estimators", "Estimator"),
+    "regularizer": Kind("budget.regularizers", "Regularizer"),
+}
+
+
+class Part(Protocol):
+    """A part by name with its options, as a config has it; ``given`` is the class or the object itself where Python code gave one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def options(self) -> Any: ...
+    @property
+    def given(self) -> Any: ...
 
 
 def files(package: str) -> dict[str, str]:
     """Full module name of every file in a package's folder, by the file's name.
 
-    A folder may have been laid flat, as exports for machines without Laconic are: transformers loads files of one folder only, so
-    that ``scorers/learned.py`` is ``scorers_learned.py`` there, beside ``scorers.py``.
+    Exports for machines without Laconic have no folders, since transformers loads files of one folder only: ``scorers/learned.py``
+    is ``scorers_learned.py`` there, beside ``scorers.py``.
     """
     loaded = importlib.import_module(package)
     if hasattr(loaded, "__path__"):
@@ -29,44 +83,113 @@ def names(package: str) -> list[str]:
     return sorted(name for name in files(package) if not name.startswith("base"))
 
 
-def check_name(package: str, name: str) -> None:
-    """Raises ValueError, with what there is, where a package has no part of that name; no part is imported."""
-    kind = package.rsplit(".", 1)[-1]
-    allowed = names(package)
+def check_name(what: str, name: str, allowed: list[str]) -> None:
+    """Raises ValueError, with what there is, unless ``name`` is one of ``allowed``.
+
+    Args:
+        what: singular, for the message.
+        name: that was given.
+        allowed: names that there are.
+    """
     if name not in allowed:
         near = difflib.get_close_matches(name, allowed, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{kind[:-1]} {name!r} does not exist: the {kind} are {', '.join(allowed)}{hint}")
+        raise ValueError(f"{what} {name!r} does not exist: the {what}s are {', '.join(allowed)}{hint}")
 
 
 def find(package: str, name: str, base: type[Any]) -> type[Any]:
-    """The class that a part's file defines.
+    """The class that a file defines.
 
     Args:
         package: full name of the folder's package.
-        name: the part's name, as in a recipe.
-        base: class that the part derives from.
+        name: of the file.
+        base: class that it derives from.
 
     Raises:
         ValueError: no file of that name; the message lists what there is.
     """
-    check_name(package, name)
+    check_name(package.rpartition(".")[2][:-1], name, names(package))
     module = importlib.import_module(files(package)[name])
     defined = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, base)]
     return next(item for item in defined if item.__module__ == module.__name__)
 
 
-def check_options(cls: type[Any], kind: str, name: str, options: dict[str, Any], given: tuple[str, ...]) -> None:
-    """Raises ValueError when ``options`` has a key that the part's constructor does not take.
+@functools.cache
+def outside(kind: str) -> dict[str, metadata.EntryPoint]:
+    """Entry points of other packages by the part's name.
+
+    Raises:
+        ValueError: one of them has the name of a part of this package.
+    """
+    found = {entry.name: entry for entry in metadata.entry_points(group=KINDS[kind].group)}
+    for name in names(KINDS[kind].package):
+        if name in found:
+            raise ValueError(
+                f"entry point {name!r} ({found[name].value}) in group {KINDS[kind].group} has the name of Laconic's own {kind}"
+            )
+    return found
+
+
+def part_names(kind: str) -> list[str]:
+    """Names of all parts of a kind, those of other packages included. No part is imported."""
+    return sorted([*names(KINDS[kind].package), *outside(kind)])
+
+
+def part_class(kind: str, part: Part) -> type[Any]:
+    """The class of a part.
 
     Args:
-        cls: the part's class.
-        kind: ``scorer``, ``selector`` or ``merger``, for the message.
-        name: the part's name, for the message.
-        options: keyword arguments from the config.
-        given: arguments that the stage passes itself and no config may set.
+        kind: of ``KINDS``.
+        part: as the config has it.
+
+    Raises:
+        ValueError: there is no such part, or what was given is none.
     """
-    allowed = [key for key in inspect.signature(cls.__init__).parameters if key not in ("self", *given)]
+    about = KINDS[kind]
+    base = getattr(importlib.import_module(files(about.package)["base"]), about.base)
+    if part.given is not None:
+        cls = part.given if isinstance(part.given, type) else type(part.given)
+    else:
+        check_name(kind, part.name, part_names(kind))
+        entry = outside(kind).get(part.name)
+        cls = find(about.package, part.name, base) if entry is None else entry.load()
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ValueError(f"{kind} {part.name!r} is {cls!r}, which does not derive from laconic's {about.base}")
+    return cls
+
+
+def build(kind: str, part: Part, *given: Any) -> Any:
+    """A part itself; one that was given as an object is copied, so that every stage has its own.
+
+    Args:
+        kind: of ``KINDS``.
+        part: as the config has it.
+        given: what a stage passes to every part of this kind.
+
+    Raises:
+        ValueError: an unknown name or option, or a value out of its range.
+    """
+    cls = part_class(kind, part)
+    if part.given is not None and not isinstance(part.given, type):
+        return copy.deepcopy(part.given)
+    _check_options(cls, kind, part.name, dict(part.options))
+    try:
+        return cls(*given, **part.options)
+    except TypeError as error:
+        raise ValueError(f"{kind} {part.name!r}: an option is of the wrong type: {error}") from None
+
+
+def name_of(kind: str, cls: type[Any]) -> str | None:
+    """The name under which a class can be found; None where it is neither a part of this package nor an entry point."""
+    for name, module in files(KINDS[kind].package).items():
+        if module == cls.__module__ and not name.startswith("base"):
+            return name
+    place = f"{cls.__module__}:{cls.__qualname__}"
+    return next((name for name, entry in outside(kind).items() if entry.value == place), None)
+
+
+def _check_options(cls: type[Any], kind: str, name: str, options: dict[str, Any]) -> None:
+    allowed = [key for key in inspect.signature(cls.__init__).parameters if key not in ("self", *KINDS[kind].given)]
     for key in options:
         if key not in allowed:
             what = f"its options are {', '.join(allowed)}" if allowed else "it has no options"

@@ -39,7 +39,7 @@ class Method:
             stage = StageConfig(layer=1, site=self.site, keep=capacities[0], **self.parts)
             return CompressionConfig([stage], {"layer": 3, "by": self.restore})
         return CompressionConfig(
-            StageConfig(layer=layer, site=self.site, capacity=capacity, **self.parts)
+            StageConfig(layer=layer, site=self.site, keep=capacity, **self.parts)
             for layer, capacity in zip(layers, capacities, strict=False)
         )
 

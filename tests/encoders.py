@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from laconic import CompressionConfig, Trace, compress
-from laconic.modules.backbones import backbone_for
-from laconic.modules.sites import SITES
+from laconic.modules.config import SITES
 from tests.matrix import Method, settle
 from tests.modules.test_invariants import _Recorded, _Reference, _take
 
@@ -127,7 +126,7 @@ class _TextReference(_Reference):
 
 def masked_reference(plain: PreTrainedModel, ids: Tensor, trace: Trace) -> Tensor:
     """Logits of a forward that computes every token in every layer."""
-    backbone: Any = backbone_for(plain.config.model_type, type(plain).__name__)
+    backbone: Any = adapter_for(plain.config.model_type, type(plain).__name__)
     twin = copy.deepcopy(plain)
     recorded = _replace_layers(backbone, twin)
     twin(input_ids=ids)

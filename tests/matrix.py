@@ -46,7 +46,7 @@ class Method:
         return self.parts.get("merger", "drop") != "drop"
 
     def config(self, *keeps: float, layers: tuple[int, ...] = (1, 2)) -> CompressionConfig:
-        key, least = "capacity" if self.bypass else "keep", 0.5 if self.parts.get("merger") == "bipartite" else 0.0
+        key, least = "keep", 0.5 if self.parts.get("merger") == "bipartite" else 0.0
         return CompressionConfig(
             StageConfig(layer=layer, site=self.site, **{key: max(keep, least)}, **self.parts)
             for layer, keep in zip(layers, keeps, strict=False)

@@ -64,6 +64,24 @@ def test_modules_import_neither_lightning_nor_the_other_folders() -> None:
             assert f"from ...{other}" not in text
 
 
+HEAVY = ("torch", "transformers", "datasets", "numpy", "PIL", "lightning")
+
+
+def _imported(name: str) -> list[str]:
+    """Which of the heavy libraries a new process has after importing a module."""
+    check = f"import sys, {name}; print(*[item for item in {HEAVY!r} if item in sys.modules])"
+    return subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True).stdout.split()
+
+
+def test_the_schema_of_the_data_needs_no_heavy_library() -> None:
+    assert _imported("laconic.trainer.recipe.data_kinds") == []
+
+
+@pytest.mark.xfail(reason="modules.budget and modules.config import torch", strict=True)
+def test_reading_a_recipe_needs_no_heavy_library() -> None:
+    assert _imported("laconic.trainer.recipe.files") == []
+
+
 def test_the_public_names_are_there() -> None:
     import laconic
 

@@ -17,20 +17,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..data.rows import BadRowCount, collate
-from ..modules.backbones import backbone_for
-from ..modules.checkpoints.loading import find_adapter, from_pretrained, saved_class
-from ..modules.checkpoints.lora import merge_lora
-from ..modules.compress import base_class, compress, decompress, stages_of
+from ..modules.compress import compress, decompress
 from ..modules.config import CompressionConfig, PartConfig
 from ..modules.cost.cost import CostModel
 from ..modules.decoding.generation import can_look_ahead
-from ..modules.selectors.threshold import ThresholdSelector
+from ..modules.stage import stages_of
 from ..modules.tokens.keep_count import KeepCount
+from ..modules.tokens.scope import COMPLETE
 from ..modules.tokens.trace import Trace
 from .build.build import cost_model, model_config
-from .errors import RecipeError
-from .recipe.files import check
 from .recipe.schema import Recipe
+from .run_folder import RunFolder, load_model
 from .tasks.base import Task, task_named
 
 
@@ -51,34 +48,6 @@ class Evaluated:
     latency: float | None
 
 
-def model_folder(target: str) -> tuple[Path, Path]:
-    """Folder of the weights or adapter and path of the recipe, from a run folder or an export. Raises RecipeError."""
-    folder = Path(target)
-    if not folder.is_dir():
-        raise RecipeError(f"{target} is no folder: give a run folder, or the folder of an export")
-    recipe = folder / "recipe.yaml"
-    if not recipe.is_file():
-        raise RecipeError(f"{target} has no recipe.yaml: give a run folder, or the folder of an export")
-    if (adapter := find_adapter(folder)) is not None:
-        return adapter, recipe
-    for weights in (folder / "model", folder):
-        if (weights / "config.json").is_file():
-            return weights, recipe
-    raise RecipeError(f"{target} holds no trained model yet (model/config.json): the run has not ended; laconic train … --resume auto")
-
-
-def load_model(folder: Path) -> PreTrainedModel:
-    """A trained model, compressed or dense, in evaluation mode; an adapter's LoRA is merged into the weights of its base."""
-    import json
-
-    if find_adapter(folder) is not None:
-        model = from_pretrained(folder)
-        return merge_lora(model) if hasattr(model, "peft_config") else model
-    if "compression" in json.loads((folder / "config.json").read_text()):
-        return from_pretrained(folder)
-    return saved_class(folder).from_pretrained(folder, use_safetensors=True).eval()
-
-
 def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     """Quality and speed of the weights in ``target``: as trained, dense, and with each control's choice of as many tokens.
 
@@ -86,13 +55,13 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     well a model trained with a control does is the report's ``baselines``. A gate (``estimator: gate``) stays for the controls, and
     is gone with the stages of the dense model.
     """
-    folder, _ = model_folder(target)
-    model = load_model(folder)
+    run = RunFolder.open(target)
+    model = load_model(run.trained())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     task = task_named(recipe.task)
     config = model_config(recipe.model, task) if recipe.model.config is not None else model.config
-    data = task.open_data(task.of_run(recipe, folder), config)
+    data = task.open_data(task.of_run(recipe, run), config)
     loader = DataLoader(data.test, batch_size=recipe.data.eval_batch_size, collate_fn=collate, num_workers=recipe.data.workers)
     results: dict[str, Any] = {}
 
@@ -100,7 +69,7 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
         name: str, variant: PreTrainedModel, lookahead: bool = False, decider: PreTrainedModel | None = None
     ) -> Mapping[str, float]:
         console.print(f"evaluating {name} on {len(data.test):,} {task.item}", highlight=False)  # type: ignore[arg-type]
-        cost = cost_model(variant, size=data.size)
+        cost = cost_model(variant, size=task.size(recipe))
         found = _evaluate(variant.eval(), loader, recipe, task, device, cost, lookahead, decider)
         figures = asdict(found)
         results[name] = {task.metric: figures.pop("quality"), **figures}
@@ -110,7 +79,7 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
         kept = measure("compressed", model)
         if can_look_ahead(model):
             measure("look-ahead", model, lookahead=True)
-        gated = any(stage.estimator is not None and stage.estimator.in_evaluation for _, stage in stages_of(model).values())
+        gated = any(stage.estimator is not None and stage.estimator.in_evaluation for stage in stages_of(model).values())
         for scorer in task.controls:
             control = _with_scorer(model, scorer, kept).eval()
             # Gates are a part of the weights: they stay, and only who goes through is the control's choice.
@@ -135,39 +104,39 @@ def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Map
     Raises:
         ValueError: the model is dense, or the task cannot show what is asked for.
     """
-    folder, _ = model_folder(target)
-    task, model = task_named(recipe.task), load_model(folder)
+    run = RunFolder.open(target)
+    task, model = task_named(recipe.task), load_model(run.trained())
     if not stages_of(model):
         raise ValueError(f"{target} is a dense model: every layer sees every token, there is nothing to inspect")
-    return task.inspect(target, task.of_run(recipe, folder), model, given, to)
+    return task.inspect(target, task.of_run(recipe, run), model, given, to)
 
 
 def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float]) -> PreTrainedModel:
     """The same weights with a control's choice of as many tokens as the model really keeps, the same number of every row."""
     config = CompressionConfig.from_dict(model.config.compression)
-    causal = backbone_for(model.config.model_type, base_class(type(model)).__name__).causal
-    stages = [
-        replace(
-            stage,
-            scorer=PartConfig(scorer),
-            estimator=None,
-            # Pairs are found by matching scorers alone; what other scorers leave out is dropped.
-            merger="drop" if stage.part("merger").name == "bipartite" else stage.merger,
-            # Of a causal model what is chosen may not hang on later tokens.
-            selector=stage.selector if stage.part("selector").name == "prefix" else "threshold" if causal else "top_k",
-            count=None if causal else "round",
+    built, stages = stages_of(model), []
+    for stage in config.stages:
+        trained = built[stage.key]
+        # Of a causal model what is chosen may depend on no later token, unless the scope is complete before generation.
+        by_threshold = trained.adapter.causal and stage.scope not in COMPLETE
+        stages.append(
+            replace(
+                stage,
+                scorer=PartConfig(scorer),
+                estimator=None,
+                # Pairs are found by matching scorers alone; what other scorers leave out is dropped.
+                merger="drop" if trained.merger.needs_partner else stage.merger,
+                selector="threshold" if by_threshold else "top_k",
+                count=None if by_threshold else "round",
+            )
         )
-        for stage in config.stages
-    ]
     fixed = [stage.key for stage in stages if stage.tokens is not None]
-    # A stage that let nothing through asks for next to nothing, since 0 is no keep.
-    told = CompressionConfig(stages, config.restore).with_keep({key: max(keep, 1e-6) for key, keep in kept.items() if key not in fixed})
-    variant = compress(decompress(copy.deepcopy(model)), told).to(model.device)
-    for name, (_, stage) in stages_of(variant).items():
-        if isinstance(stage.selector, ThresholdSelector):
-            # The controls of causal models score uniformly in (0, 1), so that nothing has to be followed.
-            stage.selector.threshold.fill_(1 - kept[name])
-            stage.selector.batches.fill_(1)
+    # A stage that kept nothing requests next to nothing, since 0 is no keep.
+    given = config.with_stages(stages).with_keep({key: max(keep, 1e-6) for key, keep in kept.items() if key not in fixed})
+    variant = compress(decompress(copy.deepcopy(model)), given).to(model.device)
+    for name, control in stages_of(variant).items():
+        # The controls of causal models score uniformly in (0, 1), so that no score has to be followed.
+        control.selector.set_cut(kept[name])
     return variant
 
 
@@ -210,16 +179,3 @@ def _evaluate(
         macs_ratio=kept.macs_ratio,
         latency=statistics.median(seconds) if seconds else None,
     )
-
-
-def recipe_of(target: str, overrides: list[str]) -> Recipe:
-    """The recipe beside a trained model, with overrides laid over it."""
-    import yaml
-
-    from .recipe.files import apply_override
-
-    _, path = model_folder(target)
-    data = yaml.safe_load(path.read_text())
-    for override in overrides:
-        apply_override(data, override)
-    return check(data, str(path))

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from ..data.rows import collate
 from ..data.splits import Splits
-from ..modules.checkpoints.loading import from_pretrained
-from ..modules.compress import checkpoint_activations, decompress, stages_of
+from ..modules.compress import checkpoint_activations, decompress
+from ..modules.stage import stages_of
 from .build.build import build
 from .build.lightning_trainer import lightning_trainer, quiet
 from .build.parts import RunParts
@@ -24,17 +24,19 @@ from .callbacks.guards import NanGuard, RandomState
 from .callbacks.progress import RunLog, StepLine, Throughput
 from .callbacks.stop import StopOnSigterm
 from .distributed import collective
-from .distributed.processes import started
+from .distributed.deepspeed import deepspeed_config, stage_of
+from .distributed.launch import launch
+from .distributed.processes import join, unstarted
 from .distributed.resume import check_same_processes, check_same_run, find_checkpoint, incomplete_checkpoints, remove_checkpoints
-from .distributed.strategies import deepspeed_config, needs_group, processes_of, resolved, stage_of
-from .distributed.zero3 import save_trained, weights_name
-from .evaluate import load_model
+from .distributed.strategies import needs_group, processes_of, resolved
+from .distributed.zero3 import save_trained
 from .measure.arms import bench_models, print_claims
 from .measure.bench import Bench
 from .measure.report import Arm, Report, table, versions, with_bench
 from .recipe.baselines import load_baselines
 from .recipe.files import LoadedRecipe, dump
 from .recipe.schema import Recipe
+from .run_folder import RunFolder, from_pretrained, load_model
 from .task_module import TaskModule
 from .tasks.base import task_named
 
@@ -57,7 +59,7 @@ def output_folder(loaded: LoadedRecipe) -> Path:
     return Path(loaded.recipe.output.format(recipe=loaded.name, seed=loaded.recipe.seed))
 
 
-def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None = None) -> Report:
+def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None = None) -> Report | None:
     """Trains a recipe and its baselines, measures, and writes the run folder.
 
     Args:
@@ -66,16 +68,28 @@ def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resu
         console: for progress.
         resume: ``auto`` (the newest checkpoint of this run, if there is one) or the path of a checkpoint; None starts anew.
 
-    With several processes this is called in each of them; rank 0 writes, prints, and measures while the others wait.
+    With several processes this is called in each of them; rank 0 writes, prints, and measures while the others wait. Where nothing has
+    started them, they are started here, and this process waits for them.
+
+    Returns:
+        The report; None where processes were started on a machine that is not the first of several.
 
     Raises:
         Stopped: SIGTERM came.
+        Ended: processes that were started here did not end well.
     """
     quiet()
     settings = resolved(loaded.recipe).trainer
-    command = [sys.executable, "-m", "laconic", "train", loaded.source, *overrides, *(["--resume", resume] if resume else [])]
-    with started(int(settings.devices), settings.num_nodes, needs_group(settings), command):
-        return _train(loaded, overrides, console if collective.rank() == 0 else silent(), resume)
+    devices, num_nodes = int(settings.devices), settings.num_nodes
+    if unstarted(devices, num_nodes):
+        launch(
+            devices,
+            num_nodes,
+            [sys.executable, "-m", "laconic", "train", loaded.source, *overrides, *(["--resume", resume] if resume else [])],
+        )
+        return Report.read(output_folder(loaded)) if num_nodes == 1 or os.environ["NODE_RANK"] == "0" else None
+    join(devices, num_nodes, needs_group(settings))
+    return _train(loaded, overrides, console if collective.rank() == 0 else silent(), resume)
 
 
 def silent() -> Console:
@@ -84,7 +98,7 @@ def silent() -> Console:
 
 
 def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None) -> Report:
-    folder = output_folder(loaded)
+    run = RunFolder(output_folder(loaded))
     baselines = load_baselines(loaded, overrides)
     arms: dict[str, Trained] = {}
     data: Splits | None = None
@@ -93,22 +107,22 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
         name = _arm_name(arm)
         if name in arms or (not main and name == _arm_name(loaded)):
             name = arm.name
-        where = folder if main else folder / "baselines" / arm.name
-        arms[name] = train_arm(arm, name, where, console, data, resume if main else ("auto" if resume else None))
+        where = run if main else run.arm(arm.name)
+        arms[name] = train_arm(arm, name, where.path, console, data, resume if main else ("auto" if resume else None))
         data = arms[name].parts.data
     first = collective.rank() == 0
     # One process measures one process's step, alone on the machine; several at once would time each other.
     measured = _bench(arms, loaded.recipe, console) if first else None
     report = _report(loaded, arms, measured)
     if first:
-        task_named(loaded.recipe.task).draw({name: trained.parts for name, trained in arms.items()}, folder)
-        report.save(folder)
+        task_named(loaded.recipe.task).draw({name: trained.parts for name, trained in arms.items()}, run.path)
+        report.save(run.report)
     collective.wait()
     shown = {name: with_bench(trained.arm, name, measured) for name, trained in arms.items()}
     console.print(table(shown, task_named(loaded.recipe.task).metric, measured.memory_kind if measured else None))
     if measured is not None:
         print_claims(measured, console)
-    console.print(f"report: {folder / 'report.json'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {run.report}", highlight=False, soft_wrap=True)
     return report
 
 
@@ -144,18 +158,19 @@ def train_arm(
     """Trains and evaluates one recipe into its folder; the model is left on the CPU or device that it was trained on."""
     recipe = resolved(task_named(loaded.recipe.task).resolved(loaded.recipe))
     quiet()
-    checkpoint = collective.from_rank_zero(lambda: _checkpoint(folder, recipe, resume, console))
+    run = RunFolder(folder)
+    checkpoint = collective.from_rank_zero(lambda: _checkpoint(run, recipe, resume, console))
     stage = stage_of(recipe.trainer)
     parts = build(recipe, data, deepspeed_config(recipe.trainer, recipe.data.batch_size) if stage == 3 else None)
-    collective.from_rank_zero(lambda: _open_folder(folder, recipe))
-    with (folder / "log.txt" if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w") as log:
+    collective.from_rank_zero(lambda: _open_folder(run, recipe))
+    with (run.log if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w") as log:
         both = RunLog(console, log)
         _describe(parts, name, both)
         module = task_named(parts.recipe.task).module(parts)
         line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name, module.task)
-        stop = StopOnSigterm(folder / "checkpoints" / "stopped.ckpt")
+        stop = StopOnSigterm(run.checkpoints / "stopped.ckpt")
         watching = [NanGuard(), line, stop, RandomState(recipe.seed)]
-        trainer = lightning_trainer(recipe, folder, parts.total_steps, watching, _leaves_unused(module, parts))
+        trainer = lightning_trainer(recipe, run, parts.total_steps, watching, _leaves_unused(module, parts))
         data_module = parts.data_module()
         # transformers gives loaded models in evaluation mode, and Lightning leaves them so: no router would learn.
         parts.model.train()
@@ -168,37 +183,37 @@ def train_arm(
         if module.bad_rows.reasons:
             both.line(f"bad rows: {module.bad_rows.summary()}")
     arm = _arm(loaded.name, parts, module, line.throughput)
-    stages = [stage for _, stage in stages_of(parts.model).values()]
+    stages = list(stages_of(parts.model).values())
     if parts.base is None and stages and all(stage.idle for stage in stages):
         # A schedule that ended at full length, as random-LTD's does: what is left is an ordinary model.
         decompress(parts.model)
     save_trained(parts.model, folder, parts.base, _ratio(arm, parts))
     if collective.rank() == 0:
-        parts.data.save_beside(folder / weights_name(parts.base))
+        parts.data.save_beside(run.written(parts.base))
     if not stage:
         parts.model.to("cpu")
     elif collective.rank() == 0:
-        parts = replace(parts, model=_read_back(folder, recipe))
+        parts = replace(parts, model=_read_back(run, recipe))
     return Trained(parts, module, arm)
 
 
-def _checkpoint(folder: Path, recipe: Recipe, resume: str | None, console: Console) -> Path | None:
+def _checkpoint(run: RunFolder, recipe: Recipe, resume: str | None, console: Console) -> Path | None:
     """The checkpoint to go on from, checked; where there is none, what an earlier run left is removed."""
-    checkpoint = find_checkpoint(folder, resume)
+    checkpoint = find_checkpoint(run, resume)
     if resume is not None:
-        for path in incomplete_checkpoints(folder):
+        for path in incomplete_checkpoints(run):
             console.print(f"passed over {path}: it is not complete, writing it was interrupted", highlight=False, soft_wrap=True)
     if checkpoint is None:
-        remove_checkpoints(folder)
+        remove_checkpoints(run)
     else:
-        check_same_run(folder, recipe)
+        check_same_run(run, recipe)
         check_same_processes(checkpoint, processes_of(recipe.trainer), stage_of(recipe.trainer))
     return checkpoint
 
 
-def _open_folder(folder: Path, recipe: Recipe) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(dump(recipe))
+def _open_folder(run: RunFolder, recipe: Recipe) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.recipe.write_text(dump(recipe))
 
 
 def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:
@@ -220,9 +235,9 @@ def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:
     return unused
 
 
-def _read_back(folder: Path, recipe: Recipe) -> PreTrainedModel:
+def _read_back(run: RunFolder, recipe: Recipe) -> PreTrainedModel:
     """The model from what was saved: DeepSpeed leaves its own behind in shards and hooks."""
-    model = load_model(folder / "model") if (folder / "model").is_dir() else from_pretrained(folder)
+    model = load_model(run.path) if run.adapter is None else from_pretrained(run.path)
     if recipe.trainer.gradient_checkpointing:
         checkpoint_activations(model)
     return model

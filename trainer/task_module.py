@@ -19,11 +19,12 @@ from ..modules.tokens.trace import Trace
 from .build.optimization import learning_rate_schedule, parameter_groups
 from .build.parts import RunParts
 from .distributed import collective
-from .distributed.zero3 import kept_names, save_trained, weights_name
+from .distributed.zero3 import kept_names, save_trained
 from .errors import RecipeError
 from .metrics.lookahead import LookAhead
 from .metrics.quality import Quality
 from .recipe.schema import OptimizerRecipe
+from .run_folder import RunFolder
 from .tasks.base import Task
 
 
@@ -181,7 +182,7 @@ class TaskModule(lightning.LightningModule):
         """Writes the weights whole, as they are now, into a run or checkpoint. Called on every rank."""
         save_trained(self.model, folder, self.base)
         if collective.rank() == 0:
-            self.save_beside(folder / weights_name(self.base))
+            self.save_beside(RunFolder(folder).written(self.base))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes whose weights they are, and leaves those out that stay as they are."""

@@ -8,14 +8,15 @@ carry nothing, and how bright a patch is does not tell whether it belongs to the
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-DIGIT, PIECE, CLASSES = 8, 4, 10
+from .canvas import DIGIT, PIECE, Canvas
+
+CLASSES = 10
 # Of a pixel that belongs to no real digit, clutter included.
 BACKGROUND = CLASSES
 _TRIES = 12
@@ -34,31 +35,6 @@ def source_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     first, second = (int(share * len(order)) for share in _SOURCE_SHARES)
     chosen = np.split(order, [first, second])[_SPLITS[split]]
     return (digits.images[chosen] / 16).astype(np.float32), digits.target[chosen].astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """What an image is made of.
-
-    Attributes:
-        size: height and width in pixels, a multiple of 4.
-        scrambled: scrambled digits on it.
-        pieces: quarter digits on it.
-    """
-
-    size: int = 32
-    scrambled: int = 8
-    pieces: int = 2
-
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic where a recipe holds a canvas
-
-    def __post_init__(self) -> None:
-        if self.size % PIECE or self.size < 2 * DIGIT:
-            raise ValueError(f"data.canvas.size = {self.size} must be a multiple of {PIECE} and at least {2 * DIGIT} pixels")
-        if self.scrambled < 0 or self.pieces < 0:
-            raise ValueError("data.canvas.scrambled and data.canvas.pieces must be at least 0")
-        if (1 + self.scrambled) * 4 + self.pieces > (self.size // PIECE) ** 2 * 3 // 4:
-            raise ValueError(f"data.canvas: {self.scrambled} scrambled digits and {self.pieces} pieces do not fit on {self.size} pixels")
 
 
 class ScatteredDigits(Dataset[dict[str, Tensor]]):

@@ -3,49 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-STRONGEST = 10.0
-
-
-@dataclass(frozen=True)
-class RandomAugment:
-    """RandAugment (arXiv 1909.13719): operations drawn evenly from a list, all at one magnitude.
-
-    Attributes:
-        operations: applied one after the other to every image.
-        magnitude: 0 leaves images as they are (but for the operations that have no strength), 10 is the strongest.
-    """
-
-    operations: int = 2
-    magnitude: float = 9.0
-
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic where a recipe holds one
-
-    def __post_init__(self) -> None:
-        if self.operations < 1:
-            raise ValueError(f"data.random_augment.operations = {self.operations} must be at least 1; leave random_augment out for none")
-        if not 0 <= self.magnitude <= STRONGEST:
-            raise ValueError(f"data.random_augment.magnitude = {self.magnitude} must be from 0 to {STRONGEST:g}")
-
-    def __call__(self, image: Image.Image, draws: np.random.Generator, fill: tuple[int, ...]) -> Image.Image:
-        """An image of the same size and mode.
-
-        Args:
-            image: of mode RGB or L.
-            draws: decides operations and directions.
-            fill: colour of what moves in from outside, one value a channel.
-        """
-        colour = fill if image.mode == "RGB" else fill[0]
-        for _ in range(self.operations):
-            name = str(draws.choice(NAMES))
-            sign = 1.0 if draws.random() < 0.5 else -1.0
-            image = OPERATIONS[name](image, self.magnitude / STRONGEST, sign, colour)
-        return image
-
+from .random_augment import STRONGEST, RandomAugment
 
 Colour = tuple[int, ...] | int
 Operation = Callable[[Image.Image, float, float, Colour], Image.Image]
@@ -86,6 +48,23 @@ OPERATIONS: dict[str, Operation] = {
     "translate_y": _affine(lambda amount, image: (1, 0, 0, 0, 1, 0.45 * amount * image.height)),
 }
 NAMES = tuple(OPERATIONS)
+
+
+def augmented(image: Image.Image, settings: RandomAugment, draws: np.random.Generator, fill: tuple[int, ...]) -> Image.Image:
+    """An image of the same size and mode, operations of ``settings`` applied.
+
+    Args:
+        image: of mode RGB or L.
+        settings: how many operations, and how strong.
+        draws: decides operations and directions.
+        fill: colour of what moves in from outside, one value a channel.
+    """
+    colour = fill if image.mode == "RGB" else fill[0]
+    for _ in range(settings.operations):
+        name = str(draws.choice(NAMES))
+        sign = 1.0 if draws.random() < 0.5 else -1.0
+        image = OPERATIONS[name](image, settings.magnitude / STRONGEST, sign, colour)
+    return image
 
 
 def erase(pixels: np.ndarray, probability: float, draws: np.random.Generator) -> np.ndarray:

@@ -10,8 +10,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ...modules.tokens.labels import IGNORE_PIXEL
-from ..hub import DataSource, image_column, mask_column, open_splits
+from ..hub import image_column, mask_column, open_splits
 from ..rows import BadRow
+from ..source import DataSource, SplitNames
 from .splits import ImageData
 from .transform import ImageTransform, decode
 
@@ -65,10 +66,7 @@ class MaskRows(Dataset[dict[str, Any]]):
 
 def hub_masks(
     source: DataSource,
-    train_split: str,
-    validation_split: str | None,
-    test_split: str | None,
-    validation_fraction: float,
+    names: SplitNames,
     classes: int,
     ignore: int,
     transform: ImageTransform,
@@ -81,7 +79,7 @@ def hub_masks(
     """
     import datasets
 
-    train, validation, test = open_splits(source, train_split, validation_split, test_split, validation_fraction)
+    train, validation, test = open_splits(source, names)
     # Masks are images too: of several such columns the one of a usual name is the image.
     images = image_column(train.features, source.image_column or next((name for name in ("image", "img") if name in train.features), None))
     columns = images, mask_column(train.features, source.mask_column, images)

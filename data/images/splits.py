@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..embedded.scattered_digits import CLASSES, Canvas, ScatteredDigits
-from ..hub import DataSource, Split, class_names, image_column, label_column, open_splits, split_of
+from ..embedded.canvas import Canvas
+from ..embedded.scattered_digits import CLASSES, ScatteredDigits
+from ..hub import Split, class_names, image_column, label_column, open_splits, split_of
+from ..source import DataSource, SplitNames
 from ..splits import Splits
 from .transform import ImageRows, ImageTransform
 
@@ -34,10 +36,7 @@ def scattered_digits(canvas: Canvas, train_samples: int, eval_samples: int, seed
 
 def hub_images(
     source: DataSource,
-    train_split: str,
-    validation_split: str | None,
-    test_split: str | None,
-    validation_fraction: float,
+    names: SplitNames,
     num_labels: int | None,
     transform: ImageTransform,
     seed: int,
@@ -48,22 +47,22 @@ def hub_images(
     Raises:
         ValueError: the source cannot be opened, or a split or column is missing; the message names those there are.
     """
-    train, validation, test = open_splits(source, train_split, validation_split, test_split, validation_fraction)
+    train, validation, test = open_splits(source, names)
     images = image_column(train.features, source.image_column)
     labels = label_column(train.features, source.label_column) if labelled else None
-    names = [] if labels is None else class_names(train, labels)
+    classes = [] if labels is None else class_names(train, labels)
     if num_labels is not None:
-        names = names if len(names) == num_labels else [str(value) for value in range(num_labels)]
+        classes = classes if len(classes) == num_labels else [str(value) for value in range(num_labels)]
 
     def rows(split: Split, draws: int | None) -> ImageRows:
         return ImageRows(split.rows, images, split.labels, split.bad_labels, transform, draws)
 
-    evaluated = rows(split_of(validation, images, labels, names), None)
+    evaluated = rows(split_of(validation, images, labels, classes), None)
     return ImageData(
-        train=rows(split_of(train, images, labels, names), seed),
+        train=rows(split_of(train, images, labels, classes), seed),
         validation=evaluated,
-        test=evaluated if test is None else rows(split_of(test, images, labels, names), None),
-        classes=names,
+        test=evaluated if test is None else rows(split_of(test, images, labels, classes), None),
+        classes=classes,
         channels=transform.channels,
         has_test=test is not None,
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..rows import BadRow
-from .augmentation import RandomAugment, erase
+from .augmentation import augmented, erase
+from .random_augment import RandomAugment
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class ImageTransform:
             image = self._resize(image, Image.Resampling.BICUBIC)
             mask = None if mask is None else self._resize(mask, Image.Resampling.NEAREST)
         if draws is not None and self.random_augment is not None:
-            image = self.random_augment(image, draws, tuple(round(255 * mean) for mean in self.mean))
+            image = augmented(image, self.random_augment, draws, tuple(round(255 * mean) for mean in self.mean))
         pixels = np.asarray(image, np.float32).reshape(self.size, self.size, self.channels) / 255
         numbers = np.zeros((0, 0), np.int64) if mask is None else np.asarray(mask).astype(np.int64)
         if draws is not None and self.augmentation == "crop_flip":

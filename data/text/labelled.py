@@ -13,9 +13,10 @@ import torch
 from torch.utils.data import Dataset
 
 from ..embedded.python_passages import PACKAGES, PassageRows, library_texts
-from ..hub import DataSource, class_names, label_codes, label_column, open_splits
+from ..hub import class_names, label_codes, label_column, open_splits
 from ..loader import BucketedBatches, StepBatches
 from ..rows import BadRow, BadRowCount
+from ..source import DataSource, SplitNames
 from ..splits import Splits
 from .documents import text_column
 
@@ -36,10 +37,6 @@ class LabelledText(Splits):
     tokenizer: Any
     length: int
     counted: BadRowCount
-
-    @property
-    def size(self) -> int:
-        return self.length
 
     def train_batches(self, batch_size: int, batches: int, seed: int, rank: int = 0, world_size: int = 1) -> StepBatches:
         lengths: torch.Tensor = self.train.lengths  # type: ignore[attr-defined]
@@ -118,10 +115,7 @@ def _ids(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
 
 def hub_labelled_text(
     source: DataSource,
-    train_split: str,
-    validation_split: str | None,
-    test_split: str | None,
-    validation_fraction: float,
+    names: SplitNames,
     columns: Columns,
     length: int,
     tokenizer_of: TokenizerOf,
@@ -136,11 +130,11 @@ def hub_labelled_text(
     import datasets
 
     datasets.disable_progress_bars()
-    train, validation, test = open_splits(source, train_split, validation_split, test_split, validation_fraction)
+    train, validation, test = open_splits(source, names)
     label = label_column(train.features, columns.label)
-    names = class_names(train, label)
-    if columns.num_labels is not None and len(names) != columns.num_labels:
-        names = [str(value) for value in range(columns.num_labels)]
+    classes = class_names(train, label)
+    if columns.num_labels is not None and len(classes) != columns.num_labels:
+        classes = [str(value) for value in range(columns.num_labels)]
     text = _text_column(train, columns, label)
     if columns.second is not None and columns.second not in train.column_names:
         raise ValueError(
@@ -149,14 +143,14 @@ def hub_labelled_text(
     wanted = [text] if columns.second is None else [text, columns.second]
     tokenizer = tokenizer_of(value for name in wanted for value in train[name] if isinstance(value, str))
     frame_of(tokenizer)
-    splits = [rows for rows in (train, validation, test) if rows is not None]
-    counted = BadRowCount(max_bad_fraction, sum(map(len, splits)))
-    read = {id(rows): _read(rows, wanted, label, names, tokenizer, length, counted, rows is train) for rows in splits}
+    opened = [rows for rows in (train, validation, test) if rows is not None]
+    counted = BadRowCount(max_bad_fraction, sum(map(len, opened)))
+    read = {id(rows): _read(rows, wanted, label, classes, tokenizer, length, counted, rows is train) for rows in opened}
     return LabelledText(
         train=read[id(train)],
         validation=read[id(validation)],
         test=read[id(validation if test is None else test)],
-        classes=names,
+        classes=classes,
         has_test=test is not None,
         tokenizer=tokenizer,
         length=length,

@@ -13,9 +13,10 @@ import numpy as np
 
 from ..embedded.python_functions import library_functions
 from ..embedded.python_library import library_files
-from ..hub import DataSource, named_splits, open_source, open_splits
+from ..hub import named_splits, open_source, open_splits
 from ..loader import StepBatches, StreamBatches
 from ..rows import BadRow, BadRowCount
+from ..source import DataSource, SplitNames
 from ..splits import Splits
 from .documents import Encoder, encoder_for, text_column
 from .packing import Corpus, PackedRows, Tokens, cut_end_to_end, keep_whole
@@ -66,10 +67,6 @@ class TextData(Splits):
     length: int
     counted: BadRowCount
     streamed: bool = False
-
-    @property
-    def size(self) -> int:
-        return self.length
 
     @property
     def train_rows(self) -> int | None:
@@ -131,40 +128,23 @@ def _library_texts(split: str, limit: int | None = None) -> Iterator[str]:
     return (path.read_text("utf-8", "replace") for _, path in library_files(split, limit))
 
 
-def hub_text(
-    source: DataSource,
-    train_split: str,
-    validation_split: str | None,
-    test_split: str | None,
-    validation_fraction: float,
-    tokenizer_of: TokenizerOf,
-    settings: TextSettings,
-) -> TextData:
+def hub_text(source: DataSource, names: SplitNames, tokenizer_of: TokenizerOf, settings: TextSettings) -> TextData:
     """Any data set of Hugging Face ``datasets`` with a column of texts, of chats, or of prompts and completions.
 
     Raises:
         ValueError: the source cannot be opened, or a split or column is missing; the message names those there are.
         BadRows: more rows are bad than the settings allow.
     """
-    train, validation, test = open_splits(
-        source, train_split, validation_split, test_split, validation_fraction, _counts(source, settings), **_options(source, settings)
-    )
+    train, validation, test = open_splits(source, names, _counts(source, settings), **_options(source, settings))
     return _in_memory(train, validation, test, tokenizer_of, settings)
 
 
-def streamed_text(
-    source: DataSource,
-    train_split: str,
-    validation_split: str | None,
-    test_split: str | None,
-    tokenizer_of: TokenizerOf,
-    settings: TextSettings,
-) -> TextData:
+def streamed_text(source: DataSource, names: SplitNames, tokenizer_of: TokenizerOf, settings: TextSettings) -> TextData:
     """As ``hub_text``, its training rows read as they are needed. Without a validation split the first rows are held out."""
     import datasets
 
     opened = open_source(source, streaming=True, **_options(source, settings))
-    splits, counts = named_splits(opened, train_split, validation_split, test_split), _counts(source, settings)
+    splits, counts = named_splits(opened, names), _counts(source, settings)
     train, validation, test = (rows if rows is None or counts is None else rows.filter(counts) for rows in splits)
     if validation is None:
         validation, train = train, train.skip(settings.held_out)

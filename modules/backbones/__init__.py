@@ -1,35 +1,45 @@
-"""Adapters: where layers, masks, protected tokens and positions are, one small class a family."""
+"""Adapters of model families: where layers, masks, protected tokens and positions are. One small file a family."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 
+from transformers import PreTrainedModel
+
 from .. import registry
-from .base import Backbone
+from .model_adapter import ModelAdapter
 
 
-def backbones() -> dict[str, type[Backbone]]:
-    """Every adapter by the ``model_type`` it serves; the folder is the registry."""
-    found: dict[str, type[Backbone]] = {}
+@functools.cache
+def families() -> dict[str, type[ModelAdapter]]:
+    """Every model adapter by the ``model_type`` it serves; the folder is the registry."""
+    found: dict[str, type[ModelAdapter]] = {}
     for module in registry.files(__name__).values():
         for item in vars(importlib.import_module(module)).values():
-            if isinstance(item, type) and issubclass(item, Backbone) and hasattr(item, "model_type"):
+            if isinstance(item, type) and issubclass(item, ModelAdapter) and hasattr(item, "model_type"):
                 found[item.model_type] = item
     return found
 
 
-def backbone_for(model_type: str, class_name: str) -> type[Backbone]:
-    """The adapter for a model.
+def adapter_for(model_type: str, class_name: str) -> type[ModelAdapter]:
+    """The adapter for a class of models.
 
     Raises:
         ValueError: no adapter serves the family, or the adapter does not serve this class of it.
     """
-    known = backbones()
+    known = families()
     if model_type not in known:
         raise ValueError(f"no backbone adapter for model_type {model_type!r} ({class_name}): there are {', '.join(sorted(known))}")
-    backbone = known[model_type]
-    if class_name in backbone.refused:
-        raise ValueError(f"{class_name} cannot be compressed: {backbone.refused[class_name]}")
-    if class_name not in backbone.classes:
-        raise ValueError(f"the {model_type!r} adapter does not serve {class_name}: it serves {', '.join(backbone.classes)}")
-    return backbone
+    adapter = known[model_type]
+    if class_name in adapter.refused:
+        raise ValueError(f"{class_name} cannot be compressed: {adapter.refused[class_name]}")
+    if class_name not in adapter.classes:
+        raise ValueError(f"the {model_type!r} adapter does not serve {class_name}: it serves {', '.join(adapter.classes)}")
+    return adapter
+
+
+def adapter_of(model: PreTrainedModel) -> type[ModelAdapter]:
+    """The adapter of a model, compressed or dense. Raises ValueError as ``adapter_for`` does."""
+    cls = getattr(type(model), "original", type(model))
+    return adapter_for(model.config.model_type, cls.__name__)

@@ -11,23 +11,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..tokens.state import TokenState
 from ..tokens.trace import Trace
-from .vision import VisionBackbone
+from .vision import VisionLayers, VisionModel
 
 
-class BeitBackbone(VisionBackbone):
-    """A ViT with layer scale whose positions are a bias on every attention map, of each layer or shared by all.
+class BeitLayers(VisionLayers):
+    """Those of a ViT with layer scale, whose positions are a bias on every attention map, of each layer or shared by all.
 
     A layer makes its bias for the full grid inside its forward. Under compression it must not: the adapter makes it, picks
     the rows and columns of the tokens that are left, and hands it over as the layer's mask.
     """
 
-    model_type = "beit"
-    classes: ClassVar[tuple[str, ...]] = ("BeitModel", "BeitForImageClassification")
-    refused: ClassVar[dict[str, str]] = {
-        "BeitForSemanticSegmentation": "its head reads the hidden states of several layers, which have different tokens under compression; "
-        "take ViTForSemanticSegmentation or Dinov2ForSemanticSegmentation of laconic.modules.heads.vit and .dinov2"
-    }
-    averages = True
     masks_in_layers = True
 
     @classmethod
@@ -45,18 +38,9 @@ class BeitBackbone(VisionBackbone):
         if layer.relative_position_bias is not None:
             del layer.relative_position_bias.__dict__["forward"]
 
-    @classmethod
-    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
-        super().bind_inputs(model, trace, inputs)
-        if model.config.use_shared_relative_position_bias and inputs.get("attention_mask") is not None:
-            raise ValueError(
-                "attention_mask cannot be given to a BEiT with use_shared_relative_position_bias: transformers adds the bias to a "
-                "boolean mask, which then hides nothing. Give images of one size in a batch, and leave attention_mask out"
-            )
-
     @staticmethod
     def valid_tokens(attention_mask: Tensor | None) -> Tensor | None:
-        return None if _is_shared_bias(attention_mask) else VisionBackbone.valid_tokens(attention_mask)
+        return None if _is_shared_bias(attention_mask) else VisionLayers.valid_tokens(attention_mask)
 
     @classmethod
     def layer_mask(
@@ -81,14 +65,6 @@ class BeitBackbone(VisionBackbone):
         return bias + mask
 
     @classmethod
-    def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
-        outputs, state, pooler = super().finish(model, outputs, trace), trace.state, getattr(model, "pooler", None)
-        if state is not None and pooler is not None and (state.valid is not None or (state.proportional and trace.under_head)):
-            # The model pooled before filler held the mean and sizes counted. No norm lies between, so pooling again is all it takes.
-            outputs.pooler_output = pooler(outputs.last_hidden_state)
-        return outputs
-
-    @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         parts: Any = layer
         # What the bias was made from; attention itself does not know these.
@@ -102,6 +78,37 @@ class BeitBackbone(VisionBackbone):
         parts: Any = layer
         out: Tensor = parts.drop_path(parts.lambda_2 * parts.dropout(parts.mlp(parts.layernorm_after(hidden_states)))) + hidden_states
         return out
+
+
+class Beit(VisionModel):
+    """One CLS token in front. The classifier averages the patches."""
+
+    model_type = "beit"
+    layer_adapter = BeitLayers
+    classes: ClassVar[tuple[str, ...]] = ("BeitModel", "BeitForImageClassification")
+    refused: ClassVar[dict[str, str]] = {
+        "BeitForSemanticSegmentation": "its head reads the hidden states of several layers, which have different tokens under compression; "
+        "take ViTForSemanticSegmentation or Dinov2ForSemanticSegmentation of laconic.modules.heads.vit and .dinov2"
+    }
+    averages = True
+
+    @classmethod
+    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
+        super().bind_inputs(model, trace, inputs)
+        if model.config.use_shared_relative_position_bias and inputs.get("attention_mask") is not None:
+            raise ValueError(
+                "attention_mask cannot be given to a BEiT with use_shared_relative_position_bias: transformers adds the bias to a "
+                "boolean mask, which then hides nothing. Give images of one size in a batch, and leave attention_mask out"
+            )
+
+    @classmethod
+    def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
+        flow, pooler = trace.flow(), getattr(model, "pooler", None)
+        outputs, state = super().finish(model, outputs, trace), flow.state
+        if state is not None and pooler is not None and (state.valid is not None or (state.proportional and flow.under_head)):
+            # The model pooled before padding held the mean and sizes counted. No norm lies between, so pooling again is all it takes.
+            outputs.pooler_output = pooler(outputs.last_hidden_state)
+        return outputs
 
 
 def _nothing(*args: Any, **kwargs: Any) -> float:

@@ -7,38 +7,13 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .text_encoder import TextEncoderBackbone
+from .text_encoder import TextEncoder, TextEncoderLayers
 
 
-class BertBackbone(TextEncoderBackbone):
-    """Learned positions and segments added before the layers, each half followed by its norm; the pooler reads [CLS]."""
+class BertLayers(TextEncoderLayers):
+    """Each half is followed by its norm."""
 
-    model_type = "bert"
-    classes: ClassVar[tuple[str, ...]] = ("BertModel", "BertForSequenceClassification", "BertForMaskedLM", "BertForTokenClassification")
-    refused: ClassVar[dict[str, str]] = {"BertLMHeadModel": "it is a decoder; take a model made for generation, a GPT-2 or a Llama"}
     positional = ("attention_mask", "encoder_hidden_states")
-    dense_heads = ("BertForMaskedLM", "BertForTokenClassification")
-
-    @classmethod
-    def check(cls, model: PreTrainedModel) -> None:
-        config = model.config
-        if config.is_decoder or config.add_cross_attention:
-            raise ValueError("this BERT is a decoder (is_decoder, add_cross_attention): only encoders are served")
-        if config.chunk_size_feed_forward:
-            raise ValueError(
-                f"chunk_size_feed_forward = {config.chunk_size_feed_forward} cuts rows into pieces of one length, and stages leave any: set it to 0"
-            )
-
-    @classmethod
-    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
-        base: Any = cls.base(model)
-        layers = base.encoder.layer
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
-    @classmethod
-    def gated(cls, config: PretrainedConfig) -> bool:
-        return False
 
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -63,6 +38,37 @@ class BertBackbone(TextEncoderBackbone):
         attention: Any = layer.attention.self  # type: ignore[union-attr]
         query = _heads(attention, attention.query(hidden_states[:, :1]))
         return query, cls.keys(layer, hidden_states), attention.scaling
+
+
+class Bert(TextEncoder):
+    """Learned positions and segments added before the layers; the pooler reads [CLS]."""
+
+    model_type = "bert"
+    layer_adapter = BertLayers
+    classes: ClassVar[tuple[str, ...]] = ("BertModel", "BertForSequenceClassification", "BertForMaskedLM", "BertForTokenClassification")
+    refused: ClassVar[dict[str, str]] = {"BertLMHeadModel": "it is a decoder; take a model made for generation, a GPT-2 or a Llama"}
+    dense_heads = ("BertForMaskedLM", "BertForTokenClassification")
+
+    @classmethod
+    def check(cls, model: PreTrainedModel) -> None:
+        config = model.config
+        if config.is_decoder or config.add_cross_attention:
+            raise ValueError("this BERT is a decoder (is_decoder, add_cross_attention): only encoders are served")
+        if config.chunk_size_feed_forward:
+            raise ValueError(
+                f"chunk_size_feed_forward = {config.chunk_size_feed_forward} cuts rows into pieces of one length, and stages leave any: set it to 0"
+            )
+
+    @classmethod
+    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
+        base: Any = cls.base(model)
+        layers = base.encoder.layer
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @classmethod
+    def gated(cls, config: PretrainedConfig) -> bool:
+        return False
 
 
 def _heads(attention: Any, projected: Tensor) -> Tensor:

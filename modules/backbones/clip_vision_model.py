@@ -7,30 +7,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .vision import VisionBackbone
+from .vision import VisionLayers, VisionModel
 
 
-class ClipVisionBackbone(VisionBackbone):
-    """One CLS token, a norm before the first layer. The tower's own head reads CLS, a classifier on it averages the patches."""
+class ClipVisionLayers(VisionLayers):
+    """One CLS token in front, a norm before each half."""
 
-    model_type = "clip_vision_model"
-    classes: ClassVar[tuple[str, ...]] = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
-    averages = True
-    takes_attention_mask = False
     norm = "layer_norm1"
     attention = "self_attn"
-
-    @classmethod
-    def base(cls, model: PreTrainedModel) -> nn.Module:
-        # The prefix that transformers declares for these classes changed between versions.
-        return getattr(model, "vision_model", model)
-
-    @classmethod
-    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
-        base: Any = cls.base(model)
-        layers = base.encoder.layers
-        assert isinstance(layers, nn.ModuleList)
-        return layers
 
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -46,7 +30,29 @@ class ClipVisionBackbone(VisionBackbone):
         return out
 
 
-class ClipBackbone(ClipVisionBackbone):
+class ClipVision(VisionModel):
+    """A norm before the first layer. The tower's own head reads CLS, a classifier on it averages the patches."""
+
+    model_type = "clip_vision_model"
+    layer_adapter = ClipVisionLayers
+    classes: ClassVar[tuple[str, ...]] = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
+    averages = True
+    takes_attention_mask = False
+
+    @classmethod
+    def base(cls, model: PreTrainedModel) -> nn.Module:
+        # The prefix that transformers declares for these classes changed between versions.
+        return getattr(model, "vision_model", model)
+
+    @classmethod
+    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
+        base: Any = cls.base(model)
+        layers = base.encoder.layers
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+
+class Clip(ClipVision):
     """The classifier on the tower."""
 
     model_type = "clip"

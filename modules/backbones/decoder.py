@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..decoding.cache import LayerEntry, LayerView, RoutedCache
-from ..decoding.generation import routed_cache
-from ..scorers.base import TokenSpec
-from ..sites import BYPASS
+from ..config import BYPASS
+from ..decoding.cache import LayerEntry, LayerView, RoutedCache, routed_cache
+from ..site import TokenSpec
+from ..tokens.flow import Flow
 from ..tokens.gather import take
 from ..tokens.state import TokenState
 from ..tokens.trace import Trace
-from .causal_shrinking import check_shrinking
-from .text import TextBackbone, with_filler
-
-if TYPE_CHECKING:
-    from ..config import CompressionConfig, RestoreConfig
-    from ..stage import Stage
+from .stack import Stack
+from .text import TextLayers, TextModel, with_padding
 
 
-class DecoderBackbone(TextBackbone):
+class DecoderLayers(TextLayers):
     """A token sees itself and earlier ones; positions are turned into keys and queries inside the layers, from what the model hands
     them.
 
@@ -36,80 +32,19 @@ class DecoderBackbone(TextBackbone):
     """
 
     sites = ("before", *BYPASS)
+    scopes = ("all", "prompt")
     causal = True
     cache_name: ClassVar[str] = "past_key_values"
 
     @classmethod
-    def prefix(cls, config: PretrainedConfig) -> int:
+    def leading(cls, config: PretrainedConfig) -> int:
         return 0
 
     @classmethod
-    def token_spec(cls, config: PretrainedConfig) -> TokenSpec:
-        return TokenSpec(hidden_size=config.hidden_size, classes=config.vocab_size, family=cls.model_type, causal=True)
-
-    @classmethod
-    def reads_every_token(cls, model: PreTrainedModel) -> bool:
-        return True
-
-    @classmethod
-    def parallel(cls, config: PretrainedConfig) -> bool:
-        """Attention and MLP of a layer read the same input, so that it has no halves."""
-        return False
-
-    @classmethod
-    def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
-        implementation = model.config._attn_implementation
-        if implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"attention {implementation!r} is not served in a causal model with stages: load it with attn_implementation 'sdpa' or 'eager'"
-            )
-        for stage in config.stages:
-            if stage.site not in ("before", "around") and cls.parallel(model.config):
-                raise ValueError(
-                    f"stage {stage.key!r}: site = {stage.site!r} is not offered: the layers of this {cls.model_type} compute attention and "
-                    "MLP side by side (use_parallel_residual); take 'around'"
-                )
-
-    @classmethod
-    def check_shrinking(cls, stages: Sequence[Stage], restore: RestoreConfig | None, layers: int) -> None:
-        check_shrinking(stages, restore, layers)
-
-    @classmethod
-    def added_inputs(cls, model: PreTrainedModel, trace: Trace | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        wanted, given = inputs.get("use_cache"), inputs.get("past_key_values")
-        if wanted is None and given is None:
-            # In training nobody reads it, and transformers does not look for packed documents where there is a cache.
-            wanted = bool(model.config.use_cache) and not model.training and _documents(trace, inputs) is None
-        if not wanted and given is None:
-            return {"use_cache": False}
-        return {"use_cache": True if wanted is None else wanted, "past_key_values": routed_cache(model.config, given)}
-
-    @classmethod
-    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
-        tokens = inputs.get("input_ids")
-        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-        assert isinstance(tokens, Tensor)
-        number = tokens.shape[1]
-        trace.documents = _documents(trace, inputs)
-        mask = inputs.get("attention_mask")
-        if trace.documents is not None:
-            trace.valid = None if bool((trace.documents >= 0).all()) else trace.documents >= 0
-        elif isinstance(mask, Tensor) and mask.ndim == 2:
-            real = mask[:, -number:].bool()
-            trace.valid = None if bool(real.all()) else real
-        elif isinstance(mask, Tensor):
-            seen = cls.valid_tokens(mask)
-            trace.valid = None if seen is None or bool(seen[:, -number:].all()) else seen[:, -number:]
-        cache = inputs.get("past_key_values")
-        trace.seen, trace.carry = (cache.get_seq_length(), cache.carry) if isinstance(cache, RoutedCache) else (0, None)
-        if trace.labels is None and isinstance(inputs.get("labels"), Tensor):
-            trace.labels = inputs["labels"]
-
-    @classmethod
-    def begin(cls, trace: Trace, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
+    def begin(cls, flow: Flow, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
         rows, tokens, _ = hidden_states.shape
-        documents = None if trace.documents is None else trace.documents.clamp(min=0)
-        return TokenState.initial(rows, tokens, trace.prefix, trace.valid, hidden_states.device, documents)
+        documents = None if flow.documents is None else flow.documents.clamp(min=0)
+        return TokenState.initial(rows, tokens, flow.leading, flow.valid, hidden_states.device, documents)
 
     @classmethod
     def begin_layer(cls, layer: nn.Module, state: TokenState, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +89,7 @@ class DecoderBackbone(TextBackbone):
             raise ValueError("a cache cannot hold tokens whose keys have a bias: call the model with use_cache=False")
         alike = view is None or view.slots is None
         if mask is None and bias is None and alike and (state.whole or before == 0):
-            # Filler lies behind the real tokens of its row, so that none of them sees it.
+            # Padding lies behind the real tokens of its row, so that none of them sees it.
             return None
         if mask is None and bias is None and view is not None and state.tokens == 1 and state.valid is None:
             # The newest token of each row sees all that is stored.
@@ -169,8 +104,50 @@ class DecoderBackbone(TextBackbone):
             mask = mask if state.whole else take(mask, state.position)
             visible = mask.gather(2, slots.clamp(min=0)[:, None].expand(-1, state.tokens, -1))
         real = slots >= 0 if view is not None else state.valid
-        filler = None if state.valid is None else ~state.valid[:, :, None]
-        return with_filler(visible, real, filler, bias, dtype)[:, None]
+        padding = None if state.valid is None else ~state.valid[:, :, None]
+        return with_padding(visible, real, padding, bias, dtype)[:, None]
+
+
+class Decoder(TextModel):
+    """A model that predicts the next token of every token."""
+
+    @classmethod
+    def token_spec(cls, model: PreTrainedModel, stack: Stack) -> TokenSpec:
+        return TokenSpec(hidden_size=stack.config.hidden_size, classes=stack.config.vocab_size, family=cls.model_type, causal=True)
+
+    @classmethod
+    def reads_every_token(cls, model: PreTrainedModel) -> bool:
+        return True
+
+    @classmethod
+    def added_inputs(cls, model: PreTrainedModel, trace: Trace | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        wanted, given = inputs.get("use_cache"), inputs.get("past_key_values")
+        if wanted is None and given is None:
+            # No cache in training: it is unused, and transformers disables packed-document masking when one is given.
+            wanted = bool(model.config.use_cache) and not model.training and _documents(trace, inputs) is None
+        if not wanted and given is None:
+            return {"use_cache": False}
+        return {"use_cache": True if wanted is None else wanted, "past_key_values": routed_cache(model.config, given)}
+
+    @classmethod
+    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
+        super().bind_inputs(model, trace, inputs)
+        flow, tokens = trace.flow(), inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        assert isinstance(tokens, Tensor)
+        number = tokens.shape[1]
+        flow.documents = _documents(trace, inputs)
+        mask = inputs.get("attention_mask")
+        if flow.documents is not None:
+            flow.valid = None if bool((flow.documents >= 0).all()) else flow.documents >= 0
+        elif isinstance(mask, Tensor) and mask.ndim == 2:
+            real = mask[:, -number:].bool()
+            flow.valid = None if bool(real.all()) else real
+        elif isinstance(mask, Tensor):
+            seen = cls.layer_adapter.valid_tokens(mask)
+            flow.valid = None if seen is None or bool(seen[:, -number:].all()) else seen[:, -number:]
+        cache = inputs.get("past_key_values")
+        flow.seen, flow.carry = (cache.get_seq_length(), cache.carry) if isinstance(cache, RoutedCache) else (0, None)
 
 
 def _documents(trace: Trace | None, inputs: Mapping[str, Any]) -> Tensor | None:

@@ -6,15 +6,20 @@ from typing import ClassVar
 
 from transformers import PretrainedConfig
 
-from .vit import ViTBackbone
+from .vit import ViT, ViTLayers
 
 
-class DeiTBackbone(ViTBackbone):
-    """Two protected tokens in front; otherwise a ViT."""
-
-    model_type = "deit"
-    classes: ClassVar[tuple[str, ...]] = ("DeiTModel", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
+class DeiTLayers(ViTLayers):
+    """Two protected tokens in front; otherwise those of a ViT."""
 
     @classmethod
-    def prefix(cls, config: PretrainedConfig) -> int:
+    def leading(cls, config: PretrainedConfig) -> int:
         return 2
+
+
+class DeiT(ViT):
+    """A ViT with a distillation token."""
+
+    model_type = "deit"
+    layer_adapter = DeiTLayers
+    classes: ClassVar[tuple[str, ...]] = ("DeiTModel", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")

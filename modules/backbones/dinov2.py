@@ -9,16 +9,35 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .vision import VisionBackbone
+from .vision import VisionLayers, VisionModel
 
 
-class Dinov2Backbone(VisionBackbone):
-    """A ViT with layer scale and, in the largest model, a gated MLP. Its classifier reads CLS and the mean of the patches."""
+class Dinov2Layers(VisionLayers):
+    """Those of a ViT with layer scale and, in the largest model, a gated MLP."""
+
+    norm = "norm1"
+
+    @classmethod
+    def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        parts: Any = layer
+        attended, _ = parts.attention(parts.norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+        out: Tensor = parts.drop_path(parts.layer_scale1(attended)) + hidden_states
+        return out
+
+    @classmethod
+    def mlp_half(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        parts: Any = layer
+        out: Tensor = parts.drop_path(parts.layer_scale2(parts.mlp(parts.norm2(hidden_states)))) + hidden_states
+        return out
+
+
+class Dinov2(VisionModel):
+    """One CLS token in front. The classifier reads CLS and the mean of the patches."""
 
     model_type = "dinov2"
+    layer_adapter = Dinov2Layers
     classes: ClassVar[tuple[str, ...]] = ("Dinov2Model", "Dinov2ForImageClassification", "Dinov2ForSemanticSegmentation")
     averages = True
-    norm = "norm1"
 
     @classmethod
     def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
@@ -42,16 +61,3 @@ class Dinov2Backbone(VisionBackbone):
             return width
         # Three matrices of two thirds the width, rounded up to a multiple of 8, where a plain MLP has two.
         return (int(width * 2 / 3) + 7) // 8 * 8 * 3 // 2
-
-    @classmethod
-    def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
-        parts: Any = layer
-        attended, _ = parts.attention(parts.norm1(hidden_states), attention_mask=attention_mask, **kwargs)
-        out: Tensor = parts.drop_path(parts.layer_scale1(attended)) + hidden_states
-        return out
-
-    @classmethod
-    def mlp_half(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        parts: Any = layer
-        out: Tensor = parts.drop_path(parts.layer_scale2(parts.mlp(parts.norm2(hidden_states)))) + hidden_states
-        return out

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .dinov2 import Dinov2Backbone
+from .dinov2 import Dinov2, Dinov2Layers
 
 
-class Dinov2WithRegistersBackbone(Dinov2Backbone):
-    """The sequence is CLS, the registers, the patches; the first two are protected. Otherwise a DINOv2."""
-
-    model_type = "dinov2_with_registers"
-    classes: ClassVar[tuple[str, ...]] = ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification")
+class Dinov2WithRegistersLayers(Dinov2Layers):
+    """The sequence is CLS, the registers, the patches; the first two are protected."""
 
     @classmethod
-    def prefix(cls, config: Any) -> int:
+    def leading(cls, config: Any) -> int:
         return 1 + int(config.num_register_tokens)
+
+
+class Dinov2WithRegisters(Dinov2):
+    """A DINOv2 with registers."""
+
+    model_type = "dinov2_with_registers"
+    layer_adapter = Dinov2WithRegistersLayers
+    classes: ClassVar[tuple[str, ...]] = ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification")

@@ -7,15 +7,35 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .decoder import DecoderBackbone
+from .decoder import Decoder, DecoderLayers
 
 
-class Gpt2Backbone(DecoderBackbone):
+class Gpt2Layers(DecoderLayers):
+    """Pre-norm layers that know no positions."""
+
+    positional = ("past_key_values", "attention_mask", "encoder_hidden_states", "encoder_attention_mask")
+
+    @classmethod
+    def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        parts: Any = layer
+        own = {name: value for name, value in kwargs.items() if not name.startswith("encoder_")}
+        attended, _ = parts.attn(parts.ln_1(hidden_states), attention_mask=attention_mask, **own)
+        out: Tensor = attended + hidden_states
+        return out
+
+    @classmethod
+    def mlp_half(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        parts: Any = layer
+        out: Tensor = hidden_states + parts.mlp(parts.ln_2(hidden_states))
+        return out
+
+
+class Gpt2(Decoder):
     """Learned positions, added before the layers, so that a token keeps its own wherever it goes."""
 
     model_type = "gpt2"
+    layer_adapter = Gpt2Layers
     classes: ClassVar[tuple[str, ...]] = ("GPT2Model", "GPT2LMHeadModel")
-    positional = ("past_key_values", "attention_mask", "encoder_hidden_states", "encoder_attention_mask")
 
     @classmethod
     def check(cls, model: PreTrainedModel) -> None:
@@ -35,17 +55,3 @@ class Gpt2Backbone(DecoderBackbone):
     @classmethod
     def intermediate(cls, config: Any) -> int:
         return int(config.n_inner or 4 * config.hidden_size)
-
-    @classmethod
-    def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
-        parts: Any = layer
-        own = {name: value for name, value in kwargs.items() if not name.startswith("encoder_")}
-        attended, _ = parts.attn(parts.ln_1(hidden_states), attention_mask=attention_mask, **own)
-        out: Tensor = attended + hidden_states
-        return out
-
-    @classmethod
-    def mlp_half(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        parts: Any = layer
-        out: Tensor = hidden_states + parts.mlp(parts.ln_2(hidden_states))
-        return out

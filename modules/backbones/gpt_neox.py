@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .decoder import DecoderBackbone
+from ..config import BYPASS
+from .decoder import Decoder, DecoderLayers
 
 
-class GptNeoxBackbone(DecoderBackbone):
+class GptNeoxLayers(DecoderLayers):
     """Mostly with a parallel residual: attention and MLP read the same input, and there is nothing between them."""
 
-    model_type = "gpt_neox"
-    classes: ClassVar[tuple[str, ...]] = ("GPTNeoXModel", "GPTNeoXForCausalLM")
     cache_name = "layer_past"
 
     @classmethod
-    def parallel(cls, config: PretrainedConfig) -> bool:
-        return bool(config.use_parallel_residual)
-
-    @classmethod
-    def gated(cls, config: PretrainedConfig) -> bool:
-        return False
+    def refused_sites(cls, config: Any) -> Mapping[str, str]:
+        if not config.use_parallel_residual:
+            return {}
+        why = "the layers of this gpt_neox compute attention and MLP in parallel (use_parallel_residual); take 'around'"
+        return {site: why for site in BYPASS if site != "around"}
 
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -38,3 +37,15 @@ class GptNeoxBackbone(DecoderBackbone):
         made = parts.post_mlp_dropout(parts.mlp(parts.post_attention_layernorm(hidden_states)))
         out: Tensor = made + hidden_states
         return out
+
+
+class GptNeox(Decoder):
+    """Two matrices in an MLP, no gate."""
+
+    model_type = "gpt_neox"
+    layer_adapter = GptNeoxLayers
+    classes: ClassVar[tuple[str, ...]] = ("GPTNeoXModel", "GPTNeoXForCausalLM")
+
+    @classmethod
+    def gated(cls, config: PretrainedConfig) -> bool:
+        return False

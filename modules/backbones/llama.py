@@ -1,4 +1,4 @@
-"""Llama of transformers, and what is built like it."""
+"""Llama of transformers, and the families whose layers are like its own: Mistral, Qwen2, Qwen3."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .decoder import DecoderBackbone
+from .decoder import Decoder, DecoderLayers
 
 
-class LlamaBackbone(DecoderBackbone):
+class LlamaLayers(DecoderLayers):
     """Pre-norm layers with rotary positions, grouped keys and a gated MLP."""
-
-    model_type = "llama"
-    classes: ClassVar[tuple[str, ...]] = ("LlamaModel", "LlamaForCausalLM")
 
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -27,3 +24,32 @@ class LlamaBackbone(DecoderBackbone):
         parts: Any = layer
         out: Tensor = hidden_states + parts.mlp(parts.post_attention_layernorm(hidden_states))
         return out
+
+
+class Llama(Decoder):
+    """Every layer sees all earlier tokens."""
+
+    model_type = "llama"
+    layer_adapter = LlamaLayers
+    classes: ClassVar[tuple[str, ...]] = ("LlamaModel", "LlamaForCausalLM")
+
+
+class Mistral(Llama):
+    """All layers may look through a sliding window."""
+
+    model_type = "mistral"
+    classes: ClassVar[tuple[str, ...]] = ("MistralModel", "MistralForCausalLM")
+
+
+class Qwen2(Llama):
+    """Biases on queries, keys and values; some layers may look through a sliding window."""
+
+    model_type = "qwen2"
+    classes: ClassVar[tuple[str, ...]] = ("Qwen2Model", "Qwen2ForCausalLM")
+
+
+class Qwen3(Llama):
+    """A norm on queries and keys; some layers may look through a sliding window."""
+
+    model_type = "qwen3"
+    classes: ClassVar[tuple[str, ...]] = ("Qwen3Model", "Qwen3ForCausalLM")

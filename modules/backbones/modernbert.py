@@ -2,63 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..tokens.flow import Flow
 from ..tokens.state import TokenState
 from ..tokens.trace import Trace
-from .text_encoder import TextEncoderBackbone
-
-if TYPE_CHECKING:
-    from ..config import CompressionConfig
+from .text_encoder import TextEncoder, TextEncoderLayers
 
 
-class ModernBertBackbone(TextEncoderBackbone):
+class ModernBertLayers(TextEncoderLayers):
     """Rotary positions of a kind for each type of layer, and layers that look at near tokens alone; near is counted in the text, not in
-    what is left of it. A classifier reads [CLS] or the mean over all tokens.
+    what is left of it.
     """
 
-    model_type = "modernbert"
-    classes: ClassVar[tuple[str, ...]] = (
-        "ModernBertModel",
-        "ModernBertForSequenceClassification",
-        "ModernBertForMaskedLM",
-        "ModernBertForTokenClassification",
-    )
-    dense_heads = ("ModernBertForMaskedLM", "ModernBertForTokenClassification")
-
-    @classmethod
-    def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
-        super().check_stages(model, config)
-        for stage in config.stages:
-            scorer, merger = stage.part("scorer"), stage.part("merger")
-            if scorer.name == "cls_attention":
-                raise ValueError(
-                    f"stage {stage.key!r}: scorer 'cls_attention' does not know how the layer that follows rotates and how far it looks; in a "
-                    "modernbert take 'learned' or 'evidence'"
-                )
-            by_keys = [
-                part.name
-                for part, metric in ((scorer, "keys"), (merger, "tokens"))
-                if part.name == ("bipartite" if part is scorer else "squeeze") and part.options.get("metric", metric) == "keys"
-            ]
-            if by_keys:
-                raise ValueError(
-                    f"stage {stage.key!r}: {by_keys[0]!r} compares keys, which in a modernbert come out of one projection with queries and "
-                    f"values: take {{name: {by_keys[0]}, metric: tokens}}"
-                )
-
-    @classmethod
-    def windows(cls, config: Any) -> tuple[int | None, ...]:
-        # As many to the left as to the right, and the token itself.
-        return tuple(None if window is None else 2 * window + 1 for window in super().windows(config))
-
-    @classmethod
-    def head_counts_places(cls, model: PreTrainedModel) -> bool:
-        return bool(model.config.classifier_pooling == "mean")
+    no_keys = "keys come out of one projection with queries and values in a modernbert"
+    no_cls_query = "how the layer that follows rotates and how far it looks is not known before it runs in a modernbert"
 
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -73,10 +35,34 @@ class ModernBertBackbone(TextEncoderBackbone):
         out: Tensor = hidden_states + parts.mlp(parts.mlp_norm(hidden_states))
         return out
 
+
+class ModernBert(TextEncoder):
+    """A classifier reads [CLS] or the mean over all tokens."""
+
+    model_type = "modernbert"
+    layer_adapter = ModernBertLayers
+    classes: ClassVar[tuple[str, ...]] = (
+        "ModernBertModel",
+        "ModernBertForSequenceClassification",
+        "ModernBertForMaskedLM",
+        "ModernBertForTokenClassification",
+    )
+    dense_heads = ("ModernBertForMaskedLM", "ModernBertForTokenClassification")
+
+    @classmethod
+    def windows(cls, config: Any) -> tuple[int | None, ...]:
+        # As many to the left as to the right, and the token itself.
+        return tuple(None if window is None else 2 * window + 1 for window in super().windows(config))
+
+    @classmethod
+    def head_counts_places(cls, model: PreTrainedModel) -> bool:
+        return bool(model.config.classifier_pooling == "mean")
+
     @classmethod
     def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
-        state, hidden_states = trace.state, getattr(outputs, "last_hidden_state", None)
-        if not cls.head_counts_places(model) or not trace.under_head or state is None or hidden_states is None or _as_it_came(state, trace):
+        flow, hidden_states = trace.flow(), getattr(outputs, "last_hidden_state", None)
+        state = flow.state
+        if not cls.head_counts_places(model) or not flow.under_head or state is None or hidden_states is None or _as_it_came(state, flow):
             return outputs
         # The head averages over all places that its mask calls text: what is left of a row, at each of them, leaves that mean unmoved.
         weight = state.size if state.proportional else torch.ones_like(state.size)
@@ -86,8 +72,8 @@ class ModernBertBackbone(TextEncoderBackbone):
         return outputs
 
 
-def _as_it_came(state: TokenState, trace: Trace) -> bool:
+def _as_it_came(state: TokenState, flow: Flow) -> bool:
     """Every row has as many tokens as it came with."""
     if state.tokens < state.source.shape[1]:
         return False
-    return state.valid is None or (trace.valid is not None and torch.equal(state.valid, trace.valid))
+    return state.valid is None or (flow.valid is not None and torch.equal(state.valid, flow.valid))

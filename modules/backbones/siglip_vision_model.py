@@ -8,34 +8,41 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from ..cost.shape import BackboneShape
+from ..cost.shape import StackShape
 from ..tokens.trace import Trace
-from .clip_vision_model import ClipVisionBackbone
+from .clip_vision_model import ClipVision, ClipVisionLayers
 
 
-class SiglipVisionBackbone(ClipVisionBackbone):
-    """No CLS token and nothing protected. A learned probe pools all tokens by attention; the classifier averages them."""
+class SiglipVisionLayers(ClipVisionLayers):
+    """No CLS token and nothing protected."""
 
-    model_type = "siglip_vision_model"
-    classes: ClassVar[tuple[str, ...]] = ("SiglipVisionModel",)
     has_cls = False
 
+
+class SiglipVision(ClipVision):
+    """A learned probe pools all tokens by attention; the classifier averages them."""
+
+    model_type = "siglip_vision_model"
+    layer_adapter = SiglipVisionLayers
+    classes: ClassVar[tuple[str, ...]] = ("SiglipVisionModel",)
+
     @classmethod
-    def shape(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> BackboneShape:
-        shape, tower = super().shape(model, size), cls.base(model)
+    def shapes(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> dict[str, StackShape]:
+        shape, tower = super().shapes(model, size)[""], cls.base(model)
         if not tower.use_head:
-            return shape
-        # The pooling head's probe becomes one query, every token a key and a value; the classifier runs it in vain.
+            return {"": shape}
+        # The pooling head's probe becomes one query, every token a key and a value; the classifier computes it too, and does not use it.
         width = shape.hidden
-        return replace(shape, head_macs=shape.head_macs + width**2, head_macs_per_token=2 * width**2 + 2 * width)
+        return {"": replace(shape, head_macs=shape.head_macs + width**2, head_macs_per_token=2 * width**2 + 2 * width)}
 
     @classmethod
     def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
         outputs = super().finish(model, outputs, trace)
-        state, head = trace.state, getattr(model, "head", None)
-        if state is None or head is None or (state.valid is None and not state.proportional) or trace.under_head:
+        flow, head = trace.flow(), getattr(model, "head", None)
+        state = flow.state
+        if state is None or head is None or (state.valid is None and not state.proportional) or flow.under_head:
             return outputs
-        # The model's own call of the head attended to filler, and to a merged token as to one.
+        # The model's own call of the head attended to padding, and to a merged token as to one.
         hidden_states = outputs.last_hidden_state
         probe = head.probe.repeat(hidden_states.shape[0], 1, 1)
         bias = torch.zeros_like(state.size) if state.logit_bias is None else state.logit_bias
@@ -46,7 +53,7 @@ class SiglipVisionBackbone(ClipVisionBackbone):
         return outputs
 
 
-class SiglipBackbone(SiglipVisionBackbone):
+class Siglip(SiglipVision):
     """The classifier on the tower."""
 
     model_type = "siglip"

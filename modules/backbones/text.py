@@ -9,75 +9,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..cost.shape import BackboneShape
+from ..cost.shape import StackShape
 from ..tokens.gather import take_shared
-from .base import Backbone
+from .layer_adapter import LayerAdapter
+from .model_adapter import ModelAdapter
 
-# Tokens of a row where nobody says how many.
+# Tokens of a row where the caller does not say how many.
 _TOKENS = 1024
 
 
-class TextBackbone(Backbone):
+class TextLayers(LayerAdapter):
     """Rows of tokens, whose positions the model may hand to its layers, and layers that may look through a window."""
 
-    @classmethod
-    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
-        layers = cls.base(model).layers
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
-    @classmethod
-    def reads_every_token(cls, model: PreTrainedModel) -> bool:
-        """What follows the layers is computed for every token that leaves them; else for one."""
-        raise NotImplementedError
-
-    @classmethod
-    def default_tokens(cls, config: Any) -> int:
-        """Tokens of a row where nobody says how many."""
-        return _TOKENS
-
-    @classmethod
-    def gated(cls, config: PretrainedConfig) -> bool:
-        """The MLP has a gate beside its way up and its way down."""
-        return True
-
-    @classmethod
-    def windows(cls, config: Any) -> tuple[int | None, ...]:
-        """Of each layer, how many tokens back it looks; None looks at all."""
-        window = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-    @classmethod
-    def shape(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> BackboneShape:
-        assert not isinstance(size, tuple)
-        config: Any = model.config
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        layers = {id(module) for module in cls.layers(model).modules()}
-        outside = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in layers]
-        head_macs, every = sum(module.in_features * module.out_features for module in outside), cls.reads_every_token(model)
-        prefix = cls.prefix(config)
-        return BackboneShape(
-            hidden=config.hidden_size,
-            intermediate=cls.intermediate(config),
-            layers=config.num_hidden_layers,
-            heads=heads,
-            prefix=prefix,
-            patches=(size or cls.default_tokens(config)) - prefix,
-            embed_macs=0,
-            head_macs=0 if every else head_macs,
-            head_macs_per_token=head_macs if every else 0,
-            query_width=heads * width,
-            key_width=(getattr(config, "num_key_value_heads", None) or heads) * width,
-            gated=cls.gated(config),
-            windows=cls.windows(config),
-        )
-
-    @classmethod
-    def intermediate(cls, config: Any) -> int:
-        """Width of the MLP's hidden layer."""
-        return int(config.intermediate_size)
+    attentions = ("sdpa", "eager")
 
     @classmethod
     def gather_inputs(cls, inputs: Mapping[str, Any], position: Tensor) -> dict[str, Any]:
@@ -116,14 +60,72 @@ class TextBackbone(Backbone):
         return first
 
 
-def with_filler(visible: Tensor, real: Tensor | None, filler: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(B, M, S) with keys that are filler hidden, queries that are filler seeing something, and (B, S) added to the keys."""
+class TextModel(ModelAdapter):
+    """A model that takes ``input_ids`` and has one stack of layers."""
+
+    @classmethod
+    def reads_every_token(cls, model: PreTrainedModel) -> bool:
+        """What follows the layers is computed for every token that leaves them; else for one."""
+        raise NotImplementedError
+
+    @classmethod
+    def default_tokens(cls, config: Any) -> int:
+        """Tokens of a row where the caller does not say how many."""
+        return _TOKENS
+
+    @classmethod
+    def gated(cls, config: PretrainedConfig) -> bool:
+        """The MLP has a gate beside its way up and its way down."""
+        return True
+
+    @classmethod
+    def windows(cls, config: Any) -> tuple[int | None, ...]:
+        """Of each layer, how many tokens back it looks; None looks at all."""
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+    @classmethod
+    def shapes(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> dict[str, StackShape]:
+        assert not isinstance(size, tuple)
+        config: Any = model.config
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        layers = {id(module) for module in cls.layers(model).modules()}
+        outside = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in layers]
+        head_macs, every = sum(module.in_features * module.out_features for module in outside), cls.reads_every_token(model)
+        protected = cls.layer_adapter.leading(config)
+        shape = StackShape(
+            hidden=config.hidden_size,
+            intermediate=cls.intermediate(config),
+            layers=config.num_hidden_layers,
+            heads=heads,
+            protected=protected,
+            routable=(size or cls.default_tokens(config)) - protected,
+            embed_macs=0,
+            head_macs=0 if every else head_macs,
+            head_macs_per_token=head_macs if every else 0,
+            query_width=heads * width,
+            key_width=(getattr(config, "num_key_value_heads", None) or heads) * width,
+            gated=cls.gated(config),
+            windows=cls.windows(config),
+        )
+        return {"": shape}
+
+    @classmethod
+    def intermediate(cls, config: Any) -> int:
+        """Width of the MLP's hidden layer."""
+        return int(config.intermediate_size)
+
+
+def with_padding(visible: Tensor, real: Tensor | None, padding: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(B, M, S) visible keys of each query: padding keys hidden, padding queries allowed to attend, and a (B, S) bias added to the keys."""
     lowest = torch.finfo(dtype).min
     if visible.dtype == torch.bool:
         visible = visible if real is None else visible & real[:, None]
-        # A query that sees nothing is no number in some kernels; nobody reads what filler makes of what it sees.
-        visible = visible if filler is None else visible | filler
+        # Fully masked queries give NaN in some kernels, so padding queries may attend anywhere; their output is discarded.
+        visible = visible if padding is None else visible | padding
         return visible if bias is None else torch.where(visible, bias[:, None].to(dtype), lowest)
     visible = visible if real is None else visible.masked_fill(~real[:, None], lowest)
-    visible = visible if filler is None else visible.masked_fill(filler, 0.0)
+    visible = visible if padding is None else visible.masked_fill(padding, 0.0)
     return visible if bias is None else visible + bias[:, None].to(visible.dtype)

@@ -3,96 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..scorers.base import TokenSpec
-from ..sites import SITES
+from ..config import SITES
+from ..site import TokenSpec
+from ..tokens.flow import Flow
 from ..tokens.gather import take
 from ..tokens.state import TokenState
 from ..tokens.trace import Trace
-from .text import TextBackbone, with_filler
-
-if TYPE_CHECKING:
-    from ..config import CompressionConfig
+from .stack import Stack
+from .text import TextLayers, TextModel, with_padding
 
 
-class TextEncoderBackbone(TextBackbone):
+class TextEncoderLayers(TextLayers):
     """A token sees all others, or those near it. The first, [CLS], is protected, whether a head reads it or not: layers learn to
     leave attention there that they have no use for.
-
-    Padding is what the two-dimensional ``attention_mask`` says, and lies behind the text.
-
-    Attributes:
-        dense_heads: class names of models whose head reads every token, which a shrinking stage must bring back.
     """
 
     sites = SITES
-    dense_heads: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def prefix(cls, config: PretrainedConfig) -> int:
+    def leading(cls, config: PretrainedConfig) -> int:
         return 1
 
     @classmethod
-    def default_tokens(cls, config: Any) -> int:
-        return int(min(super().default_tokens(config), config.max_position_embeddings))
-
-    @classmethod
-    def reads_every_token(cls, model: PreTrainedModel) -> bool:
-        # A compressed model's class derives from the one that is named.
-        return any(kind.__name__ in cls.dense_heads for kind in type(model).__mro__)
-
-    @classmethod
-    def token_spec(cls, config: PretrainedConfig) -> TokenSpec:
-        return TokenSpec(hidden_size=config.hidden_size, classes=config.num_labels or 0, has_cls=True, family=cls.model_type)
-
-    @classmethod
-    def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
-        implementation = model.config._attn_implementation
-        if implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"attention {implementation!r} is not served in a {cls.model_type} with stages, which hands layers a mask of the tokens "
-                "that are left: load it with attn_implementation 'sdpa' or 'eager'"
-            )
-        short = [stage.key for stage in config.left_short()]
-        if short and cls.reads_every_token(model):
-            raise ValueError(
-                f"compression.restore is needed: the head of {type(model).__name__} reads every token, and after stages {', '.join(short)} "
-                f"some are missing; give compression.restore = {{layer: {len(cls.layers(model))}, by: rejoin}}, or stages around layers"
-            )
-
-    @classmethod
-    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
-        labels = inputs.get("labels")
-        if trace.labels is None and isinstance(labels, Tensor) and not cls.reads_every_token(model):
-            trace.labels = labels
-        mask = inputs.get("attention_mask")
-        if mask is None:
-            return
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            kind = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask of {kind}: a {cls.model_type} with stages takes (batch, tokens), 1 for text and 0 for padding"
-            )
-        real = mask.bool()
-        if bool(real.all()):
-            trace.valid = None
-            return
-        trace.valid = real
-        if not bool(real[:, 0].all()):
-            raise ValueError(
-                "attention_mask hides the first token of a row, which is [CLS] and protected: pad behind the text "
-                "(tokenizer.padding_side = 'right')"
-            )
-
-    @classmethod
-    def begin(cls, trace: Trace, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
+    def begin(cls, flow: Flow, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
         rows, tokens, _ = hidden_states.shape
-        return TokenState.initial(rows, tokens, trace.prefix, trace.valid, hidden_states.device)
+        return TokenState.initial(rows, tokens, flow.leading, flow.valid, hidden_states.device)
 
     @classmethod
     def layer_inputs(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,9 +51,63 @@ class TextEncoderBackbone(TextBackbone):
         if state.whole and bias is None:
             return attention_mask
         if attention_mask is None or getattr(layer, "attention_type", "full_attention") == "full_attention":
-            # The model's mask says nothing but which tokens are padding, and so does the state.
+            # The model's mask hides padding alone, and so does the state's.
             return cls.gather_mask(None, state, dtype)
         position, mask = state.position, attention_mask.expand(state.rows, -1, -1, -1)[:, 0]
         visible = take(mask, position).gather(2, position[:, None].expand(-1, state.tokens, -1))
-        filler = None if state.valid is None else ~state.valid[:, :, None]
-        return with_filler(visible, state.valid, filler, bias, dtype)[:, None]
+        padding = None if state.valid is None else ~state.valid[:, :, None]
+        return with_padding(visible, state.valid, padding, bias, dtype)[:, None]
+
+
+class TextEncoder(TextModel):
+    """An encoder and its heads. Padding is what the two-dimensional ``attention_mask`` says, and lies behind the text.
+
+    Attributes:
+        dense_heads: class names of models whose head reads every token, which a shrinking stage must bring back.
+    """
+
+    dense_heads: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def default_tokens(cls, config: Any) -> int:
+        return int(min(super().default_tokens(config), config.max_position_embeddings))
+
+    @classmethod
+    def reads_every_token(cls, model: PreTrainedModel) -> bool:
+        # A compressed model's class derives from the one that is named.
+        return any(kind.__name__ in cls.dense_heads for kind in type(model).__mro__)
+
+    @classmethod
+    def every_token(cls, model: PreTrainedModel, stack: Stack) -> str | None:
+        return f"the head of {type(model).__name__} reads every token" if cls.reads_every_token(model) else None
+
+    @classmethod
+    def token_spec(cls, model: PreTrainedModel, stack: Stack) -> TokenSpec:
+        return TokenSpec(hidden_size=model.config.hidden_size, classes=model.config.num_labels or 0, has_cls=True, family=cls.model_type)
+
+    @classmethod
+    def labels(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor | None:
+        # A label of every token is none of the row's.
+        return None if cls.reads_every_token(model) else super().labels(model, inputs)
+
+    @classmethod
+    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
+        super().bind_inputs(model, trace, inputs)
+        mask, flow = inputs.get("attention_mask"), trace.flow()
+        if mask is None:
+            return
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            kind = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask of {kind}: a {cls.model_type} with stages takes (batch, tokens), 1 for text and 0 for padding"
+            )
+        real = mask.bool()
+        if bool(real.all()):
+            flow.valid = None
+            return
+        flow.valid = real
+        if not bool(real[:, 0].all()):
+            raise ValueError(
+                "attention_mask hides the first token of a row, which is [CLS] and protected: pad behind the text "
+                "(tokenizer.padding_side = 'right')"
+            )

@@ -1,4 +1,4 @@
-"""What backbones over image patches share; no adapter by itself."""
+"""What vision transformers over image patches share; no adapter by itself."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..cost.shape import BackboneShape
+from ..config import SITES
+from ..cost.shape import StackShape
 from ..heads.base import PatchSegmentation
-from ..scorers.base import TokenSpec
-from ..sites import SITES
+from ..site import TokenSpec
 from ..tokens.trace import Trace
-from .base import Backbone
+from .layer_adapter import LayerAdapter
+from .model_adapter import ModelAdapter
+from .stack import Stack
 
 
 def pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
@@ -22,116 +24,28 @@ def pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-class VisionBackbone(Backbone):
-    """Patches in reading order after the protected tokens, positions added before the layers.
+class VisionLayers(LayerAdapter):
+    """Pre-norm layers whose tokens are patches in reading order after the leading ones, positions added before the layers.
 
     Attributes:
         has_cls: the first token is one that the head reads.
-        averages: a head averages all routable tokens that leave the layers.
         norm: name of a layer's norm before attention.
         attention: name of a layer's attention.
     """
 
-    sites = SITES
+    sites: ClassVar[tuple[str, ...]] = SITES
     has_cls: ClassVar[bool] = True
-    averages: ClassVar[bool] = False
     norm: ClassVar[str] = "layernorm_before"
     attention: ClassVar[str] = "attention"
 
-    @staticmethod
-    def vision_config(config: Any) -> Any:
-        """Settings of the vision tower, also from those of an image-text model."""
-        return getattr(config, "vision_config", config)
-
     @classmethod
-    def image_input(cls, config: PretrainedConfig) -> tuple[int, int, int]:
-        """Height, width and channels of the configured input."""
-        vision = cls.vision_config(config)
-        return *pair(vision.image_size), vision.num_channels
+    def leading(cls, config: PretrainedConfig) -> int:
+        return int(cls.has_cls)
 
     @classmethod
     def packs(cls, config: PretrainedConfig) -> bool:
         # Stochastic depth drops whole rows, and would see one only.
-        return not getattr(cls.vision_config(config), "drop_path_rate", 0.0)
-
-    @classmethod
-    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
-        layers = cls.base(model).layers
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
-    @classmethod
-    def prefix(cls, config: PretrainedConfig) -> int:
-        return int(cls.has_cls)
-
-    @classmethod
-    def token_spec(cls, config: PretrainedConfig) -> TokenSpec:
-        vision = cls.vision_config(config)
-        down, across = pair(vision.patch_size)
-        return TokenSpec(
-            hidden_size=vision.hidden_size,
-            classes=config.num_labels or 0,
-            patch_values=down * across * vision.num_channels,
-            has_cls=cls.has_cls,
-            family=cls.model_type,
-        )
-
-    @classmethod
-    def intermediate(cls, config: Any) -> int:
-        """Width of the MLP's hidden layer."""
-        return int(config.intermediate_size)
-
-    @classmethod
-    def shape(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> BackboneShape:
-        config = cls.vision_config(model.config)
-        assert not isinstance(size, int)
-        (height, width), (down, across) = size or pair(config.image_size), pair(config.patch_size)
-        patches = (height // down) * (width // across)
-        layers = {id(module) for module in cls.layers(model).modules()}
-        outside = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in layers]
-        return BackboneShape(
-            hidden=config.hidden_size,
-            intermediate=cls.intermediate(config),
-            layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            prefix=cls.prefix(model.config),
-            patches=patches,
-            embed_macs=patches * config.hidden_size * config.num_channels * down * across,
-            # Heads and poolers read one token each, or one mean of tokens; heads of dense answers all patches, restored or not.
-            head_macs=sum(module.in_features * module.out_features for module in outside)
-            * (patches if isinstance(model, PatchSegmentation) else 1),
-        )
-
-    @classmethod
-    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
-        super().bind_inputs(model, trace, inputs)
-        pixel_values = inputs.get("pixel_values")
-        if isinstance(pixel_values, Tensor):
-            # From the image itself: with interpolated positions it may be of any size.
-            down, across = pair(cls.vision_config(model.config).patch_size)
-            trace.pixel_values = pixel_values
-            trace.grid = (pixel_values.shape[-2] // down, pixel_values.shape[-1] // across)
-
-    @classmethod
-    def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
-        state = trace.state
-        weighs = state is not None and state.proportional and trace.under_head
-        if not cls.averages or state is None or (state.valid is None and not weighs):
-            return outputs
-        if isinstance(outputs, tuple):
-            raise ValueError("rows of a batch keep different numbers of tokens: leave return_dict out, or set it to True")
-        hidden_states = getattr(outputs, "last_hidden_state", None)
-        if hidden_states is not None and weighs:
-            # Only a head sees these: so scaled, their plain mean is the mean over all source tokens (ToMe, arXiv 2210.09461).
-            size = (state.size * state.routable).unsqueeze(-1)
-            share = size * (state.tokens - state.protected_per_row) / size.sum(1, keepdim=True).clamp(min=1e-6)
-            outputs.last_hidden_state = hidden_states * torch.where(state.protected.unsqueeze(-1), 1.0, share).to(hidden_states.dtype)
-        elif hidden_states is not None and state.valid is not None:
-            # Heads average all slots after the prefix. Filler that holds the mean of the real ones leaves that mean unmoved.
-            routable = state.routable.unsqueeze(-1)
-            mean = hidden_states.masked_fill(~routable, 0.0).sum(1, keepdim=True) / routable.sum(1, keepdim=True).clamp(min=1)
-            outputs.last_hidden_state = torch.where(state.valid.unsqueeze(-1), hidden_states, mean.to(hidden_states.dtype))
-        return outputs
+        return not getattr(config, "drop_path_rate", 0.0)
 
     @classmethod
     def keys(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -149,3 +63,102 @@ class VisionBackbone(Backbone):
         normed = getattr(layer, cls.norm)(hidden_states)
         query = attention.q_proj(normed[:, :1]).view(normed.shape[0], 1, -1, attention.head_dim).transpose(1, 2)
         return query, cls._keys(layer, normed), attention.head_dim**-0.5
+
+
+class VisionModel(ModelAdapter):
+    """A model that takes ``pixel_values`` and has one stack of vision layers.
+
+    Attributes:
+        averages: a head averages all routable tokens that leave the layers.
+    """
+
+    layer_adapter: ClassVar[type[VisionLayers]]
+    averages: ClassVar[bool] = False
+
+    @classmethod
+    def stack_config(cls, config: Any) -> PretrainedConfig:
+        # A classifier on the tower of an image-text model has the settings of both.
+        settings: PretrainedConfig = getattr(config, "vision_config", config)
+        return settings
+
+    @classmethod
+    def image_input(cls, config: PretrainedConfig) -> tuple[int, int, int]:
+        """Height, width and channels of the configured input."""
+        vision: Any = cls.stack_config(config)
+        return *pair(vision.image_size), vision.num_channels
+
+    @classmethod
+    def token_spec(cls, model: PreTrainedModel, stack: Stack) -> TokenSpec:
+        vision: Any = stack.config
+        down, across = pair(vision.patch_size)
+        return TokenSpec(
+            hidden_size=vision.hidden_size,
+            classes=model.config.num_labels or 0,
+            patch_values=down * across * vision.num_channels,
+            has_cls=cls.layer_adapter.has_cls,
+            family=cls.model_type,
+        )
+
+    @classmethod
+    def every_token(cls, model: PreTrainedModel, stack: Stack) -> str | None:
+        return "the head reads every patch" if isinstance(model, PatchSegmentation) else None
+
+    @classmethod
+    def intermediate(cls, config: Any) -> int:
+        """Width of the MLP's hidden layer."""
+        return int(config.intermediate_size)
+
+    @classmethod
+    def shapes(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> dict[str, StackShape]:
+        config: Any = cls.stack_config(model.config)
+        assert not isinstance(size, int)
+        (height, width), (down, across) = size or pair(config.image_size), pair(config.patch_size)
+        patches = (height // down) * (width // across)
+        layers = {id(module) for module in cls.layers(model).modules()}
+        outside = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in layers]
+        shape = StackShape(
+            hidden=config.hidden_size,
+            intermediate=cls.intermediate(config),
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            protected=cls.layer_adapter.leading(config),
+            routable=patches,
+            embed_macs=patches * config.hidden_size * config.num_channels * down * across,
+            # Heads and poolers read one token each, or one mean of tokens; heads of dense answers all patches, restored or not.
+            head_macs=sum(module.in_features * module.out_features for module in outside)
+            * (patches if isinstance(model, PatchSegmentation) else 1),
+        )
+        return {"": shape}
+
+    @classmethod
+    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
+        super().bind_inputs(model, trace, inputs)
+        pixel_values = inputs.get("pixel_values")
+        if isinstance(pixel_values, Tensor):
+            # From the image itself: with interpolated positions it may be of any size.
+            config: Any = cls.stack_config(model.config)
+            (down, across), flow = pair(config.patch_size), trace.flow()
+            flow.pixel_values = pixel_values
+            flow.grid = (pixel_values.shape[-2] // down, pixel_values.shape[-1] // across)
+
+    @classmethod
+    def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
+        flow = trace.flow()
+        state = flow.state
+        weighs = state is not None and state.proportional and flow.under_head
+        if not cls.averages or state is None or (state.valid is None and not weighs):
+            return outputs
+        if isinstance(outputs, tuple):
+            raise ValueError("rows of a batch keep different numbers of tokens: leave return_dict out, or set it to True")
+        hidden_states = getattr(outputs, "last_hidden_state", None)
+        if hidden_states is not None and weighs:
+            # Only a head sees these: so scaled, their plain mean is the mean over all source tokens (ToMe, arXiv 2210.09461).
+            size = (state.size * state.routable).unsqueeze(-1)
+            share = size * (state.tokens - flow.leading) / size.sum(1, keepdim=True).clamp(min=1e-6)
+            outputs.last_hidden_state = hidden_states * torch.where(state.protected.unsqueeze(-1), 1.0, share).to(hidden_states.dtype)
+        elif hidden_states is not None and state.valid is not None:
+            # Heads average all slots after the leading ones. Padding that holds the mean of the real ones leaves that mean unmoved.
+            routable = state.routable.unsqueeze(-1)
+            mean = hidden_states.masked_fill(~routable, 0.0).sum(1, keepdim=True) / routable.sum(1, keepdim=True).clamp(min=1)
+            outputs.last_hidden_state = torch.where(state.valid.unsqueeze(-1), hidden_states, mean.to(hidden_states.dtype))
+        return outputs

@@ -6,14 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .vision import VisionBackbone
+from .vision import VisionLayers, VisionModel
 
 
-class ViTBackbone(VisionBackbone):
-    """One CLS token in front, learned positions added before the layers, one attention mask for all of them."""
-
-    model_type = "vit"
-    classes: ClassVar[tuple[str, ...]] = ("ViTModel", "ViTForImageClassification", "ViTForSemanticSegmentation")
+class ViTLayers(VisionLayers):
+    """A norm before each half; one attention mask for all layers."""
 
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -27,3 +24,11 @@ class ViTBackbone(VisionBackbone):
         parts: Any = layer
         out: Tensor = parts.dropout(parts.mlp(parts.layernorm_after(hidden_states))) + hidden_states
         return out
+
+
+class ViT(VisionModel):
+    """One CLS token in front, learned positions added before the layers."""
+
+    model_type = "vit"
+    layer_adapter = ViTLayers
+    classes: ClassVar[tuple[str, ...]] = ("ViTModel", "ViTForImageClassification", "ViTForSemanticSegmentation")

@@ -4,68 +4,82 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..cost.shape import BackboneShape
+from ..cost.shape import StackShape
 from ..tokens.draws import masking_order
 from ..tokens.trace import Trace
+from .stack import Stack
 from .vision import pair
-from .vit import ViTBackbone
+from .vit import ViT, ViTLayers
 
-if TYPE_CHECKING:
-    from ..config import CompressionConfig
-
-DECODER = "ViTMAEForPreTraining"
+PRETRAINING = "ViTMAEForPreTraining"
+DECODER = "decoder"
 
 
-class ViTMaeBackbone(ViTBackbone):
-    """A ViT whose layers see a random subset of the patches, in random order (arXiv 2111.06377).
+class ViTMaeDecoderLayers(ViTLayers):
+    """Layers of the decoder: stages cannot sit there, since transformers hands them nothing but the tokens."""
 
-    Which patch a token is hangs on the noise that orders them. The adapter makes it, by (seed, step, sample id) where the caller
-    gives a trace, and hands it to the model; so the trace knows the places, and scorers read the right pixels.
+    sites = ()
+
+
+class ViTMae(ViT):
+    """A ViT whose layers see a random subset of the patches, in random order (arXiv 2111.06377); for pretraining a second stack,
+    ``decoder``, paints all patches.
+
+    The random order of patches is set by ``noise``. The adapter makes it, by (seed, step, sample id) where the caller gives a trace,
+    and hands it to the model; so the flow knows the places, and scorers read the right pixels.
     """
 
     model_type = "vit_mae"
-    classes: ClassVar[tuple[str, ...]] = ("ViTMAEModel", DECODER)
+    classes: ClassVar[tuple[str, ...]] = ("ViTMAEModel", PRETRAINING)
 
     @classmethod
-    def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
+    def stacks(cls, model: PreTrainedModel) -> tuple[Stack, ...]:
+        encoder = super().stacks(model)
         if not hasattr(model, "decoder"):
-            return
-        layers, restore = len(cls.layers(model)), config.restore
-        if short := [stage.key for stage in config.left_short()]:
-            told = "is not set" if restore is None else f"is {restore.layer}"
-            raise ValueError(
-                f"compression.restore.layer {told}, and {', '.join(short)} would leave the encoder's output short: the decoder of {DECODER} "
-                f"needs a token for every patch that the masking left. Set compression.restore={{layer: {layers}}} (after the last "
-                "layer), or compress the encoder alone (model.vit)"
-            )
+            return encoder
+        decoder: Any = model.decoder
+        return (*encoder, Stack(DECODER, decoder.decoder_layers, ViTMaeDecoderLayers, decoder.config))
 
     @classmethod
-    def shape(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> BackboneShape:
+    def set_attention(cls, model: PreTrainedModel, stack: Stack, implementation: str) -> None:
+        if stack.name == DECODER:
+            stack.config._attn_implementation = implementation
+        else:
+            super().set_attention(model, stack, implementation)
+
+    @classmethod
+    def every_token(cls, model: PreTrainedModel, stack: Stack) -> str | None:
+        if stack.name == "" and hasattr(model, "decoder"):
+            return f"the decoder of {PRETRAINING} needs a token for every patch that the masking left (or compress the encoder alone, model.vit)"
+        return None
+
+    @classmethod
+    def shapes(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> dict[str, StackShape]:
         config: Any = model.config
-        shape = super().shape(model, size)
-        decoder = None
+        shape = super().shapes(model, size)[""]
+        # All patches are embedded; then the model masks.
+        shapes = {"": replace(shape, routable=visible(config, shape.routable), head_macs=0)}
         if hasattr(model, "decoder"):
-            width, tokens = config.decoder_hidden_size, shape.prefix + shape.patches
-            decoder = BackboneShape(
+            width, tokens = config.decoder_hidden_size, shape.protected + shape.routable
+            shapes[DECODER] = StackShape(
                 hidden=width,
                 intermediate=config.decoder_intermediate_size,
                 layers=config.decoder_num_hidden_layers,
                 heads=config.decoder_num_attention_heads,
-                prefix=shape.prefix,
-                patches=shape.patches,
+                protected=shape.protected,
+                routable=shape.routable,
                 # Only tokens of the encoder are embedded; the others are one learned token each.
-                embed_macs=(shape.prefix + visible(config, shape.patches)) * config.hidden_size * width,
+                embed_macs=(shape.protected + visible(config, shape.routable)) * config.hidden_size * width,
                 head_macs=tokens * width * config.patch_size**2 * config.num_channels,
             )
-        # All patches are embedded; then the model masks.
-        return replace(shape, patches=visible(config, shape.patches), head_macs=0, decoder=decoder)
+        return shapes
 
     @classmethod
     def added_inputs(cls, model: PreTrainedModel, trace: Trace | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,18 +88,18 @@ class ViTMaeBackbone(ViTBackbone):
             return {}
         rows, patches = pixel_values.shape[0], _patches(model.config, pixel_values)
         if trace is None:
-            # As the model itself would: without a trace nobody says which step it is, and training would never change its mask.
+            # As the model itself would: without a trace the step is not known, and training would never change its mask.
             return {"noise": torch.rand(rows, patches, device=pixel_values.device)}
         return {"noise": masking_order(trace.seed, trace.step, trace.rows_identity(rows, pixel_values.device), patches)}
 
     @classmethod
     def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
         super().bind_inputs(model, trace, inputs)
-        noise = inputs.get("noise")
+        noise, flow = inputs.get("noise"), trace.flow()
         if isinstance(noise, Tensor):
             # The sort that the model does, of the same noise.
             kept = torch.argsort(noise, dim=1)[:, : visible(model.config, noise.shape[1])]
-            trace.places = functional.pad(kept + cls.prefix(model.config), (cls.prefix(model.config), 0))
+            flow.places = functional.pad(kept + flow.leading, (flow.leading, 0))
 
 
 def visible(config: Any, patches: int) -> int:

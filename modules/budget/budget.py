@@ -4,87 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import registry
+from ..compatibility import check_held
 from ..config import CompressionConfig, PartConfig
 from ..cost.cost import CostModel
 from ..tokens.trace import Trace
+from .config import BudgetConfig
 from .regularizers.base import Regularizer
 from .schedules import SCHEDULES, progress, staircase
-
-MEASURES = ("macs_ratio", "keep", "mean_token_fraction")
-
-
-@dataclass(frozen=True)
-class BudgetConfig:
-    """What the model may cost.
-
-    Attributes:
-        target: requested value of the measure, in (0, 1].
-        measure: ``macs_ratio`` (MACs of the compressed forward ÷ dense) or ``mean_token_fraction`` (tokens that layers process ÷
-            dense), for which the keeps that fit are worked out; or ``keep`` (of every stage that names none itself).
-        regularizer: pulls the soft ratio of trained scorers to the target; None leaves it free, which suits selectors that
-            hold the count by themselves.
-        ramp_until: fraction of training over which the regulariser's weight grows from 0.
-        schedule: how the target moves from ``start`` to ``target``: ``constant``, ``linear`` or ``cosine``.
-        start: target at step 0 of a schedule that moves.
-        schedule_until: fraction of training at which ``target`` is reached.
-        increment: the target of a schedule that moves goes in stairs of this size, as random-LTD does; 0 moves it at every step.
-        noise: strength of the exploration noise at step 0, in standard deviations of the scores.
-        noise_until: fraction of training at which the noise has fallen to 0.
-    """
-
-    target: float = 0.5
-    measure: str = "macs_ratio"
-    regularizer: PartConfig | str | Mapping[str, Any] | None = None
-    ramp_until: float = 0.1
-    schedule: str = "constant"
-    start: float = 1.0
-    schedule_until: float = 0.3
-    increment: float = 0.0
-    noise: float = 0.0
-    noise_until: float = 0.6
-
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic where a recipe holds a budget
-
-    def __post_init__(self) -> None:
-        if self.measure not in MEASURES:
-            raise ValueError(f"budget.measure = {self.measure!r} must be one of {', '.join(MEASURES)}")
-        for name in ("target", "start"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"budget.{name} = {getattr(self, name)} must be in (0, 1]: the fraction that is left, not removed")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"budget.schedule = {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
-        if not 0 <= self.increment < 1:
-            raise ValueError(f"budget.increment = {self.increment} must be in [0, 1): a part of the target, 16 of 512 tokens are 0.03125")
-        if self.increment and self.schedule == "constant":
-            raise ValueError(f"budget.increment = {self.increment} is for a target that moves: give budget.schedule = linear or cosine")
-        for name in ("ramp_until", "schedule_until", "noise_until"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"budget.{name} = {getattr(self, name)} must be in [0, 1]: a fraction of training")
-        if self.noise < 0:
-            raise ValueError(f"budget.noise = {self.noise} must be at least 0")
-        if self.regularizer is not None:
-            part = PartConfig.of(self.regularizer)
-            object.__setattr__(self, "regularizer", part)
-            if self.build_regularizer().weight < 0:  # type: ignore[union-attr]
-                raise ValueError(f"budget.regularizer: weight = {part.options['weight']} must be at least 0")
-
-    def build_regularizer(self) -> Regularizer | None:
-        """The regulariser itself, or None."""
-        if self.regularizer is None:
-            return None
-        part = PartConfig.of(self.regularizer)
-        cls = registry.find(f"{__package__}.regularizers", part.name, Regularizer)
-        registry.check_options(cls, "regularizer", part.name, dict(part.options), ())
-        built = cls(**part.options)
-        assert isinstance(built, Regularizer)
-        return built
 
 
 @dataclass(frozen=True)
@@ -143,16 +75,14 @@ class Budget:
         if not self.free:
             raise ValueError("budget.target has nothing to decide: every stage has a keep of its own; leave it out of one of them")
         self.cost = CostModel(model, compression, size)
+        # Found once each, since a schedule that moves looks for a keep in every step.
+        self._keeps: dict[float, float] = {}
+        self._ratios: dict[int, float] = {}
         self.compression = compression.with_keep(self.resolve(config.target))
-        self.regularizer = config.build_regularizer()
+        self.regularizer = build_regularizer(config)
         if config.schedule != "constant":
             self.resolve(config.start)
-        unheld = [stage.config.key for stage in self.cost.stages if stage.selector.needs_probabilities]
-        if self.regularizer is None and unheld:
-            raise ValueError(
-                f"budget.regularizer is missing: nothing else brings the scores of {', '.join(unheld)} to what is requested, since their "
-                "selectors keep whatever is more likely than not; take macs_squared, ratio_mse or h_net, or selector 'threshold', or 'top_k' if the model is not causal"
-            )
+        check_held(self.cost.stages, regularized=self.regularizer is not None)
         if self.regularizer is not None and not any(stage.scorer.probabilities for stage in self.cost.stages):
             raise ValueError(
                 "budget.regularizer pulls on keep probabilities, and no stage's scorer has any: leave it out "
@@ -163,27 +93,30 @@ class Budget:
         """The keep by stage name that meets ``target`` from below, for the stages that leave it to the budget."""
         if self.config.measure == "keep":
             return dict.fromkeys(self.free, target)
-        return dict.fromkeys(self.free, self._keep_for(target))
+        if target not in self._keeps:
+            self._keeps[target] = self._keep_for(target)
+        return dict.fromkeys(self.free, self._keeps[target])
 
     def _keep_for(self, target: float) -> float:
         """The largest keep, to four decimals, whose measure is at most ``target``."""
-
-        def ratio(keep: float) -> float:
-            measured: float = getattr(self.cost(dict.fromkeys(self.free, keep)), self.config.measure)
-            return measured
-
         low, high = 1, 10_000
-        if target >= 1 or ratio(1.0) <= target:
+        if target >= 1 or self._ratio(high) <= target:
             return 1.0
-        if ratio(low / 10_000) > target:
+        if self._ratio(low) > target:
             raise ValueError(
-                f"budget.target = {target} cannot be met: with one token left the {self.config.measure} is still {ratio(low / 10_000):.4f}; "
+                f"budget.target = {target} cannot be met: with one token left the {self.config.measure} is still {self._ratio(low):.4f}; "
                 "raise the target, move the first stage to an earlier layer, or put stages around more layers"
             )
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if ratio(middle / 10_000) <= target else (low, middle)
+            low, high = (middle, high) if self._ratio(middle) <= target else (low, middle)
         return low / 10_000
+
+    def _ratio(self, keep: int) -> float:
+        """The measure at a keep of so many ten-thousandths."""
+        if keep not in self._ratios:
+            self._ratios[keep] = getattr(self.cost(dict.fromkeys(self.free, keep / 10_000)), self.config.measure)
+        return self._ratios[keep]
 
     def target(self, step: int) -> float:
         """Requested value of the measure at a step."""
@@ -254,3 +187,12 @@ class Budget:
 def _mean_soft(soft: Tensor | None, routable: Tensor) -> Tensor:
     assert soft is not None
     return (soft.detach() * routable).sum() / routable.sum().clamp(min=1)
+
+
+def build_regularizer(config: BudgetConfig) -> Regularizer | None:
+    """The regulariser of a budget, or None."""
+    if config.regularizer is None:
+        return None
+    built = registry.build("regularizer", PartConfig.of(config.regularizer, "regularizer"))
+    assert isinstance(built, Regularizer)
+    return built

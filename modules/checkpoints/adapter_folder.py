@@ -142,6 +142,11 @@ def read_adapter(folder: str | Path) -> Adapter:
     )
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter; one that lost its manifest is still one, and says so when it is read."""
+    return (folder / MANIFEST).is_file() or ((folder / LORA_CONFIG).is_file() and not (folder / "config.json").is_file())
+
+
 def adapter_files(manifest: Mapping[str, Any]) -> list[str]:
     """The files that an adapter needs beside its manifest."""
     needed = [LORA_CONFIG, LORA] if manifest["lora"] else [FULL] if manifest["modules_to_save"] else []

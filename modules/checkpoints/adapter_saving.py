@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..compress import CompressedModel, base_class, stages_of
+from ..compressed_model import CompressedModel
+from ..layer import base_class
+from ..stage import stages_of
 from .adapter_folder import Adapter, write_adapter
 from .base_weights import Base, base_of
 from .lora import is_lora, lora_state
@@ -98,5 +100,5 @@ def stage_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def stage_names(model: nn.Module) -> list[str]:
     """Names of the modules that are stages."""
-    stages = {id(stage) for _, stage in stages_of(model).values()} if isinstance(model, PreTrainedModel) else set()
+    stages = {id(stage) for stage in stages_of(model).values()} if isinstance(model, PreTrainedModel) else set()
     return [name for name, module in model.named_modules() if id(module) in stages]

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..compress import CompressedModel, compress, decompress
+from ..compress import compress, decompress
+from ..compressed_model import CompressedModel
 from ..config import CompressionConfig
 from .adapter_folder import Adapter, AdapterError, read_adapter
 from .adapter_saving import stage_state
 from .base_weights import weights_hash
-from .lora import add_lora, check_same, copy_all, full_modules, lora_state, merge_lora, train_only
+from .lora import add_lora, full_modules, lora_state, merge_lora, train_only
 from .model_class import class_named
+from .tensors import check_same, copy_all, own_memory
 
 _HUB = ("token", "cache_dir", "local_files_only")
 
@@ -235,13 +237,6 @@ def config_of(adapter: Adapter) -> PretrainedConfig:
     return config
 
 
-def own_memory(model: nn.Module) -> None:
-    """A mapped file lies at any address, and matrix products round by address: fresh memory answers bit for bit."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.clone()
-
-
 def _check_beside(adapter: Adapter, other: Adapter, where: str, where_other: str) -> None:
     if adapter.base.weights_sha256 != other.base.weights_sha256:
         raise AdapterError(
@@ -286,7 +281,7 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Inside, transformers and PEFT do not warn of new heads and further adapters: what is missing is checked."""
+    """Inside, transformers and PEFT do not warn of new heads, further adapters and weights that are left over: what is missing is checked."""
     import warnings
 
     verbosity = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Loading what Laconic wrote: adapters, merged models, and what a training run holds."""
+"""Loading a model from an adapter folder, a folder of weights, a training checkpoint that is one file, or the hub."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..compress import compressed_class
-from .adapter_folder import MANIFEST
-from .adapters import Adapters, own_memory
-from .lora import copy_all
+from ..compressed_model import compressed_class
+from .adapter_folder import MANIFEST, is_adapter
+from .adapters import Adapters
 from .model_class import class_named
+from .tensors import copy_all, own_memory
 from .training_checkpoint import read_checkpoint
 
 _HUB = ("token", "cache_dir", "local_files_only")
@@ -25,8 +25,8 @@ def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs
     """A model from what Laconic wrote, with its stages and its LoRA.
 
     Args:
-        folder: an adapter; a compressed model (``save_pretrained``, ``laconic export``); a training run, or one of its checkpoints, a file or
-            a folder, whatever of these it holds; or a repository on the hub with one of the first two.
+        folder: an adapter; a compressed model (``save_pretrained``, ``laconic export``); a repository on the hub with one of the two; or a
+            training checkpoint that is one file.
         base: for an adapter: folder or hub name of its base, where it is elsewhere than the manifest says.
         kwargs: passed to transformers' ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision`` …).
 
@@ -44,7 +44,9 @@ def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs
         return Adapters({"default": adapter}, base, **{key: value for key, value in kwargs.items() if key != "revision"}).model
     if base is not None:
         raise ValueError(f"{folder} is no adapter: leave base = {str(base)!r} out")
-    place = weights_folder(folder)
+    place = str(folder)
+    if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        raise FileNotFoundError(f"{place} has no config.json: give the folder of an adapter or of weights")
     config = AutoConfig.from_pretrained(
         place,
         trust_remote_code=False,
@@ -65,10 +67,10 @@ def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs
 
 
 def find_adapter(folder: str | Path, revision: str | None = None, **hub: Any) -> Path | None:
-    """The adapter folder that a folder is, or a run or checkpoint holds; of a repository on the hub a local copy; None where it is none."""
+    """The folder itself where it holds an adapter; of a repository on the hub a local copy; None where it is none."""
     path = Path(folder)
     if path.is_dir():
-        return next((place for place in (path, path / "adapter") if _is_adapter(place)), None)
+        return path if is_adapter(path) else None
     if path.exists() or str(folder).count("/") != 1:
         return None
     quiet: Any = dict.fromkeys((f"_raise_exceptions_for_{what}" for what in ("missing_entries", "connection_errors")), False)
@@ -80,22 +82,6 @@ def find_adapter(folder: str | Path, revision: str | None = None, **hub: Any) ->
     if found is None:
         return None
     return Path(snapshot_download(str(folder), revision=revision, allow_patterns=list(_FETCHED), **hub))
-
-
-def weights_folder(folder: str | Path) -> str:
-    """Folder of whole weights that a folder is, or a run or checkpoint holds; a name on the hub as it is.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        return str(folder)
-    for place in (path, path / "model"):
-        if (place / "config.json").is_file():
-            return str(place)
-    what = "its run has not ended" if (path / "recipe.yaml").is_file() else "give a run folder, or the folder of an adapter or export"
-    raise FileNotFoundError(f"{path} has no config.json: {what}")
 
 
 def saved_class(folder: str | Path) -> type[PreTrainedModel]:
@@ -121,8 +107,3 @@ def _from_checkpoint(path: Path, base: str | Path | None, **kwargs: Any) -> PreT
     model.eval()
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def _is_adapter(path: Path) -> bool:
-    # A folder that lost its manifest is still one, and says so when it is read.
-    return (path / MANIFEST).is_file() or ((path / "adapter_config.json").is_file() and not (path / "config.json").is_file())

@@ -10,14 +10,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..backbones import backbone_for
-from ..backbones.base import Backbone
-from ..compress import CompressedModel, base_class
+from ..backbones import adapter_of
 from ..stage import Stage
 
 if TYPE_CHECKING:
@@ -93,15 +90,14 @@ def is_lora(name: str) -> bool:
     return any(part.startswith("lora_") for part in name.split("."))
 
 
-def backbone_of(model: PreTrainedModel) -> type[Backbone]:
-    """The adapter of a model, compressed or dense."""
-    cls = base_class(type(model)) if isinstance(model, CompressedModel) else type(model)
-    return backbone_for(model.config.model_type, cls.__name__)
+def layers_of(model: PreTrainedModel) -> list[nn.ModuleList]:
+    """The layers of a model's stacks that stages may sit in."""
+    return [stack.layers for stack in adapter_of(model).stacks(model) if stack.adapter.sites]
 
 
 def outside_layers(model: PreTrainedModel) -> list[str]:
     """Names of the linear maps that are not in layers: heads, poolers."""
-    inside = {id(module) for module in backbone_of(model).layers(model).modules()}
+    inside = {id(module) for layers in layers_of(model) for module in layers.modules()}
     return [name for name, module in model.named_modules() if isinstance(module, _LINEAR) and id(module) not in inside]
 
 
@@ -111,19 +107,21 @@ def lora_targets(model: PreTrainedModel, targets: str | Iterable[str] | None) ->
     Raises:
         ValueError: a name matches nothing that LoRA can adapt, or only routers.
     """
-    backbone = backbone_of(model)
     known = {name.replace(".base_layer", ""): module for name, module in model.named_modules() if isinstance(module, _ADAPTABLE)}
     known = {name: module for name, module in known.items() if not is_lora(name)}
     routers = [name for name, module in model.named_modules() if isinstance(module, Stage)]
     free = {name: module for name, module in known.items() if not any(_inside(name, router) for router in routers)}
     linear = [name for name, module in free.items() if isinstance(module, _LINEAR)]
     if targets is None:
-        layers = next(name for name, module in model.named_modules() if module is backbone.layers(model))
-        found = [name for name in linear if _inside(name, layers)]
-        return found if backbone.lora_targets is None else [name for name in found if _matches(name, backbone.lora_targets)]
+        found: list[str] = []
+        for stack in (stack for stack in adapter_of(model).stacks(model) if stack.adapter.sites):
+            layers = next(name for name, module in model.named_modules() if module is stack.layers)
+            ends = stack.adapter.lora_targets
+            found += [name for name in linear if _inside(name, layers) and (ends is None or _matches(name, ends))]
+        return found
     if targets == ALL_LINEAR:
         # Everything under the base model, where there is a head beside it.
-        base = backbone.base(model)
+        base = adapter_of(model).base(model)
         inside = next(name for name, module in model.named_modules() if module is base)
         return [name for name in linear if not inside or _inside(name, inside)]
     if isinstance(targets, str):
@@ -232,28 +230,3 @@ def _nothing(wanted: list[str], known: Mapping[str, Any], free: Mapping[str, Any
     raise ValueError(
         f"lora.targets = {in_routers or wanted}: they {why}; give names or ends of names, of {there}, or {ALL_LINEAR}, or null"
     )
-
-
-def copy_all(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
-    """Copies tensors by name, all of them or none.
-
-    Raises:
-        ValueError: names or shapes differ; nothing has been copied then.
-    """
-    check_same(ours, theirs, where)
-    with torch.no_grad():
-        for name, value in theirs.items():
-            ours[name].copy_(value)
-    lost = [name for name, value in theirs.items() if not torch.equal(ours[name].cpu(), value.to(ours[name].dtype).cpu())]
-    if lost:
-        raise RuntimeError(f"{where}: tensors did not arrive: {', '.join(lost[:5])}")
-
-
-def check_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
-    """Raises ValueError where tensors are missing, left over or of another shape than the model's."""
-    for kind, names in (("lacks", ours.keys() - theirs.keys()), ("has, and the model has not,", theirs.keys() - ours.keys())):
-        if names:
-            raise ValueError(f"{where} {kind} {len(names)} tensor(s): {', '.join(sorted(names)[:3])}{' …' if len(names) > 3 else ''}")
-    for name, value in theirs.items():
-        if value.shape != ours[name].shape:
-            raise ValueError(f"{where}: {name} is {tuple(value.shape)}, the model's {tuple(ours[name].shape)}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import transformers
 from transformers import PreTrainedModel
 
-from ..compress import CLASS_PREFIX
 from ..heads import own_models
+from ..layer import CLASS_PREFIX
 
 
 def class_named(name: str, where: str) -> type[PreTrainedModel]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..compress import CompressedModel, base_class
+from ..compressed_model import CompressedModel
+from ..layer import base_class
 from .adapter_folder import Adapter, lora_config_of
 from .adapter_saving import adapter_of, trained_modules
 from .adapters import config_of, meta_model

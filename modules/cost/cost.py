@@ -9,13 +9,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..backbones import backbone_for
-from ..backbones.base import Backbone
-from ..compress import CompressedModel, build_stages, stages_of
+from ..backbones import adapter_of
+from ..compressed_model import CompressedModel, build_stages
 from ..config import CompressionConfig
-from ..stage import Stage
+from ..stage import Stage, stages_of
 from ..tokens.trace import Trace
-from .shape import BackboneShape, LayerTokens
+from .shape import LayerTokens, StackShape
 
 
 @dataclass(frozen=True)
@@ -23,21 +22,21 @@ class Cost:
     """Cost of one row's forward.
 
     Attributes:
-        layers: tokens of each layer, protected ones included.
-        dense_tokens: tokens of every layer of the dense model.
-        macs: multiply-accumulates, routers, mergers, embedding and head included.
+        stacks: by stack that has stages, tokens of each layer, protected ones included.
+        dense: by stack that has stages, tokens of every layer of the dense model.
+        macs: multiply-accumulates, routers, mergers, embedding and head included, of all stacks.
         dense_macs: the same of the dense model.
         stage_macs: of routers and mergers alone, by stage name.
-        keep: requested keep of each stage, or capacity where it is a bypass, by stage name.
-        kept: routable tokens leaving each stage, or going through where it is a bypass, by stage name; a mean where rows differ.
+        keep: requested keep of each stage, by stage name.
+        kept: routable tokens leaving each stage, or processed where it is a bypass, by stage name; a mean where rows differ.
         activation_bytes: estimate of what a training step holds for backward, at 4 bytes a value.
         dense_activation_bytes: the same of the dense model.
         kv_bytes: that a row leaves in a causal model's cache, at 4 bytes a value; 0 for other models.
         dense_kv_bytes: the same of the dense model.
     """
 
-    layers: tuple[LayerTokens, ...]
-    dense_tokens: int
+    stacks: Mapping[str, tuple[LayerTokens, ...]]
+    dense: Mapping[str, int]
     macs: int
     dense_macs: int
     stage_macs: Mapping[str, int]
@@ -49,6 +48,16 @@ class Cost:
     dense_kv_bytes: int = 0
 
     @property
+    def layers(self) -> tuple[LayerTokens, ...]:
+        """Tokens of each layer of the stacks that have stages, one stack after the other."""
+        return tuple(tokens for layers in self.stacks.values() for tokens in layers)
+
+    @property
+    def dense_tokens(self) -> int:
+        """Tokens of every layer of the dense model, of the first stack that has stages."""
+        return next(iter(self.dense.values()))
+
+    @property
     def macs_ratio(self) -> float:
         """MACs of the compressed forward ÷ MACs dense: the compression ratio."""
         return self.macs / self.dense_macs
@@ -56,7 +65,9 @@ class Cost:
     @property
     def mean_token_fraction(self) -> float:
         """Mean over layers of tokens processed ÷ tokens processed dense."""
-        return sum(tokens.attention + tokens.mlp for tokens in self.layers) / (2 * self.dense_tokens * len(self.layers))
+        layers = len(self.layers)
+        processed = {name: sum(tokens.attention + tokens.mlp for tokens in stack) for name, stack in self.stacks.items()}
+        return sum(tokens / (2 * self.dense[name] * layers) for name, tokens in processed.items())
 
 
 class CostModel:
@@ -66,53 +77,81 @@ class CostModel:
         model: dense or compressed.
         config: stages for a dense model; a compressed one brings its own.
         size: of the input, height and width in pixels or tokens of a text; None takes the configured size, and 1024 tokens.
+
+    Attributes:
+        shapes: what the cost depends on, by stack.
+        stages: of the model, in the order that they run.
     """
 
     def __init__(self, model: PreTrainedModel, config: CompressionConfig | None = None, size: tuple[int, int] | int | None = None) -> None:
-        self.restore_layer: int | None = None
         self.stages: list[Stage] = []
+        adapter = adapter_of(model)
         if isinstance(model, CompressedModel):
-            backbone: type[Backbone] = model.backbone
             config = CompressionConfig.from_dict(model.config.compression)
-            self.stages = [stage for _, stage in stages_of(model).values()]
-        else:
-            backbone = backbone_for(model.config.model_type, type(model).__name__)
-            if config is not None:
-                # A budget decides these later; until then they keep everything.
-                filled = config.with_keep({stage.key: 1.0 for stage in config.stages if stage.free})
-                self.stages = build_stages(model, filled, backbone)
-        if config is not None and config.restore is not None:
-            self.restore_layer = config.restore.layer
-        self.backbone = backbone
-        self.shape: BackboneShape = backbone.shape(model, size)
+            self.stages = list(stages_of(model).values())
+        elif config is not None:
+            # A budget decides these later; until then they keep everything.
+            filled = config.with_keep({stage.key: 1.0 for stage in config.stages if stage.free})
+            self.stages = build_stages(model, filled, adapter)
+        self._restores = {} if config is None else {stack: restore.layer for stack, restore in config.restores.items()}
+        self._causal = {stack.name for stack in adapter.stacks(model) if stack.adapter.causal}
+        self.shapes: dict[str, StackShape] = adapter.shapes(model, size)
+        # A dense model has its first stack to show.
+        self._shown = [name for name in self.shapes if any(stage.config.stack == name for stage in self.stages)] or [
+            next(iter(self.shapes))
+        ]
+
+    @property
+    def shape(self) -> StackShape:
+        """Of the first stack that has stages, or of a dense model's first."""
+        return self.shapes[self._shown[0]]
+
+    @property
+    def fixed_macs(self) -> float:
+        """MACs of the stacks that have no stages, of a model that has some."""
+        return sum(shape.model_macs(shape.dense_layers()) for name, shape in self.shapes.items() if name not in self._shown)
 
     def __call__(self, keep: Mapping[str, float] | None = None) -> Cost:
-        """Cost with the given keep (or capacity) by stage name, over the stages' own."""
-        shape, wanted = self.shape, keep or {}
+        """Cost with the given keep by stage name, over the stages' own."""
+        requested = keep or {}
 
         def kept(stage: Stage, present: float) -> float:
-            return stage.expected(present, shape.patches, wanted.get(stage.config.key))
+            return stage.expected(present, self.shapes[stage.config.stack].routable, requested.get(stage.config.key))
 
-        walk = self._walk(kept)
-        layers = tuple(LayerTokens(shape.prefix + attention, shape.prefix + mlp) for attention, mlp in walk.layers)
-        dense = shape.dense_layers()
+        walks = {name: self._walk(name, kept) for name in self.shapes}
+        macs, dense_macs, activations, dense_activations, cached, dense_cached = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        tokens: dict[str, tuple[LayerTokens, ...]] = {}
+        stage_macs: dict[str, float] = {}
+        for name, shape in self.shapes.items():
+            walk, dense = walks[name], shape.dense_layers()
+            layers = tokens[name] = tuple(LayerTokens(shape.protected + attention, shape.protected + mlp) for attention, mlp in walk.layers)
+            macs += shape.model_macs(layers, shape.protected + walk.leaving) + sum(walk.stage_macs.values())
+            dense_macs += shape.model_macs(dense)
+            activations += shape.activation_bytes(layers)
+            dense_activations += shape.activation_bytes(dense)
+            stage_macs |= walk.stage_macs
+            if name in self._causal:
+                cached += shape.kv_bytes(layers)
+                dense_cached += shape.kv_bytes(dense)
+        present = {name: number for walk in walks.values() for name, number in walk.present.items()}
+        leaving = {name: number for walk in walks.values() for name, number in walk.kept.items()}
         return Cost(
-            layers=layers,
-            dense_tokens=shape.prefix + shape.patches,
-            macs=round(shape.model_macs(layers, shape.prefix + walk.leaving) + sum(walk.stage_macs.values())),
-            dense_macs=round(shape.model_macs(dense)),
-            stage_macs={name: round(macs) for name, macs in walk.stage_macs.items()},
+            stacks={name: tokens[name] for name in self._shown},
+            dense={name: self.shapes[name].protected + self.shapes[name].routable for name in self._shown},
+            macs=round(macs),
+            dense_macs=round(dense_macs),
+            stage_macs={name: round(value) for name, value in stage_macs.items()},
             keep={
-                stage.config.key: walk.kept[stage.config.key] / walk.present[stage.config.key]
-                if stage.config.fraction is None
-                else wanted.get(stage.config.key, stage.config.fraction)
+                stage.config.key: leaving[stage.config.key] / present[stage.config.key]
+                if stage.config.keep is None
+                else requested.get(stage.config.key, stage.config.keep)
                 for stage in self.stages
             },
-            kept=walk.kept,
-            activation_bytes=round(shape.activation_bytes(layers)),
-            dense_activation_bytes=round(shape.activation_bytes(dense)),
-            kv_bytes=round(shape.kv_bytes(layers)) if self.backbone.causal else 0,
-            dense_kv_bytes=round(shape.kv_bytes(dense)) if self.backbone.causal else 0,
+            kept=leaving,
+            activation_bytes=round(activations),
+            dense_activation_bytes=round(dense_activations),
+            kv_bytes=round(cached),
+            dense_kv_bytes=round(dense_cached),
         )
 
     def soft_macs_ratio(self, keep: Mapping[str, Tensor]) -> Tensor:
@@ -121,40 +160,44 @@ class CostModel:
         Args:
             keep: scalar tensor by stage name; stages that are not named use their own number.
         """
-        shape = self.shape
 
         def kept(stage: Stage, present: Any) -> Any:
             given = keep.get(stage.config.key)
-            return stage.expected(float(present), shape.patches) if given is None else present * given
+            return stage.expected(float(present), self.shapes[stage.config.stack].routable) if given is None else present * given
 
-        walk = self._walk(kept)
-        layers = [LayerTokens(shape.prefix + attention, shape.prefix + mlp) for attention, mlp in walk.layers]
-        macs = shape.model_macs(layers, shape.prefix + walk.leaving) + sum(walk.stage_macs.values())
-        ratio = macs / shape.model_macs(shape.dense_layers())
+        macs: Any = 0.0
+        for name, shape in self.shapes.items():
+            walk = self._walk(name, kept)
+            layers = [LayerTokens(shape.protected + attention, shape.protected + mlp) for attention, mlp in walk.layers]
+            macs = macs + shape.model_macs(layers, shape.protected + walk.leaving) + sum(walk.stage_macs.values())
+        ratio = macs / sum(shape.model_macs(shape.dense_layers()) for shape in self.shapes.values())
         assert isinstance(ratio, Tensor)
         return ratio
 
     def achieved(self, trace: Trace) -> float:
         """``macs_ratio`` of what a forward did: MACs of its rows, each with its own token counts, ÷ their MACs dense."""
-        assert trace.state is not None
-        shape = replace(self.shape, patches=max(1, round(_mean(trace.original))))
-        layers = [LayerTokens(tokens.attention, tokens.mlp) for _, tokens in sorted(trace.layer_tokens.items())]  # type: ignore[arg-type]
-        total: Any = shape.model_macs(layers, trace.state.tokens_per_row)  # type: ignore[arg-type]
-        # Of the input that was given, which need not have the configured size.
-        whole: Any = shape.prefix + trace.original
-        dense: Any = shape.model_macs([LayerTokens(whole, whole)] * shape.layers)
-        embedding = shape.embed_macs * (trace.original / self.shape.patches - 1)
-        total, dense = total + embedding, dense + embedding
-        for stage in self.stages:
-            routing = trace.routings[stage.config.key]
-            total = total + stage.macs(shape, shape.prefix + routing.present, shape.prefix + routing.kept)  # type: ignore[arg-type]
+        total: Any = self.fixed_macs
+        dense: Any = self.fixed_macs
+        for name in self._shown:
+            flow, configured = trace.flow(name), self.shapes[name]
+            original: Any = flow.original
+            shape = replace(configured, routable=max(1, round(_mean(original))))
+            layers = [LayerTokens(tokens.attention, tokens.mlp) for _, tokens in sorted(flow.layer_tokens.items())]  # type: ignore[arg-type]
+            # Of the input that was given, which need not have the configured size.
+            whole, embedding = shape.protected + original, shape.embed_macs * (original / configured.routable - 1)
+            total = total + shape.model_macs(layers, flow.tokens.tokens_per_row) + embedding  # type: ignore[arg-type]
+            dense = dense + shape.model_macs([LayerTokens(whole, whole)] * shape.layers) + embedding
+            for stage in self.stages:
+                if stage.config.stack == name:
+                    routing = trace.routings[stage.config.key]
+                    total = total + stage.macs(shape, shape.protected + routing.present, shape.protected + routing.kept)  # type: ignore[arg-type]
         return _mean(total) / _mean(dense)
 
-    def _walk(self, kept: Callable[[Stage, Any], Any]) -> _Walk:
-        """Goes through the sites in order; ``kept`` says how many of the routable tokens present a stage keeps or processes."""
-        shape = self.shape
-        at = {(stage.config.layer, stage.config.site): stage for stage in self.stages}
-        present: Any = shape.patches
+    def _walk(self, stack: str, kept: Callable[[Stage, Any], Any]) -> _Walk:
+        """Goes through a stack's sites in order; ``kept`` gives how many of the routable tokens present a stage keeps or processes."""
+        shape, restore = self.shapes[stack], self._restores.get(stack)
+        at = {(stage.config.layer, stage.config.site): stage for stage in self.stages if stage.config.stack == stack}
+        present: Any = shape.routable
         walk = _Walk([], {}, {}, {}, present)
 
         def meet(layer: int, site: str, entering: Any) -> Any:
@@ -162,20 +205,20 @@ class CostModel:
             if stage is None:
                 return entering
             leaving = kept(stage, entering)
-            walk.stage_macs[stage.config.key] = stage.macs(shape, shape.prefix + entering, shape.prefix + leaving)
+            walk.stage_macs[stage.config.key] = stage.macs(shape, shape.protected + entering, shape.protected + leaving)
             walk.present[stage.config.key], walk.kept[stage.config.key] = entering, leaving
             return leaving
 
         for layer in range(shape.layers):
-            if layer == self.restore_layer:
-                present = shape.patches
+            if layer == restore:
+                present = shape.routable
             present = meet(layer, "before", present)
             through = meet(layer, "around", present)
             attention = meet(layer, "around_attention", through)
             if (layer, "between") in at:
                 present = through = meet(layer, "between", present)
             walk.layers.append((attention, meet(layer, "around_mlp", through)))
-        walk.leaving = shape.patches if self.restore_layer == shape.layers else present
+        walk.leaving = shape.routable if restore == shape.layers else present
         return walk
 
 

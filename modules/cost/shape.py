@@ -1,4 +1,4 @@
-"""What a forward of a backbone costs, from the tokens that its layers process.
+"""What the forward of a stack of layers costs, from the tokens that its layers process.
 
 Multiply-accumulates (MACs) follow the convention of DiffRate (arXiv 2305.17997), EViT (2202.07800) and ToMe (2210.09461):
 one MAC counts once; normalisation, activation functions and softmax count nothing.
@@ -24,20 +24,19 @@ class LayerTokens:
 
 
 @dataclass(frozen=True)
-class BackboneShape:
-    """What the cost of a backbone depends on. Channel counts, not bytes.
+class StackShape:
+    """What the cost of a stack of layers depends on. Channel counts, not bytes.
 
     Attributes:
         hidden: width C of the residual stream.
         intermediate: width of the MLP's hidden layer.
         layers: number of transformer layers.
         heads: attention heads of a layer.
-        prefix: protected tokens in front (CLS, distillation, registers).
-        patches: routable tokens at the configured input size.
-        embed_macs: MACs of the patch embedding per image.
-        head_macs: MACs of what follows the layers per image.
+        protected: protected tokens of a row (CLS, distillation, registers).
+        routable: routable tokens of a row at the configured input size.
+        embed_macs: MACs of what precedes the layers, the patch embedding, per row.
+        head_macs: MACs of what follows the layers per row.
         head_macs_per_token: the same for every token that leaves the last layer, protected ones included (attention pooling).
-        decoder: a second stack of layers behind them, which sees all its tokens whatever the stages do; None without one.
         query_width: channels of all queries of a token; None takes C.
         key_width: channels of its keys, and of its values; None takes C. Smaller where heads share them.
         gated: the MLP has three matrices instead of two.
@@ -48,12 +47,11 @@ class BackboneShape:
     intermediate: int
     layers: int
     heads: int
-    prefix: int
-    patches: int
+    protected: int
+    routable: int
     embed_macs: int
     head_macs: int
     head_macs_per_token: int = 0
-    decoder: BackboneShape | None = None
     query_width: int | None = None
     key_width: int | None = None
     gated: bool = False
@@ -71,48 +69,42 @@ class BackboneShape:
         projections, products = 2 * attention * self.hidden * (queries + keys), 2 * attention**2 * queries
         if window is not None:
             # A layer that processes a part of the tokens has as small a part of them in its window.
-            whole = self.prefix + self.patches
+            whole = self.protected + self.routable
             products = products * min(1.0, window / whole)
         return projections + products + (3 if self.gated else 2) * tokens.mlp * self.hidden * self.intermediate
 
     def kv_bytes(self, layers: Sequence[LayerTokens], bytes_per_value: int = 4) -> float:
         """Bytes of the keys and values that a row leaves in a cache, of which a sliding layer keeps what its window may see."""
         keys = self.hidden if self.key_width is None else self.key_width
-        whole = self.prefix + self.patches
+        whole = self.protected + self.routable
         windows = self.windows or (None,) * self.layers
         shares = [1.0 if window is None else min(1.0, window / whole) for window in windows]
         return 2 * keys * bytes_per_value * sum(tokens.attention * share for tokens, share in zip(layers, shares, strict=True))
 
     def model_macs(self, layers: Sequence[LayerTokens], leaving: float | None = None) -> float:
-        """MACs of one image's forward, embedding and head included, stages excluded.
+        """MACs of one row's forward, embedding and head included, stages excluded.
 
         Args:
             layers: tokens of every layer.
             leaving: tokens that leave the last one; None takes those of its MLP.
         """
         if len(layers) != self.layers:
-            raise ValueError(f"token counts for {len(layers)} layers were given, the backbone has {self.layers}")
-        head = self.decoder_macs + self.head_macs + self.head_macs_per_token * (layers[-1].mlp if leaving is None else leaving)
+            raise ValueError(f"token counts for {len(layers)} layers were given, the stack has {self.layers}")
+        head = self.head_macs + self.head_macs_per_token * (layers[-1].mlp if leaving is None else leaving)
         windows = self.windows or (None,) * self.layers
         return self.embed_macs + sum(map(self.layer_macs, layers, windows)) + head
 
-    @property
-    def decoder_macs(self) -> float:
-        """MACs of the decoder per image."""
-        return 0 if self.decoder is None else self.decoder.model_macs(self.decoder.dense_layers())
-
     def dense_layers(self) -> list[LayerTokens]:
         """Token counts of the uncompressed forward."""
-        tokens = self.prefix + self.patches
+        tokens = self.protected + self.routable
         return [LayerTokens(tokens, tokens)] * self.layers
 
     def activation_bytes(self, layers: Sequence[LayerTokens], bytes_per_value: int = 4) -> float:
-        """Estimated bytes a training step holds for backward per image with fused attention, without checkpointing.
+        """Estimated bytes a training step holds for backward per row with fused attention, without checkpointing.
 
         Per token of a layer: inputs and outputs of two norms, queries, keys, values, attention output and its projection's
         input (8C) and the MLP's hidden layer before and after its activation (2I). An estimate for planning: the bench
         measures.
         """
         per_attention, per_mlp = 6 * self.hidden, 2 * self.hidden + 2 * self.intermediate
-        behind = 0 if self.decoder is None else self.decoder.activation_bytes(self.decoder.dense_layers(), bytes_per_value)
-        return behind + bytes_per_value * sum(t.attention * per_attention + t.mlp * per_mlp for t in layers)
+        return bytes_per_value * sum(t.attention * per_attention + t.mlp * per_mlp for t in layers)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 # A layer's storage grows by so many tokens at a time, and is tidied when so many lie outside its window.
 _BLOCK = 64
@@ -349,3 +349,34 @@ class RoutedCache(Cache):
     def tokens_stored(self) -> list[int]:
         """Keys of each layer, over all rows."""
         return [layer.tokens_stored() for layer in self.layers]
+
+
+def routed_cache(config: Any, given: Any) -> RoutedCache:
+    """The cache for a forward that wants one.
+
+    Args:
+        config: of the model.
+        given: what the caller passed; None or an empty DynamicCache is replaced.
+
+    Raises:
+        ValueError: it holds tokens that a compressed model cannot tell apart, or is of a kind that cannot hold rows of
+            different lengths.
+    """
+    if isinstance(given, RoutedCache):
+        return given
+    if given is None or (type(given) is DynamicCache and not given.offloading and given.get_seq_length() == 0):
+        cache = RoutedCache(config)
+        if given is not None and any(getattr(layer, "record_past", False) for layer in given.layers):
+            # Assisted decoding enables cropping on the cache that it passes; copy that setting.
+            cache.activate_past_recording()  # type: ignore[no-untyped-call]
+        return cache
+    if type(given) is DynamicCache and not given.offloading:
+        raise ValueError(
+            f"past_key_values is a DynamicCache that holds {given.get_seq_length()} tokens: it does not say which tokens each layer "
+            "processed. Fill a laconic.RoutedCache(model.config) with this model instead"
+        )
+    kind = "an offloaded cache" if getattr(given, "offloading", False) else type(given).__name__
+    raise ValueError(
+        f"past_key_values is {kind}, which cannot hold rows with different numbers of keys: leave cache_implementation out (or set it "
+        "to 'dynamic'), and the compressed model makes a RoutedCache"
+    )

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ..scorers.base import Scored
+from ..site import SiteInput
 from ..tokens.decision import Decision
-from ..tokens.state import TokenState
-from ..tokens.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,11 @@ class Estimator(nn.Module):
     needs_attention: ClassVar[bool] = False
     needs_chunks: ClassVar[bool] = False
 
-    def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
+    def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
         """
         Args:
-            scores: (B, M) float32 logits with gradient.
-            answers: (B, classes, M) log-probabilities, where the scorer's tokens answer the task; None otherwise.
+            inputs: the tokens before the decision; those outside the stage's scope are protected in its state.
+            scored: what the scorer found, scores with gradient.
             decision: which tokens stay.
-            state: the tokens before the decision.
-            trace: the forward they belong to.
         """
         raise NotImplementedError

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from ..scorers.base import Scored
+from ..site import SiteInput
 from ..tokens.decision import Decision
-from ..tokens.state import TokenState
-from ..tokens.trace import Trace
 from .base import Estimate, Estimator
 
 
@@ -21,7 +20,7 @@ class ConfidenceEstimator(Estimator):
 
     needs_chunks = True
 
-    def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
-        probability = torch.sigmoid(scores)
-        sure = torch.where(decision.kept_mask(state.tokens), probability, 1 - probability)
+    def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
+        probability = torch.sigmoid(scored.scores)
+        sure = torch.where(decision.kept_mask(inputs.state.tokens), probability, 1 - probability)
         return Estimate(confidence=1 + (sure - sure.detach()))

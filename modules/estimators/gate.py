@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..scorers.base import Scored
+from ..site import SiteInput
 from ..tokens.decision import Decision
-from ..tokens.state import TokenState
-from ..tokens.trace import Trace
 from .base import Estimate, Estimator
 
 
@@ -30,5 +30,5 @@ class GateEstimator(Estimator):
         # One value in one dimension: what shards parameters has no use for those without any.
         self.strength = nn.Parameter(torch.full((1,), float(start)))
 
-    def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
-        return Estimate(scale=1 + self.strength.float() * torch.tanh(scores / 2))
+    def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
+        return Estimate(scale=1 + self.strength.float() * torch.tanh(scored.scores / 2))

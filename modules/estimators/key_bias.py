@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from ..scorers.base import Scored
+from ..site import SiteInput
 from ..tokens.decision import Decision
-from ..tokens.state import TokenState
-from ..tokens.trace import Trace
 from .base import Estimate, Estimator
 
 
@@ -19,5 +17,5 @@ class KeyBiasEstimator(Estimator):
 
     needs_attention = True
 
-    def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
-        return Estimate(key_bias=scores - scores.detach())
+    def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
+        return Estimate(key_bias=scored.scores - scored.scores.detach())

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from ..scorers.base import Scored
+from ..site import SiteInput
 from ..tokens.decision import Decision
-from ..tokens.state import TokenState
-from ..tokens.trace import Trace
 from .base import Estimate, Estimator
 
 
@@ -18,6 +17,6 @@ class StraightThroughEstimator(Estimator):
     stream and is weak on ViTs; ``key_bias`` is the sharper signal at the price of a mask, the ``evidence`` scorer needs neither.
     """
 
-    def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
-        soft = torch.sigmoid(scores)
+    def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
+        soft = torch.sigmoid(scored.scores)
         return Estimate(scale=1 + (soft - soft.detach()))

@@ -1,15 +1,14 @@
-"""Teaches every token what its row, or its own part of the input, is."""
+"""Auxiliary loss: every token learns the label of its row, or of its own part of the input."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from ..scorers.base import Scored
+from ..site import SiteInput
 from ..tokens.decision import Decision
 from ..tokens.labels import IGNORE_PIXEL
-from ..tokens.state import TokenState
-from ..tokens.trace import Trace
 from .base import Estimate, Estimator
 
 
@@ -19,7 +18,7 @@ class TokenLabelsEstimator(Estimator):
     What a token's label is depends on the task's. A label of the row, one class or a distribution, is that of each of its tokens.
     Where every token has a label of its own, or every pixel, a token learns the share of each class in its own patch; it still
     scores by how far its answer is from the row's mean answer, so that what is like the rest of the image scores low. A token
-    without any label (all of its pixels ignored) teaches nothing.
+    without any label (all of its pixels ignored) adds nothing to the loss.
 
     Args:
         weight: of this loss beside the task's.
@@ -33,39 +32,39 @@ class TokenLabelsEstimator(Estimator):
             raise ValueError(f"estimator 'token_labels': weight = {weight} must be greater than 0")
         self.weight = weight
 
-    def forward(self, scores: Tensor, answers: Tensor | None, decision: Decision, state: TokenState, trace: Trace) -> Estimate:
+    def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
+        answers, state, flow, labels = scored.answers, inputs.state, inputs.flow, inputs.trace.labels
         assert answers is not None
-        labels = trace.labels
         if labels is None:
             raise ValueError(
-                "estimator 'token_labels' needs the labels in training: call model(..., labels=labels), or make the trace with labels"
+                "estimator 'token_labels' needs the labels in training: make the trace with them, Trace(labels=labels) or budget.trace(step, labels=labels)"
             )
-        heard = state.routable
+        counted = state.routable
         if labels.ndim == 3:
-            if not labels.dtype.is_floating_point:
-                labels = patch_labels(labels, trace.grid, answers.shape[1], state.protected_per_row)
-            own = labels.gather(1, state.position.unsqueeze(-1).expand(-1, -1, labels.shape[-1]))
+            if labels.dtype.is_floating_point:
+                own = labels.gather(1, state.position.unsqueeze(-1).expand(-1, -1, labels.shape[-1]))
+            else:
+                own = flow.of_cells(patch_labels(labels, flow.grid, answers.shape[1]), state)
             likelihood = (answers * own.transpose(1, 2)).sum(1)
-            heard = heard & (own.sum(-1) > 0)
+            counted = counted & (own.sum(-1) > 0)
         elif labels.dtype.is_floating_point:
             likelihood = (answers * labels.unsqueeze(-1)).sum(1)
         else:
             likelihood = answers.gather(1, labels[:, None, None].expand(-1, 1, answers.shape[2])).squeeze(1)
-        return Estimate(loss=-self.weight * (likelihood * heard).sum() / heard.sum().clamp(min=1))
+        return Estimate(loss=-self.weight * (likelihood * counted).sum() / counted.sum().clamp(min=1))
 
 
 @torch.no_grad()
-def patch_labels(labels: Tensor, grid: tuple[int, int] | None, classes: int, prefix: int) -> Tensor:
+def patch_labels(labels: Tensor, grid: tuple[int, int] | None, classes: int) -> Tensor:
     """What share of a patch's labelled pixels each class has.
 
     Args:
         labels: (B, height, width) int64, IGNORE_PIXEL where a pixel has none.
         grid: patches (down, across) of the images.
         classes: number of classes.
-        prefix: protected tokens in front of the patches.
 
     Returns:
-        (B, prefix + patches, classes) float32; zeros in front, and for a patch without a labelled pixel.
+        (B, patches, classes) float32; zeros for a patch without a labelled pixel.
     """
     if grid is None:
         raise ValueError("labels of pixels need a backbone whose tokens are patches in reading order, on a grid")
@@ -78,4 +77,4 @@ def patch_labels(labels: Tensor, grid: tuple[int, int] | None, classes: int, pre
     cut = cut.masked_fill(cut == IGNORE_PIXEL, classes)
     counts = cut.new_zeros(rows, cut.shape[1], classes + 1, dtype=torch.float32)
     counts = counts.scatter_add_(2, cut, torch.ones_like(cut, dtype=torch.float32))[..., :classes]
-    return functional.pad(counts / counts.sum(-1, keepdim=True).clamp(min=1), (0, 0, prefix, 0))
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1)

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..cost.shape import BackboneShape
-from ..scorers.base import Scored, SiteInput, TokenSpec
+from ..cost.shape import StackShape
+from ..scorers.base import Scored
+from ..site import SiteInput, TokenSpec
 from ..tokens.decision import Decision
 from ..tokens.gather import sum_into, take
 from ..tokens.state import TokenState
@@ -39,15 +40,22 @@ class Merger(nn.Module):
         conserves_size: the sizes of all tokens add up to the source tokens, before and after.
         needs_partner: it merges into the partners that a matching scorer found.
         causal: a token that leaves holds nothing of those that stood behind its place.
+        drops: what is left out is gone, not merged.
     """
 
     extra: ClassVar[int] = 0
     conserves_size: ClassVar[bool] = True
     needs_partner: ClassVar[bool] = False
     causal: ClassVar[bool] = False
+    drops: ClassVar[bool] = False
 
     def __init__(self, spec: TokenSpec) -> None:
         super().__init__()
+
+    @property
+    def reads_keys(self) -> bool:
+        """It needs the keys that the site's layer makes of the tokens."""
+        return False
 
     @property
     def outputs(self) -> int | None:
@@ -63,7 +71,7 @@ class Merger(nn.Module):
         """
         raise NotImplementedError
 
-    def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
+    def macs(self, shape: StackShape, tokens: int, kept: int) -> int:
         """MACs for one row that goes from ``tokens`` to ``kept`` tokens, protected ones included."""
         return 0
 

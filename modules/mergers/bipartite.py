@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..cost.shape import BackboneShape
-from ..scorers.base import Scored, SiteInput, TokenSpec
+from ..cost.shape import StackShape
+from ..scorers.base import Scored
+from ..site import SiteInput, TokenSpec
 from ..tokens.decision import Decision
 from .base import Merged, Merger, merge_into
 
@@ -26,5 +27,5 @@ class BipartiteMerger(Merger):
         assert scored.partner is not None
         return merge_into(inputs, decision, scored.partner, self.proportional)
 
-    def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
+    def macs(self, shape: StackShape, tokens: int, kept: int) -> int:
         return (tokens - kept) * shape.hidden

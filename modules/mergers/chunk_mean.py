@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..scorers.base import Scored, SiteInput, TokenSpec
+from ..scorers.base import Scored
+from ..site import SiteInput, TokenSpec
 from ..tokens.decision import Decision
 from .base import Merged, Merger, merge_into
 
@@ -44,7 +45,7 @@ class ChunkMeanMerger(Merger):
         if state.document is not None:
             closing = torch.where(state.document.gather(1, closing) == state.document, closing, slots)
         merged = merge_into(inputs, decision, closing, proportional=False)
-        return merged if inputs.trace.carry is None else self._carried(inputs, inputs.trace.carry, merged, closed)
+        return merged if inputs.flow.carry is None else self._carried(inputs, inputs.flow.carry, merged, closed)
 
     @staticmethod
     def _carried(inputs: SiteInput, carry: dict[str, Tensor], merged: Merged, closed: Tensor) -> Merged:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..scorers.base import Scored, SiteInput
+from ..scorers.base import Scored
+from ..site import SiteInput
 from ..tokens.decision import Decision
 from ..tokens.gather import take
 from .base import Merged, Merger
@@ -13,6 +14,7 @@ class DropMerger(Merger):
 
     conserves_size = False
     causal = True
+    drops = True
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         if decision.keeps_all(inputs.state):

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from ..cost.shape import BackboneShape
-from ..scorers.base import Scored, SiteInput
+from ..cost.shape import StackShape
+from ..scorers.base import Scored
+from ..site import SiteInput
 from ..tokens.decision import Decision
 from ..tokens.gather import take
 from .base import Merged, Merger
@@ -31,7 +32,7 @@ class FuseMerger(Merger):
             return Merged(kept, kept_state)
         left_out = state.routable & ~decision.kept_mask(state.tokens)
         some = left_out.any(-1, keepdim=True)
-        # A row that leaves nothing out (it is shorter than the others) gets an invalid filler instead of NaN.
+        # A row that leaves nothing out (it is shorter than the others) gets padding instead of NaN.
         logits = scores.masked_fill(~left_out, float("-inf")).masked_fill(~some, 0.0)
         weights = (logits + state.size.clamp(min=1e-6).log()).softmax(-1)
         # Multiply and sum, not a matrix product, whose rounding depends on where the tensors happen to lie in memory.
@@ -40,7 +41,7 @@ class FuseMerger(Merger):
         lowest = torch.where(left_out, state.position, state.source.shape[1] - 1).amin(-1, keepdim=True)
         current = state.source.clamp(min=0)
         absorbed = left_out.gather(1, current) & (state.source >= 0)
-        valid = kept_state.valid
+        valid, counts = kept_state.valid, kept_state.counts
         if valid is not None:
             valid = torch.cat([valid, some], 1)
         return Merged(
@@ -52,9 +53,10 @@ class FuseMerger(Merger):
                 position=torch.cat([kept_state.position, lowest], 1),
                 protected=torch.cat([kept_state.protected, torch.zeros_like(some)], 1),
                 valid=valid,
+                counts=None if counts is None else replace(counts, routable=counts.routable + 1),
                 key_bias=None if kept_state.key_bias is None else functional.pad(kept_state.key_bias, (0, 1)),
             ),
         )
 
-    def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
+    def macs(self, shape: StackShape, tokens: int, kept: int) -> int:
         return (kept < tokens) * tokens * shape.hidden

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
-from torch.nn import functional
+from torch import Tensor, nn
 
-from ..cost.shape import BackboneShape
-from ..scorers.base import Scored, SiteInput, TokenSpec
+from ..cost.shape import StackShape
+from ..scorers.base import Scored
+from ..site import SiteInput, TokenSpec
 from ..tokens.decision import Decision
+from ..tokens.gather import take
 from .base import Merged, Merger
 
 
@@ -41,27 +42,37 @@ class PoolMerger(Merger):
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         hidden_states, state = inputs.hidden_states, inputs.state
-        prefix, outputs = state.protected_per_row, decision.index.shape[1] - state.protected_per_row
-        if state.valid is not None:
+        if state.counts is None:
             raise ValueError("merger 'pool' makes the same number of outputs of every row: it takes no padded batch")
-        shares = self.share(self.norm(hidden_states[:, prefix:])).float()[..., :outputs].softmax(-1)
-        weights = shares * state.size[:, prefix:, None]
-        size = weights.sum(1)
-        pooled = (weights.transpose(1, 2) @ hidden_states[:, prefix:].float()) / size.clamp(min=1e-6).unsqueeze(-1)
-        # An original token follows the output that got most of what stands for it.
-        belongs = functional.pad(shares.argmax(-1) + prefix, (prefix, 0))
-        belongs[:, :prefix] = torch.arange(prefix, device=belongs.device)
-        gone = state.source < 0
+        # Slots of the routable tokens, in order, and of the outputs among the tokens that stay.
+        pooled = _first(~state.protected, state.counts.routable)
         chosen = state.select(decision.index, decision.valid)
+        made = _first(~chosen.protected, decision.index.shape[1] - state.counts.protected)
+        tokens = take(hidden_states, pooled)
+        shares = self.share(self.norm(tokens)).float()[..., : made.shape[1]].softmax(-1)
+        weights = shares * state.size.gather(1, pooled).unsqueeze(-1)
+        size = weights.sum(1)
+        outputs = (weights.transpose(1, 2) @ tokens.float()) / size.clamp(min=1e-6).unsqueeze(-1)
+        # An original token follows the output that got most of what stands for it; a protected one itself.
+        slots = torch.arange(decision.index.shape[1], device=hidden_states.device).expand_as(decision.index)
+        belongs = torch.zeros_like(state.position).scatter(1, decision.index, slots)
+        belongs = belongs.scatter(1, pooled, made.gather(1, shares.argmax(-1)))
+        gone = state.source < 0
+        places = made.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
         return Merged(
-            torch.cat([hidden_states[:, :prefix], pooled.to(hidden_states.dtype)], 1),
+            take(hidden_states, decision.index).scatter(1, places, outputs.to(hidden_states.dtype)),
             replace(
                 chosen,
-                size=torch.cat([state.size[:, :prefix], size.detach()], 1),
+                size=chosen.size.scatter(1, made, size.detach()),
                 source=belongs.gather(1, state.source.clamp(min=0)).masked_fill(gone, -1),
                 proportional=state.proportional or self.proportional,
             ),
         )
 
-    def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
-        return 2 * (tokens - shape.prefix) * shape.hidden * (kept - shape.prefix)
+    def macs(self, shape: StackShape, tokens: int, kept: int) -> int:
+        return 2 * (tokens - shape.protected) * shape.hidden * (kept - shape.protected)
+
+
+def _first(mask: Tensor, number: int) -> Tensor:
+    """(B, number) int64: slots of a (B, M) mask's tokens, in order, of which every row has as many."""
+    return (~mask).byte().sort(dim=-1, stable=True).indices[:, :number]

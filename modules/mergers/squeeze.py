@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..cost.shape import BackboneShape
-from ..scorers.base import Scored, SiteInput, TokenSpec
+from ..cost.shape import StackShape
+from ..scorers.base import Scored
 from ..scorers.bipartite import METRICS, best_partner, metric_macs, metric_width, token_metric
+from ..site import SiteInput, TokenSpec
 from ..tokens.decision import Decision
 from .base import Merged, Merger, merge_into
 
@@ -26,18 +27,22 @@ class SqueezeMerger(Merger):
             raise ValueError(f"merger 'squeeze': metric = {metric!r} must be one of {', '.join(METRICS)}")
         self.metric, self.proportional = metric, proportional
 
+    @property
+    def reads_keys(self) -> bool:
+        return self.metric == "keys"
+
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         state = inputs.state
         kept = decision.kept_mask(state.tokens)
         widths = None
-        if decision.valid is None and state.valid is None:
+        if decision.valid is None and state.counts is not None:
             stay = decision.index.shape[1]
-            widths = state.tokens - stay, stay - state.protected_per_row
+            widths = state.tokens - stay, stay - state.counts.protected
         with torch.no_grad():
             _, partner = best_partner(token_metric(inputs, self.metric), state.routable & ~kept, state.routable & kept, widths)
         return merge_into(inputs, decision, partner, self.proportional)
 
-    def macs(self, shape: BackboneShape, tokens: int, kept: int) -> int:
+    def macs(self, shape: StackShape, tokens: int, kept: int) -> int:
         gone = tokens - kept
-        compared = gone * (kept - shape.prefix) * metric_width(shape, self.metric)
+        compared = gone * (kept - shape.protected) * metric_width(shape, self.metric)
         return (gone > 0) * (metric_macs(shape, tokens, self.metric) + compared + gone * shape.hidden)

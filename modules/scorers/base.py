@@ -3,58 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..cost.shape import BackboneShape
-from ..tokens.state import TokenState
-from ..tokens.trace import Trace
-
-if TYPE_CHECKING:
-    from ..backbones.base import Backbone
-
-
-@dataclass(frozen=True)
-class TokenSpec:
-    """What a scorer is built for.
-
-    Attributes:
-        hidden_size: width C of the tokens.
-        classes: number of labels of the task.
-        patch_values: pixels times channels of the patch that a token comes from; 0 where tokens are no patches.
-        has_cls: the first token is one that the task's head reads.
-        family: the backbone's name for messages.
-        causal: the model's output at a token may depend on no later token.
-    """
-
-    hidden_size: int
-    classes: int
-    patch_values: int = 0
-    has_cls: bool = False
-    family: str = "this backbone"
-    causal: bool = False
-
-
-@dataclass(frozen=True)
-class SiteInput:
-    """What a scorer and a merger may look at.
-
-    Attributes:
-        hidden_states: (B, M, C) the tokens at the site.
-        state: where they came from.
-        trace: the forward they belong to.
-        stage: index of the stage among the model's stages.
-        layer: the layer that the site belongs to.
-        backbone: adapter of the model's family.
-    """
-
-    hidden_states: Tensor
-    state: TokenState
-    trace: Trace
-    stage: int
-    layer: nn.Module
-    backbone: type[Backbone]
+from ..cost.shape import StackShape
+from ..site import SiteInput, TokenSpec
 
 
 @dataclass(frozen=True)
@@ -80,28 +34,37 @@ class Scorer(nn.Module):
 
     Attributes:
         estimator: name of the estimator that trains it by default; None for a scorer that is not trained.
+        chunk_estimator: the same where the tokens that stay make chunks for a restore by ``dechunk``; None takes ``estimator``.
         probabilities: the sigmoid of a score is a keep probability, which a regulariser may pull on.
         answers_task: every token answers the task by itself, and ``Scored.answers`` holds it.
         lookahead: the score of a token depends on later tokens.
         matches: ``Scored.partner`` holds a partner that stays for every token that may go, up to half of them.
         count: count rule where a stage names none.
         reads_pixels: the scorer looks at the model's input image.
+        reads_cls: it needs the query of the CLS token, as the layer that follows makes it.
     """
 
     estimator: ClassVar[str | None] = None
+    chunk_estimator: ClassVar[str | None] = None
     probabilities: ClassVar[bool] = False
     answers_task: ClassVar[bool] = False
     lookahead: ClassVar[bool] = False
     matches: ClassVar[bool] = False
     count: ClassVar[str] = "round"
     reads_pixels: ClassVar[bool] = False
+    reads_cls: ClassVar[bool] = False
 
     def __init__(self, spec: TokenSpec) -> None:
         super().__init__()
 
+    @property
+    def reads_keys(self) -> bool:
+        """It needs the keys that the site's layer makes of the tokens."""
+        return False
+
     def forward(self, inputs: SiteInput) -> Scored:
         raise NotImplementedError
 
-    def macs(self, shape: BackboneShape, tokens: int) -> int:
+    def macs(self, shape: StackShape, tokens: int) -> int:
         """MACs for one row of ``tokens`` tokens, protected ones included."""
         return 0

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..cost.shape import BackboneShape
+from ..cost.shape import StackShape
+from ..site import SiteInput, TokenSpec
 from ..tokens.gather import compact, take
-from .base import Scored, Scorer, SiteInput, TokenSpec
+from .base import Scored, Scorer
 
 METRICS = ("keys", "tokens")
 
@@ -35,6 +36,10 @@ class BipartiteScorer(Scorer):
             raise ValueError(f"scorer 'bipartite': metric = {metric!r} must be one of {', '.join(METRICS)}")
         self.metric = metric
 
+    @property
+    def reads_keys(self) -> bool:
+        return self.metric == "keys"
+
     @torch.no_grad()
     def forward(self, inputs: SiteInput) -> Scored:
         state = inputs.state
@@ -45,17 +50,17 @@ class BipartiteScorer(Scorer):
         movable = state.routable & (rank % 2 == 0)
         target = state.routable & (rank % 2 == 1)
         widths = None
-        if state.valid is None:
+        if state.counts is not None:
             # Known without asking the device.
-            first = state.protected_per_row
+            first = state.counts.protected
             widths = len(range(first + first % 2, state.tokens, 2)), len(range(first + 1 - first % 2, state.tokens, 2))
         similarity, partner = best_partner(token_metric(inputs, self.metric), movable, target, widths)
         # Tokens that stay anyway outrank all others; so do those without any partner.
         stays = ~movable | ~target.any(-1, keepdim=True)
         return Scored((-similarity).masked_fill(stays, torch.finfo(torch.float32).max), partner=partner)
 
-    def macs(self, shape: BackboneShape, tokens: int) -> int:
-        routable = tokens - shape.prefix
+    def macs(self, shape: StackShape, tokens: int) -> int:
+        routable = tokens - shape.protected
         pairs = (routable // 2) * (routable - routable // 2)
         return metric_macs(shape, tokens, self.metric) + pairs * metric_width(shape, self.metric)
 
@@ -64,16 +69,16 @@ def token_metric(inputs: SiteInput, metric: str) -> Tensor:
     """(B, M, D) what tokens are compared by, of unit length, float32."""
     seen = inputs.hidden_states.detach()
     if metric == "keys":
-        seen = inputs.backbone.keys(inputs.layer, seen).mean(1)
+        seen = inputs.adapter.keys(inputs.layer, seen).mean(1)
     return functional.normalize(seen.float(), dim=-1)
 
 
-def metric_width(shape: BackboneShape, metric: str) -> int:
+def metric_width(shape: StackShape, metric: str) -> int:
     """Values that a comparison of two tokens multiplies."""
     return shape.hidden // shape.heads if metric == "keys" else shape.hidden
 
 
-def metric_macs(shape: BackboneShape, tokens: int, metric: str) -> int:
+def metric_macs(shape: StackShape, tokens: int, metric: str) -> int:
     """MACs of making the metric."""
     return tokens * shape.hidden**2 if metric == "keys" else 0
 
@@ -96,7 +101,7 @@ def best_partner(metric: Tensor, movable: Tensor, target: Tensor, widths: tuple[
     products = take(metric, sources.index) @ take(metric, targets.index).transpose(1, 2)
     best, which = products.masked_fill(~targets.valid[:, None], -torch.inf).max(-1)
     partner = targets.index.gather(1, which)
-    # Filler of the compact form writes to a slot past the last token.
+    # Padding of the compact form writes to a slot past the last token.
     written = sources.index.masked_fill(~sources.valid, tokens)
     similarity = functional.pad(metric.new_zeros(rows, tokens), (0, 1)).scatter(1, written, best)[:, :tokens]
     return similarity, functional.pad(slots, (0, 1)).scatter(1, written, partner)[:, :tokens]

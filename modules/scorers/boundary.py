@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..cost.shape import BackboneShape
+from ..cost.shape import StackShape
+from ..site import SiteInput, TokenSpec
 from ..tokens.gather import take
 from ..tokens.state import TokenState
-from .base import Scored, Scorer, SiteInput, TokenSpec
+from .base import Scored, Scorer
 
 # Probabilities of 0 and 1 would be infinite scores.
 _SURE = 1e-4
@@ -37,6 +38,7 @@ class BoundaryScorer(Scorer):
     """
 
     estimator = "straight_through"
+    chunk_estimator = "confidence"
     probabilities = True
 
     def __init__(self, spec: TokenSpec, detach: bool = False) -> None:
@@ -53,13 +55,13 @@ class BoundaryScorer(Scorer):
         probability = torch.where(known, 0.5 * (1 - alike), 1.0)
         return Scored(probability.clamp(_SURE, 1 - _SURE).logit())
 
-    def macs(self, shape: BackboneShape, tokens: int) -> int:
+    def macs(self, shape: StackShape, tokens: int) -> int:
         return 2 * tokens * shape.hidden**2
 
 
 def _before(keys: Tensor, inputs: SiteInput) -> tuple[Tensor, Tensor]:
     """(B, M, C) the key of the token before each, and (B, M) bool whether there is one."""
-    state, carry = inputs.state, inputs.trace.carry
+    state, carry = inputs.state, inputs.flow.carry
     newest = _newest(state)
     before = functional.pad(newest[:, :-1], (1, 0), value=-1)
     here, at = before >= 0, before.clamp(min=0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..cost.shape import BackboneShape
-from .base import Scored, Scorer, SiteInput, TokenSpec
+from ..cost.shape import StackShape
+from ..site import SiteInput, TokenSpec
+from .base import Scored, Scorer
 
 
 class ClsAttentionScorer(Scorer):
@@ -14,6 +15,8 @@ class ClsAttentionScorer(Scorer):
     Only one row of the attention matrix is computed, with the layer's own norm and projections, so the layer keeps its fused
     attention. Not trained: the criterion follows the backbone.
     """
+
+    reads_cls = True
 
     def __init__(self, spec: TokenSpec) -> None:
         super().__init__(spec)
@@ -25,11 +28,11 @@ class ClsAttentionScorer(Scorer):
 
     @torch.no_grad()
     def forward(self, inputs: SiteInput) -> Scored:
-        query, key, scale = inputs.backbone.cls_query_and_keys(inputs.layer, inputs.hidden_states)
+        query, key, scale = inputs.adapter.cls_query_and_keys(inputs.layer, inputs.hidden_states)
         logits = (query.float() * scale) @ key.float().transpose(-1, -2)
         if inputs.state.valid is not None:
             logits = logits.masked_fill(~inputs.state.valid[:, None, None], float("-inf"))
         return Scored(logits.softmax(-1).mean(1).squeeze(1))
 
-    def macs(self, shape: BackboneShape, tokens: int) -> int:
+    def macs(self, shape: StackShape, tokens: int) -> int:
         return shape.hidden**2 * (tokens + 1) + tokens * shape.hidden

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..cost.shape import BackboneShape
+from ..cost.shape import StackShape
 from ..precision import Float32Linear, full_precision
-from .base import Scored, Scorer, SiteInput, TokenSpec
+from ..site import SiteInput, TokenSpec
+from .base import Scored, Scorer
 
 
 class EvidenceScorer(Scorer):
@@ -71,7 +72,7 @@ class EvidenceScorer(Scorer):
     @staticmethod
     def _patches(inputs: SiteInput) -> Tensor:
         """(B, M, patch values) pixels of the patch that each token comes from, zeros for protected tokens."""
-        pixels, grid, state = inputs.trace.pixel_values, inputs.trace.grid, inputs.state
+        pixels, grid = inputs.flow.pixel_values, inputs.flow.grid
         if pixels is None or grid is None:
             raise ValueError("scorer 'evidence' with reads = 'pixels': this forward carried no pixel_values")
         rows, channels, height, width = pixels.shape
@@ -79,10 +80,7 @@ class EvidenceScorer(Scorer):
         # A patch embedding leaves out what fills no patch at the right and the bottom.
         whole = pixels[:, :, : grid[0] * down, : grid[1] * across]
         cut = whole.reshape(rows, channels, grid[0], down, grid[1], across).permute(0, 2, 4, 1, 3, 5)
-        patches = functional.pad(cut.reshape(rows, grid[0] * grid[1], -1), (0, 0, state.protected_per_row, 0))
-        if state.tokens == state.source.shape[1] and inputs.trace.places is None:
-            return patches
-        return patches.gather(1, inputs.trace.places_of(state).unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        return inputs.flow.of_cells(cut.reshape(rows, grid[0] * grid[1], -1), inputs.state)
 
-    def macs(self, shape: BackboneShape, tokens: int) -> int:
+    def macs(self, shape: StackShape, tokens: int) -> int:
         return tokens * (self.values * self.width + self.width * self.classes + 2 * self.classes)

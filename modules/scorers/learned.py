@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..cost.shape import BackboneShape
+from ..cost.shape import StackShape
 from ..precision import Float32Linear
+from ..site import SiteInput, TokenSpec
 from ..tokens.state import TokenState
-from .base import Scored, Scorer, SiteInput, TokenSpec
+from .base import Scored, Scorer
 
 
 class LearnedScorer(Scorer):
@@ -21,6 +22,7 @@ class LearnedScorer(Scorer):
     """
 
     estimator = "straight_through"
+    chunk_estimator = "confidence"
     probabilities = True
     lookahead = True
 
@@ -45,7 +47,7 @@ class LearnedScorer(Scorer):
         mixed = functional.gelu(self.mix_local(local) + self.mix_global(mean))
         return Scored(self.score(mixed).squeeze(-1))
 
-    def macs(self, shape: BackboneShape, tokens: int) -> int:
+    def macs(self, shape: StackShape, tokens: int) -> int:
         return tokens * (shape.hidden * 2 * self.width + self.width**2 + self.width) + self.width**2
 
 

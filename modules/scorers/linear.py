@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..cost.shape import BackboneShape
+from ..cost.shape import StackShape
 from ..precision import Float32Linear
-from .base import Scored, Scorer, SiteInput, TokenSpec
+from ..site import SiteInput, TokenSpec
+from .base import Scored, Scorer
 
 
 class LinearScorer(Scorer):
@@ -21,6 +22,7 @@ class LinearScorer(Scorer):
     """
 
     estimator = "straight_through"
+    chunk_estimator = "confidence"
     probabilities = True
 
     def __init__(self, spec: TokenSpec, detach: bool = False, bias: float = 0.0) -> None:
@@ -35,5 +37,5 @@ class LinearScorer(Scorer):
         tokens = inputs.hidden_states.detach() if self.detach else inputs.hidden_states
         return Scored(self.score(self.norm(tokens)).squeeze(-1))
 
-    def macs(self, shape: BackboneShape, tokens: int) -> int:
+    def macs(self, shape: StackShape, tokens: int) -> int:
         return tokens * shape.hidden

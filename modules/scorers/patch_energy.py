@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch.nn import functional
 
-from .base import Scored, Scorer, SiteInput
+from ..site import SiteInput
+from .base import Scored, Scorer
 
 
 class PatchEnergyScorer(Scorer):
@@ -17,11 +18,10 @@ class PatchEnergyScorer(Scorer):
     reads_pixels = True
 
     def forward(self, inputs: SiteInput) -> Scored:
-        state, trace = inputs.state, inputs.trace
-        if trace.pixel_values is None or trace.grid is None:
+        flow = inputs.flow
+        if flow.pixel_values is None or flow.grid is None:
             raise ValueError("scorer 'patch_energy' needs an image backbone: this forward carried no pixel_values")
-        image = trace.pixel_values.float()
+        image = flow.pixel_values.float()
         deviation = (image - image.mean((2, 3), keepdim=True)).square().mean(1)
-        energy = functional.adaptive_avg_pool2d(deviation[:, None], trace.grid).flatten(1)
-        energy = functional.pad(energy, (state.protected_per_row, 0))
-        return Scored(energy.gather(1, trace.places_of(state)))
+        energy = functional.adaptive_avg_pool2d(deviation[:, None], flow.grid).flatten(1)
+        return Scored(flow.of_cells(energy.unsqueeze(-1), inputs.state).squeeze(-1))

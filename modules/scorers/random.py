@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..site import SiteInput
 from ..tokens.draws import uniform
-from .base import Scored, Scorer, SiteInput
+from .base import Scored, Scorer
 
 
 class RandomScorer(Scorer):
@@ -12,4 +13,4 @@ class RandomScorer(Scorer):
     def forward(self, inputs: SiteInput) -> Scored:
         state, trace = inputs.state, inputs.trace
         rows = trace.rows_identity(state.rows, state.position.device)
-        return Scored(uniform(trace.seed, trace.step, rows, inputs.stage, state.position + trace.seen))
+        return Scored(uniform(trace.seed, trace.step, rows, inputs.stage, state.position + inputs.flow.seen))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Scored, Scorer, SiteInput, TokenSpec
+from ..site import SiteInput, TokenSpec
+from .base import Scored, Scorer
 
 # Positions of a causal model are told apart up to 2^20, which float32 holds exactly.
 _CAUSAL_BITS = 20
@@ -31,11 +32,10 @@ class UniformGridScorer(Scorer):
         self.causal = spec.causal
 
     def forward(self, inputs: SiteInput) -> Scored:
-        state, grid = inputs.state, inputs.trace.grid
+        state, grid = inputs.state, inputs.flow.grid
         if self.causal:
-            return Scored(1 - _reversed_bits(state.position + inputs.trace.seen, _CAUSAL_BITS).float() / 2**_CAUSAL_BITS)
-        # Protected prefix tokens come first, so a patch's cell of the grid is its place less their number.
-        place = (inputs.trace.places_of(state) - state.protected_per_row).clamp(min=0)
+            return Scored(1 - _reversed_bits(state.position + inputs.flow.seen, _CAUSAL_BITS).float() / 2**_CAUSAL_BITS)
+        place = inputs.flow.cells(state).clamp(min=0)
         if grid is None:
             bits = max(1, (state.source.shape[1] - 1).bit_length())
             return Scored(-_reversed_bits(place, bits).float())

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..cost.shape import BackboneShape
-from ..scorers.base import TokenSpec
+from ..cost.shape import StackShape
+from ..site import TokenSpec
 from ..tokens.decision import Decision
 from ..tokens.gather import compact
 from ..tokens.state import TokenState
@@ -66,7 +66,7 @@ class Selector(nn.Module):
         needs_probabilities: it takes the sigmoid of a score for the probability to keep.
         cuts: a token stays where its score is above a value, which the decision tells.
         draws: it needs ``Request.draws`` in evaluation too.
-        prompt_only: it touches nothing but the prompt, all of which is there before the first token is generated.
+        float32_buffers: names of buffers that stay float32 in a model of any dtype, loaded or cast.
     """
 
     lookahead: ClassVar[bool] = False
@@ -74,7 +74,7 @@ class Selector(nn.Module):
     needs_probabilities: ClassVar[bool] = False
     cuts: ClassVar[bool] = False
     draws: ClassVar[bool] = False
-    prompt_only: ClassVar[bool] = False
+    float32_buffers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, spec: TokenSpec, bucket: int | None = None) -> None:
         super().__init__()
@@ -92,6 +92,9 @@ class Selector(nn.Module):
         """
         raise NotImplementedError
 
+    def set_cut(self, keep: float) -> None:
+        """Makes a selector that cuts scores keep this fraction of scores that are uniform in (0, 1), without any training."""
+
     def looks_ahead(self, request: Request) -> bool:
         """This very decision will depend on later tokens."""
         return self.lookahead
@@ -100,27 +103,30 @@ class Selector(nn.Module):
         """What a selector that learns from its own decisions has to say of one."""
         return Auxiliary()
 
-    def macs(self, shape: BackboneShape, tokens: int) -> int:
+    def macs(self, shape: StackShape, tokens: int) -> int:
         """MACs in evaluation for one row of ``tokens`` tokens, protected ones included."""
         return 0
 
     def decide(self, stays: Tensor, scores: Tensor, state: TokenState) -> Decision:
-        """The decision that a mask means. A row whose mask is empty keeps its best token all the same; of a causal model it keeps
-        nothing, since which one is best would hang on later tokens.
+        """The decision that a mask means.
+
+        Non-causal: an empty row keeps its top-scoring token. Causal: it keeps none, because picking the best would depend on future
+        tokens.
 
         Args:
             stays: (B, M) bool; protected tokens and padding are seen to here.
             scores: (B, M) float32.
             state: the tokens at the site.
         """
-        if state.valid is not None or state.protected_per_row:
+        if state.counts is None or state.counts.protected:
             stays = stays & state.routable
         if not self.causal:
             best = scores.masked_fill(~state.routable, float("-inf")).argmax(-1, keepdim=True)
             stays = stays.scatter(1, best, True) & state.routable
-        elif state.tokens == 1 and state.protected_per_row == 0:
+        stays = stays | (state.protected if state.valid is None else state.protected & state.valid)
+        if self.causal and state.tokens == 1:
             return _of_single_tokens(stays)
-        kept = compact(stays | (state.protected if state.valid is None else state.protected & state.valid), bucket=self.bucket)
+        kept = compact(stays, bucket=self.bucket)
         return Decision(kept.index, kept.valid, self.causal and kept.empty)
 
 

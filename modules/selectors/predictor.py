@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..cost.shape import BackboneShape
+from ..cost.shape import StackShape
 from ..precision import Float32Linear
-from ..scorers.base import TokenSpec
+from ..site import TokenSpec
 from ..tokens.decision import Decision
 from ..tokens.state import TokenState
 from .base import Auxiliary, Request, everything
@@ -78,7 +78,7 @@ class PredictorSelector(ThresholdSelector):
         agrees = ((logits > self.threshold) == chosen) & routable
         return Auxiliary(self.weight * (losses * routable).sum() / number, agrees.sum() / number)
 
-    def macs(self, shape: BackboneShape, tokens: int) -> int:
+    def macs(self, shape: StackShape, tokens: int) -> int:
         return tokens * (shape.hidden * self.width + self.width)
 
     @property

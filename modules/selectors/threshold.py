@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from ..cost.count_rules import tokens_kept
-from ..scorers.base import TokenSpec
+from ..site import TokenSpec
 from ..tokens.decision import Decision
 from ..tokens.state import TokenState
 from .base import Request, Selector, everything
@@ -38,6 +38,7 @@ class ThresholdSelector(Selector):
 
     adaptive = True
     cuts = True
+    float32_buffers = ("threshold", "batches")
 
     def __init__(
         self,
@@ -67,6 +68,11 @@ class ThresholdSelector(Selector):
     def looks_ahead(self, request: Request) -> bool:
         # By rank in its row, in training alone.
         return self.training and self.equal_rows and request.keep < 1
+
+    @torch.no_grad()
+    def set_cut(self, keep: float) -> None:
+        self.threshold.fill_(1 - keep)
+        self.batches.fill_(1)
 
     @torch.no_grad()
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:

@@ -33,16 +33,17 @@ class TopKSelector(Selector):
         rank = rank.masked_fill(state.protected, float("inf"))
         if state.document is not None:
             return self._of_documents(rank, state, state.document, torch.as_tensor(count))
-        if state.valid is None:
-            assert isinstance(count, int)
+        if state.counts is not None and isinstance(count, int):
             # A stable sort, not topk, whose choice among equal scores depends on the batch and the device.
             order = rank.sort(dim=-1, descending=True, stable=True).indices
-            return Decision(order[:, : state.protected_per_row + count].sort(-1).values, None)
-        rank = rank.masked_fill(~state.valid, float("-inf"))
+            return Decision(order[:, : state.counts.protected + count].sort(-1).values, None)
+        always = state.protected
+        if state.valid is not None:
+            rank, always = rank.masked_fill(~state.valid, float("-inf")), always & state.valid
         order = rank.sort(dim=-1, descending=True, stable=True).indices
-        total = count + (state.protected & state.valid).sum(-1)
+        total = count + always.sum(-1)
         place = torch.arange(state.tokens, device=rank.device).expand_as(order)
-        kept = compact(torch.zeros_like(state.valid).scatter_(1, order, place < total[:, None]), bucket=self.bucket)
+        kept = compact(torch.zeros_like(always).scatter_(1, order, place < total[:, None]), bucket=self.bucket)
         return Decision(kept.index, kept.valid, self.causal and kept.empty)
 
     def _of_documents(self, rank: Tensor, state: TokenState, document: Tensor, count: Tensor) -> Decision:

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..precision import full_precision
+from .flow import Flow
 from .gather import take
 from .state import TokenState
-from .trace import Trace
 
 # Chunks whose mean is taken by one matrix product; the means of blocks follow one another.
 BLOCK = 32
 
 
-def dechunk(hidden_states: Tensor, trace: Trace) -> Tensor:
+def dechunk(hidden_states: Tensor, flow: Flow) -> Tensor:
     """(B, K, C) chunks -> (B, N, C) tokens: what each was when the chunks were made, and what layers added to the newest chunk at or
     before it (H-Net, arXiv 2507.07955).
 
@@ -22,13 +23,12 @@ def dechunk(hidden_states: Tensor, trace: Trace) -> Tensor:
     chunk itself, so that with a chunk for every token the layers do what they did in the dense model. A token in front of the
     first chunk gets nothing. With a cache the newest chunk of each row waits there for the tokens to come.
     """
-    chunks, state = trace.chunks, trace.state
+    chunks, state = flow.chunks, flow.tokens
     assert chunks is not None
-    assert state is not None
-    full, entering = trace.left[0]
+    full, entering = flow.left[0]
     added = hidden_states.float() - chunks.made.float()
     name = f"{chunks.stage}.newest"
-    carried = None if trace.carry is None else trace.carry.get(name)
+    carried = None if flow.carry is None else flow.carry.get(name)
     if chunks.probability is not None:
         added = smooth(added, chunks.probability, _first_of_documents(state), carried)
     kept = chunks.decision.kept_mask(entering.tokens)
@@ -40,8 +40,8 @@ def dechunk(hidden_states: Tensor, trace: Trace) -> Tensor:
     given = take(added, state.source.gather(1, at).clamp(min=0))
     none = torch.zeros_like(given[:, :1]) if carried is None else carried[:, None]
     given = torch.where(some.unsqueeze(-1), given, none)
-    if trace.carry is not None:
-        trace.carry[name] = given[:, -1]
+    if flow.carry is not None:
+        flow.carry[name] = given[:, -1]
     if chunks.confidence is not None:
         given = given * chunks.confidence.unsqueeze(-1)
     return full + given.to(full.dtype)
@@ -65,7 +65,7 @@ def smooth(values: Tensor, probability: Tensor, first: Tensor | None = None, car
     remembers = torch.log1p(-probability)
     if first is not None:
         remembers = remembers.masked_fill(first, float("-inf"))
-    with torch.autocast(values.device.type, enabled=False):
+    with full_precision(values.device):
         # Behind the last chunk nothing is added and everything remembered.
         z, p, r = (functional.pad(part, (0, 0) * (part.ndim - 2) + (0, fill)) for part in (values, probability, remembers))
         z, p, r = z.view(rows, -1, block, width), p.view(rows, -1, block), r.view(rows, -1, block)

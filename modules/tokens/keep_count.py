@@ -28,10 +28,8 @@ class KeepCount:
             trace: of it.
             macs_ratio: mean over its rows, what ``CostModel.achieved`` says of the trace.
         """
-        assert trace.state is not None
-        self.merge(
-            KeepCount({name: routing.counts() for name, routing in trace.routings.items()}, macs_ratio * trace.state.rows, trace.state.rows)
-        )
+        rows = next(len(routing.scores) for routing in trace.routings.values())
+        self.merge(KeepCount({name: routing.counts() for name, routing in trace.routings.items()}, macs_ratio * rows, rows))
 
     def clear(self) -> None:
         """Starts counting again."""

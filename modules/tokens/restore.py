@@ -7,37 +7,32 @@ from torch import Tensor
 from torch.nn import functional
 
 from .dechunk import dechunk
+from .flow import Flow
 from .state import TokenState
-from .trace import Trace
 
 
-def restore(hidden_states: Tensor, trace: Trace, by: str) -> Tensor:
+def restore(hidden_states: Tensor, flow: Flow, by: str) -> Tensor:
     """(B, M, C) tokens -> (B, N, C), all original tokens in their place.
 
     Args:
         hidden_states: what is left of them.
-        trace: of this forward; its state becomes that of N tokens, each standing for itself.
+        flow: of the stack; its state becomes that of N tokens, each standing for itself.
         by: ``unmerge`` gives every original token the state of the one that stands for it, ``rejoin`` only that one itself; any
             other gets the state that it had when it went. ``dechunk`` gives it that state and what layers added to its chunk.
     """
-    state = trace.state
-    assert state is not None
-    if trace.left:
-        first = trace.left[0][1]
+    if flow.left:
+        state, first = flow.tokens, flow.left[0][1]
         if not state.whole:
-            hidden_states = dechunk(hidden_states, trace) if by == "dechunk" else _in_place(hidden_states, trace, state, by)
-        trace.shortest = state
-        trace.state = TokenState.initial(
-            first.rows, first.tokens, first.protected_per_row, first.valid, hidden_states.device, first.document
-        )
-        trace.left = []
+            hidden_states = dechunk(hidden_states, flow) if by == "dechunk" else _in_place(hidden_states, flow, by)
+        flow.shortest, flow.state, flow.left = state, first.restart(hidden_states.device), []
     return hidden_states
 
 
-def _in_place(hidden_states: Tensor, trace: Trace, state: TokenState, by: str) -> Tensor:
+def _in_place(hidden_states: Tensor, flow: Flow, by: str) -> Tensor:
+    state = flow.tokens
     # What each token was when it was last seen: later stages overwrite what earlier ones noted.
-    full = trace.left[0][0]
-    for seen, when in trace.left[1:]:
+    full = flow.left[0][0]
+    for seen, when in flow.left[1:]:
         full = _put(full, seen, when)
     if by == "rejoin":
         return _put(full, hidden_states, state)

@@ -15,6 +15,19 @@ from .gather import sum_into
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Tokens of a row, where every row has as many and the protected ones come first: known on the host, so that no device is asked.
+
+    Attributes:
+        routable: that a stage may touch.
+        protected: that no stage may touch.
+    """
+
+    routable: int
+    protected: int
+
+
+@dataclass(frozen=True)
 class TokenState:
     """Where the tokens of a row came from. Immutable: a stage returns a new one.
 
@@ -22,12 +35,12 @@ class TokenState:
         size: (B, M) float32, source tokens that each token stands for.
         source: (B, N) int64, current slot of each original token, -1 if it is gone.
         position: (B, M) int64, original position of each token; of a merged token, that of the one it was merged into.
-        protected: (B, M) bool, tokens that no stage may touch.
-        valid: (B, M) bool, False for padding; None when no row has padding, which keeps every count on the host.
-        protected_per_row: protected tokens of a row, the same for all rows.
+        protected: (B, M) bool, tokens that no stage may touch; anywhere in a row, any number of them.
+        valid: (B, M) bool, False for padding; None when no row has padding.
+        counts: where all rows agree and their protected tokens come first; None elsewhere, and where there is padding.
         document: (B, M) int64, which document of the row a token belongs to, counted from 0; None where a row is one document.
         whole: these are all tokens of the forward, each in its place.
-        empty: no row has a token, and the slots are filler alone.
+        empty: no row has a token, and all slots are padding.
         key_bias: (B, M) float32 that every later layer adds to the attention logits of each key; None adds nothing.
         proportional: later layers add log(size) to the attention logits of each key, so that a merged token is attended to as
             its sources together would be.
@@ -39,7 +52,7 @@ class TokenState:
     position: Tensor
     protected: Tensor
     valid: Tensor | None
-    protected_per_row: int
+    counts: Counts | None = None
     document: Tensor | None = None
     whole: bool = True
     empty: bool = False
@@ -49,18 +62,28 @@ class TokenState:
 
     @staticmethod
     def initial(
-        rows: int, tokens: int, prefix: int, valid: Tensor | None, device: torch.device, document: Tensor | None = None
+        rows: int, tokens: int, protected: int | Tensor, valid: Tensor | None, device: torch.device, document: Tensor | None = None
     ) -> TokenState:
-        """State before the first stage: every token stands for itself and the first ``prefix`` are protected."""
+        """State before the first stage: every token stands for itself.
+
+        Args:
+            rows: B.
+            tokens: N of each row.
+            protected: how many tokens at the start of each row are protected, or (B, N) bool which tokens are.
+            valid: (B, N) bool, False for padding; None without any.
+            device: of the state.
+            document: (B, N) int64, the document of each token; None where a row is one document.
+        """
+        counts = Counts(tokens - protected, protected) if valid is None and isinstance(protected, int) else None
         index = torch.arange(tokens, device=device).expand(rows, tokens)
         size = torch.ones(rows, tokens, device=device)
         return TokenState(
             size=size if valid is None else size * valid,
             source=index if valid is None else index.masked_fill(~valid, -1),
             position=index,
-            protected=index < prefix,
+            protected=index < protected if isinstance(protected, int) else protected,
             valid=valid,
-            protected_per_row=prefix,
+            counts=counts,
             document=document,
         )
 
@@ -80,9 +103,14 @@ class TokenState:
     @property
     def present(self) -> int | Tensor:
         """Routable tokens of a row: one int when all rows have the same, else int64 (B,)."""
-        if self.valid is None:
-            return self.tokens - self.protected_per_row
-        return self.routable.sum(-1)
+        return self.routable.sum(-1) if self.counts is None else self.counts.routable
+
+    @property
+    def protected_real(self) -> int | Tensor:
+        """Protected tokens of a row, padding not counted: one int when all rows have the same, else int64 (B,)."""
+        if self.counts is not None:
+            return self.counts.protected
+        return (self.protected if self.valid is None else self.protected & self.valid).sum(-1)
 
     @property
     def present_by_document(self) -> Tensor:
@@ -90,7 +118,7 @@ class TokenState:
         routable = self.routable.long()
         if self.document is None:
             return routable.sum(-1, keepdim=True)
-        # As wide as a row could need, so that nobody has to ask the device how many documents there are.
+        # As wide as a row could need: the number of documents is known on the device only.
         return routable.new_zeros(self.rows, self.source.shape[1]).scatter_add_(1, self.document, routable)
 
     def select(self, index: Tensor, valid: Tensor | None) -> TokenState:
@@ -98,10 +126,10 @@ class TokenState:
 
         Args:
             index: (B, K) int64, sorted slots that stay.
-            valid: (B, K) bool, False where ``index`` is filler; None when all are real.
+            valid: (B, K) bool, False where ``index`` is padding; None when all are real.
         """
         slots = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        # One slot more than there are tokens takes the writes of filler and the reads of tokens that were gone before.
+        # One slot more than there are tokens takes the writes of padding and the reads of tokens that were gone before.
         moved = self.source.new_full((self.rows, self.tokens + 1), -1)
         target = index if valid is None else index.masked_fill(~valid, self.tokens)
         moved.scatter_(1, target, slots)
@@ -117,9 +145,29 @@ class TokenState:
             position=self.position.gather(1, index),
             protected=protected if valid is None else protected & valid,
             valid=valid,
+            counts=None
+            if valid is not None or self.counts is None
+            else replace(self.counts, routable=index.shape[1] - self.counts.protected),
             document=None if self.document is None else self.document.gather(1, index),
             whole=False,
             key_bias=None if self.key_bias is None else self.key_bias.gather(1, index),
+        )
+
+    def restart(self, device: torch.device) -> TokenState:
+        """The state before the first stage again: of the same rows, every token standing for itself."""
+        protected = self.protected if self.counts is None else self.counts.protected
+        return TokenState.initial(self.rows, self.tokens, protected, self.valid, device, self.document)
+
+    def restrict(self, scope: Tensor) -> TokenState:
+        """State in which only the tokens of a (B, M) bool mask are routable, of those that were.
+
+        Rows have different numbers of them, so that counts are those of each row.
+        """
+        return replace(
+            self,
+            protected=~(scope & self.routable),
+            valid=torch.ones_like(self.protected) if self.valid is None else self.valid,
+            counts=None,
         )
 
     def select_rows(self, rows: Tensor) -> TokenState:
@@ -156,7 +204,7 @@ class TokenState:
         """(B, M) float32 that a layer adds to the attention logits of each key; None adds nothing."""
         if not self.proportional:
             return self.key_bias
-        # Filler has size 0 and is masked out anyway.
+        # Padding has size 0 and is masked out anyway.
         bias = self.size.clamp(min=1e-6).log()
         return bias if self.key_bias is None else bias + self.key_bias
 

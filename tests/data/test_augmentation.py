@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from laconic.data.images.augmentation import NAMES, OPERATIONS, RandomAugment, erase
+from laconic.data.images.augmentation import NAMES, OPERATIONS, erase
+from laconic.data.images.random_augment import RandomAugment
 from laconic.data.images.transform import ImageTransform
 from tests.data.folders import picture
 

@@ -11,26 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from laconic.data.hub import DataSource
 from laconic.data.images.splits import ImageData, hub_images
 from laconic.data.images.transform import ImageTransform, decode
 from laconic.data.loader import ResumableLoader, StepBatches
 from laconic.data.rows import BadRow, BadRowCount, BadRows, collate
+from laconic.data.source import DataSource, SplitNames
 from tests.data.folders import encoded, image_folder, parquet, picture
 
 TRANSFORM = ImageTransform(size=16)
 
 
-def _open(source: DataSource, **settings: Any) -> ImageData:
-    given = {
-        "train_split": "train",
-        "validation_split": None,
-        "test_split": None,
-        "validation_fraction": 0.25,
-        "num_labels": None,
-        **settings,
-    }
-    return hub_images(source, transform=TRANSFORM, seed=0, **given)
+def _open(source: DataSource, num_labels: int | None = None, **names: Any) -> ImageData:
+    return hub_images(source, SplitNames(**{"fraction": 0.25, **names}), num_labels, TRANSFORM, seed=0)
 
 
 def test_an_image_folder_gives_its_classes_and_holds_rows_out(tmp_path: Path) -> None:
@@ -55,7 +47,7 @@ def test_a_missing_column_split_or_source_is_named(tmp_path: Path) -> None:
     ):
         _open(DataSource("parquet", data_files=path, label_column="labl"))
     with pytest.raises(ValueError, match=r"data.test_split = 'tst' does not exist: the splits are train"):
-        _open(DataSource("parquet", data_files=path), test_split="tst")
+        _open(DataSource("parquet", data_files=path), test="tst")
     with pytest.raises(ValueError, match=r"data.name = 'parquet' cannot be opened"):
         _open(DataSource("parquet", data_files=str(tmp_path / "none.parquet")))
 
@@ -66,7 +58,7 @@ def test_bad_rows_are_named_by_reason_and_not_skipped_silently(tmp_path: Path) -
     labels: list[Any] = [i % 3 for i in range(12)]
     labels[2], labels[3] = None, 9
     path = str(parquet(tmp_path / "rows.parquet", images, labels))
-    data = _open(DataSource("parquet", data_files=path), num_labels=3, validation_fraction=0.01)
+    data = _open(DataSource("parquet", data_files=path), num_labels=3, fraction=0.01)
     batch = collate([data.train[i] for i in range(len(data.train))] + [data.validation[0]])  # type: ignore[arg-type]
     reasons = sorted(row.reason.split(" (")[0] for row in batch["bad"])
     assert reasons == ["label out of range 0 … 2", "missing label", "undecodable image", "undecodable image"]

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from laconic.data.embedded.python_passages import PACKAGES, PassageRows, library_texts
-from laconic.data.hub import DataSource
 from laconic.data.loader import BucketedBatches, StepBatches
 from laconic.data.rows import BadRows, collate
+from laconic.data.source import DataSource, SplitNames
 from laconic.data.text.labelled import Columns, LabelledText, frame_of, hub_labelled_text
 from laconic.data.text.tokenizer import trained_tokenizer
 
@@ -107,14 +107,14 @@ def _jsonl(path: Path, rows: list[dict[str, Any]]) -> DataSource:
 
 
 def _open(source: DataSource, tokenizer: Any, columns: Columns, length: int = 16, bad: float = 0.0) -> LabelledText:
-    return hub_labelled_text(source, "train", None, None, 0.25, columns, length, lambda texts: tokenizer, bad)
+    return hub_labelled_text(source, SplitNames(fraction=0.25), columns, length, lambda texts: tokenizer, bad)
 
 
 def test_any_data_set_with_texts_and_labels_is_read_cut_and_framed(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"sentence": WORDS[i % 3] * (1 + i % 4), "label": ["a", "b"][i % 2]} for i in range(24)]
     data = _open(_jsonl(tmp_path / "rows.jsonl", rows), tokenizer, Columns())
     assert data.classes == ["a", "b"]
-    assert (len(data.train), len(data.validation), data.has_test, data.size) == (18, 6, False, 16)  # type: ignore[arg-type]
+    assert (len(data.train), len(data.validation), data.has_test, data.length) == (18, 6, False, 16)  # type: ignore[arg-type]
     frame = frame_of(tokenizer)
     for index in range(18):
         item = data.train[index]

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from laconic.data.embedded.scattered_digits import BACKGROUND, Canvas, ScatteredDigits, source_digits
-from laconic.data.hub import DataSource
+from laconic.data.embedded.canvas import Canvas
+from laconic.data.embedded.scattered_digits import BACKGROUND, ScatteredDigits, source_digits
 from laconic.data.images.masks import MaskRows, hub_masks
 from laconic.data.images.transform import ImageTransform
 from laconic.data.rows import BadRow
+from laconic.data.source import DataSource, SplitNames
 
 
 @pytest.mark.parametrize("canvas", [Canvas(), Canvas(size=24, scrambled=2, pieces=3)])
@@ -60,7 +61,7 @@ def test_an_imagefolder_with_a_file_name_for_each_mask_gives_pairs(tmp_path: Pat
         lines.append(json.dumps({"file_name": f"{code}.png", "mask_file_name": f"{code}_mask.png"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     transform = ImageTransform(8, 3, (0.0,) * 3, (1 / 255,) * 3)
-    data = hub_masks(DataSource("imagefolder", data_dir=str(tmp_path)), "train", None, None, 0.25, 4, 255, transform, 0)
+    data = hub_masks(DataSource("imagefolder", data_dir=str(tmp_path)), SplitNames(fraction=0.25), 4, 255, transform, 0)
     assert (len(data.train), len(data.validation), data.has_test, data.classes) == (3, 1, False, ["0", "1", "2", "3"])  # type: ignore[arg-type]
     for row in (*(data.train[index] for index in range(3)), data.validation[0]):
         assert torch.equal(row["pixel_values"][0].round().long(), row["labels"])

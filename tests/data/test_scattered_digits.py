@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from laconic.data.embedded.scattered_digits import Canvas, ScatteredDigits, source_digits
+from laconic.data.embedded.canvas import Canvas
+from laconic.data.embedded.scattered_digits import ScatteredDigits, source_digits
 
 
 def test_splits_share_no_source_digit() -> None:

@@ -13,9 +13,9 @@ from datasets import Dataset
 
 from laconic.data.embedded.python_functions import library_functions
 from laconic.data.embedded.python_library import library_files
-from laconic.data.hub import DataSource
 from laconic.data.loader import ResumableLoader
 from laconic.data.rows import BadRows, collate
+from laconic.data.source import DataSource, SplitNames
 from laconic.data.splits import DataModule
 from laconic.data.text.documents import Encoder, encoder_for
 from laconic.data.text.packing import PADDING, Corpus, PackedRows, Tokens, cut_end_to_end, keep_whole
@@ -166,8 +166,8 @@ def test_what_the_columns_do_not_offer_is_named() -> None:
 def _open(path: str, builder: str = "json", stream: bool = False, template: bool = False, **settings: Any) -> TextData:
     source, options = DataSource(builder, data_files=path), TextSettings(length=64, **settings)
     if stream:
-        return streamed_text(source, "train", None, None, lambda texts: small_tokenizer(template), options)
-    return hub_text(source, "train", None, None, 0.25, lambda texts: small_tokenizer(template), options)
+        return streamed_text(source, SplitNames(), lambda texts: small_tokenizer(template), options)
+    return hub_text(source, SplitNames(fraction=0.25), lambda texts: small_tokenizer(template), options)
 
 
 def test_jsonl_parquet_and_text_files_give_the_same_documents(tmp_path: Path) -> None:
@@ -238,9 +238,7 @@ def test_a_tokenizer_is_trained_on_the_beginning_of_a_stream(tmp_path: Path, mon
     monkeypatch.setenv("LACONIC_CACHE", str(tmp_path / "cache"))
     path = jsonl(tmp_path / "rows.jsonl", [{"text": sentence} for sentence in SENTENCES])
     settings = TextSettings(length=64, held_out=8)
-    data = streamed_text(
-        DataSource("json", data_files=path), "train", None, None, lambda texts: trained_tokenizer(texts or (), 400), settings
-    )
+    data = streamed_text(DataSource("json", data_files=path), SplitNames(), lambda texts: trained_tokenizer(texts or (), 400), settings)
     # Pairs that only the texts could teach it.
     assert len(data.tokenizer(" counted to ten under a bridge")["input_ids"]) < 12
 

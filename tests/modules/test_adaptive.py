@@ -13,10 +13,10 @@ from torch import Tensor
 from laconic import Budget, BudgetConfig, CompressionConfig, StageConfig, Trace, compress, decompress
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.cost.cost import CostModel
-from laconic.modules.scorers.base import TokenSpec
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.gumbel import GumbelSelector
 from laconic.modules.selectors.threshold import ThresholdSelector
+from laconic.modules.site import TokenSpec
 from laconic.modules.tokens import ragged
 from laconic.modules.tokens.ragged import ATTENTION, Packing, group_sizes
 from laconic.modules.tokens.state import TokenState

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from laconic.modules.backbones.base import Backbone
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -20,8 +21,7 @@ from transformers import (
 )
 
 from laconic import CompressionConfig, StageConfig, Trace, compress
-from laconic.modules.backbones import backbone_for, backbones
-from laconic.modules.backbones.base import Backbone
+from laconic.modules.backbones import families
 from laconic.modules.backbones.vision import VisionBackbone
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.tokens.decision import Decision
@@ -44,7 +44,7 @@ families = pytest.mark.parametrize("family", BACKBONES)
 
 
 def _adapter(model: PreTrainedModel) -> type[VisionBackbone]:
-    backbone = backbone_for(model.config.model_type, type(model).__name__)
+    backbone = adapter_for(model.config.model_type, type(model).__name__)
     assert issubclass(backbone, VisionBackbone)
     return backbone
 
@@ -155,8 +155,8 @@ def test_larger_images_are_scored_and_dropped_on_their_own_grid(family: str, nam
     pixels, how = _tall(family)
     model = compressed(family, next(method for method in METHODS if method.name == name), 0.5, 0.6)
     logits, trace = traced(model, pixels, **how)
-    assert trace.grid == (9, 7)
-    assert trace.original == 63
+    assert trace.flow().grid == (9, 7)
+    assert trace.flow().original == 63
     reference = _masked_reference(dense(family), family, pixels, trace, **how)
     torch.testing.assert_close(logits, reference, atol=2e-5, rtol=1e-4)
 
@@ -227,7 +227,7 @@ def test_registers_are_protected_and_the_classifier_averages_patches_alone() -> 
 def test_mae_routes_the_patches_that_its_masking_left() -> None:
     model = compressed("vit_mae", RANDOM, 0.5, 1.0, mask_ratio=0.75)
     out, trace = traced(model, images())
-    assert (trace.original, [trace.layer_tokens[index].mlp for index in range(4)]) == (9, [10, 6, 6, 6])
+    assert (trace.flow().original, [trace.flow().layer_tokens[index].mlp for index in range(4)]) == (9, [10, 6, 6, 6])
     assert CostModel(model).shape.patches == 9
     assert out.shape == (3, 16)
 
@@ -242,7 +242,7 @@ def test_a_dinov2_whose_layers_take_no_mask_is_refused_before_anything_changes()
     model.encoder.layer = nn.ModuleList([Old()])
     model.base_model_prefix = ""
     with pytest.raises(ValueError, match="install transformers 5.23"):
-        backbones()["dinov2"].check(model)
+        families()["dinov2"].check(model)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_dinov2_whose_layers_take_no_mask_is_refused_before_anything_changes()
 )
 def test_classes_that_cannot_be_compressed_say_why(family: str, name: str, why: str) -> None:
     with pytest.raises(ValueError, match=f"{name}.*{why}"):
-        backbone_for(family, name)
+        adapter_for(family, name)
 
 
 def test_towers_of_clip_and_siglip_can_be_compressed_alone() -> None:
@@ -283,7 +283,7 @@ def test_towers_of_clip_and_siglip_can_be_compressed_alone() -> None:
 
 
 def test_every_adapter_is_told_apart_by_its_model_type() -> None:
-    found = backbones()
+    found = families()
     assert {name: adapter.model_type for name, adapter in found.items()} == {name: name for name in found}
     assert Backbone not in found.values()
     assert VisionBackbone not in found.values()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
 
 from laconic import CompressionConfig, StageConfig, Trace, compress
-from laconic.modules.budget import Budget, BudgetConfig
+from laconic.modules.budget.budget import Budget
+from laconic.modules.budget.config import BudgetConfig
 from laconic.modules.budget.schedules import cosine, linear, progress, staircase
+from laconic.modules.cost.cost import Cost, CostModel
 from laconic.modules.cost.count_rules import tokens_kept
 from tests.matrix import dense, images, labels
 
@@ -100,6 +103,27 @@ def test_the_cost_of_a_training_is_the_mean_over_its_schedule() -> None:
     # A third of the steps each at .25, .5 and .75.
     thirds = [moving.cost(moving.resolve(keep)).macs_ratio for keep in (0.25, 0.5, 0.75)]
     assert moving.training_macs_ratio == pytest.approx(sum(thirds) / 3, abs=0.01)
+
+
+def test_a_moving_schedule_looks_for_a_keep_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[object] = []
+    cost_of = CostModel.__call__
+
+    def counting(self: CostModel, keep: Mapping[str, float] | None = None) -> Cost:
+        counted.append(keep)
+        return cost_of(self, keep)
+
+    monkeypatch.setattr(CostModel, "__call__", counting)
+    budget = _budget(target=0.5, schedule="linear", start=1.0, schedule_until=1.0)
+    keeps = [budget.trace(step).keep for step in range(100)]
+    first = len(counted)
+    # Every step has a target of its own, and looking for its keep without what is known already takes some 16 evaluations.
+    assert len({round(budget.target(step), 4) for step in range(100)}) == 100
+    assert first < 300
+    assert [budget.trace(step).keep for step in range(100)] == keeps
+    assert len(counted) == first
+    fresh = _budget(target=0.5)
+    assert all(fresh.resolve(round(budget.target(step), 4)) == keeps[step] for step in (0, 1, 50, 99))
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

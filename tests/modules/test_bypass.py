@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, from_pretrained, stages_of
-from laconic.modules.scorers.base import TokenSpec
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.predictor import PredictorSelector
 from laconic.modules.selectors.threshold import ThresholdSelector
 from laconic.modules.selectors.top_k import TopKSelector
+from laconic.modules.site import TokenSpec
 from laconic.modules.tokens.decision import Decision
 from laconic.modules.tokens.gather import put_back, take_out
 from laconic.modules.tokens.state import TokenState
@@ -39,10 +39,10 @@ def test_the_predictor_s_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_weight_of_one_half_is_half_of_what_the_block_added() -> None:
-    model = compress(dense("llama"), CompressionConfig([StageConfig(layer=1, site="around", scorer="linear", capacity=0.5)])).train()
-    ((_, stage),) = stages_of(model).values()
+    model = compress(dense("llama"), CompressionConfig([StageConfig(layer=1, site="around", scorer="linear", keep=0.5)])).train()
+    (stage,) = stages_of(model).values()
     trace = Trace()
-    trace.begin(_state(1, 4))
+    trace.flow().begin(_state(1, 4))
 
     class Half(nn.Module):
         def forward(self, scores: Tensor, *_: Any) -> Any:
@@ -86,7 +86,7 @@ def _suffix(rows: int, length: int, prefix: int) -> Decision:
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
 def test_a_suffix_where_it_stands_answers_like_a_text_of_its_own(family: str) -> None:
     prefix = 9
-    stages = [StageConfig(layer=layer, site="around", scorer="linear", selector="threshold", capacity=0.5) for layer in range(4)]
+    stages = [StageConfig(layer=layer, site="around", scorer="linear", selector="threshold", keep=0.5) for layer in range(4)]
     # Large weights would make much of what float32 rounds.
     plain = dense(family, initializer_range=0.1)
     model, ids = compress(dense(family, initializer_range=0.1), CompressionConfig(stages)), tokens()
@@ -169,11 +169,11 @@ def test_training_mode_does_not_generate() -> None:
 
 def test_a_threshold_is_not_rounded_by_loading_in_bf16(tmp_path: Path) -> None:
     model = compressed("llama", METHODS[1], 0.5, 0.5)
-    for _, stage in stages_of(model).values():
+    for stage in stages_of(model).values():
         stage.selector.threshold.fill_(-0.59751)
     model.save_pretrained(tmp_path)
     loaded = from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.model.layers[1].self_attn.q_proj.weight.dtype == torch.bfloat16
-    for _, stage in stages_of(loaded).values():
+    for stage in stages_of(loaded).values():
         assert stage.selector.threshold.dtype == torch.float32
         assert float(stage.selector.threshold) == float(torch.tensor(-0.59751))

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, stages_of
 from laconic.modules.backbones.llama import LlamaBackbone
-from laconic.modules.budget import Budget, BudgetConfig
+from laconic.modules.budget.budget import Budget
+from laconic.modules.budget.config import BudgetConfig
 from laconic.modules.budget.regularizers.h_net import ratio_loss
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.decoding.cache import RoutedCache
 from laconic.modules.mergers.chunk_mean import ChunkMeanMerger
-from laconic.modules.scorers.base import Scored, SiteInput, TokenSpec
+from laconic.modules.scorers.base import Scored
 from laconic.modules.scorers.boundary import BoundaryScorer
+from laconic.modules.site import SiteInput, TokenSpec
 from laconic.modules.tokens.dechunk import BLOCK, dechunk, smooth
 from laconic.modules.tokens.decision import Decision
+from laconic.modules.tokens.flow import Chunks
 from laconic.modules.tokens.state import TokenState
-from laconic.modules.tokens.trace import Chunks
 from tests.decoders import CHUNKS, compressed, dense, spread, tokens, traced
 
 SPEC = TokenSpec(2, 0, causal=True)
@@ -81,7 +83,7 @@ def test_dynamic_pooling_by_hand_down_and_up() -> None:
     assert merged.state.source.tolist() == [[0, 0, 0, 1, 1, -1]]
     # What is spread is what layers add: here the means themselves, to tokens that were 0.
     trace = Trace(state=merged.state, left=[(torch.zeros(1, 6, 1), site.state)])
-    trace.chunks = Chunks(0, torch.zeros(1, 2, 1), decision, None, None)
+    trace.flow().chunks = Chunks(0, torch.zeros(1, 2, 1), decision, None, None)
     assert dechunk(merged.hidden_states, trace).flatten().tolist() == [0, 0, 2, 2, 4.5, 4.5]
 
 
@@ -170,7 +172,7 @@ def test_a_chunk_is_as_sure_as_it_is_above_the_threshold() -> None:
     for step in range(3):
         trace = Trace(step=step)
         model(tokens(), trace=trace, use_cache=False)
-    chunks, threshold = trace.chunks, stages_of(model)["before_1"][1].selector.threshold
+    chunks, threshold = trace.flow().chunks, stages_of(model)["before_1"].selector.threshold
     assert float(threshold) != 0
     assert bool((chunks.probability[chunks.decision.valid] >= 0.5).all())
 
@@ -198,7 +200,7 @@ def test_steps_that_end_no_chunk_run_no_layer_between(method: Any) -> None:
 def test_chunks_may_go_around_layers_in_between() -> None:
     stages = [
         StageConfig(layer=1, keep=0.6, scorer="boundary", selector="gumbel"),
-        StageConfig(layer=2, site="around", capacity=0.5, scorer="linear", selector="threshold"),
+        StageConfig(layer=2, site="around", keep=0.5, scorer="linear", selector="threshold"),
     ]
     model = spread(compress(dense("llama"), CompressionConfig(stages, END)))
     how = {"max_new_tokens": 8, "do_sample": False}
@@ -207,7 +209,7 @@ def test_chunks_may_go_around_layers_in_between() -> None:
 
 def test_a_row_without_a_chunk_is_what_the_other_layers_make_of_it() -> None:
     model, ids = compressed("llama", CHUNKS[1], 0.5).train(), tokens()
-    stage = stages_of(model)["before_1"][1]
+    stage = stages_of(model)["before_1"]
     stage.selector.threshold.fill_(1e9)
     stage.selector.calibrate = False
     out = model(ids, labels=ids, use_cache=False)
@@ -267,7 +269,7 @@ _REFUSED = {
 @pytest.mark.parametrize("message", _REFUSED)
 def test_what_would_answer_wrongly_is_refused_with_the_cure(message: str) -> None:
     stages, restore = _REFUSED[message]
-    made = [{"layer": 1, "capacity" if stage.get("site") == "around" else "keep": 0.5} | stage for stage in stages]
+    made = [{"layer": 1, "keep": 0.5} | stage for stage in stages]
     plain = dense("llama")
     with pytest.raises(ValueError, match=message):
         compress(plain, CompressionConfig(made, restore))

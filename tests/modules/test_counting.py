@@ -9,13 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from laconic import CompressionConfig, StageConfig, Trace
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.cost.count_rules import COUNT_RULES, StageCount, tokens_kept
-from laconic.modules.cost.shape import BackboneShape, LayerTokens
+from laconic.modules.cost.shape import LayerTokens
 from tests.matrix import PAIRS, Method, compressed, dense, images, inputs
 
 
-def _vit(width: int, layers: int, patch: int = 16, side: int = 224) -> BackboneShape:
+def _vit(width: int, layers: int, patch: int = 16, side: int = 224) -> StackShape:
     patches = (side // patch) ** 2
-    return BackboneShape(
+    return StackShape(
         hidden=width,
         intermediate=4 * width,
         layers=layers,
@@ -27,7 +27,7 @@ def _vit(width: int, layers: int, patch: int = 16, side: int = 224) -> BackboneS
     )
 
 
-def _formula(shape: BackboneShape, attention: list[int], mlp: list[int], classes: int = 1000) -> float:
+def _formula(shape: StackShape, attention: list[int], mlp: list[int], classes: int = 1000) -> float:
     """The papers' convention, written out apart from the code under test. GMACs."""
     c = shape.hidden
     blocks = sum(4 * n * c * c + 2 * n * n * c + 8 * m * c * c for n, m in zip(attention, mlp, strict=True))
@@ -40,7 +40,7 @@ def _formula(shape: BackboneShape, attention: list[int], mlp: list[int], classes
     [(_vit(192, 12), 1.254), (_vit(384, 12), 4.599), (_vit(768, 12), 17.564), (_vit(1024, 24), 61.555), (_vit(1280, 32, 14), 167.295)],
     ids=["DeiT-T", "DeiT-S", "DeiT-B", "ViT-L", "ViT-H/14"],
 )
-def test_dense_macs_are_the_published_ones(shape: BackboneShape, published: float) -> None:
+def test_dense_macs_are_the_published_ones(shape: StackShape, published: float) -> None:
     ours = shape.model_macs(shape.dense_layers()) / 1e9
     tokens = [shape.patches + 1] * shape.layers
     assert ours == pytest.approx(_formula(shape, tokens, tokens), rel=1e-12)

@@ -81,7 +81,7 @@ def test_2_going_around_equals_masking(family: str, method: Row) -> None:
         torch.testing.assert_close(logits, chunked_reference(model, plain, ids, trace), **CLOSE)
         return
     routed = {int(name.rsplit("_", 1)[1]): routing.kept_mask for name, routing in trace.routings.items()}
-    weights = {int(name.rsplit("_", 1)[1]): _gate(stages_of(model)[name][1], routing) for name, routing in trace.routings.items()}
+    weights = {int(name.rsplit("_", 1)[1]): _gate(stages_of(model)[name], routing) for name, routing in trace.routings.items()}
     # Every token goes through every layer; who was not chosen is hidden as a key, and keeps what it was.
     for index, layer in enumerate(model.backbone.layers(plain)):
         if index in routed:
@@ -147,7 +147,7 @@ def _keep_as_it_was(layer: Any, chosen: Tensor, weight: Tensor | float, site: st
 def chunked_reference(model: PreTrainedModel, plain: PreTrainedModel, ids: Tensor, trace: Trace) -> Tensor:
     """Logits of a dense model whose middle layers see every token, those that are no chunk hidden as keys."""
     routing = trace.routings["before_1"]
-    kept, stage = routing.kept_mask, stages_of(model)["before_1"][1]
+    kept, stage = routing.kept_mask, stages_of(model)["before_1"]
     means = stage.config.part("merger").name == "chunk_mean"
     entered: dict[str, Tensor] = {}
     if routing.decision.cut is None or not stage.scorer.probabilities:
@@ -356,7 +356,7 @@ def test_11_achieved_counts_equal_the_count_rule(family: str, method: Row, dtype
     model = compressed(family, method, 0.37, 0.61).to(dtype)
     _, trace = traced(model, tokens(), **_ahead(method))
     for routing, capacity in zip(trace.routings.values(), (0.37, 0.61), strict=False):
-        stage = stages_of(model)[routing.stage][1]
+        stage = stages_of(model)[routing.stage]
         if not method.deployed:
             assert (routing.present, routing.kept) == (24, tokens_kept(24, capacity))
             continue
@@ -371,7 +371,7 @@ def test_11_achieved_counts_equal_the_count_rule(family: str, method: Row, dtype
 @families
 def test_12_a_row_that_chooses_nothing_runs_one_token_that_counts_nothing(family: str) -> None:
     model, ids = compressed(family, METHODS[1], 0.5, 0.5).train(), tokens()
-    for _, stage in stages_of(model).values():
+    for stage in stages_of(model).values():
         stage.selector.threshold.fill_(1e9)
         stage.selector.calibrate = False
     trace = Trace()
@@ -391,7 +391,7 @@ def test_12_a_row_that_chooses_nothing_runs_one_token_that_counts_nothing(family
 
 def test_sites_without_halves_are_refused() -> None:
     with pytest.raises(ValueError, match="use_parallel_residual"):
-        compress(dense("gpt_neox"), CompressionConfig([StageConfig(layer=1, site="around_mlp", capacity=0.5)]))
+        compress(dense("gpt_neox"), CompressionConfig([StageConfig(layer=1, site="around_mlp", keep=0.5)]))
     with pytest.raises(ValueError, match="not offered"):
         compress(dense("llama"), CompressionConfig([StageConfig(layer=1, keep=0.5, site="between")]))
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laconic import Trace, decompress, stages_of
-from laconic.modules.backbones import backbone_for
 from laconic.modules.compress import checkpoint_activations
+from laconic.modules.config import SITES
 from laconic.modules.cost.count_rules import COUNT_RULES, StageCount
-from laconic.modules.sites import SITES
 from laconic.modules.tokens.state import TokenState
 from laconic.modules.tokens.trace import Routing
 from tests.clean import CleanProcesses
@@ -107,7 +106,7 @@ class _Recorded(nn.Module):
 
 def _with_layers_replaced(plain: PreTrainedModel, out: Tensor | None = None) -> tuple[PreTrainedModel, _Recorded]:
     twin, recorded = copy.deepcopy(plain), _Recorded(out)
-    layers = backbone_for(plain.config.model_type, type(plain).__name__).layers(twin)
+    layers = adapter_for(plain.config.model_type, type(plain).__name__).layers(twin)
     del layers[1:]
     layers[0] = recorded
     return twin, recorded
@@ -201,7 +200,7 @@ def _masked_reference(plain: PreTrainedModel, family: str, pixels: Tensor, trace
     """Answer of a forward that computes every token in every layer."""
     twin, recorded = _with_layers_replaced(plain)
     twin(**inputs(plain, pixels), **how)
-    backbone = backbone_for(plain.config.model_type, type(plain).__name__)
+    backbone = adapter_for(plain.config.model_type, type(plain).__name__)
     assert trace.state is not None
     reference = _Reference(recorded.given, backbone, recorded.kwargs, trace.state.proportional)
     shrinking = [routing for routing in trace.routings.values() if not routing.bypass]
@@ -307,7 +306,7 @@ def test_5_rows_of_different_lengths_in_a_batch_equal_the_rows_alone(family: str
 
 
 def _extra(routing: object, model: PreTrainedModel) -> int:
-    return stages_of(model)[routing.stage][1].merger.extra  # type: ignore[attr-defined]
+    return stages_of(model)[routing.stage].merger.extra  # type: ignore[attr-defined]
 
 
 def _row(count: int | Tensor, row: int) -> float:
@@ -439,12 +438,12 @@ def test_11_achieved_counts_equal_the_count_rule(family: str, method: Method, dt
         processed.append(int(wanted))
         present = 36 if method.bypass else int(wanted)
     if method.adaptive:
-        assert torch.equal(torch.as_tensor(trace.layer_tokens[3].mlp), torch.as_tensor(routing.kept) + PREFIX[family])
+        assert torch.equal(torch.as_tensor(trace.flow().layer_tokens[3].mlp), torch.as_tensor(routing.kept) + PREFIX[family])
         return
     assert trace.state.tokens == present + PREFIX[family]
     processed.append(present)
     kind = "attention" if method.site == "around_attention" else "mlp"
-    assert [getattr(trace.layer_tokens[index], kind) for index in range(4)] == [count + PREFIX[family] for count in processed]
+    assert [getattr(trace.flow().layer_tokens[index], kind) for index in range(4)] == [count + PREFIX[family] for count in processed]
 
 
 @matrix

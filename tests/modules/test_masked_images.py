@@ -133,10 +133,10 @@ def test_scorers_look_at_the_patch_that_a_token_really_comes_from() -> None:
     model, trace = compress(dense(), stages(0.5, scorer="patch_energy")), Trace()
     out = model(pixels, trace=trace)
     seen = (out.mask[0] == 0).nonzero().flatten()
-    assert trace.places is not None
-    assert set((trace.places[0, 1:] - 1).tolist()) == set(seen.tolist())
+    assert trace.flow().places is not None
+    assert set((trace.flow().places[0, 1:] - 1).tolist()) == set(seen.tolist())
     strongest = seen[strength.flatten()[seen].argsort(descending=True)[:9]]
-    kept = (trace.places.gather(1, trace.routings["before_0"].decision.index)[0, 1:] - 1).tolist()
+    kept = (trace.flow().places.gather(1, trace.routings["before_0"].decision.index)[0, 1:] - 1).tolist()
     assert set(kept) == set(strongest.tolist())
     # Pictures show the same: what the masking took away is gone too.
     assert set(kept_pixels(trace)[0, ::PATCH, ::PATCH].flatten().nonzero().flatten().tolist()) == set(kept)
@@ -149,7 +149,7 @@ def test_the_grid_stays_even_although_tokens_are_shuffled() -> None:
     for step in range(2):
         trace = Trace(step=step)
         model(images(1), trace=trace)
-        cells.append(set(trace.places_of(trace.routings["before_0"].state)[0, trace.routings["before_0"].decision.index[0]].tolist()))
+        cells.append(set(trace.flow()._places(trace.routings["before_0"].state)[0, trace.routings["before_0"].decision.index[0]].tolist()))
     assert cells[0] == cells[1]
 
 
@@ -265,5 +265,5 @@ def test_a_sequence_that_stays_short_is_refused_with_the_cure(restore: int | Non
 
 
 def test_stages_that_send_tokens_around_need_no_restore() -> None:
-    around = CompressionConfig([StageConfig(layer=1, site="around", capacity=0.5, scorer="random")])
+    around = CompressionConfig([StageConfig(layer=1, site="around", keep=0.5, scorer="random")])
     assert compress(dense(), around)(images()).logits.shape == (3, PATCHES, 48)

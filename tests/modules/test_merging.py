@@ -11,10 +11,11 @@ from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
 from laconic.modules.backbones.vit import ViTBackbone
 from laconic.modules.mergers.bipartite import BipartiteMerger
 from laconic.modules.mergers.squeeze import SqueezeMerger
-from laconic.modules.scorers.base import Scored, SiteInput, TokenSpec
+from laconic.modules.scorers.base import Scored
 from laconic.modules.scorers.bipartite import BipartiteScorer
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.top_k import TopKSelector
+from laconic.modules.site import SiteInput, TokenSpec
 from laconic.modules.tokens.state import TokenState
 from tests.matrix import BACKBONES, answer, dense, images, labels
 
@@ -66,7 +67,7 @@ def test_bipartite_matching_never_takes_away_more_than_half(tokens: int, removed
     trace = Trace()
     trace.prefix = 1
     hidden = torch.randn(2, tokens, 16)
-    trace.begin(TokenState.initial(2, tokens, 1, None, hidden.device))
+    trace.flow().begin(TokenState.initial(2, tokens, 1, None, hidden.device))
     out = model.vit.layers[1].stages["before"](hidden, model.vit.layers[1], trace)
     assert out.shape[1] == tokens - min(removed, (tokens - 1) // 2)
 
@@ -135,7 +136,7 @@ def test_size_weighted_sums_are_conserved_over_two_stages(parts: dict[str, str])
     model = compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.6, **parts), StageConfig(layer=2, keep=0.6, **parts)]))
     layers = model.vit.layers
     hidden, trace = torch.randn(3, 37, 16), Trace(pixel_values=images(), grid=(6, 6))
-    trace.begin(TokenState.initial(3, 37, 1, None, hidden.device))
+    trace.flow().begin(TokenState.initial(3, 37, 1, None, hidden.device))
     once = layers[1].stages["before"](hidden, layers[1], trace)
     twice = layers[2].stages["before"](once, layers[2], trace)
     assert trace.state is not None
@@ -174,7 +175,7 @@ def test_dropped_tokens_rejoin_with_their_last_state(by: str) -> None:
 
 def test_a_restore_before_the_last_layer_lets_it_see_all_tokens() -> None:
     _, trace = _restored("unmerge", 3)
-    assert [trace.layer_tokens[index].mlp for index in range(4)] == [37, 19, 10, 37]
+    assert [trace.flow().layer_tokens[index].mlp for index in range(4)] == [37, 19, 10, 37]
 
 
 def test_unmerging_gives_sources_the_state_of_their_merged_token() -> None:

@@ -10,9 +10,9 @@ import transformers
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
 from laconic.modules.cost.cost import CostModel
-from laconic.modules.scorers.base import TokenSpec
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.top_k import TopKSelector
+from laconic.modules.site import TokenSpec
 from laconic.modules.tokens.decision import Decision
 from laconic.modules.tokens.draws import uniform
 from laconic.modules.tokens.keep_count import KeepCount
@@ -156,11 +156,11 @@ WRONG = [
     ({"keep": 1.01}, r"must be in \(0, 1\]"),
     ({"keep": None}, r"keep is not set"),
     ({"site": "betwen"}, r"site = 'betwen' does not exist: the sites are before, between, around, around_attention, around_mlp"),
-    ({"capacity": 0.5}, r"capacity belongs to another kind of site; at site 'before' give keep"),
+    ({"keep": 0.5}, r"capacity belongs to another kind of site; at site 'before' give keep"),
     ({"site": "around"}, r"keep belongs to another kind of site; at site 'around' give capacity"),
     ({"tokens": 9}, r"give either keep or tokens, not both"),
     ({"tokens": 0}, r"tokens = 0 must be an integer of at least 1"),
-    ({"site": "around", "keep": None, "capacity": 0.5, "merger": "fuse"}, r"no token goes away; leave merger out"),
+    ({"site": "around", "keep": None, "keep": 0.5, "merger": "fuse"}, r"no token goes away; leave merger out"),
     ({"merger": "bipartite"}, r"merges the pairs that scorer 'bipartite' finds, not those of 'learned'; try 'squeeze'"),
     ({"scorer": "evidence", "selector": "gumbel"}, r"takes scores for probabilities, which those of scorer 'evidence' are not"),
     ({"scorer": "bipartite", "selector": "threshold", "merger": "bipartite"}, r"lets every row keep as many as it likes"),
@@ -168,7 +168,7 @@ WRONG = [
         {"scorer": "bipartite", "keep": 0.3, "merger": "bipartite"},
         r"keep = 0.3: scorer 'bipartite' can take away half of the tokens at most",
     ),
-    ({"scorer": "bipartite", "site": "around", "keep": None, "capacity": 0.5}, r"around a layer nothing is merged"),
+    ({"scorer": "bipartite", "site": "around", "keep": None, "keep": 0.5}, r"around a layer nothing is merged"),
     ({"selector": "threshold", "count": "evit"}, r"count = 'evit' has nothing to count"),
     ({"merger": "pool"}, r"merger 'pool' makes 16 tokens: give the stage tokens = 16"),
     ({"scorer": "lerned"}, r"scorer 'lerned' does not exist: the scorers are .*; did you mean 'learned'\?"),
@@ -269,7 +269,7 @@ def test_pixels_beyond_the_last_whole_patch_are_left_out() -> None:
     model = compress(dense("vit"), method.config(0.5))
     trace = Trace()
     model(pixel_values=torch.randn(2, 3, 26, 26), interpolate_pos_encoding=True, trace=trace)
-    assert trace.layer_tokens[3].mlp == 19
+    assert trace.flow().layer_tokens[3].mlp == 19
 
 
 def test_a_trace_serves_one_forward() -> None:
@@ -284,8 +284,8 @@ def test_the_base_model_alone_drops_as_many_tokens_as_under_its_head() -> None:
     trace, inner = Trace(), Trace()
     model(pixel_values=images(), trace=trace)
     model.vit(pixel_values=images(), trace=inner)
-    assert trace.layer_tokens == inner.layer_tokens
-    assert model.vit(pixel_values=images()).last_hidden_state.shape[1] == trace.layer_tokens[3].mlp
+    assert trace.flow().layer_tokens == inner.flow().layer_tokens
+    assert model.vit(pixel_values=images()).last_hidden_state.shape[1] == trace.flow().layer_tokens[3].mlp
 
 
 def test_hidden_states_and_the_forwards_signature_are_as_in_transformers() -> None:

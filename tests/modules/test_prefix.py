@@ -34,7 +34,7 @@ def _padded() -> tuple[Tensor, Tensor]:
 
 def _prompt(**given: Any) -> Tensor:
     trace = Trace(**given)
-    valid, number = trace.valid, 6 if trace.labels is None else trace.labels.shape[1]
+    valid, number = trace.flow().valid, 6 if trace.labels is None else trace.labels.shape[1]
     return prompt_of(trace, TokenState.initial(1, number, 0, valid, torch.device("cpu"))).int()
 
 
@@ -100,7 +100,7 @@ def test_what_follows_the_prompt_never_sees_ahead_and_decodes_as_it_was_trained(
         parts.append(out.logits)
     real = mask.bool()
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], **CLOSE)
-    left = [int(torch.as_tensor(trace.layer_tokens[layer].attention).sum()) for layer in range(4)]
+    left = [int(torch.as_tensor(trace.flow().layer_tokens[layer].attention).sum()) for layer in range(4)]
     assert left[3] == left[2] < left[1] < left[0]
     # Padding is stored by layers that see whole rows.
     assert cache.tokens_stored()[1:] == left[1:]

@@ -72,8 +72,8 @@ def test_a_dropped_token_answers_with_the_state_that_it_had(name: str) -> None:
     base.layernorm.register_forward_hook(lambda module, given, out: hidden.append(given[0]))
     model(pixel_values=images(), trace=trace)
     gone = ~trace.routings["before_1"].kept_mask
-    assert trace.shortest is not None
-    assert trace.shortest.tokens < hidden[0].shape[1] == 37
+    assert trace.flow().shortest is not None
+    assert trace.flow().shortest.tokens < hidden[0].shape[1] == 37
     plain: list[Tensor] = []
     dense = decompress(model)
     model.base_model.layernorm._forward_hooks.clear()

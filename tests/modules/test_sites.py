@@ -21,7 +21,7 @@ ALL = ["before", "between", *BYPASS]
 
 
 def _stage(site: str, layer: int, keep: float, **parts: Any) -> StageConfig:
-    return StageConfig(layer=layer, site=site, **{"capacity" if site in BYPASS else "keep": keep}, **(parts or PARTS))
+    return StageConfig(layer=layer, site=site, keep=keep, **(parts or PARTS))
 
 
 def _model(*stages: StageConfig, **settings: Any) -> Any:
@@ -90,7 +90,7 @@ def test_a_stage_between_scores_what_attention_made() -> None:
     for after in plain.vit.layers[2:]:
         hidden = after(hidden)
     torch.testing.assert_close(logits, plain.classifier(plain.vit.layernorm(hidden)[:, 0]), atol=2e-5, rtol=1e-4)
-    assert (trace.layer_tokens[1].attention, trace.layer_tokens[1].mlp) == (37, 15)
+    assert (trace.flow().layer_tokens[1].attention, trace.flow().layer_tokens[1].mlp) == (37, 15)
 
 
 @pytest.mark.parametrize("site", ALL)
@@ -144,7 +144,7 @@ def test_cost_counter_and_oracle_agree(site: str) -> None:
     assert cost().macs == pytest.approx(counter.get_total_flops() / 2, rel=1e-6)
     assert cost.achieved(trace) == pytest.approx(cost().macs_ratio)
     assert trace.state is not None
-    oracle = sliced(dense("vit", attn_implementation="eager"), trace.layer_tokens, trace.state.tokens)
+    oracle = sliced(dense("vit", attn_implementation="eager"), trace.flow().layer_tokens, trace.state.tokens)
     with torch.no_grad(), FlopCounterMode(display=False) as theirs:
         oracle(pixel_values=images(1))
     assert theirs.get_total_flops() == counter.get_total_flops()
@@ -155,7 +155,7 @@ def test_stages_at_several_sites_of_one_layer_run_in_their_order() -> None:
     model = _model(*stages)
     _, trace = traced(model, images())
     assert list(trace.routings) == ["before_1", "around_attention_1", "between_1", "around_mlp_1"]
-    tokens = trace.layer_tokens[1]
+    tokens = trace.flow().layer_tokens[1]
     assert (tokens.present, tokens.attention, tokens.mlp) == (26, 1 + 18, 1 + 13)
     assert CostModel(model).achieved(trace) == pytest.approx(CostModel(model)().macs_ratio)
     restored = decompress(model)

@@ -17,7 +17,7 @@ def test_the_oracle_sees_the_same_token_counts_without_a_router(family: str) -> 
     model, trace = compressed(family, random, 0.5, 0.6, attn_implementation="eager"), Trace()
     with torch.no_grad(), FlopCounterMode(display=False) as ours:
         model(**inputs(model, images(1)), trace=trace)
-    oracle = sliced(dense(family, attn_implementation="eager"), trace.layer_tokens)
+    oracle = sliced(dense(family, attn_implementation="eager"), trace.flow().layer_tokens)
     with torch.no_grad(), FlopCounterMode(display=False) as theirs:
         oracle(**inputs(oracle, images(1)))
     assert theirs.get_total_flops() == ours.get_total_flops()

@@ -13,6 +13,7 @@ from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.recipe.files import load
+from laconic.trainer.tasks.base import task_named
 from tests.data.folders import image_folder
 from tests.matrix import BACKBONES, FAMILIES, IMAGE, LAYERS, dense
 
@@ -44,7 +45,7 @@ def test_a_local_folder_of_any_family_builds_and_takes_a_training_step(family: s
     assert {name: torch.equal(parameter, loaded[name]) for name, parameter in kept.items()} == dict.fromkeys(kept, True)
     batch = [parts.data.train[index] for index in range(4)]
     pixels = torch.stack([row["pixel_values"] for row in batch])
-    assert pixels.shape == (4, 3, IMAGE, IMAGE) == (4, *parts.task.probe(parts.model.config)["pixel_values"].shape[1:])
+    assert pixels.shape == (4, 3, IMAGE, IMAGE) == (4, *task_named(parts.recipe.task).probe(parts.model.config)["pixel_values"].shape[1:])
     # Noise of mean a half, normalised by the folder's own processor.
     assert pixels.mean((0, 2, 3)).tolist() == pytest.approx([0.5, 0.0, -0.25], abs=0.1)
     trace = Trace(noise=1.0)

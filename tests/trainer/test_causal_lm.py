@@ -24,13 +24,15 @@ from laconic.modules.tokens.labels import IGNORE_TOKEN
 from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
-from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
+from laconic.trainer.evaluate import evaluate, inspect_run
 from laconic.trainer.export.export import export
 from laconic.trainer.losses.token_loss import TokenLoss, check_model, token_loss
 from laconic.trainer.measure.tables import cost_of_model
+from laconic.trainer.metrics.perplexity import Perplexity
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import rehearse, train, train_arm
-from laconic.trainer.tasks.causal_lm import Perplexity
+from laconic.trainer.run_folder import RunFolder
+from laconic.trainer.tasks.base import task_named
 from tests.data.texts import chats, jsonl, small_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,7 +182,7 @@ def test_a_run_on_the_library_is_reported_evaluated_exported_and_generates(tmp_p
     assert report["throughput"]["unit"] == "tokens"
     assert report["throughput"]["per_second"] > 0
     assert "tokens/s" in (run / "log.txt").read_text()
-    evaluated = evaluate(str(run), recipe_of(str(run), []), console)
+    evaluated = evaluate(str(run), RunFolder.open(run).read_recipe(), console)
     assert evaluated["variants"]["dense"]["perplexity"] == pytest.approx(quality["dense"], rel=1e-5)
     assert export(str(run), str(tmp_path / "out"))["max_abs_logit_diff"] <= 1e-5
     for folder in (run / "model", tmp_path / "out"):
@@ -189,15 +191,16 @@ def test_a_run_on_the_library_is_reported_evaluated_exported_and_generates(tmp_p
         assert model.config.eos_token_id == tokenizer.eos_token_id
         assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] <= inputs["input_ids"].shape[1] + 4
     with pytest.raises(ValueError, match="is a dense model: every layer sees every token, there is nothing to inspect"):
-        inspect_run(str(run), recipe_of(str(run), []), None, tmp_path / "page.html")
+        inspect_run(str(run), RunFolder.open(run).read_recipe(), None, tmp_path / "page.html")
 
 
 def test_a_trained_model_is_evaluated_with_its_own_tokenizer(tmp_path: Path, tiny: list[str], console: Console) -> None:
     train_arm(load("llm_pretrain_dense", tiny), "dense", tmp_path / "run", console)
     # As if another version of Python had trained another one meanwhile.
-    recipe = recipe_of(str(tmp_path / "run"), ["data.train_samples=5"])
+    recipe = RunFolder.open(tmp_path / "run").read_recipe(["data.train_samples=5"])
     parts = build(recipe)
-    own = parts.task.open_data(parts.task.of_run(recipe, tmp_path / "run" / "model"), parts.model.config)
+    task = task_named(recipe.task)
+    own = task.open_data(task.of_run(recipe, RunFolder.open(tmp_path / "run")), parts.model.config)
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").get_vocab() == own.tokenizer.get_vocab()  # type: ignore[attr-defined]
     assert parts.data.tokenizer.get_vocab() != own.tokenizer.get_vocab()  # type: ignore[attr-defined]
 
@@ -228,12 +231,12 @@ def test_a_routed_run_is_evaluated_as_deployed_and_looking_ahead_and_shown(
     overrides += ["compression.stages=[{layer: 1, site: around, scorer: linear, selector: predictor}]"]
     report = train(load("llm_pretrain", overrides), overrides, console)
     run = str(tmp_path / "run")
-    variants = evaluate(run, recipe_of(run, []), console)["variants"]
+    variants = evaluate(run, RunFolder.open(run).read_recipe(), console)["variants"]
     assert set(variants) == {"compressed", "look-ahead", "random", "uniform_grid", "dense"}
     assert variants["compressed"]["perplexity"] == pytest.approx(report.quality["compressed"], rel=1e-4)
     # Top-k of every document; the predictor's threshold meets it on average alone.
     assert variants["look-ahead"]["keep"]["around_1"] == pytest.approx(report.keep["requested"]["around_1"], abs=0.05)
-    kept = inspect_run(run, recipe_of(run, []), "if so: pass", tmp_path / "page.html")
+    kept = inspect_run(run, RunFolder.open(run).read_recipe(), "if so: pass", tmp_path / "page.html")
     assert set(kept) == {"around_1"}
     assert (tmp_path / "page.html").read_text().count("<span style") == len(
         AutoTokenizer.from_pretrained(tmp_path / "run" / "model")("if so: pass")["input_ids"]
@@ -254,7 +257,7 @@ def test_a_gate_stays_with_the_weights(tmp_path: Path, tiny: list[str], console:
     train(load("llm_pretrain", [*overrides, *ends_whole]), overrides, console)
     run = str(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["compression"] is not None
-    variants = evaluate(run, recipe_of(run, []), console)["variants"]
+    variants = evaluate(run, RunFolder.open(run).read_recipe(), console)["variants"]
     # Every token goes through, and the gate is the same: so is the answer.
     assert variants["random"]["perplexity"] == pytest.approx(variants["compressed"]["perplexity"])
     assert variants["dense"]["perplexity"] != pytest.approx(variants["compressed"]["perplexity"])
@@ -271,7 +274,7 @@ def test_filler_is_no_token_of_a_stage(tiny: list[str]) -> None:
     last = collate([parts.data.validation[len(parts.data.validation) - 1]])  # type: ignore[arg-type]
     assert last["tokens"] < 64
     trace = Trace(lookahead=True)
-    parts.task.forward(parts.model.eval(), last, trace=trace)
+    task_named(parts.recipe.task).forward(parts.model.eval(), last, trace=trace)
     assert trace.routings["around_1"].counts()[1] == last["tokens"]
 
 
@@ -293,9 +296,9 @@ def test_shorter_prompts_are_evaluated_and_shown(tmp_path: Path, console: Consol
     ]  # fmt: skip
     train(load("llm_finetune", overrides), overrides, console)
     run = str(tmp_path / "run")
-    variants = evaluate(run, recipe_of(run, []), console)["variants"]
+    variants = evaluate(run, RunFolder.open(run).read_recipe(), console)["variants"]
     assert set(variants) >= {"compressed", "random", "uniform_grid", "dense"}
-    kept = inspect_run(run, recipe_of(run, []), "Who slept in the house?", tmp_path / "page.html")
+    kept = inspect_run(run, RunFolder.open(run).read_recipe(), "Who slept in the house?", tmp_path / "page.html")
     assert 0.3 < kept["before_1"] < 0.8
 
 
@@ -328,9 +331,9 @@ def test_a_dry_run_and_a_validation_name_what_they_found(tiny: list[str], consol
 
 def test_the_module_weighs_its_loss_by_the_tokens_of_all_ranks(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     parts = build(load("llm_pretrain_dense", tiny).recipe)
-    module, batch = parts.task.module(parts), collate([parts.data.train[index] for index in range(4)])
+    module, batch = task_named(parts.recipe.task).module(parts), collate([parts.data.train[index] for index in range(4)])
     alone = float(module.losses(batch)["loss"])
-    assert alone == pytest.approx(float(parts.task.loss(parts.model, batch)))
+    assert alone == pytest.approx(float(task_named(parts.recipe.task).loss(parts.model, batch)))
     # Another rank predicts three times as many: its mean counts three times as much.
     monkeypatch.setattr("laconic.trainer.distributed.collective.world_size", lambda: 2)
     monkeypatch.setattr("laconic.trainer.distributed.collective.total", lambda counts: [4 * count for count in counts])
@@ -340,12 +343,12 @@ def test_the_module_weighs_its_loss_by_the_tokens_of_all_ranks(tiny: list[str], 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.augmentation=flip"], r"data.augmentation = 'flip' is for images, and task = causal_lm has text"),
-        (["data.canvas.size=40"], r"data.canvas = .* is for images"),
+        (["data.augmentation=flip"], r"data.augmentation is for images .*, and task = causal_lm has text without labels: leave it out"),
+        (["data.canvas.size=40"], r"data.canvas is for images"),
         (["distillation={teacher: dense_self}"], "distillation has an image classifier for a teacher"),
         (
             ["data.name=scattered_digits"],
-            r"data.name = 'scattered_digits' holds images, .*: give python_library, python_functions, text, json",
+            r"data.name = 'scattered_digits' is for images .*: give python_library, python_functions, text, json",
         ),
         (["data.streaming=true"], "python_library is on this machine and small"),
         (["data.sample_by=line"], "data.sample_by = 'line' cuts files of data.name = 'text', and it is 'python_library'"),
@@ -372,7 +375,9 @@ def test_what_cannot_be_deployed_is_refused_before_it_is_trained(parts: str, tin
 
 
 def test_keys_of_text_are_refused_for_images_and_a_tokenizer_must_fit(tmp_path: Path, tiny: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"data.sequence_length = 64 is for text, and this task has images: leave it out"):
+    with pytest.raises(
+        ValueError, match=r"data.sequence_length is for text .*, and task = image_classification has images .*: leave it out"
+    ):
         validate(load("vit_digits", ["data.sequence_length=64"]).recipe)
     small_tokenizer().save_pretrained(tmp_path / "tokenizer")
     fit = [*tiny, f"data.tokenizer={tmp_path / 'tokenizer'}"]

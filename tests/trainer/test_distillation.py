@@ -19,6 +19,7 @@ from laconic.trainer.losses.distillation import Distillation, DistillationRecipe
 from laconic.trainer.recipe.files import load
 from laconic.trainer.recipe.schema import ModelRecipe
 from laconic.trainer.run import train_arm
+from laconic.trainer.tasks.base import task_named
 from tests.matrix import CLASSES, METHODS, compressed, dense, images, labels
 
 NAMES = [f"LABEL_{code}" for code in range(CLASSES)]
@@ -74,7 +75,7 @@ def test_the_teacher_is_no_part_of_the_task(tmp_path: Path, quick: list[str]) ->
     build(load("vit_digits_dense", overrides).recipe).model.save_pretrained(tmp_path / "teacher")
     recipe = load("vit_digits", [*overrides, f"distillation.teacher={tmp_path / 'teacher'}"]).recipe
     parts = build(recipe)
-    task = parts.task.module(parts)
+    task = task_named(parts.recipe.task).module(parts)
     assert task.distillation is not None
     own = {id(parameter) for parameter in task.parameters()}
     assert not own & {id(parameter) for parameter in task.distillation.teacher.parameters()}

@@ -104,8 +104,8 @@ def test_parts_are_found_by_the_same_names_in_a_flat_folder(tmp_path: Path, monk
                 == registry.find(f"{modules.__name__}.{kind}", name, base).__name__
             )
     assert (
-        importlib.import_module("flat_laconic.backbones").backbones().keys()
-        == importlib.import_module(f"{modules.__name__}.backbones").backbones().keys()
+        importlib.import_module("flat_laconic.backbones").families().keys()
+        == importlib.import_module(f"{modules.__name__}.backbones").families().keys()
     )
     # Two copies in one process do not take each other's packed rows for their own.
     theirs, ours = importlib.import_module("flat_laconic.tokens_ragged"), importlib.import_module(f"{modules.__name__}.tokens.ragged")

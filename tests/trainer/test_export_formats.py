@@ -17,6 +17,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, PreTrainedModel, ViTForImageClassification
@@ -28,7 +29,6 @@ from laconic.data.images.transform import ImageTransform
 from laconic.modules.tokens.gather import sum_into
 from laconic.trainer.cli.app import app
 from laconic.trainer.errors import RecipeError
-from laconic.trainer.evaluate import load_model
 from laconic.trainer.export import export as exporting
 from laconic.trainer.export.base import names
 from laconic.trainer.export.capture import captured
@@ -36,6 +36,7 @@ from laconic.trainer.export.export import export
 from laconic.trainer.export.preprocessing import image_processor
 from laconic.trainer.export.source import ExportSource, Settings
 from laconic.trainer.recipe.files import load
+from laconic.trainer.run_folder import load_model
 from tests import decoders
 from tests.matrix import METHODS, compressed, dense, images
 from tests.trainer.export_runs import WITHOUT_LACONIC, machine_without_laconic, written_run
@@ -144,7 +145,7 @@ def test_a_language_model_with_routers_generates_the_same_without_laconic(tmp_pa
 
 
 def test_plain_is_the_backbone_where_every_token_passes_and_its_record_is_true(tmp_path: Path) -> None:
-    config = CompressionConfig([StageConfig(layer=1, site="around", scorer="random", capacity=1.0), StageConfig(layer=2, keep=1.0)])
+    config = CompressionConfig([StageConfig(layer=1, site="around", scorer="random", keep=1.0), StageConfig(layer=2, keep=1.0)])
     run = written_run(tmp_path / "run", compress(dense("vit"), config))
     record = export(str(run), str(tmp_path / "out"), "plain", Settings("bf16"))
     folder = tmp_path / "out"
@@ -314,8 +315,16 @@ def test_the_card_says_what_was_measured_and_nothing_else(run: Path, tmp_path: P
         assert said in card
     assert str(run) not in card
     bare = replace(source, report=None)
-    write_card(bare, form, Settings(), facts(bare), form.usage(source.model), tmp_path)
-    assert "| accuracy | not measured |" in (tmp_path / "README.md").read_text()
+    write_card(bare, form, Settings(), {**facts(bare), "base_model": "someone/a-model"}, form.usage(source.model), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| accuracy | not measured |" in card
+    # The header as the hub reads it.
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "transformers",
+        "tags": ["laconic", "token-compression"],
+        "pipeline_tag": "image-classification",
+        "base_model": "someone/a-model",
+    }
 
 
 @pytest.mark.parametrize(

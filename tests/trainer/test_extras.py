@@ -20,6 +20,8 @@ from laconic.trainer.callbacks.ema import WeightEma
 from laconic.trainer.callbacks.stop import StopOnSigterm
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
+from laconic.trainer.run_folder import RunFolder
+from laconic.trainer.tasks.base import task_named
 from tests.matrix import dense
 
 EXTRAS = [
@@ -49,9 +51,9 @@ class _Weights(Callback):
 def _fit(tmp_path: Path, quick: list[str], *overrides: str, callbacks: list[Callback], steps: int = 4) -> tuple[Any, lightning.Trainer]:
     recipe = load("vit_digits", [*quick, "baselines=[]", f"trainer.max_steps={steps}", *overrides]).recipe
     parts = build(recipe)
-    task = parts.task.module(parts)
+    task = task_named(parts.recipe.task).module(parts)
     parts.model.train()
-    trainer = lightning_trainer(recipe, tmp_path / "run", parts.total_steps, callbacks)
+    trainer = lightning_trainer(recipe, RunFolder(tmp_path / "run"), parts.total_steps, callbacks)
     trainer.fit(task, datamodule=parts.data_module())
     return task, trainer
 
@@ -81,7 +83,7 @@ def test_a_checkpoint_of_a_stopped_run_holds_the_average_with_its_last_step(tmp_
 
 def test_an_average_comes_before_every_callback_that_saves(tmp_path: Path, quick: list[str]) -> None:
     recipe = load("vit_digits", [*quick, "trainer.ema=0.6"]).recipe
-    trainer = lightning_trainer(recipe, tmp_path, 2, [StopOnSigterm(tmp_path / "x.ckpt")])
+    trainer = lightning_trainer(recipe, RunFolder(tmp_path), 2, [StopOnSigterm(tmp_path / "x.ckpt")])
     assert isinstance(trainer.callbacks[0], WeightEma)  # type: ignore[attr-defined]
 
 
@@ -116,7 +118,7 @@ GOLDEN = {"vit_digits": [2.306273, 2.310948], "vit_digits_dense": [2.290925, 2.3
 def test_without_extras_the_losses_are_what_they_were(name: str, quick: list[str]) -> None:
     recipe = load(name, [*quick, "baselines=[]"]).recipe
     parts = build(recipe)
-    task, batches = parts.task.module(parts), iter(parts.data_module().train_dataloader())
+    task, batches = task_named(parts.recipe.task).module(parts), iter(parts.data_module().train_dataloader())
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     losses = []
     for _ in range(2):
@@ -132,7 +134,7 @@ def test_soft_labels_that_are_hard_give_the_loss_of_hard_ones_and_reach_the_esti
     def step(*extras: str) -> dict[str, Any]:
         parts = build(load("vit_digits", [*quick, "baselines=[]", *extras]).recipe)
         parts.model.train()
-        return parts.task.module(parts).training_step(next(iter(parts.data_module().train_dataloader())), 0)
+        return task_named(parts.recipe.task).module(parts).training_step(next(iter(parts.data_module().train_dataloader())), 0)
 
     hard, soft, smooth = step(), step("data.mixing={mixup: 1, probability: 0}"), step("data.label_smoothing=0.2")
     torch.testing.assert_close(hard["loss"], soft["loss"])

@@ -10,9 +10,10 @@ from PIL import Image
 from rich.console import Console
 
 from laconic import Trace
-from laconic.trainer.evaluate import inspect_run, recipe_of
+from laconic.trainer.evaluate import inspect_run
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
+from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.show.inspection import kept_by_stage, page
 from tests.matrix import METHODS, compressed, images, inputs
 
@@ -36,10 +37,10 @@ def test_the_page_of_kept_tokens_says_what_every_stage_did() -> None:
 def test_pictures_of_a_run_on_images_show_what_it_keeps(tmp_path: Path, quick: list[str], console: Console) -> None:
     arm = train_arm(load("vit_digits", quick), "arm", tmp_path / "run", console).arm
     run = str(tmp_path / "run")
-    kept = inspect_run(run, recipe_of(run, []), None, tmp_path / "kept.png")
+    kept = inspect_run(run, RunFolder.open(run).read_recipe(), None, tmp_path / "kept.png")
     assert kept == pytest.approx(arm.keep["achieved"])
     assert Image.open(tmp_path / "kept.png").size[0] > 100
     with pytest.raises(ValueError, match=r"--to .*kept.html: pictures of kept tokens are a .png"):
-        inspect_run(run, recipe_of(run, []), None, tmp_path / "kept.html")
+        inspect_run(run, RunFolder.open(run).read_recipe(), None, tmp_path / "kept.html")
     with pytest.raises(ValueError, match="--input is for text"):
-        inspect_run(run, recipe_of(run, []), "some text", tmp_path / "kept.png")
+        inspect_run(run, RunFolder.open(run).read_recipe(), "some text", tmp_path / "kept.png")

@@ -19,11 +19,12 @@ from laconic.trainer.build.optimization import parameter_groups
 from laconic.trainer.build.trainable import quantization
 from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
-from laconic.trainer.evaluate import evaluate, load_model, recipe_of
+from laconic.trainer.evaluate import evaluate
 from laconic.trainer.export.export import export
 from laconic.trainer.recipe.baselines import load_baselines
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train, train_arm
+from laconic.trainer.run_folder import RunFolder, load_model
 from laconic.trainer.tasks.base_image import with_normalisation
 from tests.trainer.conftest import QUICK
 
@@ -145,7 +146,7 @@ def test_exports_and_evaluation_answer_like_the_run(runs: Path, tmp_path: Path, 
     export(str(run), str(tmp_path / "merged"))
     assert (_probe(from_pretrained(tmp_path / "merged")) - trained).abs().max() <= 1e-5
     targets = (str(run), str(tmp_path / "adapter"), str(tmp_path / "merged"))
-    found = [evaluate(target, recipe_of(target, []), console)["variants"]["compressed"]["accuracy"] for target in targets]
+    found = [evaluate(target, RunFolder.open(target).read_recipe(), console)["variants"]["compressed"]["accuracy"] for target in targets]
     assert found[0] == found[1] == found[2] == json.loads((run / "report.json").read_text())["quality"]["compressed"]
     with pytest.raises(RecipeError, match=r"trained all weights, .*give --format merged"):
         export(str(runs / "base"), str(tmp_path / "none"), "adapter")

@@ -17,10 +17,10 @@ from laconic import Trace, from_pretrained, merge_lora
 from laconic.modules.checkpoints.base_weights import weights_hash
 from laconic.trainer.build.build import build
 from laconic.trainer.errors import RecipeError
-from laconic.trainer.evaluate import load_model
 from laconic.trainer.export.export import export
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
+from laconic.trainer.run_folder import load_model
 from tests.trainer.export_runs import WITHOUT_LACONIC, machine_without_laconic
 from tests.trainer.test_strategies import _scalars
 from tests.trainer.two_ranks_lora import LANGUAGE, SHARED, STRATEGIES

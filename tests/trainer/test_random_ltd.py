@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from laconic import stages_of
 from laconic.data.rows import collate
 from laconic.trainer.build.build import build
-from laconic.trainer.evaluate import evaluate, recipe_of
+from laconic.trainer.evaluate import evaluate
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
+from laconic.trainer.run_folder import RunFolder
+from laconic.trainer.tasks.base import task_named
 
 TINY = [
     "baselines=[]",
@@ -45,14 +47,14 @@ def test_every_middle_layer_draws_its_own_tokens_as_many_as_the_schedule_says(qu
     processed = []
     for step in range(8):
         trace = parts.budget.trace(step, batch["sample_ids"])
-        parts.task.loss(parts.model, batch, trace=trace).backward()
+        task_named(parts.recipe.task).loss(parts.model, batch, trace=trace).backward()
         kept = [routing.kept_mask for routing in trace.routings.values()]
         counts = {int(count) for mask in kept for count in mask.sum(-1)}
         assert len(counts) == 1
         processed.append(counts.pop())
         if processed[-1] < 32:
             assert not any(torch.equal(kept[0], other) for other in kept[1:])
-        assert [trace.layer_tokens[index].attention for index in (0, 7)] == [32, 32]
+        assert [trace.flow().layer_tokens[index].attention for index in (0, 7)] == [32, 32]
     # From a quarter on, a stair of a quarter at a time; the whole after 5.6 of 8 steps.
     assert processed == [8, 8, 16, 16, 24, 24, 32, 32]
 
@@ -67,7 +69,7 @@ def test_the_trained_model_is_an_ordinary_one_that_answers_as_the_run_was_evalua
     assert type(plain) is LlamaForCausalLM
     assert not any(loaded.values())
     assert "compression" not in json.loads((folder / "config.json").read_text())
-    again = evaluate(str(tmp_path / "run"), recipe_of(str(tmp_path / "run"), []), console)
+    again = evaluate(str(tmp_path / "run"), RunFolder.open(tmp_path / "run").read_recipe(), console)
     assert list(again["variants"]) == ["dense"]
     assert again["variants"]["dense"]["perplexity"] == report.quality["compressed"]
     # Fewer tokens in training alone, and the report says so.

@@ -11,8 +11,10 @@ from rich.console import Console
 
 from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
-from laconic.trainer.recipe.files import check, dump, load, shipped
+from laconic.trainer.recipe.data_kinds import KINDS
+from laconic.trainer.recipe.files import check, dump, load, read_recorded, shipped
 from laconic.trainer.run import rehearse, train
+from laconic.trainer.tasks import base as tasks
 from tests.trainer.small_recipes import CONTROLS, small
 
 
@@ -60,7 +62,7 @@ def test_an_override_and_an_overlay_reach_their_keys() -> None:
 
 def test_a_stage_of_several_layers_is_a_stage_for_each() -> None:
     stage = "{layer: [3, 1], site: around, scorer: random, selector: threshold}"
-    made = load("llm_pretrain", [f"compression.stages=[{stage}, {{layer: 2, site: around, capacity: 0.5}}]"]).recipe.compression
+    made = load("llm_pretrain", [f"compression.stages=[{stage}, {{layer: 2, site: around, keep: 0.5}}]"]).recipe.compression
     assert made is not None
     assert [stage.key for stage in made.stages] == ["around_1", "around_2", "around_3"]
     assert [stage.part("scorer").name for stage in made.stages] == ["random", "learned", "random"]
@@ -97,6 +99,55 @@ MISTAKES = [
 def test_a_mistake_names_the_key_and_the_cure(overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load("vit_digits", overrides)
+
+
+def test_every_task_has_its_kind_of_data() -> None:
+    assert KINDS.keys() == set(tasks.names())
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_a_key_of_another_kind_of_data_says_whose_it_is_and_no_kind_has_all(task: str) -> None:
+    model = {"model": {"config": {"model_type": "vit"}}, "trainer": {"max_steps": 1}}
+    own = KINDS[task].model_fields
+    others = {key: name for name, kind in KINDS.items() for key in kind.model_fields if key not in own}
+    assert others
+    for key, name in others.items():
+        with pytest.raises(
+            RecipeError, match=rf"^x: data.{key} is for .*\(task = .*{name}.*\), and task = {task} has {KINDS[task].holds}: leave it out$"
+        ):
+            check({**model, "task": task, "data": {key: None}}, "x")
+    with pytest.raises(RecipeError, match=r"^x: data.batch_sze is not a key; did you mean data.batch_size\?$"):
+        check({**model, "task": task, "data": {"batch_sze": 1}}, "x")
+    with pytest.raises(RecipeError, match=r"^x: data.zzz is not a key; keys here: .*train_split") as told:
+        check({**model, "task": task, "data": {"zzz": 1}}, "x")
+    assert str(told.value).partition("keys here: ")[2].split(", ") == list(own)
+    known = {name for kind in KINDS.values() for name in kind.known}
+    for name in known - set(KINDS[task].known):
+        with pytest.raises(RecipeError, match=rf"^x: data.name = '{name}' is for .*, and task = {task} has .*: give .* or a hub name$"):
+            check({**model, "task": task, "data": {"name": name}}, "x")
+    assert check({**model, "task": task, "data": {}}, "x").data.name in KINDS[task].known
+
+
+def test_a_recorded_recipe_of_another_version_is_refused_with_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    recorded = yaml.safe_load(dump(load("vit_digits").recipe))
+    path.write_text(yaml.safe_dump(recorded))
+    assert read_recorded(path, ["seed=4"]).seed == 4
+    with pytest.raises(RecipeError, match=r"seeed is not a key; did you mean seed\?"):
+        read_recorded(path, ["seeed=4"])
+    # One block held the keys of all kinds of data.
+    recorded["data"] |= {"text_column": None, "sequence_length": 512}
+    recorded["trainer"] |= {"gradient_clip": 1.0}
+    path.write_text(yaml.safe_dump(recorded))
+    message = (
+        r"was written by another version of Laconic, .*it has the keys data.text_column, data.sequence_length, trainer.gradient_clip, which"
+    )
+    with pytest.raises(RecipeError, match=message):
+        read_recorded(path)
+    recorded["budget"]["target"] = 3
+    path.write_text(yaml.safe_dump(recorded))
+    with pytest.raises(RecipeError, match=message + r".*; budget.target = 3"):
+        read_recorded(path, ["budget.target=0.5"])
 
 
 def test_unknown_recipes_and_circles_are_named(tmp_path: Path) -> None:

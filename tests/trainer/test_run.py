@@ -22,11 +22,12 @@ from laconic.trainer.build.build import build
 from laconic.trainer.callbacks.guards import NanGuard, NotANumber
 from laconic.trainer.distributed.resume import find_checkpoint
 from laconic.trainer.errors import RecipeError
-from laconic.trainer.evaluate import evaluate, recipe_of
+from laconic.trainer.evaluate import evaluate
 from laconic.trainer.export.export import export
 from laconic.trainer.recipe.baselines import load_baselines
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import rehearse, train, train_arm
+from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base_image import with_normalisation
 from tests.data.folders import encoded, parquet
 
@@ -107,9 +108,9 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(tmp_path: Path, qui
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
-    assert find_checkpoint(tmp_path, "auto") is None
+    assert find_checkpoint(RunFolder(tmp_path), "auto") is None
     with pytest.raises(RecipeError, match="there is no such checkpoint"):
-        find_checkpoint(tmp_path, str(tmp_path / "none.ckpt"))
+        find_checkpoint(RunFolder(tmp_path), str(tmp_path / "none.ckpt"))
 
 
 def test_sigterm_saves_and_ends_with_143(tmp_path: Path, quick: list[str]) -> None:
@@ -276,7 +277,7 @@ def test_export_answers_like_the_run_and_evaluate_reads_both(tmp_path: Path, qui
     assert json.loads((tmp_path / "run" / "report.json").read_text())["export"]["format"] == "merged"
     assert {"config.json", "model.safetensors", "recipe.yaml", "export.json"} <= {path.name for path in Path(to).iterdir()}
     assert not [path for path in Path(to).iterdir() if path.suffix in (".bin", ".pt", ".ckpt", ".pkl", ".partial")]
-    of_run, of_export = (evaluate(target, recipe_of(target, []), console)["variants"] for target in (run, to))
+    of_run, of_export = (evaluate(target, RunFolder.open(target).read_recipe(), console)["variants"] for target in (run, to))
     assert {name: item["accuracy"] for name, item in of_run.items()} == {name: item["accuracy"] for name, item in of_export.items()}
     assert set(of_run) == {"compressed", "dense", "random", "uniform_grid", "patch_energy"}
     with pytest.raises(RecipeError, match="not empty"):

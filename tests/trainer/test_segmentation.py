@@ -20,12 +20,14 @@ from laconic import Trace
 from laconic.data.rows import collate
 from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
-from laconic.trainer.evaluate import evaluate, recipe_of
+from laconic.trainer.evaluate import evaluate
 from laconic.trainer.export.export import export
+from laconic.trainer.metrics.mean_iou import MeanIoU
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train, train_arm
+from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.show.pictures import kept_pixels
-from laconic.trainer.tasks.semantic_segmentation import MeanIoU
+from laconic.trainer.tasks.base import task_named
 from tests.trainer.conftest import QUICK
 
 DEEP = "model.config.num_hidden_layers=6"
@@ -59,12 +61,12 @@ def test_pictures_show_what_was_kept_before_the_restore() -> None:
     batch, trace = collate([parts.data.test[index] for index in range(3)]), Trace()
     out = parts.model.eval()(pixel_values=batch["pixel_values"], trace=trace)
     assert kept_pixels(trace).float().mean() == pytest.approx(trace.routings["before_1"].achieved)
-    answer, truth = parts.task.answer(out, parts.data), parts.task.truth(batch, parts.data)
+    answer, truth = task_named(parts.recipe.task).answer(out, parts.data), task_named(parts.recipe.task).truth(batch, parts.data)
     assert answer is not None
     assert truth is not None
     assert answer.shape == truth.shape == (3, 32, 32, 3)
     digits = [str(int(labels.min())) for labels in batch["labels"]]
-    assert parts.task.titles(batch, parts.data) == digits
+    assert task_named(parts.recipe.task).titles(batch, parts.data) == digits
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +92,12 @@ def test_a_run_reports_mean_iou_with_that_of_each_class_and_draws_its_answers(ru
 
 
 def test_evaluate_counts_what_the_run_did_and_runs_the_controls_with_their_restore(run: Path, console: Console) -> None:
-    result = evaluate(str(run), recipe_of(str(run), []), console)
+    result = evaluate(str(run), RunFolder.open(run).read_recipe(), console)
     assert result["metric"] == "mean_iou"
     assert result["variants"].keys() == {"compressed", "random", "uniform_grid", "patch_energy", "dense"}
     assert result["variants"]["compressed"]["mean_iou"] == json.loads((run / "report.json").read_text())["quality"]["compressed"]
     merged = str(run / "baselines" / "segment_digits_bipartite")
-    assert evaluate(merged, recipe_of(merged, []), console)["variants"]["random"]["mean_iou"] >= 0
+    assert evaluate(merged, RunFolder.open(merged).read_recipe(), console)["variants"]["random"]["mean_iou"] >= 0
 
 
 @pytest.mark.usefixtures("quick_exports")
@@ -142,12 +144,21 @@ def test_a_dataset_with_masks_trains_from_a_classifier_s_weights(tmp_path: Path,
     ("overrides", "message"),
     [
         (["compression.restore=null"], r"compression.restore is needed: .*after stages before_1 .*\{layer: 6, by: unmerge\}"),
-        (["data.mixing={mixup: 0.8}"], r"data.mixing mixes one label an image"),
-        (["data.label_smoothing=0.1"], r"data.label_smoothing .* leave it out"),
+        (
+            ["data.mixing={mixup: 0.8}"],
+            r"data.mixing is for images with one label each .*, and task = semantic_segmentation has images with masks: leave it out",
+        ),
+        (["data.label_smoothing=0.1"], r"data.label_smoothing is for .* leave it out"),
+        (["data.random_augment={}"], r"data.random_augment is for .* leave it out"),
+        (["data.erase=0.1"], r"data.erase is for .* leave it out"),
+        (["data.label_column=kind"], r"data.label_column is for .* leave it out"),
         (["distillation={teacher: dense_self}"], r"distillation has an image classifier"),
         (["model.config={model_type: beit}"], r"BeitForSemanticSegmentation cannot be compressed: its head reads the hidden states"),
         (["model.config={model_type: deit}"], r"deit has no head for semantic segmentation here: take model_type dinov2 or vit"),
-        (["task=image_classification", "data.mask_column=mask"], r"data.mask_column = 'mask' is for masks"),
+        (
+            ["task=image_classification", "data.mask_column=mask"],
+            r"data.mask_column is for images with masks \(task = semantic_segmentation\)",
+        ),
     ],
 )
 def test_what_segmentation_does_not_have_is_refused_with_the_cure(overrides: list[str], message: str) -> None:

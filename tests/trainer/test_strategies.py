@@ -17,12 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from laconic.data.loader import EvalBatches
 from laconic.modules.backbones.vit_mae import sine_positions
+from laconic.trainer.distributed.deepspeed import deepspeed_config
 from laconic.trainer.distributed.resume import MARKER, find_checkpoint
-from laconic.trainer.distributed.strategies import check, deepspeed_config, processes_of, resolved
+from laconic.trainer.distributed.strategies import check, processes_of, resolved
 from laconic.trainer.errors import RecipeError
-from laconic.trainer.evaluate import evaluate, recipe_of
+from laconic.trainer.evaluate import evaluate
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
+from laconic.trainer.run_folder import RunFolder
 from tests.trainer.two_ranks_strategies import LANGUAGE, MASKED, SETTINGS, SHARED, STRATEGIES, TEXT, TWO
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -148,7 +150,7 @@ def test_rows_are_counted_once_whatever_the_number_of_processes(two_ranks: Path,
     results = _results(two_ranks)
     for name in STRATEGIES:
         target = str(two_ranks / name)
-        alone = evaluate(target, recipe_of(target, []), console)["variants"]["compressed"]
+        alone = evaluate(target, RunFolder.open(target).read_recipe(), console)["variants"]["compressed"]
         assert results[name]["quality"] == alone["accuracy"]  # type: ignore[index]
         assert results[name]["keep"] == alone["keep"]  # type: ignore[index]
 
@@ -182,11 +184,11 @@ def test_another_number_of_processes_and_incomplete_folders_are_refused(two_rank
         train_arm(alone, "arm", run, console, resume="auto")
     folder = tmp_path / "checkpoints" / "2.ckpt"
     (folder / "checkpoint").mkdir(parents=True)
-    assert find_checkpoint(tmp_path, "auto") is None
+    assert find_checkpoint(RunFolder(tmp_path), "auto") is None
     with pytest.raises(RecipeError, match=f"is no complete checkpoint, it has no {MARKER}"):
-        find_checkpoint(tmp_path, str(folder))
+        find_checkpoint(RunFolder(tmp_path), str(folder))
     (folder / MARKER).write_text("{}")
-    assert find_checkpoint(tmp_path, "auto") == folder
+    assert find_checkpoint(RunFolder(tmp_path), "auto") == folder
 
 
 def test_the_command_starts_its_processes_stops_all_at_sigterm_and_resumes(tmp_path: Path, quick: list[str]) -> None:

@@ -14,11 +14,19 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from laconic import Trace, stages_of
 from laconic.data.rows import collate
 from laconic.data.text.tokenizer import trained_tokenizer
+from laconic.modules.cost.cost import CostModel
 from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
-from laconic.trainer.evaluate import evaluate, inspect_run, recipe_of
+from laconic.trainer.evaluate import evaluate, inspect_run
+from laconic.trainer.export.base import format_named
+from laconic.trainer.export.card import facts, write_card
+from laconic.trainer.export.source import ExportSource, Settings
+from laconic.trainer.measure.tables import cost_of_model, cost_of_recipe
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
+from laconic.trainer.run_folder import RunFolder
+from laconic.trainer.tasks.base import task_named
+from tests.trainer.export_runs import written_run
 
 TINY = ["baselines=[]", "model.config.vocab_size=400", "model.config.num_attention_heads=2", "data.sequence_length=48"]
 
@@ -34,12 +42,31 @@ def test_a_run_is_evaluated_with_the_tokenizer_it_was_trained_with_and_shown(tmp
     assert report.macs_ratio == pytest.approx(0.3, abs=0.06)
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     assert tokenizer("x = 1").input_ids[0] == tokenizer.cls_token_id
-    again = evaluate(str(run), recipe_of(str(run), []), console)
+    again = evaluate(str(run), RunFolder.open(run).read_recipe(), console)
     assert again["variants"]["compressed"]["accuracy"] == report.quality["compressed"]
     assert set(again["variants"]) == {"compressed", "random", "uniform_grid", "dense"}
-    shares = inspect_run(str(run), recipe_of(str(run), []), "import asyncio\nloop = asyncio.new_event_loop()", tmp_path / "page.html")
+    shares = inspect_run(
+        str(run), RunFolder.open(run).read_recipe(), "import asyncio\nloop = asyncio.new_event_loop()", tmp_path / "page.html"
+    )
     assert 0 < shares["before_0"] < 1
     assert "<span" in (tmp_path / "page.html").read_text()
+
+
+def test_card_and_cost_of_a_model_count_rows_of_its_own_length(tmp_path: Path, quick: list[str]) -> None:
+    overrides = [*quick, *TINY, "data.sequence_length=192"]
+    model = build(load("text_classify", overrides).recipe).model
+    run = written_run(tmp_path / "run", model, "text_classify", *overrides)
+    ratio = cost_of_recipe("text_classify", overrides)["macs_ratio"]
+    assert ratio == CostModel(model, size=192)().macs_ratio
+    # What the family is counted at where nothing says how long its texts are.
+    assert abs(ratio - CostModel(model)().macs_ratio) > 1e-3
+    for folder in (run, run / "model"):
+        assert cost_of_model(str(folder))["macs_ratio"] == ratio
+    source, form = ExportSource.open(str(run)), format_named("merged")
+    write_card(source, form, Settings(), facts(source), form.usage(source.model), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"| MACs ÷ dense | {ratio:.4f} requested" in card
+    assert "pipeline_tag: text-classification" in card
 
 
 def _bert(tmp_path: Path) -> Any:
@@ -82,21 +109,31 @@ def test_a_folder_of_weights_learns_pairs_with_their_segments(tmp_path: Path) ->
     parts.model.eval()
     assert list(stages_of(parts.model)) == ["before_0"]
     trace = Trace()
-    with_segments = parts.task.forward(parts.model, batch, trace=trace).logits
-    without = parts.task.forward(parts.model, batch | {"token_type_ids": torch.zeros_like(batch["token_type_ids"])}, trace=Trace()).logits
+    with_segments = task_named(parts.recipe.task).forward(parts.model, batch, trace=trace).logits
+    without = (
+        task_named(parts.recipe.task)
+        .forward(parts.model, batch | {"token_type_ids": torch.zeros_like(batch["token_type_ids"])}, trace=Trace())
+        .logits
+    )
     assert not torch.equal(with_segments, without)
-    assert trace.valid is not None
-    assert parts.task.amount(batch) == int(trace.valid.sum())
+    assert trace.flow().valid is not None
+    assert task_named(parts.recipe.task).amount(batch) == int(trace.flow().valid.sum())
     parts.model.train()
-    parts.task.loss(parts.model, batch, trace=(taught := Trace())).backward()
+    task_named(parts.recipe.task).loss(parts.model, batch, trace=(taught := Trace())).backward()
     assert taught.auxiliary_loss is not None
 
 
 MISTAKES = [
-    (["data.name=python_library"], "holds texts without labels: give python_passages"),
-    (["data.name=scattered_digits"], "holds images"),
-    (["data.mean=[0.5]"], r"data.mean = \[0.5\] is for images"),
-    (["data.streaming=true"], "data.streaming = True is for task = causal_lm"),
+    (
+        ["data.name=python_library"],
+        r"is for text without labels \(task = causal_lm\), and task = text_classification .*: give python_passages",
+    ),
+    (
+        ["data.name=scattered_digits"],
+        "is for images .*, and task = text_classification has texts with one label each: give python_passages",
+    ),
+    (["data.mean=[0.5]"], r"data.mean is for images .*, and task = text_classification has texts with one label each: leave it out"),
+    (["data.streaming=true"], r"data.streaming is for text without labels \(task = causal_lm\)"),
     (["model.config.model_type=vit"], "vit has no sequence classifier in transformers"),
     (["model.config.model_type=llama"], "the 'llama' adapter does not serve LlamaForSequenceClassification"),
     (["data.sequence_length=4096"], "data.sequence_length = 4096 is more than the model's max_position_embeddings = 512"),
@@ -114,5 +151,5 @@ def test_a_mistake_names_the_key_and_the_cure(overrides: list[str], message: str
 
 def test_other_tasks_refuse_the_keys_of_pairs() -> None:
     for name in ("llm_pretrain_dense", "vit_digits"):
-        with pytest.raises(ValueError, match="data.second_text_column = 'b' is for"):
+        with pytest.raises(ValueError, match=r"data.second_text_column is for texts with one label each \(task = text_classification\)"):
             validate(load(name, ["data.second_text_column=b"]).recipe)

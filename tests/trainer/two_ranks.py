@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.trainer.distributed import collective
-from laconic.trainer.distributed.processes import started
+from laconic.trainer.distributed.processes import join
 from laconic.trainer.run import quiet
 from tests.trainer.two_ranks_lora import bases, lora
 from tests.trainer.two_ranks_recipes import prepare, recipes
@@ -43,11 +43,11 @@ def launch(folder: Path, parts: Sequence[str]) -> None:
 def main(folder: Path, parts: Sequence[str]) -> None:
     """What each of the two processes does."""
     quiet()
-    with started(2, 1, True, []):
-        for part in parts:
-            results = PARTS[part](folder / part)
-            if collective.rank() == 0:
-                (folder / part / "results.json").write_text(json.dumps(results))
+    join(2, 1, True)
+    for part in parts:
+        results = PARTS[part](folder / part)
+        if collective.rank() == 0:
+            (folder / part / "results.json").write_text(json.dumps(results))
         collective.wait()
 
 

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from laconic.modules.checkpoints.base_weights import weights_hash
 from laconic.trainer.distributed import collective
-from laconic.trainer.distributed.strategies import deepspeed_config, resolved
+from laconic.trainer.distributed.deepspeed import deepspeed_config
+from laconic.trainer.distributed.strategies import resolved
 from laconic.trainer.distributed.zero3 import broadcast_weights, gathered, save_trained, zero3_init
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import silent, train_arm

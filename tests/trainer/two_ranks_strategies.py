@@ -12,7 +12,8 @@ import torch
 from laconic.trainer.build.build import build
 from laconic.trainer.callbacks.guards import NotANumber
 from laconic.trainer.distributed import collective
-from laconic.trainer.distributed.strategies import deepspeed_config, resolved
+from laconic.trainer.distributed.deepspeed import deepspeed_config
+from laconic.trainer.distributed.strategies import resolved
 from laconic.trainer.distributed.zero3 import gathered
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import silent, train_arm

@@ -12,20 +12,22 @@ import lightning
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ...data.splits import Splits
-from ...modules.backbones import backbones
+from ...modules.backbones import families
 from ...modules.budget.budget import Budget
 from ...modules.checkpoints.adapters import check_base, quietly
 from ...modules.checkpoints.base_weights import Base, base_of
 from ...modules.checkpoints.from_mae import encoder_config, load_encoder, load_routers
-from ...modules.compress import checkpoint_activations, compress, stages_of
+from ...modules.compatibility import check_held
+from ...modules.compress import checkpoint_activations, compress
 from ...modules.config import CompressionConfig
 from ...modules.cost.cost import CostModel
+from ...modules.stage import stages_of
 from ..distributed import collective
 from ..distributed.strategies import processes_of
 from ..distributed.zero3 import broadcast_weights, zero3_init
 from ..recipe.schema import ModelRecipe, Recipe
 from ..tasks.base import Task, task_named
-from .initial_weights import Start, check_start, load_stages, load_state, start_of
+from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load_stages, load_state, start_of
 from .model_settings import check_settings, with_settings
 from .parts import RunParts
 from .trainable import quantization, train_parts
@@ -53,18 +55,18 @@ def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] 
     base = collective.from_rank_zero(lambda: _base(recipe, start))
     if shards is None:
         dense, new = _starting_model(recipe, config, data, task, start)
-        model, cost, budget = _assemble(recipe, dense, data, steps, start, new)
+        model, cost, budget = _assemble(recipe, dense, steps, start, new)
     else:
         source, new = None, []
         if collective.rank() == 0:
             # Its own copy of the configuration: compress writes into it.
             dense, new = _starting_model(recipe, copy.deepcopy(config), data, task, start)
-            source = _assemble(recipe, dense, data, steps, start, new)[0]
+            source = _assemble(recipe, dense, steps, start, new)[0]
         missing = new
         new = collective.from_rank_zero(lambda: missing)
         with zero3_init(shards):
             bare = recipe.model.model_copy(update={"name": None, "config": {}})
-            model, cost, budget = _assemble(recipe, build_model(bare, config, data, task), data, steps, start, new, filled=False)
+            model, cost, budget = _assemble(recipe, build_model(bare, config, data, task), steps, start, new, filled=False)
         broadcast_weights(model, source)
     return RunParts(recipe, data, model, cost, budget, steps, base)
 
@@ -102,30 +104,25 @@ def _starting_model(
 
 
 def _assemble(
-    recipe: Recipe, model: PreTrainedModel, data: Splits, steps: int, start: Start | None, new: Sequence[str], filled: bool = True
+    recipe: Recipe, model: PreTrainedModel, steps: int, start: Start | None, new: Sequence[str], filled: bool = True
 ) -> tuple[PreTrainedModel, CostModel | None, Budget | None]:
     """The dense model with what the recipe does to it; one that is not ``filled`` gets its values later."""
-    budget = None
+    budget, size = None, task_named(recipe.task).size(recipe)
     if recipe.compression is not None:
         # Draws of the stages' weights come after the backbone's, so a dense arm starts from the same backbone.
         compression = recipe.compression
         if recipe.budget is not None:
-            budget = Budget(recipe.budget, model, compression, steps, recipe.seed, data.size)
+            budget = Budget(recipe.budget, model, compression, steps, recipe.seed, size)
             compression = budget.compression
         model = compress(model, compression)
-        unheld = [name for name, (_, stage) in stages_of(model).items() if budget is None and stage.selector.needs_probabilities]
-        if unheld:
-            raise ValueError(
-                f"stages {', '.join(unheld)}: their selectors keep what is more likely than not, and only a budget with a regulariser brings "
-                "that to what is requested: leave keep out and give budget.target and budget.regularizer, or take threshold, or top_k if the model is not causal"
-            )
+        if budget is None:
+            check_held(stages_of(model).values(), regularized=False)
         if recipe.model.encoder_routers and filled:
-            assert recipe.model.encoder_of is not None
-            load_routers(model, recipe.model.encoder_of, recipe.model.revision)
+            load_routers(model, encoder_weights(recipe.model), recipe.model.revision)
         if start is not None and filled:
             load_stages(model, start)
     # LoRA costs nothing once it is merged.
-    cost = cost_model(model, size=data.size)
+    cost = cost_model(model, size=size)
     train_parts(recipe.lora, model, new, start.adapter if start is not None else None, filled)
     if recipe.trainer.gradient_checkpointing:
         checkpoint_activations(model)
@@ -154,11 +151,11 @@ def model_config(recipe: ModelRecipe, task: type[Task], start: Start | None = No
 
 
 def _encoder_config(recipe: ModelRecipe) -> PretrainedConfig:
-    assert recipe.encoder_of is not None
+    weights = encoder_weights(recipe)
     try:
-        return encoder_config(recipe.encoder_of, recipe.revision)
+        return encoder_config(weights, recipe.revision)
     except ValueError as error:
-        raise ValueError(f"model.encoder_of = {recipe.encoder_of!r}: {error}") from None
+        raise ValueError(f"model.encoder_of = {recipe.encoder_of!r}: {error}; {PRETRAIN}") from None
 
 
 def _of_task(config: PretrainedConfig, recipe: ModelRecipe, task: type[Task]) -> PretrainedConfig:
@@ -177,7 +174,7 @@ def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: Splits, tas
         return task.loaded_model(recipe, config)
     model = task.fresh_model(config, recipe.attention)
     if recipe.config is None and recipe.encoder_of is not None:
-        load_encoder(model, recipe.encoder_of, recipe.revision)
+        load_encoder(model, encoder_weights(recipe), recipe.revision)
     return model
 
 
@@ -192,7 +189,7 @@ def cost_model(
         size: of an input; None takes the model's own.
     """
     dense = compression is None and not hasattr(model.config, "compression")
-    return None if dense and model.config.model_type not in backbones() else CostModel(model, compression, size)
+    return None if dense and model.config.model_type not in families() else CostModel(model, compression, size)
 
 
 def total_steps(recipe: Recipe, data: Splits) -> int:

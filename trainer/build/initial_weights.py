@@ -12,16 +12,20 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from ...modules import registry
 from ...modules.checkpoints.adapter_folder import Adapter, read_adapter
 from ...modules.checkpoints.adapter_saving import stage_state
 from ...modules.checkpoints.adapters import config_of
 from ...modules.checkpoints.base_weights import weight_files
-from ...modules.checkpoints.loading import find_adapter, weights_folder
-from ...modules.checkpoints.lora import copy_all
+from ...modules.checkpoints.loading import find_adapter
+from ...modules.checkpoints.tensors import copy_all
 from ...modules.checkpoints.training_checkpoint import read_checkpoint
 from ...modules.config import CompressionConfig, StageConfig
 from ..errors import RecipeError
 from ..recipe.schema import ModelRecipe, Recipe
+from ..run_folder import RunFolder, located
+
+PRETRAIN = "pretrain first, laconic train mae_digits for example, or give another run folder, a folder of weights or a hub name"
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,7 @@ class Start:
         compression: stages that were trained there; None where it is dense.
         adapter: on those weights; None where there is none.
         state: tensors of a checkpoint that is one file, by the model's names.
-        recipe: of the run that it is of; None where it is of none.
-        places: where tokenizer and image processor may lie, the nearest first.
+        run: folder that it was found in; None of a hub name.
     """
 
     name: str
@@ -47,8 +50,7 @@ class Start:
     compression: CompressionConfig | None = None
     adapter: Adapter | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
-    recipe: Path | None = None
-    places: tuple[Path, ...] = ()
+    run: RunFolder | None = None
 
     def beside(self, file: str) -> tuple[str, str | None]:
         """Folder, or hub name and revision, that has a tokenizer's or processor's file: the nearest one, else the dense weights.
@@ -56,7 +58,7 @@ class Start:
         Raises:
             ValueError: a checkpoint that is one file has none, and its run has not ended.
         """
-        here = next((place for place in self.places if (place / file).is_file()), None)
+        here = None if self.run is None else self.run.with_file(file)
         if here is None and self.weights is None:
             raise ValueError(f"model.name = {self.name!r} is a checkpoint, which has no {file}: give data.tokenizer")
         return (str(here), None) if here is not None else (str(self.weights), self.revision)
@@ -73,15 +75,32 @@ def start_of(model: ModelRecipe) -> Start | None:
     path = Path(model.name)
     if path.is_file():
         return _of_file(path)
-    if (adapter := find_adapter(path if path.is_dir() else model.name, model.revision)) is not None:
-        return _of_adapter(model.name, read_adapter(adapter), _recipe_beside(path), (adapter,))
+    run = RunFolder.of(path) if path.is_dir() else None
     try:
-        weights = weights_folder(model.name)
+        weights = located(model.name)
+    except FileNotFoundError as error:
+        raise ValueError(f"model.name = {model.name!r} cannot be loaded: {error}") from None
+    if (adapter := find_adapter(weights, model.revision)) is not None:
+        return _of_adapter(model.name, read_adapter(adapter), run or RunFolder(adapter))
+    try:
         config = AutoConfig.from_pretrained(weights, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         hint = "" if path.exists() else "; a run must have ended before another goes on from it"
         raise ValueError(f"model.name = {model.name!r} cannot be loaded: {str(error).splitlines()[0]}{hint}") from None
-    return Start(model.name, config, weights, model.revision, _without_stages(config), recipe=_recipe_beside(path))
+    return Start(model.name, config, weights, model.revision, _without_stages(config), run=run)
+
+
+def encoder_weights(model: ModelRecipe) -> str:
+    """Folder or hub name of the weights that a recipe's ``model.encoder_of`` leads to.
+
+    Raises:
+        ValueError: it is a folder that holds none.
+    """
+    assert model.encoder_of is not None
+    try:
+        return located(model.encoder_of, whole=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"model.encoder_of = {model.encoder_of!r}: {error}; {PRETRAIN}") from None
 
 
 def check_start(recipe: Recipe, start: Start | None) -> None:
@@ -124,7 +143,7 @@ def _weighing(stage: StageConfig) -> str | None:
     if stage.estimator is None:
         return None
     part = stage.part("estimator")
-    return part.name if part.build("estimator").in_evaluation else None
+    return part.name if registry.part_class("estimator", part).in_evaluation else None
 
 
 def load_stages(model: PreTrainedModel, start: Start) -> None:
@@ -148,43 +167,25 @@ def load_state(model: PreTrainedModel, start: Start) -> list[str]:
 
 
 def _of_file(path: Path) -> Start:
-    checkpoint = read_checkpoint(path)
-    recipe = _recipe_beside(path)
+    checkpoint, run = read_checkpoint(path), RunFolder.of(path)
     if checkpoint.adapter is not None:
-        return _of_adapter(str(path), checkpoint.adapter, recipe, _final(path))
+        return _of_adapter(str(path), checkpoint.adapter, run)
     config = checkpoint.config
     config.name_or_path = str(path)
-    return Start(str(path), config, None, None, _without_stages(config), state=checkpoint.state, recipe=recipe, places=_final(path))
+    return Start(str(path), config, None, None, _without_stages(config), state=checkpoint.state, run=run)
 
 
-def _of_adapter(name: str, adapter: Adapter, recipe: Path | None, places: tuple[Path, ...]) -> Start:
+def _of_adapter(name: str, adapter: Adapter, run: RunFolder) -> Start:
     compression = None if adapter.compression is None else CompressionConfig.from_dict(adapter.compression)
     config = config_of(adapter)
     config.name_or_path = adapter.base.name
-    return Start(name, config, adapter.base.name, adapter.base.revision, compression, adapter, recipe=recipe, places=places)
-
-
-def _final(checkpoint: Path) -> tuple[Path, ...]:
-    """Folders of the weights that the run of a checkpoint ended with, if it has."""
-    run = checkpoint.parent.parent
-    return run / "adapter", run / "model"
+    return Start(name, config, adapter.base.name, adapter.base.revision, compression, adapter, run=run)
 
 
 def _without_stages(config: Any) -> CompressionConfig | None:
     """Takes the stages out of a config, in place."""
     told = config.__dict__.pop("compression", None)
     return None if told is None else CompressionConfig.from_dict(told)
-
-
-def _recipe_beside(path: Path) -> Path | None:
-    """The recipe of the run or export that a folder or checkpoint is of; None where it is of none."""
-    if not path.exists():
-        return None
-    if path.name in ("model", "adapter"):
-        path = path.parent
-    if path.suffix == ".ckpt":
-        path = path.parent.parent
-    return path / "recipe.yaml" if (path / "recipe.yaml").is_file() else None
 
 
 def _stage_tensors(start: Start, names: set[str]) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import lightning
 import torch
@@ -15,19 +14,21 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..callbacks.ema import WeightEma
 from ..callbacks.tensorboard import RoutingPictures
+from ..distributed.deepspeed import set_accelerator, stage_of
 from ..distributed.processes import environment
-from ..distributed.strategies import lightning_strategy, needs_group, processes_of, set_accelerator, stage_of
+from ..distributed.strategies import lightning_strategy, needs_group, processes_of
 from ..recipe.schema import Recipe
+from ..run_folder import RunFolder
 
 
 def lightning_trainer(
-    recipe: Recipe, folder: Path, steps: int, callbacks: Sequence[Callback], unused_parameters: bool = False
+    recipe: Recipe, run: RunFolder, steps: int, callbacks: Sequence[Callback], unused_parameters: bool = False
 ) -> lightning.Trainer:
     """The Lightning Trainer that a recipe asks for.
 
     Args:
         recipe: resolved.
-        folder: of the run.
+        run: where checkpoints and curves go.
         steps: optimizer steps.
         callbacks: beside those for checkpoints and pictures.
         unused_parameters: whether a step leaves parameters without gradient.
@@ -37,7 +38,7 @@ def lightning_trainer(
     precision = "32-true" if settings.precision == "fp32" or stage_of(settings) else "bf16-mixed"
     several = processes_of(settings) > 1 or needs_group(settings)
     checkpoints = ModelCheckpoint(
-        dirpath=folder / "checkpoints",
+        dirpath=run.checkpoints,
         filename="{step}",
         auto_insert_metric_name=False,
         every_n_train_steps=settings.checkpoint_every or steps,
@@ -60,7 +61,7 @@ def lightning_trainer(
         val_check_interval=(settings.validate_every * settings.accumulate) if settings.validate_every else None,
         check_val_every_n_epoch=None if settings.validate_every else 1,
         num_sanity_val_steps=0,
-        logger=TensorBoardLogger(folder, name="tensorboard", version=""),
+        logger=TensorBoardLogger(run.path, name="tensorboard", version=""),
         log_every_n_steps=settings.log_every,
         callbacks=[*averaged, *callbacks, checkpoints, RoutingPictures(settings.pictures)],
         use_distributed_sampler=False,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ...modules.backbones import backbones
+from ...modules.backbones import families
 
 DEPTH = "drop_path_rate"
 
@@ -50,7 +50,7 @@ def _check_names(default: PretrainedConfig, owner: str, settings: Iterable[str],
 
 def families_with_depth() -> list[str]:
     """Families with an adapter whose config has a rate of stochastic depth."""
-    return [name for name in sorted(backbones()) if hasattr(AutoConfig.for_model(name), DEPTH)]
+    return [name for name in sorted(families()) if hasattr(AutoConfig.for_model(name), DEPTH)]
 
 
 def with_settings(config: PretrainedConfig, settings: Mapping[str, Any], model_class: type[PreTrainedModel]) -> PretrainedConfig:

@@ -9,11 +9,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, get_scheduler
 
-from ...modules.backbones import backbone_for
+from ...modules.backbones import adapter_of
 from ...modules.checkpoints.lora import is_lora
-from ...modules.compress import CompressedModel, base_class
 from ...modules.stage import Stage
 from ..distributed.zero3 import shape_of
 
@@ -76,11 +75,10 @@ def layer_depths(model: nn.Module) -> dict[int, int]:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"optimizer.layer_decay needs a transformers model, whose layers an adapter finds, not {type(model).__name__}")
-    cls = base_class(type(model)) if isinstance(model, CompressedModel) else type(model)
-    backbone = backbone_for(model.config.model_type, cls.__name__)
-    layers = backbone.layers(model)
+    adapter = adapter_of(model)
+    layers = adapter.layers(model)
     depths = {id(parameter): len(layers) - index for index, layer in enumerate(layers) for parameter in layer.parameters()}
-    for parameter in backbone.base(model).parameters():
+    for parameter in adapter.base(model).parameters():
         if id(parameter) in depths:
             break
         # Models register in the order of computation: what stands before the layers are the embeddings.
@@ -91,25 +89,34 @@ def layer_depths(model: nn.Module) -> dict[int, int]:
 def learning_rate_schedule(optimizer: Optimizer, kind: str, total_steps: int, warmup: float = 0.05, final: float = 0.0) -> LambdaLR:
     """Linear warm-up, then ``cosine``, ``linear`` or ``constant``.
 
+    The warm-up is done here: that of transformers' schedules gives the first step a learning rate of 0, which trains nothing, or
+    (``cosine_warmup_with_min_lr``) starts the cosine one step late.
+
     Args:
         optimizer: whose groups' learning rates are the peaks.
         kind: of the schedule after the warm-up.
         total_steps: optimizer steps.
         warmup: fraction of them that warms up.
-        final: learning rate at the end ÷ peak.
+        final: learning rate at the end ÷ peak; ``constant`` has none.
     """
+    if kind not in ("cosine", "linear", "constant"):
+        raise ValueError(f"optimizer.schedule = {kind!r} must be one of cosine, linear, constant")
     steps = math.ceil(warmup * total_steps)
-    shapes: dict[str, Callable[[float], float]] = {
-        "cosine": lambda progress: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)),
-        "linear": lambda progress: 1 - (1 - final) * progress,
-        "constant": lambda progress: 1.0,
-    }
-    if kind not in shapes:
-        raise ValueError(f"optimizer.schedule = {kind!r} must be one of {', '.join(shapes)}")
+    rest = max(1, total_steps - steps)
+    decay = _decay(optimizer, kind, rest, final)
 
     def factor(step: int) -> float:
-        if step < steps:
-            return (step + 1) / steps
-        return shapes[kind](min(1.0, (step - steps) / max(1, total_steps - steps)))
+        return (step + 1) / steps if step < steps else decay(min(step - steps, rest))
 
     return LambdaLR(optimizer, factor)
+
+
+def _decay(optimizer: Optimizer, kind: str, steps: int, final: float) -> Callable[[int], float]:
+    """Factor on the peak learning rate by step from 0 to ``steps``, after the warm-up."""
+    if kind == "linear" and final > 0:
+        # transformers' linear schedule ends at 0; its polynomial one takes its end as a learning rate, and groups have different ones.
+        return lambda step: 1 - (1 - final) * (step / steps)
+    name, options = ("cosine_with_min_lr", {"min_lr_rate": final}) if kind == "cosine" else (kind, None)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=steps, scheduler_specific_kwargs=options)
+    decay: Callable[[int], float] = schedule.lr_lambdas[0]
+    return decay

@@ -11,9 +11,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...modules.checkpoints.adapter_folder import Adapter
-from ...modules.checkpoints.lora import add_lora, copy_all, full_modules, is_lora, lora_state, merge_lora, outside_layers, train_only
-from ...modules.compress import stages_of
-from ..distributed.strategies import stage_of
+from ...modules.checkpoints.lora import add_lora, full_modules, is_lora, lora_state, merge_lora, outside_layers, train_only
+from ...modules.checkpoints.tensors import copy_all
+from ...modules.stage import stages_of
+from ..distributed.deepspeed import stage_of
 from ..distributed.zero3 import shape_of
 from ..errors import RecipeError
 from ..recipe.schema import LoraRecipe, Recipe
@@ -130,7 +131,7 @@ def check_same_lora(model: PreTrainedModel, adapter: Adapter) -> None:
 
 def parameter_counts(model: PreTrainedModel) -> dict[str, dict[str, int]]:
     """``total`` and ``trainable`` parameters of ``lora``, ``routers`` and the ``rest``, whole also where they are spread over ranks."""
-    of_stages = {id(parameter) for _, stage in stages_of(model).values() for parameter in stage.parameters()}
+    of_stages = {id(parameter) for stage in stages_of(model).values() for parameter in stage.parameters()}
     counts = {group: {"total": 0, "trainable": 0} for group in ("lora", "routers", "rest")}
     for name, parameter in model.named_parameters():
         group = "routers" if id(parameter) in of_stages else "lora" if is_lora(name) else "rest"

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from ...modules.budget.budget import Budget
-from ...modules.decoding.generation import check_deployable
+from ...modules.compatibility import check_deployable
 from ..distributed.strategies import check as check_strategy
 from ..losses.distillation import check_teacher
 from ..recipe.schema import Recipe
@@ -68,11 +68,11 @@ def validate(recipe: Recipe) -> Checked:
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:
-            compression = Budget(recipe.budget, model, compression, steps, recipe.seed, data.size).compression
-        counted = cost_model(model, compression, data.size)
+            compression = Budget(recipe.budget, model, compression, steps, recipe.seed, task.size(recipe)).compression
+        counted = cost_model(model, compression, task.size(recipe))
         if counted is not None:
             # Found out before training, not when it is evaluated.
-            check_deployable(stage for stage in counted.stages if stage.backbone.causal)
+            check_deployable(stage for stage in counted.stages if stage.adapter.causal)
         routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
         train_parts(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
     cost = None if counted is None else counted()

@@ -43,5 +43,5 @@ class RoutingPictures(Callback):
         writer, step = trainer.logger.experiment, trainer.global_step
         for name, routing in trace.routings.items():
             writer.add_histogram(f"{name}/scores", torch.masked_select(routing.scores, routing.routable).float(), step)
-        if self.number and trace.pixel_values is not None:
+        if self.number and trace.flow().pixel_values is not None:
             writer.add_images("kept_tokens", overlays(trace, self.number), step, dataformats="NHWC")

@@ -110,15 +110,18 @@ def train(
         from ..recipe.baselines import load_baselines
         from ..run import output_folder, rehearse
         from ..run import train as run
+        from ..run_folder import RunFolder
 
         for arm in [loaded, *load_baselines(loaded, given)]:
             check(arm.recipe)
-        find_checkpoint(output_folder(loaded), resume)
+        find_checkpoint(RunFolder(output_folder(loaded)), resume)
     with running():
         if dry_run:
             emit(rehearse(loaded, given, console(as_json)), as_json)
         else:
-            emit(run(loaded, given, console(as_json), resume).to_dict(), as_json)
+            report = run(loaded, given, console(as_json), resume)
+            if report is not None:
+                emit(report.to_dict(), as_json)
 
 
 @app.command()
@@ -130,9 +133,9 @@ def evaluate(
 
     with user_input():
         from ..evaluate import evaluate as run
-        from ..evaluate import recipe_of
+        from ..run_folder import RunFolder
 
-        recipe = recipe_of(target, overrides or [])
+        recipe = RunFolder.open(target).read_recipe(overrides or [])
         from ..build.validate import validate as check
 
         check(recipe)
@@ -168,15 +171,15 @@ def export(
 ) -> None:
     """Write a checkpoint for others, and verify it in a clean process."""
     with user_input():
-        from ..evaluate import model_folder
         from ..export.base import format_named
         from ..export.export import check
         from ..export.export import export as write
         from ..export.source import Settings
+        from ..run_folder import RunFolder
 
         settings = Settings(dtype, shard_size)
         check(format_named(format), Path(to), settings)
-        model_folder(run)
+        RunFolder.open(run)
     with running():
         record = write(run, to, format, settings, push)
     emit(record, as_json)
@@ -198,9 +201,10 @@ def inspect(
 ) -> None:
     """Show which tokens every stage of a trained model keeps."""
     with user_input():
-        from ..evaluate import inspect_run, recipe_of
+        from ..evaluate import inspect_run
+        from ..run_folder import RunFolder
 
-        kept = inspect_run(target, recipe_of(target, overrides or []), given, to)
+        kept = inspect_run(target, RunFolder.open(target).read_recipe(overrides or []), given, to)
     emit({"target": target, "written": str(to), "keep": dict(kept)}, as_json)
     shares = "  ".join(f"{name} {value:.3f}" for name, value in kept.items())
     console(as_json).print(f"written: {to}; achieved keep by stage: {shares}", highlight=False, soft_wrap=True)

@@ -56,7 +56,9 @@ def end(message: str, code: int, speaks: bool = True) -> typer.Exit:
     if speaks:
         sys.stderr.write(message + "\n")
         sys.stderr.flush()
-    return typer.Exit(code)
+    # Whoever watches the processes of a machine, torchrun for example, ends all of them when one exits with another code than 0: the first
+    # one would be ended before it has said why, and its code is what counts.
+    return typer.Exit(code if speaks or first_process(of_machine=True) else 0)
 
 
 @contextlib.contextmanager
@@ -72,6 +74,7 @@ def user_input() -> Iterator[None]:
 @contextlib.contextmanager
 def running() -> Iterator[None]:
     """Inside, a failure ends with exit code 1 and its traceback; a stop by SIGTERM with 143."""
+    from ..distributed.launch import Ended
     from ..errors import RecipeError
     from ..run import Stopped
 
@@ -81,6 +84,8 @@ def running() -> Iterator[None]:
         raise end(str(stopped), TERMINATED, first_process()) from None
     except RecipeError as error:
         raise end(f"error: {error}", WRONG_INPUT, first_process()) from None
+    except Ended as ended:
+        raise end(str(ended), ended.code, speaks=bool(str(ended))) from None
     except (typer.Exit, KeyboardInterrupt):
         raise
     except Exception as error:

@@ -1,19 +1,8 @@
-"""How the processes of a run come to be: started here, by torchrun, or by SLURM; and how they find each other.
-
-Laconic starts the processes of one machine itself, before anything is built, by repeating ``laconic train`` with the same recipe
-and overrides. Lightning's launcher would repeat ``sys.argv`` in the middle of the first arm, when rank 0 has already read and
-changed the run folder, and a model cannot be built in shards before the process group is up.
-"""
+"""Who starts the processes of a run, torchrun, SLURM or Laconic (``launch``), and how they find each other."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
 
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -21,10 +10,7 @@ from torch import distributed
 
 from ..errors import RecipeError
 from . import collective
-
-PARENT = "LACONIC_PARENT"
-# How long the others may take to end by themselves once one has ended; they fail at their next exchange.
-GRACE_SECONDS = 20
+from .launch import end_with_launcher
 
 
 def environment(processes: int) -> ClusterEnvironment:
@@ -87,58 +73,35 @@ def environment_or_error(processes: int) -> ClusterEnvironment:
         raise RecipeError(f"SLURM: {error}") from None
 
 
-@contextlib.contextmanager
-def started(devices: int, num_nodes: int, group: bool, command: Sequence[str]) -> Iterator[None]:
-    """Inside, all processes of the run are there and have found each other.
+def unstarted(devices: int, num_nodes: int) -> bool:
+    """Whether the processes of a run have still to be started on this machine: it has several, and neither torchrun nor SLURM nor
+    Laconic has started this one."""
+    world = devices * num_nodes
+    if world == 1 or distributed.is_initialized() or "LOCAL_RANK" in os.environ:
+        return False
+    return isinstance(environment_or_error(world), LightningEnvironment)
+
+
+def join(devices: int, num_nodes: int, group: bool) -> None:
+    """Returns when all processes of the run have found each other; the process group stays up until the program ends.
 
     Args:
         devices: processes on this machine.
         num_nodes: machines.
         group: whether a process group is needed; always with several processes.
-        command: that starts one more process of this run.
+
+    Raises:
+        RecipeError: the program runs another number of processes already.
     """
     world = devices * num_nodes
     if world == 1 and not group:
-        yield
         return
     if distributed.is_initialized():
-        # A second run of the same program; the group stays up until the program ends.
         if distributed.get_world_size() != world:
             raise RecipeError(f"this program runs {distributed.get_world_size()} processes, the recipe asks for {world}: start a new one")
-        yield
         return
-    found = environment_or_error(world)
-    children: list[subprocess.Popen[bytes]] = []
-    if isinstance(found, LightningEnvironment):
-        if "LOCAL_RANK" not in os.environ:
-            children = _start_children(found, devices, command)
-        elif PARENT in os.environ:
-            _end_with_parent(int(os.environ[PARENT]))
-    try:
-        if children:
-            _watch(children)
-        _join_group(found, devices, num_nodes)
-        yield
-    finally:
-        # After a failure and after the end alike: the others end by themselves, at their next exchange or as this one does.
-        _end(children, GRACE_SECONDS)
-
-
-def _start_children(found: LightningEnvironment, devices: int, command: Sequence[str]) -> list[subprocess.Popen[bytes]]:
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(found.main_port))
-    # Threads of several processes on the same cores slow each other down.
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, torch.get_num_threads() // devices)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
-    os.environ["LOCAL_RANK"] = "0"
-    own = {**os.environ, PARENT: str(os.getpid())}
-    # Only rank 0 has something to say; what goes wrong elsewhere is on stderr.
-    return [
-        subprocess.Popen(command, env={**own, "LOCAL_RANK": str(rank)}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        for rank in range(1, devices)
-    ]
+    end_with_launcher()
+    _join_group(environment_or_error(world), devices, num_nodes)
 
 
 def _join_group(found: ClusterEnvironment, devices: int, num_nodes: int) -> None:
@@ -158,43 +121,3 @@ def _join_group(found: ClusterEnvironment, devices: int, num_nodes: int) -> None
         device_id=torch.device("cuda", local) if cuda else None,
     )
     collective.start()
-
-
-def _end_with_parent(parent: int) -> None:
-    """Ends this process when the one that started it is gone, however it went."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _watch(children: list[subprocess.Popen[bytes]]) -> None:
-    """Ends the run when one of its processes has failed and rank 0 does not notice by itself."""
-
-    def watch() -> None:
-        while not any(child.poll() for child in children):
-            if all(child.poll() == 0 for child in children):
-                return
-            time.sleep(0.5)
-        time.sleep(GRACE_SECONDS)
-        codes = ", ".join(f"rank {rank} with {child.poll()}" for rank, child in enumerate(children, 1) if child.poll())
-        sys.stderr.write(f"failed: a process of this run ended, {codes}; what it said is above\n")
-        sys.stderr.flush()
-        _end(children, 0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _end(children: list[subprocess.Popen[bytes]], seconds: float) -> None:
-    """Waits for the others, at most so long, then kills them."""
-    limit = time.monotonic() + seconds
-    for child in children:
-        try:
-            child.wait(max(0.0, limit - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()

@@ -12,12 +12,13 @@ import yaml
 from ..errors import RecipeError
 from ..recipe.files import dump
 from ..recipe.schema import Recipe
+from ..run_folder import RunFolder
 
 # The file that DeepSpeed's checkpoint folders end with; Lightning's single files are written at once.
 MARKER = "complete.json"
 
 
-def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
+def find_checkpoint(run: RunFolder, resume: str | None) -> Path | None:
     """The checkpoint to go on from, a file or a DeepSpeed folder; incomplete folders are passed over by ``auto``.
 
     Raises:
@@ -35,18 +36,18 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
                 "else; give auto, or another .ckpt of a run's checkpoints folder"
             )
         return path
-    found = sorted(filter(_complete, (folder / "checkpoints").glob("*.ckpt")), key=_written_at)
+    found = sorted(filter(_complete, run.checkpoints.glob("*.ckpt")), key=_written_at)
     return found[-1] if found else None
 
 
-def incomplete_checkpoints(folder: Path) -> list[Path]:
+def incomplete_checkpoints(run: RunFolder) -> list[Path]:
     """Checkpoint folders of a run whose writing was interrupted."""
-    return sorted(path for path in (folder / "checkpoints").glob("*.ckpt") if not _complete(path))
+    return sorted(path for path in run.checkpoints.glob("*.ckpt") if not _complete(path))
 
 
-def remove_checkpoints(folder: Path) -> None:
+def remove_checkpoints(run: RunFolder) -> None:
     """Every checkpoint of a run, so that what an earlier run left is not taken for this one's when it is resumed."""
-    for stale in (folder / "checkpoints").glob("*.ckpt"):
+    for stale in run.checkpoints.glob("*.ckpt"):
         if stale.is_dir():
             (stale / MARKER).unlink(missing_ok=True)
             shutil.rmtree(stale)
@@ -80,7 +81,7 @@ def check_same_processes(checkpoint: Path, world_size: int, stage: int) -> None:
 
 
 def _other_world(what: Path, before: int, now: int) -> str:
-    last = what if what.suffix == ".ckpt" else find_checkpoint(what, "auto")
+    last = what if what.suffix == ".ckpt" else find_checkpoint(RunFolder(what), "auto")
     weights = last or what
     return (
         f"cannot resume {what}: it was trained by {before} process(es), now there are {now}; give trainer.devices and trainer.num_nodes "
@@ -96,15 +97,14 @@ def _written_at(path: Path) -> float:
     return (path / MARKER if path.is_dir() else path).stat().st_mtime
 
 
-def check_same_run(folder: Path, recipe: Recipe) -> None:
+def check_same_run(run: RunFolder, recipe: Recipe) -> None:
     """Raises RecipeError where resuming would go on with another recipe than the checkpoint's."""
-    path = folder / "recipe.yaml"
-    if not path.is_file():
+    if not run.recipe.is_file():
         return
-    before, now = yaml.safe_load(path.read_text()), yaml.safe_load(dump(recipe))
+    before, now = yaml.safe_load(run.recipe.read_text()), yaml.safe_load(dump(recipe))
     worlds = [_world(settings) for settings in (before["trainer"], now["trainer"])]
     if worlds[0] != worlds[1]:
-        raise RecipeError(_other_world(folder, *worlds))
+        raise RecipeError(_other_world(run.path, *worlds))
     # How many of the processes share a machine does not matter.
     free = {"output", "baselines"} | {
         f"trainer.{key}" for key in ("log_every", "validate_every", "checkpoint_every", "pictures", "bench_rounds", "devices", "num_nodes")
@@ -114,7 +114,7 @@ def check_same_run(folder: Path, recipe: Recipe) -> None:
         for key, (old, new) in (pairs or {block: (before.get(block), value)}).items():
             if key not in free and old != new:
                 raise RecipeError(
-                    f"cannot resume {folder}: {key} was {old!r} and is now {new!r}; give the same overrides, or another output to start anew"
+                    f"cannot resume {run.path}: {key} was {old!r} and is now {new!r}; give the same overrides, or another output to start anew"
                 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from transformers.initialization import no_init_weights
 from ...modules.checkpoints.adapter_folder import write_adapter
 from ...modules.checkpoints.adapter_saving import adapter_of
 from ...modules.checkpoints.base_weights import Base
-from ...modules.compress import CompressedModel
+from ...modules.compressed_model import CompressedModel
+from ..run_folder import RunFolder
 from . import collective
+from .deepspeed import join_deepspeed
 
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:
@@ -36,8 +37,6 @@ def zero3_init(config: Mapping[str, Any]) -> Iterator[None]:
         config: DeepSpeed's.
     """
     import deepspeed
-
-    from .strategies import join_deepspeed
 
     join_deepspeed()
     # Initialising would look at parameters that are gone already, and would draw in another order than a plain build.
@@ -126,11 +125,6 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     collective.wait()
 
 
-def weights_name(base: Base | None) -> str:
-    """Name of the folder in a run or checkpoint that has its weights: ``adapter`` over frozen ones, else ``model``."""
-    return "model" if base is None else "adapter"
-
-
 def save_trained(model: PreTrainedModel, folder: Path, base: Base | None, ratio: Mapping[str, Any] | None = None) -> None:
     """What a run or checkpoint keeps of its model: ``model/`` whole, or ``adapter/`` with what was trained on frozen weights.
 
@@ -145,16 +139,16 @@ def save_trained(model: PreTrainedModel, folder: Path, base: Base | None, ratio:
     Raises:
         RuntimeError: what was written is not the whole model, or a tensor was not gathered.
     """
+    run = RunFolder(folder)
     if collective.rank() == 0:
-        for stale in ("model", "adapter"):
-            shutil.rmtree(folder / stale, ignore_errors=True)
+        run.remove_weights()
     if base is None:
-        save_model(model, folder / weights_name(base))
+        save_model(model, run.written(base))
         return
     names = set(kept_names(model))
     state = gathered(model, lambda name: name in names)
     if collective.rank() == 0:
-        write_adapter(adapter_of(model, base, state=state, ratio=ratio), folder / weights_name(base))
+        write_adapter(adapter_of(model, base, state=state, ratio=ratio), run.written(base))
     collective.wait()
 
 

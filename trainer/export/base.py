@@ -8,7 +8,7 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from ...modules import registry
-from ...modules.compress import stages_of
+from ...modules.stage import stages_of
 from ..errors import RecipeError
 from .source import DTYPES, ExportSource, Settings
 
@@ -111,7 +111,7 @@ def auto_class(model: PreTrainedModel) -> str:
 
 def base_name(model: PreTrainedModel) -> str:
     """Name of the class that a model, compressed or not, has in transformers."""
-    from ...modules.compress import CLASS_PREFIX
+    from ...modules.layer import CLASS_PREFIX
 
     return type(model).__name__.removeprefix(CLASS_PREFIX)
 

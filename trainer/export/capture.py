@@ -14,9 +14,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ...modules.backbones import backbones
-from ...modules.backbones.vision import VisionBackbone
-from ...modules.compress import stages_of
+from ...modules.backbones import families
+from ...modules.backbones.vision import VisionModel
+from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..errors import RecipeError
 
@@ -53,7 +53,7 @@ def check_static(model: PreTrainedModel, inputs: Mapping[str, Tensor], name: str
         return
     model(**inputs, trace=trace)
     uneven = [
-        f"{key} (selector {stages[key][1].config.part('selector').name!r})"
+        f"{key} (selector {stages[key].config.part('selector').name!r})"
         for key, routing in trace.routings.items()
         if isinstance(routing.kept, Tensor)
     ]
@@ -96,8 +96,8 @@ def captured(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> ExportedPr
         RecipeError: torch cannot follow the model.
         RuntimeError: the graph has a scatter with a reduction, which runtimes lack or are slow at.
     """
-    backbone = backbones().get(model.config.model_type)
-    if backbone is not None and issubclass(backbone, VisionBackbone):
+    adapter = families().get(model.config.model_type)
+    if adapter is not None and issubclass(adapter, VisionModel):
         model.set_attn_implementation(ATTENTION)
     rows = Dim("batch", min=1)
     function, shapes = _Logits(model, list(inputs)).eval(), {name: {0: rows} for name in inputs}

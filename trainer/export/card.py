@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from ..build.build import cost_model
 from ..tasks.base import task_named
 from .base import Format, auto_class, base_name, compressed
@@ -15,6 +17,7 @@ from .source import ExportSource, Settings
 _PIPELINES = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForSemanticSegmentation": "image-segmentation",
+    "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForPreTraining": "feature-extraction",
 }
@@ -23,7 +26,8 @@ _PIPELINES = {
 def facts(source: ExportSource) -> dict[str, Any]:
     """What is known of the model, taken before a format changes it: costs from its token counts, the rest from the run's report."""
     model, report = source.model, source.report or {}
-    costs = cost_model(model, size=source.recipe.data.sequence_length if source.recipe.task == "causal_lm" else None)
+    task = task_named(source.recipe.task)
+    costs = cost_model(model, size=task.size(source.recipe))
     cost = None if costs is None else costs()
     is_compressed = compressed(model)
     quality, keep = report.get("quality") or {}, report.get("keep") or {}
@@ -32,7 +36,7 @@ def facts(source: ExportSource) -> dict[str, Any]:
         "architecture": base_name(model),
         "base_model": source.recipe.model.name,
         "compressed": is_compressed,
-        "metric": task_named(source.recipe.task).metric,
+        "metric": task.metric,
         "quality": quality.get("compressed" if is_compressed else "dense"),
         "dense_quality": quality.get("dense"),
         "split": quality.get("split"),
@@ -58,12 +62,29 @@ def write_card(source: ExportSource, form: type[Format], settings: Settings, abo
         folder: of the export.
     """
     kind = form.__module__.rpartition(".")[2].replace("_", "-")
-    pipeline = _PIPELINES.get(auto_class(source.model))
-    header = ["---", "library_name: transformers", "tags: [laconic, token-compression]"]
-    header += [f"pipeline_tag: {pipeline}"] if pipeline else []
-    header += [f"base_model: {about['base_model']}"] if about["base_model"] and not Path(about["base_model"]).exists() else []
+    base = about["base_model"]
+    header = ModelCardData(
+        library_name="transformers",
+        tags=["laconic", "token-compression"],
+        pipeline_tag=_PIPELINES.get(auto_class(source.model)),
+        # A folder of this machine is of no use to a reader of the card.
+        base_model=base if base and not Path(base).exists() else None,
+    )
     title = f"{about['architecture']}, {'compressed by Laconic' if about['compressed'] else 'trained by Laconic'}"
-    lines = [*header, "---", "", f"# {title}", "", _words(about), "", "| | |", "|---|---|", *_rows(about, kind, settings), ""]
+    lines = [
+        "---",
+        header.to_yaml(),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        _words(about),
+        "",
+        "| | |",
+        "|---|---|",
+        *_rows(about, kind, settings),
+        "",
+    ]
     lines += ["## Loading", "", "```python", f'folder = "."  # or the name of the repository\n{usage}', "```", "", *_notes(kind, about), ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 

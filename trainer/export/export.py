@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from ..measure.report import versions, write_json
+from ..run_folder import RunFolder
 from .base import Format, format_named
 from .card import facts, write_card
 from .preprocessing import save_preprocessing
@@ -60,7 +60,7 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
         raise
     save_preprocessing(source, folder)
     if form.hugging_face:
-        shutil.copy(source.recipe_file, folder / "recipe.yaml")
+        shutil.copy(source.run.recipe, RunFolder(folder).recipe)
     found = clean_answers(form, folder, batches, NEW_TOKENS if "generated" in cast[0] else 0)
     added = _difference(found, cast)
     if not added <= form.tolerance:
@@ -125,8 +125,7 @@ def _file(path: Path) -> dict[str, Any]:
 
 
 def _note_in_report(source: ExportSource, record: dict[str, Any]) -> None:
-    path = source.run / "report.json"
-    if path.is_file():
-        report = json.loads(path.read_text())
+    report = source.run.read_report()
+    if report is not None:
         report["export"] = {key: record[key] for key in ("format", "dtype", "max_abs_logit_diff")}
-        write_json(path, report)
+        write_json(source.run.report, report)

@@ -6,7 +6,10 @@ transformers' loader of remote code copies files of one folder only, those named
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +17,11 @@ from types import ModuleType
 from transformers import PreTrainedModel
 
 from ... import modules
-from ...modules.compress import CompressedModel
+from ...modules import registry
+from ...modules.compressed_model import CompressedModel
+from ...modules.config import PARTS
+from ...modules.stage import stages_of
+from ..errors import RecipeError
 
 _IMPORT = re.compile(r"^(?P<indent>[ \t]*)from (?P<dots>\.+)(?P<path>[\w.]*) import (?P<what>.*)$", re.MULTILINE)
 
@@ -30,11 +37,60 @@ def files_of(model: PreTrainedModel) -> dict[str, str]:
     """
     assert isinstance(model, CompressedModel)
     package = modules.__name__
-    classes = {cls for module in model.modules() for cls in type(module).__mro__} | set(model.backbone.__mro__)
+    classes = (
+        {cls for module in model.modules() for cls in type(module).__mro__}
+        | {cls for stage in stages_of(model).values() for cls in stage.adapter.__mro__}
+        | set(model.adapter.__mro__)
+    )
     names = {cls.__module__ for cls in classes if cls.__module__.startswith(f"{package}.")}
     places = {tuple(name.removeprefix(f"{package}.").split(".")) for name in names}
+    outside, imported = _outside(model)
+    places |= imported
     # A part is found through its folder, so the folders above it are there as well.
-    return flattened(places | {place[:depth] for place in places for depth in range(1, len(place))})
+    flat = flattened(places | {place[:depth] for place in places for depth in range(1, len(place))})
+    return {**flat, **outside}
+
+
+def _outside(model: PreTrainedModel) -> tuple[dict[str, str], set[Place]]:
+    """Text by file name of the parts that other packages brought, and the files of ``laconic.modules`` that they import from.
+
+    Raises:
+        RecipeError: a part's file needs more than torch, transformers and ``laconic.modules``.
+    """
+    files: dict[str, str] = {}
+    imported: set[Place] = set()
+    for stage in stages_of(model).values():
+        for kind, part in ((kind, getattr(stage, kind)) for kind in PARTS):
+            if part is None or type(part).__module__.startswith(f"{modules.__name__}."):
+                continue
+            name = registry.name_of(kind, type(part))
+            source = inspect.getsourcefile(type(part))
+            if name is None or source is None:
+                raise RecipeError(f"--format standalone: {kind} {type(part).__qualname__} is found by no name; offer it as an entry point")
+            text, places = _outside_text(Path(source), f"{kind} {name!r}")
+            # Where the registry looks for a part of that name in a flat folder.
+            folder = tuple(registry.KINDS[kind].folder.split("."))
+            files[f"{_flat((*folder, name))}.py"] = text
+            imported |= places | {folder}
+    return files, imported
+
+
+def _outside_text(path: Path, part: str) -> tuple[str, set[Place]]:
+    text = path.read_text(encoding="utf-8")
+    imported: set[Place] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith(f"{modules.__name__}."):
+            imported.add(tuple((node.module or "").removeprefix(f"{modules.__name__}.").split(".")))
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else ["." * node.level + (node.module or "")]
+            for module in found:
+                if module.partition(".")[0] not in (*sys.stdlib_module_names, "torch", "transformers"):
+                    raise RecipeError(
+                        f"--format standalone: {part} cannot go along: {path.name} imports {module}, and an exported folder has torch, "
+                        f"transformers and what is imported as 'from {modules.__name__}.… import …'"
+                    )
+    pattern = re.compile(rf"^(?P<indent>[ \t]*)from {re.escape(modules.__name__)}\.(?P<path>[\w.]+) import ", re.MULTILINE)
+    return pattern.sub(lambda match: f"{match['indent']}from .{_flat(tuple(match['path'].split('.')))} import ", text), imported
 
 
 def flattened(places: Iterable[Place], package: ModuleType = modules) -> dict[str, str]:

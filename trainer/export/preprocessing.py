@@ -8,13 +8,13 @@ from typing import Any
 from PIL import Image
 from transformers import AutoTokenizer
 
+from ...data.images.recipe import DRAWN, ImageRecipe
 from ..measure.report import write_json
 from ..recipe.schema import Recipe
+from ..run_folder import PROCESSOR, TOKENIZER
 from ..tasks.base import task_named
 from ..tasks.base_image import ImageTask, image_input, with_normalisation
 from .source import ExportSource
-
-PROCESSOR = "preprocessor_config.json"
 
 
 def save_preprocessing(source: ExportSource, folder: Path) -> None:
@@ -22,18 +22,19 @@ def save_preprocessing(source: ExportSource, folder: Path) -> None:
     config: Any = source.model.config
     if issubclass(task_named(source.recipe.task), ImageTask):
         write_json(folder / PROCESSOR, image_processor(source.recipe, config))
-    if (source.weights / "tokenizer_config.json").is_file():
-        AutoTokenizer.from_pretrained(source.weights).save_pretrained(folder)
+    if (place := source.run.with_file(TOKENIZER)) is not None:
+        AutoTokenizer.from_pretrained(place).save_pretrained(folder)
 
 
 def image_processor(recipe: Recipe, config: Any) -> dict[str, Any]:
     """Settings for transformers' image processors that do what evaluation here does: shorter side to size, centre, normalise."""
     size, channels = image_input(config)
     data = with_normalisation(recipe).data
+    assert isinstance(data, ImageRecipe)
     assert data.mean is not None
     assert data.std is not None
     # The embedded digits are drawn as numbers in [0, 1], and stay so.
-    normalised = data.name != "scattered_digits"
+    normalised = data.name != DRAWN
     return {
         "image_processor_type": "ViTImageProcessor",
         # A colour image for a grey model is the caller's to convert: transformers knows no grey.

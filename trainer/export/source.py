@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...modules.compress import decompress, stages_of
-from ...modules.decoding.generation import check_deployable
+from ...modules.compatibility import check_deployable
+from ...modules.compress import decompress
+from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..errors import RecipeError
-from ..evaluate import load_model, model_folder, recipe_of
 from ..recipe.schema import Recipe
+from ..run_folder import RunFolder, load_model
 from ..tasks.base import task_named
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,36 +49,30 @@ class ExportSource:
     """A trained model and what is known about it.
 
     Attributes:
-        run: folder of the run, or of an earlier export.
-        weights: folder of the weights in it.
+        run: the run, or an earlier export.
         recipe: that it was trained with.
-        recipe_file: the same, as a file.
         model: with its stages, in evaluation mode, float32; a format may change it as it writes.
         report: of the run; None where there is none.
         inputs: to compare answers on, a few rows.
     """
 
-    run: Path
-    weights: Path
+    run: RunFolder
     recipe: Recipe
-    recipe_file: Path
     model: PreTrainedModel
     report: Mapping[str, Any] | None
     inputs: Mapping[str, Tensor]
 
     @staticmethod
-    def open(run: str) -> ExportSource:
+    def open(folder: str) -> ExportSource:
         """From a run folder or an export. Raises RecipeError where it holds no trained model."""
-        weights, recipe_file = model_folder(run)
-        recipe, report = recipe_of(run, []), Path(run) / "report.json"
-        model = load_model(weights).eval()
+        run = RunFolder.open(folder)
+        recipe = run.read_recipe()
+        model = load_model(run.trained()).eval()
         return ExportSource(
-            run=Path(run),
-            weights=weights,
+            run=run,
             recipe=recipe,
-            recipe_file=recipe_file,
             model=model,
-            report=json.loads(report.read_text()) if report.is_file() else None,
+            report=run.read_report(),
             inputs=task_named(recipe.task).probe(model.config),
         )
 
@@ -104,9 +97,9 @@ class ExportSource:
             kept, present = routing.counts()
             if kept < present:
                 told.append(f"{name} keeps {routing.achieved:.3f} of its tokens")
-            elif stages[name][1].whole and not stages[name][1].idle:
-                told.append(f"{name} weighs what its layer adds (estimator {stages[name][1].config.part('estimator').name!r})")
-            elif stages[name][1].merger.outputs is not None:
+            elif stages[name].whole and not stages[name].idle:
+                told.append(f"{name} weighs what its layer adds (estimator {stages[name].config.part('estimator').name!r})")
+            elif stages[name].merger.outputs is not None:
                 told.append(f"{name} makes tokens of its own")
         return told
 
@@ -120,7 +113,7 @@ def generates(model: PreTrainedModel) -> bool:
     if not model.can_generate():
         return False
     try:
-        check_deployable(stage for _, stage in stages_of(model).values())
+        check_deployable(stages_of(model).values())
     except ValueError:
         return False
     return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, Pretrained
 from ...modules.tokens.trace import Trace
 from ..build.initial_weights import start_of
 from ..recipe.schema import DistillationRecipe
+from ..run_folder import located
 
 SELF = "dense_self"
 
@@ -169,12 +169,10 @@ def _source(recipe: DistillationRecipe, model: Any) -> tuple[str, str | None]:
                 f"distillation.teacher = 'dense_self': {model.name!r} is a checkpoint without dense weights of its own; name a run"
             )
         return start.weights, start.revision
-    folder = Path(recipe.teacher)
-    if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
-        if not (folder / "model" / "config.json").is_file():
-            raise ValueError(f"distillation.teacher = {recipe.teacher!r} holds no trained model yet (model/config.json): let that run end")
-        return str(folder / "model"), None
-    return recipe.teacher, recipe.revision
+    try:
+        return located(recipe.teacher, whole=True), recipe.revision
+    except FileNotFoundError as error:
+        raise ValueError(f"distillation.teacher = {recipe.teacher!r} cannot be loaded: {error}") from None
 
 
 def _check_labels(given: str, config: PretrainedConfig, classes: list[str]) -> None:

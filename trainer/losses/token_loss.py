@@ -64,8 +64,7 @@ def token_loss(
     """
     trace = options.get("trace")
     if trace is not None:
-        # The model's own forward would note these.
-        trace.labels, trace.under_head, trace.documents = labels, True, documents
+        trace.labels, trace.documents = labels, documents
     base: Any = model.base_model
     hidden_states = base(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options).last_hidden_state
     # Token i predicts token i + 1. Moving the labels copies less than moving the states would.

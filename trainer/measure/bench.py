@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...modules.backbones import backbone_for
-from ...modules.backbones.base import Backbone
-from ...modules.compress import CompressedModel, base_class
+from ...modules.backbones import adapter_of
+from ...modules.backbones.layer_adapter import LayerAdapter
+from ...modules.compressed_model import CompressedModel
+from ...modules.layer import base_class
+from ...modules.tokens.flow import RowTokens
 from ...modules.tokens.state import TokenState
-from ...modules.tokens.trace import RowTokens, Trace
+from ...modules.tokens.trace import Trace
 
 WARM_UP_ROUNDS = 3
 
@@ -169,18 +171,19 @@ def sliced(model: PreTrainedModel, tokens: Mapping[int, RowTokens], final: int |
         tokens: by layer index, what a compressed model's forward left on its trace; where rows differ, their mean counts.
         final: tokens after the last layer; None takes those of its MLP.
     """
-    backbone = backbone_for(model.config.model_type, type(model).__name__)
-    layers = backbone.layers(model)
+    adapter = adapter_of(model)
+    stack = adapter.stacks(model)[0]
+    layers = stack.layers
     present = [_mean(tokens[index].present) for index in range(len(layers))]
     removed = _Removed()
     for index, layer in enumerate(layers):
-        if backbone.masks_in_layers:
-            backbone.patch_layer(layer)
+        if stack.adapter.masks_in_layers:
+            stack.adapter.patch_layer(layer)
         layer.__class__ = type("Sliced" + type(layer).__name__, (_SlicedLayer, type(layer)), {})
         attention, mlp = _mean(tokens[index].attention), _mean(tokens[index].mlp)
         leaving = present[index + 1] if index + 1 < len(layers) else mlp if final is None else final
-        filled = index == len(layers) - 1 and backbone.head_counts_places(model)
-        layer.slices = _Slices(index, present[index], attention, mlp, leaving, backbone, removed, filled)
+        filled = index == len(layers) - 1 and adapter.head_counts_places(model)
+        layer.slices = _Slices(index, present[index], attention, mlp, leaving, stack.adapter, removed, filled)
     return model
 
 
@@ -208,7 +211,7 @@ class _Slices:
     attention: int
     mlp: int
     leaving: int
-    backbone: type[Backbone]
+    adapter: type[LayerAdapter]
     removed: _Removed
     filled: bool = False
 
@@ -218,12 +221,12 @@ class _Slices:
         rows, tokens, _ = hidden_states.shape
         if whole is None or tokens == whole.shape[1]:
             return dict(given)
-        if not self.backbone.masks_in_layers:
-            return self.backbone.slice_inputs(given, tokens)
+        if not self.adapter.masks_in_layers:
+            return self.adapter.slice_inputs(given, tokens)
         # The layer has a bias of its own for every pair of tokens.
         first = torch.arange(tokens, device=hidden_states.device).expand(rows, -1)
         state = TokenState.initial(rows, whole.shape[1], 0, None, hidden_states.device).select(first, None)
-        return self.backbone.layer_inputs(layer, state, hidden_states.dtype, given)
+        return self.adapter.layer_inputs(layer, state, hidden_states.dtype, given)
 
 
 class _SlicedLayer(nn.Module):
@@ -231,7 +234,7 @@ class _SlicedLayer(nn.Module):
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         slices = self.slices
-        given = dict(zip(slices.backbone.positional, args, strict=False)) | kwargs
+        given = dict(zip(slices.adapter.positional, args, strict=False)) | kwargs
         if slices.index == 0:
             slices.removed.whole = hidden_states
         hidden_states = slices.removed.fit(hidden_states, slices.present)
@@ -240,20 +243,20 @@ class _SlicedLayer(nn.Module):
         if slices.attention == slices.mlp:
             hidden_states = _through(hidden_states, slices.mlp, lambda tokens: call(tokens, **slices.inputs(self, given, tokens)))
         else:
-            half = slices.backbone.attention_half
+            half = slices.adapter.attention_half
             hidden_states = _through(
                 hidden_states, slices.attention, lambda tokens: half(self, tokens, **slices.inputs(self, given, tokens))
             )
             if slices.leaving < slices.present:
                 hidden_states = hidden_states[:, : slices.mlp]
-            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: slices.backbone.mlp_half(self, tokens))
+            hidden_states = _through(hidden_states, slices.mlp, lambda tokens: slices.adapter.mlp_half(self, tokens))
         hidden_states = slices.removed.fit(hidden_states, slices.leaving)
         whole = slices.removed.whole
         return slices.removed.fit(hidden_states, whole.shape[1]) if slices.filled and whole is not None else hidden_states
 
 
 def _through(hidden_states: Tensor, tokens: int, inner: Callable[[Tensor], Tensor]) -> Tensor:
-    """The first tokens through a part of a layer, the others around it."""
+    """The first tokens through a part of a layer; the others bypass it."""
     if tokens == hidden_states.shape[1]:
         return inner(hidden_states)
     return torch.cat([inner(hidden_states[:, :tokens]), hidden_states[:, tokens:]], 1)
@@ -272,8 +275,8 @@ def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor], forward: Callab
     with torch.no_grad():
         forward(model.eval(), batch, trace=trace)
     model.train(training)
-    assert trace.state is not None
-    return dict(trace.layer_tokens), _mean(trace.state.tokens_per_row)
+    flow = trace.flow(adapter_of(model).stacks(model)[0].name)
+    return dict(flow.layer_tokens), _mean(flow.tokens.tokens_per_row)
 
 
 def _step(kind: str, model: nn.Module, batch: Mapping[str, Tensor], loss: Callable[..., Tensor]) -> Callable[[], None]:

@@ -81,9 +81,14 @@ class Report:
         """JSON-able form."""
         return asdict(self)
 
-    def save(self, folder: Path) -> None:
+    def save(self, path: Path) -> None:
         """Writes ``report.json``."""
-        write_json(folder / "report.json", self.to_dict())
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        """What ``save`` wrote."""
+        return cls(**json.loads((folder / "report.json").read_text()))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

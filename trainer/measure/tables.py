@@ -10,12 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ...modules.budget.budget import Budget
-from ...modules.checkpoints.loading import find_adapter
 from ...modules.cost.cost import CostModel
 from ..build.build import build, build_model, model_config, total_steps
 from ..errors import RecipeError
-from ..evaluate import load_model
 from ..recipe.files import LoadedRecipe, load
+from ..run_folder import RunFolder, load_model
 from ..tasks.base import task_named
 from .arms import bench_models
 
@@ -30,17 +29,23 @@ def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:
-            compression = Budget(recipe.budget, model, compression, total_steps(recipe, data), recipe.seed, data.size).compression
-        return _rows(CostModel(model, compression, data.size))
+            compression = Budget(recipe.budget, model, compression, total_steps(recipe, data), recipe.seed, task.size(recipe)).compression
+        return _rows(CostModel(model, compression, task.size(recipe)))
 
 
 def cost_of_model(folder: str) -> dict[str, Any]:
-    """Cost of a saved model."""
-    path = Path(folder)
-    path = path / "model" if (path / "model" / "config.json").is_file() else path
-    if not (path / "config.json").is_file() and find_adapter(path) is None:
-        raise RecipeError(f"--model {folder} has no config.json: give a run folder, or the folder of a model or adapter")
-    return _rows(CostModel(load_model(path)))
+    """Cost of a saved model: of rows as its recipe has them, or where there is no recipe of those that the cost of its family is counted at."""
+    if not Path(folder).is_dir():
+        raise RecipeError(f"--model {folder} is no folder: give a run folder, or the folder of a model or adapter")
+    run, size = RunFolder.of(folder), None
+    try:
+        model = load_model(folder)
+    except FileNotFoundError as error:
+        raise RecipeError(f"--model {error}") from None
+    if run.recipe.is_file():
+        recipe = run.read_recipe()
+        size = task_named(recipe.task).size(recipe)
+    return _rows(CostModel(model, size=size))
 
 
 def _rows(model: CostModel) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def _rows(model: CostModel) -> dict[str, Any]:
         "macs_ratio": cost.macs_ratio,
         "mean_token_fraction": cost.mean_token_fraction,
         "embed_macs": shape.embed_macs,
-        "head_macs": shape.head_macs + round(shape.decoder_macs + shape.head_macs_per_token * (shape.prefix + shape.patches)),
+        "head_macs": shape.head_macs + round(model.fixed_macs + shape.head_macs_per_token * (shape.protected + shape.routable)),
         "activation_bytes": cost.activation_bytes,
         "dense_activation_bytes": cost.dense_activation_bytes,
         "kv_bytes": cost.kv_bytes,

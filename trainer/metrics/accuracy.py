@@ -1,10 +1,16 @@
-"""The metric of classifiers, whatever they classify."""
+"""Accuracy of classifiers, of images and of texts.
+
+torchmetrics counts; the division is done here, in float64 of whole numbers: torchmetrics divides in float32, so that 0.8765 would
+stand in a report as 0.8765000104904175.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torchmetrics.functional.classification import multiclass_stat_scores
 
 from .quality import Quality
 
@@ -22,8 +28,11 @@ class Accuracy(Quality):
     seen: int = 0
 
     def add(self, out: Any, batch: Mapping[str, Any]) -> None:
-        self.right += int((out.logits.argmax(-1) == batch["labels"]).sum())
-        self.seen += len(batch["labels"])
+        logits, labels = out.logits, batch["labels"]
+        scores = multiclass_stat_scores(logits, labels, num_classes=logits.shape[-1], average="micro", validate_args=False)
+        # Over all classes together: true positives, false positives, true negatives, false negatives, rows.
+        right, _, _, _, seen = scores.tolist()
+        self.right, self.seen = self.right + right, self.seen + seen
 
     def merge(self, other: Accuracy) -> None:
         self.right, self.seen = self.right + other.right, self.seen + other.seen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RecipeError
+from .data_kinds import KINDS, elsewhere
 from .schema import Recipe
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
@@ -76,7 +77,28 @@ def check(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{where}: " + "; ".join(_explain(item) for item in error.errors()[:5])) from None
+        raise RecipeError(f"{where}: " + "; ".join(_explain(item, data) for item in error.errors()[:5])) from None
+
+
+def read_recorded(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a run recorded, with overrides laid over it.
+
+    Raises:
+        RecipeError: this version of Laconic does not have its keys or values, or an override is wrong.
+    """
+    data = _parsed(path)
+    try:
+        Recipe.model_validate(data)
+    except ValidationError as error:
+        unknown = [".".join(map(str, _location(item))) for item in error.errors() if item["type"] in _UNKNOWN]
+        others = [_explain(item, data) for item in error.errors() if item["type"] not in _UNKNOWN]
+        told = ([f"it has the keys {', '.join(unknown)}, which are not known here"] if unknown else []) + others[:3]
+        raise RecipeError(
+            f"{path} was written by another version of Laconic, or changed since: {'; '.join(told)}. Change that in the file, or train again"
+        ) from None
+    for override in overrides:
+        apply_override(data, override)
+    return check(data, str(path))
 
 
 def dump(recipe: Recipe) -> str:
@@ -87,25 +109,31 @@ def dump(recipe: Recipe) -> str:
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise RecipeError(f"{path.name}: its base leads back to itself: {' → '.join(item.stem for item in (*seen, path))}")
+    data = _parsed(path)
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    beside = path.parent / f"{base}.yaml"
+    return merged(_read(beside if beside.is_file() else find(str(base)), (*seen, path)), data)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path} must hold keys and values, it holds {type(data).__name__}")
-    base = data.pop("base", None)
-    if base is None:
-        return data
-    beside = path.parent / f"{base}.yaml"
-    return _merge(_read(beside if beside.is_file() else find(str(base)), (*seen, path)), data)
+    return data
 
 
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain data with other data laid over it, block by block; a list is replaced as a whole."""
+    whole = dict(under)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+        both = isinstance(value, dict) and isinstance(whole.get(key), dict)
+        whole[key] = merged(whole[key], value) if both else value
+    return whole
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
@@ -137,14 +165,30 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 # What pydantic puts into an error's path for a choice of types.
 _OF_TYPES = ("function-", "dict[", "list[", "PartConfig", "Mapping", "literal[", "constrained-")
+# Its kinds of error for a key that is not there.
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
-def _explain(error: Any) -> str:
-    location = [part for part in error["loc"] if str(part) not in ("str", "int") and not str(part).startswith(_OF_TYPES)]
+def _location(error: Any) -> list[Any]:
+    """Keys and indices from the top of the recipe to the place of a mistake."""
+    return [part for part in error["loc"] if str(part) not in ("str", "int") and not str(part).startswith(_OF_TYPES)]
+
+
+def _explain(error: Any, data: Mapping[str, Any]) -> str:
+    """One mistake in words.
+
+    Args:
+        error: pydantic's.
+        data: that was checked.
+    """
+    location = _location(error)
     path = ".".join(map(str, location))
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        allowed = _keys_at(Recipe, location[:-1])
+    if error["type"] in _UNKNOWN:
+        task = data.get("task", Recipe.model_fields["task"].default)
+        if location[:-1] == ["data"] and (told := elsewhere(task, str(location[-1]))) is not None:
+            return told
+        allowed = _keys_at(KINDS[task], location[1:-1]) if location[0] == "data" and len(location) > 1 else _keys_at(Recipe, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), allowed, 1, cutoff=0.5)
         parent = ".".join(map(str, location[:-1]))
         prefix = f"{parent}." if parent else ""

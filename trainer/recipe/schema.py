@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializeAsAny,
+    ValidationInfo,
+    model_validator,
+)
 
-from ...data.embedded.scattered_digits import Canvas
-from ...data.images.augmentation import RandomAugment
+from ...data.recipe import Block, Count, DataRecipe, Fraction
 from ...modules import registry
-from ...modules.budget.budget import BudgetConfig
+from ...modules.budget.config import BudgetConfig
 from ...modules.config import CompressionConfig
+from .data_kinds import KINDS, checked
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Block(BaseModel):
-    """A block of a recipe: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
 class ModelRecipe(Block):
@@ -54,92 +55,6 @@ class ModelRecipe(Block):
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config.model_type is missing: vit or deit, for example")
         return self
-
-
-class MixingRecipe(Block):
-    """Mixup and cutmix; partners are rows of one process's batch."""
-
-    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="α of mixup's Beta(α, α); 0 does none; 0.8 is usual")
-    cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="α of cutmix's Beta(α, α); 0 does none; 1.0 is usual")
-    probability: Fraction = Field(1.0, description="share of the images that are mixed")
-    switch: Fraction = Field(0.5, description="where both are on, share of the mixed images that cutmix takes")
-
-    @model_validator(mode="after")
-    def _something(self) -> MixingRecipe:
-        if not self.mixup and not self.cutmix:
-            raise ValueError("data.mixing mixes nothing: set data.mixing.mixup or data.mixing.cutmix above 0, or data.mixing=null")
-        return self
-
-
-class DataRecipe(Block):
-    """What is trained on."""
-
-    name: str = Field(
-        "scattered_digits",
-        description="scattered_digits, imagefolder; for text python_library, python_functions, python_passages, text, json, csv; parquet, or a hub name",
-    )
-    data_dir: str | None = Field(None, description="folder of an imagefolder, or of files of text")
-    data_files: str | list[str] | dict[str, str | list[str]] | None = Field(None, description="files, or files by split")
-    config: str | None = Field(None, description="configuration of a hub data set")
-    revision: str | None = Field(None, description="revision of a hub data set")
-    image_column: str | None = Field(None, description="column with the images; found by itself where there is one")
-    label_column: str | None = Field(None, description="column with the labels; found by itself where it has a usual name")
-    mask_column: str | None = Field(
-        None, description="semantic_segmentation: column with the masks, one number a pixel; found by itself where it has a usual name"
-    )
-    ignore_index: Annotated[int, Field(ge=0, le=255)] = Field(
-        255, description="semantic_segmentation: number in a mask that is no class: its pixels count neither in the loss nor in the metric"
-    )
-    text_column: str | None = Field(
-        None, description="column with the texts; none takes messages, prompt and completion, text, or the only column of strings"
-    )
-    second_text_column: str | None = Field(
-        None, description="text_classification: column with texts that stand behind those of text_column, as pairs; none has none"
-    )
-    sample_by: Literal["line", "paragraph", "document"] = Field("document", description="data.name=text: what of a file is one document")
-    sequence_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens of a row of text, which documents are packed into")
-    tokenizer: str | None = Field(
-        None,
-        description="folder, tokenizer.json or hub name; none takes that of model.name, or trains one of model.config.vocab_size entries",
-    )
-    streaming: bool = Field(False, description="read text as it is needed, in the order of the files, and keep none of it")
-    train_split: str = Field("train", description="split to train on")
-    validation_split: str | None = Field(None, description="split to validate on; none takes validation_fraction of the training rows")
-    test_split: str | None = Field(None, description="split to report on; none reports on validation")
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="share of training rows held out when there is no split"
-    )
-    num_labels: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="number of classes; counted where it is not given, but for masks"
-    )
-    mean: list[float] | None = Field(
-        None, description="subtracted from pixels in [0, 1], one or one a channel; none asks the model's processor"
-    )
-    std: list[float] | None = Field(None, description="divides pixels, one or one a channel; none asks the model's processor")
-    augmentation: Literal["none", "flip", "crop_flip", "resized_crop_flip"] = Field("none", description="of training images")
-    random_augment: RandomAugment | None = Field(
-        None, description="of training images: operations (2) and magnitude (9 of 10), RandAugment"
-    )
-    erase: Fraction = Field(0.0, description="probability that a box of a training image is covered with noise")
-    mixing: MixingRecipe | None = Field(None, description="of training images and their labels: mixup, cutmix, probability, switch")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of a training label that is spread over all classes"
-    )
-    max_bad_fraction: Fraction = Field(0.0, description="share of bad rows past which the run stops")
-    batch_size: Count = Field(128, description="images, or rows of text, a step and process, before accumulation")
-    eval_batch_size: Count = Field(256, description="images or rows of text a step of validation and test")
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="loader processes; 0 loads in the training process")
-    canvas: Canvas = Field(default_factory=Canvas, description="scattered_digits: size, scrambled, pieces")
-    train_samples: Count = Field(60_000, description="scattered_digits: training images; python_library: at most so many files")
-    eval_samples: Count = Field(
-        2_000,
-        description="validation images of scattered_digits or files of python_library, and as many for test; streaming: rows held out",
-    )
-
-
-IMAGE_KEYS = ("image_column", "label_column", "mask_column", "ignore_index", "num_labels", "mean", "std", "augmentation",
-              "random_augment", "erase", "mixing", "label_smoothing", "canvas")  # fmt: skip
-TEXT_KEYS = ("text_column", "second_text_column", "sample_by", "sequence_length", "tokenizer", "streaming")
 
 
 class LoraRecipe(Block):
@@ -299,8 +214,18 @@ def _no_removed_fraction(value: Any) -> Any:
 
 def _task(name: str) -> str:
     # The names alone: the tasks themselves import what trains.
-    registry.check_name(f"{__package__.rpartition('.')[0]}.tasks", name)
+    registry.check_name("task", name, registry.names(f"{__package__.rpartition('.')[0]}.tasks"))
     return name
+
+
+def _data(value: Any, info: ValidationInfo) -> DataRecipe:
+    """The block as the task's kind of data."""
+    task = info.data.get("task")
+    if task is None:
+        # The task is wrong, which is said already; which keys are right depends on it.
+        return DataRecipe.model_construct()
+    kind = KINDS[task]
+    return checked(task, value if isinstance(value, kind) else kind.model_validate(value))
 
 
 class Recipe(Block):
@@ -315,7 +240,9 @@ class Recipe(Block):
     ] = Field(None, description="stages; none trains the dense model")
     budget: Annotated[BudgetConfig | None, BeforeValidator(_no_removed_fraction)] = Field(None, description="what the model may cost")
     distillation: DistillationRecipe | None = Field(None, description="learn from a frozen dense teacher as well")
-    data: DataRecipe = Field(default_factory=DataRecipe)
+    data: Annotated[SerializeAsAny[DataRecipe], PlainValidator(_data)] = Field(
+        default_factory=dict, validate_default=True, description="what is trained on; its keys are those of the task's kind of data"
+    )
     optimizer: OptimizerRecipe = Field(default_factory=OptimizerRecipe)
     trainer: TrainerRecipe
     baselines: list[str] = Field(default_factory=list, description="recipes trained first on the same samples, for the report")

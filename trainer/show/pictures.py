@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...data.rows import collate
-from ...modules.compress import stages_of
+from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..build.parts import RunParts
 from ..tasks.base import task_named
@@ -25,27 +25,28 @@ def kept_pixels(trace: Trace) -> Tensor:
     Args:
         trace: of a forward with images.
     """
-    assert trace.pixel_values is not None
-    assert trace.grid is not None
-    state = trace.shortest or trace.state
-    assert state is not None
+    flow = trace.flow()
+    assert flow.pixel_values is not None
+    assert flow.grid is not None
+    state = flow.shortest or flow.tokens
     # A token that was fused with others is gone as far as a picture can tell.
     alone = (state.source >= 0) & (state.size.gather(1, state.source.clamp(min=0)) == 1)
-    patches = alone[:, state.protected_per_row :]
-    if trace.places is not None:
+    patches = alone[:, flow.leading :]
+    if flow.places is not None:
         # Patches that the model masked by itself are gone like those that a stage dropped.
-        places = trace.places[:, state.protected_per_row :] - state.protected_per_row
-        patches = patches.new_zeros(len(patches), trace.grid[0] * trace.grid[1]).scatter(1, places, patches)
-    patches = patches.view(-1, *trace.grid)
-    down, across = (side // cells for side, cells in zip(trace.pixel_values.shape[-2:], trace.grid, strict=True))
+        cells = flow.places[:, flow.leading :] - flow.leading
+        patches = patches.new_zeros(len(patches), flow.grid[0] * flow.grid[1]).scatter(1, cells, patches)
+    patches = patches.view(-1, *flow.grid)
+    down, across = (side // cells for side, cells in zip(flow.pixel_values.shape[-2:], flow.grid, strict=True))
     return patches.repeat_interleave(down, 1).repeat_interleave(across, 2)
 
 
 def overlays(trace: Trace, number: int) -> np.ndarray:
     """(number, height, width, 3) uint8: images with dropped patches darkened and tinted blue."""
-    assert trace.pixel_values is not None
+    pixel_values = trace.flow().pixel_values
+    assert pixel_values is not None
     kept = kept_pixels(trace)[:number, :, :, None].cpu().numpy()
-    image = trace.pixel_values[:number, :, : kept.shape[1], : kept.shape[2]].float().cpu()
+    image = pixel_values[:number, :, : kept.shape[1], : kept.shape[2]].float().cpu()
     low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
     image = ((image - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     dropped = 0.3 * image + np.array([0.05, 0.08, 0.25])

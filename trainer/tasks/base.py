@@ -13,9 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...data.splits import Splits
 from ...modules import registry
+from ...modules.tokens.trace import Trace
 from ..build.parts import RunParts
 from ..metrics.quality import Quality
 from ..recipe.schema import ModelRecipe, Recipe
+from ..run_folder import RunFolder
 
 PROBES = 8
 
@@ -84,12 +86,12 @@ class Task:
         return recipe
 
     @classmethod
-    def of_run(cls, recipe: Recipe, folder: Path) -> Recipe:
-        """The recipe of a trained model, to evaluate it: with what the folder of its weights brings.
+    def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
+        """The recipe of a trained model, to evaluate it: with what lies beside its weights.
 
         Args:
-            recipe: beside the model.
-            folder: of the weights.
+            recipe: of the run.
+            run: with the weights.
         """
         return recipe
 
@@ -97,6 +99,11 @@ class Task:
     def open_data(cls, recipe: Recipe, config: PretrainedConfig) -> Splits:
         """The splits that a recipe names, as the model of ``config`` takes them. Raises ValueError where they cannot be had."""
         raise NotImplementedError
+
+    @classmethod
+    def size(cls, recipe: Recipe) -> tuple[int, int] | int | None:
+        """Of one row as the model takes it: height and width in pixels, or tokens of the longest text; None where the model's config says it."""
+        return None
 
     @classmethod
     def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
@@ -169,20 +176,16 @@ class Task:
         model.compile()
 
 
-def refuse_data_keys(recipe: Recipe, keys: Sequence[str], why: str) -> None:
-    """Raises ValueError where a key of ``data`` is set that belongs to other tasks.
+def give_labels(options: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+    """Gives the labels of a batch to the trace of its forward, where estimators find them.
 
     Args:
-        recipe: the recipe.
-        keys: of ``data``.
-        why: the rest of the message, after the key.
+        options: of the forward, with its ``trace`` if the model is compressed.
+        batch: with ``labels``, unless the task has none.
     """
-    fields = type(recipe.data).model_fields
-    for key in keys:
-        value = getattr(recipe.data, key)
-        # A recorded recipe names every key, also those that nobody set.
-        if value != fields[key].get_default(call_default_factory=True):
-            raise ValueError(f"data.{key} = {value!r} {why}")
+    trace: Trace | None = options.get("trace")
+    if trace is not None:
+        trace.labels = batch.get("labels")
 
 
 def names() -> Sequence[str]:

@@ -13,20 +13,19 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from ...data.hub import DataSource
+from ...data.images.recipe import DRAWN, ImageRecipe
 from ...data.images.splits import ImageData
 from ...data.images.transform import ImageTransform
 from ...data.rows import collate
 from ...data.splits import Splits
-from ...modules.backbones import backbones
-from ...modules.backbones.vision import VisionBackbone
-from ...modules.checkpoints.from_mae import encoder_source
+from ...modules.backbones import families
+from ...modules.backbones.vision import VisionModel
 from ...modules.tokens.trace import Trace
-from ..build.initial_weights import start_of
+from ..build.initial_weights import encoder_weights, start_of
 from ..build.parts import RunParts
-from ..recipe.schema import TEXT_KEYS, DataRecipe, Recipe
+from ..recipe.schema import Recipe
 from ..show.pictures import PICTURED, draw_arms, overlays, save_kept_tokens
-from .base import PROBES, Task, refuse_data_keys
+from .base import PROBES, Task, give_labels
 
 
 class ImageTask(Task):
@@ -35,10 +34,6 @@ class ImageTask(Task):
     unit: ClassVar[str] = "images"
     item: ClassVar[str] = "images"
     controls: ClassVar[tuple[str, ...]] = ("random", "uniform_grid", "patch_energy")
-
-    @classmethod
-    def check(cls, recipe: Recipe) -> None:
-        refuse_data_keys(recipe, TEXT_KEYS, "is for text, and this task has images: leave it out")
 
     @classmethod
     def resolved(cls, recipe: Recipe) -> Recipe:
@@ -55,6 +50,7 @@ class ImageTask(Task):
 
     @classmethod
     def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        give_labels(options, batch)
         loss: Tensor = model(**cls.step_inputs(batch, model.config), **options).loss
         return loss
 
@@ -98,13 +94,19 @@ class ImageTask(Task):
         return {name: routing.achieved for name, routing in trace.routings.items()}
 
     @classmethod
-    def embedded_data(cls, recipe: DataRecipe, seed: int) -> ImageData:
+    def embedded_data(cls, recipe: ImageRecipe, seed: int) -> ImageData:
         """The splits of ``scattered_digits``."""
         raise NotImplementedError
 
     @classmethod
-    def hub_data(cls, recipe: DataRecipe, transform: ImageTransform, seed: int) -> ImageData:
-        """The splits of any data set of Hugging Face ``datasets``."""
+    def hub_data(cls, recipe: Any, transform: ImageTransform, seed: int) -> ImageData:
+        """The splits of any data set of Hugging Face ``datasets``.
+
+        Args:
+            recipe: of the task's kind of data.
+            transform: from a decoded image to pixels.
+            seed: of the augmentation.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -125,9 +127,9 @@ class ImageTask(Task):
 
 def image_input(config: Any) -> tuple[int, int]:
     """Side in pixels and channels of the images that a model takes. Raises ValueError where its images are not square."""
-    backbone = backbones()[config.model_type]
-    assert issubclass(backbone, VisionBackbone)
-    height, width, channels = backbone.image_input(config)
+    adapter = families()[config.model_type]
+    assert issubclass(adapter, VisionModel)
+    height, width, channels = adapter.image_input(config)
     if height != width:
         raise ValueError(f"model.config.image_size = {(height, width)}: images are cut square, give one number")
     return height, channels
@@ -136,68 +138,40 @@ def image_input(config: Any) -> tuple[int, int]:
 def with_normalisation(recipe: Recipe) -> Recipe:
     """The recipe with ``data.mean`` and ``data.std`` filled in: its own, else those of the run that ``model.name`` is of, else those of
     the model's image processor, else 0.5."""
-    found: dict[str, Any] = {}
+    data, found = recipe.data, dict[str, Any]()
+    assert isinstance(data, ImageRecipe)
     start = start_of(recipe.model)
-    weights = recipe.model.encoder_of and encoder_source(recipe.model.encoder_of) if start is None else start.weights
-    if start is not None and start.recipe is not None:
-        before = yaml.safe_load(start.recipe.read_text()).get("data", {})
+    weights = start.weights if start is not None else None if recipe.model.encoder_of is None else encoder_weights(recipe.model)
+    if start is not None and start.run is not None and start.run.recipe.is_file():
+        before = yaml.safe_load(start.run.recipe.read_text()).get("data", {})
         found = {f"image_{key}": before.get(key) for key in ("mean", "std")}
-    elif weights is not None and (recipe.data.mean is None or recipe.data.std is None):
+    elif weights is not None and (data.mean is None or data.std is None):
         try:
             found, _ = ImageProcessingMixin.get_image_processor_dict(weights, revision=recipe.model.revision)
         except OSError:
             # Weights without a processor, as a model that was trained here from scratch has.
             found = {}
     half = [0.5]
-    mean = recipe.data.mean if recipe.data.mean is not None else found.get("image_mean") or half
-    std = recipe.data.std if recipe.data.std is not None else found.get("image_std") or half
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"mean": list(mean), "std": list(std)})})
+    mean = data.mean if data.mean is not None else found.get("image_mean") or half
+    std = data.std if data.std is not None else found.get("image_std") or half
+    return recipe.model_copy(update={"data": data.model_copy(update={"mean": list(mean), "std": list(std)})})
 
 
 def _open_data(task: type[ImageTask], whole: Recipe, config: Any) -> ImageData:
     """The splits that a recipe names, as the model of ``config`` takes them."""
     recipe, seed = with_normalisation(whole).data, whole.seed
+    assert isinstance(recipe, ImageRecipe)
     assert recipe.mean is not None
     assert recipe.std is not None
     size, channels = image_input(config)
-    if recipe.name == "scattered_digits":
+    if recipe.name == DRAWN:
         if (size, channels) != (recipe.canvas.size, 1):
             raise ValueError(
                 f"data.canvas.size = {recipe.canvas.size} with 1 channel does not fit model.config: image_size = {size}, num_channels = {channels}"
             )
-        for key in ("augmentation", "random_augment", "erase"):
-            if getattr(recipe, key) not in ("none", None, 0):
-                raise ValueError(
-                    f"data.{key} is for images that are decoded, and data.name = 'scattered_digits' draws its own: leave it out; "
-                    "data.mixing and data.label_smoothing work on any data"
-                )
         return task.embedded_data(recipe, seed)
-    if recipe.name == "imagefolder" and recipe.data_dir is None and recipe.data_files is None:
-        raise ValueError("data.name = 'imagefolder' needs data.data_dir: the folder with one sub-folder of images a class")
-    transform = ImageTransform(
-        size,
-        channels,
-        _per_channel(recipe.mean, channels),
-        _per_channel(recipe.std, channels),
-        recipe.augmentation,
-        recipe.random_augment,
-        recipe.erase,
-    )
-    return task.hub_data(recipe, transform, seed)
-
-
-def image_source(recipe: DataRecipe) -> DataSource:
-    """Where a recipe's images come from."""
-    return DataSource(
-        recipe.name,
-        recipe.data_dir,
-        recipe.data_files,
-        recipe.config,
-        recipe.revision,
-        recipe.image_column,
-        recipe.label_column,
-        recipe.mask_column,
-    )
+    mean, std = _per_channel(recipe.mean, channels), _per_channel(recipe.std, channels)
+    return task.hub_data(recipe, ImageTransform(size, channels, mean, std, **recipe.augmentations), seed)
 
 
 def _per_channel(values: list[float], channels: int) -> tuple[float, ...]:

@@ -12,17 +12,17 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from ...data.images.mixing import Mixing, soft_labels
+from ...data.images.recipe import ImageRecipe, LabelledImageRecipe
 from ...data.images.splits import ImageData, hub_images, scattered_digits
 from ...data.images.transform import ImageTransform
-from ...modules.backbones import backbone_for, backbones
+from ...modules.backbones import adapter_for, families
 from ..build.parts import RunParts
 from ..losses.distillation import Distillation, load_teacher
 from ..metrics.accuracy import Accuracy
 from ..metrics.quality import Quality
-from ..recipe.schema import DataRecipe, Recipe
 from ..task_module import TaskModule
-from .base import Task, refuse_data_keys
-from .base_image import ImageTask, image_source
+from .base import Task
+from .base_image import ImageTask
 
 _CLASSIFIER_FOR = {
     "siglip_vision_model": "the whole SigLIP model (model_type siglip), whose classifier keeps the vision tower alone",
@@ -36,10 +36,11 @@ class ImageClassificationModule(TaskModule):
 
     def __init__(self, task: type[Task], parts: RunParts) -> None:
         super().__init__(task, parts)
-        recipe = parts.recipe
-        mixing, teacher = recipe.data.mixing, recipe.distillation
+        recipe, data = parts.recipe, parts.recipe.data
+        assert isinstance(data, LabelledImageRecipe)
+        mixing, teacher = data.mixing, recipe.distillation
         self.mixing = None if mixing is None else Mixing(**mixing.model_dump(), seed=recipe.seed)
-        self.label_smoothing = recipe.data.label_smoothing
+        self.label_smoothing = data.label_smoothing
         self.distillation: Distillation | None = (
             None if teacher is None else load_teacher(teacher, recipe.model, parts.model.config, parts.data.classes)
         )
@@ -47,11 +48,11 @@ class ImageClassificationModule(TaskModule):
     def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
         trace = self.training_trace(batch)
         pixels, labels = self._prepared(batch)
+        if trace is not None:
+            trace.labels = labels
         options = self.with_trace(trace) | (self.distillation.student_options if self.distillation is not None else {})
         if labels.is_floating_point():
-            # transformers' models take whole labels only; estimators find the soft ones on the trace.
-            if trace is not None:
-                trace.labels = labels
+            # transformers' models take whole labels only.
             out = self.model(pixel_values=pixels, **options)
             task_loss = functional.cross_entropy(out.logits.float(), labels)
         else:
@@ -79,13 +80,8 @@ class ImageClassification(ImageTask):
     quality: ClassVar[type[Quality]] = Accuracy
 
     @classmethod
-    def check(cls, recipe: Recipe) -> None:
-        super().check(recipe)
-        refuse_data_keys(recipe, ("mask_column", "ignore_index"), "is for masks: leave it out, or set task = semantic_segmentation")
-
-    @classmethod
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:
-        if model_type in backbones() and model_type not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        if model_type in families() and model_type not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
             raise ValueError(
                 f"{model_type} has no image classification head in transformers: take weights of "
                 f"{_CLASSIFIER_FOR.get(model_type, 'a family that has one, such as vit or dinov2')}"
@@ -93,26 +89,17 @@ class ImageClassification(ImageTask):
         name = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(model_type, model_type)
         # DeiT's mapping lists several heads; the plain one comes first.
         name = name if isinstance(name, str) else name[0]
-        backbone_for(model_type, name)
+        adapter_for(model_type, name)
         model: type[PreTrainedModel] = getattr(transformers, name)
         return model
 
     @classmethod
-    def embedded_data(cls, recipe: DataRecipe, seed: int) -> ImageData:
+    def embedded_data(cls, recipe: ImageRecipe, seed: int) -> ImageData:
         return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed)
 
     @classmethod
-    def hub_data(cls, recipe: DataRecipe, transform: ImageTransform, seed: int) -> ImageData:
-        return hub_images(
-            image_source(recipe),
-            recipe.train_split,
-            recipe.validation_split,
-            recipe.test_split,
-            recipe.validation_fraction,
-            recipe.num_labels,
-            transform,
-            seed,
-        )
+    def hub_data(cls, recipe: LabelledImageRecipe, transform: ImageTransform, seed: int) -> ImageData:
+        return hub_images(recipe.source, recipe.splits, recipe.num_labels, transform, seed)
 
     @classmethod
     def module(cls, parts: RunParts) -> TaskModule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,46 +11,24 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, ViTMAEForPreTraining
 
+from ...data.images.recipe import ImageRecipe
 from ...data.images.splits import ImageData, hub_images, scattered_digits
 from ...data.images.transform import ImageTransform
-from ...modules.backbones import backbone_for
+from ...modules import registry
+from ...modules.backbones import adapter_for
 from ...modules.backbones.vision import pair
 from ...modules.backbones.vit_mae import fill_positions, visible
 from ...modules.tokens.draws import masking_order
 from ..build.parts import RunParts
 from ..metrics.quality import Quality
-from ..recipe.schema import DataRecipe, Recipe
+from ..metrics.reconstruction import Reconstruction
+from ..recipe.schema import Recipe
 from ..task_module import TaskModule
 from .base import PROBES
-from .base_image import ImageTask, image_source
+from .base_image import ImageTask
 
 # Masks of evaluation are the same in every run, whatever its seed, so that runs can be compared.
 _EVALUATION_SEED = 0
-
-
-@dataclass
-class Reconstruction(Quality):
-    """Mean squared error of the hidden patches' pixels, as the model's own loss counts it.
-
-    Attributes:
-        total: of the images' errors.
-        images: seen.
-    """
-
-    total: float = 0.0
-    images: int = 0
-
-    def add(self, out: Any, batch: Mapping[str, Any]) -> None:
-        # Every image hides as many patches, so that the mean over a batch is a mean over its images.
-        number = len(batch["pixel_values"])
-        self.total, self.images = self.total + float(out.loss) * number, self.images + number
-
-    def merge(self, other: Reconstruction) -> None:
-        self.total, self.images = self.total + other.total, self.images + other.images
-
-    @property
-    def value(self) -> float:
-        return self.total / max(1, self.images)
 
 
 class MaskedImageModule(TaskModule):
@@ -74,21 +52,13 @@ class MaskedImagePretraining(ImageTask):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        super().check(recipe)
-        for key, given in (
-            ("distillation", recipe.distillation),
-            ("data.mixing", recipe.data.mixing),
-            ("data.label_smoothing", recipe.data.label_smoothing or None),
-            ("data.num_labels", recipe.data.num_labels),
-            ("data.label_column", recipe.data.label_column),
-        ):
-            if given is not None:
-                raise ValueError(f"{key} is for tasks with labels, and masked_image_pretraining has none: leave it out")
+        if recipe.distillation is not None:
+            raise ValueError("distillation is for tasks with labels, and masked_image_pretraining has none: leave it out")
         for stage in recipe.compression.stages if recipe.compression is not None else ():
-            if stage.part("scorer").name == "evidence":
+            if registry.part_class("scorer", stage.part("scorer")).answers_task:
                 raise ValueError(
-                    f"stage {stage.key!r}: scorer 'evidence' learns from labels, and masked_image_pretraining has none: take learned "
-                    "(with estimator key_bias or straight_through), bipartite, patch_energy, uniform_grid or random"
+                    f"stage {stage.key!r}: scorer {stage.part('scorer').name!r} learns from labels, and masked_image_pretraining has none: "
+                    "take learned (with estimator key_bias or straight_through), bipartite, patch_energy, uniform_grid or random"
                 )
 
     @classmethod
@@ -98,7 +68,7 @@ class MaskedImagePretraining(ImageTask):
                 f"masked_image_pretraining trains vit_mae, which has the decoder for it, not {model_type}: set "
                 "model.config.model_type=vit_mae; task image_classification then fine-tunes it as a ViT with model.encoder_of"
             )
-        backbone_for(model_type, ViTMAEForPreTraining.__name__)
+        adapter_for(model_type, ViTMAEForPreTraining.__name__)
         return ViTMAEForPreTraining
 
     @classmethod
@@ -111,27 +81,22 @@ class MaskedImagePretraining(ImageTask):
         return model
 
     @classmethod
-    def embedded_data(cls, recipe: DataRecipe, seed: int) -> ImageData:
+    def embedded_data(cls, recipe: ImageRecipe, seed: int) -> ImageData:
         # Its labels are not read.
         return replace(scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed), classes=[])
 
     @classmethod
-    def hub_data(cls, recipe: DataRecipe, transform: ImageTransform, seed: int) -> ImageData:
-        return hub_images(
-            image_source(recipe),
-            recipe.train_split,
-            recipe.validation_split,
-            recipe.test_split,
-            recipe.validation_fraction,
-            None,
-            transform,
-            seed,
-            labelled=False,
-        )
+    def hub_data(cls, recipe: ImageRecipe, transform: ImageTransform, seed: int) -> ImageData:
+        return hub_images(recipe.source, recipe.splits, None, transform, seed, labelled=False)
 
     @classmethod
     def module(cls, parts: RunParts) -> TaskModule:
         return MaskedImageModule(cls, parts)
+
+    @classmethod
+    def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        loss: Tensor = model(**cls.step_inputs(batch, model.config), **options).loss
+        return loss
 
     @classmethod
     def step_inputs(cls, batch: Mapping[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:

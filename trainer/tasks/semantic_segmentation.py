@@ -12,57 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...data.images.masks import hub_masks
+from ...data.images.recipe import ImageRecipe, MaskRecipe
 from ...data.images.splits import ImageData, scattered_digits
 from ...data.images.transform import ImageTransform
-from ...modules.backbones import backbone_for
+from ...modules.backbones import adapter_for
 from ...modules.heads import own_models
 from ...modules.tokens.labels import IGNORE_PIXEL
 from ..build.parts import RunParts
+from ..metrics.mean_iou import MeanIoU
 from ..metrics.quality import Quality
-from ..recipe.schema import DataRecipe, Recipe
+from ..recipe.schema import Recipe
 from ..task_module import TaskModule
-from .base_image import ImageTask, image_source
-
-
-class MeanIoU(Quality):
-    """Intersection over union of each class, over all pixels of all images, and its mean over the classes that there are.
-
-    Attributes:
-        confusion: (classes, classes) int64 pixels by their class and the class that they were given; None before the first batch.
-    """
-
-    def __init__(self) -> None:
-        self.confusion: Tensor | None = None
-
-    def add(self, out: Any, batch: Mapping[str, Any]) -> None:
-        logits, labels = out.logits, batch["labels"]
-        classes, labelled = logits.shape[1], labels != IGNORE_PIXEL
-        pairs = labels[labelled] * classes + logits.argmax(1)[labelled]
-        self._count(torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu())
-
-    def merge(self, other: MeanIoU) -> None:
-        if other.confusion is not None:
-            self._count(other.confusion)
-
-    def _count(self, confusion: Tensor) -> None:
-        self.confusion = confusion if self.confusion is None else self.confusion + confusion
-
-    @property
-    def per_class(self) -> list[float | None]:
-        """By class; None for one that neither a label nor an answer names."""
-        if self.confusion is None:
-            return []
-        both = self.confusion.diagonal()
-        either = self.confusion.sum(0) + self.confusion.sum(1) - both
-        return [hit / union if union else None for hit, union in zip(both.tolist(), either.tolist(), strict=True)]
-
-    @property
-    def value(self) -> float:
-        known = [value for value in self.per_class if value is not None]
-        return sum(known) / max(1, len(known))
-
-    def details(self, data: ImageData) -> dict[str, Any]:
-        return {"iou": dict(zip(data.classes, self.per_class, strict=False))}
+from .base_image import ImageTask
 
 
 class SemanticSegmentation(ImageTask):
@@ -73,50 +34,32 @@ class SemanticSegmentation(ImageTask):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        super().check(recipe)
-        data = recipe.data
-        for key, value, why in (
-            ("data.mixing", data.mixing, "mixes one label an image"),
-            ("data.label_smoothing", data.label_smoothing, "smoothes one label an image"),
-            ("data.random_augment", data.random_augment, "turns and shears images without their masks"),
-            ("data.erase", data.erase, "covers images and not their masks"),
-            ("data.label_column", data.label_column, "is for one label an image, masks are in data.mask_column"),
-            ("distillation", recipe.distillation, "has an image classifier for a teacher"),
-        ):
-            if value:
-                raise ValueError(f"{key} {why}, and task = semantic_segmentation has one a pixel: leave it out")
+        if recipe.distillation is not None:
+            raise ValueError(
+                "distillation has an image classifier for a teacher, and task = semantic_segmentation has one a pixel: leave it out"
+            )
 
     @classmethod
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:
         heads = {model.config_class.model_type: model for name, model in own_models().items() if name.endswith("ForSemanticSegmentation")}
         if model_type not in heads:
             if model_type == "beit":
-                backbone_for(model_type, "BeitForSemanticSegmentation")
+                adapter_for(model_type, "BeitForSemanticSegmentation")
             raise ValueError(f"{model_type} has no head for semantic segmentation here: take model_type {' or '.join(sorted(heads))}")
         return heads[model_type]
 
     @classmethod
-    def embedded_data(cls, recipe: DataRecipe, seed: int) -> ImageData:
+    def embedded_data(cls, recipe: ImageRecipe, seed: int) -> ImageData:
         return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed, pixel_labels=True)
 
     @classmethod
-    def hub_data(cls, recipe: DataRecipe, transform: ImageTransform, seed: int) -> ImageData:
+    def hub_data(cls, recipe: MaskRecipe, transform: ImageTransform, seed: int) -> ImageData:
         if recipe.num_labels is None or recipe.num_labels > IGNORE_PIXEL:
             raise ValueError(
                 f"data.num_labels = {recipe.num_labels} must say how many classes the masks have, from 2 to {IGNORE_PIXEL}: only all of their "
                 "pixels could tell; pixels of data.ignore_index are of none"
             )
-        return hub_masks(
-            image_source(recipe),
-            recipe.train_split,
-            recipe.validation_split,
-            recipe.test_split,
-            recipe.validation_fraction,
-            recipe.num_labels,
-            recipe.ignore_index,
-            transform,
-            seed,
-        )
+        return hub_masks(recipe.source, recipe.splits, recipe.num_labels, recipe.ignore_index, transform, seed)
 
     @classmethod
     def module(cls, parts: RunParts) -> TaskModule:

@@ -7,7 +7,6 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ....modules.checkpoints.adapter_folder import read_adapter, write_adapter
-from ....modules.checkpoints.loading import find_adapter
 from ...errors import RecipeError
 from ..base import ANSWER, Format
 from ..source import ExportSource, Settings
@@ -43,14 +42,13 @@ def load(folder):
 
     @classmethod
     def check(cls, source: ExportSource) -> None:
-        if find_adapter(source.run) is None:
-            raise RecipeError(f"{source.run} trained all weights, or holds no adapter: give --format merged")
+        if source.run.adapter is None:
+            raise RecipeError(f"{source.run.path} trained all weights, or holds no adapter: give --format merged")
 
     @classmethod
     def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:
-        found = find_adapter(source.run)
-        assert found is not None
-        write_adapter(read_adapter(found), folder)
+        assert source.run.adapter is not None
+        write_adapter(read_adapter(source.run.adapter), folder)
 
     @classmethod
     def usage(cls, model: PreTrainedModel) -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ....modules.compress import CompressedModel, base_class
+from ....modules.compressed_model import CompressedModel
 from ....modules.heads import own_models
+from ....modules.layer import base_class
 from ...errors import RecipeError
 from ..base import ANSWER, Format, auto_class, base_name, compressed
 from ..flatten import files_of
@@ -73,7 +74,7 @@ def load(folder):
 def _classes(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
     """The model and its base by the Auto class that loads each. Without one for the base, AutoModel would build it dense."""
     assert isinstance(model, CompressedModel)
-    base = model.backbone.base(model)
+    base = model.adapter.base(model)
     # The tower of an image-text model has a config of its own and is none by itself.
     whole = not isinstance(base, PreTrainedModel) or type(base.config) is not type(model.config)
     return {"AutoModel": model if whole else base, auto_class(model): model}

@@ -1,77 +1,56 @@
-"""What a backbone adapter tells about its family. One adapter a family, stateless, used as a class."""
+"""What a layer adapter says of one family of layers: halves, masks, keys, positions. Stateless, used as a class."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
-from ..cost.shape import BackboneShape
-from ..scorers.base import TokenSpec
+from ..tokens.flow import Flow
 from ..tokens.state import TokenState
-from ..tokens.trace import Trace
-
-if TYPE_CHECKING:
-    from ..config import CompressionConfig, RestoreConfig
-    from ..stage import Stage
 
 
-class Backbone:
-    """Where layers, masks, protected tokens and positions are in one family of models.
+class LayerAdapter:
+    """One family of layers. It is used as it is wherever such layers occur, also inside models of several parts.
 
     Attributes:
-        model_type: the family's ``config.model_type``; a class without one is shared by families and no adapter itself.
-        sites: sites that the family can offer, of SITES; all but ``before`` go through the two halves of a layer.
-        classes: class names of the models it serves.
-        refused: class names of the family that cannot be served, and why.
-        takes_attention_mask: the models' forward understands an ``attention_mask`` for padded rows.
+        sites: that the layers offer, of SITES; all but ``before`` go through the two halves of a layer.
+        scopes: of SCOPES, which tokens a stage may be limited to.
+        attentions: attention implementations that the layers run under stages; None for any.
         masks_in_layers: layers add to their masks by themselves, for the full sequence; ``layer_mask`` does it for a shorter one.
         causal: a token's output may depend on no later token.
         positional: names of what the models hand their layers by position, after the hidden states.
         lora_targets: ends of names of the linear maps in a layer that LoRA adapts by default; None takes all of them.
+        no_keys: why ``keys`` cannot be computed; None where it can.
+        no_cls_query: why ``cls_query_and_keys`` cannot be computed; None where it can.
     """
 
-    model_type: ClassVar[str]
     sites: ClassVar[tuple[str, ...]]
-    classes: ClassVar[tuple[str, ...]]
-    refused: ClassVar[Mapping[str, str]] = {}
-    takes_attention_mask: ClassVar[bool] = True
+    scopes: ClassVar[tuple[str, ...]] = ("all",)
+    attentions: ClassVar[tuple[str, ...] | None] = None
     masks_in_layers: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     positional: ClassVar[tuple[str, ...]] = ("attention_mask",)
     lora_targets: ClassVar[tuple[str, ...] | None] = None
+    no_keys: ClassVar[str | None] = None
+    no_cls_query: ClassVar[str | None] = None
 
     @classmethod
-    def base(cls, model: PreTrainedModel) -> nn.Module:
-        """The model without its task head."""
-        return getattr(model, model.base_model_prefix, model)
+    def leading(cls, config: PretrainedConfig) -> int:
+        """Protected tokens at the start of each row."""
+        raise NotImplementedError
 
     @classmethod
-    def check(cls, model: PreTrainedModel) -> None:
-        """Raises ValueError, with the cure, where this very model cannot be compressed. Called before anything is changed."""
-
-    @classmethod
-    def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
-        """Raises ValueError, with the cure, where this very model cannot have these stages. Called before anything is changed."""
-
-    @classmethod
-    def check_shrinking(cls, stages: Sequence[Stage], restore: RestoreConfig | None, layers: int) -> None:
-        """Raises ValueError, with the cure, where stages that shorten the sequence, and what restores it, do not go together here.
-
-        Args:
-            stages: those that shorten it, built.
-            restore: where it gets its length back; None leaves it short.
-            layers: of the model.
-        """
-        if restore is not None and restore.by == "dechunk":
-            raise ValueError("compression.restore.by = 'dechunk' is for chunks of causal models; take unmerge or rejoin")
+    def refused_sites(cls, config: PretrainedConfig) -> Mapping[str, str]:
+        """Sites that layers of this configuration cannot offer, and why."""
+        return {}
 
     @classmethod
     def packs(cls, config: PretrainedConfig) -> bool:
-        """Rows may lie end to end: layers hand their attention function whatever mask they get, and nothing else tells rows apart."""
+        """Rows may be packed: layers hand their attention function whatever mask they get, and nothing else tells rows apart."""
         return False
 
     @classmethod
@@ -83,63 +62,10 @@ class Backbone:
         """Called on every layer when stages are taken out: undoes ``patch_layer``."""
 
     @classmethod
-    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
-        """The transformer layers, in order."""
-        raise NotImplementedError
-
-    @classmethod
-    def shape(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> BackboneShape:
-        """What the cost of this model depends on.
-
-        Args:
-            model: dense or compressed.
-            size: of the input, height and width in pixels or tokens of a text; None takes the configured size.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def token_spec(cls, config: PretrainedConfig) -> TokenSpec:
-        """What scorers are built for."""
-        return TokenSpec(hidden_size=config.hidden_size, classes=config.num_labels or 0)
-
-    @classmethod
-    def prefix(cls, config: PretrainedConfig) -> int:
-        """Protected tokens in front of the routable ones."""
-        raise NotImplementedError
-
-    @classmethod
-    def added_inputs(cls, model: PreTrainedModel, trace: Trace | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Inputs of a forward that the adapter decides where its caller does not, over those that were given.
-
-        Args:
-            model: the compressed model.
-            trace: the caller's; None where there is none.
-            inputs: of the forward, by name.
-        """
-        return {}
-
-    @classmethod
-    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
-        """Notes on the trace what scorers and estimators may want to know of the model's inputs."""
-        labels = inputs.get("labels")
-        if trace.labels is None and isinstance(labels, Tensor):
-            trace.labels = labels
-
-    @classmethod
-    def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
-        """The outputs of a forward, made right where a head read filler: rows may leave the layers with different counts."""
-        return outputs
-
-    @classmethod
-    def head_counts_places(cls, model: PreTrainedModel) -> bool:
-        """The head wants a token for every place of the input, however many are left; ``finish`` sees to it."""
-        return False
-
-    @classmethod
-    def begin(cls, trace: Trace, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
+    def begin(cls, flow: Flow, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
         """The state before the first stage, from what enters the first layer and the mask that it is handed."""
         rows, tokens, _ = hidden_states.shape
-        return TokenState.initial(rows, tokens, trace.prefix, cls.valid_tokens(attention_mask), hidden_states.device)
+        return TokenState.initial(rows, tokens, flow.leading, cls.valid_tokens(attention_mask), hidden_states.device)
 
     @classmethod
     def begin_layer(cls, layer: nn.Module, state: TokenState, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +95,7 @@ class Backbone:
         """The first half of a layer, residual included; ``mlp_half`` of it is bit-equal to the layer's forward.
 
         Args:
-            layer: one of ``layers``.
+            layer: of the family.
             hidden_states: (B, M, C).
             attention_mask: what ``layer_mask`` gave.
             kwargs: whatever else the model hands its layers.
@@ -232,7 +158,7 @@ class Backbone:
             dtype: of an additive mask, that of the queries.
 
         Returns:
-            mask[idx][:, idx] with filler masked out (B, 1, M, M), plus the state's key bias; without a mask, filler and key bias
+            mask[idx][:, idx] with padding masked out (B, 1, M, M), plus the state's key bias; without a mask, padding and key bias
             alone (B, 1, 1, M); None where there is neither.
         """
         mask, bias = None, state.logit_bias
@@ -247,8 +173,8 @@ class Backbone:
             mask = attention_mask.expand(rows, -1, -1, -1)
             mask = mask.gather(2, position[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
             mask = mask.gather(3, position[:, None, None, :].expand(-1, mask.shape[1], tokens, -1))
-            filler = ~state.valid[:, None, None]
-            mask = mask & ~filler if mask.dtype == torch.bool else mask.masked_fill(filler, torch.finfo(mask.dtype).min)
+            padding = ~state.valid[:, None, None]
+            mask = mask & ~padding if mask.dtype == torch.bool else mask.masked_fill(padding, torch.finfo(mask.dtype).min)
         if bias is None:
             return mask
         bias = bias[:, None, None].to(dtype)

@@ -1,0 +1,72 @@
+"""BudgetConfig: what a model may cost. Plain data; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .. import registry
+from ..config import PartConfig
+from .schedules import SCHEDULES
+
+MEASURES = ("macs_ratio", "keep", "mean_token_fraction")
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """What the model may cost.
+
+    Attributes:
+        target: requested value of the measure, in (0, 1].
+        measure: ``macs_ratio`` (MACs of the compressed forward ÷ dense) or ``mean_token_fraction`` (tokens that layers process ÷
+            dense), for which the keeps that fit are worked out; or ``keep`` (of every stage that names none itself).
+        regularizer: pulls the soft ratio of trained scorers to the target; None leaves it free, which suits selectors that
+            hold the count by themselves.
+        ramp_until: fraction of training over which the regulariser's weight grows from 0.
+        schedule: how the target moves from ``start`` to ``target``: ``constant``, ``linear`` or ``cosine``.
+        start: target at step 0 of a schedule that moves.
+        schedule_until: fraction of training at which ``target`` is reached.
+        increment: the target of a schedule that moves goes in stairs of this size, as random-LTD does; 0 moves it at every step.
+        noise: strength of the exploration noise at step 0, in standard deviations of the scores.
+        noise_until: fraction of training at which the noise has fallen to 0.
+    """
+
+    target: float = 0.5
+    measure: str = "macs_ratio"
+    regularizer: PartConfig | str | Mapping[str, Any] | None = None
+    ramp_until: float = 0.1
+    schedule: str = "constant"
+    start: float = 1.0
+    schedule_until: float = 0.3
+    increment: float = 0.0
+    noise: float = 0.0
+    noise_until: float = 0.6
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic where a recipe holds a budget
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise ValueError(f"budget.measure = {self.measure!r} must be one of {', '.join(MEASURES)}")
+        for name in ("target", "start"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"budget.{name} = {getattr(self, name)} must be in (0, 1]: the fraction that is left, not removed")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"budget.schedule = {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
+        if not 0 <= self.increment < 1:
+            raise ValueError(f"budget.increment = {self.increment} must be in [0, 1): a part of the target, 16 of 512 tokens are 0.03125")
+        if self.increment and self.schedule == "constant":
+            raise ValueError(f"budget.increment = {self.increment} is for a target that moves: give budget.schedule = linear or cosine")
+        for name in ("ramp_until", "schedule_until", "noise_until"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"budget.{name} = {getattr(self, name)} must be in [0, 1]: a fraction of training")
+        if self.noise < 0:
+            raise ValueError(f"budget.noise = {self.noise} must be at least 0")
+        if self.regularizer is not None:
+            part = PartConfig.of(self.regularizer, "regularizer")
+            object.__setattr__(self, "regularizer", part)
+            if part.given is None:
+                registry.check_name("regularizer", part.name, registry.part_names("regularizer"))
+            weight = part.options.get("weight", 0.0)
+            if not isinstance(weight, int | float) or weight < 0:
+                raise ValueError(f"budget.regularizer: weight = {weight!r} must be a number of at least 0")

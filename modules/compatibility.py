@@ -1,0 +1,420 @@
+"""What goes together: model, stacks, sites, scopes, scorers, selectors, mergers, estimators, restores. One ordered list of rules.
+
+A rule is a function that raises ValueError, with the stage, the key, what is allowed and the cure. It asks parts and adapters for their
+properties, never for their names, so that parts of other packages are held to the same rules. ``check_config`` runs the rules that
+need no built stage, ``check_stages`` the others; both before anything of a model is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from .backbones.model_adapter import ModelAdapter
+from .backbones.stack import Stack
+from .config import SITES, CompressionConfig, StageConfig
+from .cost.count_rules import COUNT_RULES
+from .stage import Stage
+from .tokens.ragged import ATTENTION
+from .tokens.scope import COMPLETE
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model and what is to be put into it.
+
+    Attributes:
+        model: dense still, or just being built.
+        adapter: of its family.
+        config: its stages and restores.
+        stages: built; empty for the rules that come before.
+    """
+
+    model: PreTrainedModel
+    adapter: type[ModelAdapter]
+    config: CompressionConfig
+    stages: Sequence[Stage] = ()
+
+    @property
+    def stacks(self) -> dict[str, Stack]:
+        """The model's stacks by name."""
+        return {stack.name: stack for stack in self.adapter.stacks(self.model)}
+
+    def stack(self, stage: Stage | StageConfig) -> Stack:
+        """The stack that a stage sits in."""
+        return self.stacks[(stage.config if isinstance(stage, Stage) else stage).stack]
+
+    def last_layer(self, stage: Stage) -> int:
+        """The layer at which the stage's sequence ends: the restore behind it, or the end of its stack."""
+        where = self.config.restores.get(stage.config.stack)
+        layers = len(self.stack(stage).layers)
+        return where.layer if where is not None and where.layer > stage.config.layer else layers
+
+
+Rule = Callable[[Candidate], None]
+
+
+def check_config(candidate: Candidate) -> None:
+    """Raises ValueError at the first rule that the config breaks."""
+    candidate.adapter.check(candidate.model)
+    for rule in CONFIG_RULES:
+        rule(candidate)
+
+
+def check_stages(candidate: Candidate) -> None:
+    """Raises ValueError at the first rule that the built stages break."""
+    for rule in STAGE_RULES:
+        rule(candidate)
+
+
+# Rules of the config alone.
+
+
+def some_stage(candidate: Candidate) -> None:
+    if not candidate.config.stages:
+        raise ValueError("compression.stages is empty: give at least one stage, or leave compression out for a dense model")
+
+
+def known_stack(candidate: Candidate) -> None:
+    known = candidate.stacks
+    names = ", ".join(repr(name) for name in known)
+    for stage in candidate.config.stages:
+        if stage.stack not in known:
+            raise ValueError(f"stage {stage.key!r}: stack = {stage.stack!r} does not exist in this model: its stacks are {names}")
+    for stack in candidate.config.restores:
+        if stack not in known:
+            raise ValueError(f"compression.restore.{stack}: there is no such stack in this model: its stacks are {names}")
+
+
+def offered_site(candidate: Candidate) -> None:
+    for stage in candidate.config.stages:
+        where, stack = f"stage {stage.key!r}", candidate.stack(stage)
+        refused = stack.adapter.refused_sites(stack.config)
+        if stage.site not in SITES:
+            raise ValueError(f"{where}: site = {stage.site!r} does not exist: the sites are {', '.join(SITES)}")
+        if not stack.adapter.sites:
+            raise ValueError(f"{where}: stack = {stage.stack!r} offers no site for a stage: {stack.adapter.__doc__}")
+        if stage.site not in stack.adapter.sites:
+            raise ValueError(f"{where}: site = {stage.site!r} is not offered by this backbone: it has {', '.join(stack.adapter.sites)}")
+        if stage.site in refused:
+            raise ValueError(f"{where}: site = {stage.site!r} is not offered: {refused[stage.site]}")
+
+
+def offered_scope(candidate: Candidate) -> None:
+    for stage in candidate.config.stages:
+        scopes = candidate.stack(stage).adapter.scopes
+        if stage.scope not in scopes:
+            raise ValueError(
+                f"stage {stage.key!r}: scope = {stage.scope!r} is not offered by this backbone: it has {', '.join(scopes)} (prompt is for "
+                "causal models, visual for vision-language models)"
+            )
+
+
+def existing_layer(candidate: Candidate) -> None:
+    for stage in candidate.config.stages:
+        layers = len(candidate.stack(stage).layers)
+        if not 0 <= stage.layer < layers:
+            raise ValueError(
+                f"stage {stage.key!r}: layer = {stage.layer!r} must be an integer from 0 to {layers - 1}, the backbone has {layers} layers"
+            )
+
+
+def valid_keep(candidate: Candidate) -> None:
+    for stage in candidate.config.stages:
+        where = f"stage {stage.key!r}"
+        if stage.tokens is not None and stage.keep is not None:
+            raise ValueError(f"{where}: give either keep or tokens, not both")
+        if stage.free:
+            raise ValueError(f"{where}: keep is not set: give the fraction of tokens kept, in (0, 1], or let a budget decide it")
+        if stage.keep is not None and not 0 < stage.keep <= 1:
+            raise ValueError(f"{where}: keep = {stage.keep} must be in (0, 1]: the fraction that is kept, not removed")
+        if stage.count is not None and stage.count not in COUNT_RULES:
+            raise ValueError(f"{where}: count = {stage.count!r} is no count rule: there are {', '.join(COUNT_RULES)}")
+
+
+def one_stage_a_site(candidate: Candidate) -> None:
+    seen: set[tuple[str, str, int]] = set()
+    for stage in candidate.config.stages:
+        place = (stage.stack, stage.site, stage.layer)
+        if place in seen:
+            raise ValueError(f"stage {stage.key!r}: there are two stages {stage.site} layer {stage.layer}: a site holds one")
+        seen.add(place)
+
+
+def nothing_inside_a_bypassed_layer(candidate: Candidate) -> None:
+    stages = candidate.config.stages
+    for whole in (stage for stage in stages if stage.site == "around"):
+        same = [stage for stage in stages if (stage.stack, stage.layer) == (whole.stack, whole.layer)]
+        inner = [stage.key for stage in same if stage.site not in ("around", "before")]
+        if inner:
+            raise ValueError(
+                f"layer {whole.layer} has a stage around it: {', '.join(inner)} inside it cannot run on the chosen tokens alone"
+            )
+
+
+def distinct_names(candidate: Candidate) -> None:
+    names = [stage.key for stage in candidate.config.stages]
+    if len(set(names)) < len(names):
+        raise ValueError(f"stage names must differ: {', '.join(names)}")
+
+
+def restore_after_shrinking(candidate: Candidate) -> None:
+    for stack, restore in candidate.config.restores.items():
+        where = f"compression.restore{'.' if stack else ''}{stack}"
+        shrinking = [stage for stage in candidate.config.of_stack(stack) if not stage.bypass]
+        if not shrinking:
+            raise ValueError(f"{where} has nothing to do: no stage makes the sequence shorter")
+        first = min(stage.layer + (stage.site == "between") for stage in shrinking)
+        layers = len(candidate.stacks[stack].layers)
+        if not first < restore.layer <= layers:
+            raise ValueError(
+                f"{where}.layer = {restore.layer} must be from {first + 1} (after the first stage) to {layers} (after the last layer)"
+            )
+
+
+def served_attention(candidate: Candidate) -> None:
+    for name in candidate.config.stacks:
+        stack = candidate.stacks[name]
+        served = stack.adapter.attentions
+        if served is not None and stack.attention not in served:
+            raise ValueError(
+                f"attention {stack.attention!r} is not served in a {candidate.adapter.model_type} with stages, whose layers are handed a "
+                f"mask of the tokens that are left: load it with attn_implementation {' or '.join(map(repr, served))}"
+            )
+
+
+def every_token_restored(candidate: Candidate) -> None:
+    for name in candidate.config.stacks:
+        stack = candidate.stacks[name]
+        reader = candidate.adapter.every_token(candidate.model, stack)
+        short = [stage.key for stage in candidate.config.left_short(name)]
+        if reader is not None and short:
+            raise ValueError(
+                f"compression.restore is needed: {reader}, and after stages {', '.join(short)} tokens are missing; give "
+                f"compression.restore = {{layer: {len(stack.layers)}, by: unmerge}}, which restores them after the last layer, or 'by: "
+                "rejoin', or stages around layers"
+            )
+
+
+# Rules of built stages.
+
+
+def estimator_for_its_scorer(candidate: Candidate) -> None:
+    for stage in candidate.stages:
+        where, scorer, part = f"stage {stage.config.key!r}", stage.config.part("scorer").name, stage.estimator
+        if stage.scorer.estimator is None and stage.config.estimator is not None:
+            raise ValueError(f"{where}: scorer {scorer!r} is not trained: leave estimator out")
+        if part is None:
+            continue
+        name = stage.config.part("estimator").name if stage.config.estimator is not None else str(stage.scorer.estimator)
+        if part.needs_chunks and not stage.chunks:
+            raise ValueError(
+                f"{where}: estimator {name!r} is for chunks of a causal model that a restore by 'dechunk' spreads; leave estimator out"
+            )
+        if part.bypass_only and not stage.bypass:
+            raise ValueError(
+                f"{where}: estimator {name!r} weighs what a layer adds to the tokens around it: give site = 'around', or leave it out"
+            )
+        if part.needs_answers != stage.scorer.answers_task:
+            raise ValueError(
+                f"{where}: estimator {name!r} cannot train scorer {scorer!r}: leave estimator out, or take {stage.scorer.estimator!r}"
+            )
+        if part.needs_attention:
+            layer, site, last = stage.config.layer, stage.config.site, candidate.last_layer(stage)
+            attends = layer + 1 < last if site == "between" else site != "around_mlp"
+            if not attends:
+                raise ValueError(f"{where}: no attention follows that estimator {name!r} could learn from; take straight_through")
+
+
+def partner_found(candidate: Candidate) -> None:
+    for stage in candidate.stages:
+        scorer, merger = (stage.config.part(kind).name for kind in ("scorer", "merger"))
+        if stage.merger.needs_partner and not stage.scorer.matches:
+            raise ValueError(
+                f"stage {stage.config.key!r}: merger {merger!r} merges the pairs that a matching scorer finds ('bipartite'), not those of "
+                f"{scorer!r}; try 'squeeze'"
+            )
+
+
+def matching_is_for_shrinking(candidate: Candidate) -> None:
+    for stage in candidate.stages:
+        where, scorer = f"stage {stage.config.key!r}", stage.config.part("scorer").name
+        if stage.scorer.matches and stage.bypass:
+            raise ValueError(f"{where}: scorer {scorer!r} finds pairs to merge, and around a layer nothing is merged; take another one")
+        if stage.scorer.matches and stage.config.keep is not None and stage.config.keep < 0.5:
+            raise ValueError(
+                f"{where}: keep = {stage.config.keep}: scorer {scorer!r} can take away half of the tokens at most; give 0.5 or more, and "
+                "more stages"
+            )
+
+
+def nothing_merged_around_a_layer(candidate: Candidate) -> None:
+    for stage in candidate.stages:
+        if stage.bypass and not stage.merger.drops:
+            raise ValueError(
+                f"stage {stage.config.key!r}: merger = {stage.config.part('merger').name!r}: at site {stage.config.site!r} no token goes "
+                "away; leave merger out"
+            )
+
+
+def scores_for_the_selector(candidate: Candidate) -> None:
+    for stage in candidate.stages:
+        where = f"stage {stage.config.key!r}"
+        scorer, selector, merger = (stage.config.part(kind).name for kind in ("scorer", "selector", "merger"))
+        if stage.selector.needs_probabilities and not stage.scorer.probabilities:
+            raise ValueError(f"{where}: selector {selector!r} takes scores for probabilities, which those of scorer {scorer!r} are not")
+        if not stage.selector.adaptive:
+            continue
+        if stage.config.count is not None:
+            raise ValueError(
+                f"{where}: count = {stage.config.count!r} has nothing to count: selector {selector!r} keeps as many as score high; leave "
+                "it out"
+            )
+        if stage.scorer.matches or stage.merger.outputs is not None or stage.config.tokens is not None:
+            fixed = stage.config.tokens
+            what = f"tokens = {fixed}" if fixed is not None else f"scorer {scorer!r} with merger {merger!r}"
+            raise ValueError(
+                f"{where}: selector {selector!r} lets every row keep as many as it likes, which {what} does not allow; take 'top_k', or "
+                "give keep"
+            )
+
+
+def outputs_of_the_merger(candidate: Candidate) -> None:
+    uneven: dict[str, bool] = {}
+    for stage in candidate.stages:
+        where, merger, stack = f"stage {stage.config.key!r}", stage.config.part("merger").name, stage.config.stack
+        restore = candidate.config.restores.get(stack)
+        if restore is not None and stage.config.layer >= restore.layer:
+            uneven[stack] = False
+        if stage.merger.outputs is not None:
+            if stage.config.tokens != stage.merger.outputs:
+                raise ValueError(
+                    f"{where}: merger {merger!r} makes {stage.merger.outputs} tokens: give the stage tokens = {stage.merger.outputs}"
+                )
+            if uneven.get(stack):
+                raise ValueError(
+                    f"{where}: merger {merger!r} takes rows of one length, which an adaptive selector before it does not leave; take top_k "
+                    "there"
+                )
+        uneven[stack] = uneven.get(stack, False) or (stage.selector.adaptive and not stage.bypass)
+
+
+def readable_layer(candidate: Candidate) -> None:
+    for stage in candidate.stages:
+        where, adapter = f"stage {stage.config.key!r}", stage.adapter
+        if stage.scorer.reads_cls and adapter.no_cls_query is not None:
+            raise ValueError(
+                f"{where}: scorer {stage.config.part('scorer').name!r} needs the query of the first token, and {adapter.no_cls_query}; take "
+                "'learned' or 'evidence'"
+            )
+        for kind, part in (("scorer", stage.scorer), ("merger", stage.merger)):
+            if part.reads_keys and adapter.no_keys is not None:
+                name = stage.config.part(kind).name
+                raise ValueError(f"{where}: {kind} {name!r} compares keys, and {adapter.no_keys}: take {{name: {name}, metric: tokens}}")
+
+
+def attention_for_rows_of_unequal_length(candidate: Candidate) -> None:
+    for stage in candidate.stages:
+        attention = candidate.stack(stage).attention
+        if stage.selector.adaptive and attention not in ("sdpa", "eager", ATTENTION):
+            raise ValueError(
+                f"stage {stage.config.key!r}: selector {stage.config.part('selector').name!r} lets rows keep different numbers, which "
+                f"attention {attention!r} is not served with here: load the model with attn_implementation 'sdpa' or 'eager'"
+            )
+
+
+def causal_shrinking(candidate: Candidate) -> None:
+    """Every place of the text must get an answer that depends on nothing behind it."""
+    for name, stack in candidate.stacks.items():
+        shrinking = [stage for stage in candidate.stages if stage.config.stack == name and not stage.bypass]
+        restore, layers = candidate.config.restores.get(name), len(stack.layers)
+        by = None if restore is None else restore.by
+        if not stack.adapter.causal:
+            if by == "dechunk":
+                raise ValueError("compression.restore.by = 'dechunk' is for chunks of causal models; take unmerge or rejoin")
+            continue
+        for stage in shrinking:
+            where = f"stage {stage.config.key!r}"
+            scorer, selector, merger = (stage.config.part(kind).name for kind in ("scorer", "selector", "merger"))
+            if not stage.merger.causal:
+                raise ValueError(
+                    f"{where}: merger {merger!r} may mix later tokens into earlier ones; of a causal model take drop or chunk_mean"
+                )
+            if stage.config.scope in COMPLETE:
+                if not stage.merger.drops:
+                    raise ValueError(f"{where}: scope {stage.config.scope!r} goes with merger 'drop', not {merger!r}")
+                if restore is None or by != "rejoin" or restore.layer != layers:
+                    raise ValueError(
+                        f"{where}: scope {stage.config.scope!r} takes tokens away, and the head answers at every place: give "
+                        f"compression.restore = {{layer: {layers}, by: rejoin}}"
+                    )
+            elif stage.lookahead:
+                raise ValueError(
+                    f"{where}: scorer {scorer!r} with selector {selector!r} is non-causal, and what is shortened by it lets earlier tokens "
+                    "depend on later ones: take scorer 'boundary' or 'linear' with selector 'threshold' or 'gumbel', or scope 'prompt', "
+                    "which shortens the prompt alone"
+                )
+            elif by != "dechunk":
+                raise ValueError(
+                    f"{where}: the head of a causal model answers at every place: give compression.restore = {{layer: j, by: dechunk}} with "
+                    f"j up to {layers}, which gives every token what layers added to its chunk; or take scope 'prompt' with "
+                    f"{{layer: {layers}, by: rejoin}}"
+                )
+            elif len(shrinking) > 1:
+                raise ValueError(f"{where}: one stage makes chunks, and {len(shrinking)} were given: leave one of them")
+
+
+CONFIG_RULES: tuple[Rule, ...] = (
+    some_stage,
+    known_stack,
+    offered_site,
+    offered_scope,
+    existing_layer,
+    valid_keep,
+    one_stage_a_site,
+    nothing_inside_a_bypassed_layer,
+    distinct_names,
+    restore_after_shrinking,
+    served_attention,
+    every_token_restored,
+)
+STAGE_RULES: tuple[Rule, ...] = (
+    estimator_for_its_scorer,
+    partner_found,
+    matching_is_for_shrinking,
+    nothing_merged_around_a_layer,
+    scores_for_the_selector,
+    outputs_of_the_merger,
+    readable_layer,
+    attention_for_rows_of_unequal_length,
+    causal_shrinking,
+)
+
+
+def check_deployable(stages: Iterable[Stage]) -> None:
+    """Raises ValueError where a stage of a causal model cannot run token by token."""
+    ahead = [stage.config.key for stage in stages if not stage.deployable]
+    if ahead:
+        raise ValueError(
+            f"stages {', '.join(ahead)} are non-causal: which tokens they choose depends on tokens that are not generated yet. Train with "
+            "scorer 'linear' and selector 'threshold' or 'predictor' (top-k in training, a causal predictor afterwards), or call "
+            "decompress(model)"
+        )
+
+
+def check_held(stages: Iterable[Stage], regularized: bool) -> None:
+    """Raises ValueError where nothing brings the scores of a stage to the requested ratio.
+
+    Args:
+        stages: of a model.
+        regularized: whether a regulariser of the budget pulls on keep probabilities.
+    """
+    unheld = [stage.config.key for stage in stages if stage.selector.needs_probabilities]
+    if unheld and not regularized:
+        raise ValueError(
+            f"budget.regularizer is missing: the selectors of {', '.join(unheld)} keep what is more likely than not, and only a regulariser "
+            "brings that to what is requested: leave keep out and give budget.target and budget.regularizer (macs_squared, ratio_mse or "
+            "h_net), or take selector 'threshold', or 'top_k' if the model is not causal"
+        )

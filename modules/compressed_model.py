@@ -1,0 +1,241 @@
+"""Generated model classes, and how stages are put into a model of one.
+
+A model becomes an instance of a generated subclass of its own class, and so do its layers. Names of parameters, ``generate``,
+``save_pretrained``, PEFT and the Trainer of transformers go on as before; stages are new submodules under new names.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from .backbones import adapter_for
+from .backbones.model_adapter import ModelAdapter
+from .backbones.stack import Stack
+from .compatibility import Candidate, check_config, check_stages
+from .config import PARTS, CompressionConfig, RestoreConfig
+from .decoding.generation import Generating
+from .layer import CLASS_PREFIX, CompressedLayer, LayerPlan, base_class, compressed_layer_class
+from .stage import Stage, stages_of
+from .tokens.ragged import ATTENTION
+from .tokens.trace import Trace
+
+
+class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """Mixin of generated model classes: makes the trace where the caller gives none, and notes the inputs on it."""
+
+    adapter: type[ModelAdapter]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        compression = CompressionConfig.from_dict(config.compression)
+        stages = build_stages(self, compression, self.adapter)
+        # Thresholds are compared with float32 scores: rounded to bf16 by loading, they would decide otherwise than they were trained to.
+        exact = {f"selector.{name}" for stage in stages for name in stage.selector.float32_buffers}
+        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *exact}
+        install(self, compression, stages, self.adapter)
+        _register_outputs(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle rebuilds the class, which no module has by name, without what torch.compile leaves on a module.
+        return _empty_model, (base_class(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Also where transformers loaded this very file as remote code: what it does for its own classes alone, such as renaming
+        # weights, is meant for these too.
+        return False
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, under the names that the model has.
+
+        Raises:
+            ValueError: there is LoRA in the model, which transformers would save under names that nothing loads; or a part that was
+                given as a class or an object, which no config could find again.
+        """
+        if hasattr(self, "peft_config"):
+            raise ValueError(
+                "save_pretrained would mix LoRA into the weights' names: call laconic.save_adapter, or laconic.merge_lora first"
+            )
+        check_savable(self)
+        # transformers files the older names of a checkpoint under the names of its own classes: it would save them and not know them again.
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """transformers' own; rows are packed only for the attention function that understands it."""
+        stages = stages_of(self).values()
+        stacks = {stack.name: stack for stack in self.adapter.stacks(self)}
+        if attn_implementation == "sdpa" and any(_packs(stack, stages) for stack in stacks.values()):
+            attn_implementation = ATTENTION
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        for stack in stacks.values():
+            for layer in stack.layers:
+                if isinstance(layer, CompressedLayer):
+                    layer.plan = replace(layer.plan, packs=not layer.plan.dense and stack.attention == ATTENTION)
+
+    def bind_trace(self, trace: Trace | None, inputs: dict[str, Any]) -> Trace:
+        """The trace of this forward: the caller's, or a new one, which has the labels that the model was called with."""
+        trace = Trace(labels=self.adapter.labels(self, inputs)) if trace is None else trace
+        if any(flow.state is not None for flow in trace.flows.values()):
+            raise ValueError("this trace has seen a forward already: make a new Trace for each forward")
+        if named := trace.keep.keys() | trace.replay.keys():
+            there = stages_of(self)
+            if unknown := named - there.keys():
+                raise ValueError(f"the trace names stages {', '.join(sorted(unknown))}: the model has {', '.join(there)}")
+        flow, requested = trace.flow(), inputs.get("output_hidden_states")
+        # Hidden states of layers that are given out must be of rows.
+        flow.keep_padded = bool(self.config.output_hidden_states if requested is None else requested) or flow.keep_padded
+        flow.under_head = flow.under_head or self.adapter.base(self) is not self
+        self.adapter.bind_inputs(self, trace, inputs)
+        return trace
+
+
+def check_savable(model: PreTrainedModel) -> None:
+    """Raises ValueError where a stage has a part that a saved config could not name."""
+    for stage in stages_of(model).values():
+        for kind in PARTS:
+            given = getattr(stage.config, kind)
+            if given is not None and (why := given.unsaved(kind)) is not None:
+                raise ValueError(f"stage {stage.config.key!r} cannot be saved: {why}")
+
+
+@functools.cache
+def compressed_class(cls: Any) -> type[Any]:
+    """The generated subclass of a model class."""
+    names = [name for name in inspect.signature(cls.forward).parameters if name != "self"]
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, trace: Trace | None = None, **kwargs: Any) -> Any:
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        if added := self.adapter.added_inputs(self, trace, inputs):
+            args, kwargs = (), inputs | added
+        trace = self.bind_trace(trace, inputs | added)
+        return self.adapter.finish(self, cls.forward(self, *args, trace=trace, **kwargs), trace)
+
+    # transformers tells its own classes from a user's by the module's name, and treats only its own as fully supported.
+    attributes = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "original": cls,
+        "adapter": adapter_for(cls.config_class.model_type, cls.__name__),
+        "forward": forward,
+    }
+    mixins = (Generating,) if issubclass(cls, GenerationMixin) else ()
+    return type(CLASS_PREFIX + cls.__name__, (*mixins, CompressedModel, cls), attributes)
+
+
+def build_stages(model: PreTrainedModel, config: CompressionConfig, adapter: type[ModelAdapter]) -> list[Stage]:
+    """Checks the config against the model and builds its stages, in the order that they run; changes nothing.
+
+    Raises:
+        ValueError: the model cannot have these stages.
+    """
+    candidate = Candidate(model, adapter, config)
+    check_config(candidate)
+    stages: list[Stage] = []
+    for stack in adapter.stacks(model):
+        spec = adapter.token_spec(model, stack) if config.of_stack(stack.name) else None
+        for place, stage in enumerate(config.of_stack(stack.name)):
+            assert spec is not None
+            stages.append(Stage(stage, spec, len(stages), stack.adapter, place))
+    check_stages(replace(candidate, stages=stages))
+    return stages
+
+
+def install(model: PreTrainedModel, config: CompressionConfig, stages: Sequence[Stage], adapter: type[ModelAdapter]) -> None:
+    """Puts built stages into a model, whose layers and base become instances of generated classes."""
+    for stack in adapter.stacks(model):
+        own = [stage for stage in stages if stage.config.stack == stack.name]
+        at: list[dict[str, Stage]] = [{} for _ in stack.layers]
+        for stage in own:
+            at[stage.config.layer][stage.config.site] = stage
+        packs = _packs(stack, own) and stack.attention in ("sdpa", ATTENTION)
+        for plan, layer in zip(_plans(stack, config.restores.get(stack.name), at, packs), stack.layers, strict=True):
+            plain: Any = type(layer)
+            layer.__class__ = compressed_layer_class(plain)
+            assert isinstance(layer, CompressedLayer)
+            layer.plan = plan
+            if not plan.dense:
+                stack.adapter.patch_layer(layer)
+            if at[plan.index]:
+                layer.stages = nn.ModuleDict(at[plan.index])
+        if packs:
+            adapter.set_attention(model, stack, ATTENTION)
+    base = adapter.base(model)
+    if base is not model:
+        inner: Any = type(base)
+        base.__class__ = compressed_class(inner)
+        _register_outputs(base)
+
+
+def uninstall(model: PreTrainedModel, adapter: type[ModelAdapter]) -> None:
+    """Undoes ``install``."""
+    for stack in adapter.stacks(model):
+        for layer in stack.layers:
+            assert isinstance(layer, CompressedLayer)
+            if "stages" in layer._modules:
+                del layer.stages
+            if not layer.plan.dense:
+                stack.adapter.unpatch_layer(layer)
+            del layer.plan
+            layer.__class__ = base_class(type(layer))
+        if stack.attention == ATTENTION:
+            adapter.set_attention(model, stack, "sdpa")
+    base = adapter.base(model)
+    if base is not model:
+        base.__class__ = base_class(type(base))
+
+
+def become(model: PreTrainedModel, cls: type[Any]) -> None:
+    """Makes a model an instance of a generated class."""
+    model.__class__ = cls
+    _register_outputs(model)
+
+
+def _packs(stack: Stack, stages: Any) -> bool:
+    """Rows of a stack may have different lengths, and the layers can take them packed."""
+    # The other attention functions would not know what to do with a packing.
+    adaptive = any(stage.selector.adaptive for stage in stages if stage.config.stack == stack.name)
+    return adaptive and stack.adapter.packs(stack.config)
+
+
+def _plans(stack: Stack, restore: RestoreConfig | None, at: list[dict[str, Stage]], packs: bool) -> list[LayerPlan]:
+    """The plan of every layer of a stack, in order."""
+    last, dense = len(at) - 1, not any(at)
+
+    def reads_rows(index: int) -> bool:
+        return index > last or bool(at[index]) or (restore is not None and restore.layer == index)
+
+    return [
+        LayerPlan(
+            stack=stack.name,
+            index=index,
+            adapter=stack.adapter,
+            dense=dense,
+            restore_before=restore.by if restore is not None and restore.layer == index else None,
+            restore_after=restore.by if restore is not None and restore.layer == index + 1 == last + 1 else None,
+            notes_left=restore is not None and index < restore.layer,
+            packs=packs,
+            unpacks=reads_rows(index + 1),
+        )
+        for index in range(last + 1)
+    ]
+
+
+def _register_outputs(model: Any) -> None:
+    """Lets transformers find what its hooks may record, which it files under the class's name."""
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    # Up to 5.17 by the class's text, later by the model.
+    key: Any = str(type(model)) if type(_CAN_RECORD_REGISTRY) is dict else model
+    _CAN_RECORD_REGISTRY[key] = model._can_record_outputs
+
+
+def _empty_model(cls: Any) -> Any:
+    return object.__new__(compressed_class(cls))

@@ -1,0 +1,128 @@
+"""Lightning's DeepSpeed strategy, on CPU too, with checkpoint folders that tell whether they are complete."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy, remove_module_hooks
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from torch import Tensor
+from torch.nn import Module
+
+from . import collective
+from .deepspeed import join_deepspeed, set_accelerator
+from .resume import MARKER
+
+
+class LaconicDeepSpeed(DeepSpeedStrategy):
+    """ZeRO over a process group that is up already.
+
+    Args:
+        config: DeepSpeed's configuration.
+        frozen: whether most weights are, and stay out of checkpoints.
+    """
+
+    def __init__(self, config: Mapping[str, Any], frozen: bool = False) -> None:
+        # Lightning imports DeepSpeed here.
+        set_accelerator()
+        super().__init__(config=dict(config), exclude_frozen_parameters=frozen)
+        # The recipe's own, under the name that Lightning insists on setting itself.
+        self.config.pop("gradient_clipping", None)
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def setup_environment(self) -> None:
+        # Past DeepSpeedStrategy's and DDP's own, which insist on CUDA: what they do beside is done here.
+        ParallelStrategy.setup_environment(self)
+        self.setup_distributed()
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        join_deepspeed()
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning has divided the loss by the accumulated batches, and DeepSpeed would do so again: gradients came out too small,
+        # which clipping and anything else but Adam would notice.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        # DeepSpeed writes each rank's shard itself; Lightning would build the dictionary only to throw it away.
+        return {}
+
+    def _setup_model_and_optimizer(self, model: Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
+        assert isinstance(self.config, dict)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return self._engine(self.config, model, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler)
+
+    def _engine(self, config: dict[str, Any], model: Module, **settings: Any) -> tuple[Any, Any]:
+        import deepspeed
+
+        # A CPU device has no index, which is what Lightning would pass on.
+        place = argparse.Namespace(device_rank=self.local_rank)
+        engine, optimizer, *_ = deepspeed.initialize(args=place, config=config, model=model, dist_init_required=False, **settings)
+        return engine, optimizer
+
+    def _initialize_deepspeed_inference(self, model: Module) -> None:
+        assert isinstance(self.config, dict)
+        config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1}
+        # Lightning's own forgets autocast, so a model would be tested in another precision than it was validated in.
+        for key in ("torch_autocast", *(("zero_allow_untested_optimizer", "zero_optimization") if self.zero_stage_3 else ())):
+            if key in self.config:
+                config[key] = self.config[key]
+        if self.zero_stage_3:
+            # There is no optimizer to offload here, and DeepSpeed would ask for one.
+            config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+        remove_module_hooks(model)
+        self.model, _ = self._engine(config, model, model_parameters=[])
+
+    def teardown(self) -> None:
+        engine, self.model = self.model, self.lightning_module
+        if engine is not None and hasattr(engine, "destroy"):
+            # Its hooks gather and free parameters, and would go on doing so beside those of the next engine.
+            engine.destroy()
+        self.optimizers = []
+        super().teardown()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes a folder; its marker is removed first and written last, when every rank has written its part.
+
+        Beside DeepSpeed's shards it holds the weights whole, as safetensors: ``model/`` or ``adapter/``, as a finished run does. So they
+        are there for any number of processes, frozen and tied ones too, and without loading a pickle.
+        """
+        folder = Path(collective.from_rank_zero(lambda: str(filepath)))
+        self._unmark(folder)
+        collective.wait()
+        super().save_checkpoint(checkpoint, folder, storage_options)
+        module: Any = self.lightning_module
+        module.save_weights(folder)
+        if self.is_global_zero:
+            write_marker(folder, {"world_size": self.world_size, "stage": self._stage, "step": checkpoint["global_step"]})
+        collective.wait()
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        self._unmark(Path(filepath))
+        super().remove_checkpoint(filepath)
+
+    def _unmark(self, folder: Path) -> None:
+        if self.is_global_zero:
+            (folder / MARKER).unlink(missing_ok=True)
+
+    @property
+    def _stage(self) -> int:
+        assert isinstance(self.config, dict)
+        stage: int = self.config["zero_optimization"]["stage"]
+        return stage
+
+
+def write_marker(folder: Path, content: Mapping[str, Any]) -> None:
+    """Says that a checkpoint folder is complete, and what wrote it."""
+    partial = folder / f"{MARKER}.partial"
+    partial.write_text(json.dumps(content))
+    partial.replace(folder / MARKER)

@@ -1,0 +1,58 @@
+"""Mean intersection over union, of semantic segmentation.
+
+torchmetrics counts the confusion matrix; the division is done here, in float64 of whole numbers: torchmetrics' Jaccard index divides in
+float32, and gives 0 to a class that neither a label nor an answer names, where a report says null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from ...data.images.splits import ImageData
+from ...modules.tokens.labels import IGNORE_PIXEL
+from .quality import Quality
+
+
+class MeanIoU(Quality):
+    """Intersection over union of each class, over all pixels of all images, and its mean over the classes that there are.
+
+    Attributes:
+        confusion: (classes, classes) int64 pixels by their class and the class that they were given; None before the first batch.
+    """
+
+    def __init__(self) -> None:
+        self.confusion: Tensor | None = None
+
+    def add(self, out: Any, batch: Mapping[str, Any]) -> None:
+        logits, labels = out.logits, batch["labels"]
+        classes = logits.shape[1]
+        found = multiclass_confusion_matrix(logits, labels, num_classes=classes, ignore_index=IGNORE_PIXEL, validate_args=False)
+        self._count(found.cpu())
+
+    def merge(self, other: MeanIoU) -> None:
+        if other.confusion is not None:
+            self._count(other.confusion)
+
+    def _count(self, confusion: Tensor) -> None:
+        self.confusion = confusion if self.confusion is None else self.confusion + confusion
+
+    @property
+    def per_class(self) -> list[float | None]:
+        """By class; None for one that neither a label nor an answer names."""
+        if self.confusion is None:
+            return []
+        both = self.confusion.diagonal()
+        either = self.confusion.sum(0) + self.confusion.sum(1) - both
+        return [hit / union if union else None for hit, union in zip(both.tolist(), either.tolist(), strict=True)]
+
+    @property
+    def value(self) -> float:
+        known = [value for value in self.per_class if value is not None]
+        return sum(known) / max(1, len(known))
+
+    def details(self, data: ImageData) -> dict[str, Any]:
+        return {"iou": dict(zip(data.classes, self.per_class, strict=False))}

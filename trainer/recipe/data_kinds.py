@@ -1,0 +1,38 @@
+"""Which kind of data each task has, by the task's name, so that reading a recipe imports no task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ...data.images.recipe import LabelledImageRecipe, MaskRecipe, UnlabelledImageRecipe
+from ...data.recipe import DataRecipe
+from ...data.text.recipe import DocumentRecipe, LabelledTextRecipe
+
+KINDS: Mapping[str, type[DataRecipe]] = {
+    "causal_lm": DocumentRecipe,
+    "image_classification": LabelledImageRecipe,
+    "masked_image_pretraining": UnlabelledImageRecipe,
+    "semantic_segmentation": MaskRecipe,
+    "text_classification": LabelledTextRecipe,
+}
+
+
+def checked(task: str, data: DataRecipe) -> DataRecipe:
+    """The block itself. Raises ValueError where its name is one that other kinds of data know, and its own does not."""
+    others = [name for name, kind in KINDS.items() if data.name in kind.known]
+    if others and data.name not in data.known:
+        raise ValueError(
+            f"data.name = {data.name!r} is for {_of(others)}, and task = {task} has {data.holds}: give {', '.join(data.known)} or a hub name"
+        )
+    return data
+
+
+def elsewhere(task: str, key: str) -> str | None:
+    """Of a key that the task's kind of data does not have, the message that says which kinds do; None where none does."""
+    others = [name for name, kind in KINDS.items() if key in kind.model_fields]
+    return f"data.{key} is for {_of(others)}, and task = {task} has {KINDS[task].holds}: leave it out" if others else None
+
+
+def _of(tasks: Iterable[str]) -> str:
+    named = sorted(tasks)
+    return f"{' or '.join(dict.fromkeys(KINDS[name].holds for name in named))} (task = {', '.join(named)})"

@@ -1,0 +1,117 @@
+"""What tasks on text share: their tokenizer, the length of their rows, their page of kept tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ...data.splits import Splits
+from ...data.text.recipe import TextRecipe
+from ...data.text.tokenizer import load_tokenizer, trained_tokenizer
+from ..build.initial_weights import start_of
+from ..recipe.schema import Recipe
+from ..run_folder import TOKENIZER, RunFolder
+from ..show.inspection import inspect_text
+from .base import PROBES, Task
+
+_PROBE_TOKENS = 32
+
+
+class TextTask(Task):
+    """A task whose model takes ``input_ids``.
+
+    Attributes:
+        framed: its texts stand between a first and a last token, as encoders have them; else a token ends each document.
+    """
+
+    unit: ClassVar[str] = "tokens"
+    controls: ClassVar[tuple[str, ...]] = ("random", "uniform_grid")
+    framed: ClassVar[bool] = False
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        if recipe.distillation is not None:
+            raise ValueError(f"distillation has an image classifier for a teacher, and task = {recipe.task} has text: leave it out")
+        if recipe.model.encoder_of is not None:
+            raise ValueError(f"model.encoder_of is for images, and task = {recipe.task} has text: give model.name or model.config")
+
+    @classmethod
+    def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
+        # Another version of Python has other files to train a tokenizer on: that of the weights stays with them.
+        folder = run.with_file(TOKENIZER)
+        if folder is None:
+            return recipe
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": str(folder)})})
+
+    @classmethod
+    def size(cls, recipe: Recipe) -> int:
+        data = recipe.data
+        assert isinstance(data, TextRecipe)
+        return data.sequence_length
+
+    @classmethod
+    def tokenizer_of(cls, recipe: Recipe, config: PretrainedConfig) -> Callable[[Iterable[str] | None], Any]:
+        """From the training texts, or None where rows have prompts, to the tokenizer: the recipe's, that of the weights, or a new one.
+
+        Args:
+            recipe: that names a tokenizer, or weights.
+            config: of the model, whose vocabulary a new one fills.
+        """
+
+        def tokenizer(texts: Iterable[str] | None) -> Any:
+            data = recipe.data
+            assert isinstance(data, TextRecipe)
+            if data.tokenizer is not None:
+                return load_tokenizer(data.tokenizer, ends=not cls.framed)
+            if (start := start_of(recipe.model)) is not None:
+                return load_tokenizer(*start.beside(TOKENIZER), ends=not cls.framed)
+            if texts is None:
+                raise ValueError("data.tokenizer is missing: a tokenizer is trained on plain texts only, and these rows have prompts")
+            size: int = config.get_text_config().vocab_size
+            return trained_tokenizer(texts, size, framed=cls.framed)
+
+        return tokenizer
+
+    @classmethod
+    def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
+        text: Any = data
+        inner: Any = config.get_text_config()
+        entries = len(text.tokenizer)
+        if inner.vocab_size < entries:
+            raise ValueError(
+                f"the tokenizer has {entries} entries and the model {inner.vocab_size}: set model.config.vocab_size={entries} or more, "
+                "or data.tokenizer to the model's own"
+            )
+        longest = getattr(inner, "max_position_embeddings", None)
+        if longest is not None and longest < text.length:
+            raise ValueError(f"data.sequence_length = {text.length} is more than the model's max_position_embeddings = {longest}: lower it")
+
+    @classmethod
+    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
+        size: int = config.get_text_config().vocab_size
+        return {"input_ids": torch.randint(size, (PROBES, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))}
+
+    @classmethod
+    def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
+        if to.suffix != ".html":
+            raise ValueError(f"--to {to}: kept tokens of a text are an .html page")
+        data: Any = cls.open_data(recipe, model.config)
+        text = cls.held_out(data) if given is None else cls.given_text(given)
+        return inspect_text(model, data.tokenizer, text, data.length, f"{target}: tokens by stage", to)
+
+    @classmethod
+    def held_out(cls, data: Any) -> str:
+        """The first text of the test split."""
+        raise NotImplementedError
+
+    @classmethod
+    def given_text(cls, given: str) -> str:
+        """The text of a file, or what was given where it is no name of one."""
+        # A long text is no name of a file, and the system says so in its own way.
+        path = Path(given) if len(given) < 255 and "\n" not in given else None
+        return path.read_text("utf-8", "replace") if path is not None and path.is_file() else given
