@@ -40,7 +40,7 @@ def few_passages(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded passages are cut from a small part of the library: tokenizing all of it takes seconds, every time."""
     for name in ("_OF_CLASS", "_AROUND"):
         most = getattr(python_passages, name)
-        monkeypatch.setattr(python_passages, name, most // 20)
+        monkeypatch.setattr(python_passages, name, most // 5)
 
 
 @pytest.fixture
