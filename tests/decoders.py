@@ -34,13 +34,12 @@ class Method:
     site: str = "around"
     restore: str | None = None
 
-    def config(self, *capacities: float, layers: tuple[int, ...] = (1, 2)) -> CompressionConfig:
+    def config(self, *keeps: float, layers: tuple[int, ...] = (1, 2)) -> CompressionConfig:
         if self.restore is not None:
-            stage = StageConfig(layer=1, site=self.site, keep=capacities[0], **self.parts)
+            stage = StageConfig(layer=1, site=self.site, keep=keeps[0], **self.parts)
             return CompressionConfig([stage], {"layer": 3, "by": self.restore})
         return CompressionConfig(
-            StageConfig(layer=layer, site=self.site, keep=capacity, **self.parts)
-            for layer, capacity in zip(layers, capacities, strict=False)
+            StageConfig(layer=layer, site=self.site, keep=keep, **self.parts) for layer, keep in zip(layers, keeps, strict=False)
         )
 
 
@@ -140,7 +139,7 @@ def spread(model: PreTrainedModel, seed: int = 2) -> PreTrainedModel:
 
 
 def neutral(model: PreTrainedModel) -> PreTrainedModel:
-    """The same with gates as they are at first: a gate that has learned weighs what layers add, at capacity 1 too."""
+    """The same with gates as they are at first: a gate that has learned weighs what layers add, at keep 1 too."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("estimator.strength"):
@@ -148,8 +147,8 @@ def neutral(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def compressed(family: str, method: Method, *capacities: float, **settings: Any) -> PreTrainedModel:
-    return spread(compress(dense(family, **settings), method.config(*capacities)))
+def compressed(family: str, method: Method, *keeps: float, **settings: Any) -> PreTrainedModel:
+    return spread(compress(dense(family, **settings), method.config(*keeps)))
 
 
 def tokens(rows: int = 3, length: int = 24, seed: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from laconic import CompressionConfig, Trace, compress
 from laconic.modules.config import SITES
-from tests.matrix import Method, settle
+from tests.matrix import Method, settle, stack_of
 from tests.modules.test_invariants import _Recorded, _Reference, _take
 
 LAYERS, VOCABULARY, CLASSES, LENGTH = 4, 48, 5, 24
@@ -126,15 +126,15 @@ class _TextReference(_Reference):
 
 def masked_reference(plain: PreTrainedModel, ids: Tensor, trace: Trace) -> Tensor:
     """Logits of a forward that computes every token in every layer."""
-    backbone: Any = adapter_for(plain.config.model_type, type(plain).__name__)
+    stack = stack_of(plain)
     twin = copy.deepcopy(plain)
-    recorded = _replace_layers(backbone, twin)
+    recorded = _replace_layers(twin)
     twin(input_ids=ids)
     assert trace.state is not None
-    reference = _TextReference(recorded[0].given, backbone, {}, trace.state.proportional)
+    reference = _TextReference(recorded[0].given, stack.adapter, {}, trace.state.proportional)
     shrinking = [routing for routing in trace.routings.values() if not routing.bypass]
     after = [*(routing.state for routing in shrinking[1:]), trace.state]
-    for index, layer in enumerate(backbone.layers(plain)):
+    for index, layer in enumerate(stack.layers):
         at = {site: trace.routings.get(f"{site}_{index}") for site in SITES}
         reference.kwargs = {key: value for key, value in recorded[index].kwargs.items() if key != "attention_mask"}
         if at["before"] is not None:
@@ -147,14 +147,14 @@ def masked_reference(plain: PreTrainedModel, ids: Tensor, trace: Trace) -> Tenso
     if trace.state.proportional:
         # A head that averages counts a merged token as all that it stands for.
         kept = _take(kept, trace.state.source)
-    last = _replace_layers(backbone, twin, kept)
+    last = _replace_layers(twin, kept)
     assert last
     return twin(input_ids=ids).logits
 
 
-def _replace_layers(backbone: Any, twin: PreTrainedModel, out: Tensor | None = None) -> list[_Recorded]:
+def _replace_layers(twin: PreTrainedModel, out: Tensor | None = None) -> list[_Recorded]:
     """Every layer notes what it is given and hands on ``out``, or what it was given."""
-    layers = backbone.layers(twin)
+    layers = stack_of(twin).layers
     for index, layer in enumerate(layers):
         recorded = _Recorded(out)
         recorded.attention_type = getattr(layer, "attention_type", None)

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 
 from laconic import CompressionConfig, StageConfig, Trace, compress
+from laconic.modules.backbones import adapter_of
+from laconic.modules.backbones.stack import Stack
 
 IMAGE, PATCH, CLASSES, LAYERS = 24, 4, 5, 4
 
@@ -46,9 +48,9 @@ class Method:
         return self.parts.get("merger", "drop") != "drop"
 
     def config(self, *keeps: float, layers: tuple[int, ...] = (1, 2)) -> CompressionConfig:
-        key, least = "keep", 0.5 if self.parts.get("merger") == "bipartite" else 0.0
+        least = 0.5 if self.parts.get("merger") == "bipartite" else 0.0
         return CompressionConfig(
-            StageConfig(layer=layer, site=self.site, **{key: max(keep, least)}, **self.parts)
+            StageConfig(layer=layer, site=self.site, keep=max(keep, least), **self.parts)
             for layer, keep in zip(layers, keeps, strict=False)
         )
 
@@ -166,6 +168,11 @@ def settle(model: PreTrainedModel) -> None:
             buffer.fill_(1)
 
 
+def stack_of(model: PreTrainedModel) -> Stack:
+    """The first stack of a model, dense or compressed: its layers and their adapter."""
+    return adapter_of(model).stacks(model)[0]
+
+
 def images(rows: int = 3, seed: int = 0) -> Tensor:
     return torch.randn(rows, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(seed))
 
@@ -188,10 +195,10 @@ def answer(outputs: Any) -> Tensor:
 
 def loss_of(model: PreTrainedModel, pixels: Tensor, rows: int = 3, **kwargs: Any) -> Tensor:
     """Loss of a training forward; that of a model without a head pulls on every number of its answer."""
-    if model.config.model_type != "vit_mae":
-        return model(**inputs(model, pixels), labels=labels(rows), **kwargs).loss
     if "trace" in kwargs:
         kwargs["trace"].labels = labels(rows)
+    if model.config.model_type != "vit_mae":
+        return model(**inputs(model, pixels), labels=labels(rows), **kwargs).loss
     return answer(model(**inputs(model, pixels), **kwargs)).pow(3).mean()
 
 

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, from_pretrained, stages_of
+from laconic.modules.estimators.base import Estimate
+from laconic.modules.scorers.base import Scored
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.predictor import PredictorSelector
 from laconic.modules.selectors.threshold import ThresholdSelector
 from laconic.modules.selectors.top_k import TopKSelector
-from laconic.modules.site import TokenSpec
+from laconic.modules.site import SiteInput, TokenSpec
 from laconic.modules.tokens.decision import Decision
 from laconic.modules.tokens.gather import put_back, take_out
 from laconic.modules.tokens.state import TokenState
@@ -45,8 +47,8 @@ def test_a_weight_of_one_half_is_half_of_what_the_block_added() -> None:
     trace.flow().begin(_state(1, 4))
 
     class Half(nn.Module):
-        def forward(self, scores: Tensor, *_: Any) -> Any:
-            return type("Estimate", (), {"scale": torch.full_like(scores, 0.5), "key_bias": None, "loss": None, "confidence": None})()
+        def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
+            return Estimate(scale=torch.full_like(scored.scores, 0.5))
 
     stage.estimator = Half()
     x = torch.ones(1, 4, 32)

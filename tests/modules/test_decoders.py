@@ -20,6 +20,7 @@ from laconic.modules.tokens.trace import Routing
 from tests.clean import CleanProcesses
 from tests.decoders import DEPLOYED, FAMILIES, METHODS, PAIRS, VOCABULARY, compressed, dense, neutral, tokens, traced
 from tests.decoders import Method as Row
+from tests.matrix import stack_of
 from tests.thin import thinned
 
 names = {"ids": lambda value: getattr(value, "name", value)}
@@ -49,7 +50,7 @@ def _gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @pairs
-def test_1_capacity_1_gives_the_dense_outputs_and_gradients_bit_for_bit(family: str, method: Row) -> None:
+def test_1_keep_1_gives_the_dense_outputs_and_gradients_bit_for_bit(family: str, method: Row) -> None:
     plain, model = dense(family), neutral(compressed(family, method, 1.0, 1.0))
     ids = tokens()
     assert torch.equal(traced(model, ids)[0], plain(input_ids=ids, use_cache=False).logits)
@@ -83,10 +84,10 @@ def test_2_going_around_equals_masking(family: str, method: Row) -> None:
     routed = {int(name.rsplit("_", 1)[1]): routing.kept_mask for name, routing in trace.routings.items()}
     weights = {int(name.rsplit("_", 1)[1]): _gate(stages_of(model)[name], routing) for name, routing in trace.routings.items()}
     # Every token goes through every layer; who was not chosen is hidden as a key, and keeps what it was.
-    for index, layer in enumerate(model.backbone.layers(plain)):
+    for index, layer in enumerate(stack_of(plain).layers):
         if index in routed:
             layer.register_forward_pre_hook(_hide(routed[index], method.site), with_kwargs=True)
-            _keep_as_it_was(layer, routed[index], weights[index], method.site, model.backbone)
+            _keep_as_it_was(layer, routed[index], weights[index], method.site, stack_of(plain).adapter)
     torch.testing.assert_close(logits, plain(ids, use_cache=False, attention_mask=_causal(ids, plain)).logits, **CLOSE)
 
 
@@ -127,18 +128,18 @@ def _gate(stage: Any, routing: Routing) -> Tensor | float:
     return 1.0 if strength is None else (1 + strength * (2 * routing.scores.sigmoid() - 1)).unsqueeze(-1)
 
 
-def _keep_as_it_was(layer: Any, chosen: Tensor, weight: Tensor | float, site: str, backbone: Any) -> None:
+def _keep_as_it_was(layer: Any, chosen: Tensor, weight: Tensor | float, site: str, adapter: Any) -> None:
     original = layer.forward
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         stays = chosen[..., None]
         if site == "around":
             return torch.where(stays, hidden_states + weight * (original(hidden_states, *args, **kwargs) - hidden_states), hidden_states)
-        given = dict(zip(backbone.positional, args, strict=False)) | kwargs
-        attended = backbone.attention_half(layer, hidden_states, **given)
+        given = dict(zip(adapter.positional, args, strict=False)) | kwargs
+        attended = adapter.attention_half(layer, hidden_states, **given)
         if site == "around_attention":
             attended = torch.where(stays, hidden_states + weight * (attended - hidden_states), hidden_states)
-        out = backbone.mlp_half(layer, attended)
+        out = adapter.mlp_half(layer, attended)
         return torch.where(stays, attended + weight * (out - attended), attended) if site == "around_mlp" else out
 
     layer.forward = forward
@@ -174,7 +175,7 @@ def chunked_reference(model: PreTrainedModel, plain: PreTrainedModel, ids: Tenso
                 out[row, place] += mean
         return (out, *args[1:]), kwargs
 
-    layers = model.backbone.layers(plain)
+    layers = stack_of(plain).layers
     layers[1].register_forward_pre_hook(enter, with_kwargs=True)
     for index in (1, 2):
         layers[index].register_forward_pre_hook(_hide(kept, "around"), with_kwargs=True)
@@ -355,10 +356,10 @@ def test_10_saved_models_answer_and_generate_alike_in_a_clean_process(tmp_path: 
 def test_11_achieved_counts_equal_the_count_rule(family: str, method: Row, dtype: torch.dtype) -> None:
     model = compressed(family, method, 0.37, 0.61).to(dtype)
     _, trace = traced(model, tokens(), **_ahead(method))
-    for routing, capacity in zip(trace.routings.values(), (0.37, 0.61), strict=False):
+    for routing, keep in zip(trace.routings.values(), (0.37, 0.61), strict=False):
         stage = stages_of(model)[routing.stage]
         if not method.deployed:
-            assert (routing.present, routing.kept) == (24, tokens_kept(24, capacity))
+            assert (routing.present, routing.kept) == (24, tokens_kept(24, keep))
             continue
         scores = routing.scores
         if hasattr(stage.selector, "logits") or stage.selector.draws:
@@ -379,11 +380,11 @@ def test_12_a_row_that_chooses_nothing_runs_one_token_that_counts_nothing(family
     out.loss.backward()
     assert [routing.counts() for routing in trace.routings.values()] == [(0, 72), (0, 72)]
     for index in (1, 2):
-        layer = model.backbone.layers(model)[index]
+        layer = stack_of(model).layers[index]
         gradients = [p.grad for name, p in layer.named_parameters() if ".stages." not in f".{name}"]
         assert all(grad is not None and not grad.any() for grad in gradients)
     plain = dense(family)
-    layers = model.backbone.layers(plain)
+    layers = stack_of(plain).layers
     for index in (1, 2):
         layers[index].forward = lambda hidden_states, *args, **kwargs: hidden_states
     torch.testing.assert_close(out.logits, plain(ids, use_cache=False).logits, **CLOSE)

@@ -34,7 +34,7 @@ from tests.encoders import (
     tokens,
     traced,
 )
-from tests.matrix import Method
+from tests.matrix import Method, stack_of
 from tests.thin import thinned
 
 names = {"ids": lambda value: getattr(value, "name", value)}
@@ -153,7 +153,7 @@ def test_9_checkpointing_and_eager_give_the_same_loss_and_gradients(family: str,
         model = compressed(family, method, 0.5, 0.6, attn_implementation="eager" if how == "eager" else "sdpa").train()
         if how == "checkpointing":
             checkpoint_activations(model)
-        trace = Trace(step=3, noise=0.5, replay=replay if how == "eager" else {})
+        trace = Trace(step=3, noise=0.5, replay=replay if how == "eager" else {}, labels=labels())
         loss = model(**batch, trace=trace).loss
         replay = trace.decisions()
         loss = loss if trace.auxiliary_loss is None else loss + trace.auxiliary_loss
@@ -223,18 +223,18 @@ def test_11_achieved_counts_equal_the_count_rule_of_each_row(family: str, method
 def test_the_two_halves_are_the_layer_bit_for_bit(family: str, training: bool) -> None:
     dropout = {"bert": "hidden_dropout_prob"}.get(family, "mlp_dropout")
     model = dense(family, **{dropout: 0.3}).train(training)
-    backbone: Any = compressed(family, METHODS[0], 1.0, 1.0).backbone
-    for layer in backbone.layers(model):
+    adapter = stack_of(model).adapter
+    for layer in stack_of(model).layers:
         given: list[Any] = []
         hook = layer.register_forward_pre_hook(lambda _, args, kwargs, to=given: to.append((args, kwargs)), with_kwargs=True)
         model(tokens(), attention_mask=_mask(24, 17, 9))
         hook.remove()
         (hidden, *args), kwargs = given[0]
-        kwargs = dict(zip(backbone.positional, args, strict=False)) | kwargs
+        kwargs = dict(zip(adapter.positional, args, strict=False)) | kwargs
         torch.manual_seed(5)
         whole = layer(hidden, **kwargs)
         torch.manual_seed(5)
-        halves = backbone.mlp_half(layer, backbone.attention_half(layer, hidden, **kwargs))
+        halves = adapter.mlp_half(layer, adapter.attention_half(layer, hidden, **kwargs))
         assert torch.equal(halves, whole)
 
 
@@ -281,7 +281,7 @@ def test_a_head_that_reads_every_token_needs_them_back(model_type: str) -> None:
         torch.manual_seed(3)
         return AutoModelForMaskedLM.from_config(config).eval()
 
-    with pytest.raises(ValueError, match=r"reads every token.*restore = \{layer: 4, by: rejoin\}"):
+    with pytest.raises(ValueError, match=r"reads every token.*restore = \{layer: 4, by: unmerge\}.*'by: rejoin'"):
         compress(masked_lm(), METHODS[0].config(0.5, 0.6))
     around = spread(compress(masked_lm(), METHODS[-3].config(0.5, 0.6)))
     model = spread(compress(masked_lm(), restored()))

@@ -31,6 +31,7 @@ from tests.matrix import (
     images,
     inputs,
     loss_of,
+    stack_of,
     traced,
 )
 from tests.thin import thinned
@@ -106,7 +107,7 @@ class _Recorded(nn.Module):
 
 def _with_layers_replaced(plain: PreTrainedModel, out: Tensor | None = None) -> tuple[PreTrainedModel, _Recorded]:
     twin, recorded = copy.deepcopy(plain), _Recorded(out)
-    layers = adapter_for(plain.config.model_type, type(plain).__name__).layers(twin)
+    layers = stack_of(twin).layers
     del layers[1:]
     layers[0] = recorded
     return twin, recorded
@@ -136,8 +137,8 @@ class _Reference:
         size: (B, N) source tokens that each stands for.
     """
 
-    def __init__(self, hidden: Tensor, backbone: Any, kwargs: dict[str, Any], proportional: bool) -> None:
-        self.hidden, self.backbone, self.kwargs, self.proportional = hidden, backbone, kwargs, proportional
+    def __init__(self, hidden: Tensor, adapter: Any, kwargs: dict[str, Any], proportional: bool) -> None:
+        self.hidden, self.adapter, self.kwargs, self.proportional = hidden, adapter, kwargs, proportional
         self.alive = torch.ones(hidden.shape[:2], dtype=torch.bool)
         self.slots = self.place = torch.arange(hidden.shape[1]).expand(hidden.shape[0], -1)
         self.size = torch.ones(hidden.shape[:2])
@@ -186,9 +187,9 @@ class _Reference:
         rest = {key: value for key, value in self.kwargs.items() if key != "attention_mask"}
         alone = copy.deepcopy(layer)
         if half == "attention":
-            out = self.backbone.attention_half(alone, self.hidden, self.mask(layer, chosen), **rest)
+            out = self.adapter.attention_half(alone, self.hidden, self.mask(layer, chosen), **rest)
         else:
-            out = self.backbone.mlp_half(alone, self.hidden)
+            out = self.adapter.mlp_half(alone, self.hidden)
         self.hidden = torch.where(chosen[..., None], out, self.hidden)
 
 
@@ -200,12 +201,12 @@ def _masked_reference(plain: PreTrainedModel, family: str, pixels: Tensor, trace
     """Answer of a forward that computes every token in every layer."""
     twin, recorded = _with_layers_replaced(plain)
     twin(**inputs(plain, pixels), **how)
-    backbone = adapter_for(plain.config.model_type, type(plain).__name__)
+    stack = stack_of(plain)
     assert trace.state is not None
-    reference = _Reference(recorded.given, backbone, recorded.kwargs, trace.state.proportional)
+    reference = _Reference(recorded.given, stack.adapter, recorded.kwargs, trace.state.proportional)
     shrinking = [routing for routing in trace.routings.values() if not routing.bypass]
     after = [*(routing.state for routing in shrinking[1:]), trace.state]
-    for index, layer in enumerate(backbone.layers(plain)):
+    for index, layer in enumerate(stack.layers):
         at = {site: trace.routings.get(f"{site}_{index}") for site in SITES}
         if at["before"] is not None:
             reference.shrink(at["before"], after.pop(0))
@@ -333,7 +334,7 @@ def test_5_left_and_right_padding_are_alike(family: str, method: Method) -> None
     # A bias by place makes left and right differ by design; BEiT is looked at without.
     model = compressed(family, method, 0.5, 0.6, **({"use_relative_position_bias": False} if family == "beit" else {}))
     prefix, real, padding = PREFIX[family], 9, 4
-    base = model.backbone.base(model)
+    base = model.adapter.base(model)
     tokens, filler = torch.randn(2, prefix + real, 16), torch.randn(2, padding, 16)
     embeddings = base.embeddings
     outputs = []
@@ -360,7 +361,7 @@ def test_9_gradient_checkpointing_gives_the_same_loss_and_gradients(family: str,
         loss = loss_of(model, images(), trace=trace)
         loss = loss if trace.auxiliary_loss is None else loss + trace.auxiliary_loss
         if checkpointing:
-            assert all(layer.gradient_checkpointing for layer in model.backbone.layers(model))
+            assert all(layer.gradient_checkpointing for layer in stack_of(model).layers)
         loss.backward()
         assert len(trace.routings) == 2
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
