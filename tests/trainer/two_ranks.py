@@ -17,23 +17,26 @@ from laconic.trainer.distributed import collective
 from laconic.trainer.distributed.processes import join
 from laconic.trainer.run import quiet
 from tests.trainer.two_ranks_lora import bases, lora
+from tests.trainer.two_ranks_recipes import prepare, recipes
 from tests.trainer.two_ranks_strategies import strategies
 
 ROOT = Path(__file__).resolve().parents[2]
 # Each part has a folder of its name, with results.json in it.
-PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {"strategies": strategies, "lora": lora}
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {"strategies": strategies, "lora": lora, "recipes": recipes}
+# What one process does for a part before there are two.
+BEFORE: dict[str, Callable[[Path], None]] = {"lora": bases, "recipes": prepare}
 
 
 def launch(folder: Path, parts: Sequence[str]) -> None:
     """Starts two processes under torchrun and waits until they have done these parts."""
     for part in parts:
         (folder / part).mkdir()
-    if "lora" in parts:
-        bases(folder / "lora")
+        if part in BEFORE:
+            BEFORE[part](folder / part)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(folder), *parts]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
