@@ -39,10 +39,11 @@ from tests.matrix import (
     images,
     inputs,
     labels,
+    masked_reference,
     stack_of,
     traced,
 )
-from tests.modules.test_invariants import PREFIX, UNPADDED, _masked_reference, _with_layers_replaced
+from tests.matrix.masked import with_layers_replaced
 
 NOISY = {
     "vit": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
@@ -69,7 +70,7 @@ def _layer(family: str, index: int = 2, **settings: Any) -> tuple[type[VisionLay
     model = dense(family, **settings)
     stack = stack_of(model)
     assert issubclass(stack.adapter, VisionLayers)
-    twin, recorded = _with_layers_replaced(model)
+    twin, recorded = with_layers_replaced(model)
     twin(**inputs(model, images()))
     return stack.adapter, stack.layers[index], {key: value for key, value in recorded.kwargs.items() if key != "attention_mask"}
 
@@ -90,11 +91,11 @@ def _run(layer: nn.Module, forward: Any, tokens: int) -> tuple[Tensor, dict[str,
 def test_the_two_halves_are_the_layer_bit_for_bit(family: str, training: bool, masked: bool) -> None:
     adapter, layer, kwargs = _layer(family, **NOISY[family])
     layer.train(training)
-    tokens = 36 + PREFIX[family]
+    tokens = 36 + FAMILIES[family].prefix
     mask = torch.zeros(3, 1, tokens, tokens).masked_fill(torch.arange(tokens) % 5 == 4, torch.finfo(torch.float32).min)
     given = mask if masked else None
     valid = (torch.arange(tokens) % 5 != 4).expand(3, -1) if masked else None
-    state = TokenState.initial(3, tokens, PREFIX[family], valid, torch.device("cpu"))
+    state = TokenState.initial(3, tokens, FAMILIES[family].prefix, valid, torch.device("cpu"))
     out, gradients = _run(layer, lambda hidden: layer(hidden, given, **kwargs), tokens)
 
     def halves(hidden: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def test_the_two_halves_are_the_layer_bit_for_bit(family: str, training: bool, m
 @each_family
 def test_the_noisy_layers_are_noisy_in_training(family: str) -> None:
     _, layer, kwargs = _layer(family, **NOISY[family])
-    hidden = torch.randn(3, 36 + PREFIX[family], 16)
+    hidden = torch.randn(3, 36 + FAMILIES[family].prefix, 16)
     assert not torch.equal(layer.train()(hidden, None, **kwargs), layer.train()(hidden, None, **kwargs))
 
 
@@ -120,7 +121,7 @@ def test_keys_are_those_that_the_attention_computes(family: str) -> None:
     seen: list[Tensor] = []
     attention = getattr(layer, adapter.attention)
     attention.k_proj.register_forward_hook(lambda module, given, out: seen.append(out))
-    hidden = torch.randn(3, 36 + PREFIX[family], 16)
+    hidden = torch.randn(3, 36 + FAMILIES[family].prefix, 16)
     layer(hidden, None, **kwargs)
     keys = adapter.keys(layer, hidden)
     assert keys.shape == (3, 2, hidden.shape[1], 8)
@@ -132,8 +133,8 @@ def test_an_adapter_offers_the_sites_of_its_halves_and_names_its_leading_tokens(
     model = dense(family)
     adapter, layers = _adapter(model), stack_of(model).adapter
     assert layers.sites == ("before", "between", "around", "around_attention", "around_mlp")
-    assert layers.leading(adapter.stack_config(model.config)) == PREFIX[family]
-    assert adapter.takes_attention_mask is (family not in UNPADDED)
+    assert layers.leading(adapter.stack_config(model.config)) == FAMILIES[family].prefix
+    assert adapter.takes_attention_mask is FAMILIES[family].padded
     assert adapter.image_input(model.config) == (IMAGE, IMAGE, 3)
 
 
@@ -173,7 +174,7 @@ def test_larger_images_are_scored_and_dropped_on_their_own_grid(family: str, nam
     logits, trace = traced(model, pixels, **how)
     assert trace.flow().grid == (9, 7)
     assert trace.flow().original == 63
-    reference = _masked_reference(dense(family), family, pixels, trace, **how)
+    reference = masked_reference(dense(family), family, pixels, trace, **how)
     torch.testing.assert_close(logits, reference, atol=2e-5, rtol=1e-4)
 
 
@@ -192,7 +193,7 @@ def test_cost_at_another_image_size_equals_a_counter(family: str) -> None:
 def test_rows_that_keep_different_counts_equal_the_rows_alone(family: str) -> None:
     """Filler of adaptive counts: out of attention, and out of heads that average or attend."""
     model = compressed(family, RANDOM, 0.5, 0.6)
-    prefix = PREFIX[family]
+    prefix = FAMILIES[family].prefix
     lists = [[*range(prefix), *(prefix + place for place in kept)] for kept in ([1, 4, 7, 9, 30], [0, 2, 35], [5, 6, 8, 20])]
     longest = max(map(len, lists))
     index = torch.tensor([one + [35 + prefix] * (longest - len(one)) for one in lists])
@@ -223,7 +224,7 @@ def test_the_bias_that_all_layers_of_a_beit_share_is_gathered(own: bool) -> None
     plain, whole, half = dense("beit", **settings), *(compressed("beit", RANDOM, keep, 1.0, **settings) for keep in (1.0, 0.5))
     assert torch.equal(traced(whole, images())[0], plain(images()).logits)
     logits, trace = traced(half, images())
-    torch.testing.assert_close(logits, _masked_reference(plain, "beit", images(), trace), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(logits, masked_reference(plain, "beit", images(), trace), atol=2e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="attention_mask cannot be given"):
         traced(half, images(), attention_mask=torch.ones(3, 37, dtype=torch.long))
 

@@ -21,7 +21,7 @@ from laconic.modules.site import SiteInput, TokenSpec
 from laconic.modules.tokens.decision import Decision
 from laconic.modules.tokens.gather import put_back, take_out
 from laconic.modules.tokens.state import TokenState
-from tests.decoders import METHODS, compressed, dense, tokens, traced
+from tests.matrix.decoders import METHODS, compressed, dense, tokens, traced
 
 SPEC = TokenSpec(hidden_size=4, classes=0, causal=True)
 

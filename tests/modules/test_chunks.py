@@ -24,9 +24,9 @@ from laconic.modules.tokens.dechunk import BLOCK, dechunk, smooth
 from laconic.modules.tokens.decision import Decision
 from laconic.modules.tokens.flow import Chunks, Flow
 from laconic.modules.tokens.state import TokenState
-from tests.decoders import CHUNKS, compressed, dense, spread, tokens, traced
 from tests.matrix import dense as vision
 from tests.matrix import stack_of
+from tests.matrix.decoders import CHUNKS, compressed, dense, spread, tokens, traced
 
 SPEC = TokenSpec(2, 0, causal=True)
 END = {"layer": 3, "by": "dechunk"}

@@ -15,7 +15,7 @@ from laconic.modules.decoding.cache import RoutedCache
 from laconic.modules.tokens.flow import Flow
 from laconic.modules.tokens.scope import in_scope
 from laconic.modules.tokens.state import TokenState
-from tests.decoders import dense, spread, tokens, traced
+from tests.matrix.decoders import dense, spread, tokens, traced
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 families = pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])

@@ -37,8 +37,7 @@ from laconic.trainer.export.preprocessing import image_processor
 from laconic.trainer.export.source import ExportSource, Settings
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run_folder import load_model
-from tests import decoders
-from tests.matrix import METHODS, compressed, dense, images
+from tests.matrix import METHODS, compressed, decoders, dense, images
 from tests.trainer.export_runs import WITHOUT_LACONIC, machine_without_laconic, written_run
 from tests.trainer.hub_stand_in import hub
 
