@@ -165,7 +165,7 @@ def test_random_augmentation_and_erasing_reach_the_images(tmp_path: Path, quick:
         (["model.settings.hidden_dropout_prb=0.1"], r"model.settings.hidden_dropout_prb is no setting of vit; did you mean model.settings.hidden_dropout_prob"),
         (["model.settings.drop_path_rate=0.1"], r"model.settings.drop_path_rate: vit of transformers has no stochastic depth"),
         (["model.config.drop_path_rate=0.1"], r"model.config.drop_path_rate: vit of transformers has no stochastic depth"),
-        (["data.erase=0.1"], r"data.erase is for images that are decoded, and data.name = 'scattered_digits' draws its own"),
+        (["data.erase=0.1"], r"data.erase applies to image files, and data.name = 'scattered_digits' generates its images"),
         (["data.mixing.probability=0.5"], r"data.mixing mixes nothing"),
         (["data.random_augment.magnitude=11"], r"data.random_augment.magnitude = 11.* must be from 0 to 10"),
         (["data.random_augment.magnitud=5"], r"did you mean data.random_augment.magnitude\?"),
