@@ -196,7 +196,7 @@ def test_a_recorded_recipe_of_another_version_is_refused_with_one_message(tmp_pa
     # One block held the keys of all kinds of data.
     recorded["data"] |= {"text_column": None, "sequence_length": 512}
     recorded["trainer"] |= {"gradient_clip": 1.0}
-    path.write_text(yaml.safe_dump(recorded))
+    path.write_text(yaml.safe_dump(recorded, sort_keys=False))
     message = (
         r"was written by another version of Laconic, .*it has the keys data.text_column, data.sequence_length, trainer.gradient_clip, which"
     )
