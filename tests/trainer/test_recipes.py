@@ -131,21 +131,21 @@ def test_a_key_of_another_kind_of_data_says_whose_it_is_and_no_kind_has_all(task
 def test_a_recorded_recipe_of_another_version_is_refused_with_one_message(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     recorded = yaml.safe_load(dump(load("vit_digits").recipe))
-    path.write_text(yaml.safe_dump(recorded))
+    path.write_text(yaml.safe_dump(recorded, sort_keys=False))
     assert read_recorded(path, ["seed=4"]).seed == 4
     with pytest.raises(RecipeError, match=r"seeed is not a key; did you mean seed\?"):
         read_recorded(path, ["seeed=4"])
     # One block held the keys of all kinds of data.
     recorded["data"] |= {"text_column": None, "sequence_length": 512}
     recorded["trainer"] |= {"gradient_clip": 1.0}
-    path.write_text(yaml.safe_dump(recorded))
+    path.write_text(yaml.safe_dump(recorded, sort_keys=False))
     message = (
         r"was written by another version of Laconic, .*it has the keys data.text_column, data.sequence_length, trainer.gradient_clip, which"
     )
     with pytest.raises(RecipeError, match=message):
         read_recorded(path)
     recorded["budget"]["target"] = 3
-    path.write_text(yaml.safe_dump(recorded))
+    path.write_text(yaml.safe_dump(recorded, sort_keys=False))
     with pytest.raises(RecipeError, match=message + r".*; budget.target = 3"):
         read_recorded(path, ["budget.target=0.5"])
 
