@@ -31,4 +31,6 @@ class GateEstimator(Estimator):
         self.strength = nn.Parameter(torch.full((1,), float(start)))
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
-        return Estimate(scale=1 + self.strength.float() * torch.tanh(scored.scores / 2))
+        # A copy: what backward needs of a parameter itself is gone where ZeRO-3 has taken it apart again after the forward.
+        strength = self.strength.float().clone()
+        return Estimate(scale=1 + strength * torch.tanh(scored.scores / 2))
