@@ -67,9 +67,13 @@ def test_1_decompress_restores_the_original(family: str) -> None:
 def test_2_going_around_equals_masking(family: str, method: Row) -> None:
     model, plain, ids = compressed(family, method, 0.5, 0.6), dense(family), tokens()
     logits, trace = traced(model, ids, **_ahead(method))
+    torch.testing.assert_close(logits, masked_reference(model, plain, ids, trace, method), **CLOSE)
+
+
+def masked_reference(model: PreTrainedModel, plain: PreTrainedModel, ids: Tensor, trace: Trace, method: Row) -> Tensor:
+    """Logits of a dense model that computes every token in every layer; it is changed."""
     if method.restore is not None:
-        torch.testing.assert_close(logits, chunked_reference(model, plain, ids, trace), **CLOSE)
-        return
+        return chunked_reference(model, plain, ids, trace)
     routed = {int(name.rsplit("_", 1)[1]): routing.kept_mask for name, routing in trace.routings.items()}
     weights = {int(name.rsplit("_", 1)[1]): _gate(stages_of(model)[name], routing) for name, routing in trace.routings.items()}
     # Every token goes through every layer; who was not chosen is hidden as a key, and keeps what it was.
@@ -77,7 +81,8 @@ def test_2_going_around_equals_masking(family: str, method: Row) -> None:
         if index in routed:
             layer.register_forward_pre_hook(_hide(routed[index], method.site), with_kwargs=True)
             _keep_as_it_was(layer, routed[index], weights[index], method.site, stack_of(plain).adapter)
-    torch.testing.assert_close(logits, plain(ids, use_cache=False, attention_mask=_causal(ids, plain)).logits, **CLOSE)
+    logits: Tensor = plain(ids, use_cache=False, attention_mask=_causal(ids, plain)).logits
+    return logits
 
 
 def _causal(ids: Tensor, model: PreTrainedModel) -> Any:
@@ -114,7 +119,9 @@ def _hide(chosen: Tensor, site: str) -> Any:
 
 def _gate(stage: Any, routing: Routing) -> Tensor | float:
     strength = getattr(stage.estimator, "strength", None)
-    return 1.0 if strength is None else (1 + strength * (2 * routing.scores.sigmoid() - 1)).unsqueeze(-1)
+    if strength is None:
+        return 1.0
+    return (1 + strength * (2 * routing.scores.sigmoid() - 1)).masked_fill(~routing.routable, 1.0).unsqueeze(-1)
 
 
 def _keep_as_it_was(layer: Any, chosen: Tensor, weight: Tensor | float, site: str, adapter: Any) -> None:
@@ -137,19 +144,22 @@ def _keep_as_it_was(layer: Any, chosen: Tensor, weight: Tensor | float, site: st
 def chunked_reference(model: PreTrainedModel, plain: PreTrainedModel, ids: Tensor, trace: Trace) -> Tensor:
     """Logits of a dense model whose middle layers see every token, those that are no chunk hidden as keys."""
     routing = trace.routings["before_1"]
-    kept, stage = routing.kept_mask, stages_of(model)["before_1"]
+    kept, routable, stage = routing.kept_mask, routing.routable, stages_of(model)["before_1"]
     means = stage.config.part("merger").name == "chunk_mean"
     entered: dict[str, Tensor] = {}
     if routing.decision.cut is None or not stage.scorer.probabilities:
         sure = torch.ones_like(routing.scores)
     else:
-        sure = torch.sigmoid(routing.scores - routing.decision.cut).clamp(1e-4, 1 - 1e-4)
+        sure = torch.sigmoid(routing.scores - routing.decision.cut).masked_fill(~routable, 1.0).clamp(1e-4, 1 - 1e-4)
 
     def enter(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
         made = args[0].clone()
         for row, place in kept.nonzero().tolist():
-            since = int(kept[row, :place].nonzero()[-1]) + 1 if bool(kept[row, :place].any()) else 0
-            made[row, place] = args[0][row, since : place + 1].mean(0) if means else args[0][row, place]
+            ended = (kept & routable)[row, :place].nonzero().flatten().tolist()
+            since = ended[-1] + 1 if ended else 0
+            # A protected token is no part of a chunk.
+            members = [at for at in range(since, place + 1) if routable[row, at]] if means and routable[row, place] else [place]
+            made[row, place] = args[0][row, members].mean(0)
         entered["tokens"], entered["made"] = args[0], made
         return (made, *args[1:]), kwargs
 
