@@ -152,7 +152,7 @@ class Stage(nn.Module):
         self._record(trace, choice, eligible, left.present)
         flow.state = replace(merged.state, empty=True) if choice.decision.empty else merged.state
         if self.chunks:
-            flow.chunks = self._chunks(choice, merged)
+            flow.chunks = self._chunks(choice, merged, eligible)
         return merged.hidden_states
 
     def around(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, inner: Inner) -> Tensor:
@@ -204,11 +204,12 @@ class Stage(nn.Module):
         """What layers add to chunks is smoothed by the probabilities that the scores are."""
         return self.chunks and self.scorer.probabilities and self.selector.cuts
 
-    def _chunks(self, choice: Choice, merged: Merged) -> Chunks:
+    def _chunks(self, choice: Choice, merged: Merged, eligible: TokenState) -> Chunks:
         decision, probability = choice.decision, None
         if self._smooths and decision.cut is not None:
-            # Where a threshold follows the scores, a chunk is as probable as its score is above it.
-            probability = torch.sigmoid(choice.scored.scores - decision.cut).clamp(1e-4, 1 - 1e-4).gather(1, decision.index)
+            # Where a threshold follows the scores, a chunk is as probable as its score is above it. A protected token is certain to stay.
+            probability = torch.sigmoid(choice.scored.scores - decision.cut).masked_fill(eligible.protected, 1.0)
+            probability = probability.clamp(1e-4, 1 - 1e-4).gather(1, decision.index)
         return Chunks(self.index, merged.hidden_states, decision, probability, choice.estimate.confidence)
 
     def _choose(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, flow: Flow, state: TokenState) -> Choice:

@@ -36,7 +36,8 @@ class ChunkMeanMerger(Merger):
         state = inputs.state
         if decision.keeps_all(state):
             return Merged(inputs.hidden_states, state)
-        kept = decision.kept_mask(state.tokens)
+        # A protected token is in no chunk.
+        kept = decision.kept_mask(state.tokens) & state.routable
         slots = torch.arange(state.tokens, device=kept.device).expand_as(kept)
         # The first one that stays at or behind each token; none closes the chunk of the last tokens.
         closing = torch.where(kept, slots, state.tokens).flip(1).cummin(1).values.flip(1)
@@ -58,13 +59,13 @@ class ChunkMeanMerger(Merger):
             some = closed.any(-1, keepdim=True)
             earlier, weight = carry[name], carry[f"{name}.size"]
             total, size = total + earlier.masked_fill(some, 0.0), size + weight.masked_fill(some, 0.0)
-            # Chunks lie in order, so that the first slot holds the first.
-            own = after.size[:, :1]
+            # Chunks are in order; protected tokens may stand in front of the first.
+            slot = after.routable.long().argmax(-1, keepdim=True)
+            at = slot.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
+            own, made = after.size.gather(1, slot), hidden_states.gather(1, at).squeeze(1)
             both = (own + weight).clamp(min=1e-6)
-            first = (hidden_states[:, 0].float() * own + earlier) / both
-            first = torch.where(some & (weight > 0), first.to(hidden_states.dtype), hidden_states[:, 0])
-            hidden_states = torch.cat([first[:, None], hidden_states[:, 1:]], 1)
-            grown = torch.cat([torch.where(some, both, own), after.size[:, 1:]], 1)
-            after = replace(after, size=grown)
+            first = torch.where(some & (weight > 0), ((made.float() * own + earlier) / both).to(made.dtype), made)
+            hidden_states = hidden_states.scatter(1, at, first.unsqueeze(1))
+            after = replace(after, size=after.size.scatter(1, slot, torch.where(some, both, own)))
         carry[name], carry[f"{name}.size"] = total, size
         return Merged(hidden_states, after)

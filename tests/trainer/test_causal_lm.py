@@ -292,7 +292,7 @@ def test_shorter_prompts_are_evaluated_and_shown(tmp_path: Path, console: Consol
         f"data.data_files={jsonl(tmp_path / 'chats.jsonl', chats(32))}",
         "data.sequence_length=128", "data.batch_size=2", "trainer.precision=fp32", "trainer.max_epochs=null", "trainer.max_steps=2",
         "trainer.bench_rounds=0", f"output={tmp_path / 'run'}",
-        "compression={stages: [{layer: 1, scorer: random, selector: prefix, keep: 0.5}], restore: {layer: 2, by: rejoin}}",
+        "compression={stages: [{layer: 1, scorer: random, scope: prompt, keep: 0.5}], restore: {layer: 2, by: rejoin}}",
     ]  # fmt: skip
     train(load("llm_finetune", overrides), overrides, console)
     run = str(tmp_path / "run")
