@@ -70,6 +70,11 @@ def dense(family: str, **settings: Any) -> PreTrainedModel:
     about = FAMILIES[family]
     config = AutoConfig.for_model(about.model_type or family, num_labels=CLASSES, **{**_COMMON, **about.settings, **settings})
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        # Behind a fresh LayerNorm of BERT all tokens have one length, which a scorer by length takes for ties.
+        for name, parameter in model.named_parameters():
+            if name.endswith("LayerNorm.weight"):
+                parameter.normal_(1, 0.2)
     return model
 
 
