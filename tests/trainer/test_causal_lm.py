@@ -367,7 +367,7 @@ def test_what_language_models_do_not_have_is_refused_with_the_cure(overrides: li
 def test_what_cannot_be_deployed_is_refused_before_it_is_trained(parts: str, tiny: list[str]) -> None:
     deep = [*(item for item in tiny if "num_hidden_layers" not in item), "model.config.num_hidden_layers=3"]
     stage = f"compression={{stages: [{{layer: 1, site: around, {parts}}}]}}"
-    with pytest.raises(ValueError, match="stages around_1 look ahead.*scorer 'linear' and selector 'threshold'"):
+    with pytest.raises(ValueError, match="stages around_1 are non-causal.*scorer 'linear' and selector 'threshold'"):
         validate(load("llm_pretrain_dense", [*deep, stage, "budget={measure: keep, target: 0.5}"]).recipe)
     # At full length nothing is chosen any more.
     ends_whole = "budget={measure: keep, target: 1, start: 0.5, schedule: linear}"
