@@ -17,6 +17,8 @@ from laconic.trainer.run import rehearse, train
 from laconic.trainer.tasks import base as tasks
 from tests.trainer.small_recipes import CONTROLS, small
 
+pytestmark = pytest.mark.usefixtures("few_passages")
+
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in CONTROLS else name for name in shipped()])
 def test_every_shipped_recipe_is_valid_and_runs_two_steps(name: str, tmp_path: Path, quick: list[str], console: Console) -> None:

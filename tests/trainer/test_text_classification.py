@@ -28,6 +28,7 @@ from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base import task_named
 from tests.trainer.export_runs import written_run
 
+pytestmark = pytest.mark.usefixtures("few_passages")
 TINY = ["baselines=[]", "model.config.vocab_size=400", "model.config.num_attention_heads=2", "data.sequence_length=48"]
 
 
