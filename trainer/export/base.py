@@ -21,7 +21,7 @@ import torch
 @torch.no_grad()
 def answer(model, batch):
     for parameter in model.parameters():
-        # The rounding of matrix products depends on the memory address: freshly allocated weights give bit-equal answers.
+        # Memory-mapped weights have any alignment, which changes the rounding of matrix products: copies give bit-equal answers.
         parameter.data = parameter.data.clone()
     found = {"logits": model(**batch).logits.float().contiguous()}
     if NEW_TOKENS:
