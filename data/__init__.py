@@ -1,4 +1,4 @@
-"""LightningDataModules over Hugging Face datasets, and the embedded data sets."""
+"""LightningDataModules over Hugging Face datasets, and the data sets that come with Laconic."""
 
 if __name__ == "data":
-    raise ImportError("import laconic.data, not data: from the repository's root the bare name makes a second copy")
+    raise ImportError("import laconic.data instead of data: from the repository's root, `data` would load a second copy of the package")

@@ -1,4 +1,4 @@
-"""Opening a data set with Hugging Face ``datasets``, and checking what can be checked without decoding an image."""
+"""Opens data sets with Hugging Face ``datasets`` and checks what can be checked without decoding an image."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Split:
 
     Attributes:
         rows: the Hugging Face data set, images undecoded.
-        labels: (n,) int64, -1 where the label is bad; None where no label is wanted.
-        bad_labels: why, by row.
+        labels: (n,) int64, -1 for a bad label; None if labels are not read.
+        bad_labels: reason of each bad label, by row.
     """
 
     rows: Any
@@ -29,11 +29,11 @@ class Split:
 
 
 def open_source(source: DataSource, **options: Any) -> Any:
-    """The ``DatasetDict``. Raises ValueError with what to do when it cannot be opened.
+    """The ``DatasetDict`` of a source. Raises ValueError with the cause if it cannot be opened.
 
     Args:
-        source: where the rows come from.
-        options: of ``datasets.load_dataset``: ``streaming``, or those of a packaged builder.
+        source: name, files and revision of the data set.
+        options: arguments of ``datasets.load_dataset``: ``streaming``, or those of a packaged builder.
     """
     import datasets
 
@@ -59,34 +59,34 @@ def open_source(source: DataSource, **options: Any) -> Any:
 def open_splits(
     source: DataSource, names: SplitNames, counts: Callable[[Mapping[str, Any]], bool] | None = None, **options: Any
 ) -> tuple[Any, Any, Any]:
-    """Rows to train on, to validate on, and to report on, or None where there are none of their own.
+    """Rows for training, validation and test; the test rows are None if no test split is named.
 
     Args:
-        source: where the rows come from.
-        names: of the splits; rows are held out of the training split where there is none to validate on.
-        counts: whether a row is one at all; None takes every row.
-        options: of ``open_source``.
+        source: name, files and revision of the data set.
+        names: names of the splits; without a validation split, rows are held out of the training split.
+        counts: predicate for rows to keep; None keeps every row.
+        options: arguments of ``open_source``.
 
     Raises:
-        ValueError: the source cannot be opened, a split is missing (the message names those there are), or rows are too few to hold some out.
+        ValueError: the source cannot be opened, a split is missing (the message lists the splits), or there are too few rows.
     """
     opened = named_splits(open_source(source, **options), names)
     train, validation, test = (rows if rows is None or counts is None else rows.filter(counts) for rows in opened)
     if validation is not None:
         return train, validation, test
-    # The same rows are held out whatever the seed, so that runs can be compared.
+    # The held-out rows do not depend on the run's seed, so that runs are comparable.
     order = np.random.default_rng(0).permutation(len(train))
     held_out = max(1, math.floor(names.fraction * len(train)))
     if held_out >= len(train):
         raise ValueError(
-            f"data.train_split = {names.train!r} has {len(train)} row(s), too few to hold one out for validation: give data.validation_split "
+            f"data.train_split = {names.train!r} has {len(train)} row(s), too few to hold one out for validation: set data.validation_split "
             "and data.data_files={train: …, validation: …}; for text, data.sample_by=paragraph makes more rows of a file"
         )
     return train.select(np.sort(order[held_out:])), train.select(np.sort(order[:held_out])), test
 
 
 def named_splits(opened: Any, names: SplitNames) -> tuple[Any, Any, Any]:
-    """The splits of those names, None where no name is given. Raises ValueError naming those there are."""
+    """The splits of these names, None for a name of None. Raises ValueError with the existing names if one is missing."""
     for key, name in (("train", names.train), ("validation", names.validation), ("test", names.test)):
         if name is not None and name not in opened:
             raise ValueError(f"data.{key}_split = {name!r} does not exist: the splits are {', '.join(opened)}")
@@ -97,12 +97,12 @@ def _as_list(value: str | Sequence[str]) -> str | list[str]:
     return value if isinstance(value, str) else list(value)
 
 
-def image_column(features: Mapping[str, Any], wanted: str | None) -> str:
-    """The column with the images. Raises ValueError naming the columns there are."""
+def image_column(features: Mapping[str, Any], requested: str | None) -> str:
+    """Name of the column with the images. Raises ValueError with the existing columns if there is none."""
     import datasets
 
-    if wanted is not None:
-        return _named(features, wanted, "data.image_column")
+    if requested is not None:
+        return _named(features, requested, "data.image_column")
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     for name in [*images, "image", "img"]:
         if name in features:
@@ -110,38 +110,38 @@ def image_column(features: Mapping[str, Any], wanted: str | None) -> str:
     raise ValueError(f"no image column found: set data.image_column to one of {', '.join(features)}")
 
 
-def label_column(features: Mapping[str, Any], wanted: str | None) -> str:
-    """The column with the labels. Raises ValueError naming the columns there are."""
-    if wanted is not None:
-        return _named(features, wanted, "data.label_column")
+def label_column(features: Mapping[str, Any], requested: str | None) -> str:
+    """Name of the column with the labels. Raises ValueError with the existing columns if there is none."""
+    if requested is not None:
+        return _named(features, requested, "data.label_column")
     for name in ("label", "labels", "fine_label"):
         if name in features:
             return name
     raise ValueError(f"no label column found: set data.label_column to one of {', '.join(features)}")
 
 
-def mask_column(features: Mapping[str, Any], wanted: str | None, images: str) -> str:
-    """The column with the masks. Raises ValueError naming the columns there are."""
+def mask_column(features: Mapping[str, Any], requested: str | None, images: str) -> str:
+    """Name of the column with the masks. Raises ValueError with the existing columns if there is none."""
     import datasets
 
-    if wanted is not None:
-        return _named(features, wanted, "data.mask_column")
+    if requested is not None:
+        return _named(features, requested, "data.mask_column")
     for name in ("mask", "masks", "label", "labels", "annotation", "segmentation", "segmentation_mask"):
         if name != images and isinstance(features.get(name), datasets.Image):
             return name
     raise ValueError(f"no column with masks found: set data.mask_column to one of {', '.join(features)}")
 
 
-def _named(features: Mapping[str, Any], wanted: str, key: str) -> str:
-    if wanted in features:
-        return wanted
-    near = difflib.get_close_matches(wanted, list(features), 1)
+def _named(features: Mapping[str, Any], requested: str, key: str) -> str:
+    if requested in features:
+        return requested
+    near = difflib.get_close_matches(requested, list(features), 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{key} = {wanted!r} is missing from the data: its columns are {', '.join(features)}{hint}")
+    raise ValueError(f"{key} = {requested!r} is missing from the data: its columns are {', '.join(features)}{hint}")
 
 
 def class_names(rows: Any, column: str) -> list[str]:
-    """Names of the classes: of a ClassLabel, or the values there are, in order."""
+    """Names of the classes: those of a ClassLabel column, else the sorted values of the column."""
     import datasets
 
     feature = rows.features[column]
@@ -154,7 +154,7 @@ def class_names(rows: Any, column: str) -> list[str]:
 
 
 def split_of(rows: Any, images: str, column: str | None, names: Sequence[str]) -> Split:
-    """A split with its labels as numbers; a label that is none of ``names`` is bad. Without a column it has none."""
+    """A split with integer labels; a label outside ``names`` is bad. Without ``column`` the split has no labels."""
     import datasets
 
     if column is None:
@@ -164,10 +164,10 @@ def split_of(rows: Any, images: str, column: str | None, names: Sequence[str]) -
 
 
 def label_codes(values: Sequence[Any], names: Sequence[str]) -> tuple[np.ndarray, dict[int, str]]:
-    """(n,) int64 number of each label, -1 where it is bad, and why by row: it is none of ``names``."""
+    """(n,) int64 index of each label in ``names``, -1 for a bad label, and the reason of each bad label by row."""
     codes = {name: code for code, name in enumerate(names)}
     labels, bad = np.full(len(values), -1, np.int64), dict[int, str]()
-    # Of a ClassLabel column, and of plain integers, the number is the code.
+    # Values of a ClassLabel column, and plain integers, are class indices already.
     for row, value in enumerate(values):
         code = value if isinstance(value, int) else codes.get(str(value), -1)
         if value is None:

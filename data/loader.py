@@ -1,4 +1,4 @@
-"""A training loader that goes on where a checkpoint left it."""
+"""A training loader that resumes at the batch where a checkpoint was saved, and the batches of training and evaluation."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# What the order of a run's rows depends on.
+# The order of a run's rows depends on these.
 _ORDER = ("length", "batch_size", "world_size", "seed")
 
 
 class StepBatches(Sampler[list[int]]):
-    """Batches of a whole run, a function of (seed, step): every epoch is a permutation of its own.
+    """Batches of a whole run as a function of (seed, step): every epoch has its own permutation.
 
     Args:
         length: rows of the data set.
         batch_size: rows of a batch on one process.
         batches: batches of the run on one process.
-        seed: of the permutations.
-        rank: of this process.
+        seed: seed of the permutations.
+        rank: rank of this process.
         world_size: number of processes; together they see every row once an epoch.
 
-    An index is ``epoch * length + row``, so that augmentation draws anew each epoch.
+    An index is ``epoch * length + row``, so that augmentation differs between epochs.
     """
 
     def __init__(self, length: int, batch_size: int, batches: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -37,7 +37,7 @@ class StepBatches(Sampler[list[int]]):
 
     @property
     def per_epoch(self) -> int:
-        """Batches of an epoch on one process; a rest that fills no batch is left to the next permutation."""
+        """Batches of an epoch on one process; rows that do not fill a last batch are dropped in this epoch."""
         return self.length // (self.batch_size * self.world_size)
 
     def __len__(self) -> int:
@@ -53,19 +53,19 @@ class StepBatches(Sampler[list[int]]):
             yield (order[first : first + self.batch_size] + epoch * self.length).tolist()
 
     def _order(self, draws: torch.Generator) -> torch.Tensor:
-        """(length,) rows of an epoch in their order."""
+        """(length,) permutation of the rows of an epoch."""
         return torch.randperm(self.length, generator=draws)
 
 
 class BucketedBatches(StepBatches):
-    """Batches of items of similar length, so that little is padded, and still another order each epoch.
+    """Batches of items of similar length, which need little padding, in another order each epoch.
 
-    Of every ``POOL`` batches of the permutation the items are sorted by length before they are cut into batches, and the batches then
-    come in any order. Ranks get neighbours.
+    Each group of ``POOL`` batches of the permutation is sorted by length, cut into batches, and the batches are shuffled. The ranks of
+    one step get neighbouring lengths.
 
     Args:
-        lengths: (rows,) int64 of the items of the data set.
-        batch_size, batches, seed, rank, world_size: as of StepBatches.
+        lengths: (rows,) int64 length of each item of the data set.
+        batch_size, batches, seed, rank, world_size: as in StepBatches.
     """
 
     POOL = 32
@@ -85,9 +85,9 @@ class BucketedBatches(StepBatches):
 
 
 class StreamBatches(StepBatches):
-    """Batches of a stream, in its order and without an end; an index counts the stream's items from its beginning.
+    """Batches of an endless stream in its order; an index counts items from the beginning of the stream.
 
-    Arguments as of StepBatches, but for ``length`` and ``seed``, which a stream does not have.
+    Arguments as in StepBatches, without ``length`` and ``seed``.
     """
 
     def __init__(self, batch_size: int, batches: int, rank: int = 0, world_size: int = 1) -> None:
@@ -102,16 +102,16 @@ class StreamBatches(StepBatches):
 
 
 class EvalBatches(Sampler[list[int]]):
-    """Every row of a data set once, over all processes, in as many batches on each: where every rank must call the same modules,
-    none may run out of batches before the others.
+    """Every row of a data set once over all processes, with equally many batches on each process: with sharded weights every rank must
+    call the same modules, so no rank may run out of batches first.
 
     Args:
         length: rows of the data set.
         batch_size: rows of a batch on one process.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of processes.
 
-    A rank that has no row of the last batches gets row 0 instead, alone in its batch; batches from ``counted`` on are such fillers.
+    A rank without a row for the last batch gets row 0 as padding, alone in its batch; batches from number ``counted`` on are padding.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -119,7 +119,7 @@ class EvalBatches(Sampler[list[int]]):
 
     @property
     def counted(self) -> int:
-        """Batches of this rank that are no fillers; they come first."""
+        """Batches of this rank before the padding batches."""
         whole, rest = divmod(self.length, self.batch_size * self.world_size)
         return whole + (self.rank < rest)
 
@@ -133,10 +133,10 @@ class EvalBatches(Sampler[list[int]]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """DataLoader over StepBatches whose state is how many batches were taken, so that resuming repeats and skips none."""
+    """DataLoader over StepBatches whose state is the number of batches taken: resuming repeats and skips none."""
 
     def __init__(self, dataset: Dataset[Any], batches: StepBatches, **options: Any) -> None:
-        # A generator of its own: starting to read must not move the one that dropout draws from.
+        # A separate generator: creating an iterator draws a seed, which must not advance the default generator of dropout.
         super().__init__(dataset, batch_sampler=batches, generator=torch.Generator(), **options)
         self._batches = batches
         self._taken = 0
@@ -148,11 +148,11 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Batches taken so far, and what the order depends on."""
+        """Number of batches taken, and the settings that the order depends on."""
         return {"taken": self._taken} | {name: getattr(self._batches, name) for name in _ORDER}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on after the batches taken. Raises ValueError when the order would be another one."""
+        """Continues after the batches taken. Raises ValueError if the order would differ."""
         for name in _ORDER:
             now = getattr(self._batches, name)
             if state[name] != now:

@@ -1,4 +1,4 @@
-"""Rows that cannot be trained on: named, counted, and left out of batches."""
+"""Rows that cannot be used for training: reported by reason, counted, and left out of batches."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be trained on. A tuple, since it travels in a batch, and Lightning rebuilds what batches hold.
+    """A row that cannot be used for training. A tuple, because it is part of a batch, and Lightning rebuilds the containers in a batch.
 
     Attributes:
         index: row of the split.
-        reason: what is wrong with it, the same words for the same kind of fault.
+        reason: description of the fault, with the same words for the same type of fault.
     """
 
     index: int
@@ -21,19 +21,19 @@ class BadRow(NamedTuple):
 
 
 class BadRows(ValueError):
-    """More rows are bad than ``data.max_bad_fraction`` allows."""
+    """The share of bad rows exceeds ``data.max_bad_fraction``."""
 
 
 @dataclass
 class BadRowCount:
-    """Counts bad rows by reason and stops the run past a fraction.
+    """Counts bad rows by reason and stops the run above an allowed share.
 
     Attributes:
-        allowed: fraction of the rows that may be bad, of those seen or of ``expected``, whichever are more.
-        expected: rows that are still to come, so that one early bad row is not taken for a high share.
-        seen: rows seen.
-        reasons: bad rows by reason.
-        first: index of the first row of each reason.
+        allowed: allowed share of bad rows, relative to the larger of ``seen`` and ``expected``.
+        expected: expected number of rows, so that one early bad row is not a high share.
+        seen: number of rows seen.
+        reasons: number of bad rows by reason.
+        first: index of the first bad row of each reason.
     """
 
     allowed: float
@@ -43,7 +43,7 @@ class BadRowCount:
     first: dict[str, int] = field(default_factory=dict)
 
     def add(self, rows: int, bad: list[BadRow]) -> None:
-        """Counts ``rows`` rows, of which ``bad`` were bad. Raises BadRows past the allowed fraction."""
+        """Counts ``rows`` rows, of which ``bad`` are bad. Raises BadRows above the allowed share."""
         self.seen += rows
         for row in bad:
             self.reasons[row.reason] = self.reasons.get(row.reason, 0) + 1
@@ -54,27 +54,27 @@ class BadRowCount:
             )
 
     def summary(self) -> str:
-        """``3 of 128: 2 undecodable image (first row 17), …``."""
+        """``3 of 128 rows: 2 × undecodable image (first at row 17), …``."""
         named = ", ".join(f"{number} × {reason} (first at row {self.first[reason]})" for reason, number in self.reasons.items())
         return f"{sum(self.reasons.values())} of {self.seen} rows: {named}" if named else f"0 of {self.seen} rows"
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of the good items; ``bad`` lists the BadRow of the others and ``rows`` counts the rows of the data behind them all.
+    """A batch of the good items, with ``bad``, the BadRow of each bad item, and ``rows``, the number of data rows read for all items.
 
-    Tensors of the items are stacked, those of different lengths with zeros behind, and numbers summed. An item is one row, unless its
-    ``rows`` says otherwise.
+    Tensors are stacked, and padded with zeros at the end if their lengths differ; integers are summed. An item counts as one row unless
+    it has its own ``rows``.
     """
     good = [item for item in items if "bad" not in item]
     bad = [item["bad"] for item in items if "bad" in item]
     batch: dict[str, Any] = {}
     for key in good[0] if good else ():
         values = [item[key] for item in good]
-        batch[key] = sum(values) if isinstance(values[0], int) else _side_by_side(values)
+        batch[key] = sum(values) if isinstance(values[0], int) else _padded(values)
     return batch | {"bad": bad, "rows": sum(item.get("rows", 1) for item in items)}
 
 
-def _side_by_side(values: list[torch.Tensor]) -> torch.Tensor:
+def _padded(values: list[torch.Tensor]) -> torch.Tensor:
     if len({value.shape for value in values}) == 1:
         return torch.stack(values)
     return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)

@@ -1,4 +1,4 @@
-"""Where the rows of a data set come from, and which of its splits are read. Settings alone: no library is needed for them."""
+"""Location of a data set and names of its splits. Settings only: this file imports no library."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where rows come from.
+    """Location of a data set.
 
     Attributes:
         name: hub name, or a packaged builder of ``datasets``: ``imagefolder``, ``parquet``, ``json`` …
         data_dir: folder of the files.
-        data_files: file, pattern, list, or either by split.
+        data_files: file, pattern, list, or a mapping of split to these.
         config: configuration of a hub data set that has several.
-        revision: of a hub data set.
-        image_column: column with the images; None takes the only image column, or ``image``, ``img``.
-        label_column: column with the labels; None takes ``label``, ``labels``, ``fine_label``.
-        mask_column: column with a class for each pixel; None takes the image column of a usual name.
+        revision: revision of a hub data set.
+        image_column: column with the images; None uses the first image column, ``image`` or ``img``.
+        label_column: column with the labels; None uses ``label``, ``labels`` or ``fine_label``.
+        mask_column: column with one class a pixel; None uses the image column with a usual name.
     """
 
     name: str
@@ -33,13 +33,13 @@ class DataSource:
 
 @dataclass(frozen=True)
 class SplitNames:
-    """Which splits of a data set are read.
+    """Names of the splits of a data set.
 
     Attributes:
-        train: to train on.
-        validation: to validate on; None holds out ``fraction`` of the training rows.
-        test: to report on; None reports on validation.
-        fraction: of the training rows, held out where there is no validation split; in (0, 1).
+        train: training split.
+        validation: validation split; None holds out ``fraction`` of the training rows.
+        test: split for the final report; None uses the validation rows.
+        fraction: share of the training rows held out if there is no validation split; in (0, 1).
     """
 
     train: str = "train"

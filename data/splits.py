@@ -1,4 +1,4 @@
-"""What every kind of data is to a run: splits, and the LightningDataModule over them."""
+"""The interface of every kind of data: its splits, and the LightningDataModule over them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .rows import BadRowCount, collate
 
 @dataclass(frozen=True)
 class Splits:
-    """Splits ready for loaders.
+    """Splits, ready for loaders.
 
     Attributes:
-        train, validation, test: data sets; ``test`` is ``validation`` where there is no other.
-        classes: names of the labels; none where there are no labels.
-        has_test: whether ``test`` is a split of its own.
+        train, validation, test: data sets; ``test`` is ``validation`` if there is no test split.
+        classes: names of the classes; empty without labels.
+        has_test: whether ``test`` is a separate split.
     """
 
     train: Dataset[Any]
@@ -31,23 +31,23 @@ class Splits:
 
     @property
     def train_rows(self) -> int | None:
-        """Items of an epoch; None where nobody knows."""
+        """Items of an epoch; None for a stream."""
         return len(self.train)  # type: ignore[arg-type]
 
     def train_batches(self, batch_size: int, batches: int, seed: int, rank: int = 0, world_size: int = 1) -> StepBatches:
-        """Which items the batches of a training run hold on one process."""
+        """Indices of the items of each batch of a training run on one process."""
         return StepBatches(len(self.train), batch_size, batches, seed, rank, world_size)  # type: ignore[arg-type]
 
     def bad_rows(self, allowed: float) -> BadRowCount:
-        """What a run starts counting bad rows with: those that opening the data has found already.
+        """The bad rows that were found when the data were opened, as the start of a run's count.
 
         Args:
-            allowed: fraction of the rows that may be bad.
+            allowed: allowed share of bad rows.
         """
         return BadRowCount(allowed, len(self.train))  # type: ignore[arg-type]
 
     def save_beside(self, folder: Path) -> None:
-        """Writes what a model needs to be used without these data, into the folder of its weights: nothing for images."""
+        """Writes the files that the model's inputs need, such as a tokenizer, into the folder of its weights; images need none."""
 
 
 class DataModule(lightning.LightningDataModule):
@@ -55,11 +55,11 @@ class DataModule(lightning.LightningDataModule):
 
     Args:
         data: the splits.
-        batch_size: training items a step and process.
-        eval_batch_size: likewise of validation and test.
+        batch_size: training items per step and process.
+        eval_batch_size: validation and test items per step and process.
         batches: training batches of the whole run on one process.
         workers: loader processes.
-        seed: of the order.
+        seed: seed of the training order.
     """
 
     def __init__(self, data: Splits, batch_size: int, eval_batch_size: int, batches: int, workers: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Shipped recipes: YAML files, a base per task and small overlays."""
+"""Shipped recipes: YAML files, one or more base recipes per task, and small overlays."""
 
 if __name__ == "recipes":
-    raise ImportError("import laconic.recipes, not recipes: from the repository's root the bare name makes a second copy")
+    raise ImportError("import laconic.recipes instead of recipes: from the repository's root, `recipes` would load a second copy")

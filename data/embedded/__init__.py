@@ -1,1 +1,1 @@
-"""Data that ship with a dependency, so that recipes run without a network."""
+"""Data sets that are made from an installed dependency, so that recipes run without a network."""

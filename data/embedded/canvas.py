@@ -1,21 +1,21 @@
-"""Settings of an image of scattered digits; ``scattered_digits.py`` draws it."""
+"""Settings of one image of scattered digits; ``scattered_digits.py`` draws it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Sides of a digit and of a piece of one, in pixels.
+# Side of a digit and side of a piece of a digit, in pixels.
 DIGIT, PIECE = 8, 4
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """What an image is made of.
+    """Size and content of one image.
 
     Attributes:
-        size: height and width in pixels, a multiple of 4.
-        scrambled: scrambled digits on it.
-        pieces: quarter digits on it.
+        size: height and width in pixels; a multiple of 4.
+        scrambled: number of scrambled digits.
+        pieces: number of digit quarters.
     """
 
     size: int = 32
@@ -30,4 +30,4 @@ class Canvas:
         if self.scrambled < 0 or self.pieces < 0:
             raise ValueError("data.canvas.scrambled and data.canvas.pieces must be at least 0")
         if (1 + self.scrambled) * 4 + self.pieces > (self.size // PIECE) ** 2 * 3 // 4:
-            raise ValueError(f"data.canvas: {self.scrambled} scrambled digits and {self.pieces} pieces do not fit on {self.size} pixels")
+            raise ValueError(f"data.canvas: {self.scrambled} scrambled digits and {self.pieces} pieces do not fit in {self.size} pixels")

@@ -1,7 +1,7 @@
-"""The embedded prompts and completions: a function of the standard library up to its docstring, and then its body.
+"""The embedded prompts and completions: a function of the standard library up to its docstring, then its body.
 
-Needs no network, and nothing of it is copied here. Files are shared out to the splits as those of ``python_library``, so that a
-model which learned from that has seen none of the functions that it is tested on.
+Needs no network and copies nothing. Files belong to the same splits as in ``python_library``: a model that was pretrained there has
+not seen the functions it is tested on.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def library_functions(split: str, root: Path | None = None) -> Iterator[dict[str, str]]:
-    """Rows with ``prompt`` and ``completion``, in a fixed order: of each function and method that has a docstring and something after it.
+    """Rows with ``prompt`` and ``completion`` in a fixed order, one for each function or method with a docstring and a body after it.
 
     Args:
         split: ``train``, ``validation`` or ``test``.
-        root: folder of the library; None takes the running Python's.
+        root: folder of the standard library; None uses the running Python's.
     """
     for name, path in library_files(split, root=root):
         if name.endswith(".py"):
@@ -32,11 +32,11 @@ def library_functions(split: str, root: Path | None = None) -> Iterator[dict[str
 def _functions(text: str) -> Iterator[dict[str, str]]:
     try:
         with warnings.catch_warnings():
-            # Old escapes in strings are the library's own affair.
+            # Invalid escapes in the library's strings would print warnings.
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
     except (SyntaxError, ValueError):
-        # Templates and files for another grammar lie among the sources.
+        # Some files are templates or test data for another grammar.
         return
     lines = text.split("\n")
     for function in _outermost(tree):
@@ -46,14 +46,14 @@ def _functions(text: str) -> Iterator[dict[str, str]]:
         start = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
         assert first.end_lineno is not None
         assert function.end_lineno is not None
-        # The two parts have one indentation, that of the definition.
+        # Prompt and completion are dedented together, so that they keep one indentation.
         whole = textwrap.dedent("\n".join(lines[start - 1 : function.end_lineno])).split("\n")
         head = first.end_lineno - start + 1
         yield {"prompt": "\n".join(whole[:head]) + "\n", "completion": "\n".join(whole[head:]) + "\n"}
 
 
 def _outermost(node: ast.AST) -> Iterator[_Function]:
-    """Functions of a module and methods of its classes, not those inside of functions."""
+    """Module-level functions and methods of classes; nested functions are left out."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, _Function):
             yield child

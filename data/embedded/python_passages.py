@@ -1,7 +1,7 @@
-"""The embedded texts to classify: somewhere in source that belongs to no class stands a passage of one package of the standard library.
+"""The embedded texts to classify: source text of no class with one passage of one package of the standard library inside it.
 
-Which package is the label. Only the passage tells, and nothing but its words says where it stands: a router that finds it leaves the
-rest out, and one that draws at random leaves most of it out. Needs no network, and nothing of it is copied here.
+The label is the package. Only the passage carries the label, and only its words show where it is: a router can drop the surrounding
+text once it finds the passage, whereas random selection drops most of the passage. Needs no network and copies nothing.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch.utils.data import Dataset
 
 from .python_library import SPLITS, draw_of, text_files
 
-# In every installation, and each with text enough.
+# Packages of every installation that have enough text.
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
-# Characters of a class, so that all have as many, and of what stands around passages.
+# Characters of each class, so that the classes are balanced, and characters of the surrounding text.
 _OF_CLASS, _AROUND = 170_000, 1_000_000
 _LINES = 40
-# Of the longest row: how much is the passage, and how long the shortest row is.
+# Length of the passage and of the shortest row, as fractions of the longest row.
 PASSAGE, SHORTEST = 1 / 4, 1 / 2
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts of one split.
+    """Texts of one split, in pieces of 40 lines.
 
     Attributes:
-        packages: those of each class, pieces of 40 lines.
-        around: those of no class.
+        packages: pieces of each class.
+        around: pieces of no class, which surround a passage.
     """
 
     packages: Sequence[Sequence[str]]
@@ -41,14 +41,14 @@ class Texts:
 
 
 def library_texts(split: str, root: Path | None = None) -> Texts:
-    """Texts of a split; each piece of a file is in one split, by its name and number alone.
+    """Texts of a split. The split of a piece depends on its file name and its number in the file.
 
     Args:
         split: ``train`` (four fifths of the pieces), ``validation`` or ``test``.
-        root: folder of the library; None takes the running Python's.
+        root: folder of the standard library; None uses the running Python's.
 
     Raises:
-        ValueError: the installation lacks a package, or has its library in an archive.
+        ValueError: the installation lacks a package, or keeps its library in an archive.
     """
     if split not in SPLITS:
         raise ValueError(f"split = {split!r} must be one of {', '.join(SPLITS)}")
@@ -70,7 +70,7 @@ def library_texts(split: str, root: Path | None = None) -> Texts:
     texts = Texts([pieces(package, _OF_CLASS) for package in PACKAGES], pieces(None, _AROUND))
     if missing := [name for name, found in zip(PACKAGES, texts.packages, strict=True) if not found]:
         raise ValueError(
-            f"{root} has no source of {', '.join(missing)}: data.name = python_passages needs a whole standard library, as files"
+            f"{root} has no source of {', '.join(missing)}: data.name = python_passages needs a complete standard library, as files"
         )
     return texts
 
@@ -86,17 +86,17 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 class PassageRows(Dataset[dict[str, Any]]):
-    """Rows of tokens with one passage each. Index i stands for row i % n of epoch i // n; a row is the same in each.
+    """Rows of tokens with one passage each. Index i is row i % n of epoch i // n; a row is the same in every epoch.
 
     Args:
         packages: (tokens,) int32 token ids of each class.
-        around: (tokens,) int32 of no class.
-        frame: token ids in front of and behind every row.
-        rows: how many there are.
+        around: (tokens,) int32 token ids of no class.
+        frame: first and last token id of every row.
+        rows: number of rows.
         length: tokens of the longest row.
-        seed: of the rows.
+        seed: seed of the rows.
 
-    An item is ``input_ids``, ``attention_mask`` (n,), ``labels`` and ``sample_ids``.
+    An item has ``input_ids`` and ``attention_mask`` (tokens,), ``labels`` and ``sample_ids``.
     """
 
     def __init__(

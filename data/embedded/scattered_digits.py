@@ -1,8 +1,8 @@
 """Scattered digits: one real handwritten digit among clutter on a larger canvas. Needs no network.
 
 The digits are scikit-learn's (1,797 images of 8 × 8, from the UCI optical recognition set). Clutter is made of other digits:
-scrambled (all 64 pixels permuted) and pieces (a quarter of one), so it has the same brightness, pixel for pixel; most patches
-carry nothing, and how bright a patch is does not tell whether it belongs to the digit.
+scrambled ones (all 64 pixels permuted) and pieces (a quarter of a digit), so it has the same pixel values. Most patches are empty,
+and the brightness of a patch does not show whether it belongs to the digit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from .canvas import DIGIT, PIECE, Canvas
 
 CLASSES = 10
-# Of a pixel that belongs to no real digit, clutter included.
+# Class of pixels outside the real digit, clutter included.
 BACKGROUND = CLASSES
 _TRIES = 12
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -27,7 +27,7 @@ _SOURCE_SHARES = (0.7, 0.85)
 
 @functools.cache
 def source_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 8, 8) float32 in [0, 1] and labels (n,) of the digits that a split draws from; splits share none."""
+    """Images (n, 8, 8) float32 in [0, 1] and labels (n,) of the digits that a split draws from. No digit is in two splits."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -38,18 +38,18 @@ def source_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class ScatteredDigits(Dataset[dict[str, Tensor]]):
-    """Images that depend on nothing but (seed, split, index).
+    """Images that are a function of (seed, split, index).
 
     Args:
-        split: ``train``, ``validation`` or ``test``; each draws from its own digits.
+        split: ``train``, ``validation`` or ``test``; each has its own source digits.
         length: number of images.
-        canvas: what an image is made of.
-        seed: of the data set.
-        pixel_labels: label pixels instead of images.
+        canvas: size and content of an image.
+        seed: seed of the data set.
+        pixel_labels: label each pixel instead of each image.
 
     An item has ``pixel_values`` (1, size, size) float32 in [0, 1], ``labels`` and ``sample_ids`` int64 scalars, and ``place``
-    int64 (2,): row and column of the digit's top left corner in pixels. With ``pixel_labels`` its ``labels`` are (size, size) int64:
-    the digit in its whole square of 8 × 8 pixels, paper and ink, and BACKGROUND elsewhere. The images are the same.
+    int64 (2,): row and column of the digit's top left corner in pixels. With ``pixel_labels``, ``labels`` are (size, size) int64:
+    the digit's class in its whole square of 8 × 8 pixels, and BACKGROUND elsewhere. The images are the same.
     """
 
     classes = tuple(str(digit) for digit in range(CLASSES))
@@ -67,7 +67,7 @@ class ScatteredDigits(Dataset[dict[str, Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
-        """Several items at once, which is what the loader asks for: numpy then works on whole batches."""
+        """Several items at once, called by the loader: numpy then works on whole batches."""
         images, labels, places = self._draw(np.asarray(indices) % self.length)
         if self.pixel_labels:
             labels = _pixel_labels(labels, places, self.canvas.size)
@@ -81,7 +81,7 @@ class ScatteredDigits(Dataset[dict[str, Tensor]]):
         canvas, sources = self.canvas, source_digits(self.split)
         objects = 1 + canvas.scrambled + canvas.pieces
         per_object = 1 + 2 * _TRIES
-        # A generator of its own for every image, so that no image depends on the batch that it is drawn in.
+        # One generator for each image: an image does not depend on the batch it is drawn in.
         width = objects * per_object + canvas.scrambled * DIGIT**2 + canvas.pieces
         draws = np.stack(
             [np.random.Generator(np.random.Philox(key=[self.seed * 4 + _SPLITS[self.split], i])).random(width) for i in indices]
@@ -122,7 +122,7 @@ def _pixel_labels(labels: np.ndarray, places: np.ndarray, size: int) -> np.ndarr
 
 
 def _free_place(taken: np.ndarray, cells: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First of the drawn places (n, 2), in cells, where a square of ``cells`` covers nothing, and whether there is one."""
+    """First of the drawn places (n, 2), in cells, where a square of ``cells`` overlaps nothing, and whether there is one."""
     number, grid, _ = taken.shape
     candidates = (draws * (grid - cells + 1)).astype(np.int64)
     rows = np.arange(number)[:, None]

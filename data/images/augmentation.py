@@ -1,4 +1,4 @@
-"""Random augmentation of images: a few operations drawn for each image, and erased boxes."""
+"""Random augmentation of images: a few randomly drawn operations for each image, and erased boxes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _affine(matrix: Callable[[float, Image.Image], tuple[float, ...]]) -> Operat
 
 
 def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
-    # 1 is the image itself; 0.1 to 1.9 as in the paper's code.
+    # Factor 1 is the unchanged image; the range is 0.1 to 1.9, as in the paper's code.
     return lambda image, strength, sign, fill: kind(image).enhance(1 + 0.9 * strength * sign)
 
 
@@ -30,7 +30,7 @@ def _rotate(image: Image.Image, strength: float, sign: float, fill: Colour) -> I
     return image.rotate(30 * strength * sign, Image.Resampling.BILINEAR, fillcolor=fill)
 
 
-# Each takes the image, a strength from 0 to 1, a sign and a fill colour. Inverting is left out, as in the paper.
+# Each takes the image, a strength from 0 to 1, a sign and a fill colour. Inversion is left out, as in the paper.
 OPERATIONS: dict[str, Operation] = {
     "identity": lambda image, strength, sign, fill: image,
     "auto_contrast": lambda image, strength, sign, fill: ImageOps.autocontrast(image),
@@ -51,13 +51,13 @@ NAMES = tuple(OPERATIONS)
 
 
 def augmented(image: Image.Image, settings: RandomAugment, draws: np.random.Generator, fill: tuple[int, ...]) -> Image.Image:
-    """An image of the same size and mode, operations of ``settings`` applied.
+    """An image of the same size and mode after the random operations of ``settings``.
 
     Args:
-        image: of mode RGB or L.
-        settings: how many operations, and how strong.
-        draws: decides operations and directions.
-        fill: colour of what moves in from outside, one value a channel.
+        image: image of mode RGB or L.
+        settings: number and strength of the operations.
+        draws: generator that selects operations and signs.
+        fill: colour of pixels from outside the image, one value a channel.
     """
     colour = fill if image.mode == "RGB" else fill[0]
     for _ in range(settings.operations):
@@ -71,9 +71,9 @@ def erase(pixels: np.ndarray, probability: float, draws: np.random.Generator) ->
     """Random erasing (arXiv 1708.04896): with ``probability``, noise in a box of 2 to 33 % of the area, aspect 0.3 to 3.3.
 
     Args:
-        pixels: (height, width, channels) float32, normalised; the noise is a standard normal.
-        probability: of erasing anything.
-        draws: decides whether and where.
+        pixels: (height, width, channels) float32, normalised; the noise is standard normal.
+        probability: probability that a box is erased.
+        draws: generator of the decision, the box and the noise.
     """
     if draws.random() >= probability:
         return pixels

@@ -23,13 +23,13 @@ class MaskRows(Dataset[dict[str, Any]]):
     Args:
         rows: the split, both columns cast to undecoded images.
         columns: names of the columns with images and masks.
-        classes: number of classes; a mask holds 0 … classes - 1, or ``ignore``.
-        ignore: what a mask says of a pixel that has no class.
-        transform: from image and mask to pixels and their labels.
-        seed: of the augmentation; None for evaluation.
+        classes: number of classes; a mask has values 0 … classes - 1 and ``ignore``.
+        ignore: mask value of a pixel without a class.
+        transform: converts image and mask to pixels and pixel labels.
+        seed: seed of the augmentation; None for evaluation.
 
-    An item is ``pixel_values``, ``labels`` (size, size) int64 with IGNORE_PIXEL where there is no class, and ``sample_ids``; or ``bad``: a
-    BadRow. Index i stands for row i % n of epoch i // n.
+    An item has ``pixel_values``, ``labels`` (size, size) int64 with IGNORE_PIXEL where there is no class, and ``sample_ids``; or ``bad``, a
+    BadRow. Index i is row i % n of epoch i // n.
     """
 
     def __init__(self, rows: Any, columns: tuple[str, str], classes: int, ignore: int, transform: ImageTransform, seed: int | None) -> None:
@@ -47,17 +47,17 @@ class MaskRows(Dataset[dict[str, Any]]):
             try:
                 decoded.append(decode(item[column]))
             except Exception as error:
-                # Decoders fail in many ways; whichever it is, the row is counted and named.
+                # Decoders raise many types of exception; each is counted as a bad row with its type.
                 return {"bad": BadRow(row, f"undecodable {kind} ({type(error).__name__})")}
         image, mask = decoded
         if len(mask.getbands()) != 1:
-            return {"bad": BadRow(row, f"mask of mode {mask.mode}, not one number a pixel")}
+            return {"bad": BadRow(row, f"mask of mode {mask.mode}, which has more than one number a pixel")}
         if mask.size != image.size:
-            return {"bad": BadRow(row, "mask of another size than its image")}
+            return {"bad": BadRow(row, "mask and image differ in size")}
         numbers = np.asarray(mask).astype(np.int64)
         unlabelled = numbers == self.ignore
         if ((numbers >= self.classes) & ~unlabelled).any():
-            return {"bad": BadRow(row, f"mask with a number past {self.classes - 1} that is not data.ignore_index")}
+            return {"bad": BadRow(row, f"mask value above {self.classes - 1} that is not data.ignore_index")}
         pixels, labels = self.transform.with_mask(
             image, Image.fromarray(np.where(unlabelled, IGNORE_PIXEL, numbers).astype(np.uint8)), draws
         )
@@ -72,15 +72,15 @@ def hub_masks(
     transform: ImageTransform,
     seed: int,
 ) -> ImageData:
-    """Any data set of Hugging Face ``datasets`` with a column of images and one of masks.
+    """Splits of any data set of Hugging Face ``datasets`` with one column of images and one of masks.
 
     Raises:
-        ValueError: the source cannot be opened, or a split or column is missing; the message names those there are.
+        ValueError: the source cannot be opened, or a split or column is missing; the message lists the existing ones.
     """
     import datasets
 
     train, validation, test = open_splits(source, names)
-    # Masks are images too: of several such columns the one of a usual name is the image.
+    # Mask columns are image columns too: prefer a column with a usual name for images.
     images = image_column(train.features, source.image_column or next((name for name in ("image", "img") if name in train.features), None))
     columns = images, mask_column(train.features, source.mask_column, images)
 

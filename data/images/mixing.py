@@ -1,4 +1,4 @@
-"""Mixup and cutmix: images and labels of two rows of a batch become one."""
+"""Mixup and cutmix: each mixed row combines the images and labels of two rows of a batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ...modules.tokens.draws import uniform
 
-# Keeps these draws apart from those of the model's stages, which are numbered from 0.
+# Separates these draws from those of the model's stages, which are numbered from 0.
 _DRAWS = 1 << 21
 _TABLE = 4096
 
@@ -29,21 +29,21 @@ class Mixed:
 
 
 class Mixing:
-    """Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899), each row with a draw of its own.
+    """Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899), drawn for each row.
 
-    What a row draws (whether it is mixed, how, how much, where) depends on (seed, step, sample id) alone, so it is the same on
-    any number of processes and after resuming. Its partner is the row before it in the batch of its own process, so *that* changes
-    with the number of processes and the batch size. Every row is the partner of exactly one other.
+    The draws of a row (whether it is mixed, the method, the share, the box) depend on (seed, step, sample id) alone: they are the same on
+    any number of processes and after resuming. The partner of a row is the previous row in the batch of its process, so the partner
+    does change with the number of processes and the batch size. Every row is the partner of exactly one other row.
 
-    Under cutmix all tokens of a row get the row's mixed label, those of the pasted part too: estimators that learn from
-    ``trace.labels`` hear the right shares for the row, not for the token.
+    Under cutmix all tokens of a row get the row's mixed label, those of the pasted box too: estimators that learn from
+    ``trace.labels`` get shares that are right for the row, not for each token.
 
     Args:
-        mixup: α of mixup's Beta(α, α); 0 does none.
-        cutmix: α of cutmix's Beta(α, α); 0 does none.
+        mixup: α of mixup's Beta(α, α); 0 turns mixup off.
+        cutmix: α of cutmix's Beta(α, α); 0 turns cutmix off.
         probability: share of the rows that are mixed.
-        switch: where both are on, share of the mixed rows that cutmix takes.
-        seed: of the draws.
+        switch: if both are on, share of the mixed rows that use cutmix.
+        seed: seed of the draws.
     """
 
     def __init__(self, mixup: float = 0.0, cutmix: float = 0.0, probability: float = 1.0, switch: float = 0.5, seed: int = 0) -> None:
@@ -66,7 +66,7 @@ class Mixing:
         own = self._share(draws[:, 2], pasted).masked_fill(~mixed, 1.0)
         partner = pixel_values.roll(1, 0)
         box = _box(1 - own, draws[:, 3], draws[:, 4], height, width) & (mixed & pasted)[:, None, None]
-        # What the box really covers, after rounding to pixels and cutting off what lies outside.
+        # The area that the box covers after rounding to pixels and clipping at the border.
         own = torch.where(pasted, 1 - box.float().mean((1, 2)), own)
         blend = torch.where(pasted, 1.0, own).to(pixel_values.dtype)[:, None, None, None]
         blended = torch.where(blend < 1, blend * pixel_values + (1 - blend) * partner, pixel_values)
@@ -74,7 +74,7 @@ class Mixing:
         return Mixed(torch.where(box[:, None], partner, blended), share * labels + (1 - share) * labels.roll(1, 0))
 
     def _share(self, draws: Tensor, pasted: Tensor) -> Tensor:
-        """(B,) share of its own image that a row keeps, Beta(α, α) by the quantiles of uniform draws."""
+        """(B,) share of its own image that a row keeps: Beta(α, α) quantiles of uniform draws."""
         return torch.where(pasted, _interpolate(self._quantiles["cutmix"], draws), _interpolate(self._quantiles["mixup"], draws))
 
 
@@ -84,10 +84,10 @@ def soft_labels(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
 
 
 def _beta_quantiles(alpha: float) -> Tensor:
-    """Quantiles of Beta(α, α) at even steps from 0 to 1; only ones where α is 0."""
+    """Quantiles of Beta(α, α) at even steps from 0 to 1; all ones if α is 0."""
     if not alpha:
         return torch.ones(_TABLE + 1)
-    # Of scikit-learn's own requirements.
+    # scipy is a requirement of scikit-learn.
     from scipy.special import betaincinv
 
     return torch.from_numpy(betaincinv(alpha, alpha, torch.linspace(0, 1, _TABLE + 1, dtype=torch.float64).numpy())).float()
@@ -101,11 +101,11 @@ def _interpolate(table: Tensor, draws: Tensor) -> Tensor:
 
 
 def _box(area: Tensor, down: Tensor, across: Tensor, height: int, width: int) -> Tensor:
-    """(B, height, width) bool: a rectangle of the image's aspect around a drawn centre, cut off at the border.
+    """(B, height, width) bool: a box with the image's aspect ratio around a random centre, clipped at the border.
 
     Args:
-        area: (B,) share of the image.
-        down, across: (B,) centre, as fractions.
+        area: (B,) share of the image's area.
+        down, across: (B,) centre, as fractions of height and width.
     """
 
     def inside(centre: Tensor, length: int) -> Tensor:

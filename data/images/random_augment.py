@@ -9,11 +9,11 @@ STRONGEST = 10.0
 
 @dataclass(frozen=True)
 class RandomAugment:
-    """RandAugment (arXiv 1909.13719): operations drawn evenly from a list, all at one magnitude.
+    """RandAugment (arXiv 1909.13719): random operations of equal probability, all at one magnitude.
 
     Attributes:
-        operations: applied one after the other to every image.
-        magnitude: 0 leaves images as they are (but for the operations that have no strength), 10 is the strongest.
+        operations: number of operations applied to every image in turn.
+        magnitude: 0 (no change, except for operations without a strength) to 10 (strongest).
     """
 
     operations: int = 2
@@ -23,6 +23,6 @@ class RandomAugment:
 
     def __post_init__(self) -> None:
         if self.operations < 1:
-            raise ValueError(f"data.random_augment.operations = {self.operations} must be at least 1; leave random_augment out for none")
+            raise ValueError(f"data.random_augment.operations = {self.operations} must be at least 1; data.random_augment=null is off")
         if not 0 <= self.magnitude <= STRONGEST:
             raise ValueError(f"data.random_augment.magnitude = {self.magnitude} must be from 0 to {STRONGEST:g}")

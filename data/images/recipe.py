@@ -1,4 +1,4 @@
-"""The ``data`` block of recipes with images: without labels, with one label each, or with a class for each pixel."""
+"""The ``data`` block of recipes with images: without labels, with one label an image, or with one class a pixel."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ DRAWN = "scattered_digits"
 
 
 class ImageRecipe(DataRecipe):
-    """What every kind of images has."""
+    """Keys of every kind of images."""
 
     known: ClassVar[tuple[str, ...]] = (DRAWN, "imagefolder", "parquet", "json", "csv")
 
-    name: str = Field(DRAWN, description="scattered_digits, which come with Laconic; imagefolder, parquet, json, csv, or a hub name")
-    data_dir: str | None = Field(None, description="folder of an imagefolder, or of other files")
-    image_column: str | None = Field(None, description="column with the images; found by itself where there is one")
+    name: str = Field(DRAWN, description="scattered_digits (comes with Laconic), imagefolder, parquet, json, csv, or a hub name")
+    data_dir: str | None = Field(None, description="folder of an imagefolder or of other files")
+    image_column: str | None = Field(None, description="column with the images; null finds it")
     mean: list[float] | None = Field(
-        None, description="subtracted from pixels in [0, 1], one or one a channel; none asks the model's processor"
+        None, description="subtracted from pixels in [0, 1], one value or one a channel; null uses the values of the model's processor"
     )
-    std: list[float] | None = Field(None, description="divides pixels, one or one a channel; none asks the model's processor")
-    augmentation: Literal["none", "flip", "crop_flip", "resized_crop_flip"] = Field("none", description="of training images")
-    canvas: Canvas = Field(default_factory=Canvas, description="scattered_digits: size, scrambled, pieces")
+    std: list[float] | None = Field(
+        None, description="divides pixels, one value or one a channel; null uses the values of the model's processor"
+    )
+    augmentation: Literal["none", "flip", "crop_flip", "resized_crop_flip"] = Field("none", description="augmentation of training images")
+    canvas: Canvas = Field(default_factory=Canvas, description="images of scattered_digits: size, scrambled, pieces")
 
     @model_validator(mode="after")
     def _drawn(self) -> ImageRecipe:
         for key, value in self.augmentations.items() if self.name == DRAWN else ():
             if value not in ("none", None, 0):
                 raise ValueError(
-                    f"data.{key} is for images that are decoded, and data.name = {DRAWN!r} draws its own: leave it out; data.mixing and "
+                    f"data.{key} applies to image files, and data.name = {DRAWN!r} generates its images: remove it; data.mixing and "
                     "data.label_smoothing work on any images with labels"
                 )
         return self
 
     @property
     def augmentations(self) -> dict[str, Any]:
-        """What is done to training images, by attribute of ``ImageTransform``."""
+        """Augmentation of training images, by attribute of ``ImageTransform``."""
         return {"augmentation": self.augmentation}
 
     @property
@@ -51,12 +53,10 @@ class ImageRecipe(DataRecipe):
 
 
 class AugmentedImageRecipe(ImageRecipe):
-    """Images that may be changed without anything that belongs to them."""
+    """Images whose augmentation does not change their labels."""
 
-    random_augment: RandomAugment | None = Field(
-        None, description="of training images: operations (2) and magnitude (9 of 10), RandAugment"
-    )
-    erase: Fraction = Field(0.0, description="probability that a box of a training image is covered with noise")
+    random_augment: RandomAugment | None = Field(None, description="RandAugment of training images: operations (2) and magnitude (9 of 10)")
+    erase: Fraction = Field(0.0, description="probability that a box of a training image is replaced by noise")
 
     @property
     def augmentations(self) -> dict[str, Any]:
@@ -64,18 +64,18 @@ class AugmentedImageRecipe(ImageRecipe):
 
 
 class UnlabelledImageRecipe(AugmentedImageRecipe):
-    """Images alone; a column of labels is not read."""
+    """Images alone; a column of labels is ignored."""
 
     holds: ClassVar[str] = "images without labels"
 
 
 class MixingRecipe(Block):
-    """Mixup and cutmix; partners are rows of one process's batch."""
+    """Mixup and cutmix of rows of one process's batch."""
 
-    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="α of mixup's Beta(α, α); 0 does none; 0.8 is usual")
-    cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="α of cutmix's Beta(α, α); 0 does none; 1.0 is usual")
+    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="α of mixup's Beta(α, α); 0 turns mixup off; 0.8 is usual")
+    cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="α of cutmix's Beta(α, α); 0 turns cutmix off; 1.0 is usual")
     probability: Fraction = Field(1.0, description="share of the images that are mixed")
-    switch: Fraction = Field(0.5, description="where both are on, share of the mixed images that cutmix takes")
+    switch: Fraction = Field(0.5, description="if both are on, share of the mixed images that use cutmix")
 
     @model_validator(mode="after")
     def _something(self) -> MixingRecipe:
@@ -89,9 +89,9 @@ class LabelledImageRecipe(AugmentedImageRecipe):
 
     holds: ClassVar[str] = "images with one label each"
 
-    label_column: str | None = Field(None, description="column with the labels; found by itself where it has a usual name")
-    num_labels: Annotated[int, Field(ge=2)] | None = Field(None, description="number of classes; counted where it is not given")
-    mixing: MixingRecipe | None = Field(None, description="of training images and their labels: mixup, cutmix, probability, switch")
+    label_column: str | None = Field(None, description="column with the labels; null looks for a usual name")
+    num_labels: Annotated[int, Field(ge=2)] | None = Field(None, description="number of classes; null counts them")
+    mixing: MixingRecipe | None = Field(None, description="mixup and cutmix of training images: mixup, cutmix, probability, switch")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of a training label that is spread over all classes"
     )
@@ -102,17 +102,15 @@ class LabelledImageRecipe(AugmentedImageRecipe):
 
 
 class MaskRecipe(ImageRecipe):
-    """Images with a class for each pixel. Mixing, smoothing, RandAugment and erasing would leave the masks as they are, so it has none."""
+    """Images with one class a pixel. No mixing, label smoothing, RandAugment or erasing: they would not change the masks accordingly."""
 
     holds: ClassVar[str] = "images with masks"
 
-    mask_column: str | None = Field(
-        None, description="column with the masks, one number a pixel; found by itself where it has a usual name"
-    )
+    mask_column: str | None = Field(None, description="column with the masks, one number a pixel; null looks for a usual name")
     ignore_index: Annotated[int, Field(ge=0, le=255)] = Field(
-        255, description="number in a mask that is no class: its pixels count neither in the loss nor in the metric"
+        255, description="mask value of pixels without a class; they are left out of the loss and the metric"
     )
-    num_labels: Annotated[int, Field(ge=2)] | None = Field(None, description="number of classes; needed for files and hub names")
+    num_labels: Annotated[int, Field(ge=2)] | None = Field(None, description="number of classes; required for files and hub names")
 
     @property
     def source(self) -> DataSource:

@@ -1,4 +1,4 @@
-"""Splits of images: the embedded digits, and any image data set of Hugging Face ``datasets``."""
+"""Splits of images: the embedded digits, or any image data set of Hugging Face ``datasets``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class ImageData(Splits):
     """Splits of images.
 
     Attributes:
-        channels: of an image.
+        channels: channels of an image, 1 or 3.
     """
 
     channels: int = 3
 
 
 def scattered_digits(canvas: Canvas, train_samples: int, eval_samples: int, seed: int, pixel_labels: bool = False) -> ImageData:
-    """The embedded data; with ``pixel_labels`` every pixel has a class, the background one more."""
+    """Splits of the embedded digits; ``pixel_labels`` gives every pixel a class, with one more class for the background."""
     return ImageData(
         train=ScatteredDigits("train", train_samples, canvas, seed, pixel_labels),
         validation=ScatteredDigits("validation", eval_samples, canvas, pixel_labels=pixel_labels),
@@ -42,10 +42,10 @@ def hub_images(
     seed: int,
     labelled: bool = True,
 ) -> ImageData:
-    """Any image data set of Hugging Face ``datasets``; where ``labelled`` is False its labels, if it has any, are not read.
+    """Splits of any image data set of Hugging Face ``datasets``; ``labelled=False`` ignores its labels.
 
     Raises:
-        ValueError: the source cannot be opened, or a split or column is missing; the message names those there are.
+        ValueError: the source cannot be opened, or a split or column is missing; the message lists the existing ones.
     """
     train, validation, test = open_splits(source, names)
     images = image_column(train.features, source.image_column)

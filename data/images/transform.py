@@ -1,4 +1,4 @@
-"""Any image data set through Hugging Face ``datasets``: hub name, imagefolder, parquet."""
+"""From images of a Hugging Face data set (hub name, imagefolder, parquet) to model inputs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .random_augment import RandomAugment
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """From a decoded image to pixels.
+    """Conversion of a decoded image to pixels.
 
     Attributes:
-        size: height and width given to the model.
+        size: height and width of the model's input.
         channels: 1 or 3.
-        mean: subtracted from each channel, images in [0, 1].
+        mean: subtracted from each channel of images in [0, 1].
         std: divides each channel.
-        augmentation: for training: ``none``, ``flip``, ``crop_flip`` (pad by an eighth, crop) or ``resized_crop_flip``.
-        random_augment: for training: operations drawn for each image; None applies none.
-        erase: for training: probability that a box of noise covers a part.
+        augmentation: in training: ``none``, ``flip``, ``crop_flip`` (pad by an eighth, then crop) or ``resized_crop_flip``.
+        random_augment: in training: RandAugment; None turns it off.
+        erase: in training: probability that a box is replaced by noise.
     """
 
     size: int
@@ -41,19 +41,19 @@ class ImageTransform:
     erase: float = 0.0
 
     def __call__(self, image: Image.Image, draws: np.random.Generator | None) -> Tensor:
-        """(channels, size, size) float32; without ``draws`` nothing is augmented."""
+        """(channels, size, size) float32; no augmentation if ``draws`` is None."""
         return self.with_mask(image, None, draws)[0]
 
     def with_mask(self, image: Image.Image, mask: Image.Image | None, draws: np.random.Generator | None) -> tuple[Tensor, Tensor]:
-        """The image and its mask, cut and turned alike.
+        """The image and its mask after the same crop, resize and flip.
 
         Args:
-            image: decoded.
-            mask: of the same size, one number a pixel, scaled to the nearest; None has none.
-            draws: decide the augmentation; None augments nothing. Operations of ``random_augment`` leave the mask as it is.
+            image: decoded image.
+            mask: mask of the same size, one number a pixel, resized to the nearest pixel; None if there is no mask.
+            draws: generator of the augmentation; None turns it off. Operations of ``random_augment`` do not change the mask.
 
         Returns:
-            (channels, size, size) float32 pixels and (size, size) int64 numbers, which are empty without a mask.
+            (channels, size, size) float32 pixels and (size, size) int64 mask, empty without a mask.
         """
         image = image.convert("RGB" if self.channels == 3 else "L")
         if draws is not None and self.augmentation == "resized_crop_flip":
@@ -80,7 +80,7 @@ class ImageTransform:
         return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32)), torch.from_numpy(numbers.copy())
 
     def _resize(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
-        """Shorter side to ``size``, then the centre."""
+        """Resizes the shorter side to ``size``, then crops the centre."""
         scale = self.size / min(image.size)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
         left, top = (width - self.size) // 2, (height - self.size) // 2
@@ -88,7 +88,7 @@ class ImageTransform:
 
 
 def _part(size: tuple[int, int], draws: np.random.Generator) -> tuple[int, int, int, int]:
-    """Box of a part of 25 to 100 % of the area and an aspect of 3/4 to 4/3."""
+    """A random box of 25 to 100 % of the area with an aspect ratio of 3/4 to 4/3."""
     width, height = size
     area, aspect = width * height * draws.uniform(0.25, 1), np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3)))
     across, down = min(width, round((area * aspect) ** 0.5)), min(height, round((area / aspect) ** 0.5))
@@ -97,7 +97,7 @@ def _part(size: tuple[int, int], draws: np.random.Generator) -> tuple[int, int, 
 
 
 def _padded(values: np.ndarray, pad: int) -> np.ndarray:
-    """(height, width, …) with its border mirrored."""
+    """(height, width, …) padded by reflection."""
     return np.pad(values, ((pad, pad), (pad, pad), *[(0, 0)] * (values.ndim - 2)), mode="reflect")
 
 
@@ -107,12 +107,12 @@ class ImageRows(Dataset[dict[str, Any]]):
     Args:
         rows: the split, its image column cast to undecoded images.
         image_column: name of the column with the images.
-        labels: (n,) int64 label of each row, -1 where it is bad; None leaves ``labels`` out of the items.
-        bad_labels: why, by row.
-        transform: from image to pixels.
-        seed: of the augmentation; None for evaluation.
+        labels: (n,) int64 label of each row, -1 for a bad label; None leaves ``labels`` out of the items.
+        bad_labels: reason of each bad label, by row.
+        transform: converts an image to pixels.
+        seed: seed of the augmentation; None for evaluation.
 
-    An item is ``pixel_values``, ``labels`` and ``sample_ids``, or ``bad``: a BadRow. Index i stands for row i % n of epoch i // n.
+    An item has ``pixel_values``, ``labels`` and ``sample_ids``; or ``bad``, a BadRow. Index i is row i % n of epoch i // n.
     """
 
     def __init__(
@@ -138,14 +138,14 @@ class ImageRows(Dataset[dict[str, Any]]):
         try:
             pixels = self.transform(decode(self.rows[row][self.image_column]), draws)
         except Exception as error:
-            # Decoders fail in many ways; whichever it is, the row is counted and named.
+            # Decoders raise many types of exception; each is counted as a bad row with its type.
             return {"bad": BadRow(row, f"undecodable image ({type(error).__name__})")}
         labels = {} if self.labels is None else {"labels": torch.tensor(int(self.labels[row]))}
         return {"pixel_values": pixels, **labels, "sample_ids": torch.tensor(index)}
 
 
 def decode(value: Any) -> Image.Image:
-    """An image of what a data set holds, undecoded. Raises where it cannot be read."""
+    """The image of an undecoded value of an image column. Raises if it cannot be read."""
     if isinstance(value, Image.Image):
         return value
     if not isinstance(value, Mapping) or (value.get("bytes") is None and value.get("path") is None):
@@ -153,7 +153,7 @@ def decode(value: Any) -> Image.Image:
     image = Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"])
     image.load()
     if image.mode.startswith("I;16"):
-        # PIL would cut 16-bit grey off at 255 instead of scaling it.
+        # PIL would clip 16-bit grey at 255 instead of scaling it.
         return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"unsupported mode {image.mode}")

@@ -1,4 +1,4 @@
-"""From a row of text to token ids, and which of them are learned: plain text, prompt and completion, or a chat."""
+"""From a row of text to token ids and a mask of learned tokens: plain text, prompt and completion, or a chat."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ EMPTY = np.empty(0, np.int32)
 
 
 class Document(NamedTuple):
-    """One row, encoded.
+    """One encoded row.
 
     Attributes:
-        tokens: (n,) int32 token ids, the end of the text among them; empty where the row is bad.
-        learned: (n,) bool, False for tokens of a prompt; None where every token is learned.
-        bad: what is wrong with the row; empty where nothing is.
+        tokens: (n,) int32 token ids, with an end-of-text token; empty if the row is bad.
+        learned: (n,) bool, False for tokens of a prompt; None if every token is learned.
+        bad: reason why the row is bad; empty if it is good.
     """
 
     tokens: np.ndarray
@@ -27,13 +27,13 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """How rows of a data set become documents.
+    """Converts rows of a data set to documents.
 
     Attributes:
-        tokenizer: with an ``eos_token``.
-        column: column of texts; None for rows that have a prompt.
-        chat: rows have ``messages``; else ``prompt`` and ``completion``, each a text or a list of messages.
-        limit: tokens of a row of the batch: with a prompt, what is longer is cut, and must keep something to learn.
+        tokenizer: tokenizer with an ``eos_token``.
+        column: column of texts; None if rows have prompts.
+        chat: True if rows have ``messages``; otherwise they have ``prompt`` and ``completion``, each a text or a list of messages.
+        limit: tokens of a packed row. A document with a prompt is truncated to it, and is bad if no learned token is left.
     """
 
     tokenizer: Any
@@ -43,15 +43,15 @@ class Encoder:
 
     @property
     def prompts(self) -> bool:
-        """Rows have parts that are not learned; such a document is never split over two rows of a batch."""
+        """True if rows have prompts, which are not learned; such documents are never split over two packed rows."""
         return self.column is None
 
     def texts(self, rows: Mapping[str, Sequence[Any]]) -> list[Document]:
-        """Documents of a batch of rows, column by column, as ``datasets`` hands them."""
+        """Documents of a batch of rows, given column by column as in ``datasets``."""
         if self.column is not None:
             return self._plain(rows[self.column])
         names = ("messages",) if self.chat else ("prompt", "completion")
-        return [self._asked(*row) for row in zip(*(rows[name] for name in names), strict=True)]
+        return [self._with_prompt(*row) for row in zip(*(rows[name] for name in names), strict=True)]
 
     def _plain(self, texts: Sequence[Any]) -> list[Document]:
         good = [text for text in texts if isinstance(text, str) and text.strip()]
@@ -66,7 +66,7 @@ class Encoder:
                 documents.append(Document(np.asarray(self._ended(next(encoded)), np.int32), None))
         return documents
 
-    def _asked(self, prompt: Any, completion: Any = None) -> Document:
+    def _with_prompt(self, prompt: Any, completion: Any = None) -> Document:
         if self.chat:
             return self._conversation(prompt, 0)
         if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
@@ -76,15 +76,15 @@ class Encoder:
                 return _bad(f"missing {name}" if text is None else f"{type(text).__name__} in place of a {name}")
         if not completion.strip():
             return _bad("empty completion")
-        # Apart, so that no token has a part of both.
-        asked = self.tokenizer(prompt)["input_ids"]
-        while asked and asked[-1] == self.tokenizer.eos_token_id:
-            asked = asked[:-1]
-        answered = self._ended(self.tokenizer(completion, add_special_tokens=False)["input_ids"])
-        return self._cut([*asked, *answered], [(len(asked), len(asked) + len(answered))])
+        # Tokenized separately, so that no token spans the border.
+        prompt_ids = self.tokenizer(prompt)["input_ids"]
+        while prompt_ids and prompt_ids[-1] == self.tokenizer.eos_token_id:
+            prompt_ids = prompt_ids[:-1]
+        completion_ids = self._ended(self.tokenizer(completion, add_special_tokens=False)["input_ids"])
+        return self._cut([*prompt_ids, *completion_ids], [(len(prompt_ids), len(prompt_ids) + len(completion_ids))])
 
     def _conversation(self, messages: Any, first: int) -> Document:
-        """A chat through the tokenizer's template; answers of the assistant from message ``first`` on are learned."""
+        """A chat through the tokenizer's template; the assistant's answers from message ``first`` on are learned."""
         problem = _wrong_messages(messages)
         if problem:
             return _bad(problem)
@@ -96,13 +96,13 @@ class Encoder:
             spans = []
             for number in answers:
                 before, after = self._templated(messages[:number], True), self._templated(messages[: number + 1], False)
-                # Templates may write earlier turns otherwise once later ones follow (thoughts are left out, say): those are not learned.
+                # Templates may change earlier turns when later ones follow (remove thoughts, for example): such turns are not learned.
                 if whole[: len(before)] == before and whole[: len(after)] == after:
                     spans.append((len(before), len(after)))
         except Exception as error:
-            # Templates raise whatever their author wrote for roles out of order.
+            # Templates raise exceptions of any type for unexpected roles.
             return _bad(f"chat template refuses the row ({type(error).__name__})")
-        return self._cut(whole, spans) if spans else _bad("chat template writes the prompt otherwise without its answer")
+        return self._cut(whole, spans) if spans else _bad("chat template changes the prompt when its answer is added")
 
     def _templated(self, messages: Sequence[Any], prompting: bool) -> list[int]:
         ids: list[int] = self.tokenizer.apply_chat_template(
@@ -114,9 +114,9 @@ class Encoder:
         learned = np.zeros(len(ids), bool)
         for start, stop in spans:
             learned[start:stop] = True
-        # The first token of a document has nothing to be predicted from.
+        # The first token of a document has no preceding token to be predicted from.
         if not learned[1 : self.limit].any():
-            return _bad("prompt leaves no room for its answer in data.sequence_length")
+            return _bad("prompt fills data.sequence_length and leaves no room for its answer")
         return Document(np.asarray(ids[: self.limit], np.int32), learned[: self.limit])
 
     def _ended(self, ids: list[int]) -> list[int]:
@@ -129,7 +129,7 @@ def _bad(reason: str) -> Document:
 
 
 def _wrong_messages(messages: Any) -> str:
-    """What is wrong with a chat before any template sees it; empty where nothing is."""
+    """The fault of a chat, found without a template; empty if there is none."""
     if not isinstance(messages, list | tuple) or not messages:
         return "no messages"
     for message in messages:
@@ -140,48 +140,48 @@ def _wrong_messages(messages: Any) -> str:
     return ""
 
 
-def encoder_for(columns: Sequence[str], features: Mapping[str, Any], wanted: str | None, tokenizer: Any, limit: int) -> Encoder:
-    """The encoder that the columns of a data set ask for.
+def encoder_for(columns: Sequence[str], features: Mapping[str, Any], requested: str | None, tokenizer: Any, limit: int) -> Encoder:
+    """The encoder that fits the columns of a data set.
 
     Args:
-        columns: names there are.
-        features: by name, to tell columns of strings; may be empty where nobody knows them.
-        wanted: ``data.text_column``.
-        tokenizer: for it.
-        limit: ``data.sequence_length``.
+        columns: names of the columns.
+        features: features by column name, to find columns of strings; empty if they are unknown.
+        requested: value of ``data.text_column``.
+        tokenizer: tokenizer of the encoder.
+        limit: value of ``data.sequence_length``.
 
     Raises:
-        ValueError: no such column, or a chat for a tokenizer without a template; the message names the columns there are.
+        ValueError: no column fits, or rows are chats and the tokenizer has no chat template; the message lists the columns.
     """
-    there = ", ".join(columns)
-    column = text_column(columns, features, wanted)
+    existing = ", ".join(columns)
+    column = text_column(columns, features, requested)
     if column is not None:
         return Encoder(tokenizer, column, False, limit)
     chat = "messages" in columns
-    talks = chat or ("prompt" in columns and _are_messages(features.get("prompt")))
+    has_messages = chat or ("prompt" in columns and _are_messages(features.get("prompt")))
     if not chat and not {"prompt", "completion"} <= set(columns):
         raise ValueError(
-            f"no text found in the data: set data.text_column to one of {there}, or give the columns messages, or prompt and completion"
+            f"no text found in the data: set data.text_column to one of {existing}, or provide messages, or prompt and completion"
         )
-    if talks and not tokenizer.chat_template:
+    if has_messages and not tokenizer.chat_template:
         raise ValueError(
-            f"the column {'messages' if chat else 'prompt'} has messages, and the tokenizer has no chat template: set data.tokenizer to one "
-            "of a chat model, or give columns prompt and completion with texts"
+            f"the column {'messages' if chat else 'prompt'} has messages, but the tokenizer has no chat template: set data.tokenizer to one "
+            "of a chat model, or provide columns prompt and completion with texts"
         )
     return Encoder(tokenizer, None, chat, limit)
 
 
 def _are_messages(feature: Any) -> bool:
-    """A column of lists, by what ``datasets`` says of it; nobody knows where it says nothing."""
+    """True if the feature of a column is a list, which has no dtype; False if the feature is unknown."""
     return feature is not None and not hasattr(feature, "dtype")
 
 
-def text_column(columns: Sequence[str], features: Mapping[str, Any], wanted: str | None) -> str | None:
-    """The column of plain texts; None where rows have messages, or prompt and completion. Raises ValueError for a missing one."""
-    if wanted is not None:
-        if wanted not in columns:
-            raise ValueError(f"data.text_column = {wanted!r} is missing from the data: its columns are {', '.join(columns)}")
-        return wanted
+def text_column(columns: Sequence[str], features: Mapping[str, Any], requested: str | None) -> str | None:
+    """The column of plain texts; None if rows have messages, or prompt and completion. Raises ValueError if ``requested`` is missing."""
+    if requested is not None:
+        if requested not in columns:
+            raise ValueError(f"data.text_column = {requested!r} is missing from the data: its columns are {', '.join(columns)}")
+        return requested
     if "messages" in columns or {"prompt", "completion"} <= set(columns):
         return None
     strings = [name for name in columns if getattr(features.get(name), "dtype", None) in ("string", "large_string")]

@@ -1,4 +1,4 @@
-"""Splits of texts with a label each: the embedded passages, and any data set of Hugging Face ``datasets``."""
+"""Splits of texts with one label each: the embedded passages, or any data set of Hugging Face ``datasets``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..source import DataSource, SplitNames
 from ..splits import Splits
 from .documents import text_column
 
-# From the training texts to the tokenizer.
+# Makes or loads a tokenizer; the argument is the training texts.
 TokenizerOf = Callable[[Iterable[str]], Any]
 
 
@@ -29,9 +29,9 @@ class LabelledText(Splits):
     """Splits of labelled texts.
 
     Attributes:
-        tokenizer: of the tokens.
-        length: of the longest row.
-        counted: bad rows that were found when the splits were opened; none of them is in a split.
+        tokenizer: tokenizer of the texts.
+        length: tokens of the longest row.
+        counted: bad rows found when the splits were opened; the splits do not contain them.
     """
 
     tokenizer: Any
@@ -51,13 +51,13 @@ class LabelledText(Splits):
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a data set are read.
+    """Names of the columns of a data set.
 
     Attributes:
-        text: with the texts; None finds it.
-        second: with texts that stand behind those, a pair each; None has none.
-        label: with the labels; None finds it.
-        num_labels: how many there are; None counts them.
+        text: column with the texts; None finds it.
+        second: column with the second text of each pair; None if rows are single texts.
+        label: column with the labels; None finds it.
+        num_labels: number of classes; None counts them.
     """
 
     text: str | None = None
@@ -67,14 +67,14 @@ class Columns:
 
 
 def passages(train_rows: int, eval_rows: int, length: int, tokenizer_of: TokenizerOf, seed: int) -> LabelledText:
-    """The embedded texts; rows of validation and test are the same whatever the seed.
+    """Splits of the embedded passages; the run's seed does not change validation and test rows.
 
     Args:
-        train_rows: to train on.
-        eval_rows: to validate on, and as many to test.
+        train_rows: number of training rows.
+        eval_rows: number of validation rows, and of test rows.
         length: tokens of the longest row.
-        tokenizer_of: makes or loads the tokenizer, which must have a first and a last token for every row.
-        seed: of the training rows.
+        tokenizer_of: makes or loads the tokenizer, which must add a first and a last token to every row.
+        seed: seed of the training rows.
     """
     texts = {split: library_texts(split) for split in ("train", "validation", "test")}
     train = texts["train"]
@@ -97,18 +97,18 @@ def passages(train_rows: int, eval_rows: int, length: int, tokenizer_of: Tokeniz
 
 
 def frame_of(tokenizer: Any) -> tuple[int, int]:
-    """Token ids that every row begins and ends with. Raises ValueError for a tokenizer that has none."""
+    """First and last token id that the tokenizer adds to every row. Raises ValueError if it does not add both."""
     whole, bare = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (True, False))
     if len(whole) != len(bare) + 2 or whole[1:-1] != bare:
         raise ValueError(
-            f"the tokenizer writes {tokenizer.convert_ids_to_tokens(whole)} for 'x': an encoder needs a first token, [CLS], and a last one, "
-            "[SEP]; set data.tokenizer to that of an encoder"
+            f"the tokenizer encodes 'x' as {tokenizer.convert_ids_to_tokens(whole)}: an encoder needs a first token, [CLS], and a last, "
+            "[SEP]; set data.tokenizer to the tokenizer of an encoder"
         )
     return whole[0], whole[-1]
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
-    """(tokens,) int32 of texts end to end."""
+    """(tokens,) int32 token ids of the concatenated texts."""
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return np.concatenate([np.asarray(ids, np.int32) for ids in encoded])
 
@@ -121,11 +121,11 @@ def hub_labelled_text(
     tokenizer_of: TokenizerOf,
     max_bad_fraction: float,
 ) -> LabelledText:
-    """Any data set of Hugging Face ``datasets`` with a column of texts and one of labels.
+    """Splits of any data set of Hugging Face ``datasets`` with one column of texts and one of labels.
 
     Raises:
-        ValueError: the source cannot be opened, or a split or column is missing; the message names those there are.
-        BadRows: more rows are bad than ``max_bad_fraction``.
+        ValueError: the source cannot be opened, or a split or column is missing; the message lists the existing ones.
+        BadRows: the share of bad rows exceeds ``max_bad_fraction``.
     """
     import datasets
 
@@ -140,12 +140,12 @@ def hub_labelled_text(
         raise ValueError(
             f"data.second_text_column = {columns.second!r} is missing from the data: its columns are {', '.join(train.column_names)}"
         )
-    wanted = [text] if columns.second is None else [text, columns.second]
-    tokenizer = tokenizer_of(value for name in wanted for value in train[name] if isinstance(value, str))
+    texts = [text] if columns.second is None else [text, columns.second]
+    tokenizer = tokenizer_of(value for name in texts for value in train[name] if isinstance(value, str))
     frame_of(tokenizer)
     opened = [rows for rows in (train, validation, test) if rows is not None]
     counted = BadRowCount(max_bad_fraction, sum(map(len, opened)))
-    read = {id(rows): _read(rows, wanted, label, classes, tokenizer, length, counted, rows is train) for rows in opened}
+    read = {id(rows): _read(rows, texts, label, classes, tokenizer, length, counted, rows is train) for rows in opened}
     return LabelledText(
         train=read[id(train)],
         validation=read[id(validation)],
@@ -169,7 +169,7 @@ def _text_column(rows: Any, columns: Columns, label: str) -> str:
 def _read(
     rows: Any, texts: list[str], label: str, names: list[str], tokenizer: Any, length: int, counted: BadRowCount, shuffled: bool
 ) -> TextRows:
-    """Encodes a split, which ``datasets`` keeps on disk where the split itself is there, and leaves its bad rows out."""
+    """Encodes a split (``datasets`` caches the result beside the split if it is on disk) and removes bad rows."""
     encoded = rows.map(
         _encode, batched=True, fn_kwargs={"tokenizer": tokenizer, "texts": texts, "length": length}, remove_columns=rows.column_names
     )
@@ -178,7 +178,7 @@ def _read(
     counted.add(len(rows), [BadRow(row, bad[row]) for row in sorted(bad)])
     lengths = np.asarray(encoded["tokens"], np.int64)
     good = np.asarray([row for row in range(len(rows)) if row not in bad], np.int64)
-    # Where nobody shuffles, neighbours are alike, so that little is padded.
+    # Without shuffling, rows are sorted by length, so that batches need little padding.
     order = good if shuffled else good[np.argsort(lengths[good], kind="stable")]
     return TextRows(encoded, order, labels, lengths)
 
@@ -186,7 +186,7 @@ def _read(
 def _encode(rows: Mapping[str, Sequence[Any]], tokenizer: Any, texts: list[str], length: int) -> dict[str, list[Any]]:
     columns = [rows[name] for name in texts]
     bad = [next((reason for value in row if (reason := _wrong(value))), "") for row in zip(*columns, strict=True)]
-    # A bad row has some text too, so that rows stay where they are.
+    # A bad row is encoded as a space, so that row numbers do not shift.
     clean = [[" " if wrong else value for value, wrong in zip(column, bad, strict=True)] for column in columns]
     ids = tokenizer(*clean, truncation=True, max_length=length, return_token_type_ids=True)
     return {
@@ -204,15 +204,15 @@ def _wrong(value: Any) -> str:
 
 
 class TextRows(Dataset[dict[str, Any]]):
-    """Encoded texts of a Hugging Face data set. Index i stands for row i % n of epoch i // n.
+    """Encoded texts of a Hugging Face data set. Index i is row i % n of epoch i // n.
 
     Args:
-        encoded: with ``input_ids`` and ``token_type_ids``.
-        order: (n,) int64 which of its rows, and in which order.
-        labels: int64 of every row.
-        lengths: int64 of every row, in tokens.
+        encoded: data set with ``input_ids`` and ``token_type_ids``.
+        order: (n,) int64 row numbers of ``encoded``, in the order of this split.
+        labels: int64 label of every row of ``encoded``.
+        lengths: int64 tokens of every row of ``encoded``.
 
-    An item is ``input_ids``, ``token_type_ids``, ``attention_mask`` (tokens,), ``labels`` and ``sample_ids``.
+    An item has ``input_ids``, ``token_type_ids`` and ``attention_mask`` (tokens,), ``labels`` and ``sample_ids``.
     """
 
     def __init__(self, encoded: Any, order: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> None:
@@ -232,6 +232,6 @@ class TextRows(Dataset[dict[str, Any]]):
             "attention_mask": torch.ones_like(ids),
             "labels": torch.tensor(int(self.labels[row])),
             "sample_ids": torch.tensor(index),
-            # Rows of the data were counted when they were read.
+            # Data rows were counted when they were encoded.
             "rows": 0,
         }

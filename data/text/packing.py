@@ -1,7 +1,7 @@
-"""Documents packed into rows of one length, each behind the other, none seeing another.
+"""Documents packed into rows of equal length, without attention between documents.
 
-A row of a batch holds documents, or parts of them, one after the other. What tells them apart is ``position_ids``, which start
-again at 0 in each: models of transformers let a token attend within its own document then, and to nothing else.
+``position_ids`` start at 0 in every document of a row; transformers derives the borders of documents from them and restricts
+attention to each token's own document.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a row of tokens is made with.
+    """Length and token ids of packed rows.
 
     Attributes:
-        length: of a row.
-        filler: token id where there is no document.
+        length: tokens of a row.
+        filler: token id of padding.
         sizes: (entries,) int64 bytes of text by token id.
     """
 
@@ -35,12 +35,15 @@ class Tokens:
     sizes: np.ndarray
 
     def row(self, parts: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> dict[str, Any]:
-        """An item of a batch from parts of documents: (n,) token ids, and (n,) bool which of them are learned (None: all).
+        """A packed row.
+
+        Args:
+            parts: (n,) token ids of a document or a part of one, and (n,) bool learned tokens (None: all are learned).
 
         Returns:
-            ``input_ids``, ``labels`` (IGNORE_TOKEN at a part's first token, which nothing predicts), ``position_ids`` (0 … in each part),
-            ``documents`` (0 … by part, PADDING where there is none), all (length,) int64; and the numbers ``bytes`` of the text
-            that is predicted, ``tokens`` without filler, and those ``predicted``.
+            ``input_ids``, ``labels`` (IGNORE_TOKEN at the first token of a part, which has no predecessor), ``position_ids`` (0 … in each
+            part), ``documents`` (0 … by part, PADDING in padding), all (length,) int64; and the integers ``bytes`` (of the predicted
+            text), ``tokens`` (without padding) and ``predicted`` (number of predicted tokens).
         """
         ids = np.full(self.length, self.filler, np.int64)
         labels = np.full(self.length, IGNORE_TOKEN, np.int64)
@@ -56,7 +59,7 @@ class Tokens:
             start = stop
         arrays = {"input_ids": ids, "labels": labels, "position_ids": positions, "documents": documents}
         predicted = labels[labels != IGNORE_TOKEN]
-        # A model may know more entries than its tokenizer has.
+        # A model's vocabulary may be larger than its tokenizer's.
         counted = int(self.sizes[predicted[predicted < len(self.sizes)]].sum())
         return {key: torch.from_numpy(value) for key, value in arrays.items()} | {
             "bytes": counted,
@@ -66,12 +69,12 @@ class Tokens:
 
 
 class Corpus:
-    """Documents end to end, in flat arrays that may lie in a mapped file.
+    """Concatenated documents in flat arrays, which may be memory-mapped.
 
     Args:
-        tokens: int32 token ids of all documents, in as many arrays as they were read in.
-        lengths: (documents,) int64 tokens of each.
-        learned: likewise bool; None where every token is learned.
+        tokens: int32 token ids of all documents, as one or more arrays.
+        lengths: (documents,) int64 tokens of each document.
+        learned: bool for each token, in arrays as ``tokens``; None if every token is learned.
     """
 
     def __init__(self, tokens: Sequence[np.ndarray], lengths: np.ndarray, learned: Sequence[np.ndarray] | None = None) -> None:
@@ -81,11 +84,11 @@ class Corpus:
 
     @property
     def size(self) -> int:
-        """Tokens in all."""
+        """Number of tokens of all documents."""
         return int(self.starts[-1])
 
     def part(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Token ids and whether they are learned, of the tokens from ``start`` to ``stop`` of the whole."""
+        """Token ids and learned mask of tokens ``start`` to ``stop`` of the whole corpus."""
         return self._cut(self.tokens, start, stop), None if self.learned is None else self._cut(self.learned, start, stop)
 
     def _cut(self, arrays: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
@@ -100,12 +103,12 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tokens of a corpus each row holds.
+    """The tokens of a corpus that each row holds.
 
     Attributes:
-        first: (rows + 1,) int64, number of each row's first part.
-        start: (parts,) int64 first token of a part, counted over the whole corpus.
-        stop: (parts,) int64, one past its last.
+        first: (rows + 1,) int64 number of the first part of each row.
+        start: (parts,) int64 first token of each part, counted over the whole corpus.
+        stop: (parts,) int64 end of each part, exclusive.
     """
 
     first: np.ndarray
@@ -114,7 +117,7 @@ class Plan:
 
 
 def cut_end_to_end(corpus: Corpus, length: int) -> Plan:
-    """All tokens in order, cut into rows: a document that does not fit goes on in the next row, as a document of its own."""
+    """All tokens in order, cut into full rows: the rest of a document continues in the next row, as a separate document."""
     rows = np.arange(0, corpus.size, length)
     start = np.union1d(corpus.starts[:-1][np.diff(corpus.starts) > 0], rows)
     stop = np.append(start[1:], corpus.size)
@@ -122,16 +125,16 @@ def cut_end_to_end(corpus: Corpus, length: int) -> Plan:
 
 
 def keep_whole(corpus: Corpus, length: int) -> Plan:
-    """Whole documents, the longest first, each into the row that it fills best (best-fit decreasing, arXiv 2404.10830).
+    """Uncut documents, longest first, each in the row that it fills best (best-fit decreasing, arXiv 2404.10830).
 
     Args:
-        corpus: no document is longer than ``length``.
-        length: of a row.
+        corpus: documents of at most ``length`` tokens.
+        length: tokens of a row.
     """
     sizes = np.diff(corpus.starts)
     order = [int(number) for number in np.argsort(-sizes, kind="stable") if sizes[number]]
     rows: list[list[int]] = []
-    # Rows by how much room they have left, and a bit for each room that some row has: the fullest that still fits is the lowest bit.
+    # Rows by free tokens, and a bit mask of the free sizes that exist: the lowest bit from ``size`` up is the best fit.
     with_room: dict[int, list[int]] = {}
     rooms = 0
     for number in order:
@@ -152,12 +155,12 @@ def keep_whole(corpus: Corpus, length: int) -> Plan:
 
 
 class PackedRows(Dataset[dict[str, Any]]):
-    """Rows of packed documents. Index i stands for row i % n of epoch i // n.
+    """Rows of packed documents. Index i is row i % n of epoch i // n.
 
     Args:
         corpus: the documents.
-        plan: which row holds what.
-        tokens: what rows are made with.
+        plan: the tokens of each row.
+        tokens: length and token ids of the rows.
     """
 
     def __init__(self, corpus: Corpus, plan: Plan, tokens: Tokens) -> None:
@@ -170,16 +173,16 @@ class PackedRows(Dataset[dict[str, Any]]):
         row = index % len(self)
         parts = range(int(self.plan.first[row]), int(self.plan.first[row + 1]))
         cut = [self.corpus.part(int(self.plan.start[part]), int(self.plan.stop[part])) for part in parts]
-        # Rows of the data were counted when they were read: here there are none to count.
+        # Data rows were counted when they were encoded.
         return self.tokens.row(cut) | {"sample_ids": torch.tensor(index), "rows": 0}
 
 
 class Packer:
-    """Packs documents as they come, for a stream.
+    """Packs the documents of a stream in their order.
 
     Args:
-        tokens: what rows are made with.
-        whole: documents are not cut; else they go on in the next row.
+        tokens: length and token ids of the rows.
+        whole: if True, documents are not cut; otherwise they continue in the next row.
     """
 
     def __init__(self, tokens: Tokens, whole: bool) -> None:
@@ -188,7 +191,7 @@ class Packer:
         self._filled = 0
 
     def add(self, document: Document) -> Iterable[dict[str, Any]]:
-        """Rows that are full with this document."""
+        """Rows that this document completes."""
         tokens, learned = document.tokens, document.learned
         if self.whole and self._filled + len(tokens) > self.tokens.length:
             yield self._take()

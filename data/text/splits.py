@@ -1,4 +1,4 @@
-"""Splits of text: the embedded library, and any data set of Hugging Face ``datasets``, encoded and packed into rows of tokens."""
+"""Splits of text: the embedded library, or any data set of Hugging Face ``datasets``, encoded and packed into rows of tokens."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .packing import Corpus, PackedRows, Tokens, cut_end_to_end, keep_whole
 from .stream import StreamedRows
 from .tokenizer import token_bytes
 
-# From the texts of the training split, or None where its rows have prompts, to the tokenizer.
+# Makes or loads a tokenizer; the argument is the training texts, or None if rows have prompts.
 TokenizerOf = Callable[[Iterable[str] | None], Any]
-# Rows of a stream that are in memory at once to be shuffled.
+# Rows of a stream in the shuffle buffer.
 SHUFFLED = 1000
 # Rows at the beginning of a stream that a tokenizer is trained on.
 LOOKED_AT = 100_000
@@ -38,10 +38,10 @@ class TextSettings:
     Attributes:
         length: tokens of a row.
         text_column: column with the texts; None finds it.
-        sample_by: of the files of the ``text`` builder: what is one document, ``line``, ``paragraph`` or ``document``.
-        max_bad_fraction: of the rows of the data.
+        sample_by: unit of the ``text`` builder's files that is one document: ``line``, ``paragraph`` or ``document``.
+        max_bad_fraction: allowed share of bad rows.
         held_out: rows of a stream for validation, and as many for test.
-        seed: of the order of a stream.
+        seed: seed of the shuffling of a stream.
     """
 
     length: int
@@ -57,10 +57,10 @@ class TextData(Splits):
     """Splits of text.
 
     Attributes:
-        tokenizer: of the tokens.
-        length: of a row.
-        counted: bad rows that were found by encoding the splits.
-        streamed: the training rows are read as they are needed.
+        tokenizer: tokenizer of the texts.
+        length: tokens of a row.
+        counted: bad rows found when the splits were encoded.
+        streamed: True if the training rows are read during training.
     """
 
     tokenizer: Any
@@ -85,11 +85,11 @@ class TextData(Splits):
 
 
 def python_library(train_files: int, eval_files: int, tokenizer_of: TokenizerOf, settings: TextSettings) -> TextData:
-    """The embedded text, a document a file.
+    """Splits of the embedded text; a file is one document.
 
     Args:
-        train_files: at most so many.
-        eval_files: at most so many for validation, and as many for test.
+        train_files: largest number of training files.
+        eval_files: largest number of validation files, and of test files.
         tokenizer_of: makes or loads the tokenizer.
         settings: how text becomes rows.
     """
@@ -103,12 +103,12 @@ def python_library(train_files: int, eval_files: int, tokenizer_of: TokenizerOf,
 
 
 def python_functions(train_rows: int, eval_rows: int, tokenizer_of: TokenizerOf, settings: TextSettings) -> TextData:
-    """The embedded prompts and completions: functions up to their docstring, and their bodies. Functions too long for a row are left out.
+    """Splits of the embedded prompts and completions; functions whose prompt is too long for a row are left out.
 
     Args:
-        train_rows: at most so many functions.
-        eval_rows: at most so many for validation, and as many for test.
-        tokenizer_of: makes or loads the tokenizer; one that is trained learns from the files of ``python_library``.
+        train_rows: largest number of training functions.
+        eval_rows: largest number of validation functions, and of test functions.
+        tokenizer_of: makes or loads the tokenizer; its argument is the training files of ``python_library``.
         settings: how text becomes rows.
     """
     import datasets
@@ -116,7 +116,7 @@ def python_functions(train_rows: int, eval_rows: int, tokenizer_of: TokenizerOf,
     tokenizer = tokenizer_of(_library_texts("train"))
 
     def rows(split: str, limit: int) -> Any:
-        # Whatever the tokenizer adds, something of the body has to fit.
+        # Leaves room for at least part of the body, whatever special tokens the tokenizer adds.
         fitting = (row for row in library_functions(split) if len(tokenizer(row["prompt"])["input_ids"]) <= settings.length - 4)
         return datasets.Dataset.from_list(list(itertools.islice(fitting, limit)))
 
@@ -129,18 +129,18 @@ def _library_texts(split: str, limit: int | None = None) -> Iterator[str]:
 
 
 def hub_text(source: DataSource, names: SplitNames, tokenizer_of: TokenizerOf, settings: TextSettings) -> TextData:
-    """Any data set of Hugging Face ``datasets`` with a column of texts, of chats, or of prompts and completions.
+    """Splits of any data set of Hugging Face ``datasets`` with a column of texts, of chats, or of prompts and completions.
 
     Raises:
-        ValueError: the source cannot be opened, or a split or column is missing; the message names those there are.
-        BadRows: more rows are bad than the settings allow.
+        ValueError: the source cannot be opened, or a split or column is missing; the message lists the existing ones.
+        BadRows: the share of bad rows exceeds ``settings.max_bad_fraction``.
     """
     train, validation, test = open_splits(source, names, _counts(source, settings), **_options(source, settings))
     return _in_memory(train, validation, test, tokenizer_of, settings)
 
 
 def streamed_text(source: DataSource, names: SplitNames, tokenizer_of: TokenizerOf, settings: TextSettings) -> TextData:
-    """As ``hub_text``, its training rows read as they are needed. Without a validation split the first rows are held out."""
+    """As ``hub_text``, with training rows read during training. Without a validation split the first rows are held out."""
     import datasets
 
     opened = open_source(source, streaming=True, **_options(source, settings))
@@ -155,15 +155,15 @@ def streamed_text(source: DataSource, names: SplitNames, tokenizer_of: Tokenizer
     if first is None:
         raise ValueError(
             f"the stream has no training row after the {settings.held_out} held out for validation: lower data.eval_samples, "
-            "give data.validation_split, or leave out data.streaming"
+            "set data.validation_split, or remove data.streaming"
         )
     columns, features = list(first), train.features or {}
     column = text_column(columns, features, settings.text_column)
-    # A look at the beginning is all that a stream allows.
+    # Only the beginning of a stream can be read here.
     tokenizer = tokenizer_of(None if column is None else _Texts(train.take(LOOKED_AT), column))
     encoder = encoder_for(columns, features, settings.text_column, tokenizer, settings.length)
     tokens = _tokens(tokenizer, settings)
-    # Rows that are still to come are not known; a few early bad ones must not look like a high share.
+    # The number of rows is unknown; SHUFFLED prevents that a few early bad rows are a high share.
     counted = BadRowCount(settings.max_bad_fraction, SHUFFLED)
     evaluated = _packed(validation, encoder, tokens, counted)
     return TextData(
@@ -201,7 +201,7 @@ def _in_memory(train: Any, validation: Any, test: Any, tokenizer_of: TokenizerOf
 
 
 class _Texts:
-    """The texts of a split, as often as they are asked for."""
+    """The texts of a split; can be iterated several times."""
 
     def __init__(self, rows: Any, column: str) -> None:
         self.rows, self.column = rows, column
@@ -212,12 +212,12 @@ class _Texts:
 
 
 def _tokens(tokenizer: Any, settings: TextSettings) -> Tokens:
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Tokens(settings.length, filler, token_bytes(tokenizer))
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Tokens(settings.length, padding, token_bytes(tokenizer))
 
 
 def _packed(rows: Any, encoder: Encoder, tokens: Tokens, counted: BadRowCount) -> PackedRows:
-    """Encodes a split, which ``datasets`` keeps on disk where the split itself is there, and packs it."""
+    """Encodes a split (``datasets`` caches the result beside the split if it is on disk) and packs it."""
     import datasets
 
     features = {"tokens": datasets.Sequence(datasets.Value("int32")), "bad": datasets.Value("string")}
@@ -256,7 +256,7 @@ def _options(source: DataSource, settings: TextSettings) -> dict[str, Any]:
 
 
 def _counts(source: DataSource, settings: TextSettings) -> Callable[[Mapping[str, Any]], bool] | None:
-    """Lines and paragraphs of a file are told apart by blank ones, which are none themselves."""
+    """Predicate that removes blank lines and paragraphs, which only separate documents; None for whole files and other builders."""
     return _not_blank if source.name == "text" and settings.sample_by != "document" else None
 
 

@@ -1,4 +1,4 @@
-"""Text that is read as it is needed: a stream of ``datasets``, encoded and packed on the way."""
+"""Streams of ``datasets``, encoded and packed while they are read."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..rows import BadRow
 from .documents import Encoder
 from .packing import Packer, Tokens
 
-# Rows encoded together; tokenizers work on several at once.
+# Rows encoded in one call of the tokenizer.
 _TOGETHER = 64
 
 
 class StreamedRows(Dataset[dict[str, Any]]):
-    """Rows of packed documents, numbered from the beginning of a stream that starts anew when it ends.
+    """Packed rows of an endless stream, numbered from its beginning; it restarts at its end.
 
-    Going to a later item reads everything before it, and going back starts over: batches in order are what this is for, and
-    a run that goes on from a checkpoint reads up to its place again. Every process and worker reads the whole stream, and keeps its own
-    items, so that they are the same on any number of them.
+    Meant for indices in ascending order: a later index reads all rows before it, and an earlier one restarts the stream. A resumed
+    run therefore reads up to its position again. Every process and worker reads the whole stream and keeps its own items, so items do
+    not depend on the number of processes.
 
     Args:
         rows: an ``IterableDataset``, shuffled or not.
-        encoder: of its rows.
-        tokens: what rows are made with.
+        encoder: converts its rows to documents.
+        tokens: length and token ids of the packed rows.
     """
 
     def __init__(self, rows: Any, encoder: Encoder, tokens: Tokens) -> None:
@@ -41,7 +41,7 @@ class StreamedRows(Dataset[dict[str, Any]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """The packed rows of these numbers, and behind them the rows of the data that were found bad on the way."""
+        """The packed rows of these numbers, then the bad rows of the data that were read on the way."""
         found, bad = [], []
         for index in indices:
             item, *others = self._take(index)
@@ -59,7 +59,7 @@ class StreamedRows(Dataset[dict[str, Any]]):
                 return items
 
     def _read(self) -> Iterator[list[dict[str, Any]]]:
-        """Every packed row with the number of rows that were read for it, and those of them that are bad."""
+        """Each packed row with the number of data rows read for it, followed by the bad ones among them."""
         packer, epoch, row = Packer(self.tokens, self.encoder.prompts), 0, 0
         read, bad = 0, []
         while True:

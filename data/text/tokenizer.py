@@ -1,4 +1,4 @@
-"""Tokenizers: a saved one, or a byte-level BPE trained on the training text; and how many bytes of text a token stands for."""
+"""Tokenizers, saved or trained on the training text (byte-level BPE), and the bytes of text of each token."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 END = "<|endoftext|>"
 CLS, SEP, PAD = "[CLS]", "[SEP]", "[PAD]"
 CACHE_VARIABLE = "LACONIC_CACHE"
-# Enough text to learn a vocabulary from; the rest of a large data set would only take time.
+# Enough text for a vocabulary; training on more takes longer for little gain.
 TRAINING_CHARACTERS = 100_000_000
 
 
 def cache_folder() -> Path:
-    """Where trained tokenizers are kept: ``$LACONIC_CACHE``, else ``laconic`` in the user's cache folder."""
+    """Folder of trained tokenizers: ``$LACONIC_CACHE``, else ``laconic`` in the user's cache folder."""
     given = os.environ.get(CACHE_VARIABLE)
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "laconic"
 
@@ -29,12 +29,12 @@ def load_tokenizer(name: str, revision: str | None = None, ends: bool = True) ->
     """A saved tokenizer.
 
     Args:
-        name: a folder, a ``tokenizer.json``, or a hub name.
-        revision: of a hub tokenizer.
-        ends: it must end documents.
+        name: a folder, a ``tokenizer.json`` or a hub name.
+        revision: revision of a hub tokenizer.
+        ends: require an end-of-text token.
 
     Raises:
-        ValueError: there is none, or it must have a token for the end of a text and has none.
+        ValueError: the tokenizer cannot be loaded, or has no end-of-text token although ``ends`` is True.
     """
     try:
         if name.endswith(".json"):
@@ -42,7 +42,7 @@ def load_tokenizer(name: str, revision: str | None = None, ends: bool = True) ->
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:
-        # Files of tokenizers fail in many ways, some of them as plain Exception.
+        # Tokenizer files raise many types of exception, plain Exception among them.
         raise ValueError(f"data.tokenizer = {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     if not ends:
         return tokenizer
@@ -54,25 +54,25 @@ def load_tokenizer(name: str, revision: str | None = None, ends: bool = True) ->
 
 
 def trained_tokenizer(texts: Iterable[str], size: int, framed: bool = False) -> Any:
-    """A byte-level BPE of ``size`` entries trained on texts, from the cache where the same texts were trained on before.
+    """A byte-level BPE of ``size`` entries trained on texts, from the cache if the same texts were trained on before.
 
     Args:
-        texts: to learn from, those of the training split; read twice where nothing is cached.
-        size: entries, ``<|endoftext|>`` and the 256 bytes among them.
-        framed: texts stand between [CLS] and [SEP], as encoders have them, two of them with a [SEP] after each.
+        texts: texts of the training split; iterated twice if the cache has no entry.
+        size: number of entries, with ``<|endoftext|>`` and the 256 bytes.
+        framed: put each text between [CLS] and [SEP], as encoders require; a pair has one [SEP] after each text.
 
     Raises:
-        ValueError: ``size`` leaves no room for pairs.
+        ValueError: ``size`` is too small for merged tokens.
     """
     if size < 300:
-        raise ValueError(f"model.config.vocab_size = {size} must be at least 300 for a tokenizer to be trained: 256 are single bytes")
+        raise ValueError(f"model.config.vocab_size = {size} must be at least 300 to train a tokenizer: 256 entries are single bytes")
     digest = hashlib.sha256(f"byte-level bpe {size}{' framed' if framed else ''}".encode())
     for text in _first(texts):
         digest.update(text.encode("utf-8", "surrogatepass"))
     path = cache_folder() / f"tokenizer-{digest.hexdigest()[:24]}.json"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may come here together: each reads the old file or a whole new one.
+        # Several processes may write at once: the rename is atomic, so each reads a complete file.
         partial = path.with_suffix(f".{os.getpid()}.partial")
         _train(_first(texts), size, framed).save(str(partial))
         partial.replace(path)
@@ -109,11 +109,11 @@ def _train(texts: Iterator[str], size: int, framed: bool) -> Any:
 
 
 def token_bytes(tokenizer: Any) -> np.ndarray:
-    """(entries,) int64: bytes of UTF-8 text that each token stands for; 0 for special tokens."""
+    """(entries,) int64 bytes of UTF-8 text of each token; 0 for special tokens."""
     count = len(tokenizer)
     tokens = tokenizer.convert_ids_to_tokens(list(range(count)))
     if _byte_level(tokenizer):
-        # One character of such a token is one byte of the text.
+        # Each character of a byte-level token is one byte of text.
         sizes = [len(token) if token is not None else 0 for token in tokens]
     else:
         sizes = [_text_bytes(token) if token is not None else 0 for token in tokens]
@@ -129,7 +129,7 @@ def _byte_level(tokenizer: Any) -> bool:
 
 
 def _text_bytes(token: str) -> int:
-    """Of a token of SentencePiece (``▁`` for a space, ``<0x0A>`` for a byte) or WordPiece (``##`` inside a word)."""
+    """Bytes of a token of SentencePiece (``▁`` for a space, ``<0x0A>`` for a byte) or WordPiece (``##`` inside a word)."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return 1
     return len(token.removeprefix("##").replace("▁", " ").encode("utf-8", "surrogatepass"))

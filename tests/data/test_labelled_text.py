@@ -65,7 +65,7 @@ def test_the_splits_of_the_library_share_no_text_and_every_class_is_in_each() ->
 def test_a_library_without_a_package_is_named(tmp_path: Path) -> None:
     (tmp_path / "asyncio").mkdir()
     (tmp_path / "asyncio" / "events.py").write_text("x = 1\n" * 4000)
-    with pytest.raises(ValueError, match=r"has no source of email, http.*needs a whole standard library"):
+    with pytest.raises(ValueError, match=r"has no source of email, http.*needs a complete standard library"):
         library_texts("train", tmp_path)
 
 

@@ -138,7 +138,7 @@ def test_turns_that_a_template_writes_otherwise_later_on_are_not_learned() -> No
 BAD = [
     ({"text": [None, " ", 3]}, {}, ["missing text", "empty text", "int in place of a text"]),
     ({"prompt": ["a", None, "a"], "completion": [None, "b", " "]}, {}, ["missing completion", "missing prompt", "empty completion"]),
-    ({"prompt": ["word " * 99], "completion": ["b"]}, {}, ["prompt leaves no room for its answer in data.sequence_length"]),
+    ({"prompt": ["word " * 99], "completion": ["b"]}, {}, ["prompt fills data.sequence_length and leaves no room for its answer"]),
     (
         {"messages": [None, [{"role": "user", "content": "a"}], [{"content": "a"}], [{"role": "user", "content": None}]]},
         {"template": True},
@@ -157,7 +157,7 @@ def test_a_bad_row_says_what_is_wrong_with_it(rows: dict[str, list[Any]], option
 def test_what_the_columns_do_not_offer_is_named() -> None:
     with pytest.raises(ValueError, match=r"data.text_column = 'txt' is missing from the data: its columns are text, label"):
         encoder_for(["text", "label"], {}, "txt", small_tokenizer(), 8)
-    with pytest.raises(ValueError, match=r"no text found in the data: set data.text_column to one of a, b, or give the columns messages"):
+    with pytest.raises(ValueError, match=r"no text found in the data: set data.text_column to one of a, b, or provide messages"):
         encoder_for(["a", "b"], {}, None, small_tokenizer(), 8)
     with pytest.raises(ValueError, match="has no chat template: set data.tokenizer"):
         encoder_for(["messages"], {}, None, small_tokenizer(), 8)

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 from laconic import Adapters, add_lora, compress, from_pretrained, merge_lora, save_adapter, stages_of, train_only
 from laconic.modules.checkpoints.adapter_folder import AdapterError
 from laconic.modules.checkpoints.base_weights import weights_hash
-from tests import decoders
-from tests.matrix import BACKBONES, FAMILIES, METHODS, Method, dense, images
+from tests.matrix import BACKBONES, FAMILIES, METHODS, Method, decoders, dense, images
 from tests.modules.adapted import LEARNED, adapted, adapter_folder, base_folder
 
 CLASSIFIERS = [family for family in BACKBONES if FAMILIES[family].architecture.endswith("ForImageClassification")]

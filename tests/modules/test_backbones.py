@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from laconic.modules.backbones.base import Backbone
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -20,14 +19,31 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from laconic import CompressionConfig, StageConfig, Trace, compress
-from laconic.modules.backbones import families
-from laconic.modules.backbones.vision import VisionBackbone
+from laconic import CompressionConfig, StageConfig, Trace, compress, stages_of
+from laconic.modules.backbones import adapter_for, families
+from laconic.modules.backbones.model_adapter import ModelAdapter
+from laconic.modules.backbones.vision import VisionLayers, VisionModel
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.tokens.decision import Decision
 from laconic.modules.tokens.state import TokenState
-from tests.matrix import BACKBONES, FAMILIES, IMAGE, METHODS, PATCH, Method, answer, compressed, dense, images, inputs, labels, traced
-from tests.modules.test_invariants import PREFIX, UNPADDED, _masked_reference, _with_layers_replaced
+from tests.matrix import (
+    BACKBONES,
+    FAMILIES,
+    IMAGE,
+    METHODS,
+    PATCH,
+    Method,
+    answer,
+    compressed,
+    dense,
+    images,
+    inputs,
+    labels,
+    masked_reference,
+    stack_of,
+    traced,
+)
+from tests.matrix.masked import with_layers_replaced
 
 NOISY = {
     "vit": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
@@ -40,22 +56,23 @@ NOISY = {
     "vit_mae": {"hidden_dropout_prob": 0.1},
 }
 RANDOM = next(method for method in METHODS if method.name == "random")
-families = pytest.mark.parametrize("family", BACKBONES)
+each_family = pytest.mark.parametrize("family", BACKBONES)
 
 
-def _adapter(model: PreTrainedModel) -> type[VisionBackbone]:
-    backbone = adapter_for(model.config.model_type, type(model).__name__)
-    assert issubclass(backbone, VisionBackbone)
-    return backbone
+def _adapter(model: PreTrainedModel) -> type[VisionModel]:
+    adapter = adapter_for(model.config.model_type, type(model).__name__)
+    assert issubclass(adapter, VisionModel)
+    return adapter
 
 
-def _layer(family: str, index: int = 2, **settings: Any) -> tuple[type[VisionBackbone], nn.Module, dict[str, Any]]:
-    """A layer, with the keyword arguments that its model hands it."""
+def _layer(family: str, index: int = 2, **settings: Any) -> tuple[type[VisionLayers], nn.Module, dict[str, Any]]:
+    """A layer and its adapter, with the keyword arguments that its model hands it."""
     model = dense(family, **settings)
-    backbone = _adapter(model)
-    twin, recorded = _with_layers_replaced(model)
+    stack = stack_of(model)
+    assert issubclass(stack.adapter, VisionLayers)
+    twin, recorded = with_layers_replaced(model)
     twin(**inputs(model, images()))
-    return backbone, backbone.layers(model)[index], {key: value for key, value in recorded.kwargs.items() if key != "attention_mask"}
+    return stack.adapter, stack.layers[index], {key: value for key, value in recorded.kwargs.items() if key != "attention_mask"}
 
 
 def _run(layer: nn.Module, forward: Any, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -68,22 +85,22 @@ def _run(layer: nn.Module, forward: Any, tokens: int) -> tuple[Tensor, dict[str,
     return out, {"input": hidden.grad, **{name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}}
 
 
-@families
+@each_family
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_the_two_halves_are_the_layer_bit_for_bit(family: str, training: bool, masked: bool) -> None:
-    backbone, layer, kwargs = _layer(family, **NOISY[family])
+    adapter, layer, kwargs = _layer(family, **NOISY[family])
     layer.train(training)
-    tokens = 36 + PREFIX[family]
+    tokens = 36 + FAMILIES[family].prefix
     mask = torch.zeros(3, 1, tokens, tokens).masked_fill(torch.arange(tokens) % 5 == 4, torch.finfo(torch.float32).min)
     given = mask if masked else None
     valid = (torch.arange(tokens) % 5 != 4).expand(3, -1) if masked else None
-    state = TokenState.initial(3, tokens, PREFIX[family], valid, torch.device("cpu"))
+    state = TokenState.initial(3, tokens, FAMILIES[family].prefix, valid, torch.device("cpu"))
     out, gradients = _run(layer, lambda hidden: layer(hidden, given, **kwargs), tokens)
 
     def halves(hidden: Tensor) -> Tensor:
-        whole = backbone.layer_mask(layer, given, state, hidden.dtype, **kwargs)
-        return backbone.mlp_half(layer, backbone.attention_half(layer, hidden, whole, **kwargs))
+        whole = adapter.layer_mask(layer, given, state, hidden.dtype, **kwargs)
+        return adapter.mlp_half(layer, adapter.attention_half(layer, hidden, whole, **kwargs))
 
     ours, of_halves = _run(layer, halves, tokens)
     assert torch.equal(ours, out)
@@ -91,34 +108,34 @@ def test_the_two_halves_are_the_layer_bit_for_bit(family: str, training: bool, m
     assert of_halves.keys() == gradients.keys()
 
 
-@families
+@each_family
 def test_the_noisy_layers_are_noisy_in_training(family: str) -> None:
     _, layer, kwargs = _layer(family, **NOISY[family])
-    hidden = torch.randn(3, 36 + PREFIX[family], 16)
+    hidden = torch.randn(3, 36 + FAMILIES[family].prefix, 16)
     assert not torch.equal(layer.train()(hidden, None, **kwargs), layer.train()(hidden, None, **kwargs))
 
 
-@families
+@each_family
 def test_keys_are_those_that_the_attention_computes(family: str) -> None:
-    backbone, layer, kwargs = _layer(family)
+    adapter, layer, kwargs = _layer(family)
     seen: list[Tensor] = []
-    attention = getattr(layer, backbone.attention)
+    attention = getattr(layer, adapter.attention)
     attention.k_proj.register_forward_hook(lambda module, given, out: seen.append(out))
-    hidden = torch.randn(3, 36 + PREFIX[family], 16)
+    hidden = torch.randn(3, 36 + FAMILIES[family].prefix, 16)
     layer(hidden, None, **kwargs)
-    keys = backbone.keys(layer, hidden)
+    keys = adapter.keys(layer, hidden)
     assert keys.shape == (3, 2, hidden.shape[1], 8)
     assert torch.equal(keys.transpose(1, 2).flatten(2), seen[0])
 
 
-@families
-def test_an_adapter_offers_the_sites_of_its_halves_and_names_its_prefix(family: str) -> None:
+@each_family
+def test_an_adapter_offers_the_sites_of_its_halves_and_names_its_leading_tokens(family: str) -> None:
     model = dense(family)
-    backbone = _adapter(model)
-    assert backbone.sites == ("before", "between", "around", "around_attention", "around_mlp")
-    assert backbone.prefix(model.config) == PREFIX[family]
-    assert backbone.takes_attention_mask is (family not in UNPADDED)
-    assert backbone.image_input(model.config) == (IMAGE, IMAGE, 3)
+    adapter, layers = _adapter(model), stack_of(model).adapter
+    assert layers.sites == ("before", "between", "around", "around_attention", "around_mlp")
+    assert layers.leading(adapter.stack_config(model.config)) == FAMILIES[family].prefix
+    assert adapter.takes_attention_mask is FAMILIES[family].padded
+    assert adapter.image_input(model.config) == (IMAGE, IMAGE, 3)
 
 
 @pytest.mark.parametrize(
@@ -140,14 +157,14 @@ def _tall(family: str) -> tuple[Tensor, dict[str, Any]]:
     return pixels, {} if family.startswith("dinov2") else {"interpolate_pos_encoding": True}
 
 
-@families
+@each_family
 def test_larger_images_with_interpolated_positions_are_dense_at_keep_1(family: str) -> None:
     pixels, how = _tall(family)
     plain, model = dense(family), compressed(family, METHODS[0], 1.0, 1.0)
     assert torch.equal(traced(model, pixels, **how)[0], answer(plain(**inputs(plain, pixels), **how)))
 
 
-@families
+@each_family
 @pytest.mark.parametrize("name", ["learned_fuse", "patch_energy", "uniform_grid", "evidence_pixels"])
 def test_larger_images_are_scored_and_dropped_on_their_own_grid(family: str, name: str) -> None:
     if name in FAMILIES[family].refuses:
@@ -157,26 +174,26 @@ def test_larger_images_are_scored_and_dropped_on_their_own_grid(family: str, nam
     logits, trace = traced(model, pixels, **how)
     assert trace.flow().grid == (9, 7)
     assert trace.flow().original == 63
-    reference = _masked_reference(dense(family), family, pixels, trace, **how)
+    reference = masked_reference(dense(family), family, pixels, trace, **how)
     torch.testing.assert_close(logits, reference, atol=2e-5, rtol=1e-4)
 
 
-@families
+@each_family
 def test_cost_at_another_image_size_equals_a_counter(family: str) -> None:
     pixels, how = _tall(family)
     model = compressed(family, RANDOM, 0.5, 0.6, attn_implementation="eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         traced(model, pixels[:1], **how)
     ours = CostModel(model, size=(pixels.shape[2], pixels.shape[3]))
-    assert ours.shape.patches == 63
+    assert ours.shape.routable == 63
     assert ours().macs == pytest.approx(counter.get_total_flops() / 2, rel=0.006)
 
 
-@families
+@each_family
 def test_rows_that_keep_different_counts_equal_the_rows_alone(family: str) -> None:
     """Filler of adaptive counts: out of attention, and out of heads that average or attend."""
     model = compressed(family, RANDOM, 0.5, 0.6)
-    prefix = PREFIX[family]
+    prefix = FAMILIES[family].prefix
     lists = [[*range(prefix), *(prefix + place for place in kept)] for kept in ([1, 4, 7, 9, 30], [0, 2, 35], [5, 6, 8, 20])]
     longest = max(map(len, lists))
     index = torch.tensor([one + [35 + prefix] * (longest - len(one)) for one in lists])
@@ -207,7 +224,7 @@ def test_the_bias_that_all_layers_of_a_beit_share_is_gathered(own: bool) -> None
     plain, whole, half = dense("beit", **settings), *(compressed("beit", RANDOM, keep, 1.0, **settings) for keep in (1.0, 0.5))
     assert torch.equal(traced(whole, images())[0], plain(images()).logits)
     logits, trace = traced(half, images())
-    torch.testing.assert_close(logits, _masked_reference(plain, "beit", images(), trace), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(logits, masked_reference(plain, "beit", images(), trace), atol=2e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="attention_mask cannot be given"):
         traced(half, images(), attention_mask=torch.ones(3, 37, dtype=torch.long))
 
@@ -228,7 +245,7 @@ def test_mae_routes_the_patches_that_its_masking_left() -> None:
     model = compressed("vit_mae", RANDOM, 0.5, 1.0, mask_ratio=0.75)
     out, trace = traced(model, images())
     assert (trace.flow().original, [trace.flow().layer_tokens[index].mlp for index in range(4)]) == (9, [10, 6, 6, 6])
-    assert CostModel(model).shape.patches == 9
+    assert CostModel(model).shape.routable == 9
     assert out.shape == (3, 16)
 
 
@@ -285,13 +302,24 @@ def test_towers_of_clip_and_siglip_can_be_compressed_alone() -> None:
 def test_every_adapter_is_told_apart_by_its_model_type() -> None:
     found = families()
     assert {name: adapter.model_type for name, adapter in found.items()} == {name: name for name in found}
-    assert Backbone not in found.values()
-    assert VisionBackbone not in found.values()
+    assert ModelAdapter not in found.values()
+    assert VisionModel not in found.values()
     assert set(found) >= {AutoConfig.for_model(family).model_type for family in FAMILIES}
 
 
-def test_labels_reach_the_trace_of_a_nested_tower() -> None:
-    trace = Trace()
-    compressed("siglip", METHODS[0], 0.5, 0.5)(images(), labels=labels(), trace=trace)
-    assert trace.labels is not None
-    assert trace.prefix == 0
+def test_labels_reach_a_nested_tower_by_the_trace_or_where_the_caller_has_none_by_the_model() -> None:
+    model, seen = compressed("siglip", METHODS[0], 0.5, 0.5), list[Trace]()
+    stages_of(model)["before_1"].register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    given = Trace(labels=labels().flip(0))
+    model(images(), labels=labels(), trace=given)
+    model(images(), labels=labels())
+    assert seen[0] is given
+    assert given.labels is not None
+    assert torch.equal(given.labels, labels().flip(0))
+    assert seen[1].labels is not None
+    assert torch.equal(seen[1].labels, labels())
+    assert given.flow().leading == 0
+    # The labels of the model's own loss stay there.
+    bare = Trace()
+    model(images(), labels=labels(), trace=bare)
+    assert bare.labels is None

@@ -54,7 +54,7 @@ def test_targets_that_cannot_be_met_or_decide_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="regularizer 'ratio_mze' does not exist: .*did you mean 'ratio_mse'"):
         BudgetConfig(regularizer="ratio_mze")
     with pytest.raises(ValueError, match="has no option 'wieght': its options are weight; did you mean 'weight'"):
-        BudgetConfig(regularizer={"name": "ratio_mse", "wieght": 1})
+        _budget(target=0.6, regularizer={"name": "ratio_mse", "wieght": 1})
 
 
 def test_schedules_pass_through_the_published_points() -> None:

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, from_pretrained, stages_of
+from laconic.modules.estimators.base import Estimate
+from laconic.modules.scorers.base import Scored
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.predictor import PredictorSelector
 from laconic.modules.selectors.threshold import ThresholdSelector
 from laconic.modules.selectors.top_k import TopKSelector
-from laconic.modules.site import TokenSpec
+from laconic.modules.site import SiteInput, TokenSpec
 from laconic.modules.tokens.decision import Decision
 from laconic.modules.tokens.gather import put_back, take_out
 from laconic.modules.tokens.state import TokenState
-from tests.decoders import METHODS, compressed, dense, tokens, traced
+from tests.matrix.decoders import METHODS, compressed, dense, tokens, traced
 
 SPEC = TokenSpec(hidden_size=4, classes=0, causal=True)
 
@@ -45,8 +47,8 @@ def test_a_weight_of_one_half_is_half_of_what_the_block_added() -> None:
     trace.flow().begin(_state(1, 4))
 
     class Half(nn.Module):
-        def forward(self, scores: Tensor, *_: Any) -> Any:
-            return type("Estimate", (), {"scale": torch.full_like(scores, 0.5), "key_bias": None, "loss": None, "confidence": None})()
+        def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
+            return Estimate(scale=torch.full_like(scored.scores, 0.5))
 
     stage.estimator = Half()
     x = torch.ones(1, 4, 32)
@@ -141,7 +143,7 @@ def test_rows_of_training_are_equally_long_and_deployed_ones_as_long_as_they_sco
     selector = ThresholdSelector(SPEC, bucket=1).train()
     scores = torch.cat([torch.randn(1, 40) - 3, torch.randn(1, 40) + 3])
     assert selector(scores, _state(2, 40), Request(0.25, 10, None, False)).index.shape == (2, 10)
-    assert selector.looks_ahead(Request(0.25, 10, None, False))
+    assert selector.is_noncausal(Request(0.25, 10, None, False))
     deployed = selector.eval()(scores, _state(2, 40), Request(0.25, 10, None, False))
     assert deployed.kept_mask(40).sum(-1).tolist() == [0, 20]
 

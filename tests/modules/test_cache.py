@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from laconic import RoutedCache, Trace
-from tests.decoders import FAMILIES, METHODS, SHRINKING, compressed, dense, tokens
-from tests.decoders import Method as Row
+from tests.matrix import Method
+from tests.matrix.decoders import FAMILIES, METHODS, SHRINKING, compressed, dense, tokens
 
 names = {"ids": lambda value: getattr(value, "name", value)}
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -104,7 +104,7 @@ def test_a_mask_of_four_dimensions_goes_with_a_cache() -> None:
 
 
 @pytest.mark.parametrize(("family", "method"), [*((family, METHODS[1]) for family in FAMILIES), *SHRINKING[:2], SHRINKING[-1]], **names)
-def test_beams_sampling_and_continuing_from_a_cache(family: str, method: Row) -> None:
+def test_beams_sampling_and_continuing_from_a_cache(family: str, method: Method) -> None:
     model, ids = compressed(family, method, 0.5, 0.6), tokens()
     beams = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
     assert torch.equal(model.generate(ids, **beams), model.generate(ids, use_cache=False, **beams))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, stages_of
-from laconic.modules.backbones.llama import LlamaBackbone
+from laconic.modules.backbones.llama import LlamaLayers
 from laconic.modules.budget.budget import Budget
 from laconic.modules.budget.config import BudgetConfig
 from laconic.modules.budget.regularizers.h_net import ratio_loss
@@ -22,9 +22,11 @@ from laconic.modules.scorers.boundary import BoundaryScorer
 from laconic.modules.site import SiteInput, TokenSpec
 from laconic.modules.tokens.dechunk import BLOCK, dechunk, smooth
 from laconic.modules.tokens.decision import Decision
-from laconic.modules.tokens.flow import Chunks
+from laconic.modules.tokens.flow import Chunks, Flow
 from laconic.modules.tokens.state import TokenState
-from tests.decoders import CHUNKS, compressed, dense, spread, tokens, traced
+from tests.matrix import dense as vision
+from tests.matrix import stack_of
+from tests.matrix.decoders import CHUNKS, compressed, dense, spread, tokens, traced
 
 SPEC = TokenSpec(2, 0, causal=True)
 END = {"layer": 3, "by": "dechunk"}
@@ -33,7 +35,9 @@ END = {"layer": 3, "by": "dechunk"}
 def _site(hidden_states: Tensor, document: Tensor | None = None, valid: Tensor | None = None, carry: Any = None) -> SiteInput:
     rows, number, _ = hidden_states.shape
     state = TokenState.initial(rows, number, 0, valid, hidden_states.device, document)
-    return SiteInput(hidden_states, state, Trace(carry=carry), 0, nn.Identity(), LlamaBackbone)
+    trace = Trace()
+    trace.flow().carry = carry
+    return SiteInput(hidden_states, state, trace, trace.flow(), 0, nn.Identity(), LlamaLayers)
 
 
 def _probabilities(**inputs: Any) -> Tensor:
@@ -82,9 +86,9 @@ def test_dynamic_pooling_by_hand_down_and_up() -> None:
     assert merged.state.size.tolist() == [[3, 2]]
     assert merged.state.source.tolist() == [[0, 0, 0, 1, 1, -1]]
     # What is spread is what layers add: here the means themselves, to tokens that were 0.
-    trace = Trace(state=merged.state, left=[(torch.zeros(1, 6, 1), site.state)])
-    trace.flow().chunks = Chunks(0, torch.zeros(1, 2, 1), decision, None, None)
-    assert dechunk(merged.hidden_states, trace).flatten().tolist() == [0, 0, 2, 2, 4.5, 4.5]
+    chunks = Chunks(0, torch.zeros(1, 2, 1), decision, None, None)
+    flow = Flow(state=merged.state, left=[(torch.zeros(1, 6, 1), site.state)], chunks=chunks)
+    assert dechunk(merged.hidden_states, flow).flatten().tolist() == [0, 0, 2, 2, 4.5, 4.5]
 
 
 def test_means_do_not_depend_on_where_a_forward_ends() -> None:
@@ -181,7 +185,7 @@ def test_a_chunk_is_as_sure_as_it_is_above_the_threshold() -> None:
 def test_steps_that_end_no_chunk_run_no_layer_between(method: Any) -> None:
     model, ids = compressed("llama", method, 0.5), tokens(1)
     ran: list[int] = []
-    layers = model.backbone.layers(model)
+    layers = stack_of(model).layers
     for index, layer in enumerate(layers):
         layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
     cache, trace = RoutedCache(model.config), Trace()
@@ -216,7 +220,7 @@ def test_a_row_without_a_chunk_is_what_the_other_layers_make_of_it() -> None:
     out.loss.backward()
     # Every weight has a gradient, so that ranks wait for none; those of the layers between are 0.
     for index in (1, 2):
-        gradients = [p.grad for name, p in model.backbone.layers(model)[index].named_parameters() if "stages." not in name]
+        gradients = [p.grad for name, p in stack_of(model).layers[index].named_parameters() if "stages." not in name]
         assert all(grad is not None and not grad.any() for grad in gradients)
     plain = dense("llama")
     for index in (1, 2):
@@ -248,17 +252,16 @@ def test_a_cache_with_chunks_cannot_go_back() -> None:
 
 _BOUNDARY: dict[str, Any] = {"scorer": "boundary", "selector": "gumbel"}
 _REFUSED = {
-    r"answers at every place.*by: dechunk.*prefix": ([_BOUNDARY], None),
+    r"answers at every place.*by: dechunk.*scope 'prompt'": ([_BOUNDARY], None),
     r"answers at every place.*by: dechunk\}": ([_BOUNDARY], {"layer": 4, "by": "rejoin"}),
-    r"looks ahead.*boundary": ([{"scorer": "linear", "selector": "top_k"}], END),
+    r"is non-causal.*boundary": ([{"scorer": "linear", "selector": "top_k"}], END),
     r"one stage makes chunks, and 2 were given": ([_BOUNDARY, _BOUNDARY | {"layer": 2}], END),
     r"merger 'squeeze' may mix later tokens.*chunk_mean": ([_BOUNDARY | {"merger": "squeeze"}], END),
-    r"prefix.*\{layer: 4, by: rejoin\}": ([{"scorer": "linear", "selector": "prefix"}], END),
-    r"prefix.*goes with merger 'drop'": (
-        [{"scorer": "linear", "selector": "prefix", "merger": "chunk_mean"}],
+    r"scope 'prompt'.*\{layer: 4, by: rejoin\}": ([{"scorer": "linear", "scope": "prompt"}], END),
+    r"scope 'prompt' goes with merger 'drop'": (
+        [{"scorer": "linear", "scope": "prompt", "merger": "chunk_mean"}],
         {"layer": 4, "by": "rejoin"},
     ),
-    r"prefix.*site = 'around'": ([{"scorer": "linear", "selector": "prefix", "site": "around"}], None),
     r"estimator 'confidence' is for chunks": (
         [{"scorer": "linear", "selector": "threshold", "site": "around", "estimator": "confidence"}],
         None,
@@ -277,8 +280,6 @@ def test_what_would_answer_wrongly_is_refused_with_the_cure(message: str) -> Non
 
 
 def test_chunks_are_for_causal_models() -> None:
-    from tests.matrix import dense as vision
-
     with pytest.raises(ValueError, match="dechunk' is for chunks of causal models"):
         compress(vision("vit"), CompressionConfig([StageConfig(layer=1, keep=0.5)], END))
     with pytest.raises(ValueError, match="chunk_mean' is for causal models.*squeeze"):

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from laconic import CompressionConfig, StageConfig, Trace
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.cost.count_rules import COUNT_RULES, StageCount, tokens_kept
-from laconic.modules.cost.shape import LayerTokens
+from laconic.modules.cost.shape import LayerTokens, StackShape
 from tests.matrix import PAIRS, Method, compressed, dense, images, inputs
 
 
@@ -20,8 +20,8 @@ def _vit(width: int, layers: int, patch: int = 16, side: int = 224) -> StackShap
         intermediate=4 * width,
         layers=layers,
         heads=width // 64,
-        prefix=1,
-        patches=patches,
+        protected=1,
+        routable=patches,
         embed_macs=patches * width * 3 * patch**2,
         head_macs=width * 1000,
     )
@@ -31,8 +31,8 @@ def _formula(shape: StackShape, attention: list[int], mlp: list[int], classes: i
     """The papers' convention, written out apart from the code under test. GMACs."""
     c = shape.hidden
     blocks = sum(4 * n * c * c + 2 * n * n * c + 8 * m * c * c for n, m in zip(attention, mlp, strict=True))
-    patch = round((shape.embed_macs / (shape.patches * c * 3)) ** 0.5)
-    return (shape.patches * c * 3 * patch**2 + blocks + c * classes) / 1e9
+    patch = round((shape.embed_macs / (shape.routable * c * 3)) ** 0.5)
+    return (shape.routable * c * 3 * patch**2 + blocks + c * classes) / 1e9
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def _formula(shape: StackShape, attention: list[int], mlp: list[int], classes: i
 )
 def test_dense_macs_are_the_published_ones(shape: StackShape, published: float) -> None:
     ours = shape.model_macs(shape.dense_layers()) / 1e9
-    tokens = [shape.patches + 1] * shape.layers
+    tokens = [shape.routable + 1] * shape.layers
     assert ours == pytest.approx(_formula(shape, tokens, tokens), rel=1e-12)
     assert ours == pytest.approx(published, abs=6e-4)
 

@@ -172,10 +172,9 @@ def test_cost_with_the_decoder_equals_a_counter(parts: dict[str, Any], mask_rati
 
 
 def test_the_memory_estimate_counts_the_decoder() -> None:
-    shape, encoder = CostModel(dense()).shape, CostModel(dense().vit).shape
-    assert shape.decoder is not None
-    assert (shape.patches, shape.decoder.patches) == (VISIBLE, PATCHES)
-    assert shape.activation_bytes(shape.dense_layers()) > encoder.activation_bytes(encoder.dense_layers())
+    whole, encoder = CostModel(dense()), CostModel(dense().vit)
+    assert {name: shape.routable for name, shape in whole.shapes.items()} == {"": VISIBLE, "decoder": PATCHES}
+    assert whole().dense_activation_bytes > encoder().dense_activation_bytes
 
 
 @pytest.mark.parametrize("estimator", ["straight_through", "key_bias"])
@@ -257,7 +256,7 @@ def test_a_sequence_that_stays_short_is_refused_with_the_cure(restore: int | Non
         [StageConfig(layer=layer, keep=0.5, scorer="random") for layer in (0, 2)], None if restore is None else {"layer": restore}
     )
     model = dense()
-    with pytest.raises(ValueError, match=r"compression.restore.layer is .*decoder .* Set compression.restore=\{layer: 3\}"):
+    with pytest.raises(ValueError, match=r"compression.restore is needed: the decoder .* give compression.restore = \{layer: 3, "):
         compress(model, made)
     assert _unchanged(model)
     with pytest.raises(ValueError, match="decoder"):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
-from laconic.modules.backbones.vit import ViTBackbone
+from laconic.modules.backbones.vit import ViTLayers
 from laconic.modules.mergers.bipartite import BipartiteMerger
 from laconic.modules.mergers.squeeze import SqueezeMerger
 from laconic.modules.scorers.base import Scored
@@ -22,8 +22,8 @@ from tests.matrix import BACKBONES, answer, dense, images, labels
 SPEC = TokenSpec(hidden_size=2, classes=0)
 
 
-class _Angles(ViTBackbone):
-    """A backbone whose keys are given: those of ORACLES 4.1."""
+class _Angles(ViTLayers):
+    """Layers whose keys are given: those of ORACLES 4.1."""
 
     angles: Tensor
 
@@ -33,10 +33,15 @@ class _Angles(ViTBackbone):
         return torch.stack([radians.cos(), radians.sin()], -1)[None, None]
 
 
-def _site(values: Tensor, angles: list[float], prefix: int = 1) -> SiteInput:
+def _site(values: Tensor, angles: list[float], leading: int = 1) -> SiteInput:
     _Angles.angles = torch.tensor(angles)
-    state = TokenState.initial(1, len(angles), prefix, None, torch.device("cpu"))
-    return SiteInput(values, state, Trace(), 0, torch.nn.Identity(), _Angles)
+    state = TokenState.initial(1, len(angles), leading, None, torch.device("cpu"))
+    return _at(values, state, torch.nn.Identity(), _Angles)
+
+
+def _at(values: Tensor, state: TokenState, layer: torch.nn.Module, adapter: type[ViTLayers]) -> SiteInput:
+    trace = Trace()
+    return SiteInput(values, state, trace, trace.flow(), 0, layer, adapter)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +70,6 @@ def test_bipartite_matching_never_takes_away_more_than_half(tokens: int, removed
     stage = StageConfig(layer=1, tokens=max(1, tokens - 1 - removed), scorer="bipartite", merger="bipartite")
     model = compress(plain, CompressionConfig([stage]))
     trace = Trace()
-    trace.prefix = 1
     hidden = torch.randn(2, tokens, 16)
     trace.flow().begin(TokenState.initial(2, tokens, 1, None, hidden.device))
     out = model.vit.layers[1].stages["before"](hidden, model.vit.layers[1], trace)
@@ -80,12 +84,12 @@ def test_merged_copies_with_proportional_attention_equal_attention_over_all_of_t
     layer = plain.vit.layers[1]
     expected = layer(doubled)
     state = TokenState.initial(2, 9, 1, None, doubled.device)
-    site = SiteInput(doubled, state, Trace(), 0, layer, ViTBackbone)
+    site = _at(doubled, state, layer, ViTLayers)
     scored = BipartiteScorer(TokenSpec(16, 0))(site)
     decision = TopKSelector(SPEC)(scored.scores, state, Request(0.5, 4))
     merged = BipartiteMerger(TokenSpec(16, 0))(site, scored, decision)
     torch.testing.assert_close(merged.hidden_states, distinct, atol=1e-6, rtol=1e-6)
-    out = layer(merged.hidden_states, ViTBackbone.gather_mask(None, merged.state, torch.float32))
+    out = layer(merged.hidden_states, ViTLayers.gather_mask(None, merged.state, torch.float32))
     torch.testing.assert_close(out[:, :1], expected[:, :1], atol=1e-5, rtol=1e-5)
     restored = out.gather(1, merged.state.source[..., None].expand(-1, -1, 16))
     torch.testing.assert_close(restored, expected, atol=1e-5, rtol=1e-5)
@@ -124,6 +128,14 @@ def test_squeeze_merges_each_token_into_its_most_similar_kept_one() -> None:
     assert merged.state.source.tolist() == [[0, 1, 1, 2, 2, 1]]
 
 
+def _with_images() -> Trace:
+    """What the model would note of its input, for layers that are called one by one."""
+    trace = Trace()
+    flow = trace.flow()
+    flow.leading, flow.pixel_values, flow.grid = 1, images(), (6, 6)
+    return trace
+
+
 MERGES = {
     "bipartite": {"scorer": "bipartite", "merger": "bipartite"},
     "squeeze": {"scorer": "patch_energy", "merger": "squeeze"},
@@ -135,7 +147,7 @@ MERGES = {
 def test_size_weighted_sums_are_conserved_over_two_stages(parts: dict[str, str]) -> None:
     model = compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.6, **parts), StageConfig(layer=2, keep=0.6, **parts)]))
     layers = model.vit.layers
-    hidden, trace = torch.randn(3, 37, 16), Trace(pixel_values=images(), grid=(6, 6))
+    hidden, trace = torch.randn(3, 37, 16), _with_images()
     trace.flow().begin(TokenState.initial(3, 37, 1, None, hidden.device))
     once = layers[1].stages["before"](hidden, layers[1], trace)
     twice = layers[2].stages["before"](once, layers[2], trace)
@@ -196,8 +208,7 @@ def test_restoring_sends_gradients_to_dropped_and_kept_tokens(by: str) -> None:
     config = CompressionConfig([StageConfig(layer=1, keep=0.5, scorer="patch_energy")], restore={"layer": 4, "by": by})
     model = compress(dense("vit"), config)
     hidden = model.vit.embeddings(images()).detach().requires_grad_()
-    trace = Trace(pixel_values=images(), grid=(6, 6))
-    trace.prefix = 1
+    trace = _with_images()
     tokens = hidden
     for layer in model.vit.layers:
         tokens = layer(tokens, trace=trace)
@@ -242,7 +253,7 @@ def test_a_merge_is_a_mean_weighted_by_size() -> None:
     decision = TopKSelector(SPEC)(torch.tensor([[0.0, 5, 1, 5, 5]]), site.state, Request(0.75, 3))
     merged = first(site, Scored(torch.zeros(1, 5)), decision)
     _Angles.angles = torch.tensor([0.0, 0.0, 2.0, 3.0])
-    again = SiteInput(merged.hidden_states, merged.state, Trace(), 0, torch.nn.Identity(), _Angles)
+    again = _at(merged.hidden_states, merged.state, torch.nn.Identity(), _Angles)
     decision = TopKSelector(SPEC)(torch.tensor([[0.0, 5, 1, 1]]), again.state, Request(0.3, 1))
     last = first(again, Scored(torch.zeros(1, 4)), decision)
     assert last.hidden_states.flatten().tolist() == pytest.approx([0.0, 35.0])

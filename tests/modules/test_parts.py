@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
+from laconic.modules.config import SITES
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.top_k import TopKSelector
@@ -126,8 +127,8 @@ def test_evidence_finds_the_tokens_that_carry_the_label() -> None:
         place = torch.rand(32, 36, generator=generator).argsort(-1)[:, :6]
         patches[torch.arange(32)[:, None], place] = patterns[target][:, None]
         pixels = patches.view(32, 6, 6, 3, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(32, 3, 24, 24)
-        trace = Trace(step=step)
-        model(pixel_values=pixels, labels=target, trace=trace)
+        trace = Trace(step=step, labels=target)
+        model(pixel_values=pixels, trace=trace)
         assert trace.auxiliary_loss is not None
         optimizer.zero_grad()
         trace.auxiliary_loss.backward()
@@ -156,21 +157,19 @@ WRONG = [
     ({"keep": 1.01}, r"must be in \(0, 1\]"),
     ({"keep": None}, r"keep is not set"),
     ({"site": "betwen"}, r"site = 'betwen' does not exist: the sites are before, between, around, around_attention, around_mlp"),
-    ({"keep": 0.5}, r"capacity belongs to another kind of site; at site 'before' give keep"),
-    ({"site": "around"}, r"keep belongs to another kind of site; at site 'around' give capacity"),
     ({"tokens": 9}, r"give either keep or tokens, not both"),
     ({"tokens": 0}, r"tokens = 0 must be an integer of at least 1"),
-    ({"site": "around", "keep": None, "keep": 0.5, "merger": "fuse"}, r"no token goes away; leave merger out"),
+    ({"site": "around", "merger": "fuse"}, r"no token goes away; leave merger out"),
     ({"merger": "bipartite"}, r"merges the pairs that scorer 'bipartite' finds, not those of 'learned'; try 'squeeze'"),
-    ({"scorer": "evidence", "selector": "gumbel"}, r"takes scores for probabilities, which those of scorer 'evidence' are not"),
-    ({"scorer": "bipartite", "selector": "threshold", "merger": "bipartite"}, r"lets every row keep as many as it likes"),
+    ({"scorer": "evidence", "selector": "gumbel"}, r"needs keep probabilities, which scorer 'evidence' does not give"),
+    ({"scorer": "bipartite", "selector": "threshold", "merger": "bipartite"}, r"keeps a different number per row"),
     (
         {"scorer": "bipartite", "keep": 0.3, "merger": "bipartite"},
-        r"keep = 0.3: scorer 'bipartite' can take away half of the tokens at most",
+        r"keep = 0.3: scorer 'bipartite' can remove at most half of the tokens",
     ),
-    ({"scorer": "bipartite", "site": "around", "keep": None, "keep": 0.5}, r"around a layer nothing is merged"),
-    ({"selector": "threshold", "count": "evit"}, r"count = 'evit' has nothing to count"),
-    ({"merger": "pool"}, r"merger 'pool' makes 16 tokens: give the stage tokens = 16"),
+    ({"scorer": "bipartite", "site": "around"}, r"around a layer nothing is merged"),
+    ({"selector": "threshold", "count": "evit"}, r"count = 'evit' must be left out"),
+    ({"merger": "pool"}, r"merger 'pool' makes 16 tokens: give tokens = 16"),
     ({"scorer": "lerned"}, r"scorer 'lerned' does not exist: the scorers are .*; did you mean 'learned'\?"),
     ({"scorer": {"name": "learned", "hiden": 3}}, r"scorer 'learned' has no option 'hiden'"),
     ({"scorer": {"name": "learned", "width": 0}}, r"width = 0 must be at least 1"),
@@ -198,6 +197,14 @@ def test_keys_that_mean_the_removed_fraction_are_refused() -> None:
         CompressionConfig([{"layer": 0, "kep": 0.3}])
 
 
+@pytest.mark.parametrize("site", SITES)
+def test_keep_is_the_word_at_every_site_and_capacity_is_refused_with_it(site: str) -> None:
+    with pytest.raises(ValueError, match=r"compression.stages\[\].capacity is not a key: give keep, the word at every site"):
+        CompressionConfig([{"layer": 0, "site": site, "capacity": 0.3}])
+    with pytest.raises(TypeError, match="capacity"):
+        StageConfig(layer=0, site=site, capacity=0.3)  # type: ignore[call-arg]
+
+
 def test_backbones_without_an_adapter_are_refused_by_name() -> None:
     from transformers import RobertaConfig, RobertaModel
 
@@ -219,10 +226,10 @@ def test_compressing_twice_and_decompressing_a_dense_model_are_refused() -> None
     [
         (
             {"scorer": "evidence", "estimator": "straight_through"},
-            "cannot train scorer 'evidence': leave estimator out, or take 'token_labels'",
+            "cannot train scorer 'evidence'; take 'token_labels'",
         ),
         ({"scorer": "learned", "estimator": "token_labels"}, "cannot train scorer 'learned'"),
-        ({"estimator": "gate"}, "estimator 'gate' weighs what a layer adds to the tokens around it: give site = 'around'"),
+        ({"estimator": "gate"}, "estimator 'gate' scales a layer's output at bypass sites: give site = 'around'"),
         ({"scorer": "random", "estimator": "key_bias"}, "scorer 'random' is not trained: leave estimator out"),
         ({"scorer": {"name": "learned", "width": "x"}}, "an option is of the wrong type"),
     ],

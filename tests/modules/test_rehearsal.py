@@ -17,11 +17,10 @@ from transformers import PreTrainedModel, masking_utils
 
 from laconic import Trace, compress
 from laconic import modules as package
-from tests import decoders, encoders, matrix
+from tests import matrix
+from tests.matrix import decoders, encoders
 
 ROOT = Path(package.__file__ or "").resolve().parent
-# Rows keep numbers of their own there, which the host must know to lay out the next tensor.
-ADAPTIVE = {method.name for method in (*matrix.METHODS, *encoders.METHODS) if method.adaptive} | {"gumbel", "chunk"}
 
 
 def _step(model: PreTrainedModel, inputs: dict[str, Tensor], labels: Tensor) -> None:
@@ -36,6 +35,7 @@ def _step(model: PreTrainedModel, inputs: dict[str, Tensor], labels: Tensor) -> 
     loss.backward()
 
 
+# Rows that keep different numbers have numbers that the host must know to lay out the next tensor.
 VISION = [(family, method) for family, method in matrix.PAIRS if not method.adaptive]
 
 
@@ -58,11 +58,11 @@ def test_a_training_step_on_texts_asks_no_device(family: str, method: matrix.Met
         _step(model, {"input_ids": ids}, torch.zeros(3, dtype=torch.int64))
 
 
-CAUSAL = [(family, method) for family, method in decoders.PAIRS if method.name not in ADAPTIVE]
+CAUSAL = [(family, method) for family, method in decoders.PAIRS if not method.adaptive]
 
 
 @pytest.mark.parametrize(("family", "method"), CAUSAL, ids=lambda value: getattr(value, "name", value))
-def test_a_training_step_of_a_language_model_asks_no_device(family: str, method: decoders.Method, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_of_a_language_model_asks_no_device(family: str, method: matrix.Method, monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers asks once a forward whether rows are packed, and whether they are padded, in dense models too.
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     monkeypatch.setattr(PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *args: None)

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, PreTrainedModel
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress, from_pretrained
+from laconic.modules.backbones.vit import ViTLayers
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.estimators.token_labels import TokenLabelsEstimator, patch_labels
 from laconic.modules.heads import own_models
+from laconic.modules.scorers.base import Scored
+from laconic.modules.site import SiteInput
 from laconic.modules.tokens.decision import Decision
 from laconic.modules.tokens.state import TokenState
 from tests.matrix import BACKBONES, images
@@ -68,7 +71,7 @@ def test_a_dropped_token_answers_with_the_state_that_it_had(name: str) -> None:
     model = compress(_model(name), _stage(0.5))
     trace = Trace()
     hidden: list[Tensor] = []
-    base = model.backbone.base(model)  # type: ignore[attr-defined]
+    base = model.adapter.base(model)  # type: ignore[attr-defined]
     base.layernorm.register_forward_hook(lambda module, given, out: hidden.append(given[0]))
     model(pixel_values=images(), trace=trace)
     gone = ~trace.routings["before_1"].kept_mask
@@ -104,7 +107,7 @@ def test_a_segmentation_model_is_saved_loaded_and_costed(name: str, tmp_path: Pa
 def test_a_head_of_all_patches_refuses_stages_that_leave_it_short(name: str) -> None:
     stages = [StageConfig(layer=layer, keep=0.5, scorer="random") for layer in (1, 2)]
     for restore, short in ((None, "before_1, before_2"), ({"layer": 2}, "before_2")):
-        with pytest.raises(ValueError, match=rf"after stages {short} tokens are missing; give compression.restore = {{layer: 3"):
+        with pytest.raises(ValueError, match=rf"stages {short} remove tokens; give compression.restore = {{layer: 3"):
             compress(_model(name), CompressionConfig(stages, restore))  # type: ignore[arg-type]
 
 
@@ -112,7 +115,7 @@ def test_a_patch_s_label_is_the_share_of_each_class_among_its_labelled_pixels() 
     labels = torch.tensor([[[0, 0, 1, 255, 9], [2, 0, 255, 255, 9], [255, 255, 2, 2, 9], [255, 255, 1, 0, 9]]])
     expected = torch.tensor([[0, 0, 0], [0.75, 0, 0.25], [0, 1, 0], [0, 0, 0], [0.25, 0.25, 0.5]])
     # The fifth column fills no patch.
-    assert torch.equal(patch_labels(labels, (2, 2), 3, prefix=1), expected[None])
+    assert torch.equal(patch_labels(labels, (2, 2), 3), expected[None, 1:])
 
 
 def test_tokens_learn_their_own_labels_wherever_earlier_stages_have_moved_them() -> None:
@@ -120,9 +123,10 @@ def test_tokens_learn_their_own_labels_wherever_earlier_stages_have_moved_them()
     answers = torch.randn(2, 3, 3).log_softmax(1)
     own = torch.zeros(2, 5, 3)
     own[0, 2, 1], own[0, 4, 0], own[1, 1] = 1, 1, torch.tensor([0.5, 0.0, 0.5])
-    estimate = TokenLabelsEstimator(weight=2.0)(
-        torch.zeros(2, 3), answers, Decision(torch.zeros(2, 1, dtype=torch.long), None), state, Trace(labels=own)
-    )
+    trace = Trace(labels=own)
+    site = SiteInput(torch.zeros(2, 3, 1), state, trace, trace.flow(), 0, nn.Identity(), ViTLayers)
+    decision = Decision(torch.zeros(2, 1, dtype=torch.long), None)
+    estimate = TokenLabelsEstimator(weight=2.0)(site, Scored(torch.zeros(2, 3), answers=answers), decision)
     # The token at position 3 of row 1 has no label.
     heard = [answers[0, 1, 1], answers[0, 0, 2], 0.5 * answers[1, 0, 1] + 0.5 * answers[1, 2, 1]]
     torch.testing.assert_close(estimate.loss, -2.0 * torch.stack(heard).mean())
@@ -137,11 +141,11 @@ def test_evidence_trained_on_pixels_finds_the_patches_that_are_not_like_the_rest
         labels[row, top : top + 4, left : left + 4] = 3
     optimizer = torch.optim.Adam([p for name, p in model.named_parameters() if ".stages." in name], lr=0.05)
     for _ in range(30):
-        trace = Trace()
-        model(pixel_values=pixels, labels=labels, trace=trace)
+        trace = Trace(labels=labels)
+        model(pixel_values=pixels, trace=trace)
         assert trace.auxiliary_loss is not None
         optimizer.zero_grad()
         trace.auxiliary_loss.backward()
         optimizer.step()
     best = trace.routings["before_1"].scores[:, 1:].argmax(1)
-    assert torch.equal(best, patch_labels(labels, (6, 6), CLASSES, 0)[..., 3].argmax(1))
+    assert torch.equal(best, patch_labels(labels, (6, 6), CLASSES)[..., 3].argmax(1))

@@ -22,6 +22,7 @@ from laconic.modules.selectors.base import Selector
 from laconic.trainer.export.flatten import files_of, flattened
 from laconic.trainer.export.formats.standalone import Standalone
 from laconic.trainer.export.source import ExportSource, Settings
+from laconic.trainer.run_folder import RunFolder
 from tests.matrix import METHODS, compressed
 
 ROOT = Path(modules.__file__ or "").parent
@@ -78,7 +79,7 @@ def test_a_model_takes_along_the_parts_it_has_and_no_others() -> None:
 def test_transformers_finds_every_file_that_was_written_from_the_entry_alone(tmp_path: Path) -> None:
     model = compressed("vit", METHODS[0], 0.5, 0.6)
     nothing: Any = None
-    Standalone.write(ExportSource(tmp_path, tmp_path, nothing, tmp_path, model, None, {}), Settings(), tmp_path)
+    Standalone.write(ExportSource(RunFolder(tmp_path), nothing, model, None, {}), Settings(), tmp_path)
     entry = tmp_path / "modeling_laconic.py"
     assert {Path(path) for path in get_relative_import_files(entry)} == set(tmp_path.glob("*.py")) - {entry}
     assert model.config.auto_map == {
@@ -117,7 +118,7 @@ def test_parts_are_found_by_the_same_names_in_a_flat_folder(tmp_path: Path, monk
     [
         ({"a.py": "from .. import b"}, "leaves the package"),
         ({"a.py": "from . import missing"}, "must name files of the folder"),
-        ({"a.py": "from .missing import b"}, "which is no file of the package"),
+        ({"a.py": "from .missing import b"}, "which is not a file of the package"),
         ({"a.py": "from .b_c import x\nfrom .b.c import y", "b_c.py": "", "b/__init__.py": "", "b/c.py": ""}, "the same name"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from transformers import get_scheduler
 
 from laconic.trainer.build.optimization import learning_rate_schedule, parameter_groups
-from tests.matrix import BACKBONES, LAYERS, METHODS, compressed, dense
+from tests.matrix import BACKBONES, LAYERS, METHODS, compressed, dense, stack_of
 
 
 @pytest.mark.parametrize("family", BACKBONES)
@@ -23,7 +23,7 @@ def test_layer_decay_falls_from_the_head_to_the_embeddings_and_leaves_routers_al
     }
     assert rates.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     depths = {
-        names[id(parameter)]: LAYERS - index for index, layer in enumerate(model.backbone.layers(model)) for parameter in layer.parameters()
+        names[id(parameter)]: LAYERS - index for index, layer in enumerate(stack_of(model).layers) for parameter in layer.parameters()
     }
     for name, rate in rates.items():
         if ".stages." in name:

@@ -1,4 +1,4 @@
-"""The prompt alone is reduced: which tokens it is, what becomes of them, and that generating knows of it."""
+"""Which tokens a stage may touch. Of a prompt alone: which tokens it is, what becomes of them, and that generating knows of it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from transformers import PreTrainedModel
 from laconic import CompressionConfig, StageConfig, Trace, compress
 from laconic.modules.cost.count_rules import tokens_kept
 from laconic.modules.decoding.cache import RoutedCache
-from laconic.modules.tokens.scope import prompt_of
+from laconic.modules.tokens.flow import Flow
+from laconic.modules.tokens.scope import in_scope
 from laconic.modules.tokens.state import TokenState
-from tests.decoders import dense, spread, tokens, traced
+from tests.matrix.decoders import dense, spread, tokens, traced
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 families = pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
 
 
 def _model(family: str, *keeps: float, scorer: Any = "learned") -> PreTrainedModel:
-    stages = [StageConfig(layer=layer, keep=keep, scorer=scorer, selector="prefix") for layer, keep in enumerate(keeps, 1)]
+    stages = [StageConfig(layer=layer, keep=keep, scorer=scorer, scope="prompt") for layer, keep in enumerate(keeps, 1)]
     return spread(compress(dense(family), CompressionConfig(stages, {"layer": 4, "by": "rejoin"})))
 
 
@@ -32,10 +33,12 @@ def _padded() -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _prompt(**given: Any) -> Tensor:
-    trace = Trace(**given)
-    valid, number = trace.flow().valid, 6 if trace.labels is None else trace.labels.shape[1]
-    return prompt_of(trace, TokenState.initial(1, number, 0, valid, torch.device("cpu"))).int()
+def _prompt(labels: Tensor | None = None, **noted: Any) -> Tensor:
+    """(1, N) which tokens the prompt is, by the caller's labels and by what the model noted of its input."""
+    trace, flow = Trace(labels=labels), Flow(**noted)
+    number = 6 if labels is None else labels.shape[1]
+    flow.begin(TokenState.initial(1, number, 0, flow.valid, torch.device("cpu")))
+    return in_scope("prompt", trace, flow).routable.int()
 
 
 def test_the_prompt_is_what_comes_before_the_token_that_answers() -> None:
@@ -50,7 +53,7 @@ def test_the_prompt_is_what_comes_before_the_token_that_answers() -> None:
     left = torch.tensor([[False, False, True, True, True, True]])
     assert _prompt(carry={}, valid=left).tolist() == [[0, 0, 1, 1, 1, 0]]
     assert _prompt(carry={}, seen=3).tolist() == [[0] * 6]
-    with pytest.raises(ValueError, match="nothing tells which tokens that is.*labels.*use_cache.*Trace"):
+    with pytest.raises(ValueError, match="nothing says which tokens are the prompt.*use_cache.*Trace.labels.*Trace.prompt"):
         _prompt()
 
 
@@ -126,7 +129,7 @@ def test_generating_reduces_the_prompt_alone_in_a_batch_as_by_itself(family: str
     assert torch.equal(text, made)
     beams = model.generate(ids, attention_mask=mask, num_beams=3, **how)
     assert beams.shape == made.shape
-    with pytest.raises(ValueError, match="nothing tells which tokens"):
+    with pytest.raises(ValueError, match="nothing says which tokens"):
         model.generate(ids, use_cache=False, **how)
 
 
@@ -134,12 +137,12 @@ def test_fine_tuning_reduces_what_has_no_label_and_teaches_the_scorer() -> None:
     model, ids = _model("llama", 0.5).train(), tokens()
     labels = ids.clone()
     labels[0, :10], labels[1, :5], labels[2, :1] = -100, -100, -100
-    trace = Trace()
+    trace = Trace(labels=labels)
     model(ids, labels=labels, trace=trace, use_cache=False).loss.backward()
     assert torch.as_tensor(trace.routings["before_1"].present).tolist() == [9, 4, 0]
     assert torch.as_tensor(trace.routings["before_1"].kept).tolist() == [5, 2, 0]
     # What comes later than the prompt does not move its choice.
-    other, again = ids.clone(), Trace()
+    other, again = ids.clone(), Trace(labels=labels)
     other[:, 12:] = tokens(seed=9)[:, 12:]
     model.train()(other, labels=labels, trace=again, use_cache=False)
     assert torch.equal(again.routings["before_1"].kept_mask, trace.routings["before_1"].kept_mask)
