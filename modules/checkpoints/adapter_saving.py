@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..compressed_model import CompressedModel
+from ..compressed_model import CompressedModel, check_savable
 from ..layer import base_class
 from ..stage import stages_of
 from .adapter_folder import Adapter, write_adapter
@@ -50,8 +50,9 @@ def adapter_of(
         ratio: for the manifest; None says nothing of it.
 
     Raises:
-        ValueError: something trains that an adapter cannot hold.
+        ValueError: something trains that an adapter cannot hold, or a part was given as a class or an object that no name finds.
     """
+    check_savable(model)
     values = dict(model.state_dict()) if state is None else dict(state)
     lora_configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     stages = stage_names(model)
