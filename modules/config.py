@@ -264,7 +264,7 @@ def _restores(given: RestoreConfig | Mapping[str, Any] | None) -> dict[str, Rest
     if not isinstance(given, Mapping):
         raise ValueError(f"compression.restore must have 'layer' and 'by', or a mapping of these by stack, not {given!r}")
     if given and all(isinstance(value, Mapping | RestoreConfig) for value in given.values()):
-        return {stack: _restore(value, f"compression.restore.{stack}") for stack, value in given.items()}
+        return {stack: _restore(value, f"compression.restore{'.' if stack else ''}{stack}") for stack, value in given.items()}
     return {"": _restore(given, "compression.restore")}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..compressed_model import CompressedModel
+from ..compressed_model import CompressedModel, check_savable
 from ..layer import base_class
 from ..stage import stages_of
 from .adapter_folder import Adapter, write_adapter
@@ -50,8 +50,9 @@ def adapter_of(
         ratio: requested and achieved ratio for the manifest; None if unknown.
 
     Raises:
-        ValueError: an adapter cannot hold the trained parameters.
+        ValueError: an adapter cannot hold the trained parameters, or no name finds a part that was given as a class or an object.
     """
+    check_savable(model)
     values = dict(model.state_dict()) if state is None else dict(state)
     lora_configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     stages = stage_names(model)

@@ -76,8 +76,8 @@ def test_a_restore_by_stack_is_the_plain_one_bit_for_bit(parts: dict[str, Any]) 
     [
         ({"": PLAIN, "text": PLAIN}, r"compression.restore.text: there is no such stack in this model: its stacks are '', 'decoder'"),
         ({"": PLAIN, "decoder": {"layer": 2}}, r"compression.restore.decoder has nothing to do: no stage makes the sequence shorter"),
-        ({"": {"layer": LAYERS, "how": "x"}}, r"compression.restore..how is not a key"),
-        ({"": {"by": "rejoin"}}, r"compression.restore..layer is missing"),
+        ({"": {"layer": LAYERS, "how": "x"}}, r"compression\.restore\.how is not a key"),
+        ({"": {"by": "rejoin"}}, r"compression\.restore\.layer is missing"),
     ],
 )
 def test_a_restore_of_another_stack_is_refused(restore: dict[str, Any], message: str) -> None:
