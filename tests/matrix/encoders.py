@@ -97,7 +97,7 @@ def lengths_mask(*lengths: int) -> Tensor:
 
 def traced(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Trace]:
     """Logits and trace of one forward; keyword arguments that Trace knows go to it."""
-    outputs, trace = traced_outputs(model, {"input_ids": input_ids, **kwargs}, own=("labels",))
+    outputs, trace = traced_outputs(model, {"input_ids": input_ids}, kwargs, own=("labels",))
     return outputs.logits, trace
 
 
