@@ -53,7 +53,7 @@ class Bert(TextEncoder):
     def check(cls, model: PreTrainedModel) -> None:
         config = model.config
         if config.is_decoder or config.add_cross_attention:
-            raise ValueError("this BERT is a decoder (is_decoder, add_cross_attention): only encoders are served")
+            raise ValueError("this BERT is a decoder (is_decoder, add_cross_attention): only encoders are supported")
         if config.chunk_size_feed_forward:
             raise ValueError(
                 f"chunk_size_feed_forward = {config.chunk_size_feed_forward} needs row lengths that it divides, and stages leave any "

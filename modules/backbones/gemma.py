@@ -45,4 +45,4 @@ class Gemma3Text(Gemma2):
     @classmethod
     def check(cls, model: PreTrainedModel) -> None:
         if model.config.use_bidirectional_attention:
-            raise ValueError("this Gemma 3 attends in both directions (use_bidirectional_attention): only causal ones are served")
+            raise ValueError("this Gemma 3 attends in both directions (use_bidirectional_attention): only causal ones are supported")

@@ -40,7 +40,7 @@ class Gpt2(Decoder):
     @classmethod
     def check(cls, model: PreTrainedModel) -> None:
         if model.config.add_cross_attention:
-            raise ValueError("this GPT-2 has cross-attention (add_cross_attention): only models without it are served")
+            raise ValueError("this GPT-2 has cross-attention (add_cross_attention): only models without it are supported")
 
     @classmethod
     def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
