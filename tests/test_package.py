@@ -51,7 +51,7 @@ def test_a_wheel_in_a_clean_environment_holds_the_tree(tmp_path: Path) -> None:
 def test_the_folders_refuse_to_be_imported_by_their_bare_names(name: str) -> None:
     done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert f"import laconic.{name}, not {name}" in done.stderr
+    assert f"import laconic.{name} instead of {name}" in done.stderr
 
 
 def test_modules_import_neither_lightning_nor_the_other_folders() -> None:

@@ -280,5 +280,5 @@ def test_a_fixed_number_of_outputs_after_an_adaptive_stage_is_refused_before_any
 
 
 def test_a_trace_that_names_other_stages_is_refused() -> None:
-    with pytest.raises(ValueError, match="the trace names stages befor_1: the model has before_1"):
+    with pytest.raises(ValueError, match="the trace names unknown stages befor_1: the model has before_1"):
         _model((1,))(pixel_values=images(), trace=Trace(keep={"befor_1": 0.5}))

@@ -262,7 +262,7 @@ _REFUSED = {
         [{"scorer": "linear", "scope": "prompt", "merger": "chunk_mean"}],
         {"layer": 4, "by": "rejoin"},
     ),
-    r"estimator 'confidence' is for chunks": (
+    r"estimator 'confidence' needs a causal model's chunks": (
         [{"scorer": "linear", "selector": "threshold", "site": "around", "estimator": "confidence"}],
         None,
     ),

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from laconic import CompressionConfig, StageConfig, compress
 from laconic.modules import compatibility
 from laconic.modules.compatibility import CONFIG_RULES, STAGE_RULES, Rule
-from tests import decoders, encoders, matrix
+from tests.matrix import decoders, encoders, vision
 from tests.modules import test_masked_images as masked_images
 
 Case = tuple[str | Callable[[], PreTrainedModel], list[dict[str, Any]], dict[str, Any] | None, str]
@@ -34,7 +34,7 @@ def _masked_lm() -> PreTrainedModel:
 
 
 def _dense(family: str) -> PreTrainedModel:
-    return next(kind.dense(family) for kind in (matrix, encoders, decoders) if family in kind.FAMILIES)
+    return next(kind.dense(family) for kind in (vision, encoders, decoders) if family in kind.FAMILIES)
 
 
 _POOL = {"tokens": 4, "keep": None, "scorer": "uniform_grid", "merger": {"name": "pool", "outputs": 4}}
@@ -51,7 +51,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "offered_site": [
         ("vit", [{"site": "betwen"}], None, "site = 'betwen' does not exist: the sites are before, between, around"),
-        (masked_images.dense, [{"stack": "decoder"}], None, "stack = 'decoder' offers no site for a stage"),
+        (masked_images.dense, [{"stack": "decoder"}], None, "stack = 'decoder' has no site for a stage"),
         ("llama", [{"site": "between"}], None, "site = 'between' is not offered by this backbone: it has before, around"),
         ("gpt_neox", [{"site": "around_mlp"}], None, "site = 'around_mlp' is not offered: .*use_parallel_residual"),
     ],
@@ -79,25 +79,30 @@ CASES: dict[str, list[Case]] = {
     ],
     "one_stage_a_site": [("vit", [{}, {"name": "other"}], None, "stage 'other': there are two stages before layer 1: a site holds one")],
     "nothing_inside_a_bypassed_layer": [
-        ("vit", [_AROUND, {"site": "between"}], None, "layer 1 has a stage around it: between_1 inside it cannot run")
+        ("vit", [_AROUND, {"site": "between"}], None, "layer 1 has a stage around it, which excludes between_1 inside it")
     ],
     "distinct_names": [("vit", [{"name": "one"}, {"name": "one", "layer": 2}], None, "stage names must differ: one, one")],
     "restore_after_shrinking": [
-        ("vit", [_AROUND], END, "compression.restore has nothing to do: no stage makes the sequence shorter"),
+        ("vit", [_AROUND], END, "compression.restore has no effect: no stage shortens the sequence"),
         ("vit", [{}], {"layer": 1}, "compression.restore.layer = 1 must be from 2"),
     ],
     "served_attention": [
-        (_flash(family), [{}], None, "attention 'flash_attention_2' is not served .* attn_implementation 'sdpa' or 'eager'")
+        (_flash(family), [{}], None, "attention 'flash_attention_2' is not supported .* attn_implementation 'sdpa' or 'eager'")
         for family in ("bert", "modernbert")
     ],
     "every_token_restored": [
-        (_masked_lm, [{}], None, "compression.restore is needed: .* reads every token, and after stages before_1 tokens are missing"),
+        (_masked_lm, [{}], None, "compression.restore is needed: .* reads every token, and stages before_1 remove tokens"),
         (masked_images.dense, [{}], None, "compression.restore is needed: the decoder of ViTMAEForPreTraining"),
     ],
     "estimator_for_its_scorer": [
         ("vit", [{"scorer": "random", "estimator": "key_bias"}], None, "scorer 'random' is not trained: leave estimator out"),
-        ("llama", [_AROUND | {"scorer": "linear", "estimator": "confidence"}], None, "estimator 'confidence' is for chunks of a causal"),
-        ("vit", [{"estimator": "gate"}], None, "estimator 'gate' weighs what a layer adds to the tokens around it: give site = 'around'"),
+        (
+            "llama",
+            [_AROUND | {"scorer": "linear", "estimator": "confidence"}],
+            None,
+            "estimator 'confidence' needs a causal model's chunks",
+        ),
+        ("vit", [{"estimator": "gate"}], None, "estimator 'gate' scales a layer's output at bypass sites: give site = 'around'"),
         (
             "vit",
             [{"estimator": "token_labels"}],
@@ -110,34 +115,34 @@ CASES: dict[str, list[Case]] = {
     "partner_found": [("vit", [{"merger": "bipartite"}], None, r"merges the pairs that a matching scorer finds \('bipartite'\)")],
     "matching_is_for_shrinking": [
         ("vit", [_AROUND | {"scorer": "bipartite"}], None, "scorer 'bipartite' finds pairs to merge, and around a layer nothing is merged"),
-        ("vit", [{"scorer": "bipartite", "keep": 0.3}], None, "keep = 0.3: scorer 'bipartite' can take away half of the tokens at most"),
+        ("vit", [{"scorer": "bipartite", "keep": 0.3}], None, "keep = 0.3: scorer 'bipartite' can remove at most half of the tokens"),
     ],
     "nothing_merged_around_a_layer": [
         ("vit", [_AROUND | {"merger": "fuse"}], None, "merger = 'fuse': at site 'around' no token goes away; leave merger out")
     ],
     "scores_for_the_selector": [
-        ("vit", [{"scorer": "evidence", "selector": "gumbel"}], None, "selector 'gumbel' takes scores for probabilities"),
-        ("vit", [{"selector": "threshold", "count": "evit"}], None, "count = 'evit' has nothing to count: selector 'threshold'"),
+        ("vit", [{"scorer": "evidence", "selector": "gumbel"}], None, "selector 'gumbel' needs keep probabilities"),
+        ("vit", [{"selector": "threshold", "count": "evit"}], None, "count = 'evit' must be left out: selector 'threshold'"),
         ("vit", [{"selector": "threshold", "keep": None, "tokens": 9}], None, "lets every row keep as many as it likes, which tokens = 9"),
         ("vit", [{"scorer": "bipartite", "selector": "threshold"}], None, "lets every row keep as many .* scorer 'bipartite'"),
     ],
     "outputs_of_the_merger": [
-        ("vit", [{"merger": "pool"}], None, "merger 'pool' makes 16 tokens: give the stage tokens = 16"),
-        ("vit", [{"selector": "threshold"}, {"layer": 2, **_POOL}], None, "merger 'pool' takes rows of one length"),
+        ("vit", [{"merger": "pool"}], None, "merger 'pool' makes 16 tokens: give tokens = 16"),
+        ("vit", [{"selector": "threshold"}, {"layer": 2, **_POOL}], None, "merger 'pool' needs rows of equal length"),
     ],
     "readable_layer": [
-        ("modernbert", [{"scorer": "cls_attention"}], None, "needs the query of the first token, and .*; take 'learned' or 'evidence'"),
+        ("modernbert", [{"scorer": "cls_attention"}], None, "needs the query of CLS, and .*; take 'learned'"),
         ("modernbert", [{"scorer": "bipartite", "merger": "bipartite"}], None, "scorer 'bipartite' compares keys, and .*metric: tokens"),
     ],
     "attention_for_rows_of_unequal_length": [
-        (_flash("vit"), [{"selector": "threshold"}], None, "selector 'threshold' lets rows keep different numbers, which attention 'flash")
+        (_flash("vit"), [{"selector": "threshold"}], None, "selector 'threshold' makes rows of different lengths, which attention 'flash")
     ],
     "causal_shrinking": [
         ("vit", [{}], {"layer": 4, "by": "dechunk"}, "compression.restore.by = 'dechunk' is for chunks of causal models"),
         ("llama", [_CHUNKS | {"merger": "squeeze"}], {"layer": 3, "by": "dechunk"}, "merger 'squeeze' may mix later tokens into earlier"),
         ("llama", [_PROMPT | {"merger": "chunk_mean"}], END, "scope 'prompt' goes with merger 'drop', not 'chunk_mean'"),
         *(
-            ("llama", [_PROMPT], restore, r"scope 'prompt' takes tokens away, .* = \{layer: 4, by: rejoin\}")
+            ("llama", [_PROMPT], restore, r"scope 'prompt' removes tokens, .* = \{layer: 4, by: rejoin\}")
             for restore in (None, {"layer": 3, "by": "rejoin"}, {"layer": 4, "by": "unmerge"})
         ),
         ("llama", [{"scorer": "linear"}], {"layer": 3, "by": "dechunk"}, "scorer 'linear' with selector 'top_k' is non-causal"),

@@ -10,7 +10,8 @@ import pytest
 from torch import Tensor
 
 from laconic import Trace
-from tests import decoders, encoders, matrix
+from tests import matrix
+from tests.matrix import decoders, encoders
 
 GOLDENS: dict[str, Any] = json.loads((Path(__file__).parent / "goldens.json").read_text())
 

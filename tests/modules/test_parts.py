@@ -160,7 +160,7 @@ WRONG = [
     ({"tokens": 9}, r"give either keep or tokens, not both"),
     ({"tokens": 0}, r"tokens = 0 must be an integer of at least 1"),
     ({"site": "around", "merger": "fuse"}, r"no token goes away; leave merger out"),
-    ({"merger": "bipartite"}, r"merges the pairs that scorer 'bipartite' finds, not those of 'learned'; try 'squeeze'"),
+    ({"merger": "bipartite"}, r"merges the pairs that a matching scorer finds \('bipartite'\), not those of 'learned'; try 'squeeze'"),
     ({"scorer": "evidence", "selector": "gumbel"}, r"needs keep probabilities, which scorer 'evidence' does not give"),
     ({"scorer": "bipartite", "selector": "threshold", "merger": "bipartite"}, r"keeps a different number per row"),
     (

@@ -15,7 +15,8 @@ from laconic import Trace, stages_of
 from laconic.modules.cost.count_rules import COUNT_RULES, StageCount
 from laconic.modules.decoding.cache import RoutedCache
 from laconic.modules.tokens.trace import Routing
-from tests import decoders, encoders, matrix
+from tests import matrix
+from tests.matrix import decoders, encoders
 from tests.modules.test_decoders import masked_reference as causal_reference
 from tests.modules.test_invariants import _masked_reference as vision_reference
 

@@ -41,7 +41,7 @@ def test_the_stacks_have_their_own_layers_adapters_and_settings() -> None:
     [
         (
             {"stack": "decoder"},
-            r"stage 'decoder.before_1': stack = 'decoder' offers no site for a stage: .*hands them nothing but the tokens",
+            r"stage 'decoder.before_1': stack = 'decoder' has no site for a stage: .*passes them only the hidden states",
         ),
         ({"stack": "text"}, r"stage 'text.before_1': stack = 'text' does not exist in this model: its stacks are '', 'decoder'"),
     ],
@@ -75,7 +75,7 @@ def test_a_restore_by_stack_is_the_plain_one_bit_for_bit(parts: dict[str, Any]) 
     ("restore", "message"),
     [
         ({"": PLAIN, "text": PLAIN}, r"compression.restore.text: there is no such stack in this model: its stacks are '', 'decoder'"),
-        ({"": PLAIN, "decoder": {"layer": 2}}, r"compression.restore.decoder has nothing to do: no stage makes the sequence shorter"),
+        ({"": PLAIN, "decoder": {"layer": 2}}, r"compression.restore.decoder has no effect: no stage shortens the sequence"),
         ({"": {"layer": LAYERS, "how": "x"}}, r"compression\.restore\.how is not a key"),
         ({"": {"by": "rejoin"}}, r"compression\.restore\.layer is missing"),
     ],
