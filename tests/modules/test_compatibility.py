@@ -107,10 +107,20 @@ CASES: dict[str, list[Case]] = {
             "vit",
             [{"estimator": "token_labels"}],
             None,
-            "estimator 'token_labels' cannot train scorer 'learned': .* take 'straight_through'",
+            "estimator 'token_labels' cannot train scorer 'learned'; take 'straight_through'",
         ),
-        ("vit", [{"layer": 3, "site": "between", "estimator": "key_bias"}], None, "no attention follows that estimator 'key_bias'"),
-        ("vit", [_AROUND | {"site": "around_mlp", "estimator": "key_bias"}], None, "no attention follows that estimator 'key_bias'"),
+        (
+            "vit",
+            [{"layer": 3, "site": "between", "estimator": "key_bias"}],
+            None,
+            "estimator 'key_bias' learns from attention, and no attention follows",
+        ),
+        (
+            "vit",
+            [_AROUND | {"site": "around_mlp", "estimator": "key_bias"}],
+            None,
+            "estimator 'key_bias' learns from attention, and no attention follows",
+        ),
     ],
     "partner_found": [("vit", [{"merger": "bipartite"}], None, r"merges the pairs that a matching scorer finds \('bipartite'\)")],
     "matching_is_for_shrinking": [
@@ -123,8 +133,8 @@ CASES: dict[str, list[Case]] = {
     "scores_for_the_selector": [
         ("vit", [{"scorer": "evidence", "selector": "gumbel"}], None, "selector 'gumbel' needs keep probabilities"),
         ("vit", [{"selector": "threshold", "count": "evit"}], None, "count = 'evit' must be left out: selector 'threshold'"),
-        ("vit", [{"selector": "threshold", "keep": None, "tokens": 9}], None, "lets every row keep as many as it likes, which tokens = 9"),
-        ("vit", [{"scorer": "bipartite", "selector": "threshold"}], None, "lets every row keep as many .* scorer 'bipartite'"),
+        ("vit", [{"selector": "threshold", "keep": None, "tokens": 9}], None, "keeps a different number per row, which tokens = 9"),
+        ("vit", [{"scorer": "bipartite", "selector": "threshold"}], None, "keeps a different number per row, which scorer 'bipartite'"),
     ],
     "outputs_of_the_merger": [
         ("vit", [{"merger": "pool"}], None, "merger 'pool' makes 16 tokens: give tokens = 16"),

@@ -65,6 +65,9 @@ def _rows(method: Method) -> tuple[Tensor, Tensor]:
 @deployed
 def test_7_prefill_equals_a_shorter_prefill_and_decoding(family: str, method: Method) -> None:
     model = compressed(family, method, 0.5, 0.6)
+    if model.config._attn_implementation == "sdpa":
+        # In float32 the rounding of some processors reaches the bound. Eager attention masks with a number that float64 takes for infinite.
+        model = model.double()
     ids, mask = _rows(method)
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     whole = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits

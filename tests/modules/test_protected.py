@@ -17,8 +17,6 @@ from laconic.modules.decoding.cache import RoutedCache
 from laconic.modules.tokens.trace import Routing
 from tests import matrix
 from tests.matrix import decoders, encoders
-from tests.modules.test_decoders import masked_reference as causal_reference
-from tests.modules.test_invariants import _masked_reference as vision_reference
 
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 # Places that are protected in each of three rows, beside [CLS]; all kinds of rows have at least 24 tokens.
@@ -62,7 +60,7 @@ KINDS = {
         1,
         lambda method, *keeps: matrix.compressed("vit", method, *keeps),
         _images,
-        lambda method, model, trace: vision_reference(matrix.dense("vit"), "vit", matrix.images(), trace),
+        lambda method, model, trace: matrix.masked_reference(matrix.dense("vit"), "vit", matrix.images(), trace),
     ),
     "bert": Kind(
         24,
@@ -76,7 +74,7 @@ KINDS = {
         0,
         lambda method, *keeps: decoders.compressed("llama", method, *keeps),
         _causal,
-        lambda method, model, trace: causal_reference(model, decoders.dense("llama"), decoders.tokens(), trace, method),
+        lambda method, model, trace: decoders.masked_reference(model, decoders.dense("llama"), decoders.tokens(), trace, method),
     ),
 }
 METHODS = {"vit": matrix.METHODS, "bert": encoders.METHODS, "llama": [*decoders.METHODS, *decoders.CHUNKS]}
