@@ -79,7 +79,7 @@ def open_splits(
     held_out = max(1, math.floor(names.fraction * len(train)))
     if held_out >= len(train):
         raise ValueError(
-            f"data.train_split = {names.train!r} has {len(train)} row(s), too few to hold one out for validation: give data.validation_split "
+            f"data.train_split = {names.train!r} has {len(train)} row(s), too few to hold one out for validation: set data.validation_split "
             "and data.data_files={train: …, validation: …}; for text, data.sample_by=paragraph makes more rows of a file"
         )
     return train.select(np.sort(order[held_out:])), train.select(np.sort(order[:held_out])), test

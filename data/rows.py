@@ -54,7 +54,7 @@ class BadRowCount:
             )
 
     def summary(self) -> str:
-        """``3 of 128: 2 undecodable image (first row 17), …``."""
+        """``3 of 128 rows: 2 × undecodable image (first at row 17), …``."""
         named = ", ".join(f"{number} × {reason} (first at row {self.first[reason]})" for reason, number in self.reasons.items())
         return f"{sum(self.reasons.values())} of {self.seen} rows: {named}" if named else f"0 of {self.seen} rows"
 

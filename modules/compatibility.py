@@ -1,8 +1,7 @@
-"""What goes together: model, stacks, sites, scopes, scorers, selectors, mergers, estimators, restores. One ordered list of rules.
+"""Rules of which models, stacks, sites, scopes, parts and restores go together, in one ordered list.
 
-A rule is a function that raises ValueError, with the stage, the key, what is allowed and the cure. It asks parts and adapters for their
-properties, never for their names, so that parts of other packages are held to the same rules. ``check_config`` runs the rules that
-need no built stage, ``check_stages`` the others; both before anything of a model is changed.
+A rule raises ValueError; the message names the stage, the key, the allowed values and the cure. It reads properties of parts and adapters,
+never their names, so it holds for parts of other packages too. All rules run before the model is changed.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from .tokens.scope import COMPLETE
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model and what is to be put into it.
+    """A model and the compression to apply to it.
 
     Attributes:
-        model: dense still, or just being built.
-        adapter: of its family.
-        config: its stages and restores.
-        stages: built; empty for the rules that come before.
+        model: the dense model, or a compressed one under construction.
+        adapter: adapter of the model's family.
+        config: the stages and restores.
+        stages: the built stages; empty in ``check_config``.
     """
 
     model: PreTrainedModel
@@ -39,15 +38,15 @@ class Candidate:
 
     @property
     def stacks(self) -> dict[str, Stack]:
-        """The model's stacks by name."""
+        """The model's stacks, by name."""
         return {stack.name: stack for stack in self.adapter.stacks(self.model)}
 
     def stack(self, stage: Stage | StageConfig) -> Stack:
-        """The stack that a stage sits in."""
+        """The stack of a stage."""
         return self.stacks[(stage.config if isinstance(stage, Stage) else stage).stack]
 
     def last_layer(self, stage: Stage) -> int:
-        """The layer at which the stage's sequence ends: the restore behind it, or the end of its stack."""
+        """First layer index after the stage's shortened sequence: the next restore, or else the number of layers of the stack."""
         where = self.config.restores.get(stage.config.stack)
         layers = len(self.stack(stage).layers)
         return where.layer if where is not None and where.layer > stage.config.layer else layers
@@ -57,19 +56,19 @@ Rule = Callable[[Candidate], None]
 
 
 def check_config(candidate: Candidate) -> None:
-    """Raises ValueError at the first rule that the config breaks."""
+    """Raises ValueError at the first broken rule among those that need no built stage."""
     candidate.adapter.check(candidate.model)
     for rule in CONFIG_RULES:
         rule(candidate)
 
 
 def check_stages(candidate: Candidate) -> None:
-    """Raises ValueError at the first rule that the built stages break."""
+    """Raises ValueError at the first broken rule among those that need built stages."""
     for rule in STAGE_RULES:
         rule(candidate)
 
 
-# Rules of the config alone.
+# Rules for the config.
 
 
 def some_stage(candidate: Candidate) -> None:
@@ -95,7 +94,7 @@ def offered_site(candidate: Candidate) -> None:
         if stage.site not in SITES:
             raise ValueError(f"{where}: site = {stage.site!r} does not exist: the sites are {', '.join(SITES)}")
         if not stack.adapter.sites:
-            raise ValueError(f"{where}: stack = {stage.stack!r} offers no site for a stage: {stack.adapter.__doc__}")
+            raise ValueError(f"{where}: stack = {stage.stack!r} has no site for a stage: {stack.adapter.__doc__}")
         if stage.site not in stack.adapter.sites:
             raise ValueError(f"{where}: site = {stage.site!r} is not offered by this backbone: it has {', '.join(stack.adapter.sites)}")
         if stage.site in refused:
@@ -107,8 +106,8 @@ def offered_scope(candidate: Candidate) -> None:
         scopes = candidate.stack(stage).adapter.scopes
         if stage.scope not in scopes:
             raise ValueError(
-                f"stage {stage.key!r}: scope = {stage.scope!r} is not offered by this backbone: it has {', '.join(scopes)} (prompt is for "
-                "causal models, visual for vision-language models)"
+                f"stage {stage.key!r}: scope = {stage.scope!r} is not offered by this backbone: it has {', '.join(scopes)} (prompt needs a "
+                "causal model, visual a vision-language model)"
             )
 
 
@@ -127,7 +126,7 @@ def valid_keep(candidate: Candidate) -> None:
         if stage.tokens is not None and stage.keep is not None:
             raise ValueError(f"{where}: give either keep or tokens, not both")
         if stage.free:
-            raise ValueError(f"{where}: keep is not set: give the fraction of tokens kept, in (0, 1], or let a budget decide it")
+            raise ValueError(f"{where}: keep is not set: give the fraction of tokens kept, in (0, 1], or use a budget")
         if stage.keep is not None and not 0 < stage.keep <= 1:
             raise ValueError(f"{where}: keep = {stage.keep} must be in (0, 1]: the fraction that is kept, not removed")
         if stage.count is not None and stage.count not in COUNT_RULES:
@@ -149,9 +148,7 @@ def nothing_inside_a_bypassed_layer(candidate: Candidate) -> None:
         same = [stage for stage in stages if (stage.stack, stage.layer) == (whole.stack, whole.layer)]
         inner = [stage.key for stage in same if stage.site not in ("around", "before")]
         if inner:
-            raise ValueError(
-                f"layer {whole.layer} has a stage around it: {', '.join(inner)} inside it cannot run on the chosen tokens alone"
-            )
+            raise ValueError(f"layer {whole.layer} has a stage around it, which excludes {', '.join(inner)} inside it: remove one of them")
 
 
 def distinct_names(candidate: Candidate) -> None:
@@ -165,7 +162,7 @@ def restore_after_shrinking(candidate: Candidate) -> None:
         where = f"compression.restore{'.' if stack else ''}{stack}"
         shrinking = [stage for stage in candidate.config.of_stack(stack) if not stage.bypass]
         if not shrinking:
-            raise ValueError(f"{where} has nothing to do: no stage makes the sequence shorter")
+            raise ValueError(f"{where} has no effect: no stage shortens the sequence")
         first = min(stage.layer + (stage.site == "between") for stage in shrinking)
         layers = len(candidate.stacks[stack].layers)
         if not first < restore.layer <= layers:
@@ -180,8 +177,8 @@ def served_attention(candidate: Candidate) -> None:
         served = stack.adapter.attentions
         if served is not None and stack.attention not in served:
             raise ValueError(
-                f"attention {stack.attention!r} is not served in a {candidate.adapter.model_type} with stages, whose layers are handed a "
-                f"mask of the tokens that are left: load it with attn_implementation {' or '.join(map(repr, served))}"
+                f"attention {stack.attention!r} is not supported in a {candidate.adapter.model_type} with stages, whose layers get a mask "
+                f"of the current tokens: load it with attn_implementation {' or '.join(map(repr, served))}"
             )
 
 
@@ -192,13 +189,12 @@ def every_token_restored(candidate: Candidate) -> None:
         short = [stage.key for stage in candidate.config.left_short(name)]
         if reader is not None and short:
             raise ValueError(
-                f"compression.restore is needed: {reader}, and after stages {', '.join(short)} tokens are missing; give "
-                f"compression.restore = {{layer: {len(stack.layers)}, by: unmerge}}, which restores them after the last layer, or 'by: "
-                "rejoin', or stages around layers"
+                f"compression.restore is needed: {reader}, and stages {', '.join(short)} remove tokens; give compression.restore = "
+                f"{{layer: {len(stack.layers)}, by: unmerge}} (after the last layer), or 'by: rejoin', or stages around layers"
             )
 
 
-# Rules of built stages.
+# Rules for built stages.
 
 
 def estimator_for_its_scorer(candidate: Candidate) -> None:
@@ -210,22 +206,16 @@ def estimator_for_its_scorer(candidate: Candidate) -> None:
             continue
         name = stage.config.part("estimator").name if stage.config.estimator is not None else str(stage.scorer.estimator)
         if part.needs_chunks and not stage.chunks:
-            raise ValueError(
-                f"{where}: estimator {name!r} is for chunks of a causal model that a restore by 'dechunk' spreads; leave estimator out"
-            )
+            raise ValueError(f"{where}: estimator {name!r} needs a causal model's chunks and a restore by 'dechunk': leave estimator out")
         if part.bypass_only and not stage.bypass:
-            raise ValueError(
-                f"{where}: estimator {name!r} weighs what a layer adds to the tokens around it: give site = 'around', or leave it out"
-            )
+            raise ValueError(f"{where}: estimator {name!r} scales a layer's output at bypass sites: give site = 'around', or leave it out")
         if part.needs_answers != stage.scorer.answers_task:
-            raise ValueError(
-                f"{where}: estimator {name!r} cannot train scorer {scorer!r}: leave estimator out, or take {stage.scorer.estimator!r}"
-            )
+            raise ValueError(f"{where}: estimator {name!r} cannot train scorer {scorer!r}; take {stage.scorer.estimator!r}")
         if part.needs_attention:
             layer, site, last = stage.config.layer, stage.config.site, candidate.last_layer(stage)
             attends = layer + 1 < last if site == "between" else site != "around_mlp"
             if not attends:
-                raise ValueError(f"{where}: no attention follows that estimator {name!r} could learn from; take straight_through")
+                raise ValueError(f"{where}: estimator {name!r} learns from attention, and no attention follows: take straight_through")
 
 
 def partner_found(candidate: Candidate) -> None:
@@ -245,8 +235,7 @@ def matching_is_for_shrinking(candidate: Candidate) -> None:
             raise ValueError(f"{where}: scorer {scorer!r} finds pairs to merge, and around a layer nothing is merged; take another one")
         if stage.scorer.matches and stage.config.keep is not None and stage.config.keep < 0.5:
             raise ValueError(
-                f"{where}: keep = {stage.config.keep}: scorer {scorer!r} can take away half of the tokens at most; give 0.5 or more, and "
-                "more stages"
+                f"{where}: keep = {stage.config.keep}: scorer {scorer!r} can remove at most half of the tokens: give at least 0.5"
             )
 
 
@@ -254,8 +243,8 @@ def nothing_merged_around_a_layer(candidate: Candidate) -> None:
     for stage in candidate.stages:
         if stage.bypass and not stage.merger.drops:
             raise ValueError(
-                f"stage {stage.config.key!r}: merger = {stage.config.part('merger').name!r}: at site {stage.config.site!r} no token goes "
-                "away; leave merger out"
+                f"stage {stage.config.key!r}: merger = {stage.config.part('merger').name!r}: at site {stage.config.site!r} no token "
+                "goes away; leave merger out"
             )
 
 
@@ -264,20 +253,18 @@ def scores_for_the_selector(candidate: Candidate) -> None:
         where = f"stage {stage.config.key!r}"
         scorer, selector, merger = (stage.config.part(kind).name for kind in ("scorer", "selector", "merger"))
         if stage.selector.needs_probabilities and not stage.scorer.probabilities:
-            raise ValueError(f"{where}: selector {selector!r} takes scores for probabilities, which those of scorer {scorer!r} are not")
+            raise ValueError(f"{where}: selector {selector!r} needs keep probabilities, which scorer {scorer!r} does not give")
         if not stage.selector.adaptive:
             continue
         if stage.config.count is not None:
             raise ValueError(
-                f"{where}: count = {stage.config.count!r} has nothing to count: selector {selector!r} keeps as many as score high; leave "
-                "it out"
+                f"{where}: count = {stage.config.count!r} must be left out: selector {selector!r} keeps a varying number of tokens"
             )
         if stage.scorer.matches or stage.merger.outputs is not None or stage.config.tokens is not None:
             fixed = stage.config.tokens
             what = f"tokens = {fixed}" if fixed is not None else f"scorer {scorer!r} with merger {merger!r}"
             raise ValueError(
-                f"{where}: selector {selector!r} lets every row keep as many as it likes, which {what} does not allow; take 'top_k', or "
-                "give keep"
+                f"{where}: selector {selector!r} keeps a different number per row, which {what} does not allow; take 'top_k', or give keep"
             )
 
 
@@ -290,14 +277,9 @@ def outputs_of_the_merger(candidate: Candidate) -> None:
             uneven[stack] = False
         if stage.merger.outputs is not None:
             if stage.config.tokens != stage.merger.outputs:
-                raise ValueError(
-                    f"{where}: merger {merger!r} makes {stage.merger.outputs} tokens: give the stage tokens = {stage.merger.outputs}"
-                )
+                raise ValueError(f"{where}: merger {merger!r} makes {stage.merger.outputs} tokens: give tokens = {stage.merger.outputs}")
             if uneven.get(stack):
-                raise ValueError(
-                    f"{where}: merger {merger!r} takes rows of one length, which an adaptive selector before it does not leave; take top_k "
-                    "there"
-                )
+                raise ValueError(f"{where}: merger {merger!r} needs rows of equal length: take selector 'top_k' in the stages before it")
         uneven[stack] = uneven.get(stack, False) or (stage.selector.adaptive and not stage.bypass)
 
 
@@ -306,8 +288,7 @@ def readable_layer(candidate: Candidate) -> None:
         where, adapter = f"stage {stage.config.key!r}", stage.adapter
         if stage.scorer.reads_cls and adapter.no_cls_query is not None:
             raise ValueError(
-                f"{where}: scorer {stage.config.part('scorer').name!r} needs the query of the first token, and {adapter.no_cls_query}; take "
-                "'learned' or 'evidence'"
+                f"{where}: scorer {stage.config.part('scorer').name!r} needs the query of CLS, and {adapter.no_cls_query}; take 'learned'"
             )
         for kind, part in (("scorer", stage.scorer), ("merger", stage.merger)):
             if part.reads_keys and adapter.no_keys is not None:
@@ -320,13 +301,13 @@ def attention_for_rows_of_unequal_length(candidate: Candidate) -> None:
         attention = candidate.stack(stage).attention
         if stage.selector.adaptive and attention not in ("sdpa", "eager", ATTENTION):
             raise ValueError(
-                f"stage {stage.config.key!r}: selector {stage.config.part('selector').name!r} lets rows keep different numbers, which "
-                f"attention {attention!r} is not served with here: load the model with attn_implementation 'sdpa' or 'eager'"
+                f"stage {stage.config.key!r}: selector {stage.config.part('selector').name!r} makes rows of different lengths, which "
+                f"attention {attention!r} does not support here: load the model with attn_implementation 'sdpa' or 'eager'"
             )
 
 
 def causal_shrinking(candidate: Candidate) -> None:
-    """Every place of the text must get an answer that depends on nothing behind it."""
+    """A causal model must answer at every position of the text, without using later tokens."""
     for name, stack in candidate.stacks.items():
         shrinking = [stage for stage in candidate.stages if stage.config.stack == name and not stage.bypass]
         restore, layers = candidate.config.restores.get(name), len(stack.layers)
@@ -339,31 +320,28 @@ def causal_shrinking(candidate: Candidate) -> None:
             where = f"stage {stage.config.key!r}"
             scorer, selector, merger = (stage.config.part(kind).name for kind in ("scorer", "selector", "merger"))
             if not stage.merger.causal:
-                raise ValueError(
-                    f"{where}: merger {merger!r} may mix later tokens into earlier ones; of a causal model take drop or chunk_mean"
-                )
+                raise ValueError(f"{where}: merger {merger!r} may mix later tokens into earlier ones: take drop or chunk_mean")
             if stage.config.scope in COMPLETE:
                 if not stage.merger.drops:
                     raise ValueError(f"{where}: scope {stage.config.scope!r} goes with merger 'drop', not {merger!r}")
                 if restore is None or by != "rejoin" or restore.layer != layers:
                     raise ValueError(
-                        f"{where}: scope {stage.config.scope!r} takes tokens away, and the head answers at every place: give "
+                        f"{where}: scope {stage.config.scope!r} removes tokens, and the head answers at every place: give "
                         f"compression.restore = {{layer: {layers}, by: rejoin}}"
                     )
             elif stage.lookahead:
                 raise ValueError(
-                    f"{where}: scorer {scorer!r} with selector {selector!r} is non-causal, and what is shortened by it lets earlier tokens "
-                    "depend on later ones: take scorer 'boundary' or 'linear' with selector 'threshold' or 'gumbel', or scope 'prompt', "
-                    "which shortens the prompt alone"
+                    f"{where}: scorer {scorer!r} with selector {selector!r} is non-causal: earlier tokens would depend on later ones; "
+                    "take scorer 'boundary' or 'linear' with selector 'threshold' or 'gumbel', or scope 'prompt'"
                 )
             elif by != "dechunk":
                 raise ValueError(
-                    f"{where}: the head of a causal model answers at every place: give compression.restore = {{layer: j, by: dechunk}} with "
-                    f"j up to {layers}, which gives every token what layers added to its chunk; or take scope 'prompt' with "
+                    f"{where}: the head of a causal model answers at every place: give compression.restore = {{layer: j, by: dechunk}}, "
+                    f"j up to {layers}, which gives each token the layers' output for its chunk; or take scope 'prompt' with "
                     f"{{layer: {layers}, by: rejoin}}"
                 )
             elif len(shrinking) > 1:
-                raise ValueError(f"{where}: one stage makes chunks, and {len(shrinking)} were given: leave one of them")
+                raise ValueError(f"{where}: only one stage makes chunks, and {len(shrinking)} were given: leave one of them")
 
 
 CONFIG_RULES: tuple[Rule, ...] = (
@@ -394,27 +372,27 @@ STAGE_RULES: tuple[Rule, ...] = (
 
 
 def check_deployable(stages: Iterable[Stage]) -> None:
-    """Raises ValueError where a stage of a causal model cannot run token by token."""
-    ahead = [stage.config.key for stage in stages if not stage.deployable]
-    if ahead:
+    """Raises ValueError if a stage of a causal model cannot run token by token."""
+    noncausal = [stage.config.key for stage in stages if not stage.deployable]
+    if noncausal:
         raise ValueError(
-            f"stages {', '.join(ahead)} are non-causal: which tokens they choose depends on tokens that are not generated yet. Train with "
-            "scorer 'linear' and selector 'threshold' or 'predictor' (top-k in training, a causal predictor afterwards), or call "
+            f"stages {', '.join(noncausal)} are non-causal: their decisions depend on tokens that are not generated yet. Train with scorer "
+            "'linear' and selector 'threshold' or 'predictor' (top-k in training, a causal predictor in evaluation), or call "
             "decompress(model)"
         )
 
 
 def check_held(stages: Iterable[Stage], regularized: bool) -> None:
-    """Raises ValueError where nothing brings the scores of a stage to the requested ratio.
+    """Raises ValueError if a stage's selector does not hold the requested keep and no regulariser does.
 
     Args:
-        stages: of a model.
-        regularized: whether a regulariser of the budget pulls on keep probabilities.
+        stages: stages of a model.
+        regularized: the budget has a regulariser.
     """
     unheld = [stage.config.key for stage in stages if stage.selector.needs_probabilities]
     if unheld and not regularized:
         raise ValueError(
-            f"budget.regularizer is missing: the selectors of {', '.join(unheld)} keep what is more likely than not, and only a regulariser "
-            "brings that to what is requested: leave keep out and give budget.target and budget.regularizer (macs_squared, ratio_mse or "
-            "h_net), or take selector 'threshold', or 'top_k' if the model is not causal"
+            f"budget.regularizer is missing: the selectors of {', '.join(unheld)} keep tokens with probability above 0.5, and only a "
+            "regulariser brings that to the requested keep: leave keep out and give budget.target and budget.regularizer "
+            "(macs_squared, ratio_mse or h_net), or take selector 'threshold', or 'top_k' if the model is not causal"
         )

@@ -1,4 +1,4 @@
-"""compress(model, config) and decompress(model): the only place that edits a model."""
+"""compress(model, config) and decompress(model): the only functions that edit a model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def compress(model: Model, config: CompressionConfig) -> Model:
-    """Puts token routers and mergers into a model, in place.
+    """Adds token routers and mergers to a model, in place.
 
     Args:
         model: a transformers model of a supported family.
-        config: its stages; every ``keep`` must be set (a budget's ``resolve`` sets them).
+        config: the stages; every ``keep`` must be set (``Budget.resolve`` computes the missing ones).
 
     Returns:
-        The same object, now of a generated subclass of its class.
+        The same object; its class is now a generated subclass of its original class.
 
     Raises:
-        ValueError: the model is compressed already, has no adapter, or the config asks for something that it cannot have.
-            Nothing has been changed then.
+        ValueError: the model is already compressed, has no adapter, or does not support the config. The model is unchanged in this case.
     """
     if isinstance(model, CompressedModel):
         raise ValueError(f"{type(model).__name__} is compressed already: call decompress(model) first")
@@ -45,7 +44,7 @@ def compress(model: Model, config: CompressionConfig) -> Model:
 
 
 def decompress(model: Model) -> Model:
-    """Takes the stages out again, in place: the model is of its original class, with its original parameters.
+    """Removes the stages, in place: the model has its original class and its original parameters again.
 
     Raises:
         ValueError: the model is not compressed.
@@ -59,7 +58,7 @@ def decompress(model: Model) -> Model:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Turns on transformers' gradient checkpointing, under the name that the installed version has for it."""
-    # 5.17 knows only the older name, which later versions deprecate.
+    """Turns on transformers' gradient checkpointing, by the method name of the installed version."""
+    # transformers 5.17 has only the older name, which later versions deprecate.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -1,7 +1,7 @@
-"""Generated model classes, and how stages are put into a model of one.
+"""Generated model classes, and functions that add stages to a model and remove them.
 
-A model becomes an instance of a generated subclass of its own class, and so do its layers. Names of parameters, ``generate``,
-``save_pretrained``, PEFT and the Trainer of transformers go on as before; stages are new submodules under new names.
+A compressed model is an instance of a generated subclass of its own class, and so are its layers. Parameter names, ``generate``,
+``save_pretrained``, PEFT and the transformers Trainer work unchanged; stages are new submodules under new names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .tokens.trace import Trace
 
 
 class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """Mixin of generated model classes: makes the trace where the caller gives none, and notes the inputs on it."""
+    """Mixin of generated model classes: creates the trace if the caller passes none, and stores the forward's inputs on its flows."""
 
     adapter: type[ModelAdapter]
 
@@ -36,39 +36,39 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         super().__init__(config, *args, **kwargs)
         compression = CompressionConfig.from_dict(config.compression)
         stages = build_stages(self, compression, self.adapter)
-        # Thresholds are compared with float32 scores: rounded to bf16 by loading, they would decide otherwise than they were trained to.
+        # Thresholds are compared with float32 scores. Loading would round them to bf16 and change decisions.
         exact = {f"selector.{name}" for stage in stages for name in stage.selector.float32_buffers}
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *exact}
         install(self, compression, stages, self.adapter)
         _register_outputs(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle rebuilds the class, which no module has by name, without what torch.compile leaves on a module.
+        # Pickle rebuilds the generated class, which no module holds by name. The state excludes what torch.compile stores on a module.
         return _empty_model, (base_class(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # Also where transformers loaded this very file as remote code: what it does for its own classes alone, such as renaming
-        # weights, is meant for these too.
+        # transformers applies some steps, such as renaming weights, only to its own classes. They are needed here too, also if
+        # transformers loaded this file as remote code.
         return False
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """transformers' own, under the names that the model has.
+        """``save_pretrained`` of transformers, with the model's current parameter names.
 
         Raises:
-            ValueError: there is LoRA in the model, which transformers would save under names that nothing loads; or a part that was
-                given as a class or an object, which no config could find again.
+            ValueError: the model contains LoRA, whose weights transformers would save under names that it cannot load; or a part was
+                given as a class or object that a config cannot name.
         """
         if hasattr(self, "peft_config"):
             raise ValueError(
-                "save_pretrained would mix LoRA into the weights' names: call laconic.save_adapter, or laconic.merge_lora first"
+                "save_pretrained would save LoRA under names that cannot be loaded: call laconic.save_adapter, or laconic.merge_lora first"
             )
         check_savable(self)
-        # transformers files the older names of a checkpoint under the names of its own classes: it would save them and not know them again.
+        # By default transformers saves under a checkpoint's original names, and renames them back at loading only for its own classes.
         super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """transformers' own; rows are packed only for the attention function that understands it."""
+        """``set_attn_implementation`` of transformers; rows are packed only with the attention function that supports packing."""
         stages = stages_of(self).values()
         stacks = {stack.name: stack for stack in self.adapter.stacks(self)}
         if attn_implementation == "sdpa" and any(_packs(stack, stages) for stack in stacks.values()):
@@ -80,16 +80,16 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
                     layer.plan = replace(layer.plan, packs=not layer.plan.dense and stack.attention == ATTENTION)
 
     def bind_trace(self, trace: Trace | None, inputs: dict[str, Any]) -> Trace:
-        """The trace of this forward: the caller's, or a new one, which has the labels that the model was called with."""
+        """The trace of this forward: the caller's, or a new one with the labels from ``inputs``."""
         trace = Trace(labels=self.adapter.labels(self, inputs)) if trace is None else trace
         if any(flow.state is not None for flow in trace.flows.values()):
-            raise ValueError("this trace has seen a forward already: make a new Trace for each forward")
+            raise ValueError("this trace was already used in a forward: make a new Trace for each forward")
         if named := trace.keep.keys() | trace.replay.keys():
             there = stages_of(self)
             if unknown := named - there.keys():
-                raise ValueError(f"the trace names stages {', '.join(sorted(unknown))}: the model has {', '.join(there)}")
+                raise ValueError(f"the trace names unknown stages {', '.join(sorted(unknown))}: the model has {', '.join(there)}")
         flow, requested = trace.flow(), inputs.get("output_hidden_states")
-        # Hidden states of layers that are given out must be of rows.
+        # Hidden states that the model returns must have padded rows, not packed ones.
         flow.keep_padded = bool(self.config.output_hidden_states if requested is None else requested) or flow.keep_padded
         flow.under_head = flow.under_head or self.adapter.base(self) is not self
         self.adapter.bind_inputs(self, trace, inputs)
@@ -97,7 +97,7 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
 
 def check_savable(model: PreTrainedModel) -> None:
-    """Raises ValueError where a stage has a part that a saved config could not name."""
+    """Raises ValueError if a stage has a part that a saved config cannot name."""
     for stage in stages_of(model).values():
         for kind in PARTS:
             given = getattr(stage.config, kind)
@@ -118,7 +118,7 @@ def compressed_class(cls: Any) -> type[Any]:
         trace = self.bind_trace(trace, inputs | added)
         return self.adapter.finish(self, cls.forward(self, *args, trace=trace, **kwargs), trace)
 
-    # transformers tells its own classes from a user's by the module's name, and treats only its own as fully supported.
+    # transformers recognises its own classes by the module name, and supports only those fully.
     attributes = {
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
@@ -131,10 +131,10 @@ def compressed_class(cls: Any) -> type[Any]:
 
 
 def build_stages(model: PreTrainedModel, config: CompressionConfig, adapter: type[ModelAdapter]) -> list[Stage]:
-    """Checks the config against the model and builds its stages, in the order that they run; changes nothing.
+    """Checks the config against the model and builds its stages, in running order. The model is not changed.
 
     Raises:
-        ValueError: the model cannot have these stages.
+        ValueError: the model does not support these stages.
     """
     candidate = Candidate(model, adapter, config)
     check_config(candidate)
@@ -149,7 +149,7 @@ def build_stages(model: PreTrainedModel, config: CompressionConfig, adapter: typ
 
 
 def install(model: PreTrainedModel, config: CompressionConfig, stages: Sequence[Stage], adapter: type[ModelAdapter]) -> None:
-    """Puts built stages into a model, whose layers and base become instances of generated classes."""
+    """Adds built stages to a model; its layers and base become instances of generated classes."""
     for stack in adapter.stacks(model):
         own = [stage for stage in stages if stage.config.stack == stack.name]
         at: list[dict[str, Stage]] = [{} for _ in stack.layers]
@@ -175,7 +175,7 @@ def install(model: PreTrainedModel, config: CompressionConfig, stages: Sequence[
 
 
 def uninstall(model: PreTrainedModel, adapter: type[ModelAdapter]) -> None:
-    """Undoes ``install``."""
+    """Reverts ``install``."""
     for stack in adapter.stacks(model):
         for layer in stack.layers:
             assert isinstance(layer, CompressedLayer)
@@ -193,20 +193,20 @@ def uninstall(model: PreTrainedModel, adapter: type[ModelAdapter]) -> None:
 
 
 def become(model: PreTrainedModel, cls: type[Any]) -> None:
-    """Makes a model an instance of a generated class."""
+    """Changes a model's class to a generated class."""
     model.__class__ = cls
     _register_outputs(model)
 
 
 def _packs(stack: Stack, stages: Any) -> bool:
-    """Rows of a stack may have different lengths, and the layers can take them packed."""
-    # The other attention functions would not know what to do with a packing.
+    """True if rows of the stack may have different lengths and its layers support packing."""
+    # Other attention functions do not support a Packing as their mask.
     adaptive = any(stage.selector.adaptive for stage in stages if stage.config.stack == stack.name)
     return adaptive and stack.adapter.packs(stack.config)
 
 
 def _plans(stack: Stack, restore: RestoreConfig | None, at: list[dict[str, Stage]], packs: bool) -> list[LayerPlan]:
-    """The plan of every layer of a stack, in order."""
+    """The LayerPlan of every layer of a stack, in order."""
     last, dense = len(at) - 1, not any(at)
 
     def reads_rows(index: int) -> bool:
@@ -229,10 +229,10 @@ def _plans(stack: Stack, restore: RestoreConfig | None, at: list[dict[str, Stage
 
 
 def _register_outputs(model: Any) -> None:
-    """Lets transformers find what its hooks may record, which it files under the class's name."""
+    """Registers the outputs that transformers' hooks may record, which transformers looks up by class."""
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-    # Up to 5.17 by the class's text, later by the model.
+    # The key is the class's text up to transformers 5.17, and the model in later versions.
     key: Any = str(type(model)) if type(_CAN_RECORD_REGISTRY) is dict else model
     _CAN_RECORD_REGISTRY[key] = model._can_record_outputs
 

@@ -1,4 +1,4 @@
-"""CompressionConfig: which stages a model has. Plain data, kept in ``config.compression`` of the model; needs no torch."""
+"""CompressionConfig: the stages of a model. Plain data, stored in ``config.compression`` of the model; needs no torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from . import registry
 
-# Sites after which the sequence is shorter for all that follows.
+# Sites that shorten the sequence for all layers after them.
 SHRINKING = ("before", "between")
-# Sites at which the chosen tokens are processed and the others bypass the layer, or half of it; the sequence keeps its length.
+# Sites at which selected tokens are processed and the others bypass the layer, or half of it; the sequence keeps its length.
 BYPASS = ("around", "around_attention", "around_mlp")
 SITES = (*SHRINKING, *BYPASS)
-# The order in which the sites of one layer run.
+# Running order of the sites of one layer.
 _ORDER = {site: index for index, site in enumerate(("before", "around", "around_attention", "between", "around_mlp"))}
-# Which tokens a stage may touch.
+# Sets of tokens that a stage may touch.
 SCOPES = ("all", "prompt", "visual")
 RESTORE = ("unmerge", "rejoin", "dechunk")
 PARTS = ("scorer", "selector", "merger", "estimator")
-# What users of other systems write; each would silently mean the opposite here.
+# Keys of other systems that give the removed fraction, the opposite of keep.
 _REMOVED_FRACTION = (
     "ratio",
     "drop",
@@ -41,9 +41,9 @@ class PartConfig:
     """A scorer, selector, merger or estimator by name, with its options.
 
     Attributes:
-        name: the part's file name in its folder, or that of its entry point in another package.
-        options: keyword arguments of its constructor.
-        given: the class or the object itself, where Python code gave one.
+        name: name of the part's file in its folder, or of its entry point in another package.
+        options: keyword arguments of the part's constructor.
+        given: the class or object that Python code gave instead of a name; None otherwise.
     """
 
     name: str
@@ -54,10 +54,10 @@ class PartConfig:
 
     @staticmethod
     def of(value: Any, kind: str) -> PartConfig:
-        """From ``"top_k"``, from ``{"name": "top_k", "bucket": 16}``, from a class or an object of this kind, or as it is.
+        """A PartConfig from ``"top_k"``, ``{"name": "top_k", "bucket": 16}``, a class or an object; a PartConfig is returned as is.
 
         Args:
-            value: any of these.
+            value: one of these forms.
             kind: ``scorer``, ``selector``, ``merger``, ``estimator`` or ``regularizer``.
         """
         if isinstance(value, PartConfig):
@@ -68,24 +68,24 @@ class PartConfig:
             cls = value if isinstance(value, type) else type(value)
             return PartConfig(registry.name_of(kind, cls) or cls.__qualname__, given=value)
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise ValueError(f"a {kind} is a name, a mapping with 'name' and its options, or a class or object of Python, not {value!r}")
+            raise ValueError(f"a {kind} must be a name, a mapping with 'name' and options, or a Python class or object, not {value!r}")
         if isinstance(value.get("options"), Mapping) and set(value) == {"name", "options"}:
             return PartConfig(value["name"], dict(value["options"]))
         return PartConfig(value["name"], {key: item for key, item in value.items() if key != "name"})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, the inverse of ``of``. What Python code gave is named only."""
+        """JSON-able form, the inverse of ``of``. A given class or object is stored by its name only."""
         return {"name": self.name, "options": dict(self.options)}
 
     def unsaved(self, kind: str) -> str | None:
-        """Why a saved model could not find the part again; None where it could."""
+        """The reason why a saved config cannot name the part; None if it can."""
         if self.given is None:
             return None
         if not isinstance(self.given, type):
-            return f"{kind} {self.name!r} was given as an object, whose options are not known: give its name and options"
+            return f"{kind} {self.name!r} was given as an object, whose options cannot be saved: give its name and options"
         if registry.name_of(kind, self.given) is None:
             return (
-                f"{kind} {self.name!r} was given as a class that has no name: offer it as an entry point in group "
+                f"{kind} {self.name!r} was given as a class without a registered name: declare it as an entry point in group "
                 f"{registry.KINDS[kind].group!r} of its package, and give that name"
             )
         return None
@@ -96,20 +96,20 @@ class StageConfig:
     """One stage: a router (scorer and selector) and a merger at a site.
 
     Attributes:
-        layer: layer that the site belongs to, from 0.
-        keep: in (0, 1]; None leaves it to the budget. At a shrinking site, routable tokens leaving ÷ entering; around a layer or one
-            of its halves, routable tokens processed ÷ present (the capacity of Mixture-of-Depths). Routable are those in scope.
-        tokens: instead of ``keep``, how many routable tokens, whatever the size of the input.
-        site: where at the layer. ``before`` it and ``between`` its attention and its MLP the sequence gets shorter for all that
-            follows; ``around`` it, ``around_attention`` and ``around_mlp`` only the chosen tokens are processed by the layer or its half.
-        scorer: gives every token a score. Like every part a name, a mapping of name and options, or a class or object of Python.
+        layer: index of the layer that the site belongs to, from 0.
+        keep: fraction in (0, 1]; None leaves it to the budget. At a shrinking site, routable tokens leaving ÷ entering; at a bypass
+            site, routable tokens processed ÷ present (the capacity of Mixture-of-Depths). Only tokens in ``scope`` are routable.
+        tokens: number of routable tokens kept, at any input size; replaces ``keep``.
+        site: position at the layer. ``before`` the layer and ``between`` its attention and its MLP shorten the sequence for all later
+            layers. ``around`` the layer, ``around_attention`` and ``around_mlp`` process only the selected tokens in the layer or its half.
+        scorer: gives every token a score. Each part is a name, a mapping of name and options, or a Python class or object.
         selector: turns scores into a decision.
-        merger: what becomes of the tokens left out; a bypass site has none.
-        estimator: how a gradient reaches a trained scorer in training; None takes the one that the scorer is made for.
-        count: rule from ``keep`` to a number of tokens, a key of ``COUNT_RULES``; None takes the scorer's, which is mostly ``round``.
-        scope: which tokens the stage may touch: ``all``, ``prompt`` (those before the first that is predicted) or ``visual``.
-        stack: run of layers that ``layer`` counts in, of a model that has several (``vision``, ``text``); "" where there is one.
-        name: name in logs and reports; None makes one of stack, site and layer.
+        merger: removes or merges the tokens that are not kept; unused at bypass sites.
+        estimator: gives a trained scorer its gradient in training; None uses the scorer's default.
+        count: rule that turns ``keep`` into a number of tokens, a key of ``COUNT_RULES``; None uses the scorer's, mostly ``round``.
+        scope: tokens that the stage may touch: ``all``, ``prompt`` (those before the first predicted token) or ``visual``.
+        stack: stack that ``layer`` counts in, for a model with several (``vision``, ``text``); "" if the model has one.
+        name: name in logs and reports; None builds it from stack, site and layer.
     """
 
     layer: int
@@ -134,7 +134,7 @@ class StageConfig:
         if self.tokens is not None and (isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1):
             raise ValueError(f"compression.stages[].tokens = {self.tokens!r} must be an integer of at least 1")
         if isinstance(self.layer, bool) or not isinstance(self.layer, int):
-            raise ValueError(f"compression.stages[].layer = {self.layer!r} must be an integer, the number of a layer from 0")
+            raise ValueError(f"compression.stages[].layer = {self.layer!r} must be an integer, the index of a layer from 0")
         if self.scope not in SCOPES:
             raise ValueError(f"compression.stages[].scope = {self.scope!r} must be one of {', '.join(SCOPES)}")
         if self.name is None:
@@ -148,16 +148,16 @@ class StageConfig:
 
     @property
     def bypass(self) -> bool:
-        """Tokens that are not chosen bypass the layer or its half; they stay in the sequence."""
+        """Tokens that are not selected bypass the layer or its half and stay in the sequence."""
         return self.site in BYPASS
 
     @property
     def free(self) -> bool:
-        """Neither ``keep`` nor ``tokens`` is set: a budget must decide."""
+        """Neither ``keep`` nor ``tokens`` is set: a budget must set ``keep``."""
         return self.keep is None and self.tokens is None
 
     def part(self, kind: str) -> PartConfig:
-        """The stage's ``scorer``, ``selector``, ``merger`` or ``estimator``."""
+        """The stage's part of a kind: ``scorer``, ``selector``, ``merger`` or ``estimator``."""
         return PartConfig.of(getattr(self, kind), kind)
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,13 +168,13 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class RestoreConfig:
-    """Where the sequence of a stack gets its full length back.
+    """Where and how the sequence of a stack is restored to its full length.
 
     Attributes:
-        layer: before this layer; the number of layers means after the last.
-        by: ``unmerge`` gives every original token the state of the token that stands for it, and one that was dropped the state
-            that it had then; ``rejoin`` gives merged tokens their own last state too; ``dechunk``, of a causal model, gives every
-            token the state that it had, and what layers added to the newest chunk at or before it.
+        layer: index of the layer before which it is restored; the number of layers means after the last one.
+        by: ``unmerge`` gives every original token the hidden state of the token that represents it; a dropped token gets the hidden state
+            that it had when it was dropped. ``rejoin`` does this for merged tokens too. ``dechunk``, for causal models, gives every token
+            its hidden state from before the stage, plus what the layers added to the newest chunk at or before it.
     """
 
     layer: int
@@ -182,7 +182,7 @@ class RestoreConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int):
-            raise ValueError(f"compression.restore.layer = {self.layer!r} must be an integer, the number of a layer")
+            raise ValueError(f"compression.restore.layer = {self.layer!r} must be an integer, the index of a layer")
         if self.by not in RESTORE:
             raise ValueError(f"compression.restore.by = {self.by!r} must be one of {', '.join(RESTORE)}")
 
@@ -192,12 +192,13 @@ class CompressionConfig:
     """The stages of a model, in any order; they run in the order of their sites.
 
     Attributes:
-        stages: at most one a site. One that is given as a mapping may name several layers, a stage for each: ``layer: [1, 2, 3]``.
-        restores: by stack, where its sequence gets its full length back; a stack that is not named stays short.
+        stages: StageConfigs, at most one per site, in running order.
+        restores: RestoreConfig by stack name; a stack without one stays short.
 
     Args:
-        stages: StageConfigs, or mappings of their attributes.
-        restore: a RestoreConfig or a mapping of its attributes, for a model of one stack; or a mapping of these by stack.
+        stages: StageConfigs, or mappings of their attributes. A mapping may list several layers, ``layer: [1, 2, 3]``, and gives a stage
+            for each.
+        restore: a RestoreConfig or a mapping of its attributes, for a model with one stack; or a mapping from stack name to these.
     """
 
     stages: tuple[StageConfig, ...]
@@ -219,11 +220,11 @@ class CompressionConfig:
 
     @property
     def restore(self) -> RestoreConfig | None:
-        """Of a model of one stack."""
+        """The restore of a model with one stack; None without one."""
         return self.restores.get("")
 
     def of_stack(self, stack: str) -> tuple[StageConfig, ...]:
-        """The stages of one stack, in the order that they run."""
+        """The stages of one stack, in running order."""
         return tuple(stage for stage in self.stages if stage.stack == stack)
 
     def to_dict(self) -> dict[str, Any]:
@@ -234,7 +235,7 @@ class CompressionConfig:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> CompressionConfig:
-        """From what ``to_dict`` gave. Raises ValueError for an unknown key."""
+        """A config from the output of ``to_dict``. Raises ValueError for an unknown key."""
         _check_keys(data, ["stages", "restore"], "compression")
         if "stages" not in data:
             raise ValueError("compression.stages is missing: give at least one stage, or leave compression out for a dense model")
@@ -245,11 +246,11 @@ class CompressionConfig:
         return CompressionConfig(stages, self.restores or None)
 
     def with_keep(self, keep: Mapping[str, float]) -> CompressionConfig:
-        """A copy whose stages have the keep that the mapping gives, by stage name."""
+        """A copy in which the named stages have the given keep."""
         return self.with_stages(replace(stage, tokens=None, keep=keep[stage.key]) if stage.key in keep else stage for stage in self.stages)
 
     def left_short(self, stack: str = "") -> list[StageConfig]:
-        """Stages that shorten a stack's sequence for good: no restore comes after them."""
+        """Stages whose shortening of the stack's sequence no later restore reverts."""
         where = self.restores.get(stack)
         end = 0 if where is None else where.layer
         return [stage for stage in self.of_stack(stack) if not stage.bypass and stage.layer >= end]
@@ -261,9 +262,9 @@ def _restores(given: RestoreConfig | Mapping[str, Any] | None) -> dict[str, Rest
     if isinstance(given, RestoreConfig):
         return {"": given}
     if not isinstance(given, Mapping):
-        raise ValueError(f"compression.restore must have 'layer' and 'by', or these by stack, not {given!r}")
+        raise ValueError(f"compression.restore must have 'layer' and 'by', or a mapping of these by stack, not {given!r}")
     if given and all(isinstance(value, Mapping | RestoreConfig) for value in given.values()):
-        return {stack: _restore(value, f"compression.restore.{stack}") for stack, value in given.items()}
+        return {stack: _restore(value, f"compression.restore{'.' if stack else ''}{stack}") for stack, value in given.items()}
     return {"": _restore(given, "compression.restore")}
 
 
@@ -272,20 +273,20 @@ def _restore(given: RestoreConfig | Mapping[str, Any], where: str) -> RestoreCon
         return given
     _check_keys(given, [item.name for item in fields(RestoreConfig)], where)
     if "layer" not in given:
-        raise ValueError(f"{where}.layer is missing: before which layer; the number of layers means after the last")
+        raise ValueError(f"{where}.layer is missing: give the layer before which to restore; the number of layers means after the last")
     return RestoreConfig(**given)
 
 
 def stages_from_dict(data: Mapping[str, Any]) -> list[StageConfig]:
-    """A stage from plain data, or one for each of several layers. Raises ValueError for an unknown key, or a removed fraction's."""
+    """StageConfigs from a mapping, one for each layer it lists. Raises ValueError for an unknown key or one of a removed fraction."""
     if not isinstance(data, Mapping):
-        raise ValueError(f"compression.stages[] must be keys and values with 'layer', not {data!r}")
+        raise ValueError(f"compression.stages[] must be a mapping with 'layer', not {data!r}")
     _check_keys(data, [item.name for item in fields(StageConfig)], "compression.stages[]")
     if "layer" not in data:
-        raise ValueError("compression.stages[].layer is missing: which layer does the stage belong to, from 0")
+        raise ValueError("compression.stages[].layer is missing: give the index of the stage's layer, from 0")
     layers = data["layer"] if isinstance(data["layer"], list | tuple) else [data["layer"]]
     if not layers:
-        raise ValueError("compression.stages[].layer is an empty list: name the layers that the stage is for, from 0")
+        raise ValueError("compression.stages[].layer is an empty list: give the indices of the stage's layers, from 0")
     if len(layers) > 1 and data.get("name") is not None:
         raise ValueError(f"compression.stages[].name = {data['name']!r} would be that of {len(layers)} stages: leave it out")
     return [StageConfig(**{**data, "layer": layer}) for layer in layers]

@@ -1,4 +1,4 @@
-"""What a layer of a compressed model does beside its own arithmetic."""
+"""CompressedLayer: a layer that also runs stages, packing and restores."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from .tokens.restore import restore
 from .tokens.state import TokenState
 from .tokens.trace import Trace
 
-# What the names of generated classes begin with.
+# Prefix of the names of generated classes.
 CLASS_PREFIX = "Compressed"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a compressed layer does beside its stages.
+    """The work of a compressed layer in addition to its stages.
 
     Attributes:
-        stack: name of the stack that the layer is of.
-        index: of the layer in its stack, from 0.
-        adapter: of the layer.
-        dense: its stack has no stage, and the layer does what it always did.
-        restore_before: how the sequence gets its full length back before the layer; None leaves it.
-        restore_after: the same after it.
-        notes_left: a restore follows, which needs what tokens were before they went.
-        packs: rows of different lengths are packed for the layer.
-        unpacks: what follows the layer reads padded rows.
+        stack: name of the stack that contains the layer.
+        index: index of the layer in its stack, from 0.
+        adapter: adapter of the layer.
+        dense: the stack has no stages, so the layer runs unchanged.
+        restore_before: kind of restore to full length that runs before the layer (a value of ``RESTORE``); None for no restore.
+        restore_after: kind of restore that runs after the layer; None for no restore.
+        notes_left: a later restore needs the hidden states from before each shrinking stage, so the layer stores them.
+        packs: rows of different lengths are packed (varlen) before the layer.
+        unpacks: rows are padded again after the layer.
     """
 
     stack: str
@@ -48,9 +48,9 @@ class LayerPlan:
 
 
 class CompressedLayer(nn.Module):
-    """Mixin of generated layer classes: runs the stages at the layer's sites and hands it the mask of the tokens that it sees.
+    """Mixin of generated layer classes: runs the stages at the layer's sites and passes the layer the mask of the current tokens.
 
-    All of it happens in ``__call__``, outside what gradient checkpointing recomputes, so a decision is made once.
+    The stages run in ``__call__``, which gradient checkpointing does not recompute, so each decision is made once.
     """
 
     plan: LayerPlan
@@ -60,7 +60,7 @@ class CompressedLayer(nn.Module):
         if plan.dense:
             return super().__call__(hidden_states, *args, **kwargs)
         if trace is None:
-            raise ValueError(f"layer {plan.index} of a compressed model was called on its own: call the model, which makes the trace")
+            raise ValueError(f"layer {plan.index} of a compressed model was called without a trace: call the model, which passes one")
         inputs = dict(zip(plan.adapter.positional, args, strict=False)) | kwargs
         flow = trace.flow(plan.stack)
         if flow.state is None:
@@ -77,12 +77,12 @@ class CompressedLayer(nn.Module):
         return hidden_states if plan.restore_after is None else restore(hidden_states, flow, plan.restore_after)
 
     def _whole(self, hidden_states: Tensor, flow: Flow, inputs: dict[str, Any]) -> Any:
-        """The layer on all tokens that are left."""
+        """The whole layer on all current tokens."""
         plan, state = self.plan, flow.tokens
         tokens = state.tokens_per_row
         flow.layer_tokens[plan.index] = RowTokens(tokens, tokens, tokens)
         if state.empty and not self.training and not sharded(self):
-            # No row has a token here, as in most steps of generating with chunks.
+            # No row has a token, which is common while generating with chunks.
             return hidden_states
         unmasked = inputs.get("attention_mask") is None
         if plan.packs and not flow.keep_padded and unmasked and state.valid is not None and flow.packed is None:
@@ -126,7 +126,7 @@ class CompressedLayer(nn.Module):
         return hidden_states
 
     def _bypass(self, stage: Stage | None, hidden_states: Tensor, trace: Trace, inner: Inner) -> tuple[Tensor, int | Tensor]:
-        """What ``inner`` makes of the tokens that a stage chooses, or of all, and the number of those in a row."""
+        """Output of ``inner`` for the selected tokens (all tokens if there is no stage), and the number of tokens processed per row."""
         if stage is None:
             state = trace.flow(self.plan.stack).tokens
             return inner(hidden_states, state), state.tokens_per_row
@@ -142,7 +142,7 @@ class CompressedLayer(nn.Module):
         return shorter
 
     def _half(self, half: Any, *args: Any) -> Tensor:
-        """Half a layer, recomputed in backward where gradient checkpointing is on."""
+        """Half of a layer, recomputed in backward if gradient checkpointing is on."""
         if self.training and getattr(self, "gradient_checkpointing", False):
             recompute: Any = self._gradient_checkpointing_func
             half = functools.partial(recompute, half)
@@ -150,7 +150,7 @@ class CompressedLayer(nn.Module):
         return output
 
     def _stage(self, *sites: str) -> Stage | None:
-        """The first stage of the layer at one of the sites."""
+        """The layer's stage at the first of ``sites`` that has one; None if none has."""
         stages = self._modules.get("stages")
         if isinstance(stages, nn.ModuleDict):
             for site in sites:
@@ -160,15 +160,15 @@ class CompressedLayer(nn.Module):
 
 
 class Picklable:
-    """Lets pickle (spawned workers, ``copy``, ``torch.save`` of a model) rebuild a class that no module has by name."""
+    """Makes instances of a generated class picklable (spawned workers, ``copy``, ``torch.save``): no module holds the class by name."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Without what torch.compile leaves on a module, which is bound to the original.
+        # The state excludes what torch.compile stores on a module: it refers to the original object.
         return _empty_layer, (base_class(type(self)),), self.__getstate__()
 
 
 def base_class(cls: type[Any]) -> type[Any]:
-    """The class that a generated class, or one derived from it, was made from."""
+    """The original class of a generated class, or of a class derived from a generated one."""
     original: type[Any] = cls.original
     return original
 

@@ -1,4 +1,4 @@
-"""A linear layer that computes in float32 whatever surrounds it."""
+"""Float32Linear: a linear layer that always computes in float32."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.nn import functional
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Autocast switched off.
+    """A context in which autocast is off.
 
-    A device such as ``meta`` has none. A graph that is exported has none to switch either, and those that name one cannot be loaded.
+    It does nothing on devices without autocast (``meta``) and during export: an exported graph that names autocast cannot be loaded.
     """
     if torch.compiler.is_exporting() or not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
@@ -20,10 +20,10 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[ob
 
 
 class Float32Linear(nn.Linear):
-    """``nn.Linear`` in float32, under autocast and in a model of bf16 weights too.
+    """``nn.Linear`` in float32, also under autocast and in a model with bf16 weights.
 
-    Scores are compared with each other, and bf16 cannot tell neighbours apart. It is a module, not a function of another module's
-    weight, because ZeRO-3 gathers parameters where the module that holds them is called.
+    Scores are compared with each other, and bf16 rounds close scores to the same value. It is a module, not a function of another
+    module's weight, because ZeRO-3 gathers parameters when the module that holds them is called.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Finding a part by name: a file of the part's folder in this package, or an entry point of another package.
+"""Finds a part by name: a file in the part's folder of this package, or an entry point of another package.
 
-Nothing here imports torch, and a part's file is imported only when the part is built, so that recipes can be checked at once.
+This file does not import torch, and a part's file is imported only when the part is built, so recipes are checked quickly.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Kind:
     """A kind of part.
 
     Attributes:
-        folder: of its files, below this package.
-        base: class that every part of the kind derives from; it stands in the folder's ``base.py``.
-        given: arguments of the constructor that a stage passes itself and no config may set.
+        folder: folder of its files, relative to this package.
+        base: class that every part of the kind derives from, defined in the folder's ``base.py``.
+        given: constructor arguments that the stage passes; a config cannot set them.
     """
 
     folder: str
@@ -39,7 +39,7 @@ class Kind:
 
     @property
     def group(self) -> str:
-        """Group of entry points under which other packages offer such parts."""
+        """Entry point group in which other packages declare parts of this kind."""
         return f"laconic.{self.folder.rpartition('.')[2]}"
 
 
@@ -53,7 +53,7 @@ KINDS = {
 
 
 class Part(Protocol):
-    """A part by name with its options, as a config has it; ``given`` is the class or the object itself where Python code gave one."""
+    """A part as a config has it: its name and options; ``given`` is the class or object that Python code gave instead."""
 
     @property
     def name(self) -> str: ...
@@ -64,32 +64,32 @@ class Part(Protocol):
 
 
 def files(package: str) -> dict[str, str]:
-    """Full module name of every file in a package's folder, by the file's name.
+    """Full module name of every file in a package's folder, by file name.
 
-    Exports for machines without Laconic have no folders, since transformers loads files of one folder only: ``scorers/learned.py``
-    is ``scorers_learned.py`` there, beside ``scorers.py``.
+    Standalone exports have no sub-folders, since transformers loads remote code from one folder: there ``scorers/learned.py`` is
+    ``scorers_learned.py``, beside ``scorers.py``.
     """
     loaded = importlib.import_module(package)
     if hasattr(loaded, "__path__"):
         return {module.name: f"{package}.{module.name}" for module in pkgutil.iter_modules(loaded.__path__) if not module.ispkg}
     parent, _, folder = package.rpartition(".")
     beside = pkgutil.iter_modules(importlib.import_module(parent).__path__)
-    mine = [module.name for module in beside if module.name.startswith(f"{folder}_")]
-    return {name.removeprefix(f"{folder}_"): f"{parent}.{name}" for name in mine}
+    modules = [module.name for module in beside if module.name.startswith(f"{folder}_")]
+    return {name.removeprefix(f"{folder}_"): f"{parent}.{name}" for name in modules}
 
 
 def names(package: str) -> list[str]:
-    """Names of the parts in a package: its files, without those that parts share, whose names begin with ``base``."""
+    """Names of the parts in a package: its files, except the shared ones, whose names begin with ``base``."""
     return sorted(name for name in files(package) if not name.startswith("base"))
 
 
 def check_name(what: str, name: str, allowed: list[str]) -> None:
-    """Raises ValueError, with what there is, unless ``name`` is one of ``allowed``.
+    """Raises ValueError, listing the allowed names, unless ``name`` is one of them.
 
     Args:
-        what: singular, for the message.
-        name: that was given.
-        allowed: names that there are.
+        what: singular noun for the message.
+        name: the given name.
+        allowed: the allowed names.
     """
     if name not in allowed:
         near = difflib.get_close_matches(name, allowed, 1)
@@ -98,15 +98,15 @@ def check_name(what: str, name: str, allowed: list[str]) -> None:
 
 
 def find(package: str, name: str, base: type[Any]) -> type[Any]:
-    """The class that a file defines.
+    """The part class that a file defines.
 
     Args:
         package: full name of the folder's package.
-        name: of the file.
-        base: class that it derives from.
+        name: name of the file.
+        base: class that the part derives from.
 
     Raises:
-        ValueError: no file of that name; the message lists what there is.
+        ValueError: there is no file of that name; the message lists the names.
     """
     check_name(package.rpartition(".")[2][:-1], name, names(package))
     module = importlib.import_module(files(package)[name])
@@ -116,22 +116,22 @@ def find(package: str, name: str, base: type[Any]) -> type[Any]:
 
 @functools.cache
 def outside(kind: str) -> dict[str, metadata.EntryPoint]:
-    """Entry points of other packages by the part's name.
+    """Entry points of other packages, by part name.
 
     Raises:
-        ValueError: one of them has the name of a part of this package.
+        ValueError: an entry point has the name of a part of this package.
     """
     found = {entry.name: entry for entry in metadata.entry_points(group=KINDS[kind].group)}
     for name in names(KINDS[kind].package):
         if name in found:
             raise ValueError(
-                f"entry point {name!r} ({found[name].value}) in group {KINDS[kind].group} has the name of Laconic's own {kind}"
+                f"entry point {name!r} ({found[name].value}) in group {KINDS[kind].group} has the name of Laconic's own {kind}: rename it"
             )
     return found
 
 
 def part_names(kind: str) -> list[str]:
-    """Names of all parts of a kind, those of other packages included. No part is imported."""
+    """Names of all parts of a kind, including those of other packages. No part is imported."""
     return sorted([*names(KINDS[kind].package), *outside(kind)])
 
 
@@ -139,11 +139,11 @@ def part_class(kind: str, part: Part) -> type[Any]:
     """The class of a part.
 
     Args:
-        kind: of ``KINDS``.
-        part: as the config has it.
+        kind: a key of ``KINDS``.
+        part: the part as the config has it.
 
     Raises:
-        ValueError: there is no such part, or what was given is none.
+        ValueError: there is no such part, or the given class or object is of another kind.
     """
     about = KINDS[kind]
     base = getattr(importlib.import_module(files(about.package)["base"]), about.base)
@@ -159,15 +159,15 @@ def part_class(kind: str, part: Part) -> type[Any]:
 
 
 def build(kind: str, part: Part, *given: Any) -> Any:
-    """A part itself; one that was given as an object is copied, so that every stage has its own.
+    """The built part. An object that was given is copied, so that every stage has its own.
 
     Args:
-        kind: of ``KINDS``.
-        part: as the config has it.
-        given: what a stage passes to every part of this kind.
+        kind: a key of ``KINDS``.
+        part: the part as the config has it.
+        given: constructor arguments that the stage passes.
 
     Raises:
-        ValueError: an unknown name or option, or a value out of its range.
+        ValueError: an unknown name or option, or a value out of range.
     """
     cls = part_class(kind, part)
     if part.given is not None and not isinstance(part.given, type):
@@ -180,7 +180,7 @@ def build(kind: str, part: Part, *given: Any) -> Any:
 
 
 def name_of(kind: str, cls: type[Any]) -> str | None:
-    """The name under which a class can be found; None where it is neither a part of this package nor an entry point."""
+    """The name by which a config can find a class; None if it is neither a part of this package nor an entry point."""
     for name, module in files(KINDS[kind].package).items():
         if module == cls.__module__ and not name.startswith("base"):
             return name

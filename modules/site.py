@@ -1,4 +1,4 @@
-"""The words that scorers, selectors, mergers and estimators share: what a part is built for, and what it may look at."""
+"""Types shared by scorers, selectors, mergers and estimators: the tokens that a part is built for, and the inputs that it receives."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .tokens.trace import Trace
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """What a part is built for.
+    """The tokens that a part is built for.
 
     Attributes:
         hidden_size: width C of the tokens.
-        classes: number of labels of the task.
-        patch_values: pixels times channels of the patch that a token comes from; 0 where tokens are no patches.
-        has_cls: the first token is one that the task's head reads.
-        family: the family's name for messages.
-        causal: the model's output at a token may depend on no later token.
+        classes: number of classes of the task.
+        patch_values: values in one image patch, pixels times channels; 0 if tokens are not image patches.
+        has_cls: the first token is a CLS token, which the task head reads.
+        family: name of the model family, for error messages.
+        causal: the model is causal: the output at a token does not depend on later tokens.
     """
 
     hidden_size: int
@@ -34,27 +34,27 @@ class TokenSpec:
 
 
 class LayerView(Protocol):
-    """What a layer's adapter offers to parts."""
+    """The methods of a layer adapter that parts may call."""
 
     def keys(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """(B, H, M, D) keys that the layer's attention computes from its (B, M, C) input, its norm applied first."""
+        """(B, H, M, D) keys that the layer's attention computes from its (B, M, C) input, including the norm before attention."""
 
     def cls_query_and_keys(self, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Query of the first token (B, H, 1, D), keys of all (B, H, M, D) and the attention's scale, for this layer."""
+        """Query of the first token (B, H, 1, D), keys of all tokens (B, H, M, D) and the attention scale of this layer."""
 
 
 @dataclass(frozen=True)
 class SiteInput:
-    """What a part may look at.
+    """The inputs of a part.
 
     Attributes:
-        hidden_states: (B, M, C) the tokens at the site.
-        state: where they came from.
-        trace: the forward they belong to.
-        flow: of the stack that the layer is of.
+        hidden_states: (B, M, C) hidden states at the site.
+        state: TokenState of these tokens.
+        trace: Trace of the current forward.
+        flow: Flow of the stack that contains the layer.
         stage: index of the stage among the model's stages.
         layer: the layer that the site belongs to.
-        adapter: of the layer.
+        adapter: adapter of that layer.
     """
 
     hidden_states: Tensor

@@ -1,4 +1,4 @@
-"""A stage: router and merger at a site."""
+"""Stage: a router (scorer and selector) and a merger at one site of a layer."""
 
 from __future__ import annotations
 
@@ -27,16 +27,26 @@ from .tokens.scope import COMPLETE, in_scope
 from .tokens.state import TokenState
 from .tokens.trace import Routing, Trace
 
-# Keeps the draws of a selector's noise apart from those of a random scorer.
+# Offset of the draw index: selector noise must not repeat the draws of a random scorer.
 _NOISE = 1 << 20
 
-# The part of a layer that a bypass skips for tokens that are not chosen: (B, K, C) tokens and their state -> (B, K, C).
+# The part of a layer that a stage bypasses: (B, K, C) selected tokens and their TokenState -> (B, K, C).
 Inner = Callable[[Tensor, TokenState], Tensor]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a router decided about the tokens at a site."""
+    """The result of a router at one site.
+
+    Attributes:
+        scored: output of the scorer.
+        decision: output of the selector, or the replayed decision.
+        estimate: output of the estimator, including the selector's auxiliary loss.
+        keep: requested keep.
+        lookahead: the decision for a token depends on later tokens.
+        agreement: scalar, agreement of the causal predictor with the decision; None without a predictor.
+        skipped: no row has a selected token and the layer is skipped.
+    """
 
     scored: Scored
     decision: Decision
@@ -48,17 +58,17 @@ class Choice:
 
 
 class Stage(nn.Module):
-    """Scores the tokens, decides which stay, and lets the merger do it; around a layer, which are processed.
+    """Scores the tokens at a site, decides which are kept, and merges. At a bypass site it selects the tokens that are processed.
 
     Args:
-        config: what the stage is made of.
-        spec: the tokens that it scores.
-        index: position among the model's stages.
-        adapter: of the stack's layers.
-        place: position among the stack's stages; None takes ``index``.
+        config: configuration of the stage.
+        spec: the tokens that its parts are built for.
+        index: index among the model's stages.
+        adapter: adapter of the stack's layers.
+        place: index among the stack's stages; None means ``index``.
 
     Raises:
-        ValueError: a part has no such name or option. Whether parts go together is ``compatibility``'s to say.
+        ValueError: a part has an unknown name or option. ``compatibility`` checks whether the parts fit together.
     """
 
     def __init__(self, config: StageConfig, spec: TokenSpec, index: int, adapter: type[LayerAdapter], place: int | None = None) -> None:
@@ -76,7 +86,7 @@ class Stage(nn.Module):
             raise ValueError(f"stage {config.key!r}: {error}") from None
 
     def _build_estimator(self) -> Estimator | None:
-        """The config's estimator, or the one that the scorer is made for; none for a scorer that is not trained."""
+        """The config's estimator, or else the scorer's default; None if the scorer is not trained."""
         default = self.scorer.chunk_estimator if self.chunks and self.scorer.chunk_estimator else self.scorer.estimator
         if self.config.estimator is None and default is None:
             return None
@@ -86,12 +96,12 @@ class Stage(nn.Module):
 
     @property
     def bypass(self) -> bool:
-        """Tokens that are not chosen bypass the layer."""
+        """Tokens that are not selected bypass the layer or its half; the sequence keeps its length."""
         return self.config.bypass
 
     @property
     def chunks(self) -> bool:
-        """The tokens that leave stand for those behind them too, of a causal model, and a restore gives all of them what layers add."""
+        """A causal stage that shortens the text: each kept token represents a chunk, and a restore by ``dechunk`` follows."""
         return self.adapter.causal and not self.bypass and self.config.scope not in COMPLETE
 
     @property
@@ -101,26 +111,26 @@ class Stage(nn.Module):
 
     @property
     def deployable(self) -> bool:
-        """A causal model can run it token by token: it uses no token that is not there yet."""
+        """A causal model can run the stage token by token: no decision depends on tokens that are not generated yet."""
         return self.whole or self.config.scope in COMPLETE or not self.lookahead
 
     @property
     def idle(self) -> bool:
-        """It changes nothing: every token is processed, and none is weighed."""
+        """The stage has no effect: every token is processed, with weight 1."""
         return self.whole and not (self.estimator is not None and self.estimator.in_evaluation)
 
     @property
     def whole(self) -> bool:
-        """It leaves every token as it is."""
+        """The stage keeps every token."""
         return self.config.keep == 1.0
 
     def count(self, present: int | Tensor, original: int | Tensor, keep: float | None = None) -> int | Tensor:
-        """Routable tokens that leave (or are processed, around a layer), a merger's added token included.
+        """Routable tokens that leave the stage (a bypass: that are processed), including the token that a merger adds.
 
         Args:
             present: routable tokens at the site.
             original: routable tokens before the first stage.
-            keep: instead of the stage's own keep or number.
+            keep: replaces the stage's own ``keep`` or ``tokens``; None uses these.
         """
         requested = self.config.keep if keep is None else keep
         if keep is None and self.config.tokens is not None:
@@ -132,7 +142,7 @@ class Stage(nn.Module):
         return at_least_half(present, count) if self.scorer.matches else count
 
     def expected(self, present: float, original: float, keep: float | None = None) -> float:
-        """``count``, for cost: where rows keep different numbers, their mean, which is no whole number."""
+        """``count`` for the cost model. If rows keep different numbers, the mean, which may be fractional."""
         if self.selector.adaptive:
             requested = self.config.keep if keep is None else keep
             assert requested is not None
@@ -142,23 +152,23 @@ class Stage(nn.Module):
         return count
 
     def forward(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> Tensor:
-        """Shrinks (B, M, C) tokens to (B, K, C); the new TokenState goes onto the flow, the Routing onto the trace."""
+        """(B, M, C) -> (B, K, C). Sets the flow's TokenState and adds the stage's Routing to the trace."""
         flow = trace.flow(self.config.stack)
         state, eligible = flow.tokens, self._eligible(trace, flow)
         choice = self._choose(hidden_states, layer, trace, flow, eligible)
         merged = self._merge(self._site(hidden_states, layer, trace, flow), choice, eligible)
-        # Counted on what the merger made, not taken from the rule.
+        # Counted on the merger's output, not computed by the count rule.
         left = merged.state if eligible is state else eligible.select(choice.decision.index, choice.decision.valid)
         self._record(trace, choice, eligible, left.present)
         flow.state = replace(merged.state, empty=True) if choice.decision.empty else merged.state
         if self.chunks:
-            flow.chunks = self._chunks(choice, merged)
+            flow.chunks = self._chunks(choice, merged, eligible)
         return merged.hidden_states
 
     def around(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, inner: Inner) -> Tensor:
-        """Processes the chosen of (B, M, C) tokens by ``inner``; the others bypass it (Mixture-of-Depths, arXiv 2404.02258).
+        """Applies ``inner`` to the selected tokens of (B, M, C); the others bypass it (Mixture-of-Depths, arXiv 2404.02258).
 
-        A token that was processed is what ``inner`` made of it, unscaled: a pretrained layer starts neutral.
+        The output of ``inner`` is not multiplied by the score, so a pretrained layer is unchanged at the start.
         """
         flow = trace.flow(self.config.stack)
         state = self._eligible(trace, flow)
@@ -172,7 +182,7 @@ class Stage(nn.Module):
             return hidden_states
         through = passing(decision, flow.tokens, decision.rows is not None and self._may_skip(layer, flow))
         part, (before, rest) = through.state(inside), through.take_out(hidden_states)
-        # Of rows of one token, part may have those alone that keep theirs.
+        # If rows have one token each, ``part`` may hold only the rows whose token is selected.
         if state is not flow.tokens:
             kept: int | Tensor = (decision.kept_mask(state.tokens) & state.routable).sum(-1)
         else:
@@ -186,29 +196,30 @@ class Stage(nn.Module):
         return through.put_back(rest, before, after)
 
     def _may_skip(self, layer: nn.Module, flow: Flow) -> bool:
-        """True if the layer can be skipped for rows with no selected token (evaluation only, weights not sharded, hidden states not
-        requested)."""
+        """True if the layer can be skipped for rows with no selected token: evaluation only, weights not sharded, hidden states not
+        requested."""
         return not self.training and not flow.keep_padded and not sharded(layer)
 
     def _site(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, flow: Flow) -> SiteInput:
         return SiteInput(hidden_states, flow.tokens, trace, flow, self.index, layer, self.adapter)
 
     def _eligible(self, trace: Trace, flow: Flow) -> TokenState:
-        """The tokens at the site, those protected that are outside the stage's scope."""
+        """TokenState at the site, with tokens outside the stage's scope marked as protected."""
         if trace.keep.get(self.config.key, self.config.keep) == 1:
             return flow.tokens
         return in_scope(self.config.scope, trace, flow)
 
     @property
     def _smooths(self) -> bool:
-        """What layers add to chunks is smoothed by the probabilities that the scores are."""
+        """The restore smooths the layers' output over chunks, by the scores' probabilities."""
         return self.chunks and self.scorer.probabilities and self.selector.cuts
 
-    def _chunks(self, choice: Choice, merged: Merged) -> Chunks:
+    def _chunks(self, choice: Choice, merged: Merged, eligible: TokenState) -> Chunks:
         decision, probability = choice.decision, None
         if self._smooths and decision.cut is not None:
-            # Where a threshold follows the scores, a chunk is as probable as its score is above it.
-            probability = torch.sigmoid(choice.scored.scores - decision.cut).clamp(1e-4, 1 - 1e-4).gather(1, decision.index)
+            # The threshold is where a chunk has probability 0.5. A protected token is always kept.
+            probability = torch.sigmoid(choice.scored.scores - decision.cut).masked_fill(eligible.protected, 1.0)
+            probability = probability.clamp(1e-4, 1 - 1e-4).gather(1, decision.index)
         return Chunks(self.index, merged.hidden_states, decision, probability, choice.estimate.confidence)
 
     def _choose(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, flow: Flow, state: TokenState) -> Choice:
@@ -216,28 +227,28 @@ class Stage(nn.Module):
         present: int | Tensor = state.present
         original = flow.original
         if state.document is not None:
-            # Every document has a count of its own, as if it were alone.
+            # Each document has its own count, as if it were alone in the row.
             present = original = state.present_by_document
         count = self.count(present, original, requested)
         keep = self.config.keep if requested is None else requested
         if keep is None:
-            # A number of tokens was given: as a fraction it is what this input makes of it.
+            # The config gives a number of tokens: convert it to a fraction of this input.
             entering, kept = (float(n.sum()) if isinstance(n, Tensor) else float(n) for n in (present, count))
             keep = kept / max(entering, 1.0)
         site = replace(self._site(hidden_states, layer, trace, flow), state=state)
         scored: Scored = self.scorer(site)
         request = self._request(keep, count, present, site)
         complete = self.config.scope in COMPLETE
-        ahead = self.scorer.lookahead or self.selector.looks_ahead(request)
-        if ahead and self.adapter.causal and not complete and not self.training and not trace.lookahead and keep < 1:
+        noncausal = self.scorer.lookahead or self.selector.is_noncausal(request)
+        if noncausal and self.adapter.causal and not complete and not self.training and not trace.lookahead and keep < 1:
             raise ValueError(
-                f"stage {self.config.key!r} is non-causal: which tokens it chooses depends on later tokens, which a causal model does not "
-                "have when it is deployed. Train with scorer 'linear' and selector 'predictor' or 'threshold', or pass "
-                "Trace(lookahead=True) to see what the non-causal decisions would give"
+                f"stage {self.config.key!r} is non-causal: its decisions depend on later tokens, which do not exist yet in generation. "
+                "Train with scorer 'linear' and selector 'predictor' or 'threshold', or pass Trace(lookahead=True) to allow non-causal "
+                "decisions in evaluation"
             )
         decision = trace.replay.get(self.config.key)
         if decision is None and complete and (keep >= 1 or bool((torch.as_tensor(count) >= torch.as_tensor(present)).all())):
-            # As in every step of generating: nothing of the scope is there, or all of it stays.
+            # The scope has no tokens, as in every generation step after the first, or all of them are kept: no selection is needed.
             decision = everything(state)
         if decision is None:
             decision = self.selector(scored.scores, state, request)
@@ -247,13 +258,13 @@ class Stage(nn.Module):
             estimate = self.estimator(site, scored, decision)
         if self.training and auxiliary.loss is not None:
             estimate = replace(estimate, loss=auxiliary.loss if estimate.loss is None else estimate.loss + auxiliary.loss)
-        return Choice(scored, decision, estimate, keep, ahead, auxiliary.agreement, skipped)
+        return Choice(scored, decision, estimate, keep, noncausal, auxiliary.agreement, skipped)
 
     def _request(self, keep: float, count: int | Tensor, present: int | Tensor, site: SiteInput) -> Request:
         state, trace = site.state, site.trace
         selected = self._selected(count, present)
         if self.selector.adaptive and self.merger.extra and keep < 1:
-            # The token that the merger adds is one of those that were requested.
+            # The merger's added token is one of the requested tokens.
             mean = present.double().mean() if isinstance(present, Tensor) else present
             keep = max(float(keep - self.merger.extra / max(float(mean), 1.0)), 1e-6)
         request = Request(keep, selected, site.hidden_states, trace.lookahead)
@@ -264,13 +275,13 @@ class Stage(nn.Module):
         return replace(request, noise=trace.noise, draws=draws)
 
     def _selected(self, kept: int | Tensor, present: int | Tensor) -> int | Tensor:
-        """Tokens for the selector: all, or ``kept`` less what the merger adds."""
+        """Number of tokens that the selector keeps: ``kept`` less the tokens that the merger adds."""
         if isinstance(kept, Tensor) or isinstance(present, Tensor):
             return kept - self.merger.extra * (kept < present).long()  # type: ignore[union-attr]
         return kept - self.merger.extra if kept < present else kept
 
     def _merge(self, site: SiteInput, choice: Choice, eligible: TokenState) -> Merged:
-        """Merges with the estimate's paths laid: through the tokens' scale, or through the bias of their keys."""
+        """Merges, after applying the estimate's scale to the tokens and its bias to their keys."""
         hidden_states, state, estimate = site.hidden_states, site.state, choice.estimate
         if estimate.scale is not None:
             scale = estimate.scale.masked_fill(~eligible.routable, 1.0)
@@ -299,17 +310,17 @@ class Stage(nn.Module):
         )
 
     def macs(self, shape: StackShape, tokens: int, kept: int) -> int:
-        """MACs of this stage in evaluation for one row going from ``tokens`` to ``kept``, protected ones included."""
+        """MACs of this stage in evaluation for one row, ``tokens`` before and ``kept`` after it, protected tokens included."""
         spreading = smoothing_macs(kept, shape.hidden) if self._smooths else 0
         return self.scorer.macs(shape, tokens) + self.selector.macs(shape, tokens) + self.merger.macs(shape, tokens, kept) + spreading
 
 
 def sharded(layer: nn.Module) -> bool:
-    """Its weights lie on several ranks (ZeRO-3), which must all gather them at the same time."""
-    # All parameters of a model are, or none is.
+    """True if the layer's weights are sharded (ZeRO-3): all ranks must then run the layer, since they gather its weights together."""
+    # Either all parameters of a model are sharded or none.
     return hasattr(next(layer.parameters(), None), "ds_id")
 
 
 def stages_of(model: nn.Module) -> dict[str, Stage]:
-    """The stages of a compressed model by name, in the order that they run."""
+    """The stages of a compressed model by name, in running order."""
     return {module.config.key: module for module in model.modules() if isinstance(module, Stage)}

@@ -1,4 +1,4 @@
-"""What trains: tasks, callbacks, checkpoints, export, and the command line."""
+"""Training: tasks, callbacks, checkpoints, export, and the command line."""
 
 if __name__ == "trainer":
-    raise ImportError("import laconic.trainer, not trainer: from the repository's root the bare name makes a second copy")
+    raise ImportError("import laconic.trainer instead of trainer: from the repository's root, `trainer` would load a second copy")

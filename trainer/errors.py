@@ -1,7 +1,7 @@
-"""Errors that a user's input causes."""
+"""Errors caused by the user's input."""
 
 from __future__ import annotations
 
 
 class RecipeError(ValueError):
-    """The user's recipe or override is wrong; the message says where, what is allowed, and the cure."""
+    """The user's recipe or override is wrong; the message has the place, what is allowed, and the cure."""

@@ -1,4 +1,4 @@
-"""Evaluating a trained model: quality, achieved ratios and latency, against simpler ways to drop as many tokens."""
+"""Evaluation of a trained model: quality, achieved ratios and latency, compared with simpler methods that keep as many tokens."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from .tasks.base import Task, task_named
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One way to run the weights.
+    """Results of one variant of the weights.
 
     Attributes:
         quality: the task's metric on the held-out split.
         keep: achieved keep by stage.
         macs_ratio: mean over the rows.
-        latency: median seconds of a forward of one whole batch; None where there was none.
+        latency: median seconds of the forward of a full batch; None if no batch was full.
     """
 
     quality: float
@@ -49,11 +49,11 @@ class Evaluated:
 
 
 def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
-    """Quality and speed of the weights in ``target``: as trained, dense, and with each control's choice of as many tokens.
+    """Quality and speed of the weights in ``target``: as trained, dense, and with as many tokens selected by each control scorer.
 
-    The controls run the same weights without retraining, so they show what the router's choice is worth at inference; how
-    well a model trained with a control does is the report's ``baselines``. A gate (``estimator: gate``) stays for the controls, and
-    is gone with the stages of the dense model.
+    The controls use the same weights without retraining, so they show the value of the router's selection at inference; models
+    trained with a control are in the report's ``baselines``. A gate (``estimator: gate``) is kept for the controls and removed with the
+    stages for the dense variant.
     """
     run = RunFolder.open(target)
     model = load_model(run.trained())
@@ -82,7 +82,7 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
         gated = any(stage.estimator is not None and stage.estimator.in_evaluation for stage in stages_of(model).values())
         for scorer in task.controls:
             control = _with_scorer(model, scorer, kept).eval()
-            # Gates are a part of the weights: they stay, and only who goes through is the control's choice.
+            # Gates are a part of the weights: they are kept, and the control only decides which tokens are selected.
             if gated:
                 measure(scorer, model, decider=control)
             else:
@@ -93,49 +93,49 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
 
 
 def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Mapping[str, float]:
-    """Writes what ``laconic inspect`` shows; returns achieved keep by stage.
+    """Writes the output of ``laconic inspect``; returns achieved keep by stage.
 
     Args:
         target: run folder, or folder of an export.
-        recipe: beside it.
-        given: what to look at; None takes held-out data.
+        recipe: recipe of the run or export.
+        given: input to show; None uses held-out data.
         to: file to write.
 
     Raises:
-        ValueError: the model is dense, or the task cannot show what is asked for.
+        ValueError: the model is dense, or the task cannot show the input.
     """
     run = RunFolder.open(target)
     task, model = task_named(recipe.task), load_model(run.trained())
     if not stages_of(model):
-        raise ValueError(f"{target} is a dense model: every layer sees every token, there is nothing to inspect")
+        raise ValueError(f"{target} is a dense model: every layer processes every token, so there is nothing to inspect")
     return task.inspect(target, task.of_run(recipe, run), model, given, to)
 
 
 def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float]) -> PreTrainedModel:
-    """The same weights with a control's choice of as many tokens as the model really keeps, the same number of every row."""
+    """The same weights with a control scorer; each stage keeps as many tokens as the model did on average, equally many in every row."""
     config = CompressionConfig.from_dict(model.config.compression)
     built, stages = stages_of(model), []
     for stage in config.stages:
         trained = built[stage.key]
-        # Of a causal model what is chosen may depend on no later token, unless the scope is complete before generation.
+        # In a causal model the selection must not depend on later tokens, unless the scope is complete before generation.
         by_threshold = trained.adapter.causal and stage.scope not in COMPLETE
         stages.append(
             replace(
                 stage,
                 scorer=PartConfig(scorer),
                 estimator=None,
-                # Pairs are found by matching scorers alone; what other scorers leave out is dropped.
+                # Only matching scorers find pairs; other scorers need a merger that drops.
                 merger="drop" if trained.merger.needs_partner else stage.merger,
                 selector="threshold" if by_threshold else "top_k",
                 count=None if by_threshold else "round",
             )
         )
     fixed = [stage.key for stage in stages if stage.tokens is not None]
-    # A stage that kept nothing requests next to nothing, since 0 is no keep.
+    # 0 is not a valid keep, so a stage that kept nothing gets a tiny one.
     given = config.with_stages(stages).with_keep({key: max(keep, 1e-6) for key, keep in kept.items() if key not in fixed})
     variant = compress(decompress(copy.deepcopy(model)), given).to(model.device)
     for name, control in stages_of(variant).items():
-        # The controls of causal models score uniformly in (0, 1), so that no score has to be followed.
+        # The control scorers of causal models are uniform in (0, 1), so a threshold needs no calibration.
         control.selector.set_cut(kept[name])
     return variant
 
@@ -160,7 +160,7 @@ def _evaluate(
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"], lookahead=lookahead)
         if decider is not None:
-            # Controls score without looking at the tokens.
+            # Control scores do not depend on the tokens' values, so a separate forward gives the same decisions.
             chosen = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])
             task.forward(decider, batch, trace=chosen)
             trace.replay = chosen.decisions()

@@ -1,4 +1,4 @@
-"""Laconic in the Trainer of transformers."""
+"""Laconic in transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .distributed import collective
 
 
 class BudgetMixin:
-    """Gives a Trainer's forwards their trace, adds the budget's loss, and logs what was kept. Put it before the Trainer's class.
+    """Adds traces, the budget's loss and logs of the achieved keep to a Trainer. Put it before the Trainer's class.
 
-    In training a forward has ``budget.trace(global_step, sample_ids)``, and its loss is the Trainer's own (labels, smoothing or
-    ``compute_loss_func``) plus ``budget.loss(trace, global_step).total``; without a budget, plus the estimators' own losses.
-    Evaluation adds no loss. Logs and the metrics of ``evaluate`` have ``keep/<stage>`` and ``eval_keep/<stage>``: hard decisions
-    of this process's rows since the last log. ``sample_ids`` of the data set, int64, make a row's draws its own in any batch.
+    A training forward has the trace ``budget.trace(global_step, sample_ids)``, and its loss is the Trainer's own (labels, smoothing or
+    ``compute_loss_func``) plus ``budget.loss(trace, global_step).total``; without a budget, plus the estimators' auxiliary loss.
+    Evaluation adds no loss. Logs and the metrics of ``evaluate`` have ``keep/<stage>`` and ``eval_keep/<stage>``: the share of kept
+    tokens in this process's rows since the last log. With int64 ``sample_ids`` in the data set, a row's draws do not depend on its batch.
 
     Args:
-        budget: of the model; None where every stage has its own keep.
+        budget: budget of the model; None if every stage has its own keep.
 
     Example:
-        class BudgetTrainer(BudgetMixin, Trainer): ...   # laconic.BudgetTrainer is just that
+        class BudgetTrainer(BudgetMixin, Trainer): ...   # the definition of laconic.BudgetTrainer
         BudgetTrainer(model=model, args=args, train_dataset=data, budget=budget).train()
     """
 
@@ -40,13 +40,13 @@ class BudgetMixin:
         if host.args.n_gpu > 1:
             raise ValueError(
                 f"{host.args.n_gpu} GPUs in one process would share a trace: start one process a GPU (torchrun --nproc-per-node), "
-                "or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
+                "or make only one GPU visible (CUDA_VISIBLE_DEVICES=0)"
             )
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
-        """The Trainer's loss, and in training the budget's."""
+        """The Trainer's loss; in training, plus the budget's loss."""
         host: Any = self
         step, inputs = host.state.global_step, dict(inputs)
         sample_ids = inputs.pop("sample_ids", None)
@@ -55,7 +55,7 @@ class BudgetMixin:
             trace = self.budget.trace(step, sample_ids)
         else:
             trace = Trace(step=step if training else 0, seed=host.args.seed, sample_ids=sample_ids)
-        # The Trainer may take the labels out of the inputs, to compute the loss itself; estimators learn from them all the same.
+        # The Trainer may remove the labels from the inputs and compute the loss itself; estimators need them in any case.
         trace.labels = inputs.get("labels")
         parent: Any = super()
         loss, outputs = parent.compute_loss(
@@ -69,19 +69,19 @@ class BudgetMixin:
         return (loss, outputs) if return_outputs else loss
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether the Trainer takes the loss as one share of the whole step's, and does not divide it by the accumulation."""
+        """True if the Trainer treats the loss as its share of the whole step and does not divide it by the accumulation."""
         host: Any = self
-        said = getattr(host, "loss_is_scaled_for_ga", None)
-        if said is not None:
-            return bool(said)
+        scaled = getattr(host, "loss_is_scaled_for_ga", None)
+        if scaled is not None:
+            return bool(scaled)
         return host.compute_loss_func is not None or (host.model_accepts_loss_kwargs and num_items_in_batch is not None)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds what was kept since the last log."""
-        # ``eval_loss``, or whatever prefix ``evaluate`` was called with; ``train_loss`` closes the training.
+        """Adds the achieved keep since the last log."""
+        # Evaluation logs ``eval_loss``, or another prefix that ``evaluate`` was called with; the end of training logs ``train_loss``.
         evaluated = next((key.removesuffix("loss") for key in logs if key.endswith("_loss") and key != "train_loss"), None)
         kept = self._kept if evaluated is None else self._kept_in_evaluation
-        # In place: the metrics that ``evaluate`` returns are these logs.
+        # In place, because ``evaluate`` returns this dictionary.
         logs.update({f"{evaluated or ''}keep/{name}": value for name, value in kept.achieved.items()})
         if kept.rows:
             logs[f"{evaluated or ''}macs_ratio"] = kept.macs_ratio
@@ -90,7 +90,7 @@ class BudgetMixin:
         parent.log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
-        # The Trainer drops the columns that the model's forward does not name.
+        # The Trainer removes columns that the model's forward does not name.
         parent: Any = super()
         parent._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns

@@ -1,4 +1,4 @@
-"""A run from recipe to report: control arms first, then the recipe itself, then the paired measurement."""
+"""A run from recipe to report: first the control arms, then the recipe itself, then the paired measurement."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from .tasks.base import task_named
 
 
 class Stopped(Exception):
-    """SIGTERM came; a checkpoint was written and the run can be resumed."""
+    """The run was stopped by SIGTERM after writing a checkpoint, and can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +55,28 @@ class Trained:
 
 
 def output_folder(loaded: LoadedRecipe) -> Path:
-    """Where a recipe's run goes."""
+    """Folder of a recipe's run."""
     return Path(loaded.recipe.output.format(recipe=loaded.name, seed=loaded.recipe.seed))
 
 
 def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None = None) -> Report | None:
-    """Trains a recipe and its baselines, measures, and writes the run folder.
+    """Trains a recipe and its baselines, measures them, and writes the run folder.
+
+    With several processes, every process calls this. Rank 0 writes, prints and measures while the others wait. If the processes are not
+    yet started, this process starts them and waits for them.
 
     Args:
         loaded: the recipe.
-        overrides: that it was loaded with, for the baselines.
-        console: for progress.
-        resume: ``auto`` (the newest checkpoint of this run, if there is one) or the path of a checkpoint; None starts anew.
-
-    With several processes this is called in each of them; rank 0 writes, prints, and measures while the others wait. Where nothing has
-    started them, they are started here, and this process waits for them.
+        overrides: overrides of the recipe, which also apply to its baselines.
+        console: console for progress.
+        resume: ``auto`` (the newest checkpoint of this run, if there is one) or the path of a checkpoint; None starts a new run.
 
     Returns:
-        The report; None where processes were started on a machine that is not the first of several.
+        The report; None on every machine but the first, if this process started the others.
 
     Raises:
-        Stopped: SIGTERM came.
-        Ended: processes that were started here did not end well.
+        Stopped: the run was stopped by SIGTERM.
+        Ended: a process that was started here failed.
     """
     quiet()
     settings = resolved(loaded.recipe).trainer
@@ -93,7 +93,7 @@ def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resu
 
 
 def silent() -> Console:
-    """A console that says nothing, for every rank but the first."""
+    """A console without output, for all ranks but rank 0."""
     return Console(file=open(os.devnull, "w"))
 
 
@@ -111,7 +111,7 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
         arms[name] = train_arm(arm, name, where.path, console, data, resume if main else ("auto" if resume else None))
         data = arms[name].parts.data
     first = collective.rank() == 0
-    # One process measures one process's step, alone on the machine; several at once would time each other.
+    # One process measures the step of one process while the others wait, so that they do not slow it down.
     measured = _bench(arms, loaded.recipe, console) if first else None
     report = _report(loaded, arms, measured)
     if first:
@@ -127,7 +127,7 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
 
 
 def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -> dict[str, Any]:
-    """Builds every arm and runs one training step of each, keeping nothing: what a long run would trip over at its start."""
+    """Builds every arm and runs one training step of each, without saving anything, to find errors before a long run."""
     quiet()
     result: dict[str, Any] = {}
     for arm in [*load_baselines(loaded, overrides), loaded]:
@@ -146,7 +146,7 @@ def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -
 
 
 def _arm_name(arm: LoadedRecipe) -> str:
-    """``dense``, or the scorers' names."""
+    """``dense``, or the names of the scorers."""
     if arm.recipe.compression is None:
         return "dense"
     return "+".join(sorted({stage.part("scorer").name for stage in arm.recipe.compression.stages}))
@@ -155,7 +155,7 @@ def _arm_name(arm: LoadedRecipe) -> str:
 def train_arm(
     loaded: LoadedRecipe, name: str, folder: Path, console: Console, data: Splits | None = None, resume: str | None = None
 ) -> Trained:
-    """Trains and evaluates one recipe into its folder; the model is left on the CPU or device that it was trained on."""
+    """Trains and evaluates one recipe into its folder; afterwards the model is on the CPU (under DeepSpeed on rank 0 only)."""
     recipe = resolved(task_named(loaded.recipe.task).resolved(loaded.recipe))
     quiet()
     run = RunFolder(folder)
@@ -164,28 +164,28 @@ def train_arm(
     parts = build(recipe, data, deepspeed_config(recipe.trainer, recipe.data.batch_size) if stage == 3 else None)
     collective.from_rank_zero(lambda: _open_folder(run, recipe))
     with (run.log if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w") as log:
-        both = RunLog(console, log)
-        _describe(parts, name, both)
+        output = RunLog(console, log)
+        _describe(parts, name, output)
         module = task_named(parts.recipe.task).module(parts)
-        line = StepLine(both, parts.total_steps, recipe.trainer.log_every, name, module.task)
+        line = StepLine(output, parts.total_steps, recipe.trainer.log_every, name, module.task)
         stop = StopOnSigterm(run.checkpoints / "stopped.ckpt")
-        watching = [NanGuard(), line, stop, RandomState(recipe.seed)]
-        trainer = lightning_trainer(recipe, run, parts.total_steps, watching, _leaves_unused(module, parts))
+        callbacks = [NanGuard(), line, stop, RandomState(recipe.seed)]
+        trainer = lightning_trainer(recipe, run, parts.total_steps, callbacks, _leaves_unused(module, parts))
         data_module = parts.data_module()
-        # transformers gives loaded models in evaluation mode, and Lightning leaves them so: no router would learn.
+        # transformers loads models in evaluation mode, and Lightning does not change it: routers would not train.
         parts.model.train()
         if recipe.trainer.compile:
             module.task.compile(parts.model)
         trainer.fit(module, datamodule=data_module, ckpt_path=checkpoint, weights_only=True)
         if stop.stopped:
-            raise Stopped(f"stopped by SIGTERM at step {trainer.global_step}; repeat the same command with --resume auto to go on")
+            raise Stopped(f"stopped by SIGTERM at step {trainer.global_step}; repeat the same command with --resume auto to continue")
         trainer.test(module, datamodule=data_module, verbose=False)
         if module.bad_rows.reasons:
-            both.line(f"bad rows: {module.bad_rows.summary()}")
+            output.line(f"bad rows: {module.bad_rows.summary()}")
     arm = _arm(loaded.name, parts, module, line.throughput)
     stages = list(stages_of(parts.model).values())
     if parts.base is None and stages and all(stage.idle for stage in stages):
-        # A schedule that ended at full length, as random-LTD's does: what is left is an ordinary model.
+        # A schedule that ended at full length, such as random-LTD: the result is an ordinary model.
         decompress(parts.model)
     save_trained(parts.model, folder, parts.base, _ratio(arm, parts))
     if collective.rank() == 0:
@@ -198,11 +198,11 @@ def train_arm(
 
 
 def _checkpoint(run: RunFolder, recipe: Recipe, resume: str | None, console: Console) -> Path | None:
-    """The checkpoint to go on from, checked; where there is none, what an earlier run left is removed."""
+    """The checkpoint to resume from, checked; without one, checkpoints of an earlier run are removed."""
     checkpoint = find_checkpoint(run, resume)
     if resume is not None:
         for path in incomplete_checkpoints(run):
-            console.print(f"passed over {path}: it is not complete, writing it was interrupted", highlight=False, soft_wrap=True)
+            console.print(f"ignored {path}: it is not complete, because writing was interrupted", highlight=False, soft_wrap=True)
     if checkpoint is None:
         remove_checkpoints(run)
     else:
@@ -217,7 +217,7 @@ def _open_folder(run: RunFolder, recipe: Recipe) -> None:
 
 
 def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:
-    """Whether a training step leaves parameters without gradient, seen on a step of one row; DDP must be told."""
+    """True if a training step leaves parameters without gradient, found on a step of one row; DDP needs to know."""
     if stage_of(parts.recipe.trainer) or collective.world_size() == 1:
         return False
     rows = parts.data.train_rows
@@ -228,7 +228,7 @@ def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:
     buffers = {name: value.clone() for name, value in parts.model.named_buffers()}
     module.losses(collate([row]))["loss"].backward()
     for name, value in parts.model.named_buffers():
-        # A threshold that follows the scores must not have seen this row.
+        # Restored, so that an adaptive threshold has not seen this row.
         value.copy_(buffers[name])
     unused = any(parameter.grad is None for parameter in parts.model.parameters() if parameter.requires_grad)
     parts.model.zero_grad(set_to_none=True)
@@ -236,7 +236,7 @@ def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:
 
 
 def _read_back(run: RunFolder, recipe: Recipe) -> PreTrainedModel:
-    """The model from what was saved: DeepSpeed leaves its own behind in shards and hooks."""
+    """The model loaded from the saved files: DeepSpeed leaves the trained one in shards and with hooks."""
     model = load_model(run.path) if run.adapter is None else from_pretrained(run.path)
     if recipe.trainer.gradient_checkpointing:
         checkpoint_activations(model)
@@ -262,7 +262,7 @@ def _describe(parts: RunParts, name: str, log: RunLog) -> None:
 
 
 def _ratio(arm: Arm, parts: RunParts) -> dict[str, Any]:
-    """What an adapter's manifest says of the ratio that it was trained at."""
+    """Requested and achieved ratios for an adapter's manifest."""
     requested = 1.0 if parts.cost is None else parts.cost().macs_ratio
     return {"macs_ratio": {"requested": requested, "achieved": arm.macs_ratio}, "keep": dict(arm.keep)}
 
@@ -284,7 +284,7 @@ def _arm(recipe: str, parts: RunParts, module: TaskModule, throughput: Throughpu
 
 
 def _details(parts: RunParts, module: TaskModule) -> dict[str, Any]:
-    """What is said beside the metric: the task's own, and of a causal model what its cache holds and what looking ahead would give."""
+    """Values besides the metric: the task's own; for a causal model, the size of its cache and the results of non-causal evaluation."""
     details = module.quality.details(parts.data)
     if parts.cost is not None and (cost := parts.cost()).dense_kv_bytes:
         tokens = cost.dense_tokens
@@ -299,7 +299,7 @@ def _bench(arms: Mapping[str, Trained], recipe: Recipe, console: Console) -> Ben
     if not recipe.trainer.bench_rounds or not compressed:
         return None
     if recipe.trainer.strategy == "deepspeed_3":
-        console.print("speed is not measured: it is one process's, which deepspeed_3's model may not fit; laconic bench measures it")
+        console.print("speed is not measured: it needs the whole model in one process, which deepspeed_3 may not fit; use laconic bench")
         return None
     return bench_models({name: trained.parts for name, trained in compressed.items()}, recipe, console)
 

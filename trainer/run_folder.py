@@ -1,4 +1,4 @@
-"""Where things lie in the folders that training and exporting write. The trainer asks here; ``modules`` knows weights and adapters alone."""
+"""Locations of files in the folders that training and export write. ``modules`` itself knows only folders of weights and adapters."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .recipe.files import read_recorded
 from .recipe.schema import Recipe
 
 MODEL, ADAPTER, RECIPE = "model", "adapter", "recipe.yaml"
-# Files of transformers that lie beside weights.
+# Files of transformers beside the weights.
 TOKENIZER, PROCESSOR = "tokenizer_config.json", "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder that training writes: recipe, report, log, checkpoints, and the weights once training has ended.
+    """A folder written by training: recipe, report, log, checkpoints, and, after the end of training, the weights.
 
-    The weights are whole in ``model/``, or what was trained on frozen ones in ``adapter/``. A checkpoint that is a folder has one of the
-    two as well. An export has the recipe too, and is the folder of its weights or adapter itself.
+    The weights are the whole model in ``model/``, or the parts trained on frozen weights in ``adapter/``. A checkpoint folder has one of
+    the two as well. An export has the recipe too, and is itself the folder of its weights or adapter.
 
     Attributes:
-        path: of the run or export. Recipe, report, log and checkpoints are places, which need not be there yet.
-        inside: folder that weights are looked for in; None is ``path``, else a checkpoint of the run, or its ``model/`` or ``adapter/``.
+        path: folder of the run or export. Its recipe, report, log and checkpoints need not exist yet.
+        inside: folder in which weights are searched: a checkpoint of the run, or its ``model/`` or ``adapter/``; None is ``path``.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class RunFolder:
 
     @staticmethod
     def of(path: str | Path) -> RunFolder:
-        """The run or export that a folder is, or that a checkpoint, ``model/`` or ``adapter/`` is of; the folder itself where it is of none."""
+        """The run or export of a path: of itself, or of a checkpoint, ``model/`` or ``adapter/``; a path in no run is its own folder."""
         given = Path(path)
         if given.is_file():
             return RunFolder(given.parent.parent)
@@ -53,16 +53,16 @@ class RunFolder:
 
     @staticmethod
     def open(path: str | Path) -> RunFolder:
-        """A run that has ended, or an export, with the recipe that it was trained with.
+        """A finished run, or an export, with the recipe of its training.
 
         Raises:
-            RecipeError: the folder is none of these.
+            RecipeError: the folder is neither.
         """
         if not Path(path).is_dir():
-            raise RecipeError(f"{path} is no folder: give a run folder, or the folder of an export")
+            raise RecipeError(f"{path} is not a folder: name a run folder, or the folder of an export")
         run = RunFolder.of(path)
         if not run.recipe.is_file():
-            raise RecipeError(f"{path} has no {RECIPE}: give a run folder, or the folder of an export")
+            raise RecipeError(f"{path} has no {RECIPE}: name a run folder, or the folder of an export")
         try:
             run.trained()
         except FileNotFoundError as error:
@@ -76,12 +76,12 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """Figures of the run."""
+        """Results of the run, ``report.json``."""
         return self.path / "report.json"
 
     @property
     def log(self) -> Path:
-        """What the run printed."""
+        """Output of the run, ``log.txt``."""
         return self.path / "log.txt"
 
     @property
@@ -90,61 +90,61 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def arm(self, name: str) -> RunFolder:
-        """The run of a control arm."""
+        """Run folder of a control arm."""
         return RunFolder(self.path / "baselines" / name)
 
     @property
     def adapter(self) -> Path | None:
-        """Folder of what was trained on frozen weights; None where there is none."""
+        """Folder of the parts trained on frozen weights; None if there is none."""
         here = self.inside or self.path
         return next((place for place in (here, here / ADAPTER) if is_adapter(place)), None)
 
     @property
     def model(self) -> Path | None:
-        """Folder of whole weights; None where there is none."""
+        """Folder of the whole weights; None if there is none."""
         here = self.inside or self.path
         return next((place for place in (here, here / MODEL) if (place / "config.json").is_file()), None)
 
     def trained(self, whole: bool = False) -> Path:
-        """Folder of the adapter, or else of whole weights.
+        """Folder of the adapter, otherwise of the whole weights.
 
         Args:
-            whole: an adapter does not do.
+            whole: require whole weights; an adapter is not enough.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the folder does not have them.
         """
         here, adapter, model = self.inside or self.path, self.adapter, self.model
         found = model if whole else adapter or model
         if found is not None:
             return found
         if adapter is not None:
-            raise FileNotFoundError(f"{here} holds an adapter, and whole weights are needed: laconic export {here} --to FOLDER merges it")
+            raise FileNotFoundError(f"{here} has an adapter, and whole weights are needed: laconic export {here} --to FOLDER merges it")
         if self.recipe.is_file():
             raise FileNotFoundError(
-                f"{here} holds no trained model yet (no {MODEL}/config.json): its run has not ended; laconic train … --resume auto"
+                f"{here} has no trained model yet (no {MODEL}/config.json): its run has not ended; use laconic train … --resume auto"
             )
-        raise FileNotFoundError(f"{here} has no config.json: give a run folder, or the folder of weights, of an adapter or of an export")
+        raise FileNotFoundError(f"{here} has no config.json: name a run folder, or the folder of weights, of an adapter or of an export")
 
     def with_file(self, file: str) -> Path | None:
-        """The folder of the adapter or weights, if TOKENIZER, PROCESSOR or another file lies there; else None."""
+        """The folder of the adapter or weights if it has TOKENIZER, PROCESSOR or another file; otherwise None."""
         return next((place for place in (self.adapter, self.model) if place is not None and (place / file).is_file()), None)
 
     def written(self, base: Base | None) -> Path:
-        """Where weights are written: ``adapter/`` over frozen ones, else ``model/``."""
+        """Folder that weights are written to: ``adapter/`` on frozen weights, otherwise ``model/``."""
         return self.path / (MODEL if base is None else ADAPTER)
 
     def remove_weights(self) -> None:
-        """Deletes what an earlier run left in ``model/`` and ``adapter/``."""
+        """Deletes ``model/`` and ``adapter/`` of an earlier run."""
         for name in (MODEL, ADAPTER):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def read_recipe(self, overrides: Sequence[str] = ()) -> Recipe:
-        """The recipe that was trained, with overrides laid over it. Raises RecipeError."""
+        """The recorded recipe, with overrides. Raises RecipeError if it does not fit this version, or an override is wrong."""
         return read_recorded(self.recipe, overrides)
 
     def read_report(self) -> dict[str, Any] | None:
-        """The run's figures; None where there is no report."""
+        """Content of the report; None if there is none."""
         if not self.report.is_file():
             return None
         report: dict[str, Any] = json.loads(self.report.read_text())
@@ -152,46 +152,46 @@ class RunFolder:
 
 
 def located(name: str | Path, whole: bool = False) -> str:
-    """Folder of the weights or adapter that a run, checkpoint, export or plain folder holds; a checkpoint that is a file, or a hub name, as it is.
+    """Weights or adapter folder of a run, checkpoint, export or plain folder. A single-file checkpoint or hub name is returned as is.
 
     Args:
         name: folder, file or hub name.
-        whole: an adapter does not do.
+        whole: require whole weights; an adapter is not enough.
 
     Raises:
-        FileNotFoundError: the folder holds none.
+        FileNotFoundError: the folder does not have them.
     """
     return str(RunFolder.of(name).trained(whole)) if Path(name).is_dir() else str(name)
 
 
 def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs: Any) -> PreTrainedModel:
-    """A model from what Laconic wrote, with its stages and its LoRA.
+    """Loads a model that Laconic wrote, with its stages and its LoRA.
 
     Args:
-        folder: an adapter; a compressed model (``save_pretrained``, ``laconic export``); a training run, or one of its checkpoints, a file or
-            a folder, whatever of these it holds; or a repository on the hub with one of the first two.
-        base: for an adapter: folder or hub name of its base, where it is elsewhere than the manifest says.
-        kwargs: passed to transformers' ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision`` …).
+        folder: an adapter; a compressed model (``save_pretrained``, ``laconic export``); a training run, or one of its checkpoints (file
+            or folder); or a hub repository with one of the first two.
+        base: for an adapter, folder or hub name of its base; None uses the location in the manifest.
+        kwargs: arguments of transformers' ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision`` …).
 
     Returns:
-        The model in evaluation mode. LoRA is in place and not merged: ``laconic.merge_lora(model)`` merges it.
+        The model in evaluation mode. LoRA is not merged: ``laconic.merge_lora(model)`` merges it.
 
     Raises:
-        FileNotFoundError: the folder holds no model.
-        ValueError: the config holds no compression, or its class is unknown; an adapter is damaged or of another base.
-        RuntimeError: weights are missing, left over, or of another shape; nothing is initialised silently.
+        FileNotFoundError: the folder has no model.
+        ValueError: the config has no compression, or its class is unknown; an adapter is damaged or belongs to another base.
+        RuntimeError: weights are missing, unexpected or of another shape; nothing is initialised silently.
     """
     return loading.from_pretrained(located(folder), base, **kwargs)
 
 
 def load_model(folder: str | Path) -> PreTrainedModel:
-    """A trained model, compressed or dense, in evaluation mode; an adapter's LoRA is merged into the weights of its base.
+    """Loads a trained model, compressed or dense, in evaluation mode; an adapter's LoRA is merged into its base.
 
     Args:
-        folder: of a run, checkpoint, export, weights or adapter.
+        folder: folder of a run, checkpoint, export, weights or adapter.
 
     Raises:
-        FileNotFoundError, ValueError, RuntimeError: as ``from_pretrained``.
+        FileNotFoundError, ValueError, RuntimeError: as in ``from_pretrained``.
     """
     place = Path(located(folder))
     if is_adapter(place):

@@ -1,4 +1,4 @@
-"""The LightningModule that tasks share: the trace and the budget of a step, bad rows, evaluation over ranks, the optimizer."""
+"""The LightningModule that tasks share: trace and budget of a step, bad rows, evaluation over ranks, optimizer."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from .tasks.base import Task
 
 
 class TaskModule(lightning.LightningModule):
-    """Trains a model, dense or compressed. A task's own module says what ``losses`` computes.
+    """Trains a dense or compressed model. A task's own module overrides ``losses``.
 
     Args:
-        task: what is learned.
-        parts: of the run.
+        task: task to train.
+        parts: parts of the run.
     """
 
     def __init__(self, task: type[Task], parts: RunParts) -> None:
@@ -48,7 +48,7 @@ class TaskModule(lightning.LightningModule):
         self.seed = recipe.seed
         self.base = parts.base
         self.save_beside = parts.data.save_beside
-        # A checkpoint on frozen weights holds what trains; on_load_checkpoint looks whether all of it is there.
+        # A checkpoint on frozen weights has only trainable tensors; on_load_checkpoint checks that all of them are there.
         self.strict_loading = parts.base is None
         self.bad_rows = parts.data.bad_rows(recipe.data.max_bad_fraction)
         self._start_counting()
@@ -61,12 +61,12 @@ class TaskModule(lightning.LightningModule):
         self._bad: list[BadRow] = []
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
-        """Returns what ``losses`` does, for callbacks."""
+        """Returns the result of ``losses``, for callbacks."""
         self._check_rows(batch)
         return self.losses(batch)
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What a training step computes, without the count of bad rows.
+        """Losses of a training step, without counting bad rows.
 
         Returns:
             ``loss`` with gradient, the task's own ``task_loss``, ``trace`` (or None), ``budget`` (a BudgetLoss or None) and
@@ -77,7 +77,7 @@ class TaskModule(lightning.LightningModule):
         return self.total(task_loss, task_loss, trace)
 
     def total(self, loss: Tensor, task_loss: Tensor, trace: Trace | None, distillation: Any = None) -> dict[str, Any]:
-        """What ``losses`` returns: ``loss`` plus the budget's, or without a budget the estimators' own."""
+        """The result of ``losses``: ``loss`` plus the budget's loss, or without a budget plus the estimators' auxiliary loss."""
         of_budget = None
         if trace is not None and trace.routings:
             if self.budget is not None:
@@ -119,13 +119,13 @@ class TaskModule(lightning.LightningModule):
         return found
 
     def _evaluate(self, batch: dict[str, Any], counted: bool) -> dict[str, Any]:
-        """A forward without gradient; batches that are only there so that every rank calls the same modules are not counted."""
+        """A forward without gradient; padding batches, which exist so that every rank calls the same modules, are not counted."""
         if counted:
             self._rows += batch["rows"]
             self._bad += batch["bad"]
         if "sample_ids" not in batch:
             if collective.world_size() > 1:
-                # With parameters spread over ranks, the others wait for this one's part.
+                # With partitioned parameters the other ranks need this rank's shards, so it runs a blank forward.
                 blank = {key: value[:1].to(self.device) for key, value in self.task.probe(self.model.config).items()}
                 self.model(**blank)
             return {"trace": None}
@@ -147,7 +147,7 @@ class TaskModule(lightning.LightningModule):
         self.log(f"test/{self.task.metric}", self.quality.value)
 
     def _sum_over_ranks(self) -> None:
-        """Counts of all ranks on every rank, before anything is divided. Raises BadRows on all of them or on none."""
+        """Sums the counts of all ranks on every rank, before any division. Raises BadRows on all ranks or on none."""
         ranks = collective.gather((self.quality, self._rows, self._bad, self._kept, self.ahead))
         self._start_counting()
         for quality, rows, bad, kept, ahead in ranks:
@@ -161,7 +161,7 @@ class TaskModule(lightning.LightningModule):
 
     @property
     def achieved_keep(self) -> dict[str, float]:
-        """Hard keep by stage over the last validation or test, summed before dividing."""
+        """Achieved keep by stage over the last validation or test, summed before the division."""
         return self._kept.achieved
 
     @property
@@ -170,7 +170,7 @@ class TaskModule(lightning.LightningModule):
         return self._kept.macs_ratio
 
     def _check_rows(self, batch: dict[str, Any]) -> None:
-        """Counts the batches of all ranks; what stops one of them stops all, since they wait for each other."""
+        """Counts the batches of all ranks; an error on one rank is raised on all, because they wait for each other."""
         empty = "sample_ids" not in batch
         rows, bad, empties = collective.total([batch["rows"], len(batch["bad"]), empty])
         named = [BadRow(*row) for found in collective.gather([tuple(row) for row in batch["bad"]]) for row in found] if bad else []
@@ -179,26 +179,26 @@ class TaskModule(lightning.LightningModule):
             raise BadRows(f"every row of a training batch is bad: {self.bad_rows.summary()}")
 
     def save_weights(self, folder: Path) -> None:
-        """Writes the weights whole, as they are now, into a run or checkpoint. Called on every rank."""
+        """Writes the current weights, whole, into a run or checkpoint. Every rank must call this."""
         save_trained(self.model, folder, self.base)
         if collective.rank() == 0:
             self.save_beside(RunFolder(folder).written(self.base))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes whose weights they are, and leaves those out that stay as they are."""
+        """Records the model and base of the weights, and removes frozen weights."""
         checkpoint[KEY] = about(self.model, self.base)
         if self.base is not None:
             kept = {STATE_PREFIX + name for name in kept_names(self.model)}
             checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises RecipeError where the checkpoint is of another base, or holds something else than what trains."""
+        """Raises RecipeError if the checkpoint belongs to another base, or if its tensors differ from the trainable ones."""
         if not of_same_model(checkpoint[KEY], self.model, self.base):
-            raise RecipeError("the checkpoint is of another model or other frozen weights than the run: start anew in another output")
+            raise RecipeError("the checkpoint belongs to another model or to other frozen weights: start a new run with another output")
         if self.base is not None and "state_dict" in checkpoint:
             lost = {STATE_PREFIX + name for name in kept_names(self.model)} ^ checkpoint["state_dict"].keys()
             if lost:
-                raise RecipeError(f"the checkpoint does not hold what trains: {', '.join(sorted(lost)[:3])}")
+                raise RecipeError(f"the checkpoint and the trainable tensors differ in {', '.join(sorted(lost)[:3])}")
 
     def configure_optimizers(self) -> Any:
         recipe = self.optimizer_recipe

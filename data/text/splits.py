@@ -256,7 +256,7 @@ def _options(source: DataSource, settings: TextSettings) -> dict[str, Any]:
 
 
 def _counts(source: DataSource, settings: TextSettings) -> Callable[[Mapping[str, Any]], bool] | None:
-    """Predicate for rows to keep: blank lines and paragraphs only separate documents."""
+    """Predicate that removes blank lines and paragraphs, which only separate documents; None for whole files and other builders."""
     return _not_blank if source.name == "text" and settings.sample_by != "document" else None
 
 

@@ -31,7 +31,7 @@ class Classifier(lightning.LightningModule):
         self.model = compress(model, self.budget.compression)  # +
 
     def training_step(self, batch, batch_index):
-        trace = self.budget.trace(self.global_step, batch["sample_ids"])  # +
+        trace = self.budget.trace(self.global_step, batch["sample_ids"], batch["labels"])  # +
         out = self.model(pixel_values=batch["pixel_values"], labels=batch["labels"], trace=trace)
         self.log("keep", trace.routings["before_0"].achieved)
         return out.loss + self.budget.loss(trace, self.global_step).total  # +

@@ -31,7 +31,7 @@ def main(steps: int = STEPS) -> float:
     for step in range(steps):
         rows = [data[index] for index in range(step * BATCH, (step + 1) * BATCH)]
         pixels, labels, ids = (torch.stack([row[key] for row in rows]) for key in ("pixel_values", "labels", "sample_ids"))
-        trace = budget.trace(step, ids)  # +
+        trace = budget.trace(step, ids, labels)  # +
         out = model(pixel_values=pixels, labels=labels, trace=trace)
         loss = out.loss + budget.loss(trace, step).total  # +
         optimizer.zero_grad()

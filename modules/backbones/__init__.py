@@ -1,4 +1,4 @@
-"""Adapters of model families: where layers, masks, protected tokens and positions are. One small file a family."""
+"""Adapters of model families: where their layers, masks, protected tokens and positions are. One small file per family."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .model_adapter import ModelAdapter
 
 @functools.cache
 def families() -> dict[str, type[ModelAdapter]]:
-    """Every model adapter by the ``model_type`` it serves; the folder is the registry."""
+    """Every model adapter by its ``model_type``, found by importing all files of this folder."""
     found: dict[str, type[ModelAdapter]] = {}
     for module in registry.files(__name__).values():
         for item in vars(importlib.import_module(module)).values():
@@ -23,10 +23,10 @@ def families() -> dict[str, type[ModelAdapter]]:
 
 
 def adapter_for(model_type: str, class_name: str) -> type[ModelAdapter]:
-    """The adapter for a class of models.
+    """The adapter for a model class.
 
     Raises:
-        ValueError: no adapter serves the family, or the adapter does not serve this class of it.
+        ValueError: no adapter supports the family, or the family's adapter does not support this class.
     """
     known = families()
     if model_type not in known:
@@ -40,6 +40,6 @@ def adapter_for(model_type: str, class_name: str) -> type[ModelAdapter]:
 
 
 def adapter_of(model: PreTrainedModel) -> type[ModelAdapter]:
-    """The adapter of a model, compressed or dense. Raises ValueError as ``adapter_for`` does."""
+    """The adapter of a compressed or dense model. Raises ValueError as ``adapter_for`` does."""
     cls = getattr(type(model), "original", type(model))
     return adapter_for(model.config.model_type, cls.__name__)

@@ -1,4 +1,4 @@
-"""BEiT of transformers."""
+"""Adapters for BEiT."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .vision import VisionLayers, VisionModel
 
 
 class BeitLayers(VisionLayers):
-    """Those of a ViT with layer scale, whose positions are a bias on every attention map, of each layer or shared by all.
+    """ViT layers with layer scale and relative positions, which are a bias on every attention map, per layer or shared by all layers.
 
-    A layer makes its bias for the full grid inside its forward. Under compression it must not: the adapter makes it, picks
-    the rows and columns of the tokens that are left, and hands it over as the layer's mask.
+    A BEiT layer computes its bias for the full grid inside its forward. Under compression the adapter computes it instead, gathers the
+    rows and columns of the current tokens, and passes it to the layer as its mask.
     """
 
     masks_in_layers = True
@@ -30,7 +30,7 @@ class BeitLayers(VisionLayers):
     @classmethod
     def patch_layer(cls, layer: nn.Module) -> None:
         if layer.relative_position_bias is not None:
-            # An instance attribute comes before the class's method. The module, its parameters and their names stay.
+            # An instance attribute overrides the class's forward. The module, its parameters and their names are unchanged.
             layer.relative_position_bias.__dict__["forward"] = _nothing
 
     @classmethod
@@ -67,7 +67,7 @@ class BeitLayers(VisionLayers):
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         parts: Any = layer
-        # What the bias was made from; attention itself does not know these.
+        # Arguments for the bias, which attention does not accept.
         rest = {key: value for key, value in kwargs.items() if key not in ("interpolate_pos_encoding", "resolution")}
         attended, _ = parts.attention(parts.layernorm_before(hidden_states), attention_mask=attention_mask, **rest)
         out: Tensor = parts.drop_path(parts.lambda_1 * parts.dropout(attended)) + hidden_states
@@ -81,7 +81,7 @@ class BeitLayers(VisionLayers):
 
 
 class Beit(VisionModel):
-    """One CLS token in front. The classifier averages the patches."""
+    """BEiT models, with one CLS token at the start. The classifier averages the patches."""
 
     model_type = "beit"
     layer_adapter = BeitLayers
@@ -97,8 +97,8 @@ class Beit(VisionModel):
         super().bind_inputs(model, trace, inputs)
         if model.config.use_shared_relative_position_bias and inputs.get("attention_mask") is not None:
             raise ValueError(
-                "attention_mask cannot be given to a BEiT with use_shared_relative_position_bias: transformers adds the bias to a "
-                "boolean mask, which then hides nothing. Give images of one size in a batch, and leave attention_mask out"
+                "attention_mask cannot be given to a BEiT with use_shared_relative_position_bias: transformers adds the bias to a boolean "
+                "mask, which then masks nothing. Give images of one size in a batch, and leave attention_mask out"
             )
 
     @classmethod
@@ -106,23 +106,23 @@ class Beit(VisionModel):
         flow, pooler = trace.flow(), getattr(model, "pooler", None)
         outputs, state = super().finish(model, outputs, trace), flow.state
         if state is not None and pooler is not None and (state.valid is not None or (state.proportional and flow.under_head)):
-            # The model pooled before padding held the mean and sizes counted. No norm lies between, so pooling again is all it takes.
+            # The model's pooler ran before padding was filled with the mean and sizes were applied; it has no norm, so it is run again.
             outputs.pooler_output = pooler(outputs.last_hidden_state)
         return outputs
 
 
 def _nothing(*args: Any, **kwargs: Any) -> float:
-    """What a layer under compression adds to its mask by itself."""
+    """Replaces a layer's own bias with 0."""
     return 0.0
 
 
 def _is_shared_bias(attention_mask: Tensor | None) -> bool:
-    """The model hands a shared bias to its layers as a mask with a map for every head, (1, H, N, N)."""
+    """True if the mask contains a shared bias, which BEiT passes to its layers as a mask with a map per head, (1, H, N, N)."""
     return attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] > 1
 
 
 def _between_positions(bias: Tensor, position: Tensor) -> Tensor:
-    """(1, H, N, N) and (B, M) positions -> (B, H, M, M)."""
+    """(1, H, N, N) bias and (B, M) positions -> (B, H, M, M)."""
     (rows, tokens), originals = position.shape, bias.shape[-1]
     pairs = position.unsqueeze(-1) * originals + position.unsqueeze(-2)
     return bias[0].flatten(1)[:, pairs.flatten(1)].transpose(0, 1).reshape(rows, -1, tokens, tokens)

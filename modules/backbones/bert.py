@@ -1,4 +1,4 @@
-"""BERT of transformers."""
+"""Adapters for BERT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .text_encoder import TextEncoder, TextEncoderLayers
 
 
 class BertLayers(TextEncoderLayers):
-    """Each half is followed by its norm."""
+    """Post-norm layers: each half ends with its norm."""
 
     positional = ("attention_mask", "encoder_hidden_states")
 
@@ -41,12 +41,12 @@ class BertLayers(TextEncoderLayers):
 
 
 class Bert(TextEncoder):
-    """Learned positions and segments added before the layers; the pooler reads [CLS]."""
+    """BERT models. Learned positions and segments are added before the layers; the pooler reads [CLS]."""
 
     model_type = "bert"
     layer_adapter = BertLayers
     classes: ClassVar[tuple[str, ...]] = ("BertModel", "BertForSequenceClassification", "BertForMaskedLM", "BertForTokenClassification")
-    refused: ClassVar[dict[str, str]] = {"BertLMHeadModel": "it is a decoder; take a model made for generation, a GPT-2 or a Llama"}
+    refused: ClassVar[dict[str, str]] = {"BertLMHeadModel": "it is a decoder; take a model made for generation, such as GPT-2 or Llama"}
     dense_heads = ("BertForMaskedLM", "BertForTokenClassification")
 
     @classmethod
@@ -56,7 +56,8 @@ class Bert(TextEncoder):
             raise ValueError("this BERT is a decoder (is_decoder, add_cross_attention): only encoders are served")
         if config.chunk_size_feed_forward:
             raise ValueError(
-                f"chunk_size_feed_forward = {config.chunk_size_feed_forward} cuts rows into pieces of one length, and stages leave any: set it to 0"
+                f"chunk_size_feed_forward = {config.chunk_size_feed_forward} needs row lengths that it divides, and stages leave any "
+                "length: set it to 0"
             )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The vision tower of CLIP of transformers, alone and under a classifier."""
+"""Adapters for the vision tower of CLIP, alone and with a classifier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .vision import VisionLayers, VisionModel
 
 
 class ClipVisionLayers(VisionLayers):
-    """One CLS token in front, a norm before each half."""
+    """Pre-norm layers, with one CLS token at the start."""
 
     norm = "layer_norm1"
     attention = "self_attn"
@@ -31,7 +31,7 @@ class ClipVisionLayers(VisionLayers):
 
 
 class ClipVision(VisionModel):
-    """A norm before the first layer. The tower's own head reads CLS, a classifier on it averages the patches."""
+    """CLIP vision towers. A norm precedes the first layer. The tower's own head reads CLS; a classifier averages the patches."""
 
     model_type = "clip_vision_model"
     layer_adapter = ClipVisionLayers
@@ -41,7 +41,7 @@ class ClipVision(VisionModel):
 
     @classmethod
     def base(cls, model: PreTrainedModel) -> nn.Module:
-        # The prefix that transformers declares for these classes changed between versions.
+        # transformers changed the declared base_model_prefix of these classes between versions.
         return getattr(model, "vision_model", model)
 
     @classmethod
@@ -53,7 +53,7 @@ class ClipVision(VisionModel):
 
 
 class Clip(ClipVision):
-    """The classifier on the tower."""
+    """A CLIP vision tower with a classifier."""
 
     model_type = "clip"
     classes: ClassVar[tuple[str, ...]] = ("CLIPForImageClassification",)

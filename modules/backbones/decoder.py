@@ -1,4 +1,4 @@
-"""What causal language models share; no adapter by itself."""
+"""Base classes of the adapters for causal language models."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from .text import TextLayers, TextModel, with_padding
 
 
 class DecoderLayers(TextLayers):
-    """A token sees itself and earlier ones; positions are turned into keys and queries inside the layers, from what the model hands
-    them.
+    """Causal layers: a token attends to itself and to earlier tokens. The layers apply positions to queries and keys.
 
-    A layer that processes a part of the tokens is handed their positions, cosines and sines, the rows and columns of its mask, and
-    a view of the cache that knows which tokens the keys belong to.
+    A layer that processes a part of the tokens gets their positions, cosines and sines, the matching rows and columns of its mask, and a
+    view of the cache that knows the token of each key.
 
     Attributes:
-        cache_name: under which the models hand their layers the cache.
+        cache_name: name of the argument in which layers receive the cache.
     """
 
     sites = ("before", *BYPASS)
@@ -71,28 +70,28 @@ class DecoderLayers(TextLayers):
 
     @classmethod
     def causal_mask(cls, mask: Tensor | None, state: TokenState, view: LayerView | None, before: int, dtype: torch.dtype) -> Tensor | None:
-        """What the attention of a layer needs as its mask for the tokens that it processes.
+        """The attention mask of a layer for the tokens that it processes.
 
         Args:
-            mask: (B, 1, N, S) what the model made for all tokens of the forward and all that were seen, bool or additive; None means
-                that everything earlier is visible.
-            state: the M tokens to process.
-            view: of the cache; None without one.
-            before: tokens seen before this forward.
-            dtype: of an additive mask.
+            mask: (B, 1, N, S) mask that the model made for all N tokens of the forward and all S tokens seen, bool or additive; None if
+                every earlier token is visible.
+            state: TokenState of the M tokens to process.
+            view: view of the layer's cache; None without a cache.
+            before: number of tokens seen before this forward.
+            dtype: dtype of an additive mask.
 
         Returns:
-            (B, 1, M, keys), or None where it is causal as SDPA understands it by itself.
+            (B, 1, M, keys), or None if SDPA's own causal mask is correct.
         """
         bias = state.logit_bias
         if bias is not None and view is not None:
             raise ValueError("a cache cannot hold tokens whose keys have a bias: call the model with use_cache=False")
         alike = view is None or view.slots is None
         if mask is None and bias is None and alike and (state.whole or before == 0):
-            # Padding lies behind the real tokens of its row, so that none of them sees it.
+            # Padding follows the real tokens of its row, so no real token attends to it.
             return None
         if mask is None and bias is None and view is not None and state.tokens == 1 and state.valid is None:
-            # The newest token of each row sees all that is stored.
+            # The newest token of each row attends to all stored keys.
             return None if view.even or view.slots is None else (view.slots >= 0)[:, None, None]
         if state.whole and alike and bias is None:
             return mask if mask is None or view is None else mask[..., view.start :]
@@ -109,7 +108,7 @@ class DecoderLayers(TextLayers):
 
 
 class Decoder(TextModel):
-    """A model that predicts the next token of every token."""
+    """A model that predicts the next token at every token."""
 
     @classmethod
     def token_spec(cls, model: PreTrainedModel, stack: Stack) -> TokenSpec:
@@ -121,13 +120,13 @@ class Decoder(TextModel):
 
     @classmethod
     def added_inputs(cls, model: PreTrainedModel, trace: Trace | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        wanted, given = inputs.get("use_cache"), inputs.get("past_key_values")
-        if wanted is None and given is None:
+        requested, given = inputs.get("use_cache"), inputs.get("past_key_values")
+        if requested is None and given is None:
             # No cache in training: it is unused, and transformers disables packed-document masking when one is given.
-            wanted = bool(model.config.use_cache) and not model.training and _documents(trace, inputs) is None
-        if not wanted and given is None:
+            requested = bool(model.config.use_cache) and not model.training and _documents(trace, inputs) is None
+        if not requested and given is None:
             return {"use_cache": False}
-        return {"use_cache": True if wanted is None else wanted, "past_key_values": routed_cache(model.config, given)}
+        return {"use_cache": True if requested is None else requested, "past_key_values": routed_cache(model.config, given)}
 
     @classmethod
     def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
@@ -151,7 +150,7 @@ class Decoder(TextModel):
 
 
 def _documents(trace: Trace | None, inputs: Mapping[str, Any]) -> Tensor | None:
-    """(B, N) documents of packed rows: the caller's, or where ``position_ids`` start again, as transformers sees it too."""
+    """(B, N) document of each token in packed rows: from the trace, or from ``position_ids`` that restart, by transformers' rule."""
     if trace is not None and trace.documents is not None:
         return trace.documents
     position = inputs.get("position_ids")

@@ -1,4 +1,4 @@
-"""DeiT of transformers: ViT with a distillation token after CLS."""
+"""Adapters for DeiT: ViT with a distillation token after CLS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .vit import ViT, ViTLayers
 
 
 class DeiTLayers(ViTLayers):
-    """Two protected tokens in front; otherwise those of a ViT."""
+    """ViT layers with two protected tokens at the start."""
 
     @classmethod
     def leading(cls, config: PretrainedConfig) -> int:
@@ -18,7 +18,7 @@ class DeiTLayers(ViTLayers):
 
 
 class DeiT(ViT):
-    """A ViT with a distillation token."""
+    """DeiT models: ViTs with a distillation token."""
 
     model_type = "deit"
     layer_adapter = DeiTLayers

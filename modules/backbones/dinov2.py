@@ -1,4 +1,4 @@
-"""DINOv2 of transformers."""
+"""Adapters for DINOv2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .vision import VisionLayers, VisionModel
 
 
 class Dinov2Layers(VisionLayers):
-    """Those of a ViT with layer scale and, in the largest model, a gated MLP."""
+    """ViT layers with layer scale and, in the largest model, a gated MLP."""
 
     norm = "norm1"
 
@@ -32,7 +32,7 @@ class Dinov2Layers(VisionLayers):
 
 
 class Dinov2(VisionModel):
-    """One CLS token in front. The classifier reads CLS and the mean of the patches."""
+    """DINOv2 models, with one CLS token at the start. The classifier reads CLS and the mean of the patches."""
 
     model_type = "dinov2"
     layer_adapter = Dinov2Layers
@@ -50,7 +50,7 @@ class Dinov2(VisionModel):
     def check(cls, model: PreTrainedModel) -> None:
         if "attention_mask" not in inspect.signature(cls.layers(model)[0].forward).parameters:
             raise ValueError(
-                f"transformers {transformers.__version__} hands the layers of {cls.model_type} neither a mask nor other arguments, "
+                f"transformers {transformers.__version__} passes the layers of {cls.model_type} neither a mask nor other arguments, "
                 "which compression needs: install transformers 5.23"
             )
 
@@ -59,5 +59,5 @@ class Dinov2(VisionModel):
         width = int(config.hidden_size * config.mlp_ratio)
         if not config.use_swiglu_ffn:
             return width
-        # Three matrices of two thirds the width, rounded up to a multiple of 8, where a plain MLP has two.
+        # A gated MLP has three matrices of two thirds the width, rounded up to a multiple of 8; returned is the equivalent of two.
         return (int(width * 2 / 3) + 7) // 8 * 8 * 3 // 2

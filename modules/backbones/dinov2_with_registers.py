@@ -1,4 +1,4 @@
-"""DINOv2 with registers of transformers."""
+"""Adapters for DINOv2 with registers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .dinov2 import Dinov2, Dinov2Layers
 
 
 class Dinov2WithRegistersLayers(Dinov2Layers):
-    """The sequence is CLS, the registers, the patches; the first two are protected."""
+    """DINOv2 layers whose sequence is CLS, the registers, the patches; CLS and registers are protected."""
 
     @classmethod
     def leading(cls, config: Any) -> int:
@@ -16,7 +16,7 @@ class Dinov2WithRegistersLayers(Dinov2Layers):
 
 
 class Dinov2WithRegisters(Dinov2):
-    """A DINOv2 with registers."""
+    """DINOv2 models with registers."""
 
     model_type = "dinov2_with_registers"
     layer_adapter = Dinov2WithRegistersLayers

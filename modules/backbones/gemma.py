@@ -1,4 +1,4 @@
-"""Gemma 2 and the language model of Gemma 3 of transformers."""
+"""Adapters for Gemma 2 and the language model of Gemma 3."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .decoder import Decoder, DecoderLayers
 
 
 class GemmaLayers(DecoderLayers):
-    """A norm before and one after each half."""
+    """Layers with a norm before and after each half."""
 
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -29,7 +29,7 @@ class GemmaLayers(DecoderLayers):
 
 
 class Gemma2(Decoder):
-    """Every other layer looks through a sliding window."""
+    """Gemma 2 models. Every second layer uses a sliding window."""
 
     model_type = "gemma2"
     layer_adapter = GemmaLayers
@@ -37,7 +37,7 @@ class Gemma2(Decoder):
 
 
 class Gemma3Text(Gemma2):
-    """Sliding and full layers have rotary positions of their own, and a model one mask for each kind."""
+    """Gemma 3 language models. Sliding and full layers have separate rotary positions and separate masks."""
 
     model_type = "gemma3_text"
     classes: ClassVar[tuple[str, ...]] = ("Gemma3TextModel", "Gemma3ForCausalLM")

@@ -1,4 +1,4 @@
-"""GPT-2 of transformers."""
+"""Adapters for GPT-2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .decoder import Decoder, DecoderLayers
 
 
 class Gpt2Layers(DecoderLayers):
-    """Pre-norm layers that know no positions."""
+    """Pre-norm layers without positions."""
 
     positional = ("past_key_values", "attention_mask", "encoder_hidden_states", "encoder_attention_mask")
 
@@ -31,7 +31,7 @@ class Gpt2Layers(DecoderLayers):
 
 
 class Gpt2(Decoder):
-    """Learned positions, added before the layers, so that a token keeps its own wherever it goes."""
+    """GPT-2 models. Learned positions are added before the layers, so a token keeps its position in any sequence."""
 
     model_type = "gpt2"
     layer_adapter = Gpt2Layers
@@ -40,7 +40,7 @@ class Gpt2(Decoder):
     @classmethod
     def check(cls, model: PreTrainedModel) -> None:
         if model.config.add_cross_attention:
-            raise ValueError("this GPT-2 has cross-attention (add_cross_attention): only plain ones are served")
+            raise ValueError("this GPT-2 has cross-attention (add_cross_attention): only models without it are served")
 
     @classmethod
     def layers(cls, model: PreTrainedModel) -> nn.ModuleList:

@@ -1,4 +1,4 @@
-"""GPT-NeoX of transformers (Pythia)."""
+"""Adapters for GPT-NeoX (Pythia)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .decoder import Decoder, DecoderLayers
 
 
 class GptNeoxLayers(DecoderLayers):
-    """Mostly with a parallel residual: attention and MLP read the same input, and there is nothing between them."""
+    """Layers that mostly have a parallel residual: attention and MLP read the same input, so there is no site between them."""
 
     cache_name = "layer_past"
 
@@ -40,7 +40,7 @@ class GptNeoxLayers(DecoderLayers):
 
 
 class GptNeox(Decoder):
-    """Two matrices in an MLP, no gate."""
+    """GPT-NeoX models. The MLP has two matrices and no gate."""
 
     model_type = "gpt_neox"
     layer_adapter = GptNeoxLayers

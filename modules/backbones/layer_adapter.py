@@ -1,4 +1,4 @@
-"""What a layer adapter says of one family of layers: halves, masks, keys, positions. Stateless, used as a class."""
+"""LayerAdapter: halves, masks, keys and positions of one family of layers. Adapters are used as classes, without instances."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..tokens.state import TokenState
 
 
 class LayerAdapter:
-    """One family of layers. It is used as it is wherever such layers occur, also inside models of several parts.
+    """One family of layers. The same adapter serves such layers inside composite models.
 
     Attributes:
-        sites: that the layers offer, of SITES; all but ``before`` go through the two halves of a layer.
-        scopes: of SCOPES, which tokens a stage may be limited to.
-        attentions: attention implementations that the layers run under stages; None for any.
-        masks_in_layers: layers add to their masks by themselves, for the full sequence; ``layer_mask`` does it for a shorter one.
-        causal: a token's output may depend on no later token.
-        positional: names of what the models hand their layers by position, after the hidden states.
-        lora_targets: ends of names of the linear maps in a layer that LoRA adapts by default; None takes all of them.
-        no_keys: why ``keys`` cannot be computed; None where it can.
-        no_cls_query: why ``cls_query_and_keys`` cannot be computed; None where it can.
+        sites: sites that the layers offer, a subset of SITES; all but ``before`` and ``around`` use the two halves of a layer.
+        scopes: scopes that the layers offer, a subset of SCOPES.
+        attentions: attention implementations that work with stages; None means any.
+        masks_in_layers: layers add a full-length bias to their mask; under compression ``layer_mask`` adds it for the current tokens.
+        causal: the output at a token does not depend on later tokens.
+        positional: names of the layers' positional arguments, after the hidden states.
+        lora_targets: suffixes of the names of linear layers that LoRA adapts by default; None means all linear layers.
+        no_keys: reason why ``keys`` cannot be computed; None if it can.
+        no_cls_query: reason why ``cls_query_and_keys`` cannot be computed; None if it can.
     """
 
     sites: ClassVar[tuple[str, ...]]
@@ -40,65 +40,65 @@ class LayerAdapter:
 
     @classmethod
     def leading(cls, config: PretrainedConfig) -> int:
-        """Protected tokens at the start of each row."""
+        """Number of protected tokens at the start of each row."""
         raise NotImplementedError
 
     @classmethod
     def refused_sites(cls, config: PretrainedConfig) -> Mapping[str, str]:
-        """Sites that layers of this configuration cannot offer, and why."""
+        """Sites that layers with this configuration do not offer, with the reason."""
         return {}
 
     @classmethod
     def packs(cls, config: PretrainedConfig) -> bool:
-        """Rows may be packed: layers hand their attention function whatever mask they get, and nothing else tells rows apart."""
+        """True if rows may be packed: layers pass any mask on to their attention function, and nothing else depends on the row."""
         return False
 
     @classmethod
     def patch_layer(cls, layer: nn.Module) -> None:
-        """Called on every layer when stages are put in: leaves to ``layer_mask`` what only full-length layers can do."""
+        """Prepares a layer for ``layer_mask``; called on every layer when stages are added."""
 
     @classmethod
     def unpatch_layer(cls, layer: nn.Module) -> None:
-        """Called on every layer when stages are taken out: undoes ``patch_layer``."""
+        """Reverts ``patch_layer``; called on every layer when stages are removed."""
 
     @classmethod
     def begin(cls, flow: Flow, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
-        """The state before the first stage, from what enters the first layer and the mask that it is handed."""
+        """TokenState before the first stage, from the input and the mask of the first layer."""
         rows, tokens, _ = hidden_states.shape
         return TokenState.initial(rows, tokens, flow.leading, cls.valid_tokens(attention_mask), hidden_states.device)
 
     @classmethod
     def begin_layer(cls, layer: nn.Module, state: TokenState, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What the model hands a layer, by name, once a forward before anything of the layer runs."""
+        """The keyword arguments of a layer, prepared once per forward before the layer's stages run."""
         return inputs
 
     @classmethod
     def layer_inputs(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What a layer or its attention half is handed for the current tokens, by name.
+        """The keyword arguments of a layer, or of its attention half, for the current tokens.
 
         Args:
             layer: the layer that is about to run.
-            state: the tokens that it will see.
-            dtype: of an additive mask.
-            inputs: what ``begin_layer`` gave.
+            state: TokenState of the tokens that it will process.
+            dtype: dtype of an additive mask.
+            inputs: result of ``begin_layer``.
         """
         others = {name: value for name, value in inputs.items() if name != "attention_mask"}
         return others | {"attention_mask": cls.layer_mask(layer, inputs.get("attention_mask"), state, dtype, **others)}
 
     @classmethod
     def slice_inputs(cls, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-        """Of what a layer is handed, that of the first tokens by plain slicing, for measuring how fast a layer could be."""
+        """A layer's keyword arguments for the first ``tokens`` tokens, by plain slicing; used to measure the oracle speed."""
         return dict(inputs)
 
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
-        """The first half of a layer, residual included; ``mlp_half`` of it is bit-equal to the layer's forward.
+        """The first half of a layer, residual included; followed by ``mlp_half`` it is bit-equal to the layer's forward.
 
         Args:
-            layer: of the family.
+            layer: a layer of the family.
             hidden_states: (B, M, C).
-            attention_mask: what ``layer_mask`` gave.
-            kwargs: whatever else the model hands its layers.
+            attention_mask: result of ``layer_mask``.
+            kwargs: the layer's other keyword arguments.
 
         Returns:
             (B, M, C).
@@ -112,37 +112,37 @@ class LayerAdapter:
 
     @classmethod
     def keys(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """(B, H, M, D) keys that the layer's attention computes from its (B, M, C) input, its norm applied first."""
+        """(B, H, M, D) keys that the layer's attention computes from its (B, M, C) input, including the norm before attention."""
         raise NotImplementedError
 
     @classmethod
     def cls_query_and_keys(cls, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Query of the first token (B, H, 1, D), keys of all (B, H, M, D) and the attention's scale, for this layer."""
+        """Query of the first token (B, H, 1, D), keys of all tokens (B, H, M, D) and the attention scale of this layer."""
         raise NotImplementedError
 
     @classmethod
     def layer_mask(
         cls, layer: nn.Module, attention_mask: Tensor | None, state: TokenState, dtype: torch.dtype, **kwargs: Any
     ) -> Tensor | None:
-        """Everything that this layer adds to its attention logits, for the current tokens.
+        """All terms that this layer adds to its attention logits, for the current tokens.
 
         Args:
             layer: the layer that is about to run.
-            attention_mask: what the model handed the layer, over the original tokens.
-            state: the current tokens.
-            dtype: of an additive mask, that of the queries.
-            kwargs: whatever else the model hands its layers.
+            attention_mask: the mask that the model passed to the layer, over the original tokens.
+            state: TokenState of the current tokens.
+            dtype: dtype of an additive mask, that of the queries.
+            kwargs: the layer's other keyword arguments.
         """
         return cls.gather_mask(attention_mask, state, dtype)
 
     @staticmethod
     def valid_tokens(attention_mask: Tensor | None) -> Tensor | None:
-        """(B, M) bool from the mask that the model made for its layers, (B, 1, M, M) bool or additive; None without one."""
+        """(B, M) bool, real tokens according to the mask that the model made, (B, 1, M, M) bool or additive; None without a mask."""
         if attention_mask is None:
             return None
         if attention_mask.ndim != 4:
             raise ValueError(
-                f"attention mask of shape {tuple(attention_mask.shape)}: compression understands (batch, 1, queries, keys); "
+                f"attention mask of shape {tuple(attention_mask.shape)}: compression supports (batch, 1, queries, keys); "
                 "use attn_implementation 'sdpa' or 'eager' for padded batches"
             )
         seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > torch.finfo(attention_mask.dtype).min / 2
@@ -150,20 +150,20 @@ class LayerAdapter:
 
     @staticmethod
     def gather_mask(attention_mask: Tensor | None, state: TokenState, dtype: torch.dtype) -> Tensor | None:
-        """The mask that a layer needs for the current tokens.
+        """The attention mask for the current tokens.
 
         Args:
-            attention_mask: (B, 1, N, N) the mask over the original tokens, bool or additive; None where the model has none.
-            state: the current tokens.
-            dtype: of an additive mask, that of the queries.
+            attention_mask: (B, 1, N, N) mask over the original tokens, bool or additive; None if the model has none.
+            state: TokenState of the current tokens.
+            dtype: dtype of an additive mask, that of the queries.
 
         Returns:
-            mask[idx][:, idx] with padding masked out (B, 1, M, M), plus the state's key bias; without a mask, padding and key bias
-            alone (B, 1, 1, M); None where there is neither.
+            (B, 1, M, M) mask[idx][:, idx] with padding masked, plus the state's key bias. Without a model mask, (B, 1, 1, M) padding mask
+            and key bias; None if there is neither.
         """
         mask, bias = None, state.logit_bias
         if attention_mask is None and state.valid is not None:
-            # Rows that keep different numbers; additive, which every attention implementation understands.
+            # Rows have different lengths. The mask is additive, which every attention implementation supports.
             mask = torch.zeros(state.valid.shape, dtype=dtype, device=state.valid.device)
             mask = mask.masked_fill(~state.valid, torch.finfo(dtype).min)[:, None, None]
         elif attention_mask is not None:

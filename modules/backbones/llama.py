@@ -1,4 +1,4 @@
-"""Llama of transformers, and the families whose layers are like its own: Mistral, Qwen2, Qwen3."""
+"""Adapters for Llama and families with the same layers: Mistral, Qwen2, Qwen3."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LlamaLayers(DecoderLayers):
 
 
 class Llama(Decoder):
-    """Every layer sees all earlier tokens."""
+    """Llama models. Every layer attends to all earlier tokens."""
 
     model_type = "llama"
     layer_adapter = LlamaLayers
@@ -35,21 +35,21 @@ class Llama(Decoder):
 
 
 class Mistral(Llama):
-    """All layers may look through a sliding window."""
+    """Mistral models. All layers may use a sliding window."""
 
     model_type = "mistral"
     classes: ClassVar[tuple[str, ...]] = ("MistralModel", "MistralForCausalLM")
 
 
 class Qwen2(Llama):
-    """Biases on queries, keys and values; some layers may look through a sliding window."""
+    """Qwen2 models, with biases on queries, keys and values; some layers may use a sliding window."""
 
     model_type = "qwen2"
     classes: ClassVar[tuple[str, ...]] = ("Qwen2Model", "Qwen2ForCausalLM")
 
 
 class Qwen3(Llama):
-    """A norm on queries and keys; some layers may look through a sliding window."""
+    """Qwen3 models, with a norm on queries and keys; some layers may use a sliding window."""
 
     model_type = "qwen3"
     classes: ClassVar[tuple[str, ...]] = ("Qwen3Model", "Qwen3ForCausalLM")

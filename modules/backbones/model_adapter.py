@@ -1,4 +1,4 @@
-"""What a model adapter says of one family of models: stacks of layers, inputs, outputs, heads. Stateless, used as a class."""
+"""ModelAdapter: stacks, inputs, outputs and heads of one family of models. Adapters are used as classes, without instances."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .stack import Stack
 
 
 class ModelAdapter:
-    """One family of models: where its stacks are, what a forward is given and what comes out of it.
+    """One family of models: its stacks of layers, the inputs of a forward and its outputs.
 
     Attributes:
-        model_type: the family's ``config.model_type``; a class without one is shared by families and no adapter itself.
-        layer_adapter: of the layers, in a family of one stack.
-        classes: class names of the models it serves.
-        refused: class names of the family that cannot be served, and why.
-        takes_attention_mask: the models' forward understands an ``attention_mask`` for padded rows.
+        model_type: the family's ``config.model_type``; a class without one is a shared base class, not an adapter.
+        layer_adapter: adapter of the layers, in a family with one stack.
+        classes: names of the supported model classes.
+        refused: names of the family's unsupported model classes, with the reason.
+        takes_attention_mask: the models' forward accepts an ``attention_mask`` for padded rows.
     """
 
     model_type: ClassVar[str]
@@ -39,7 +39,7 @@ class ModelAdapter:
 
     @classmethod
     def check(cls, model: PreTrainedModel) -> None:
-        """Raises ValueError, with the cure, where this very model cannot be compressed. Called before anything is changed."""
+        """Raises ValueError, with the cure, if this model cannot be compressed. Called before the model is changed."""
 
     @classmethod
     def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
@@ -50,69 +50,69 @@ class ModelAdapter:
 
     @classmethod
     def stacks(cls, model: PreTrainedModel) -> tuple[Stack, ...]:
-        """The runs of layers that stages may sit in, in the order that they run."""
+        """The stacks of the model, in running order."""
         return (Stack("", cls.layers(model), cls.layer_adapter, cls.stack_config(model.config)),)
 
     @classmethod
     def stack_config(cls, config: Any) -> PretrainedConfig:
-        """Settings of the first stack's layers."""
+        """Configuration of the first stack's layers."""
         settings: PretrainedConfig = config
         return settings
 
     @classmethod
     def set_attention(cls, model: PreTrainedModel, stack: Stack, implementation: str) -> None:
-        """Makes the layers of one stack run an attention implementation."""
+        """Sets the attention implementation of one stack's layers."""
         model.set_attn_implementation(implementation)
 
     @classmethod
     def token_spec(cls, model: PreTrainedModel, stack: Stack) -> TokenSpec:
-        """What parts of a stack's stages are built for."""
+        """The TokenSpec for the parts of a stack's stages."""
         return TokenSpec(hidden_size=stack.config.hidden_size, classes=model.config.num_labels or 0, family=cls.model_type)
 
     @classmethod
     def every_token(cls, model: PreTrainedModel, stack: Stack) -> str | None:
-        """What reads every token that leaves a stack, so that a stage which shortens it needs a restore; None where nothing does."""
+        """Name of the consumer that reads every token leaving the stack, so that shrinking needs a restore; None if there is none."""
         return None
 
     @classmethod
     def shapes(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> dict[str, StackShape]:
-        """What the cost of this model depends on, by stack.
+        """StackShape for the cost model, by stack.
 
         Args:
-            model: dense or compressed.
-            size: of the input, height and width in pixels or tokens of a text; None takes the configured size.
+            model: dense or compressed model.
+            size: input size, (height, width) in pixels or a number of text tokens; None means the configured size.
         """
         raise NotImplementedError
 
     @classmethod
     def added_inputs(cls, model: PreTrainedModel, trace: Trace | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Inputs of a forward that the adapter decides where its caller does not, over those that were given.
+        """Inputs that the adapter adds to a forward or replaces in it.
 
         Args:
             model: the compressed model.
-            trace: the caller's; None where there is none.
-            inputs: of the forward, by name.
+            trace: the caller's trace; None without one.
+            inputs: inputs of the forward, by name.
         """
         return {}
 
     @classmethod
     def labels(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Labels for the trace of a forward whose caller made none; None where estimators could not learn from the model's."""
+        """Labels for a trace that the model creates itself; None if estimators cannot use the model's labels."""
         labels = inputs.get("labels")
         return labels if isinstance(labels, Tensor) else None
 
     @classmethod
     def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
-        """Notes on the flows what layers and parts need to know of the model's inputs."""
+        """Stores on the flows the inputs that layers and parts need."""
         flow = trace.flow()
         flow.leading, flow.protected = cls.layer_adapter.leading(cls.stack_config(model.config)), trace.protected
 
     @classmethod
     def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:
-        """The outputs of a forward, made right where a head read padding: rows may leave the layers with different counts."""
+        """The outputs of a forward, corrected if a head read padding because rows leave the layers with different lengths."""
         return outputs
 
     @classmethod
     def head_counts_places(cls, model: PreTrainedModel) -> bool:
-        """The head needs a token for every place of the input, however many are left; ``finish`` provides them."""
+        """True if the head needs a token at every position of the input, however many are kept; ``finish`` provides them."""
         return False

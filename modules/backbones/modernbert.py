@@ -1,4 +1,4 @@
-"""ModernBERT of transformers."""
+"""Adapters for ModernBERT."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .text_encoder import TextEncoder, TextEncoderLayers
 
 
 class ModernBertLayers(TextEncoderLayers):
-    """Rotary positions of a kind for each type of layer, and layers that look at near tokens alone; near is counted in the text, not in
-    what is left of it.
+    """Layers with separate rotary positions per layer type. Local layers attend to near tokens only, with distances measured in the
+    original text.
     """
 
-    no_keys = "keys come out of one projection with queries and values in a modernbert"
-    no_cls_query = "how the layer that follows rotates and how far it looks is not known before it runs in a modernbert"
+    no_keys = "a modernbert computes keys in one projection with queries and values"
+    no_cls_query = "the rotary positions and the window of a modernbert layer are not known before the layer runs"
 
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -37,7 +37,7 @@ class ModernBertLayers(TextEncoderLayers):
 
 
 class ModernBert(TextEncoder):
-    """A classifier reads [CLS] or the mean over all tokens."""
+    """ModernBERT models. A classifier reads [CLS] or the mean over all tokens."""
 
     model_type = "modernbert"
     layer_adapter = ModernBertLayers
@@ -51,7 +51,7 @@ class ModernBert(TextEncoder):
 
     @classmethod
     def windows(cls, config: Any) -> tuple[int | None, ...]:
-        # As many to the left as to the right, and the token itself.
+        # The window counts tokens on each side, plus the token itself.
         return tuple(None if window is None else 2 * window + 1 for window in super().windows(config))
 
     @classmethod
@@ -64,7 +64,7 @@ class ModernBert(TextEncoder):
         state = flow.state
         if not cls.head_counts_places(model) or not flow.under_head or state is None or hidden_states is None or _as_it_came(state, flow):
             return outputs
-        # The head averages over all places that its mask calls text: what is left of a row, at each of them, leaves that mean unmoved.
+        # The head averages over all positions in its mask. With the mean of the kept tokens at each position, it computes that mean.
         weight = state.size if state.proportional else torch.ones_like(state.size)
         weight = (weight if state.valid is None else weight * state.valid).unsqueeze(-1)
         mean = (hidden_states.float() * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
@@ -73,7 +73,7 @@ class ModernBert(TextEncoder):
 
 
 def _as_it_came(state: TokenState, flow: Flow) -> bool:
-    """Every row has as many tokens as it came with."""
+    """True if no token was removed from any row."""
     if state.tokens < state.source.shape[1]:
         return False
     return state.valid is None or (flow.valid is not None and torch.equal(state.valid, flow.valid))

@@ -1,4 +1,4 @@
-"""The vision tower of SigLIP of transformers, alone and under a classifier."""
+"""Adapters for the vision tower of SigLIP, alone and with a classifier."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .clip_vision_model import ClipVision, ClipVisionLayers
 
 
 class SiglipVisionLayers(ClipVisionLayers):
-    """No CLS token and nothing protected."""
+    """CLIP layers without a CLS token; no token is protected."""
 
     has_cls = False
 
 
 class SiglipVision(ClipVision):
-    """A learned probe pools all tokens by attention; the classifier averages them."""
+    """SigLIP vision towers. A learned probe pools all tokens by attention; a classifier averages them."""
 
     model_type = "siglip_vision_model"
     layer_adapter = SiglipVisionLayers
@@ -31,7 +31,7 @@ class SiglipVision(ClipVision):
         shape, tower = super().shapes(model, size)[""], cls.base(model)
         if not tower.use_head:
             return {"": shape}
-        # The pooling head's probe becomes one query, every token a key and a value; the classifier computes it too, and does not use it.
+        # The probe is one query; every token gives a key and a value. A classifier runs this pooling head too, without using it.
         width = shape.hidden
         return {"": replace(shape, head_macs=shape.head_macs + width**2, head_macs_per_token=2 * width**2 + 2 * width)}
 
@@ -42,7 +42,7 @@ class SiglipVision(ClipVision):
         state = flow.state
         if state is None or head is None or (state.valid is None and not state.proportional) or flow.under_head:
             return outputs
-        # The model's own call of the head attended to padding, and to a merged token as to one.
+        # The model's own call of the head attended to padding, and ignored the sizes of merged tokens.
         hidden_states = outputs.last_hidden_state
         probe = head.probe.repeat(hidden_states.shape[0], 1, 1)
         bias = torch.zeros_like(state.size) if state.logit_bias is None else state.logit_bias
@@ -54,7 +54,7 @@ class SiglipVision(ClipVision):
 
 
 class Siglip(SiglipVision):
-    """The classifier on the tower."""
+    """A SigLIP vision tower with a classifier."""
 
     model_type = "siglip"
     classes: ClassVar[tuple[str, ...]] = ("SiglipForImageClassification",)

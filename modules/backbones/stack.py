@@ -1,4 +1,4 @@
-"""Stack: a run of layers that stages sit in."""
+"""Stack: a sequence of layers to which stages can be added."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .layer_adapter import LayerAdapter
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of layers of one family, with its own configuration.
+    """A sequence of layers of one family, with its configuration.
 
     Attributes:
-        name: "" in a model that has one; ``vision``, ``projector``, ``text`` in one of several parts.
-        layers: in order.
-        adapter: of the layers.
-        config: of the layers; that of the model, or of the part that they belong to.
+        name: "" in a model with one stack; ``vision``, ``projector`` or ``text`` in a composite model.
+        layers: the layers, in order.
+        adapter: adapter of the layers.
+        config: configuration of the layers: the model's, or that of the sub-model that contains them.
     """
 
     name: str
@@ -28,5 +28,5 @@ class Stack:
 
     @property
     def attention(self) -> str:
-        """Name of the attention implementation that the layers run."""
+        """Name of the layers' attention implementation."""
         return str(self.config._attn_implementation)

@@ -1,4 +1,4 @@
-"""What models of text share, causal ones and encoders; no adapter by itself."""
+"""Base classes of the adapters for text models, causal models and encoders."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from ..tokens.gather import take_shared
 from .layer_adapter import LayerAdapter
 from .model_adapter import ModelAdapter
 
-# Tokens of a row where the caller does not say how many.
+# Default number of tokens per row.
 _TOKENS = 1024
 
 
 class TextLayers(LayerAdapter):
-    """Rows of tokens, whose positions the model may hand to its layers, and layers that may look through a window."""
+    """Layers over rows of text tokens, which may receive positions from the model and may use a sliding window."""
 
     attentions = ("sdpa", "eager")
 
     @classmethod
     def gather_inputs(cls, inputs: Mapping[str, Any], position: Tensor) -> dict[str, Any]:
-        """Of what a layer is handed token by token, that of the tokens at (B, K) positions."""
+        """The per-token keyword arguments of a layer, gathered at (B, K) positions."""
         picked: dict[str, Any] = {}
         if isinstance(inputs.get("position_ids"), Tensor):
             picked["position_ids"] = inputs["position_ids"].expand(len(position), -1).gather(1, position)
         if inputs.get("position_embeddings") is not None:
-            # RoPE of the tokens where they stand, not renumbered.
+            # RoPE of the original positions; tokens are not renumbered.
             picked["position_embeddings"] = tuple(take_shared(part, position) for part in inputs["position_embeddings"])
         return picked
 
     @classmethod
     def select_row_inputs(cls, inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-        """Of what a layer is handed row by row, that of (R,) rows; what is the same for all rows stays as it is."""
+        """The per-row keyword arguments of a layer for (R,) rows; tensors shared by all rows are unchanged."""
 
         def of(part: Tensor) -> Tensor:
             return part if part.shape[0] == 1 else part.index_select(0, rows)
@@ -61,26 +61,26 @@ class TextLayers(LayerAdapter):
 
 
 class TextModel(ModelAdapter):
-    """A model that takes ``input_ids`` and has one stack of layers."""
+    """A model with ``input_ids`` and one stack of layers."""
 
     @classmethod
     def reads_every_token(cls, model: PreTrainedModel) -> bool:
-        """What follows the layers is computed for every token that leaves them; else for one."""
+        """True if the head runs on every token that leaves the layers; False if it runs on one token."""
         raise NotImplementedError
 
     @classmethod
     def default_tokens(cls, config: Any) -> int:
-        """Tokens of a row where the caller does not say how many."""
+        """Default number of tokens per row."""
         return _TOKENS
 
     @classmethod
     def gated(cls, config: PretrainedConfig) -> bool:
-        """The MLP has a gate beside its way up and its way down."""
+        """True if the MLP has a gate: three matrices instead of two."""
         return True
 
     @classmethod
     def windows(cls, config: Any) -> tuple[int | None, ...]:
-        """Of each layer, how many tokens back it looks; None looks at all."""
+        """Attention window of each layer in tokens; None for full attention."""
         window = getattr(config, "sliding_window", None)
         kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -119,7 +119,7 @@ class TextModel(ModelAdapter):
 
 
 def with_padding(visible: Tensor, real: Tensor | None, padding: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(B, M, S) visible keys of each query: padding keys hidden, padding queries allowed to attend, and a (B, S) bias added to the keys."""
+    """(B, M, S) visible keys of each query, with padding keys masked, padding queries unmasked, and a (B, S) bias added to the keys."""
     lowest = torch.finfo(dtype).min
     if visible.dtype == torch.bool:
         visible = visible if real is None else visible & real[:, None]

@@ -1,4 +1,4 @@
-"""What encoders of text share; no adapter by itself."""
+"""Base classes of the adapters for text encoders."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .text import TextLayers, TextModel, with_padding
 
 
 class TextEncoderLayers(TextLayers):
-    """A token sees all others, or those near it. The first, [CLS], is protected, whether a head reads it or not: layers learn to
-    leave attention there that they have no use for.
+    """Layers in which a token attends to all tokens, or to near ones. The first token, [CLS], is protected even if no head reads it:
+    trained layers direct unused attention to it.
     """
 
     sites = SITES
@@ -51,7 +51,7 @@ class TextEncoderLayers(TextLayers):
         if state.whole and bias is None:
             return attention_mask
         if attention_mask is None or getattr(layer, "attention_type", "full_attention") == "full_attention":
-            # The model's mask hides padding alone, and so does the state's.
+            # The model's mask and the state both mask only padding.
             return cls.gather_mask(None, state, dtype)
         position, mask = state.position, attention_mask.expand(state.rows, -1, -1, -1)[:, 0]
         visible = take(mask, position).gather(2, position[:, None].expand(-1, state.tokens, -1))
@@ -60,10 +60,10 @@ class TextEncoderLayers(TextLayers):
 
 
 class TextEncoder(TextModel):
-    """An encoder and its heads. Padding is what the two-dimensional ``attention_mask`` says, and lies behind the text.
+    """An encoder and its heads. The two-dimensional ``attention_mask`` marks padding, which follows the text.
 
     Attributes:
-        dense_heads: class names of models whose head reads every token, which a shrinking stage must bring back.
+        dense_heads: names of model classes whose head reads every token, so that shrinking needs a restore.
     """
 
     dense_heads: ClassVar[tuple[str, ...]] = ()
@@ -74,7 +74,7 @@ class TextEncoder(TextModel):
 
     @classmethod
     def reads_every_token(cls, model: PreTrainedModel) -> bool:
-        # A compressed model's class derives from the one that is named.
+        # A compressed model's class derives from the listed class.
         return any(kind.__name__ in cls.dense_heads for kind in type(model).__mro__)
 
     @classmethod
@@ -87,7 +87,7 @@ class TextEncoder(TextModel):
 
     @classmethod
     def labels(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor | None:
-        # A label of every token is none of the row's.
+        # Labels per token are not labels of the row.
         return None if cls.reads_every_token(model) else super().labels(model, inputs)
 
     @classmethod

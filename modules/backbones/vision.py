@@ -1,4 +1,4 @@
-"""What vision transformers over image patches share; no adapter by itself."""
+"""Base classes of the adapters for vision transformers over image patches."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .stack import Stack
 
 
 def pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a setting that may be one number for both."""
+    """(height, width) of a setting that may be one number for both."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 class VisionLayers(LayerAdapter):
-    """Pre-norm layers whose tokens are patches in reading order after the leading ones, positions added before the layers.
+    """Pre-norm layers. The tokens are the leading tokens, then patches in reading order; positions are added before the layers.
 
     Attributes:
-        has_cls: the first token is one that the head reads.
-        norm: name of a layer's norm before attention.
-        attention: name of a layer's attention.
+        has_cls: the first token is a CLS token, which the head reads.
+        norm: attribute name of a layer's norm before attention.
+        attention: attribute name of a layer's attention.
     """
 
     sites: ClassVar[tuple[str, ...]] = SITES
@@ -44,7 +44,7 @@ class VisionLayers(LayerAdapter):
 
     @classmethod
     def packs(cls, config: PretrainedConfig) -> bool:
-        # Stochastic depth drops whole rows, and would see one only.
+        # Stochastic depth drops whole rows, and a packed batch has one row.
         return not getattr(config, "drop_path_rate", 0.0)
 
     @classmethod
@@ -66,7 +66,7 @@ class VisionLayers(LayerAdapter):
 
 
 class VisionModel(ModelAdapter):
-    """A model that takes ``pixel_values`` and has one stack of vision layers.
+    """A model with ``pixel_values`` and one stack of vision layers.
 
     Attributes:
         averages: a head averages all routable tokens that leave the layers.
@@ -77,7 +77,7 @@ class VisionModel(ModelAdapter):
 
     @classmethod
     def stack_config(cls, config: Any) -> PretrainedConfig:
-        # A classifier on the tower of an image-text model has the settings of both.
+        # The config of a classifier on an image-text model's tower contains the tower's config.
         settings: PretrainedConfig = getattr(config, "vision_config", config)
         return settings
 
@@ -124,7 +124,7 @@ class VisionModel(ModelAdapter):
             protected=cls.layer_adapter.leading(config),
             routable=patches,
             embed_macs=patches * config.hidden_size * config.num_channels * down * across,
-            # Heads and poolers read one token each, or one mean of tokens; heads of dense answers all patches, restored or not.
+            # Heads and poolers read one token, or one mean of tokens; dense heads read all patches, restored or not.
             head_macs=sum(module.in_features * module.out_features for module in outside)
             * (patches if isinstance(model, PatchSegmentation) else 1),
         )
@@ -135,7 +135,7 @@ class VisionModel(ModelAdapter):
         super().bind_inputs(model, trace, inputs)
         pixel_values = inputs.get("pixel_values")
         if isinstance(pixel_values, Tensor):
-            # From the image itself: with interpolated positions it may be of any size.
+            # From the image, not the config: with interpolated positions images may have any size.
             config: Any = cls.stack_config(model.config)
             (down, across), flow = pair(config.patch_size), trace.flow()
             flow.pixel_values = pixel_values
@@ -152,12 +152,12 @@ class VisionModel(ModelAdapter):
             raise ValueError("rows of a batch keep different numbers of tokens: leave return_dict out, or set it to True")
         hidden_states = getattr(outputs, "last_hidden_state", None)
         if hidden_states is not None and weighs:
-            # Only a head sees these: so scaled, their plain mean is the mean over all source tokens (ToMe, arXiv 2210.09461).
+            # The head takes the plain mean. With this scaling it is the mean over all source tokens (ToMe, arXiv 2210.09461).
             size = (state.size * state.routable).unsqueeze(-1)
             share = size * (state.tokens - flow.leading) / size.sum(1, keepdim=True).clamp(min=1e-6)
             outputs.last_hidden_state = hidden_states * torch.where(state.protected.unsqueeze(-1), 1.0, share).to(hidden_states.dtype)
         elif hidden_states is not None and state.valid is not None:
-            # Heads average all slots after the leading ones. Padding that holds the mean of the real ones leaves that mean unmoved.
+            # The head averages all slots after the leading ones. Padding is set to the mean of the real tokens, so the mean is unchanged.
             routable = state.routable.unsqueeze(-1)
             mean = hidden_states.masked_fill(~routable, 0.0).sum(1, keepdim=True) / routable.sum(1, keepdim=True).clamp(min=1)
             outputs.last_hidden_state = torch.where(state.valid.unsqueeze(-1), hidden_states, mean.to(hidden_states.dtype))

@@ -1,4 +1,4 @@
-"""ViT of transformers."""
+"""Adapters for ViT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .vision import VisionLayers, VisionModel
 
 
 class ViTLayers(VisionLayers):
-    """A norm before each half; one attention mask for all layers."""
+    """Pre-norm layers; the model passes all layers one attention mask."""
 
     @classmethod
     def attention_half(cls, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -27,7 +27,7 @@ class ViTLayers(VisionLayers):
 
 
 class ViT(VisionModel):
-    """One CLS token in front, learned positions added before the layers."""
+    """ViT models, with one CLS token at the start and learned positions added before the layers."""
 
     model_type = "vit"
     layer_adapter = ViTLayers

@@ -1,4 +1,4 @@
-"""ViT-MAE of transformers: the encoder alone, or with its decoder for masked-image pretraining."""
+"""Adapters for ViT-MAE: the encoder alone, or with its decoder for masked-image pretraining."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ DECODER = "decoder"
 
 
 class ViTMaeDecoderLayers(ViTLayers):
-    """Layers of the decoder: stages cannot sit there, since transformers hands them nothing but the tokens."""
+    """Decoder layers do not support stages: transformers passes them only the hidden states."""
 
     sites = ()
 
 
 class ViTMae(ViT):
-    """A ViT whose layers see a random subset of the patches, in random order (arXiv 2111.06377); for pretraining a second stack,
-    ``decoder``, paints all patches.
+    """ViT models whose layers get a random subset of the patches, in random order (arXiv 2111.06377). The pretraining model has a second
+    stack, ``decoder``, which predicts all patches.
 
-    The random order of patches is set by ``noise``. The adapter makes it, by (seed, step, sample id) where the caller gives a trace,
-    and hands it to the model; so the flow knows the places, and scorers read the right pixels.
+    The random order of patches is set by ``noise``. The adapter computes it from (seed, step, sample id) if there is a trace, and passes
+    it to the model. The flow then knows the grid place of each token, and scorers read the right pixels.
     """
 
     model_type = "vit_mae"
@@ -57,14 +57,14 @@ class ViTMae(ViT):
     @classmethod
     def every_token(cls, model: PreTrainedModel, stack: Stack) -> str | None:
         if stack.name == "" and hasattr(model, "decoder"):
-            return f"the decoder of {PRETRAINING} needs a token for every patch that the masking left (or compress the encoder alone, model.vit)"
+            return f"the decoder of {PRETRAINING} needs a token for every unmasked patch (or compress the encoder alone, model.vit)"
         return None
 
     @classmethod
     def shapes(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> dict[str, StackShape]:
         config: Any = model.config
         shape = super().shapes(model, size)[""]
-        # All patches are embedded; then the model masks.
+        # All patches are embedded before the model masks.
         shapes = {"": replace(shape, routable=visible(config, shape.routable), head_macs=0)}
         if hasattr(model, "decoder"):
             width, tokens = config.decoder_hidden_size, shape.protected + shape.routable
@@ -75,7 +75,7 @@ class ViTMae(ViT):
                 heads=config.decoder_num_attention_heads,
                 protected=shape.protected,
                 routable=shape.routable,
-                # Only tokens of the encoder are embedded; the others are one learned token each.
+                # Only the encoder's tokens are embedded; all other patches are one learned mask token.
                 embed_macs=(shape.protected + visible(config, shape.routable)) * config.hidden_size * width,
                 head_macs=tokens * width * config.patch_size**2 * config.num_channels,
             )
@@ -88,7 +88,7 @@ class ViTMae(ViT):
             return {}
         rows, patches = pixel_values.shape[0], _patches(model.config, pixel_values)
         if trace is None:
-            # As the model itself would: without a trace the step is not known, and training would never change its mask.
+            # As the model itself does. Without a trace the step is unknown, and seeded noise would repeat the same mask in training.
             return {"noise": torch.rand(rows, patches, device=pixel_values.device)}
         return {"noise": masking_order(trace.seed, trace.step, trace.rows_identity(rows, pixel_values.device), patches)}
 
@@ -97,13 +97,13 @@ class ViTMae(ViT):
         super().bind_inputs(model, trace, inputs)
         noise, flow = inputs.get("noise"), trace.flow()
         if isinstance(noise, Tensor):
-            # The sort that the model does, of the same noise.
+            # The same sort as in the model, on the same noise.
             kept = torch.argsort(noise, dim=1)[:, : visible(model.config, noise.shape[1])]
             flow.places = functional.pad(kept + flow.leading, (flow.leading, 0))
 
 
 def visible(config: Any, patches: int) -> int:
-    """Patches that the model's masking leaves to its encoder, by its own rounding."""
+    """Number of patches that the model's masking leaves to its encoder, by the model's own rounding."""
     return int(patches * (1 - config.mask_ratio))
 
 
@@ -113,11 +113,11 @@ def _patches(config: PretrainedConfig, pixel_values: Tensor) -> int:
 
 
 def fill_positions(model: PreTrainedModel) -> None:
-    """Gives a fresh ViT-MAE the frozen sine and cosine positions that its authors mean, in the encoder and in the decoder.
+    """Gives a fresh ViT-MAE its frozen sine and cosine positions, in the encoder and in the decoder.
 
-    transformers (seen with 5.17 and 5.23) leaves both at zero in a model that is made from a config: it skips the encoder's
-    because their neighbour has been initialised before, and overwrites the decoder's. They are frozen, so no training would
-    mend it, and the decoder could not tell one missing patch from another.
+    transformers (5.17 and 5.23) leaves both at zero in a model made from a config: it skips the encoder's positions, because another
+    parameter of the embeddings is already initialised, and overwrites the decoder's. They are frozen, so training would not correct
+    them, and the decoder could not distinguish missing patches.
     """
     parts: Any = model
     encoder = getattr(parts, "vit", parts)
@@ -131,7 +131,7 @@ def fill_positions(model: PreTrainedModel) -> None:
 
 
 def sine_positions(side: int, width: int) -> Tensor:
-    """(1 + side², width) float32: zeros for the CLS token, then sines and cosines of each patch's column and of its row."""
+    """(1 + side², width) float32: zeros for CLS, then for each patch the sines and cosines of its column and of its row."""
     if width % 4:
         raise ValueError(f"a width of {width} cannot hold two-dimensional sine positions: it must be a multiple of 4")
     frequency = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))

@@ -1,1 +1,1 @@
-"""Budget: the target, how it is measured, the regulariser that holds it, and its schedule over training."""
+"""Budget: the target, its measure, the regulariser that holds it, and its schedule over training."""

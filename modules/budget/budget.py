@@ -1,4 +1,4 @@
-"""The budget of a model: from a target to keeps, from a step to a trace, from a trace to a loss."""
+"""Budget: computes keeps from a target, traces from steps, and the regularisation loss from traces."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .schedules import SCHEDULES, progress, staircase
 
 @dataclass(frozen=True)
 class BudgetLoss:
-    """What to add to the task's loss, and what to log.
+    """The loss to add to the task's loss, and values to log.
 
     Attributes:
-        total: scalar with gradient: the regulariser, weighted, and the estimators' own losses.
-        regularizer: unweighted, detached; None without one.
-        weight: of the regulariser at this step.
-        auxiliary: sum of the estimators' losses, detached; None without any.
-        soft_keep: mean keep probability by stage, detached; next to it the hard keep is on the routing.
+        total: scalar with gradient: the weighted regulariser plus the auxiliary losses of estimators and selectors.
+        regularizer: unweighted loss of the regulariser, detached; None without one.
+        weight: weight of the regulariser at this step.
+        auxiliary: sum of the auxiliary losses, detached; None without any.
+        soft_keep: mean keep probability by stage name, detached; the achieved keep is in the Routing.
     """
 
     total: Tensor
@@ -39,18 +39,18 @@ class BudgetLoss:
 
 
 class Budget:
-    """Works out the keeps of a model's stages, makes the traces of training, and gives the loss that holds the ratio.
+    """Computes the keeps of a model's stages, makes the traces of training, and computes the loss that holds the ratio.
 
     Args:
-        config: what the model may cost.
-        model: the model, dense still.
-        compression: its stages; a stage with a keep of its own has it always, the others share one.
-        total_steps: optimizer steps of the training, for schedules.
-        seed: of the draws.
-        size: of the inputs, as CostModel takes it; None takes the model's own.
+        config: target, measure, regulariser and schedule.
+        model: the dense model.
+        compression: the stages; stages without ``keep`` and ``tokens`` share one keep, which the budget sets.
+        total_steps: number of optimizer steps in training, for schedules.
+        seed: seed of the random draws.
+        size: input size, as for CostModel; None means the model's configured size.
 
     Raises:
-        ValueError: the target cannot be met, or there is nothing to decide.
+        ValueError: the target cannot be met, or every stage sets its own keep.
 
     Example:
         budget = Budget(BudgetConfig(target=0.5), model, CompressionConfig([StageConfig(layer=3)]), total_steps=1000)
@@ -75,7 +75,7 @@ class Budget:
         if not self.free:
             raise ValueError("budget.target has nothing to decide: every stage has a keep of its own; leave it out of one of them")
         self.cost = CostModel(model, compression, size)
-        # Found once each, since a schedule that moves looks for a keep in every step.
+        # Caches: a moving schedule needs a keep at every step.
         self._keeps: dict[float, float] = {}
         self._ratios: dict[int, float] = {}
         self.compression = compression.with_keep(self.resolve(config.target))
@@ -85,12 +85,12 @@ class Budget:
         check_held(self.cost.stages, regularized=self.regularizer is not None)
         if self.regularizer is not None and not any(stage.scorer.probabilities for stage in self.cost.stages):
             raise ValueError(
-                "budget.regularizer pulls on keep probabilities, and no stage's scorer has any: leave it out "
+                "budget.regularizer needs keep probabilities, and no stage's scorer has any: leave it out "
                 "(a top-k selector holds the count by itself), or take scorer 'learned', or 'linear' in a causal model"
             )
 
     def resolve(self, target: float) -> dict[str, float]:
-        """The keep by stage name that meets ``target`` from below, for the stages that leave it to the budget."""
+        """The largest keep whose measure is at most ``target``, by name of each stage without its own keep."""
         if self.config.measure == "keep":
             return dict.fromkeys(self.free, target)
         if target not in self._keeps:
@@ -113,7 +113,7 @@ class Budget:
         return low / 10_000
 
     def _ratio(self, keep: int) -> float:
-        """The measure at a keep of so many ten-thousandths."""
+        """The measure at keep = ``keep`` / 10,000."""
         if keep not in self._ratios:
             self._ratios[keep] = getattr(self.cost(dict.fromkeys(self.free, keep / 10_000)), self.config.measure)
         return self._ratios[keep]
@@ -125,43 +125,43 @@ class Budget:
         return staircase(value, config.start, config.increment) if config.increment and done < 1 else value
 
     def keep(self, step: int) -> dict[str, float]:
-        """The keep by stage name that a step asks for, of the stages that leave it to the budget."""
+        """The keep requested at a step, by name of each stage without its own keep."""
         target = self.target(step)
-        # Where a keep has to be searched for, four decimals of the target are as many as it will have.
+        # Keeps that need a search have four decimals, so four decimals of the target are enough.
         return self.resolve(target if self.config.measure == "keep" else round(target, 4))
 
     @property
     def training_macs_ratio(self) -> float:
-        """Mean ``macs_ratio`` of the training steps as the schedule asks for it, from 200 of them."""
+        """Mean ``macs_ratio`` requested by the schedule over training, sampled at 200 steps."""
         moves = self.config.schedule != "constant"
         steps = [self.total_steps * number // 200 for number in range(200)] if moves else [0]
         return sum(self.cost(self.keep(step)).macs_ratio for step in steps) / len(steps)
 
     def trace(self, step: int, sample_ids: Tensor | None = None, labels: Tensor | None = None) -> Trace:
-        """The trace of a training forward.
+        """The Trace of a training forward.
 
         Args:
             step: optimizer step.
             sample_ids: (B,) int64 identity of each row, so that draws do not depend on the batch or the rank.
-            labels: for estimators that need them, where the model is not called with ``labels``.
+            labels: labels for estimators, if the model is not called with ``labels``.
         """
         noise = self.config.noise * (1 - progress(step, self.config.noise_until, self.total_steps))
         keep = self.keep(step) if self.target(step) != self.config.target else {}
         return Trace(step=step, seed=self.seed, sample_ids=sample_ids, labels=labels, noise=noise, keep=keep)
 
     def loss(self, trace: Trace, step: int, over_ranks: Callable[[Tensor], Tensor] | None = None) -> BudgetLoss:
-        """The loss of one forward's routings.
+        """The loss for the routings of one forward.
 
         Args:
-            trace: of the forward.
+            trace: Trace of the forward.
             step: optimizer step, for the ramp.
-            over_ranks: mean of a scalar over processes, with this one's gradient; None where there is one process.
+            over_ranks: mean of a scalar over processes, with this process's gradient; None with one process.
 
         Raises:
             ValueError: no stage ran with this trace.
         """
         if not trace.routings:
-            raise ValueError("the trace has no routing: pass it to the model's forward as trace=trace, before asking for the loss")
+            raise ValueError("the trace has no routing: pass it to the model's forward as trace=trace, before calling loss")
         device = next(iter(trace.routings.values())).scores.device
         trained = [routing for routing in trace.routings.values() if routing.probabilities]
         total = torch.zeros((), device=device)
@@ -190,7 +190,7 @@ def _mean_soft(soft: Tensor | None, routable: Tensor) -> Tensor:
 
 
 def build_regularizer(config: BudgetConfig) -> Regularizer | None:
-    """The regulariser of a budget, or None."""
+    """The regulariser of a budget; None if it has none."""
     if config.regularizer is None:
         return None
     built = registry.build("regularizer", PartConfig.of(config.regularizer, "regularizer"))

@@ -1,4 +1,4 @@
-"""BudgetConfig: what a model may cost. Plain data; needs no torch."""
+"""BudgetConfig: the requested cost of a model. Plain data; needs no torch."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ MEASURES = ("macs_ratio", "keep", "mean_token_fraction")
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """What the model may cost.
+    """The requested cost of a model.
 
     Attributes:
         target: requested value of the measure, in (0, 1].
-        measure: ``macs_ratio`` (MACs of the compressed forward ÷ dense) or ``mean_token_fraction`` (tokens that layers process ÷
-            dense), for which the keeps that fit are worked out; or ``keep`` (of every stage that names none itself).
-        regularizer: pulls the soft ratio of trained scorers to the target; None leaves it free, which suits selectors that
-            hold the count by themselves.
+        measure: ``macs_ratio`` (MACs of the compressed forward ÷ dense) or ``mean_token_fraction`` (tokens that layers process ÷ dense),
+            for which the budget computes the keeps; or ``keep`` (of every stage without its own).
+        regularizer: pulls the soft ratio of trained scorers to the target; None for selectors that hold the count by themselves.
         ramp_until: fraction of training over which the regulariser's weight grows from 0.
-        schedule: how the target moves from ``start`` to ``target``: ``constant``, ``linear`` or ``cosine``.
-        start: target at step 0 of a schedule that moves.
+        schedule: course of the target from ``start`` to ``target``: ``constant``, ``linear`` or ``cosine``.
+        start: target at step 0 of a linear or cosine schedule.
         schedule_until: fraction of training at which ``target`` is reached.
-        increment: the target of a schedule that moves goes in stairs of this size, as random-LTD does; 0 moves it at every step.
+        increment: step size of the target in a linear or cosine schedule, as in random-LTD; 0 changes it at every training step.
         noise: strength of the exploration noise at step 0, in standard deviations of the scores.
-        noise_until: fraction of training at which the noise has fallen to 0.
+        noise_until: fraction of training at which the noise reaches 0.
     """
 
     target: float = 0.5

@@ -1,4 +1,4 @@
-"""How a value moves from its start to its end over training: one pure function each."""
+"""Schedules: the course of a value from its start to its end over training, one pure function each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Schedule = Callable[[float, float, float], float]
 
 
 def constant(start: float, end: float, progress: float) -> float:
-    """The end value from the first step."""
+    """The end value at every step."""
     return end
 
 
@@ -28,17 +28,17 @@ SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosin
 
 
 def staircase(value: float, start: float, increment: float) -> float:
-    """``value`` on the stair that it has reached: rounded to a multiple of ``increment`` on the side of ``start``, never past it.
+    """``value`` rounded to a multiple of ``increment`` towards ``start``, and never beyond ``start``.
 
-    A linear schedule that grows in stairs is random-LTD's (arXiv 2211.11586), v - v mod increment.
+    With a linear schedule it is that of random-LTD (arXiv 2211.11586), v - v mod increment.
     """
-    # Steps that mean a stair exactly may land a hair before it.
+    # The small constant corrects rounding errors of values that should be exact multiples.
     stair = math.floor(value / increment + 1e-9) if value >= start else math.ceil(value / increment - 1e-9)
     reached = stair * increment
     return max(reached, start) if value >= start else min(reached, start)
 
 
 def progress(step: int, until: float, total_steps: int) -> float:
-    """How far ``step`` is on the way to ``until`` (a fraction of ``total_steps``), in [0, 1]."""
+    """``step`` ÷ (``until`` · ``total_steps``), limited to [0, 1]."""
     steps = until * total_steps
     return 1.0 if steps <= 0 else min(1.0, step / steps)

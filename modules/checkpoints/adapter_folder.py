@@ -1,6 +1,6 @@
-"""The adapter folder: PEFT's own two files, routers beside them, and a manifest that tells whether all is there and unchanged.
+"""The adapter folder: PEFT's two files, the routers, and a manifest with the size and hash of every file.
 
-Everything is read as JSON or safetensors. A folder is checked whole, before a model is made for it.
+All files are JSON or safetensors. A folder is checked completely before a model is made for it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ MANIFEST = "manifest.json"
 FORMAT = "laconic-adapter-1"
 LORA_CONFIG, LORA = "adapter_config.json", "adapter_model.safetensors"
 STAGES_CONFIG, STAGES = "compression_config.json", "compression.safetensors"
-# What trains in full beside routers; with LoRA it is in PEFT's file, as PEFT's modules_to_save.
+# Modules trained in full besides routers. With LoRA they are in PEFT's file, as its modules_to_save.
 FULL = "modules.safetensors"
-# What others might unpickle or import from the folder.
+# Suffixes of files that other programs might unpickle or import.
 _CODE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".py")
-# Settings of PEFT's file that say where it comes from, not how it computes; whatever else is not listed must be PEFT's default.
+# Settings of PEFT's config that do not affect computation. Settings that are in neither list must have PEFT's default.
 _NOTES = ("base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "init_lora_weights", "modules_to_save")
 _READ = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
@@ -43,25 +43,25 @@ _READ = (
 
 
 class AdapterError(ValueError):
-    """An adapter folder is damaged, or does not fit; nothing of it was loaded."""
+    """An adapter folder is damaged or does not fit. Nothing was loaded from it."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter folder holds.
+    """Contents of an adapter folder.
 
     Attributes:
-        base: weights that it is laid on.
-        model_class: of the dense model.
-        model_config: of the dense model, as ``config.to_dict()``.
-        lora_config: PEFT's; None where routers alone were trained.
-        lora: LoRA's tensors and those of ``full``, under PEFT's names; empty without LoRA.
-        compression: of the model; None for a dense one.
-        stages: tensors of routers and mergers, under the model's names.
-        full: names of modules that train in full beside routers, a new head for example.
-        full_tensors: theirs, under the model's names.
-        ratio: ``macs_ratio`` and ``keep``, each ``requested`` and ``achieved``; None where not known.
-        versions: of what wrote it.
+        base: base weights of the adapter.
+        model_class: class name of the dense model.
+        model_config: config of the dense model, as ``config.to_dict()``.
+        lora_config: PEFT's config; None without LoRA.
+        lora: LoRA tensors by PEFT's names; empty without LoRA.
+        compression: compression config of the model; None for a dense model.
+        stages: tensors of routers and mergers by the model's names.
+        full: names of modules that were trained in full besides routers, for example a new head.
+        full_tensors: tensors of these modules by the model's names.
+        ratio: ``macs_ratio`` and ``keep``, each ``requested`` and ``achieved``; empty if unknown.
+        versions: versions of the packages that wrote the folder.
     """
 
     base: Base
@@ -78,10 +78,10 @@ class Adapter:
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Writes a folder that is there whole or not at all.
+    """Writes a folder atomically: it exists completely or not at all.
 
     Raises:
-        ValueError: the folder exists already and is not empty, or a tensor is empty.
+        ValueError: the folder exists and is not empty, or a tensor is empty.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: give a new folder")
@@ -108,10 +108,10 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """What a folder holds, checked file by file against its manifest and in itself.
+    """Reads a folder and checks every file against the manifest.
 
     Raises:
-        AdapterError: something is missing, truncated, altered, unknown, or would run code; the message says what and what to do.
+        AdapterError: a file is missing, truncated, altered, unknown or could run code; the message names the file and the cure.
     """
     path = Path(folder)
     manifest = _manifest(path)
@@ -143,23 +143,23 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter; one that lost its manifest is still one, and says so when it is read."""
+    """True if a folder holds an adapter, also if its manifest is missing, which ``read_adapter`` reports."""
     return (folder / MANIFEST).is_file() or ((folder / LORA_CONFIG).is_file() and not (folder / "config.json").is_file())
 
 
 def adapter_files(manifest: Mapping[str, Any]) -> list[str]:
-    """The files that an adapter needs beside its manifest."""
+    """Names of the files that an adapter needs besides its manifest."""
     needed = [LORA_CONFIG, LORA] if manifest["lora"] else [FULL] if manifest["modules_to_save"] else []
     return needed + ([STAGES_CONFIG, STAGES] if manifest["stages"] is not None else [])
 
 
 def seal(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest without its own."""
+    """SHA-256 of a manifest, its own ``sha256`` excluded."""
     return hashlib.sha256(json_bytes({key: value for key, value in manifest.items() if key != "sha256"})).hexdigest()
 
 
 def json_bytes(data: Any) -> bytes:
-    """JSON, readable and always the same for the same data."""
+    """Readable JSON, identical for identical data."""
     return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
@@ -183,7 +183,7 @@ def _files(adapter: Adapter) -> dict[str, bytes]:
 def _packed(tensors: Mapping[str, Tensor]) -> bytes:
     empty = [name for name, value in tensors.items() if not value.numel()]
     if empty:
-        raise ValueError(f"tensors without values, as parameters spread over ranks look, are not written: {', '.join(empty[:3])}")
+        raise ValueError(f"tensors without values cannot be written; gather sharded parameters first: {', '.join(empty[:3])}")
     return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"format": "pt"})
 
 
@@ -199,8 +199,8 @@ def _manifest(path: Path) -> dict[str, Any]:
     manifest = _json(path / MANIFEST, (path / MANIFEST).read_bytes())
     if manifest.get("format") != FORMAT:
         raise AdapterError(f"{path / MANIFEST}: its format is {manifest.get('format')!r}, this version of Laconic reads {FORMAT!r}")
-    wanted = ("base", "model", "lora", "stages", "modules_to_save", "ratio", "versions", "files", "sha256")
-    for key in wanted:
+    required = ("base", "model", "lora", "stages", "modules_to_save", "ratio", "versions", "files", "sha256")
+    for key in required:
         if key not in manifest:
             raise AdapterError(f"{path / MANIFEST} lacks {key!r}")
     if manifest["sha256"] != seal(manifest):
@@ -211,22 +211,23 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _contents(path: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
-    """Every file that the manifest names, with size and hash compared."""
+    """Contents of every file in the manifest, with size and hash checked."""
     listed = manifest["files"]
     for name in adapter_files(manifest):
         if name in listed:
             continue
         if name in (STAGES, STAGES_CONFIG):
             raise AdapterError(
-                f"{path}: the adapter was trained with stages {', '.join(manifest['stages'])} and holds no routers: {name} is not in its {MANIFEST}"
+                f"{path}: the adapter was trained with stages {', '.join(manifest['stages'])} and holds no routers: {name} is not in its "
+                f"{MANIFEST}"
             )
-        raise AdapterError(f"{path / MANIFEST} does not name {name}, which such an adapter needs")
+        raise AdapterError(f"{path / MANIFEST} does not list {name}, which the adapter needs")
     for name in listed:
         if name not in adapter_files(manifest):
             raise AdapterError(f"{path / MANIFEST} names {name!r}, which is no file of an adapter")
     for found in sorted(path.iterdir()):
         if found.suffix in _CODE:
-            raise AdapterError(f"{found} is no part of the adapter and could run code where others load it: delete it")
+            raise AdapterError(f"{found} is no part of the adapter and could run code in other programs: delete it")
     contents: dict[str, bytes] = {}
     for name, about in listed.items():
         file = path / name
@@ -259,18 +260,18 @@ def _parsed(path: Path, content: bytes) -> dict[str, Tensor]:
         raise AdapterError(f"{path} is no safetensors file: {error}") from None
     for name, value in tensors.items():
         if not value.numel():
-            raise AdapterError(f"{path}: {name} is empty, as parameters look that were not gathered from all ranks: write it again")
+            raise AdapterError(f"{path}: {name} is empty, like a sharded parameter that was not gathered: write it again")
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise AdapterError(f"{path}: {name} holds values that are not finite")
     return tensors
 
 
 def lora_config_of(path: Path, content: bytes) -> LoraConfig:
-    """PEFT's config from the settings that are known to compute and nothing else: some of them name code to import. Raises AdapterError.
+    """PEFT's config, restricted to settings that only affect computation: others may name code to import. Raises AdapterError.
 
     Args:
-        path: of the file, for messages.
-        content: of it.
+        path: path of the file, for messages.
+        content: content of the file.
     """
     from peft import LoraConfig
 

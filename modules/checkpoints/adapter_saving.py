@@ -1,4 +1,4 @@
-"""What was trained on frozen weights, taken out of a model and written."""
+"""Saves an adapter: extracts the trained weights from a model with frozen base weights and writes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..compressed_model import CompressedModel
+from ..compressed_model import CompressedModel, check_savable
 from ..layer import base_class
 from ..stage import stages_of
 from .adapter_folder import Adapter, write_adapter
@@ -19,16 +19,16 @@ from .lora import is_lora, lora_state
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path, base: str | Path, revision: str | None = None) -> None:
-    """Writes what was trained on frozen weights: LoRA, routers and mergers, modules that trained in full.
+    """Writes the trained weights of a model with frozen base weights: LoRA, routers and mergers, modules trained in full.
 
     Args:
-        model: after ``compress`` and ``add_lora``, or ``train_only``.
-        folder: to write; must not exist yet, or be empty.
+        model: a model after ``compress`` and ``add_lora``, or after ``train_only``.
+        folder: folder to write; it must be empty or not exist.
         base: folder or hub name of the weights that the model started from, in safetensors.
-        revision: of a hub model.
+        revision: revision of a hub model.
 
     Raises:
-        ValueError: nothing or everything trains, the base is not there, or the folder is not empty.
+        ValueError: no or all parameters are trained, the base cannot be found, or the folder is not empty.
     """
     write_adapter(adapter_of(model, base_of(base, revision)), Path(folder))
 
@@ -40,18 +40,19 @@ def adapter_of(
     state: Mapping[str, Tensor] | None = None,
     ratio: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """What an adapter folder will hold.
+    """The contents of a model's adapter folder.
 
     Args:
-        model: after ``compress`` and ``add_lora``, or ``train_only``.
-        base: weights that it started from.
-        name: of the LoRA.
-        state: the model's tensors by name, where they are not in the model itself but spread over ranks: at least what trains.
-        ratio: for the manifest; None says nothing of it.
+        model: a model after ``compress`` and ``add_lora``, or after ``train_only``.
+        base: base weights that it started from.
+        name: name of the LoRA adapter.
+        state: the model's tensors by name, if the model itself is sharded; at least the trained ones. None takes them from the model.
+        ratio: requested and achieved ratio for the manifest; None if unknown.
 
     Raises:
-        ValueError: something trains that an adapter cannot hold.
+        ValueError: an adapter cannot hold the trained parameters, or no name finds a part that was given as a class or an object.
     """
+    check_savable(model)
     values = dict(model.state_dict()) if state is None else dict(state)
     lora_configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     stages = stage_names(model)
@@ -75,10 +76,10 @@ def adapter_of(
 
 
 def trained_modules(model: nn.Module) -> list[str]:
-    """Names of the modules that train in full beside LoRA and routers.
+    """Names of the modules that are trained in full besides LoRA and routers.
 
     Raises:
-        ValueError: a part of a module trains and the rest does not, or everything does.
+        ValueError: only a part of a module is trained, or all parameters are.
     """
     stages = stage_names(model)
     free = [name for name, parameter in model.named_parameters() if parameter.requires_grad and not is_lora(name)]
@@ -93,7 +94,7 @@ def trained_modules(model: nn.Module) -> list[str]:
 
 
 def stage_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and buffers of routers and mergers by name; they share memory with the model's."""
+    """Parameters and buffers of routers and mergers by name; they share memory with the model."""
     stages = stage_names(model)
     return {key: value for key, value in model.state_dict().items() if any(key.startswith(f"{stage}.") for stage in stages)}
 

@@ -1,4 +1,4 @@
-"""Adapters on a base: loading them, switching between several, merging."""
+"""Adapters on one base model: loading, switching, merging."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _HUB = ("token", "cache_dir", "local_files_only")
 
 
 class Adapters:
-    """Several adapters on one base; one of them is in use.
+    """Several adapters on one base model; one of them is active.
 
     Args:
-        folders: adapter folders, or what was read of them, by the name that each gets here.
-        base: folder or hub name of the base, where it is elsewhere than the manifests say; its weights must be the same.
-        kwargs: for the base's ``from_pretrained`` (``dtype``, ``attn_implementation``, ``quantization_config`` …).
+        folders: adapter folders, or Adapters that were read, by adapter name.
+        base: folder or hub name of the base, if it is not where the manifests say; the weights must be the same.
+        kwargs: arguments of the base's ``from_pretrained`` (``dtype``, ``attn_implementation``, ``quantization_config`` …).
 
     Attributes:
-        model: the base with the adapter in use; the same object for all.
-        active: name of the adapter in use.
+        model: the base model with the active adapter; the same object for all adapters.
+        active: name of the active adapter.
 
     Raises:
-        AdapterError: a folder is damaged, of another base, or does not fit it. Nothing is loaded then.
+        AdapterError: a folder is damaged, has another base, or does not fit the base. Nothing is loaded in this case.
     """
 
     def __init__(self, folders: Mapping[str, str | Path | Adapter], base: str | Path | None = None, **kwargs: Any) -> None:
@@ -63,15 +63,15 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """Of all adapters."""
+        """Names of all adapters."""
         return list(self._adapters)
 
     def add(self, name: str, folder: str | Path) -> None:
-        """Adds one more; the one in use stays in use.
+        """Adds an adapter; the active one stays active.
 
         Raises:
-            AdapterError: the folder is damaged, of another base, or does not fit. Nothing has changed then.
-            ValueError: the name is taken.
+            AdapterError: the folder is damaged, has another base, or does not fit. Nothing changes in this case.
+            ValueError: there is an adapter of this name.
         """
         if name in self._adapters:
             raise ValueError(f"there is an adapter {name!r} already: {', '.join(self.names)}; give another name")
@@ -81,7 +81,7 @@ class Adapters:
         self.use(self.active)
 
     def use(self, name: str) -> PreTrainedModel:
-        """Puts an adapter into use: its LoRA, its stages with their weights, its head and its labels.
+        """Activates an adapter: its LoRA, its stages with their weights, its head and its labels.
 
         Returns:
             ``model``, in evaluation mode.
@@ -97,7 +97,7 @@ class Adapters:
             decompress(model)
         for module, own in {**self._own_heads, **self._heads[name]}.items():
             model.set_submodule(module, own)
-        # A head may be the embedding that was just put in its place.
+        # The new head may share its weight with the embedding.
         model.tie_weights()
         config = config_of(adapter)
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
@@ -113,7 +113,7 @@ class Adapters:
         return self.model
 
     def merge(self) -> PreTrainedModel:
-        """The model with the adapter in use merged into its weights, routers kept; the others are gone from it, and this object is used up.
+        """Merges the active adapter into the model's weights. Its routers stay; other adapters are removed. Do not use this object again.
 
         Returns:
             ``model``, for ``save_pretrained``.
@@ -126,7 +126,7 @@ class Adapters:
         return self.model
 
     def _put(self, name: str, adapter: Adapter, on_meta: PreTrainedModel) -> None:
-        """Puts an adapter's LoRA and heads beside those that are there; everything was checked."""
+        """Adds an adapter's LoRA and heads to the model, after all checks."""
         model = self.model
         device, dtype = next(model.parameters()).device, _float_dtype(model)
         heads: dict[str, nn.Module] = {}
@@ -144,10 +144,11 @@ class Adapters:
 
 
 def load_base(adapter: Adapter, where: str, base: str | Path | None = None, **kwargs: Any) -> PreTrainedModel:
-    """The dense base of an adapter, its weights compared with the manifest's hash; its head is new where the adapter has one.
+    """The dense base model of an adapter, after comparing its weights with the manifest's hash. A head that the adapter replaces is newly
+    initialised.
 
     Raises:
-        AdapterError: the base is not there, or is another one.
+        AdapterError: the base cannot be found, or is another one.
     """
     name, revision = (adapter.base.name, adapter.base.revision) if base is None else (str(base), None)
     hub = {key: kwargs[key] for key in _HUB if key in kwargs}
@@ -170,7 +171,7 @@ def load_base(adapter: Adapter, where: str, base: str | Path | None = None, **kw
 
 
 def check_base(adapter: Adapter, where: str, name: str, revision: str | None, **hub: Any) -> None:
-    """Raises AdapterError where the base is not there, or is another one than the adapter was trained on."""
+    """Raises AdapterError if the base cannot be found, or differs from the one that the adapter was trained on."""
     try:
         digest = weights_hash(name, revision, **hub)
     except ValueError as error:
@@ -183,12 +184,12 @@ def check_base(adapter: Adapter, where: str, name: str, revision: str | None, **
 
 
 def meta_model(adapter: Adapter, where: str, values: bool = True) -> PreTrainedModel:
-    """The adapter's model without values: everything that could fail for the real one fails here, before it is touched.
+    """The adapter's model on the ``meta`` device: errors of config, stages, LoRA and tensors are found before the real model is touched.
 
     Args:
-        adapter: that is to be loaded.
-        where: it lies, for messages.
-        values: whether it has its tensors, which are compared with the model's.
+        adapter: adapter to load.
+        where: its location, for messages.
+        values: compare the adapter's tensors with the model's; False if the adapter has no tensors.
 
     Raises:
         AdapterError: a config or tensor does not fit the model.
@@ -209,7 +210,7 @@ def meta_model(adapter: Adapter, where: str, values: bool = True) -> PreTrainedM
     except AdapterError:
         raise
     except Exception as error:
-        # Of the many kinds that a wrong config raises in torch, transformers and PEFT.
+        # A wrong config raises errors of many types in torch, transformers and PEFT.
         raise AdapterError(f"{where} does not fit {adapter.model_class}: {' '.join(str(error).split())}") from None
     if not values:
         return model
@@ -218,16 +219,16 @@ def meta_model(adapter: Adapter, where: str, values: bool = True) -> PreTrainedM
     if adapter.lora_config is not None:
         expected["LoRA"] = (lora_state(model), adapter.lora)
     expected["modules trained in full"] = ({key: state[key] for key in state if _in_any(key, adapter.full)}, adapter.full_tensors)
-    for what, (ours, theirs) in expected.items():
+    for what, (expected_tensors, given) in expected.items():
         try:
-            check_same(ours, theirs, f"{where}: {what}")
+            check_same(expected_tensors, given, f"{where}: {what}")
         except ValueError as error:
             raise AdapterError(str(error)) from None
     return model
 
 
 def config_of(adapter: Adapter) -> PretrainedConfig:
-    """The config of the adapter's dense model; no code is run for it. Raises AdapterError."""
+    """The config of the adapter's dense model, without running code. Raises AdapterError."""
     data = {key: value for key, value in adapter.model_config.items() if key not in ("auto_map", "compression", "quantization_config")}
     if data.get("model_type") not in CONFIG_MAPPING:
         raise AdapterError(f"the adapter's model_type {data.get('model_type')!r} is unknown to this version of transformers")
@@ -240,8 +241,8 @@ def config_of(adapter: Adapter) -> PretrainedConfig:
 def _check_beside(adapter: Adapter, other: Adapter, where: str, where_other: str) -> None:
     if adapter.base.weights_sha256 != other.base.weights_sha256:
         raise AdapterError(
-            f"{where} was trained on {adapter.base.name!r} and {where_other} on {other.base.name!r}, which have other weights: adapters of one "
-            "base only go together"
+            f"{where} was trained on {adapter.base.name!r} and {where_other} on {other.base.name!r}, which have other weights: adapters must "
+            "have the same base"
         )
     if adapter.model_class != other.model_class:
         raise AdapterError(f"{where} is for {adapter.model_class} and {where_other} for {other.model_class}: they do not go together")
@@ -281,7 +282,7 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Inside, transformers and PEFT do not warn of new heads, further adapters and weights that are left over: what is missing is checked."""
+    """Silences warnings of transformers and PEFT about new heads, further adapters and unused weights, which Laconic checks itself."""
     import warnings
 
     verbosity = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Which weights an adapter belongs to: their files, and a hash that neither sharding nor a dtype at loading changes."""
+"""Base weights of an adapter: their files, and a hash that depends on neither the sharding nor the dtype at loading."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Base:
-    """Weights that an adapter is laid on.
+    """The base weights of an adapter.
 
     Attributes:
-        name: folder, or name on the hub.
-        revision: commit of a hub model, None for a folder.
-        weights_sha256: of names, dtypes, shapes and values of all tensors in its safetensors files.
+        name: folder or hub name.
+        revision: commit of a hub model; None for a folder.
+        weights_sha256: hash of names, dtypes, shapes and values of all tensors in the safetensors files.
     """
 
     name: str
@@ -32,15 +32,15 @@ class Base:
 
 
 def base_of(name: str | Path, revision: str | None = None, **hub: Any) -> Base:
-    """What an adapter's manifest says of its base.
+    """The Base of a model, for an adapter's manifest.
 
     Args:
-        name: folder of a model of transformers, or hub name.
-        revision: of a hub model.
+        name: folder of a transformers model, or hub name.
+        revision: revision of a hub model.
         hub: ``token``, ``cache_dir``, ``local_files_only``.
 
     Raises:
-        ValueError: there is no model, or none in safetensors.
+        ValueError: there is no model, or it has no safetensors files.
     """
     digest = weights_hash(name, revision, **hub)
     commit = None
@@ -50,10 +50,10 @@ def base_of(name: str | Path, revision: str | None = None, **hub: Any) -> Base:
 
 
 def weights_hash(name: str | Path, revision: str | None = None, **hub: Any) -> str:
-    """SHA-256 of a model's tensors, by name, dtype, shape and value, whatever files they are spread over.
+    """SHA-256 of a model's tensors: names, dtypes, shapes and values, independent of how they are split into files.
 
     Raises:
-        ValueError: there is no model, or none in safetensors; a file is broken.
+        ValueError: there is no model, it has no safetensors files, or a file is broken.
     """
     tensors = sorted(item for path in weight_files(name, revision, **hub) for item in _tensors(path))
     digest = hashlib.sha256()
@@ -71,10 +71,10 @@ def weights_hash(name: str | Path, revision: str | None = None, **hub: Any) -> s
 
 
 def weight_files(name: str | Path, revision: str | None = None, **hub: Any) -> list[Path]:
-    """The safetensors files of a model, fetched where it is on the hub. Pickles are never looked at.
+    """The safetensors files of a model, downloaded if it is on the hub. Pickle files are never read.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no safetensors files.
     """
 
     def find(file: str) -> Path | None:

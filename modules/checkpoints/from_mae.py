@@ -1,4 +1,4 @@
-"""Fine-tuning what masked-image pretraining learned: from a ViT-MAE's encoder to a ViT."""
+"""Initialises a ViT for fine-tuning from the encoder of a pretrained ViT-MAE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .adapters import quietly
 from .loading import from_pretrained
 from .tensors import copy_all
 
-# What both configs have, under one name and with one meaning.
+# Settings with the same name and meaning in both configs.
 ENCODER_SETTINGS = (
     "hidden_size",
     "num_hidden_layers",
@@ -32,40 +32,40 @@ ENCODER_SETTINGS = (
 
 
 def encoder_config(name: str | Path, revision: str | None = None) -> ViTConfig:
-    """The config of the ViT that a ViT-MAE's encoder is.
+    """The ViTConfig of a ViT-MAE's encoder.
 
     Args:
-        name: folder of a ViT-MAE's weights, compressed or of transformers, or hub name of one.
-        revision: of a hub model.
+        name: folder of a ViT-MAE's weights, dense or compressed, or hub name.
+        revision: revision of a hub model.
 
     Raises:
-        ValueError: there is no model, or it is no ViT-MAE.
+        ValueError: there is no model, or it is not a ViT-MAE.
     """
     config = _mae_config(name, revision)
     return ViTConfig(**{key: getattr(config, key) for key in ENCODER_SETTINGS})
 
 
 def load_encoder(model: PreTrainedModel, name: str | Path, revision: str | None = None) -> None:
-    """Gives a dense ViT the weights of a ViT-MAE's encoder, in place. Its head stays as it is; the decoder is left behind.
+    """Copies the weights of a ViT-MAE's encoder into a dense ViT, in place. The ViT's head is unchanged; the decoder is not used.
 
-    The positions of the pretraining, sines that were frozen there, become the ViT's own, which learn on. A ViT and a ViT-MAE
-    read patches in one order and have the same parameters under the same names, which is checked, each by its value.
+    The fixed sine positions of the pretraining become the ViT's positions, which are trained further. A ViT and a ViT-MAE read patches
+    in the same order and have the same parameter names; names, shapes and copied values are checked.
 
     Args:
         model: ``ViTModel`` or ``ViTForImageClassification`` of the same sizes.
-        name: as for ``encoder_config``.
-        revision: of a hub model.
+        name: as in ``encoder_config``.
+        revision: revision of a hub model.
 
     Raises:
-        ValueError: there is no ViT-MAE there, or it is of other sizes or has other parameters.
-        RuntimeError: a weight is missing in it, or did not arrive.
+        ValueError: there is no ViT-MAE, or its sizes or parameters differ.
+        RuntimeError: the ViT-MAE lacks a weight, or a copied value differs.
     """
     config = _mae_config(name, revision)
     differing = [key for key in ENCODER_SETTINGS if key not in _FREE and getattr(config, key) != getattr(model.config, key)]
     if differing:
-        told = ", ".join(f"{key} {getattr(config, key)} there and {getattr(model.config, key)} here" for key in differing)
-        raise ValueError(f"the encoder of {name} does not fit: {told}")
-    # A decoder and routers are left over.
+        sizes = ", ".join(f"{key} {getattr(config, key)} there and {getattr(model.config, key)} here" for key in differing)
+        raise ValueError(f"the encoder of {name} does not fit: {sizes}")
+    # Decoder and routers are left over, without a warning.
     with quietly():
         loaded: Any = ViTMAEModel.from_pretrained(
             str(name), revision=revision or "main", config=config, dtype=torch.float32, output_loading_info=True
@@ -73,24 +73,24 @@ def load_encoder(model: PreTrainedModel, name: str | Path, revision: str | None 
     encoder, report = loaded
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if wrong:
-        raise RuntimeError(f"{name} lacks weights of its encoder: {', '.join(wrong[:5])}; it would be fine-tuned from noise")
+        raise RuntimeError(f"{name} lacks weights of its encoder: {', '.join(wrong[:5])}; they would be initialised at random")
     base = getattr(model, model.base_model_prefix, model)
-    # A pooler of ViTModel is a head.
-    ours = {key: value for key, value in base.named_parameters() if not key.startswith("pooler.")}
-    copy_all(ours, dict(encoder.named_parameters()), f"the encoder of {name}")
+    # The pooler of ViTModel belongs to the head.
+    own = {key: value for key, value in base.named_parameters() if not key.startswith("pooler.")}
+    copy_all(own, dict(encoder.named_parameters()), f"the encoder of {name}")
 
 
 def load_routers(model: PreTrainedModel, name: str | Path, revision: str | None = None) -> None:
-    """Gives the stages of a compressed model the weights that they had in the pretraining, in place.
+    """Copies the stage weights of the pretraining into the stages of a compressed model, in place.
 
     Args:
-        model: compressed; every stage must have been there too, under the same name and of the same parts.
-        name: as for ``encoder_config``.
-        revision: of a hub model.
+        model: compressed model; the pretraining must have had every stage, with the same name and parts.
+        name: as in ``encoder_config``.
+        revision: revision of a hub model.
 
     Raises:
-        ValueError: the pretraining had no such stage, or one of other parts.
-        RuntimeError: a weight is missing in it, or did not arrive.
+        ValueError: the pretraining had no such stage, or its parts differ.
+        RuntimeError: the ViT-MAE lacks a weight, or a copied value differs.
     """
     config = _mae_config(name, revision)
     if getattr(config, "compression", None) is None:
@@ -109,7 +109,7 @@ def load_routers(model: PreTrainedModel, name: str | Path, revision: str | None 
         copy_all(stage.state_dict(), was.state_dict(), f"stage {key!r} of {name}")
 
 
-# May differ between pretraining and fine-tuning: they have no weights.
+# Settings that may differ between pretraining and fine-tuning, since no weight depends on them.
 _FREE = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range")
 
 
@@ -118,12 +118,12 @@ def _mae_config(name: str | Path, revision: str | None) -> Any:
         config: Any = AutoConfig.from_pretrained(str(name), revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name} is no folder of weights here and cannot be loaded from the hub ({str(error).splitlines()[0]}): give a folder or hub name "
-            "of a vit_mae"
+            f"{name} is no folder of weights here and cannot be loaded from the hub ({str(error).splitlines()[0]}): give a folder or hub "
+            "name of a vit_mae"
         ) from None
     if config.model_type != "vit_mae":
         raise ValueError(
-            f"{name} is a {config.model_type} model, and only a vit_mae has an encoder that was pretrained with masking: give a folder or hub "
-            "name of one, or load the model as it is"
+            f"{name} is a {config.model_type} model, and only a vit_mae has an encoder that was pretrained with masking: give a folder or "
+            "hub name of one, or load the model as it is"
         )
     return config

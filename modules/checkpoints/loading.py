@@ -1,4 +1,4 @@
-"""Loading a model from an adapter folder, a folder of weights, a training checkpoint that is one file, or the hub."""
+"""from_pretrained: loads a model from an adapter folder, a folder of weights, a single-file training checkpoint, or the hub."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .tensors import copy_all, own_memory
 from .training_checkpoint import read_checkpoint
 
 _HUB = ("token", "cache_dir", "local_files_only")
-# Of a repository with an adapter, what is fetched: nothing that could run.
+# Files fetched from a repository with an adapter; none of them can run code.
 _FETCHED = ("*.json", "*.safetensors")
 
 
 def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs: Any) -> PreTrainedModel:
-    """A model from what Laconic wrote, with its stages and its LoRA.
+    """Loads a model that Laconic wrote, with its stages and its LoRA.
 
     Args:
-        folder: an adapter; a compressed model (``save_pretrained``, ``laconic export``); a repository on the hub with one of the two; or a
-            training checkpoint that is one file.
-        base: for an adapter: folder or hub name of its base, where it is elsewhere than the manifest says.
-        kwargs: passed to transformers' ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision`` …).
+        folder: an adapter folder; a compressed model (``save_pretrained``, ``laconic export``); a hub repository with either; or a
+            single-file training checkpoint.
+        base: for an adapter, folder or hub name of its base, if it is not where the manifest says.
+        kwargs: arguments of transformers' ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision`` …).
 
     Returns:
-        The model in evaluation mode. LoRA is in place and not merged: ``laconic.merge_lora(model)`` merges it.
+        The model in evaluation mode. LoRA is not merged: ``laconic.merge_lora(model)`` merges it.
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: the config holds no compression, or its class is unknown; an adapter is damaged or of another base.
-        RuntimeError: weights are missing, left over, or of another shape; nothing is initialised silently.
+        ValueError: the config has no compression, or its class is unknown; an adapter is damaged or has another base.
+        RuntimeError: weights are missing, left over, or of another shape; nothing is silently initialised.
     """
     if Path(folder).is_file():
         return _from_checkpoint(Path(folder), base, **kwargs)
@@ -54,7 +54,8 @@ def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs
     )
     if getattr(config, "compression", None) is None:
         raise ValueError(
-            f"{folder} is a dense {config.model_type} model: config.json has no 'compression'. Load it with transformers and call laconic.compress"
+            f"{folder} is a dense {config.model_type} model: config.json has no 'compression'. Load it with transformers and call "
+            "laconic.compress"
         )
     own: Any = class_named((config.architectures or [""])[0], str(folder))
     model, report = compressed_class(own).from_pretrained(place, config=config, output_loading_info=True, use_safetensors=True, **kwargs)
@@ -67,7 +68,7 @@ def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs
 
 
 def find_adapter(folder: str | Path, revision: str | None = None, **hub: Any) -> Path | None:
-    """The folder itself where it holds an adapter; of a repository on the hub a local copy; None where it is none."""
+    """The folder itself if it holds an adapter; a local copy of a hub repository with one; otherwise None."""
     path = Path(folder)
     if path.is_dir():
         return path if is_adapter(path) else None
@@ -77,7 +78,7 @@ def find_adapter(folder: str | Path, revision: str | None = None, **hub: Any) ->
     try:
         found = cached_file(str(folder), MANIFEST, revision=revision, **quiet, **hub)
     except OSError:
-        # No such repository; whoever loads the model says so.
+        # There is no such repository. The caller, which loads the model next, reports it.
         return None
     if found is None:
         return None
@@ -85,10 +86,10 @@ def find_adapter(folder: str | Path, revision: str | None = None, **hub: Any) ->
 
 
 def saved_class(folder: str | Path) -> type[PreTrainedModel]:
-    """The class that a folder's weights were saved from, of transformers or our own; of a compressed model its original.
+    """The class of a folder's saved weights, from transformers or Laconic; for a compressed model its original class.
 
     Raises:
-        ValueError: its class is unknown.
+        ValueError: the class is unknown.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return class_named((config.architectures or [""])[0], str(folder))

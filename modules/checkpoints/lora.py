@@ -1,6 +1,6 @@
-"""LoRA beside routers, through PEFT: which modules get it, what trains, and merging it into the weights.
+"""LoRA besides routers, through PEFT: target modules, trainable parameters, and merging into the weights.
 
-Compression comes first, adapters after. Routers and mergers are never LoRA's targets and train in full.
+Compress first, then add LoRA. Routers and mergers are never LoRA targets and are trained in full.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 ALL_LINEAR = "all-linear"
-# What PEFT puts before every name in its files.
+# Prefix of every name in PEFT's files.
 PEFT_PREFIX = "base_model.model."
 _LINEAR = (nn.Linear, Conv1D)
 _ADAPTABLE = (*_LINEAR, nn.Conv2d, nn.Embedding)
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, name: str = "default") -> PreTrainedModel:
-    """Puts LoRA into a model, in place, and leaves only LoRA, routers and ``config.modules_to_save`` to train.
+    """Adds LoRA to a model, in place; only LoRA, routers and ``config.modules_to_save`` stay trainable.
 
     Args:
-        model: compressed, or dense for a control arm.
-        config: PEFT's. ``target_modules`` are names or ends of names, a regular expression, ``all-linear`` (everything linear but the
-            head), or None: the family's default, which is every linear map of its layers. ``modules_to_save`` train in full, in place.
-        name: of the adapter among several.
+        model: compressed model, or dense model for a control arm.
+        config: PEFT's config. ``target_modules`` is a list of names or name suffixes, a regular expression, ``all-linear`` (all linear
+            layers except the head), or None for the family's default, all linear layers of its transformer layers. Modules in
+            ``modules_to_save`` are trained in full, in place.
+        name: name of the adapter.
 
     Returns:
-        The same object, of the same class; parameters of adapted modules are under ``base_layer`` now.
+        The same object, of the same class; parameters of adapted modules are now under ``base_layer``.
 
     Raises:
-        ValueError: a name matches nothing, or a router, or the adapter's is taken. Nothing has been changed then.
+        ValueError: a name matches nothing or a router, or the adapter's name is taken. The model is unchanged in this case.
     """
     taken = {part for key, _ in model.named_modules() for part in key.split(".") if not is_lora(key)}
     if not name.isidentifier() or name in taken or name in getattr(model, "peft_config", {}):
@@ -55,7 +56,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, name: str = "default") 
         )
     both = [target for target in targets if any(_inside(target, module) for module in full)]
     if both:
-        raise ValueError(f"lora.targets and lora.modules_to_save both name {', '.join(both)}: what trains in full needs no LoRA")
+        raise ValueError(f"lora.targets and lora.modules_to_save both name {', '.join(both)}: a module trained in full needs no LoRA")
     from peft import inject_adapter_in_model
 
     own: Any = copy.deepcopy(config)
@@ -67,12 +68,12 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, name: str = "default") 
 
 
 def train_only(model: nn.Module, full: Iterable[str] = (), lora: str | None = None) -> None:
-    """Leaves only routers, mergers, the modules named and one adapter's LoRA to train.
+    """Makes only routers, mergers, the named modules and one adapter's LoRA trainable.
 
     Args:
-        model: with stages, LoRA, or both.
-        full: exact names of modules.
-        lora: name of the adapter; None trains none.
+        model: model with stages, LoRA, or both.
+        full: exact names of modules to train in full.
+        lora: name of the adapter; None trains no LoRA.
     """
     model.requires_grad_(False)
     for module in model.modules():
@@ -86,17 +87,17 @@ def train_only(model: nn.Module, full: Iterable[str] = (), lora: str | None = No
 
 
 def is_lora(name: str) -> bool:
-    """Whether a parameter is LoRA's, by its name in the model."""
+    """True if a parameter belongs to LoRA, by its name in the model."""
     return any(part.startswith("lora_") for part in name.split("."))
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.ModuleList]:
-    """The layers of a model's stacks that stages may sit in."""
+    """The layers of the model's stacks that support stages."""
     return [stack.layers for stack in adapter_of(model).stacks(model) if stack.adapter.sites]
 
 
 def outside_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear maps that are not in layers: heads, poolers."""
+    """Names of the linear layers outside the transformer layers: heads, poolers."""
     inside = {id(module) for layers in layers_of(model) for module in layers.modules()}
     return [name for name, module in model.named_modules() if isinstance(module, _LINEAR) and id(module) not in inside]
 
@@ -120,30 +121,30 @@ def lora_targets(model: PreTrainedModel, targets: str | Iterable[str] | None) ->
             found += [name for name in linear if _inside(name, layers) and (ends is None or _matches(name, ends))]
         return found
     if targets == ALL_LINEAR:
-        # Everything under the base model, where there is a head beside it.
+        # All linear layers of the base model, if the model has a head besides it.
         base = adapter_of(model).base(model)
         inside = next(name for name, module in model.named_modules() if module is base)
         return [name for name in linear if not inside or _inside(name, inside)]
     if isinstance(targets, str):
         found = [name for name in free if re.fullmatch(targets, name)]
         return found or _nothing([targets], known, free)
-    wanted = list(targets)
-    unknown = [target for target in wanted if not any(_matches(name, (target,)) for name in free)]
-    if unknown or not wanted:
+    requested = list(targets)
+    unknown = [target for target in requested if not any(_matches(name, (target,)) for name in free)]
+    if unknown or not requested:
         _nothing(unknown, known, free)
-    return [name for name in free if _matches(name, wanted)]
+    return [name for name in free if _matches(name, requested)]
 
 
 def full_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Exact names of the modules that names or ends of names mean. Raises ValueError where one means none, or what cannot train."""
+    """Exact names of the modules for names or name suffixes. Raises ValueError if one matches nothing, or a module that cannot train."""
     modules = [name for name, _ in model.named_modules() if name]
     found: list[str] = []
-    for wanted in names:
-        matching = [name for name in modules if _matches(name, (wanted,)) and not any(_inside(name, other) for other in found)]
+    for requested in names:
+        matching = [name for name in modules if _matches(name, (requested,)) and not any(_inside(name, other) for other in found)]
         if not matching:
             with_weights = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
             raise ValueError(
-                f"lora.modules_to_save names {wanted!r}, which the model does not have; at its top are {', '.join(with_weights)}"
+                f"lora.modules_to_save names {requested!r}, which the model does not have; at its top are {', '.join(with_weights)}"
             )
         found += matching
     whole = [name for name in found if any(not parameter.is_floating_point() for parameter in model.get_submodule(name).parameters())]
@@ -153,22 +154,22 @@ def full_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def _tied(model: nn.Module, name: str) -> bool:
-    """The weight of a module is another module's too."""
+    """True if another module shares the weight of this one."""
     weight = getattr(model.get_submodule(name), "weight", None)
     names = [key for key, value in model.named_parameters(remove_duplicate=False) if value is weight]
     return len(names) > 1
 
 
 def lora_state(model: nn.Module, name: str = "default", state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """LoRA's tensors under the names of PEFT's files.
+    """LoRA tensors by the names in PEFT's files.
 
     Args:
-        model: with LoRA.
-        name: of the adapter.
-        state: the model's parameters by name, where they are not in the model itself but spread over ranks.
+        model: model with LoRA.
+        name: name of the adapter.
+        state: the model's parameters by name, if the model itself is sharded; None takes them from the model.
 
     Returns:
-        Tensors that share memory with the model's, or with ``state``.
+        Tensors that share memory with the model, or with ``state``.
     """
     from peft import get_peft_model_state_dict
 
@@ -178,13 +179,13 @@ def lora_state(model: nn.Module, name: str = "default", state: Mapping[str, Tens
 
 
 def merge_lora(model: PreTrainedModel) -> PreTrainedModel:
-    """Adds the active adapter to the weights and takes all LoRA out, in place; routers stay as they are.
+    """Merges the active adapter into the weights and removes all LoRA, in place; routers are unchanged.
 
     Returns:
-        The same object, as if it never had LoRA. Its parameters train or not as they did.
+        The same object, as if it never had LoRA. Which parameters are trainable does not change.
 
     Raises:
-        ValueError: there is no LoRA, the base is quantised, or a merged weight would not be finite.
+        ValueError: there is no LoRA, the base is quantised, or a merged weight is not finite.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -204,14 +205,14 @@ def merge_lora(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check_only(model: nn.Module, targets: Iterable[str]) -> None:
-    """Raises RuntimeError where PEFT has adapted something else than it was asked to."""
+    """Raises RuntimeError if PEFT adapted other modules than requested."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     routers = [name for name, module in model.named_modules() if isinstance(module, Stage)]
     wrong = sorted(name for name in adapted if any(_inside(name, router) for router in routers)) + sorted(set(targets) - adapted)
     if wrong:
-        raise RuntimeError(f"PEFT put LoRA elsewhere than asked: {', '.join(wrong[:5])}")
+        raise RuntimeError(f"PEFT put LoRA elsewhere than requested: {', '.join(wrong[:5])}")
 
 
 def _matches(name: str, ends: Iterable[str]) -> bool:
@@ -222,11 +223,11 @@ def _inside(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
 
 
-def _nothing(wanted: list[str], known: Mapping[str, Any], free: Mapping[str, Any]) -> list[str]:
-    """Raises ValueError saying why the targets match nothing."""
+def _nothing(requested: list[str], known: Mapping[str, Any], free: Mapping[str, Any]) -> list[str]:
+    """Raises ValueError with the reason why the targets match nothing."""
     there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in free}))
-    in_routers = [target for target in wanted if any(_matches(name, (target,)) for name in known)]
+    in_routers = [target for target in requested if any(_matches(name, (target,)) for name in known)]
     why = "are parts of routers, which train in full" if in_routers else "match nothing that LoRA can adapt"
     raise ValueError(
-        f"lora.targets = {in_routers or wanted}: they {why}; give names or ends of names, of {there}, or {ALL_LINEAR}, or null"
+        f"lora.targets = {in_routers or requested}: they {why}; give names or ends of names, of {there}, or {ALL_LINEAR}, or null"
     )

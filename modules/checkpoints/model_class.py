@@ -1,4 +1,4 @@
-"""A model class by its name in a config: transformers' own or ours, and nothing else that has a name there."""
+"""Finds a model class by its name in a config, among the model classes of transformers and Laconic only."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..layer import CLASS_PREFIX
 
 
 def class_named(name: str, where: str) -> type[PreTrainedModel]:
-    """The class that a config names; of a compressed model its original.
+    """The class that a config names; for a compressed model its original class.
 
     Args:
-        name: of the architecture.
-        where: the config is, for the message.
+        name: name of the architecture.
+        where: location of the config, for the message.
 
     Raises:
         ValueError: there is no model class of that name.

@@ -1,4 +1,4 @@
-"""Giving a model tensors by name: all of them or none, seen by value to have arrived."""
+"""Copies tensors by name into a model: all or none, with a check of the copied values."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ import torch
 from torch import Tensor, nn
 
 
-def copy_all(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
-    """Copies tensors by name, all of them or none, which ``load_state_dict`` does not: it copies what fits before it raises.
+def copy_all(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
+    """Copies tensors by name, all or none; ``load_state_dict`` copies those that fit before it raises.
 
     Args:
-        ours: a model's, written to.
-        theirs: of the same names and shapes, in any dtype.
-        where: they come from, for messages.
+        target: tensors of a model, written in place.
+        source: tensors of the same names and shapes, in any dtype.
+        where: location of the source, for messages.
 
     Raises:
-        ValueError: names or shapes differ; nothing has been copied then.
-        RuntimeError: a value did not arrive: it is NaN, or two names share memory and have different values.
+        ValueError: names or shapes differ; nothing is copied in this case.
+        RuntimeError: a copied value differs: it is NaN, or two names share memory and have different values.
     """
-    check_same(ours, theirs, where)
+    check_same(target, source, where)
     with torch.no_grad():
-        for name, value in theirs.items():
-            ours[name].copy_(value)
-    lost = [name for name, value in theirs.items() if not torch.equal(ours[name].cpu(), value.to(ours[name].dtype).cpu())]
+        for name, value in source.items():
+            target[name].copy_(value)
+    lost = [name for name, value in source.items() if not torch.equal(target[name].cpu(), value.to(target[name].dtype).cpu())]
     if lost:
         raise RuntimeError(f"{where}: tensors did not arrive: {', '.join(lost[:5])}")
 
 
-def check_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
-    """Raises ValueError where tensors are missing, left over or of another shape than the model's, which need not have values."""
-    for kind, names in (("lacks", ours.keys() - theirs.keys()), ("has, and the model has not,", theirs.keys() - ours.keys())):
+def check_same(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
+    """Raises ValueError if ``source`` lacks tensors, has more, or has other shapes than ``target``, which may be on ``meta``."""
+    for kind, names in (("lacks", target.keys() - source.keys()), ("has, and the model has not,", source.keys() - target.keys())):
         if names:
             raise ValueError(f"{where} {kind} {len(names)} tensor(s): {', '.join(sorted(names)[:3])}{' …' if len(names) > 3 else ''}")
-    for name, value in theirs.items():
-        if value.shape != ours[name].shape:
-            raise ValueError(f"{where}: {name} is {tuple(value.shape)}, the model's {tuple(ours[name].shape)}")
+    for name, value in source.items():
+        if value.shape != target[name].shape:
+            raise ValueError(f"{where}: {name} is {tuple(value.shape)}, the model's {tuple(target[name].shape)}")
 
 
 def own_memory(model: nn.Module) -> None:
-    """A mapped file lies at any address, and matrix products round by address: fresh memory answers bit for bit."""
+    """Copies parameters to fresh memory. A mapped file may have any address, and the rounding of matrix products depends on alignment."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.clone()

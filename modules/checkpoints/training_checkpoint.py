@@ -1,4 +1,4 @@
-"""What a training checkpoint that is one file says of its model, read without running anything it might hold."""
+"""Reads and writes the model description in single-file training checkpoints; reading runs no code from the file."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .adapter_saving import adapter_of, trained_modules
 from .adapters import config_of, meta_model
 from .base_weights import Base
 
-# Key of Lightning's dictionary, and what stands before a model's names in its tensors.
+# Key in Lightning's dictionary, and prefix of a model's names in its tensors.
 KEY, STATE_PREFIX = "laconic", "model."
 
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """A model in the middle of its training.
+    """A model during its training.
 
     Attributes:
-        config: of the model, with its stages.
-        adapter: what was trained on frozen weights; None where everything trains.
-        state: everything, by the model's names, where everything trains.
+        config: config of the model, with its stages.
+        adapter: the trained weights, if the base weights are frozen; None if all parameters are trained.
+        state: all tensors by the model's names, if all parameters are trained; empty otherwise.
     """
 
     config: PretrainedConfig
@@ -39,53 +39,53 @@ class TrainingCheckpoint:
 
 
 def about(model: PreTrainedModel, base: Base | None) -> str:
-    """What a checkpoint must say for ``read_checkpoint``, as JSON.
+    """The model description that ``read_checkpoint`` needs, as JSON.
 
     Args:
-        model: that is trained.
-        base: its frozen weights; None where everything trains.
+        model: model in training.
+        base: its frozen base weights; None if all parameters are trained.
     """
     cls = base_class(type(model)) if isinstance(model, CompressedModel) else type(model)
-    told: dict[str, Any] = {"config": {**model.config.to_dict(), "architectures": [cls.__name__]}}
+    description: dict[str, Any] = {"config": {**model.config.to_dict(), "architectures": [cls.__name__]}}
     if base is not None:
         lora: Any = getattr(model, "peft_config", {}).get("default")
         settings = (
             None if lora is None else {key: sorted(value) if isinstance(value, set) else value for key, value in lora.to_dict().items()}
         )
-        told["adapter"] = {"base": asdict(base), "full": trained_modules(model), "lora": settings}
-    return json.dumps(told, sort_keys=True)
+        description["adapter"] = {"base": asdict(base), "full": trained_modules(model), "lora": settings}
+    return json.dumps(description, sort_keys=True)
 
 
-def of_same_model(told: str, model: PreTrainedModel, base: Base | None) -> bool:
-    """Whether a checkpoint is of the same class, stages, LoRA and frozen weights.
+def of_same_model(description: str, model: PreTrainedModel, base: Base | None) -> bool:
+    """True if a checkpoint has the same class, stages, LoRA and frozen weights as a model.
 
     Args:
-        told: what ``about`` said of it.
-        model: that would go on from it.
-        base: its frozen weights.
+        description: result of ``about`` for the checkpoint.
+        model: model that would continue from it.
+        base: frozen base weights of the model.
     """
-    before, now = json.loads(told), json.loads(about(model, base))
-    # Other settings of the config change while it trains, and with versions of transformers.
+    before, now = json.loads(description), json.loads(about(model, base))
+    # Other settings of the config may change during training and between versions of transformers.
     return before.get("adapter") == now.get("adapter") and all(
         before["config"].get(key) == now["config"].get(key) for key in ("architectures", "compression")
     )
 
 
 def read_checkpoint(path: Path) -> TrainingCheckpoint:
-    """What a checkpoint file holds; its tensors are mapped from the file.
+    """The contents of a checkpoint file; tensors are memory-mapped.
 
     Raises:
-        ValueError: it is no checkpoint of Laconic, or holds more than data.
+        ValueError: the file is not a checkpoint of Laconic, or holds more than data.
     """
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        told = json.loads(data[KEY])
+        description = json.loads(data[KEY])
         state = {name.removeprefix(STATE_PREFIX): value for name, value in data["state_dict"].items() if name.startswith(STATE_PREFIX)}
     except Exception as error:
-        # Torch, zip and pickle have errors of many kinds; whatever it is, nothing was run.
+        # torch, zip and pickle raise errors of many types; in each case no code was run.
         raise ValueError(f"{path} is no training checkpoint of Laconic: {str(error).splitlines()[0]}") from None
-    found, compression = told.get("adapter"), told["config"].get("compression")
-    bare = Adapter(Base("", None, ""), told["config"]["architectures"][0], told["config"], compression=compression)
+    found, compression = description.get("adapter"), description["config"].get("compression")
+    bare = Adapter(Base("", None, ""), description["config"]["architectures"][0], description["config"], compression=compression)
     config = config_of(bare)
     if compression is not None:
         config.compression = compression

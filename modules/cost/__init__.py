@@ -1,1 +1,1 @@
-"""What a forward costs, from token counts alone: count rules, shapes of backbones, MACs, bytes."""
+"""Cost of a forward, computed from token counts: count rules, shapes of stacks, MACs, bytes."""

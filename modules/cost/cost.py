@@ -1,4 +1,4 @@
-"""What a compressed forward costs, from token counts alone: no forward is run."""
+"""CostModel: the cost of a compressed forward, computed from token counts without running a forward."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Cost:
     """Cost of one row's forward.
 
     Attributes:
-        stacks: by stack that has stages, tokens of each layer, protected ones included.
-        dense: by stack that has stages, tokens of every layer of the dense model.
-        macs: multiply-accumulates, routers, mergers, embedding and head included, of all stacks.
-        dense_macs: the same of the dense model.
-        stage_macs: of routers and mergers alone, by stage name.
-        keep: requested keep of each stage, by stage name.
-        kept: routable tokens leaving each stage, or processed where it is a bypass, by stage name; a mean where rows differ.
-        activation_bytes: estimate of what a training step holds for backward, at 4 bytes a value.
-        dense_activation_bytes: the same of the dense model.
-        kv_bytes: that a row leaves in a causal model's cache, at 4 bytes a value; 0 for other models.
-        dense_kv_bytes: the same of the dense model.
+        stacks: tokens of each layer, protected tokens included, by name of each stack with stages.
+        dense: tokens of every layer of the dense model, by name of each stack with stages.
+        macs: multiply-accumulates of all stacks, including routers, mergers, embedding and head.
+        dense_macs: multiply-accumulates of the dense model.
+        stage_macs: multiply-accumulates of each stage's router and merger, by stage name.
+        keep: requested keep, by stage name.
+        kept: routable tokens leaving each stage (a bypass: processed), by stage name; the mean if rows differ.
+        activation_bytes: estimated bytes that a training step holds for backward, at 4 bytes a value.
+        dense_activation_bytes: the same for the dense model.
+        kv_bytes: bytes of a row's keys and values in a causal model's cache, at 4 bytes a value; 0 for other models.
+        dense_kv_bytes: the same for the dense model.
     """
 
     stacks: Mapping[str, tuple[LayerTokens, ...]]
@@ -49,22 +49,22 @@ class Cost:
 
     @property
     def layers(self) -> tuple[LayerTokens, ...]:
-        """Tokens of each layer of the stacks that have stages, one stack after the other."""
+        """Tokens of each layer of the stacks with stages, one stack after the other."""
         return tuple(tokens for layers in self.stacks.values() for tokens in layers)
 
     @property
     def dense_tokens(self) -> int:
-        """Tokens of every layer of the dense model, of the first stack that has stages."""
+        """Tokens of every layer of the dense model, in the first stack with stages."""
         return next(iter(self.dense.values()))
 
     @property
     def macs_ratio(self) -> float:
-        """MACs of the compressed forward ÷ MACs dense: the compression ratio."""
+        """MACs of the compressed forward ÷ MACs of the dense forward: the compression ratio."""
         return self.macs / self.dense_macs
 
     @property
     def mean_token_fraction(self) -> float:
-        """Mean over layers of tokens processed ÷ tokens processed dense."""
+        """Mean over layers of tokens processed ÷ tokens processed in the dense model."""
         layers = len(self.layers)
         processed = {name: sum(tokens.attention + tokens.mlp for tokens in stack) for name, stack in self.stacks.items()}
         return sum(tokens / (2 * self.dense[name] * layers) for name, tokens in processed.items())
@@ -74,13 +74,13 @@ class CostModel:
     """Cost as a function of the keeps of a model's stages.
 
     Args:
-        model: dense or compressed.
-        config: stages for a dense model; a compressed one brings its own.
-        size: of the input, height and width in pixels or tokens of a text; None takes the configured size, and 1024 tokens.
+        model: dense or compressed model.
+        config: stages for a dense model; None for a compressed model, which has its own.
+        size: input size, (height, width) in pixels or a number of text tokens; None means the configured image size, or 1024 tokens.
 
     Attributes:
-        shapes: what the cost depends on, by stack.
-        stages: of the model, in the order that they run.
+        shapes: StackShape by stack name.
+        stages: stages of the model, in running order.
     """
 
     def __init__(self, model: PreTrainedModel, config: CompressionConfig | None = None, size: tuple[int, int] | int | None = None) -> None:
@@ -90,29 +90,29 @@ class CostModel:
             config = CompressionConfig.from_dict(model.config.compression)
             self.stages = list(stages_of(model).values())
         elif config is not None:
-            # A budget decides these later; until then they keep everything.
+            # Stages whose keep a budget will set keep everything for now.
             filled = config.with_keep({stage.key: 1.0 for stage in config.stages if stage.free})
             self.stages = build_stages(model, filled, adapter)
         self._restores = {} if config is None else {stack: restore.layer for stack, restore in config.restores.items()}
         self._causal = {stack.name for stack in adapter.stacks(model) if stack.adapter.causal}
         self.shapes: dict[str, StackShape] = adapter.shapes(model, size)
-        # A dense model has its first stack to show.
+        # Without stages, the first stack is reported.
         self._shown = [name for name in self.shapes if any(stage.config.stack == name for stage in self.stages)] or [
             next(iter(self.shapes))
         ]
 
     @property
     def shape(self) -> StackShape:
-        """Of the first stack that has stages, or of a dense model's first."""
+        """StackShape of the first stack with stages, or of a dense model's first stack."""
         return self.shapes[self._shown[0]]
 
     @property
     def fixed_macs(self) -> float:
-        """MACs of the stacks that have no stages, of a model that has some."""
+        """MACs of the stacks without stages, in a model that has stages."""
         return sum(shape.model_macs(shape.dense_layers()) for name, shape in self.shapes.items() if name not in self._shown)
 
     def __call__(self, keep: Mapping[str, float] | None = None) -> Cost:
-        """Cost with the given keep by stage name, over the stages' own."""
+        """The Cost with the given keep by stage name; other stages use their own."""
         requested = keep or {}
 
         def kept(stage: Stage, present: float) -> float:
@@ -155,10 +155,10 @@ class CostModel:
         )
 
     def soft_macs_ratio(self, keep: Mapping[str, Tensor]) -> Tensor:
-        """``macs_ratio`` for keeps that are tensors, with gradient; token counts are real numbers here.
+        """``macs_ratio`` for keeps that are tensors, with gradient; token counts are fractional.
 
         Args:
-            keep: scalar tensor by stage name; stages that are not named use their own number.
+            keep: scalar tensor by stage name; other stages use their own keep or number.
         """
 
         def kept(stage: Stage, present: Any) -> Any:
@@ -175,7 +175,7 @@ class CostModel:
         return ratio
 
     def achieved(self, trace: Trace) -> float:
-        """``macs_ratio`` of what a forward did: MACs of its rows, each with its own token counts, ÷ their MACs dense."""
+        """Achieved ``macs_ratio`` of a forward: MACs of its rows, each with its own token counts, ÷ their MACs in the dense model."""
         total: Any = self.fixed_macs
         dense: Any = self.fixed_macs
         for name in self._shown:
@@ -183,7 +183,7 @@ class CostModel:
             original: Any = flow.original
             shape = replace(configured, routable=max(1, round(_mean(original))))
             layers = [LayerTokens(tokens.attention, tokens.mlp) for _, tokens in sorted(flow.layer_tokens.items())]  # type: ignore[arg-type]
-            # Of the input that was given, which need not have the configured size.
+            # The costs of the actual input, which may differ in size from the configured one.
             whole, embedding = shape.protected + original, shape.embed_macs * (original / configured.routable - 1)
             total = total + shape.model_macs(layers, flow.tokens.tokens_per_row) + embedding  # type: ignore[arg-type]
             dense = dense + shape.model_macs([LayerTokens(whole, whole)] * shape.layers) + embedding
@@ -194,13 +194,13 @@ class CostModel:
         return _mean(total) / _mean(dense)
 
     def _walk(self, stack: str, kept: Callable[[Stage, Any], Any]) -> _Walk:
-        """Goes through a stack's sites in order; ``kept`` gives how many of the routable tokens present a stage keeps or processes."""
+        """Visits a stack's sites in running order; ``kept`` returns how many of the present routable tokens a stage keeps or processes."""
         shape, restore = self.shapes[stack], self._restores.get(stack)
         at = {(stage.config.layer, stage.config.site): stage for stage in self.stages if stage.config.stack == stack}
         present: Any = shape.routable
         walk = _Walk([], {}, {}, {}, present)
 
-        def meet(layer: int, site: str, entering: Any) -> Any:
+        def visit(layer: int, site: str, entering: Any) -> Any:
             stage = at.get((layer, site))
             if stage is None:
                 return entering
@@ -212,12 +212,12 @@ class CostModel:
         for layer in range(shape.layers):
             if layer == restore:
                 present = shape.routable
-            present = meet(layer, "before", present)
-            through = meet(layer, "around", present)
-            attention = meet(layer, "around_attention", through)
+            present = visit(layer, "before", present)
+            inner = visit(layer, "around", present)
+            attention = visit(layer, "around_attention", inner)
             if (layer, "between") in at:
-                present = through = meet(layer, "between", present)
-            walk.layers.append((attention, meet(layer, "around_mlp", through)))
+                present = inner = visit(layer, "between", present)
+            walk.layers.append((attention, visit(layer, "around_mlp", inner)))
         walk.leaving = shape.routable if restore == shape.layers else present
         return walk
 
@@ -228,8 +228,8 @@ def _mean(macs: float | Tensor) -> float:
 
 @dataclass
 class _Walk:
-    """Routable tokens in the attention and the MLP of every layer; MACs, tokens present and tokens kept of every stage;
-    tokens that leave the last layer."""
+    """Routable tokens in the attention and the MLP of every layer; MACs, tokens present and tokens kept of every stage; tokens that
+    leave the last layer."""
 
     layers: list[tuple[Any, Any]]
     stage_macs: dict[str, Any]

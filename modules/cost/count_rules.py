@@ -1,4 +1,4 @@
-"""How many tokens a stage keeps: one set of functions for training, evaluation, cost, bench and export."""
+"""Count rules: the number of tokens that a stage keeps, for training, evaluation, cost, bench and export."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-# Decimal products such as 0.145 * 100 land a hair under the half that they mean; far above float64's error, far below 1 token.
+# Decimal products such as 0.145 * 100 are slightly below the half that they should be. 1e-9 is far above float64's error.
 _HALF = 0.5 + 1e-9
 
 
@@ -23,14 +23,14 @@ def tokens_kept(present: Tensor, keep: float) -> Tensor: ...
 
 
 def tokens_kept(present: int | Tensor, keep: float) -> int | Tensor:
-    """Routable tokens that a stage keeps: max(1, round-half-up(keep * present)), and none of none.
+    """Number of routable tokens that a stage keeps: max(1, round-half-up(keep * present)), and 0 if none is present.
 
     Args:
         present: routable tokens entering the stage, an int or an int64 tensor of any shape (one count per row).
         keep: fraction kept, in (0, 1].
 
     Returns:
-        The count, of the same type and shape as ``present``.
+        The number, of the same type and shape as ``present``.
 
     Raises:
         ValueError: ``keep`` is outside (0, 1].
@@ -45,18 +45,18 @@ def tokens_kept(present: int | Tensor, keep: float) -> int | Tensor:
 
 @dataclass(frozen=True)
 class StageCount:
-    """What a count rule may look at, beside the tokens present and ``keep``.
+    """Inputs of a count rule besides ``present`` and ``keep``.
 
     Attributes:
         original: routable tokens before the first stage.
-        index: position of the stage among the model's stages, from 0.
+        index: index of the stage among the stages of its stack, from 0.
     """
 
     original: int | Tensor
     index: int
 
 
-# present, keep, stage -> routable tokens that leave the stage, a merger's fused token included
+# (present, keep, stage) -> routable tokens that leave the stage, a merger's fused token included
 CountRule = Callable[[int | Tensor, float, StageCount], int | Tensor]
 
 
@@ -73,19 +73,19 @@ def _dynamicvit(present: int | Tensor, keep: float, stage: StageCount) -> int | 
 
 
 def _evit(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:
-    """ceil(n * keep) tokens and one fused from the rest (EViT, arXiv 2202.07800)."""
+    """ceil(n * keep) tokens, and one fused from the others (EViT, arXiv 2202.07800)."""
     if isinstance(present, Tensor):
         return torch.minimum(torch.ceil(present.double() * keep - 1e-9).long() + 1, present)
     return min(present, math.ceil(present * keep - 1e-9) + 1)
 
 
 def _half(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:
-    """The usual count, but never less than half: matching in pairs can take away no more (ToMe, arXiv 2210.09461)."""
+    """``tokens_kept``, but at least half: matching in pairs cannot remove more (ToMe, arXiv 2210.09461)."""
     return at_least_half(present, tokens_kept(present, keep))
 
 
 def at_least_half(present: int | Tensor, count: int | Tensor) -> int | Tensor:
-    """``count``, or the larger half of ``present`` where that is more."""
+    """The larger of ``count`` and the larger half of ``present``."""
     if isinstance(present, Tensor):
         return torch.maximum(torch.as_tensor(count, device=present.device), present - present // 2)
     return max(int(count), present - present // 2)

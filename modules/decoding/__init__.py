@@ -1,1 +1,1 @@
-"""Generating token by token: the cache of keys and values, and what ``generate`` of transformers needs."""
+"""Token-by-token generation: the cache of keys and values, and the changes to transformers' ``generate``."""

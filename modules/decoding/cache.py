@@ -11,25 +11,25 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-# A layer's storage grows by so many tokens at a time, and is tidied when so many lie outside its window.
+# Storage of a layer grows by this many tokens at a time; a sliding layer removes old keys once this many are outside its window.
 _BLOCK = 64
 
 
 class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer, each row with as many as it has processed.
+    """Keys and values of one layer; each row has those of the tokens that it processed.
 
-    A slot is a token's place in the whole sequence, padding included. As long as every row has processed every token, the slots
-    are ``start`` and those that follow, and nothing is noted of them.
+    A slot is a token's index in the whole sequence, padding included. As long as every row has processed every token, the stored slots
+    are consecutive from ``start`` and ``slots`` is None.
 
     Args:
-        window: of a sliding layer, how many slots back a query looks; None looks at all.
+        window: attention window of a sliding layer, in slots; None for full attention.
 
     Attributes:
-        seen: tokens that came by, processed or not: what transformers calls the sequence length.
-        start: first slot that is stored, while rows are alike.
-        slots: (B, S) int64 slot of each stored key, ascending in a row, -1 behind its last; None while rows are alike. It has more
-            columns than any row has keys.
-        lengths: keys of each row; None while rows are alike.
+        seen: number of tokens seen, processed or not; transformers calls it the sequence length.
+        start: first stored slot, while all rows store the same slots.
+        slots: (B, S) int64 slot of each stored key, ascending in a row, -1 after its last key; None while all rows store the same slots.
+            S is larger than the number of keys of any row.
+        lengths: number of keys of each row; None while all rows store the same slots.
     """
 
     is_compileable = False
@@ -52,32 +52,32 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def stored(self) -> int:
-        """Keys of the row that has most."""
+        """Largest number of keys in a row."""
         if self.lengths is not None:
             return max(self.lengths)
         return 0 if self.keys is None else self.keys.shape[2]
 
     def tokens_stored(self) -> int:
-        """Keys of all rows together, filler not counted."""
+        """Number of keys of all rows together, without padding."""
         if self.lengths is not None:
             return sum(self.lengths)
         return 0 if self.keys is None else self.keys.shape[0] * self.keys.shape[2]
 
     def bytes_stored(self) -> int:
-        """Bytes of the keys and values of all rows, filler not counted."""
+        """Bytes of the keys and values of all rows, without padding."""
         if self.keys is None or self.values is None:
             return 0
         each = sum(part.shape[1] * part.shape[3] * part.element_size() for part in (self.keys, self.values))
         return self.tokens_stored() * each
 
-    # What transformers asks of a layer.
+    # The interface that transformers requires.
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise RuntimeError("a RoutedCache was handed to a layer that is not compressed: give it to the compressed model it was made for")
+        raise RuntimeError("a RoutedCache was passed to a layer that is not compressed: use it with the compressed model it was made for")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
@@ -89,16 +89,16 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
     def activate_past_recording(self) -> None:
-        """Keeps what leaves the window, so that ``crop`` can go back."""
+        """Keeps keys that leave the window, so that ``crop`` can restore them."""
         self.record_past = True
 
     def reset(self) -> None:
         self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last ``-tokens_to_remove`` tokens that came by. Raises RuntimeError where what they had pushed out is gone."""
+        """Removes the last ``-tokens_to_remove`` tokens. Raises RuntimeError if keys that the window needs again were removed."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to forget as a negative integer")
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative integer")
         if tokens_to_remove == 0 or self.keys is None or self.values is None:
             self.seen += tokens_to_remove
             return
@@ -130,21 +130,21 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.lengths is not None:
             self.lengths = torch.tensor(self.lengths)[indices.cpu()].tolist()
 
-    # What a compressed layer does with it.
+    # The interface for compressed layers.
 
     def begin_forward(self, rows: int, tokens: int) -> LayerEntry:
-        """Called once a forward, before any of its ``tokens`` of each row is processed."""
+        """Registers (rows, tokens) of a forward; called once per forward, before any of its tokens is processed."""
         before, self.seen = self.seen, self.seen + tokens
         return LayerEntry(self, rows, before)
 
     def extend(self, batch: int, slots: Tensor, valid: Tensor | None, rows: Tensor | None = None) -> LayerView:
-        """Makes room for new tokens.
+        """Allocates columns for new tokens.
 
         Args:
-            batch: rows that there are.
-            slots: (R, K) their slots, ascending in a row.
-            valid: (R, K) bool, False for filler, which gets no room; None without any.
-            rows: (R,) int64, the rows that they are of; None where they are of every row.
+            batch: number of rows of the batch.
+            slots: (R, K) slots of the new tokens, ascending in a row.
+            valid: (R, K) bool, False for padding, which gets no column; None without padding.
+            rows: (R,) int64, rows of the batch that the tokens are in; None means every row.
         """
         if self.slots is None or self.lengths is None:
             before = self.stored
@@ -163,13 +163,13 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             taken = torch.ones_like(slots) if valid is None else valid.long()
             columns = torch.tensor(starts, device=slots.device)[:, None] + taken.cumsum(-1) - 1
         if valid is not None:
-            # The last column takes the writes of filler; nothing reads it.
+            # Padding is written to the last column, which is never read.
             columns, slots = columns.masked_fill(~valid, self.slots.shape[1] - 1), slots.masked_fill(~valid, -1)  # type: ignore[union-attr]
         _store(self.slots, rows, columns, slots)
         return LayerView(self, self.start, _of_rows(self.slots[:, :width], rows), columns, rows, even)
 
     def _forget(self, arriving: Tensor) -> None:
-        """Tidies away what no query can see any more, once there is enough of it."""
+        """Removes keys that no query can attend to any more, once there are enough of them."""
         if self.window is None or self.record_past or self.keys is None or self.values is None or self.stored < self.window + _BLOCK:
             return
         assert self.slots is not None
@@ -182,7 +182,7 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.keys, self.values = (part.gather(2, at.expand(-1, part.shape[1], -1, part.shape[3])) for part in (self.keys, self.values))
 
     def append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B, H, K, D) of every row, and gives all there are; what leaves the window goes afterwards."""
+        """Stores (B, H, K, D) for every row and returns all keys and values; those outside the window are removed afterwards."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys = key_states if self.keys is None else torch.cat([self.keys, key_states], 2)
@@ -192,7 +192,7 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return keys, values
 
     def write(self, key_states: Tensor, value_states: Tensor, view: LayerView) -> tuple[Tensor, Tensor]:
-        """Stores (R, H, K, D) where a view of ``extend`` says, and gives (R, H, S, D), all that there are of its rows."""
+        """Stores (R, H, K, D) at the columns of a view from ``extend`` and returns (R, H, S, D), all keys and values of its rows."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert view.slots is not None
@@ -209,20 +209,20 @@ class RoutedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return table
 
 
-def _with_room(table: Tensor, width: int, filler: int, dim: int) -> Tensor:
-    """A table that may be written to, with more than ``width`` columns along ``dim``."""
+def _with_room(table: Tensor, width: int, padding: int, dim: int) -> Tensor:
+    """A writable table with more than ``width`` columns along ``dim``, new ones filled with ``padding``."""
     if table.shape[dim] <= width:
         shape = list(table.shape)
         shape[dim] = (width // _BLOCK + 1) * _BLOCK - table.shape[dim]
-        return torch.cat([table, table.new_full(shape, filler)], dim)
+        return torch.cat([table, table.new_full(shape, padding)], dim)
     if torch.is_grad_enabled() or table.requires_grad or (table.is_inference() and not torch.is_inference_mode_enabled()):
-        # Where somebody wants gradients, what earlier forwards read must stay as it was; and torch guards what it made for inference.
+        # With gradients, tensors that earlier forwards read must not change; torch forbids writing to inference tensors.
         return table.clone()
     return table
 
 
 def _store(table: Tensor, rows: Tensor | None, columns: Tensor | slice, new: Tensor) -> None:
-    """Writes (R, K, …) into some rows of a (B, S, …) table, or into all."""
+    """Writes (R, K, …) into the given rows of a (B, S, …) table, or into all rows."""
     if isinstance(columns, slice):
         table[:, columns] = new
     else:
@@ -231,18 +231,18 @@ def _store(table: Tensor, rows: Tensor | None, columns: Tensor | slice, new: Ten
 
 
 def _of_rows(table: Tensor, rows: Tensor | None) -> Tensor:
-    """What a table holds of some rows, or of all."""
+    """The given rows of a table, or all rows."""
     return table if rows is None else table.index_select(0, rows)
 
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One layer's part of a cache during one forward.
+    """The cache of one layer during one forward.
 
     Attributes:
-        layer: what is stored.
-        rows: of the forward.
-        before: tokens seen before it.
+        layer: the stored keys and values.
+        rows: number of rows of the forward.
+        before: number of tokens seen before the forward.
     """
 
     layer: RoutedLayer
@@ -250,28 +250,28 @@ class LayerEntry:
     before: int
 
     def everything(self, position: Tensor) -> LayerView:
-        """All tokens of the forward, at (B, N) positions, are about to be processed, in every row."""
+        """The view for processing all tokens of the forward, at (B, N) positions, in every row."""
         layer = self.layer
         if layer.slots is None and layer.start + layer.stored == self.before:
             return LayerView(layer, layer.start, None, slice(0), None, even=True)
         return self.chosen(position, None)
 
     def chosen(self, position: Tensor, valid: Tensor | None, rows: Tensor | None = None) -> LayerView:
-        """The tokens at (R, K) positions of the forward are about to be processed, but for filler: of some rows, or of all."""
+        """The view for processing the tokens at (R, K) positions of the forward, without padding, in the given rows or in all."""
         return self.layer.extend(self.rows, position + self.before, valid, rows)
 
 
 @dataclass(frozen=True)
 class LayerView:
-    """What an attention module is handed as its cache: it knows which tokens the keys belong to.
+    """The cache as an attention module receives it, with the token of each key.
 
     Attributes:
-        layer: what is stored.
-        start: first slot stored where every row has all of them.
-        slots: (R, S) int64 of the keys that attention will see, -1 for filler; None where every row has all from ``start``.
-        columns: of the table of slots, where the new ones go: (R, K) int64, or a slice where that is the same for every row.
-        rows: (R,) int64, the rows that are processed; None for all.
-        even: the rows have the same number of keys, and no new one is filler.
+        layer: the stored keys and values.
+        start: first stored slot, if every row stores the same slots.
+        slots: (R, S) int64 slots of the keys that attention will use, -1 for padding; None if every row stores all slots from ``start``.
+        columns: columns of the slot table for the new tokens: (R, K) int64, or a slice if they are the same in every row.
+        rows: (R,) int64, rows of the batch that are processed; None for all.
+        even: all rows have the same number of keys, and no new token is padding.
     """
 
     layer: RoutedLayer
@@ -282,20 +282,20 @@ class LayerView:
     even: bool
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Stores the keys and values (R, H, K, D) of the tokens that were announced, and gives all (R, H, S, D)."""
+        """Stores the keys and values (R, H, K, D) of the view's new tokens and returns all (R, H, S, D)."""
         if self.slots is None:
             return self.layer.append(key_states, value_states)
         return self.layer.write(key_states, value_states, self)
 
 
 class RoutedCache(Cache):
-    """The cache of a compressed causal model. ``generate`` and a forward with ``use_cache`` make one by themselves.
+    """The cache of a compressed causal model. ``generate``, and a forward with ``use_cache``, create one if none is passed.
 
     Args:
-        config: of the model.
+        config: config of the model.
 
     Attributes:
-        carry: (B, …) what stages remember of each row's earlier tokens, by name.
+        carry: (B, …) tensors by name, data of stages about each row's earlier tokens.
     """
 
     layers: list[RoutedLayer]  # type: ignore[assignment]
@@ -314,11 +314,11 @@ class RoutedCache(Cache):
         return not self.carry and bool(super().is_croppable)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last ``-tokens_to_remove`` tokens. Raises RuntimeError where stages made chunks of them, which stay made."""
+        """Removes the last ``-tokens_to_remove`` tokens. Raises RuntimeError if stages made chunks of them, which cannot be undone."""
         if self.carry and tokens_to_remove != 0:
             raise RuntimeError(
-                f"crop({tokens_to_remove}): this model makes chunks, and its cache knows the last token of each row alone, not those before: "
-                "make a new RoutedCache and fill it with the shorter text; generate without an assistant model or prompt lookup"
+                f"crop({tokens_to_remove}): this model makes chunks, and its cache stores only the last token of each row: make a new "
+                "RoutedCache and fill it with the shorter text; generate without an assistant model or prompt lookup"
             )
         super().crop(tokens_to_remove)
 
@@ -343,40 +343,39 @@ class RoutedCache(Cache):
             self.carry[name] = change(part)
 
     def bytes_stored(self) -> int:
-        """Bytes of all keys and values, filler not counted."""
+        """Bytes of all keys and values, without padding."""
         return sum(layer.bytes_stored() for layer in self.layers)
 
     def tokens_stored(self) -> list[int]:
-        """Keys of each layer, over all rows."""
+        """Number of keys of each layer, over all rows."""
         return [layer.tokens_stored() for layer in self.layers]
 
 
 def routed_cache(config: Any, given: Any) -> RoutedCache:
-    """The cache for a forward that wants one.
+    """The cache for a forward with ``use_cache``.
 
     Args:
-        config: of the model.
-        given: what the caller passed; None or an empty DynamicCache is replaced.
+        config: config of the model.
+        given: cache that the caller passed; None and an empty DynamicCache are replaced by a RoutedCache.
 
     Raises:
-        ValueError: it holds tokens that a compressed model cannot tell apart, or is of a kind that cannot hold rows of
-            different lengths.
+        ValueError: the given cache does not record which tokens each layer processed, or cannot hold rows of different lengths.
     """
     if isinstance(given, RoutedCache):
         return given
     if given is None or (type(given) is DynamicCache and not given.offloading and given.get_seq_length() == 0):
         cache = RoutedCache(config)
         if given is not None and any(getattr(layer, "record_past", False) for layer in given.layers):
-            # Assisted decoding enables cropping on the cache that it passes; copy that setting.
+            # Assisted decoding enables cropping on the cache it passes; copy that setting.
             cache.activate_past_recording()  # type: ignore[no-untyped-call]
         return cache
     if type(given) is DynamicCache and not given.offloading:
         raise ValueError(
-            f"past_key_values is a DynamicCache that holds {given.get_seq_length()} tokens: it does not say which tokens each layer "
+            f"past_key_values is a DynamicCache that holds {given.get_seq_length()} tokens: it does not record which tokens each layer "
             "processed. Fill a laconic.RoutedCache(model.config) with this model instead"
         )
     kind = "an offloaded cache" if getattr(given, "offloading", False) else type(given).__name__
     raise ValueError(
-        f"past_key_values is {kind}, which cannot hold rows with different numbers of keys: leave cache_implementation out (or set it "
-        "to 'dynamic'), and the compressed model makes a RoutedCache"
+        f"past_key_values is {kind}, which cannot hold rows with different numbers of keys: leave cache_implementation out (or set it to "
+        "'dynamic'); the compressed model then makes a RoutedCache"
     )

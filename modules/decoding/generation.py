@@ -1,4 +1,4 @@
-"""What a compressed model needs so that ``generate`` of transformers is right."""
+"""Generating: ``generate`` of transformers for compressed models."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from .cache import routed_cache
 
 
 def can_look_ahead(model: PreTrainedModel) -> bool:
-    """Some stage of a causal model would decide otherwise if it were shown later tokens (``Trace.lookahead``)."""
-    shown = Request(0.5, 1, lookahead=True)
-    return any(stage.selector.causal and stage.selector.looks_ahead(shown) for stage in stages_of(model).values())
+    """True if a stage of a causal model decides differently with ``Trace.lookahead``."""
+    with_lookahead = Request(0.5, 1, lookahead=True)
+    return any(stage.selector.causal and stage.selector.is_noncausal(with_lookahead) for stage in stages_of(model).values())
 
 
 class Generating:
-    """Mixin of generated classes of models that generate."""
+    """Mixin of generated classes for models that generate."""
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, with a RoutedCache. Raises ValueError where a stage looks ahead, as all do in training mode."""
+        """``generate`` of transformers with a RoutedCache. Raises ValueError in training mode and if a stage is non-causal."""
         check_deployable(stages_of(self).values())
         if self.training:
-            raise ValueError(
-                "generate() in training mode would decide as training does, and learn from what it writes: call model.eval() first"
-            )
+            raise ValueError("generate() in training mode would use training decisions and update thresholds: call model.eval() first")
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

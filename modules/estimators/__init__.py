@@ -1,1 +1,1 @@
-"""How a gradient reaches the scorer although tokens are really dropped: one class a file, found by the file's name."""
+"""Estimators, which give the scorer a gradient although tokens are really dropped: one class per file, found by the file name."""

@@ -1,4 +1,4 @@
-"""What every estimator shares."""
+"""Estimator: the base class of all estimators."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from ..tokens.decision import Decision
 
 @dataclass(frozen=True)
 class Estimate:
-    """Paths for the gradient. Each leaves the forward's values untouched, unless the estimator runs in evaluation too.
+    """Gradient paths to the scorer. In training they do not change the forward's values; an estimator that runs in evaluation may.
 
     Attributes:
-        scale: (B, M), multiplied onto the tokens that stay, where it has the value 1; around a layer, onto what the layer adds. None leaves
-            them alone.
-        key_bias: (B, M) of value 0, added to the attention logits of each key in all later layers; None adds nothing.
-        confidence: (B, M) of value 1, multiplied onto what each token is given at a restore by ``dechunk``; None leaves it alone.
+        scale: (B, M) factor with value 1 on the kept tokens; at a bypass site, on the layer's update. None for no factor.
+        key_bias: (B, M) bias with value 0 on the attention logits of each key in all later layers; None for no bias.
+        confidence: (B, M) factor with value 1 on the update that each token gets in a restore by ``dechunk``; None for no factor.
         loss: scalar to add to the task's loss, already weighted; None without one.
     """
 
@@ -31,12 +30,12 @@ class Estimate:
 
 
 class Estimator(nn.Module):
-    """Runs behind a trained scorer, in training only unless it says otherwise.
+    """Runs after a trained scorer; only in training unless ``in_evaluation`` is set.
 
     Attributes:
-        in_evaluation: what it does is a part of the model, and not a path for the gradient alone.
-        bypass_only: it is for stages around a layer or one of its halves.
-        needs_answers: it learns from the answers of a scorer whose tokens answer the task.
+        in_evaluation: the estimator changes the forward's values and is a part of the model.
+        bypass_only: it is for bypass sites only.
+        needs_answers: it is trained on ``Scored.answers``, of a scorer whose tokens answer the task.
         needs_attention: its gradient comes through the attention of later layers.
         needs_chunks: its gradient comes through a restore by ``dechunk``.
     """
@@ -50,8 +49,8 @@ class Estimator(nn.Module):
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
         """
         Args:
-            inputs: the tokens before the decision; those outside the stage's scope are protected in its state.
-            scored: what the scorer found, scores with gradient.
-            decision: which tokens stay.
+            inputs: the tokens before the decision; in their state, tokens outside the stage's scope are protected.
+            scored: output of the scorer; the scores have a gradient.
+            decision: the tokens to keep.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The score weighs what the layer adds, in evaluation too."""
+"""Gate estimator: the score scales the layer's update, in evaluation too."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .base import Estimate, Estimator
 
 
 class GateEstimator(Estimator):
-    """x + (1 + a·tanh(score / 2))·f(x) around a layer, a learned: what it adds counts more where the router is surer
+    """x + (1 + a·tanh(score / 2))·f(x) at a bypass site, with a learned: the update has more weight for tokens with a higher score
     (Mixture-of-Depths, arXiv 2404.02258, which multiplies by the score itself).
 
-    With a = 0 the weight is 1, and a pretrained layer is left as it is; a learns from the first step on, the score through it.
-    Once it has, the weights are part of the model: they are there in evaluation too, and at capacity 1 it is not the dense one.
+    With a = 0 the weight is 1, so a pretrained layer is unchanged; a gets a gradient from the first step, the score once a differs
+    from 0. The weights are a part of the model: they apply in evaluation too, and with keep 1 the model differs from the dense one.
 
     Args:
-        start: of a.
+        start: initial value of a.
     """
 
     in_evaluation = True
@@ -27,8 +27,10 @@ class GateEstimator(Estimator):
 
     def __init__(self, start: float = 0.0) -> None:
         super().__init__()
-        # One value in one dimension: what shards parameters has no use for those without any.
+        # One value in one dimension: sharding does not support parameters with zero dimensions.
         self.strength = nn.Parameter(torch.full((1,), float(start)))
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
-        return Estimate(scale=1 + self.strength.float() * torch.tanh(scored.scores / 2))
+        # A copy: what backward needs of a parameter itself is gone where ZeRO-3 has taken it apart again after the forward.
+        strength = self.strength.float().clone()
+        return Estimate(scale=1 + strength * torch.tanh(scored.scores / 2))

@@ -1,4 +1,4 @@
-"""Straight-through bias on the attention logits of the tokens that stay."""
+"""Key-bias estimator: straight-through bias on the attention logits of the kept tokens."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .base import Estimate, Estimator
 
 
 class KeyBiasEstimator(Estimator):
-    """Adds s - sg(s) to the logits of each key in all later layers: the score learns what attending to its token is worth.
+    """Adds s - sg(s) to the logits of each key in all later layers: the score's gradient is the effect of attending to its token.
 
-    The value is 0, the gradient is that of softly leaving the token out, which ``straight_through`` cannot see behind a norm.
-    The bias needs a gradient, for which some devices' fused attention has no kernel and torch takes its plain one.
+    The value is 0. The gradient is that of softly removing the token, which ``straight_through`` cannot measure through a norm.
+    The bias needs a gradient. Fused attention of some devices has no kernel for that, and torch uses its plain attention.
     """
 
     needs_attention = True

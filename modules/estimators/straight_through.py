@@ -1,4 +1,4 @@
-"""Straight-through weights on the tokens that stay."""
+"""Straight-through estimator: straight-through weights on the kept tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .base import Estimate, Estimator
 
 
 class StraightThroughEstimator(Estimator):
-    """x * (1 + (s - sg(s))) with s = sigmoid(score): the value is untouched, the score gets <x, dL/dx>.
+    """x * (1 + (s - sg(s))) with s = sigmoid(score): the value is unchanged, and s gets the gradient <x, dL/dx>.
 
-    A pre-norm layer does not see the scale of its input, so this gradient reaches the score only by way of the residual
-    stream and is weak on ViTs; ``key_bias`` is the sharper signal at the price of a mask, the ``evidence`` scorer needs neither.
+    A pre-norm layer ignores the scale of its input, so the gradient reaches the score only through the residual stream and is weak on
+    ViTs. ``key_bias`` gives a stronger gradient but needs an attention mask; the ``evidence`` scorer needs neither.
     """
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:

@@ -1,4 +1,4 @@
-"""Auxiliary loss: every token learns the label of its row, or of its own part of the input."""
+"""Token-labels estimator: an auxiliary loss in which every token learns the label of its row, or of its own part of the input."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .base import Estimate, Estimator
 class TokenLabelsEstimator(Estimator):
     """Cross-entropy of each token's own answer with its label, for the ``evidence`` scorer.
 
-    What a token's label is depends on the task's. A label of the row, one class or a distribution, is that of each of its tokens.
-    Where every token has a label of its own, or every pixel, a token learns the share of each class in its own patch; it still
-    scores by how far its answer is from the row's mean answer, so that what is like the rest of the image scores low. A token
-    without any label (all of its pixels ignored) adds nothing to the loss.
+    The label of a token depends on the task. A label of the row, one class or a distribution, is the label of each of its tokens. If
+    every token or every pixel has a label, a token learns the fraction of each class in its own patch; its score is still the distance
+    of its answer from the row's mean answer, so that tokens like the rest of the image score low. A token without a label (all of its
+    pixels ignored) is left out of the loss.
 
     Args:
-        weight: of this loss beside the task's.
+        weight: weight of this loss relative to the task's loss.
     """
 
     needs_answers = True
@@ -37,7 +37,8 @@ class TokenLabelsEstimator(Estimator):
         assert answers is not None
         if labels is None:
             raise ValueError(
-                "estimator 'token_labels' needs the labels in training: make the trace with them, Trace(labels=labels) or budget.trace(step, labels=labels)"
+                "estimator 'token_labels' needs the labels in training: make the trace with Trace(labels=labels) or "
+                "budget.trace(step, labels=labels)"
             )
         counted = state.routable
         if labels.ndim == 3:
@@ -56,24 +57,24 @@ class TokenLabelsEstimator(Estimator):
 
 @torch.no_grad()
 def patch_labels(labels: Tensor, grid: tuple[int, int] | None, classes: int) -> Tensor:
-    """What share of a patch's labelled pixels each class has.
+    """The fraction of each class among the labelled pixels of each patch.
 
     Args:
-        labels: (B, height, width) int64, IGNORE_PIXEL where a pixel has none.
-        grid: patches (down, across) of the images.
+        labels: (B, height, width) int64, IGNORE_PIXEL for a pixel without a label.
+        grid: number of patches (down, across) of the images.
         classes: number of classes.
 
     Returns:
         (B, patches, classes) float32; zeros for a patch without a labelled pixel.
     """
     if grid is None:
-        raise ValueError("labels of pixels need a backbone whose tokens are patches in reading order, on a grid")
+        raise ValueError("labels of pixels need a backbone whose tokens are patches on a grid, in reading order")
     rows, height, width = labels.shape
     down, across = height // grid[0], width // grid[1]
-    # A patch embedding leaves out what fills no patch at the right and the bottom.
+    # A patch embedding ignores the pixels at the right and the bottom that fill no patch.
     cut = labels[:, : grid[0] * down, : grid[1] * across].reshape(rows, grid[0], down, grid[1], across)
     cut = cut.permute(0, 1, 3, 2, 4).reshape(rows, grid[0] * grid[1], -1)
-    # Ignored pixels are counted in a class past the last.
+    # Ignored pixels are counted in an extra class after the last.
     cut = cut.masked_fill(cut == IGNORE_PIXEL, classes)
     counts = cut.new_zeros(rows, cut.shape[1], classes + 1, dtype=torch.float32)
     counts = counts.scatter_add_(2, cut, torch.ones_like(cut, dtype=torch.float32))[..., :classes]

@@ -1,4 +1,4 @@
-"""Models that transformers does not have: heads for dense answers, one family a file."""
+"""Model classes that transformers lacks: heads for dense prediction, one family per file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .. import registry
 
 
 def own_models() -> dict[str, type[PreTrainedModel]]:
-    """Every model class of this folder by its name; the folder is the registry."""
+    """Every model class of this folder by name, found by importing all its files."""
     found: dict[str, type[PreTrainedModel]] = {}
     for module in registry.files(__name__).values():
         loaded = importlib.import_module(module)

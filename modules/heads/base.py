@@ -1,4 +1,4 @@
-"""What heads for semantic segmentation share; no model by itself."""
+"""Base class of the models for semantic segmentation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..tokens.labels import IGNORE_PIXEL
 
 
 class PatchSegmentation:
-    """Mixin of models with a linear classifier on every patch, whose logits are stretched to the pixels of the image.
+    """Mixin for models with a linear classifier on every patch, whose logits are interpolated to the image size.
 
-    The head needs all patches, in reading order, behind whatever is protected in front: a compressed model restores them
-    after its last layer. A model has ``classifier`` and, under its ``base_model_prefix``, a backbone.
+    The head needs all patches, in reading order, after the protected tokens: a compressed model restores them after its last layer.
+    The model has the attributes ``classifier`` and, under its ``base_model_prefix``, a backbone.
     """
 
     config: Any
@@ -26,14 +26,14 @@ class PatchSegmentation:
         """
         Args:
             pixel_values: (B, channels, height, width).
-            labels: (B, height, width) int64 class of each pixel, IGNORE_PIXEL where there is none; None gives no loss.
-            kwargs: for the backbone.
+            labels: (B, height, width) int64 class of each pixel, IGNORE_PIXEL for an unlabelled pixel; None computes no loss.
+            kwargs: arguments of the backbone.
 
         Returns:
-            ``logits`` (B, classes, height, width), and ``loss``: the mean cross-entropy over labelled pixels.
+            ``logits`` (B, classes, height, width), and ``loss``, the mean cross-entropy over labelled pixels.
 
         Raises:
-            ValueError: tokens are missing, or labels are of another size than the image.
+            ValueError: patches are missing, or the labels differ in size from the image.
         """
         outputs = getattr(self, self.base_model_prefix)(pixel_values, **kwargs)
         hidden_states: Tensor = outputs.last_hidden_state
@@ -54,11 +54,11 @@ class PatchSegmentation:
                     f"labels of shape {tuple(labels.shape)} must be a class for each pixel, {(logits.shape[0], *sides)} for these images"
                 )
             labelled = (labels != IGNORE_PIXEL).sum().clamp(min=1)
-            # A batch without a labelled pixel has loss 0, not NaN.
+            # The loss of a batch without labelled pixels is 0, not NaN.
             loss = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_PIXEL, reduction="sum") / labelled
         return SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # Weights of older checkpoints are renamed for transformers' own classes only.
+        # transformers renames the weights of older checkpoints only for its own classes.
         return False

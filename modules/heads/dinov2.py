@@ -10,10 +10,10 @@ from .base import PatchSegmentation
 
 
 class Dinov2ForSemanticSegmentation(PatchSegmentation, Dinov2PreTrainedModel):  # type: ignore[no-untyped-call]
-    """A DINOv2 whose patches each answer with a class, stretched to pixels.
+    """A DINOv2 with a classifier on every patch, whose logits are interpolated to the image size.
 
     Args:
-        config: of the backbone; ``num_labels`` classes.
+        config: config of the backbone; ``num_labels`` is the number of classes.
     """
 
     def __init__(self, config: Dinov2Config) -> None:

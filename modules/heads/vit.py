@@ -10,10 +10,10 @@ from .base import PatchSegmentation
 
 
 class ViTForSemanticSegmentation(PatchSegmentation, ViTPreTrainedModel):  # type: ignore[no-untyped-call]
-    """A ViT whose patches each answer with a class, stretched to pixels.
+    """A ViT with a classifier on every patch, whose logits are interpolated to the image size.
 
     Args:
-        config: of the backbone; ``num_labels`` classes.
+        config: config of the backbone; ``num_labels`` is the number of classes.
     """
 
     def __init__(self, config: ViTConfig) -> None:

@@ -1,1 +1,1 @@
-"""P, the strategy: what becomes of the tokens that a decision leaves out: one class a file, found by the file's name."""
+"""Mergers (P, the strategy), which remove or merge the tokens that are not kept: one class per file, found by the file name."""

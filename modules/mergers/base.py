@@ -1,4 +1,4 @@
-"""What every merger shares."""
+"""Merger: the base class of all mergers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..tokens.state import TokenState
 
 @dataclass(frozen=True)
 class Merged:
-    """Tokens after a stage.
+    """Output of a merger.
 
     Attributes:
-        hidden_states: (B, K, C).
-        state: where they came from.
+        hidden_states: (B, K, C) hidden states after the stage.
+        state: TokenState of these tokens.
     """
 
     hidden_states: Tensor
@@ -30,17 +30,17 @@ class Merged:
 
 
 class Merger(nn.Module):
-    """P, the strategy: what becomes of the tokens that the decision leaves out.
+    """P, the strategy: removes or merges the tokens that the decision does not keep.
 
     Args:
-        spec: the tokens that it merges.
+        spec: the tokens to merge.
 
     Attributes:
-        extra: routable tokens that the merger adds to a row from which something was left out; they count as kept.
-        conserves_size: the sizes of all tokens add up to the source tokens, before and after.
-        needs_partner: it merges into the partners that a matching scorer found.
-        causal: a token that leaves holds nothing of those that stood behind its place.
-        drops: what is left out is gone, not merged.
+        extra: routable tokens that the merger adds to a row from which tokens were removed; they count as kept.
+        conserves_size: the sum of the token sizes is the same before and after.
+        needs_partner: the merger needs ``Scored.partner`` of a matching scorer.
+        causal: a token after the merger depends on no later token.
+        drops: removed tokens are dropped, not merged.
     """
 
     extra: ClassVar[int] = 0
@@ -54,47 +54,47 @@ class Merger(nn.Module):
 
     @property
     def reads_keys(self) -> bool:
-        """It needs the keys that the site's layer makes of the tokens."""
+        """The merger reads the keys that the site's layer computes."""
         return False
 
     @property
     def outputs(self) -> int | None:
-        """Routable tokens that it always makes, whatever the decision; None for a merger that follows the decision."""
+        """Number of routable tokens that the merger makes of any row; None if the decision sets the number."""
         return None
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         """
         Args:
-            inputs: the tokens at the site and where they came from.
-            scored: what the scorer found.
-            decision: which of them stay.
+            inputs: the tokens at the site and their state.
+            scored: output of the scorer.
+            decision: the tokens to keep.
         """
         raise NotImplementedError
 
     def macs(self, shape: StackShape, tokens: int, kept: int) -> int:
-        """MACs for one row that goes from ``tokens`` to ``kept`` tokens, protected ones included."""
+        """MACs for one row with ``tokens`` tokens before the merger and ``kept`` after it, protected tokens included."""
         return 0
 
 
 def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportional: bool) -> Merged:
-    """Every token that the decision leaves out becomes part of its partner: their mean, weighted by size.
+    """Merges every token that is not kept into its partner; the result is their mean, weighted by size.
 
     Args:
         inputs: the tokens at the site.
-        decision: which of them stay.
-        partner: (B, M) int64, slot of a token that stays for each that does not.
-        proportional: later layers attend to a token in proportion to its size.
+        decision: the tokens to keep.
+        partner: (B, M) int64, for each token that is not kept, the slot of a kept token.
+        proportional: in later layers, log(size) is added to the attention logits of each key.
     """
     hidden_states, state = inputs.hidden_states, replace(inputs.state, proportional=inputs.state.proportional or proportional)
     if decision.keeps_all(state):
         return Merged(hidden_states, state)
     slots = torch.arange(state.tokens, device=partner.device).expand_as(partner)
-    goes = state.routable & ~decision.kept_mask(state.tokens)
-    into = torch.where(goes, partner, slots)
+    removed = state.routable & ~decision.kept_mask(state.tokens)
+    into = torch.where(removed, partner, slots)
     merged = state.absorb(into)
-    # In float32: a token may take up many others.
+    # In float32, because many tokens may be summed into one.
     weighted = hidden_states.float() * state.size.unsqueeze(-1)
     mean = (sum_into(weighted, into) / merged.size.clamp(min=1e-6).unsqueeze(-1)).to(hidden_states.dtype)
-    # What took nothing up is left as it is, to the last bit.
+    # Tokens that absorbed no other token stay bit-equal.
     grown = (merged.size != state.size).unsqueeze(-1)
     return Merged(take(torch.where(grown, mean, hidden_states), decision.index), merged.select(decision.index, decision.valid))

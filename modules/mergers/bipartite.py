@@ -1,4 +1,4 @@
-"""Bipartite: every token that goes is merged into the partner that its scorer found."""
+"""Bipartite merger: merges every removed token into the partner that the scorer found."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .base import Merged, Merger, merge_into
 
 
 class BipartiteMerger(Merger):
-    """Merges pairs into their mean, weighted by size (ToMe, arXiv 2210.09461). For scorer ``bipartite``.
+    """Merges pairs into their mean, weighted by size (ToMe, arXiv 2210.09461). Needs scorer ``bipartite``.
 
     Args:
-        spec: the tokens that it merges.
-        proportional: later layers attend to a token in proportion to its size.
+        spec: the tokens to merge.
+        proportional: in later layers, log(size) is added to the attention logits of each key.
     """
 
     needs_partner = True

@@ -1,4 +1,4 @@
-"""Chunk mean: a token that stays becomes the mean of its chunk, which it closes."""
+"""Chunk-mean merger: each kept token becomes the mean of the chunk that it ends."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .base import Merged, Merger, merge_into
 
 
 class ChunkMeanMerger(Merger):
-    """Mean, weighted by size, of a token that stays and of those since the last one that stayed (dynamic pooling, arXiv 2211.09761).
+    """Mean, weighted by size, of a kept token and of the tokens since the previous kept one (dynamic pooling, arXiv 2211.09761).
 
-    So a chunk holds nothing that comes after its own place, and a restore by ``dechunk`` hands it to that place and those behind it.
-    Tokens behind the last one that stays wait: their chunk is open still. With a cache their sum waits there; otherwise they
-    are gone for the layers that follow.
+    A chunk contains no token after its own position, and a restore by ``dechunk`` gives its output to that position and later ones.
+    The tokens after the last kept token belong to a chunk that is still open. With a cache, their sum is carried in the cache;
+    otherwise they are not represented in the layers that follow.
 
     Args:
-        spec: the tokens that it merges.
+        spec: the tokens to merge.
     """
 
     conserves_size = False
@@ -30,15 +30,16 @@ class ChunkMeanMerger(Merger):
     def __init__(self, spec: TokenSpec) -> None:
         super().__init__(spec)
         if not spec.causal:
-            raise ValueError("merger 'chunk_mean' is for causal models, where a token may take up earlier ones only; take 'squeeze'")
+            raise ValueError("merger 'chunk_mean' is for causal models, where a token may absorb only earlier tokens; take 'squeeze'")
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         state = inputs.state
         if decision.keeps_all(state):
             return Merged(inputs.hidden_states, state)
-        kept = decision.kept_mask(state.tokens)
+        # A protected token belongs to no chunk.
+        kept = decision.kept_mask(state.tokens) & state.routable
         slots = torch.arange(state.tokens, device=kept.device).expand_as(kept)
-        # The first one that stays at or behind each token; none closes the chunk of the last tokens.
+        # First kept token at or after each token, which ends its chunk; the tokens after the last kept one have none.
         closing = torch.where(kept, slots, state.tokens).flip(1).cummin(1).values.flip(1)
         closed = closing < state.tokens
         closing = torch.where(closed, closing, slots)
@@ -49,22 +50,22 @@ class ChunkMeanMerger(Merger):
 
     @staticmethod
     def _carried(inputs: SiteInput, carry: dict[str, Tensor], merged: Merged, closed: Tensor) -> Merged:
-        """Gives the first chunk what earlier forwards left open, and leaves what is open now."""
+        """Adds the open chunk of earlier forwards to the first chunk, and carries the chunk that is open now."""
         state, name = inputs.state, f"{inputs.stage}.open"
-        waits = (state.size * (state.routable & ~closed)).unsqueeze(-1)
-        total, size = (inputs.hidden_states.float() * waits).sum(1), waits.sum(1)
+        pending = (state.size * (state.routable & ~closed)).unsqueeze(-1)
+        total, size = (inputs.hidden_states.float() * pending).sum(1), pending.sum(1)
         hidden_states, after = merged.hidden_states, merged.state
         if name in carry:
             some = closed.any(-1, keepdim=True)
             earlier, weight = carry[name], carry[f"{name}.size"]
             total, size = total + earlier.masked_fill(some, 0.0), size + weight.masked_fill(some, 0.0)
-            # Chunks lie in order, so that the first slot holds the first.
-            own = after.size[:, :1]
+            # Chunks are in order, but protected tokens may stand before the first.
+            slot = after.routable.long().argmax(-1, keepdim=True)
+            at = slot.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
+            own, made = after.size.gather(1, slot), hidden_states.gather(1, at).squeeze(1)
             both = (own + weight).clamp(min=1e-6)
-            first = (hidden_states[:, 0].float() * own + earlier) / both
-            first = torch.where(some & (weight > 0), first.to(hidden_states.dtype), hidden_states[:, 0])
-            hidden_states = torch.cat([first[:, None], hidden_states[:, 1:]], 1)
-            grown = torch.cat([torch.where(some, both, own), after.size[:, 1:]], 1)
-            after = replace(after, size=grown)
+            first = torch.where(some & (weight > 0), ((made.float() * own + earlier) / both).to(made.dtype), made)
+            hidden_states = hidden_states.scatter(1, at, first.unsqueeze(1))
+            after = replace(after, size=after.size.scatter(1, slot, torch.where(some, both, own)))
         carry[name], carry[f"{name}.size"] = total, size
         return Merged(hidden_states, after)

@@ -1,4 +1,4 @@
-"""Drop: tokens that are left out are gone."""
+"""Drop merger: removes the tokens that are not kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base import Merged, Merger
 
 
 class DropMerger(Merger):
-    """Prunes: X' = X without the tokens that were left out. They are gathered away, in training too, never masked."""
+    """Pruning: the tokens that are not kept are removed from the tensor, in training too, never masked."""
 
     conserves_size = False
     causal = True

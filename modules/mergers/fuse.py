@@ -1,4 +1,4 @@
-"""Fuse: the tokens that are left out become one token."""
+"""Fuse merger: merges all tokens that are not kept into one token."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .base import Merged, Merger
 
 
 class FuseMerger(Merger):
-    """Fuses the rest into one token, their mean weighted by softmax of the scores (after EViT, arXiv 2202.07800).
+    """Fuses the tokens that are not kept into one: their mean, weighted by the softmax of the scores (after EViT, arXiv 2202.07800).
 
-    The fused token comes last, counts as kept and can be routed by later stages. Its weights are normalised scores, so tokens
-    that are left out send a gradient to the scorer.
+    The fused token is the last one of the row, counts as kept and is routable in later stages. Its weights are normalised scores, so
+    the scorer gets a gradient from removed tokens too.
     """
 
     extra = 1
@@ -32,10 +32,10 @@ class FuseMerger(Merger):
             return Merged(kept, kept_state)
         left_out = state.routable & ~decision.kept_mask(state.tokens)
         some = left_out.any(-1, keepdim=True)
-        # A row that leaves nothing out (it is shorter than the others) gets padding instead of NaN.
+        # In a row with no removed token (shorter than the others), the fused slot is padding; the mask avoids NaN.
         logits = scores.masked_fill(~left_out, float("-inf")).masked_fill(~some, 0.0)
         weights = (logits + state.size.clamp(min=1e-6).log()).softmax(-1)
-        # Multiply and sum, not a matrix product, whose rounding depends on where the tensors happen to lie in memory.
+        # Multiply and sum, not a matrix product, whose rounding depends on the memory addresses of its inputs.
         fused = (weights.to(hidden_states.dtype).unsqueeze(-1) * hidden_states).sum(1, keepdim=True)
         slot = kept_state.tokens
         lowest = torch.where(left_out, state.position, state.source.shape[1] - 1).amin(-1, keepdim=True)

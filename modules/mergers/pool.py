@@ -1,4 +1,4 @@
-"""Pool: all tokens are softly pooled to a fixed number of learned outputs."""
+"""Pool merger: pools all tokens softly into a fixed number of learned outputs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .base import Merged, Merger
 
 
 class PoolMerger(Merger):
-    """Every token divides itself among learned outputs by a softmax; an output is the mean of what it got (after TokenLearner,
-    arXiv 2106.11297, whose softmax runs over the tokens instead, so that sizes do not add up).
+    """Divides every token over learned outputs by a softmax; an output is the weighted mean of its shares (after TokenLearner,
+    arXiv 2106.11297, whose softmax runs over the tokens instead, so that sizes are not conserved).
 
-    The scorer decides nothing here; ``uniform_grid`` costs least, and its choice says where the outputs stand. An original token
-    counts as part of the output that got most of it.
+    The decision sets only the positions of the outputs; scorer ``uniform_grid`` costs least. An original token is represented by the
+    output that has its largest share.
 
     Args:
-        spec: the tokens that it pools.
-        outputs: their number.
-        proportional: later layers attend to an output in proportion to its size.
+        spec: the tokens to pool.
+        outputs: number of outputs.
+        proportional: in later layers, log(size) is added to the attention logits of each key.
     """
 
     def __init__(self, spec: TokenSpec, outputs: int = 16, proportional: bool = True) -> None:
@@ -43,8 +43,8 @@ class PoolMerger(Merger):
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         hidden_states, state = inputs.hidden_states, inputs.state
         if state.counts is None:
-            raise ValueError("merger 'pool' makes the same number of outputs of every row: it takes no padded batch")
-        # Slots of the routable tokens, in order, and of the outputs among the tokens that stay.
+            raise ValueError("merger 'pool' makes the same number of outputs of every row: it does not support a padded batch")
+        # Slots of the routable tokens, in order, and of the outputs among the kept tokens.
         pooled = _first(~state.protected, state.counts.routable)
         chosen = state.select(decision.index, decision.valid)
         made = _first(~chosen.protected, decision.index.shape[1] - state.counts.protected)
@@ -53,7 +53,7 @@ class PoolMerger(Merger):
         weights = shares * state.size.gather(1, pooled).unsqueeze(-1)
         size = weights.sum(1)
         outputs = (weights.transpose(1, 2) @ tokens.float()) / size.clamp(min=1e-6).unsqueeze(-1)
-        # An original token follows the output that got most of what stands for it; a protected one itself.
+        # An original token belongs to the output with the largest share of its current token; a protected token to itself.
         slots = torch.arange(decision.index.shape[1], device=hidden_states.device).expand_as(decision.index)
         belongs = torch.zeros_like(state.position).scatter(1, decision.index, slots)
         belongs = belongs.scatter(1, pooled, made.gather(1, shares.argmax(-1)))
@@ -74,5 +74,5 @@ class PoolMerger(Merger):
 
 
 def _first(mask: Tensor, number: int) -> Tensor:
-    """(B, number) int64: slots of a (B, M) mask's tokens, in order, of which every row has as many."""
+    """(B, number) int64: the True slots of a (B, M) mask in order; every row must have ``number`` of them."""
     return (~mask).byte().sort(dim=-1, stable=True).indices[:, :number]

@@ -1,4 +1,4 @@
-"""Squeeze: every token that goes is merged into the most similar one that stays."""
+"""Squeeze merger: merges every removed token into the most similar kept token."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .base import Merged, Merger, merge_into
 
 
 class SqueezeMerger(Merger):
-    """Merges what any scorer leaves out into its nearest kept token by cosine, weighted by size (TPS, arXiv 2304.10716).
+    """Merges each token that is not kept into its nearest kept token by cosine, weighted by size (TPS, arXiv 2304.10716).
 
     Args:
-        spec: the tokens that it merges.
-        metric: what is compared, ``tokens`` or the ``keys`` that the site's layer makes of them.
-        proportional: later layers attend to a token in proportion to its size.
+        spec: the tokens to merge.
+        metric: what is compared: ``tokens``, the hidden states, or ``keys``, the keys of the site's layer.
+        proportional: in later layers, log(size) is added to the attention logits of each key.
     """
 
     def __init__(self, spec: TokenSpec, metric: str = "tokens", proportional: bool = False) -> None:

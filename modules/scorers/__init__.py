@@ -1,1 +1,1 @@
-"""E, the criterion: one class a file, found by the file's name."""
+"""Scorers (E, the criterion): one class per file, found by the file name."""

@@ -1,4 +1,4 @@
-"""What every scorer shares."""
+"""Scorer: the base class of all scorers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..site import SiteInput, TokenSpec
 
 @dataclass(frozen=True)
 class Scored:
-    """What a scorer found.
+    """Output of a scorer.
 
     Attributes:
         scores: (B, M) float32; values at protected tokens and padding are ignored.
-        answers: (B, classes, M) float32 log-probabilities, where every token answers the task by itself; None otherwise.
-        partner: (B, M) int64, the slot that a token would be merged into, where the scorer matches tokens; None otherwise.
+        answers: (B, classes, M) float32 log-probabilities, if every token answers the task by itself; None otherwise.
+        partner: (B, M) int64, slot of the token that a token would be merged into, if the scorer matches tokens; None otherwise.
     """
 
     scores: Tensor
@@ -27,21 +27,21 @@ class Scored:
 
 
 class Scorer(nn.Module):
-    """E, the criterion: gives every token a score, higher means keep.
+    """E, the criterion: gives every token a score; tokens with higher scores are kept.
 
     Args:
-        spec: the tokens that it scores.
+        spec: the tokens to score.
 
     Attributes:
-        estimator: name of the estimator that trains it by default; None for a scorer that is not trained.
-        chunk_estimator: the same where the tokens that stay make chunks for a restore by ``dechunk``; None takes ``estimator``.
-        probabilities: the sigmoid of a score is a keep probability, which a regulariser may pull on.
-        answers_task: every token answers the task by itself, and ``Scored.answers`` holds it.
+        estimator: name of the default estimator; None for a scorer that is not trained.
+        chunk_estimator: name of the default estimator in a stage that makes chunks for a restore by ``dechunk``; None means ``estimator``.
+        probabilities: the sigmoid of a score is a keep probability, which a regulariser can use.
+        answers_task: every token answers the task by itself; ``Scored.answers`` is set.
         lookahead: the score of a token depends on later tokens.
-        matches: ``Scored.partner`` holds a partner that stays for every token that may go, up to half of them.
-        count: count rule where a stage names none.
-        reads_pixels: the scorer looks at the model's input image.
-        reads_cls: it needs the query of the CLS token, as the layer that follows makes it.
+        matches: ``Scored.partner`` is set: every token that may be removed, up to half of them, has a partner that is always kept.
+        count: count rule for stages that set none.
+        reads_pixels: the scorer reads the model's input image.
+        reads_cls: the scorer reads the CLS query of the site's layer.
     """
 
     estimator: ClassVar[str | None] = None
@@ -59,12 +59,12 @@ class Scorer(nn.Module):
 
     @property
     def reads_keys(self) -> bool:
-        """It needs the keys that the site's layer makes of the tokens."""
+        """The scorer reads the keys that the site's layer computes."""
         return False
 
     def forward(self, inputs: SiteInput) -> Scored:
         raise NotImplementedError
 
     def macs(self, shape: StackShape, tokens: int) -> int:
-        """MACs for one row of ``tokens`` tokens, protected ones included."""
+        """MACs for one row of ``tokens`` tokens, protected tokens included."""
         return 0

@@ -1,4 +1,4 @@
-"""Bipartite soft matching: every second token looks for its most similar partner among the others."""
+"""Bipartite soft matching: each token of even rank is compared with all tokens of odd rank."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ METRICS = ("keys", "tokens")
 
 
 class BipartiteScorer(Scorer):
-    """Minus the cosine to the best partner (ToMe, arXiv 2210.09461): tokens of even rank may go, those of odd rank always stay.
+    """Minus the cosine to the best partner (ToMe, arXiv 2210.09461): tokens of even rank may be removed, tokens of odd rank are kept.
 
-    With merger ``bipartite`` and a top-k selector the most similar pairs become one token. At most half of the tokens can go.
+    With merger ``bipartite`` and a top-k selector, the most similar pairs are merged. At most half of the tokens can be removed.
 
     Args:
-        spec: the tokens that it scores.
-        metric: what is compared: the ``keys`` that the site's layer makes of the tokens, mean over heads, as in the paper, or
-            the ``tokens`` themselves, which costs no projection. Behind the attention of a layer (site ``between``) the keys are
-            made anew from the tokens there.
+        spec: the tokens to score.
+        metric: what is compared: ``keys``, the keys of the site's layer averaged over heads, as in the paper; or ``tokens``, the hidden
+            states, which needs no projection. At site ``between`` the keys are computed from the hidden states after attention.
     """
 
     lookahead = True
@@ -51,11 +50,11 @@ class BipartiteScorer(Scorer):
         target = state.routable & (rank % 2 == 1)
         widths = None
         if state.counts is not None:
-            # Known without asking the device.
+            # Known on the host, without a device synchronisation.
             first = state.counts.protected
             widths = len(range(first + first % 2, state.tokens, 2)), len(range(first + 1 - first % 2, state.tokens, 2))
         similarity, partner = best_partner(token_metric(inputs, self.metric), movable, target, widths)
-        # Tokens that stay anyway outrank all others; so do those without any partner.
+        # Tokens of odd rank, and tokens without a partner, get the highest score, so they are kept.
         stays = ~movable | ~target.any(-1, keepdim=True)
         return Scored((-similarity).masked_fill(stays, torch.finfo(torch.float32).max), partner=partner)
 
@@ -66,34 +65,34 @@ class BipartiteScorer(Scorer):
 
 
 def token_metric(inputs: SiteInput, metric: str) -> Tensor:
-    """(B, M, D) what tokens are compared by, of unit length, float32."""
-    seen = inputs.hidden_states.detach()
+    """(B, M, D) float32 features to compare, of unit length."""
+    features = inputs.hidden_states.detach()
     if metric == "keys":
-        seen = inputs.adapter.keys(inputs.layer, seen).mean(1)
-    return functional.normalize(seen.float(), dim=-1)
+        features = inputs.adapter.keys(inputs.layer, features).mean(1)
+    return functional.normalize(features.float(), dim=-1)
 
 
 def metric_width(shape: StackShape, metric: str) -> int:
-    """Values that a comparison of two tokens multiplies."""
+    """Width D of the compared features."""
     return shape.hidden // shape.heads if metric == "keys" else shape.hidden
 
 
 def metric_macs(shape: StackShape, tokens: int, metric: str) -> int:
-    """MACs of making the metric."""
+    """MACs to compute the features."""
     return tokens * shape.hidden**2 if metric == "keys" else 0
 
 
 def best_partner(metric: Tensor, movable: Tensor, target: Tensor, widths: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
-    """The most similar target of every token.
+    """The most similar target of every movable token.
 
     Args:
-        metric: (B, M, D) of unit length.
-        movable: (B, M) bool, tokens that look for a partner.
-        target: (B, M) bool, tokens that may be one.
-        widths: largest numbers of movable and of target tokens in a row, where they are known.
+        metric: (B, M, D) features of unit length.
+        movable: (B, M) bool, tokens that need a partner.
+        target: (B, M) bool, tokens that can be a partner.
+        widths: largest numbers of movable and of target tokens per row; None if they are not known on the host.
 
     Returns:
-        (B, M) cosine to the best target, and its slot, int64; a token that is not movable has 0 and its own slot.
+        (B, M) cosine to the best target, and (B, M) int64 slot of that target. For tokens that are not movable: 0 and their own slot.
     """
     rows, tokens, _ = metric.shape
     slots = torch.arange(tokens, device=metric.device).expand(rows, -1)
@@ -101,7 +100,7 @@ def best_partner(metric: Tensor, movable: Tensor, target: Tensor, widths: tuple[
     products = take(metric, sources.index) @ take(metric, targets.index).transpose(1, 2)
     best, which = products.masked_fill(~targets.valid[:, None], -torch.inf).max(-1)
     partner = targets.index.gather(1, which)
-    # Padding of the compact form writes to a slot past the last token.
+    # Padding of the compact form is written to an extra slot after the last token.
     written = sources.index.masked_fill(~sources.valid, tokens)
     similarity = functional.pad(metric.new_zeros(rows, tokens), (0, 1)).scatter(1, written, best)[:, :tokens]
     return similarity, functional.pad(slots, (0, 1)).scatter(1, written, partner)[:, :tokens]

@@ -1,4 +1,4 @@
-"""Boundary: does a new chunk begin here? A token is compared with the one before it."""
+"""Boundary scorer: compares each token with the one before it to decide whether a chunk begins."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..tokens.gather import take
 from ..tokens.state import TokenState
 from .base import Scored, Scorer
 
-# Probabilities of 0 and 1 would be infinite scores.
-_SURE = 1e-4
+# Probabilities are clamped to [1e-4, 1 - 1e-4]: the log-odds of 0 and 1 are infinite.
+_EPSILON = 1e-4
 
 
 class _Identity(nn.Linear):
-    """A square map that starts as the identity; made so where the weight is made, before anything may spread it over ranks."""
+    """A square linear map, initialised to the identity when its weight is created, before ZeRO-3 can shard it."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width, bias=False)
@@ -29,12 +29,12 @@ class _Identity(nn.Linear):
 class BoundaryScorer(Scorer):
     """Probability that a chunk begins, p = ½(1 − cos(W_q x_t, W_k x_{t−1})), as log-odds (H-Net, arXiv 2507.07955).
 
-    The first token of a row, or of a document in it, begins one for certain; a token like the one before it does not; at right
-    angles it is undecided. It looks back one token and never ahead. With a cache, what it needs of the last token stays there.
+    The first token of a row or document always begins a chunk. For other tokens p is near 0 if the token is like the one before it, and
+    0.5 if their cosine is 0. The scorer is causal: it reads one earlier token. With a cache, the last key is carried in the cache.
 
     Args:
-        spec: the tokens that it scores.
-        detach: cut the gradient from the scorer into the backbone below it.
+        spec: the tokens to score.
+        detach: stop the gradient from the scorer into the backbone below it.
     """
 
     estimator = "straight_through"
@@ -50,17 +50,17 @@ class BoundaryScorer(Scorer):
     def forward(self, inputs: SiteInput) -> Scored:
         tokens = inputs.hidden_states.detach() if self.detach else inputs.hidden_states
         key, known = _before(self.key(tokens), inputs)
-        # In float32, as all scores: bf16 cannot tell neighbours apart.
+        # In float32, as all scores: bf16 rounds close values to the same number.
         alike = functional.cosine_similarity(self.query(tokens).float(), key.float(), dim=-1)
         probability = torch.where(known, 0.5 * (1 - alike), 1.0)
-        return Scored(probability.clamp(_SURE, 1 - _SURE).logit())
+        return Scored(probability.clamp(_EPSILON, 1 - _EPSILON).logit())
 
     def macs(self, shape: StackShape, tokens: int) -> int:
         return 2 * tokens * shape.hidden**2
 
 
 def _before(keys: Tensor, inputs: SiteInput) -> tuple[Tensor, Tensor]:
-    """(B, M, C) the key of the token before each, and (B, M) bool whether there is one."""
+    """(B, M, C) key of the token before each token, and (B, M) bool whether there is one."""
     state, carry = inputs.state, inputs.flow.carry
     newest = _newest(state)
     before = functional.pad(newest[:, :-1], (1, 0), value=-1)
@@ -71,7 +71,7 @@ def _before(keys: Tensor, inputs: SiteInput) -> tuple[Tensor, Tensor]:
     if carry is None:
         return previous, known
     name = f"{inputs.stage}.boundary"
-    # A token at the end of an earlier forward, if the row had any.
+    # The last routable token of each row, for the next forward; from this forward if the row has one, else from an earlier one.
     last, some = newest[:, -1:].clamp(min=0), newest[:, -1] >= 0
     kept = take(keys, last).squeeze(1)
     if name in carry:
@@ -83,6 +83,6 @@ def _before(keys: Tensor, inputs: SiteInput) -> tuple[Tensor, Tensor]:
 
 
 def _newest(state: TokenState) -> Tensor:
-    """(B, M) int64: the last slot up to each that holds a routable token, -1 where there is none."""
+    """(B, M) int64: last slot at or before each slot that holds a routable token; -1 if there is none."""
     slots = torch.arange(state.tokens, device=state.position.device)
     return torch.where(state.routable, slots, -1).cummax(1).values

@@ -1,4 +1,4 @@
-"""Attention of the CLS token, from its query and all keys alone."""
+"""CLS-attention scorer: the attention from CLS to every token."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .base import Scored, Scorer
 
 
 class ClsAttentionScorer(Scorer):
-    """Mean over heads of softmax(q_cls · K) in the layer that follows (criterion of EViT, arXiv 2202.07800).
+    """Mean over heads of softmax(q_cls · K) in the site's layer (criterion of EViT, arXiv 2202.07800).
 
     Only one row of the attention matrix is computed, with the layer's own norm and projections, so the layer keeps its fused
-    attention. Not trained: the criterion follows the backbone.
+    attention. The scorer is not trained; its scores change with the backbone.
     """
 
     reads_cls = True
@@ -23,7 +23,7 @@ class ClsAttentionScorer(Scorer):
         if not spec.has_cls:
             raise ValueError(
                 f"scorer 'cls_attention' needs a CLS token, which {spec.family} has not: "
-                "take one that looks at the tokens (learned, evidence) or at the image (patch_energy, uniform_grid)"
+                "take one that reads the tokens (learned, evidence) or the image (patch_energy, uniform_grid)"
             )
 
     @torch.no_grad()

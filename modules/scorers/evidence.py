@@ -1,4 +1,4 @@
-"""Every token answers the task alone; its score is the information in its answer."""
+"""Evidence scorer: every token answers the task by itself, and its score is the information in that answer."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .base import Scored, Scorer
 
 
 class EvidenceScorer(Scorer):
-    """KL(p(label | token) ‖ mean answer of the row): how far a token by itself moves the answer, in nats, float32.
+    """KL(p(label | token) ‖ mean answer of the row), in nats, float32: how far a token's own answer is from the mean.
 
-    A two-layer classifier reads one token at a time; trained by the ``token_labels`` estimator, a token that carries nothing
-    learns to answer with the prior and scores 0. Dropped tokens learn like kept ones, and no gradient enters the backbone, as
-    with the auxiliary heads of Token Cropr (arXiv 2412.00965). Tokens do not compete while they learn: heads that pool them
-    were tried first and settle on a part of what matters, one half of every digit, so that seeds differ.
+    A two-layer classifier reads one token at a time and is trained by the ``token_labels`` estimator. A token without information
+    learns to answer with the prior and scores 0. Dropped tokens are trained like kept ones, and no gradient enters the backbone, as
+    with the auxiliary heads of Token Cropr (arXiv 2412.00965). Tokens do not compete: heads that pool tokens were tried first, and
+    learned only a part of the useful tokens (one half of every digit), a different part for each seed.
 
-    Where the task labels pixels, a token learns the classes of its own patch instead of its row's. The score is the same: most
-    tokens of an image answer with what fills it, which is then its mean answer, and what differs from that stands out.
+    If the task labels pixels, a token learns the classes of its own patch instead of its row's label. The score is the same: most
+    tokens of an image answer with its background class, which is then the mean answer, and other tokens score high.
 
     Args:
-        spec: the tokens that it scores.
-        reads: ``tokens``, or ``pixels`` of the patch that a token comes from. A patch embedding that is still being learned
-            soon carries only what the kept tokens taught it, and the router cannot find the others again; pixels stay as they
-            are. Before layer 0 of a model from scratch read pixels; deeper, or on pretrained weights, read tokens.
-        width: hidden width; None takes C // 2, at least 32.
+        spec: the tokens to score.
+        reads: ``tokens``, or ``pixels`` of the token's image patch. Take ``pixels`` before layer 0 of a model trained from scratch:
+            its patch embedding soon represents only what the kept tokens need, and dropped tokens would never score high again. Take
+            ``tokens`` at deeper layers or with pretrained weights.
+        width: hidden width; None means C // 2, at least 32.
     """
 
     estimator = "token_labels"
@@ -51,12 +51,12 @@ class EvidenceScorer(Scorer):
         self.answer = Float32Linear(self.width, spec.classes)
 
     def forward(self, inputs: SiteInput) -> Scored:
-        # Without gradient into what is read, and of unit variance; nearly flat patches stay small instead of being blown up.
-        seen, epsilon = (self._patches(inputs), 1e-2) if self.reads == "pixels" else (inputs.hidden_states.detach(), 1e-5)
-        features = functional.relu(self.look(functional.layer_norm(seen.to(self.look.weight.dtype), (self.values,), eps=epsilon)))
+        # The input is detached and normalised to unit variance; the larger epsilon keeps nearly flat patches small.
+        content, epsilon = (self._patches(inputs), 1e-2) if self.reads == "pixels" else (inputs.hidden_states.detach(), 1e-5)
+        features = functional.relu(self.look(functional.layer_norm(content.to(self.look.weight.dtype), (self.values,), eps=epsilon)))
         logits = self.answer(features)
         with full_precision(features.device):
-            # Classes before tokens: a softmax over the last and short dimension is several times slower on a CPU.
+            # Classes before tokens: on a CPU, a softmax over a short last dimension is several times slower.
             answers = logits.transpose(1, 2).contiguous().log_softmax(1)
             with torch.no_grad():
                 return Scored(self._information(answers, inputs.state.routable), answers)
@@ -71,13 +71,13 @@ class EvidenceScorer(Scorer):
 
     @staticmethod
     def _patches(inputs: SiteInput) -> Tensor:
-        """(B, M, patch values) pixels of the patch that each token comes from, zeros for protected tokens."""
+        """(B, M, patch values) pixels of each token's patch, zeros for protected tokens."""
         pixels, grid = inputs.flow.pixel_values, inputs.flow.grid
         if pixels is None or grid is None:
-            raise ValueError("scorer 'evidence' with reads = 'pixels': this forward carried no pixel_values")
+            raise ValueError("scorer 'evidence' with reads = 'pixels': this forward has no pixel_values")
         rows, channels, height, width = pixels.shape
         down, across = height // grid[0], width // grid[1]
-        # A patch embedding leaves out what fills no patch at the right and the bottom.
+        # A patch embedding ignores the pixels at the right and the bottom that fill no patch.
         whole = pixels[:, :, : grid[0] * down, : grid[1] * across]
         cut = whole.reshape(rows, channels, grid[0], down, grid[1], across).permute(0, 2, 4, 1, 3, 5)
         return inputs.flow.of_cells(cut.reshape(rows, grid[0] * grid[1], -1), inputs.state)

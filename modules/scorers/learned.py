@@ -1,4 +1,4 @@
-"""A small trained network that scores every token from itself and from the mean of its row, or of its document."""
+"""Learned scorer: a small trained network that reads each token and the mean of its row or document."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .base import Scored, Scorer
 
 
 class LearnedScorer(Scorer):
-    """Per-token MLP with a local and a global half (the predictor of DynamicViT, arXiv 2106.02034), logits in float32.
+    """Per-token MLP with local and global features (the predictor of DynamicViT, arXiv 2106.02034), logits in float32.
 
     Args:
-        spec: the tokens that it scores.
-        width: width of each half; None takes C // 6, at least 16.
-        detach: cut the gradient from the scorer into the backbone below it.
+        spec: the tokens to score.
+        width: width of the local and of the global features; None means C // 6, at least 16.
+        detach: stop the gradient from the scorer into the backbone below it.
     """
 
     estimator = "straight_through"
@@ -32,7 +32,7 @@ class LearnedScorer(Scorer):
             raise ValueError(f"scorer 'learned': width = {width} must be at least 1")
         self.width = width or max(16, spec.hidden_size // 6)
         self.detach = detach
-        # No weight and bias: the linear layer that follows has them, and their backward costs more than the layer's own.
+        # Without weight and bias: the linear layer after it has them, and their backward is slower than the linear layer's.
         self.norm = nn.LayerNorm(spec.hidden_size, elementwise_affine=False)
         self.local_global = nn.Linear(spec.hidden_size, 2 * self.width)
         self.mix_local = nn.Linear(self.width, self.width)
@@ -43,7 +43,7 @@ class LearnedScorer(Scorer):
         tokens = inputs.hidden_states.detach() if self.detach else inputs.hidden_states
         local, everywhere = functional.gelu(self.local_global(self.norm(tokens))).chunk(2, dim=-1)
         mean = _mean(everywhere, inputs.state)
-        # A linear layer over both halves side by side, without repeating the mean for every token.
+        # A linear layer over the concatenated local and global features, without repeating the mean for every token.
         mixed = functional.gelu(self.mix_local(local) + self.mix_global(mean))
         return Scored(self.score(mixed).squeeze(-1))
 
@@ -52,7 +52,7 @@ class LearnedScorer(Scorer):
 
 
 def _mean(values: Tensor, state: TokenState) -> Tensor:
-    """Mean of (B, M, D) over the routable tokens, (B, 1, D); where rows are packed, of each token's own document, (B, M, D)."""
+    """(B, M, D) -> (B, 1, D) mean over the routable tokens; in packed rows (B, M, D), the mean of each token's own document."""
     if state.document is None:
         routable = state.routable.unsqueeze(1).to(values.dtype)
         return (routable @ values) / routable.sum(-1, keepdim=True).clamp(min=1)

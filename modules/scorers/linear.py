@@ -1,4 +1,4 @@
-"""One trained weight vector: the router of Mixture-of-Depths."""
+"""Linear scorer: one trained weight vector, the router of Mixture-of-Depths."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .base import Scored, Scorer
 
 
 class LinearScorer(Scorer):
-    """A linear map of each token by itself, logits in float32 (Mixture-of-Depths, arXiv 2404.02258).
+    """A linear map of each token, logits in float32 (Mixture-of-Depths, arXiv 2404.02258).
 
-    No token sees another, so the score of a token never depends on later ones and causal models can deploy it.
+    The score of a token does not depend on other tokens, so causal models can use it in generation.
 
     Args:
-        spec: the tokens that it scores.
-        detach: cut the gradient from the scorer into the backbone below it.
-        bias: what scores start from: above 0 a router opens with most tokens on their way through, as fine-tuning may want it.
+        spec: the tokens to score.
+        detach: stop the gradient from the scorer into the backbone below it.
+        bias: initial bias of the scores. With a value above 0 most tokens are processed at the start, which suits fine-tuning.
     """
 
     estimator = "straight_through"
@@ -28,7 +28,7 @@ class LinearScorer(Scorer):
     def __init__(self, spec: TokenSpec, detach: bool = False, bias: float = 0.0) -> None:
         super().__init__(spec)
         self.detach = detach
-        # The residual stream grows from layer to layer; a norm without weights makes routers of all layers start alike.
+        # The residual stream grows from layer to layer; with this norm, the routers of all layers start at the same scale.
         self.norm = nn.LayerNorm(spec.hidden_size, elementwise_affine=False)
         self.score = Float32Linear(spec.hidden_size, 1)
         nn.init.constant_(self.score.bias, bias)

@@ -1,4 +1,4 @@
-"""Patch energy: keeps the patches whose pixels differ most from the image's mean."""
+"""Patch-energy scorer: keeps the patches whose pixels differ most from the image mean."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .base import Scored, Scorer
 class PatchEnergyScorer(Scorer):
     """Mean squared deviation of a patch's pixels from the mean colour of its image.
 
-    Not changed by brightness or contrast normalisation of the whole image. The strongest plain control for images on a flat
-    background: a router is worth its name only where it beats this too.
+    The ranking does not change with brightness or contrast normalisation of the whole image. It is the strongest untrained control for
+    images on a flat background; a router should beat it.
     """
 
     reads_pixels = True
@@ -20,7 +20,7 @@ class PatchEnergyScorer(Scorer):
     def forward(self, inputs: SiteInput) -> Scored:
         flow = inputs.flow
         if flow.pixel_values is None or flow.grid is None:
-            raise ValueError("scorer 'patch_energy' needs an image backbone: this forward carried no pixel_values")
+            raise ValueError("scorer 'patch_energy' needs an image backbone: this forward has no pixel_values")
         image = flow.pixel_values.float()
         deviation = (image - image.mean((2, 3), keepdim=True)).square().mean(1)
         energy = functional.adaptive_avg_pool2d(deviation[:, None], flow.grid).flatten(1)

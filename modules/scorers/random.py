@@ -1,4 +1,4 @@
-"""Random scores: the control that every router must beat."""
+"""Random scorer: the control that every router must beat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uniform grid: keeps tokens spread evenly over the image or sequence, whatever they show."""
+"""Uniform-grid scorer: keeps tokens at even distances over the image or sequence, independent of their content."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..site import SiteInput, TokenSpec
 from .base import Scored, Scorer
 
-# Positions of a causal model are told apart up to 2^20, which float32 holds exactly.
+# In a causal model, positions below 2^20 have different scores; float32 holds them exactly.
 _CAUSAL_BITS = 20
 
 
@@ -21,10 +21,10 @@ def _reversed_bits(index: Tensor, bits: int) -> Tensor:
 
 
 class UniformGridScorer(Scorer):
-    """Ordered-dither ranks (Bayer 1973): the top k of them form an even grid for every k.
+    """Ordered-dither ranks (Bayer 1973): the top k tokens form an even grid for every k.
 
-    With a known patch grid the order is two-dimensional, else the van der Corput order of the positions; in a causal model a
-    position's score lies in (0, 1] and does not depend on how long the row is, so that a threshold can cut it token by token.
+    With a patch grid the order is two-dimensional, otherwise it is the van der Corput order of the positions. In a causal model the
+    score of a position lies in (0, 1] and does not depend on the row's length, so a threshold can decide token by token.
     """
 
     def __init__(self, spec: TokenSpec) -> None:
@@ -43,7 +43,7 @@ class UniformGridScorer(Scorer):
         row, column = place // grid[1], place % grid[1]
         rank = torch.zeros_like(place)
         for bit in range(bits):
-            # A Bayer matrix interleaves the bits of (row xor column) and row, most significant last.
+            # A Bayer matrix interleaves the bits of (row xor column) and of row, in reverse order.
             pair = (((row ^ column) >> bit) & 1) << 1 | ((row >> bit) & 1)
             rank = rank | pair << (2 * (bits - 1 - bit))
         return Scored(-rank.float())

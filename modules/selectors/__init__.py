@@ -1,1 +1,1 @@
-"""Scores and a count in, a decision out: one class a file, found by the file's name."""
+"""Selectors: scores and a requested count in, a decision out; one class per file, found by the file name."""

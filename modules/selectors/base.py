@@ -1,4 +1,4 @@
-"""What every selector shares."""
+"""Selector: the base class of all selectors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _BUCKET = 16
 
 @dataclass(frozen=True)
 class Request:
-    """How many tokens a selector is asked for, and what it may draw.
+    """The requested number of tokens, and the inputs of a selector besides the scores.
 
     Attributes:
-        keep: fraction of the routable tokens, in (0, 1].
-        count: routable tokens of each row by the stage's count rule, an int for all rows or int64 (B,); where rows are packed
-            documents, int64 (B, D) of each document.
-        hidden_states: (B, M, C) the tokens themselves, for a selector that looks at them.
-        lookahead: in evaluation too, the decision may look at later tokens.
-        noise: strength of the exploration in training; 0 explores nothing.
-        draws: (B, M) uniform draws in (0, 1); None where nothing is explored.
+        keep: requested fraction of the routable tokens, in (0, 1].
+        count: requested routable tokens by the stage's count rule: an int for all rows, or int64 (B,) per row; in packed rows
+            int64 (B, D) per document.
+        hidden_states: (B, M, C) hidden states at the site, for selectors that read them; None otherwise.
+        lookahead: non-causal decisions are allowed in evaluation too.
+        noise: strength of the exploration noise in training; 0 for none.
+        draws: (B, M) uniform draws in (0, 1); None if neither exploration noise nor the selector needs them.
     """
 
     keep: float
@@ -41,11 +41,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Auxiliary:
-    """What a selector that learns says of a decision.
+    """Auxiliary loss and agreement of a selector that is trained on decisions.
 
     Attributes:
         loss: scalar to add to the task's loss in training; None without one.
-        agreement: scalar, share of the routable tokens on which what is deployed agrees with the decision; None without it.
+        agreement: scalar, fraction of the routable tokens for which the deployed rule gives the same decision; None without it.
     """
 
     loss: Tensor | None = None
@@ -53,20 +53,20 @@ class Auxiliary:
 
 
 class Selector(nn.Module):
-    """Scores and a request in, a decision out.
+    """Turns scores and a Request into a Decision.
 
     Args:
-        spec: the tokens that it chooses from.
-        bucket: where rows keep different numbers, they are filled up to a multiple of it, so that shapes repeat; None takes 16 in
-            a causal model and 1 elsewhere.
+        spec: the tokens to select from.
+        bucket: if rows keep different numbers of tokens, the padded length is a multiple of ``bucket``, so that shapes repeat. None means
+            16 in a causal model and 1 otherwise.
 
     Attributes:
         lookahead: in evaluation, the decision for a token depends on later tokens.
-        adaptive: rows keep different numbers of tokens; only their mean is what was asked for.
-        needs_probabilities: it takes the sigmoid of a score for the probability to keep.
-        cuts: a token stays where its score is above a value, which the decision tells.
-        draws: it needs ``Request.draws`` in evaluation too.
-        float32_buffers: names of buffers that stay float32 in a model of any dtype, loaded or cast.
+        adaptive: rows keep different numbers of tokens; only their mean meets the request.
+        needs_probabilities: the selector uses the sigmoid of a score as the keep probability.
+        cuts: a token is kept if its score is above a threshold, ``Decision.cut``.
+        draws: the selector needs ``Request.draws`` in evaluation too.
+        float32_buffers: names of buffers that stay float32 when the model is loaded in or cast to another dtype.
     """
 
     lookahead: ClassVar[bool] = False
@@ -88,33 +88,33 @@ class Selector(nn.Module):
         Args:
             scores: (B, M) float32, higher means keep.
             state: the tokens at the site.
-            request: how many to keep.
+            request: the requested number of tokens.
         """
         raise NotImplementedError
 
     def set_cut(self, keep: float) -> None:
-        """Makes a selector that cuts scores keep this fraction of scores that are uniform in (0, 1), without any training."""
+        """Sets the threshold so that this fraction of scores that are uniform in (0, 1) is kept, without training."""
 
-    def looks_ahead(self, request: Request) -> bool:
-        """This very decision will depend on later tokens."""
+    def is_noncausal(self, request: Request) -> bool:
+        """The decision for this request will depend on later tokens."""
         return self.lookahead
 
     def auxiliary(self, decision: Decision, state: TokenState, request: Request) -> Auxiliary:
-        """What a selector that learns from its own decisions has to say of one."""
+        """Auxiliary loss and agreement for a decision, for selectors that are trained on decisions."""
         return Auxiliary()
 
     def macs(self, shape: StackShape, tokens: int) -> int:
-        """MACs in evaluation for one row of ``tokens`` tokens, protected ones included."""
+        """MACs in evaluation for one row of ``tokens`` tokens, protected tokens included."""
         return 0
 
     def decide(self, stays: Tensor, scores: Tensor, state: TokenState) -> Decision:
-        """The decision that a mask means.
+        """The Decision for a mask of the tokens to keep.
 
         Non-causal: an empty row keeps its top-scoring token. Causal: it keeps none, because picking the best would depend on future
         tokens.
 
         Args:
-            stays: (B, M) bool; protected tokens and padding are seen to here.
+            stays: (B, M) bool; values at protected tokens, which are always kept, and at padding are ignored.
             scores: (B, M) float32.
             state: the tokens at the site.
         """
@@ -131,13 +131,13 @@ class Selector(nn.Module):
 
 
 def _of_single_tokens(stays: Tensor) -> Decision:
-    """The decision that a (B, 1) mask means, as while generating: rows stay or are left out."""
+    """The Decision for a (B, 1) mask, as in generation: rows whose token is kept are listed in ``rows``."""
     rows = [row for row, (stay,) in enumerate(stays.tolist()) if stay]
     there = torch.tensor(rows, dtype=torch.int64, device=stays.device)
     return Decision(torch.zeros_like(stays, dtype=torch.int64), stays, empty=not rows, rows=there)
 
 
 def everything(state: TokenState) -> Decision:
-    """The decision that leaves nothing out."""
+    """The Decision that keeps every token."""
     slots = torch.arange(state.tokens, device=state.position.device)
     return Decision(slots.expand_as(state.position), state.valid, everything=True)

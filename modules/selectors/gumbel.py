@@ -1,4 +1,4 @@
-"""Gumbel: every token stays with its own probability, less and less at random."""
+"""Gumbel selector: keeps every token with its own probability, with noise that is annealed to 0."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .base import Request, Selector, everything
 
 
 class GumbelSelector(Selector):
-    """Keeps a token where its score plus logistic noise is above 0: a hard Gumbel softmax over keep and drop (arXiv 1611.01144).
+    """Keeps a token if its score plus logistic noise is above 0: a hard Gumbel softmax over keep and drop (arXiv 1611.01144).
 
-    At noise 1 a token stays with probability sigmoid(score); the budget's schedule anneals the noise to 0, and evaluation has
-    none. A regulariser of the budget has to hold the ratio.
+    At noise 1 a token is kept with probability sigmoid(score). The budget's schedule anneals the noise to 0, and evaluation uses none.
+    The budget needs a regulariser to hold the ratio.
     """
 
     adaptive = True
@@ -28,6 +28,6 @@ class GumbelSelector(Selector):
         if request.keep >= 1:
             return everything(state)
         if request.draws is not None:
-            # The difference of two Gumbel draws is a logistic one.
+            # The difference of two Gumbel draws is a logistic draw.
             scores = scores + torch.logit(request.draws) * request.noise
         return replace(self.decide(scores > 0, scores, state), cut=torch.zeros_like(scores[0, 0]))

@@ -1,4 +1,4 @@
-"""Predictor: top-k in training, and beside it a causal predictor of who will be among them, which is what is deployed."""
+"""Predictor selector: top-k in training, and a trained causal predictor of its decisions in evaluation."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from .threshold import ThresholdSelector
 
 
 class PredictorSelector(ThresholdSelector):
-    """Trains on the exact top k and deploys a small network that guesses from a token alone whether it would be in it.
+    """Trains on exact top-k decisions, and in evaluation uses a small network that predicts from each token alone whether top-k keeps it.
 
-    The network reads the tokens without gradient and learns by binary cross-entropy (Mixture-of-Depths, arXiv 2404.02258, its
-    second way to sample). Where it is cut is a threshold that follows its logits in training, so that the share of tokens that it
-    lets through is the one requested even where it is unsure.
+    The network reads detached tokens and is trained by binary cross-entropy (Mixture-of-Depths, arXiv 2404.02258, its second sampling
+    method). Its threshold follows its logits in training, so that the fraction of tokens kept is the requested one even if the
+    predictions are uncertain.
 
     Args:
-        spec: the tokens that it chooses from.
-        width: of its hidden layer; None takes C // 4, at least 16.
-        weight: of its loss beside the task's.
+        spec: the tokens to select from.
+        width: width of the hidden layer; None means C // 4, at least 16.
+        weight: weight of the auxiliary loss relative to the task's loss.
         rate: weight of the newest batch in the threshold's moving average.
-        bucket: rows are filled up to a multiple of it; None takes 16 in a causal model and 1 elsewhere.
+        bucket: the padded length is a multiple of it; None means 16 in a causal model and 1 otherwise.
     """
 
     adaptive = False
-    # It is the predictor's own logits that are cut, not the scores.
+    # The threshold applies to the predictor's logits, not to the scores.
     cuts = False
 
     def __init__(
@@ -47,11 +47,11 @@ class PredictorSelector(ThresholdSelector):
         self.look = nn.Linear(spec.hidden_size, self.width)
         self.guess = Float32Linear(self.width, 1)
 
-    def looks_ahead(self, request: Request) -> bool:
+    def is_noncausal(self, request: Request) -> bool:
         return (self.training or request.lookahead) and request.keep < 1
 
     def logits(self, hidden_states: Tensor | None) -> Tensor:
-        """(B, M, C) -> (B, M) float32: log-odds that a token is among the top k, as far as it can know."""
+        """(B, M, C) -> (B, M) float32: predicted log-odds that a token is among the top k."""
         assert hidden_states is not None
         tokens = self.norm(hidden_states.detach())
         guessed: Tensor = self.guess(functional.relu(self.look(tokens)))
@@ -60,14 +60,14 @@ class PredictorSelector(ThresholdSelector):
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
         if request.keep >= 1:
             return everything(state)
-        if self.looks_ahead(request):
+        if self.is_noncausal(request):
             decision: Decision = self.top_k(scores, state, request)
             return decision
         logits = self.logits(request.hidden_states)
         return self.decide(logits > self.threshold, logits, state)
 
     def auxiliary(self, decision: Decision, state: TokenState, request: Request) -> Auxiliary:
-        if not self.looks_ahead(request):
+        if not self.is_noncausal(request):
             return Auxiliary()
         logits, routable = self.logits(request.hidden_states), state.routable
         chosen = decision.kept_mask(state.tokens)

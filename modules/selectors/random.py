@@ -1,4 +1,4 @@
-"""Random: as many tokens as asked for, whatever their scores."""
+"""Random selector: keeps the requested number of tokens at random, independent of their scores."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from .threshold import ThresholdSelector
 
 
 class RandomSelector(ThresholdSelector):
-    """Draws the tokens, so that a trained scorer's other work, the weights of ``gate``, can be told from its choice.
+    """Selects at random, as a control: it separates the effect of ``gate``'s weights from the effect of a trained selection.
 
-    The draws belong to (seed, step, sample id, position), as those of the ``random`` scorer; what is deployed cuts them token by token.
+    The draws are a function of (seed, step, sample id, position), like those of the ``random`` scorer; evaluation compares each draw with
+    a threshold, token by token.
     """
 
     draws = True

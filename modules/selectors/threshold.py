@@ -1,4 +1,4 @@
-"""Threshold: as many tokens of a row as score high enough."""
+"""Threshold selector: keeps the tokens whose score is above a threshold."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from .top_k import TopKSelector
 
 
 class ThresholdSelector(Selector):
-    """Keeps the tokens whose score is above a threshold, so that a full image keeps more of them than an empty one.
+    """Keeps the tokens whose score is above a threshold, so that a row with more content keeps more tokens.
 
-    In training the cut is where it keeps the requested share of the whole batch, exactly, however fast the scores move; or of each
-    row, which makes rows equally long, so that nothing is filled up. The
-    threshold is a buffer, saved with the weights, that follows those cuts as a moving average; in evaluation it stands still, and
-    no decision looks at another token. What a trace asks of ``keep`` moves it in training alone. Before it has seen a batch of training, evaluation takes the top k; of a
-    causal model, where that would look ahead, what is above 0.
+    In training the threshold is computed for each batch, so that exactly the requested fraction of the batch is kept; with
+    ``equal_rows``, of each row, which needs no padding. A buffer, saved with the weights, follows these thresholds as a moving average.
+    In evaluation the buffer is the threshold, and each token is decided by itself; ``Trace.keep`` changes the threshold only in
+    training. Before the first training batch, evaluation uses top-k, or in a causal model the threshold 0.
 
     Args:
-        spec: the tokens that it chooses from.
-        calibrate: follow the scores. If not, the threshold stays at 0, a probability of one half, and a regulariser of the
-            budget has to hold the ratio.
+        spec: the tokens to select from.
+        calibrate: the threshold follows the scores. If False, it stays at 0, which is keep probability 0.5, and the budget needs a
+            regulariser to hold the ratio.
         rate: weight of the newest batch in the moving average.
-        bucket: rows are filled up to a multiple of it; None takes 16 in a causal model and 1 elsewhere.
-        equal_rows: in training every row keeps its own share, by rank; None does so in a causal model, whose rows are mostly packed
-            with text to one length, and not elsewhere. Needs ``calibrate``.
+        bucket: the padded length is a multiple of it; None means 16 in a causal model and 1 otherwise.
+        equal_rows: in training every row keeps the requested fraction, by rank. None means True in a causal model, whose rows are
+            mostly packed with documents to one length, and False otherwise. Needs ``calibrate``.
     """
 
     adaptive = True
@@ -52,7 +51,7 @@ class ThresholdSelector(Selector):
         if not 0 < rate <= 1:
             raise ValueError(f"selector 'threshold': rate = {rate} must be in (0, 1]")
         if equal_rows and not calibrate:
-            raise ValueError("selector 'threshold': equal_rows = true needs calibrate = true: a fixed threshold keeps what it keeps")
+            raise ValueError("selector 'threshold': equal_rows = true needs calibrate = true: a fixed threshold cannot hold a fraction")
         self.calibrate, self.rate = calibrate, rate
         self.equal_rows = spec.causal if equal_rows is None else equal_rows
         self.top_k = TopKSelector(spec, bucket)
@@ -65,8 +64,8 @@ class ThresholdSelector(Selector):
     def needs_probabilities(self) -> bool:  # type: ignore[override]
         return not self.calibrate
 
-    def looks_ahead(self, request: Request) -> bool:
-        # By rank in its row, in training alone.
+    def is_noncausal(self, request: Request) -> bool:
+        # In training, equal_rows ranks the scores of a row.
         return self.training and self.equal_rows and request.keep < 1
 
     @torch.no_grad()
@@ -84,23 +83,23 @@ class ThresholdSelector(Selector):
             if self.equal_rows:
                 return self._by_rows(scores, state, request)
         elif self.calibrate and not self.causal and not self.batches.bool():
-            # It has seen no scores yet: as many of every row.
+            # No training batch was seen, so there is no threshold yet.
             return self.top_k(scores, state, replace(request, draws=None))  # type: ignore[no-any-return]
-        # A copy, which stays what it is when the threshold moves on.
+        # A copy, since later batches change the threshold in place.
         return replace(self.decide(scores > cut, scores, state), cut=cut.clone())
 
     def _by_rows(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
-        """The highest share of every row, whatever documents it holds."""
+        """Keeps the highest scores of every row by rank, across its documents."""
         rows = replace(state, document=None)
         count = tokens_kept(rows.present, request.keep)
         decision: Decision = self.top_k(scores, rows, replace(request, count=count, draws=None))
-        # The highest of those that go; where none goes, the lowest of all.
+        # The threshold is the highest removed score; if no token is removed, the lowest score.
         eligible = scores.masked_fill(~state.routable, float("-inf"))
         highest = eligible.masked_fill(decision.kept_mask(state.tokens), float("-inf")).amax(-1, keepdim=True)
         return replace(decision, cut=torch.where(highest.isinf(), eligible.amin(-1, keepdim=True), highest))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ThresholdSelector:
-        # Scores are float32 in a model of any dtype, and a moving average stands still in bf16.
+        # Scores are float32 in a model of any dtype, and a moving average in bf16 would stop changing.
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
@@ -110,10 +109,10 @@ class ThresholdSelector(Selector):
         return self
 
     def follow(self, scores: Tensor, routable: Tensor, keep: float) -> Tensor:
-        """The cut that keeps ``keep`` of the routable (B, M) scores, mean over ranks; moves the threshold towards it."""
+        """The threshold that keeps the fraction ``keep`` of the routable (B, M) scores, mean over ranks; updates the moving average."""
         order = scores.masked_fill(~routable, float("-inf")).flatten().sort(descending=True).values
         present = routable.sum()
-        # Of the tokens that are there: behind them lies filler, whose score no average survives.
+        # The index must stay within the routable tokens: the -inf of other tokens would spoil the moving average.
         kept = (present * keep).round().long().clamp(max=present - 1).clamp(min=0)
         fitting = torch.where(present > 0, order.gather(0, kept[None]).squeeze(0), self.threshold.to(order.dtype))
         if distributed.is_available() and distributed.is_initialized():

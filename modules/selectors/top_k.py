@@ -1,4 +1,4 @@
-"""Top-k: the highest scores stay, exactly as many as asked for."""
+"""Top-k selector: keeps exactly the requested number of tokens, those with the highest scores."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .base import Request, Selector
 class TopKSelector(Selector):
     """Keeps the ``count`` highest scores of each row, ties to the lower slot, and every protected token.
 
-    In training, scores are standardised over their row and Gumbel noise is added, whose strength the schedule anneals to 0:
-    first any token may stay, so that the router learns about all of them, at last exactly those of evaluation. Where rows are
-    packed, every document has a count of its own, as if it were alone.
+    In training, scores are standardised over their row and Gumbel noise is added, which the schedule anneals to 0: at first any token
+    may be kept, so that the router is trained on all of them; at the end the decisions are those of evaluation. In packed rows every
+    document has its own count, as if it were alone.
     """
 
     lookahead = True
@@ -47,11 +47,11 @@ class TopKSelector(Selector):
         return Decision(kept.index, kept.valid, self.causal and kept.empty)
 
     def _of_documents(self, rank: Tensor, state: TokenState, document: Tensor, count: Tensor) -> Decision:
-        """The highest (B, D) ``count`` of each document."""
+        """Keeps the (B, D) ``count`` highest scores of each document."""
         if state.valid is not None:
             rank = rank.masked_fill(~state.valid, float("-inf"))
         by_score = rank.sort(dim=-1, descending=True, stable=True).indices
-        # Documents one after the other, each with its highest scores first; padding, which belongs to none, behind them all.
+        # Sort by document, highest scores first within each; padding, which is in no document, comes last.
         last = document.gather(1, by_score).masked_fill(rank.gather(1, by_score) == float("-inf"), count.shape[1])
         order = by_score.gather(1, last.sort(dim=-1, stable=True).indices)
         owner = last.sort(dim=-1, stable=True).values
@@ -60,7 +60,7 @@ class TopKSelector(Selector):
         always = torch.zeros_like(count).scatter_add_(
             1, document, (state.protected if state.valid is None else state.protected & state.valid).long()
         )
-        wanted = torch.nn.functional.pad(count + always, (0, 1)).gather(1, owner)
-        stays = torch.zeros_like(owner, dtype=torch.bool).scatter_(1, order, place - first.gather(1, owner) < wanted)
+        allowed = torch.nn.functional.pad(count + always, (0, 1)).gather(1, owner)
+        stays = torch.zeros_like(owner, dtype=torch.bool).scatter_(1, order, place - first.gather(1, owner) < allowed)
         kept = compact(stays, bucket=self.bucket)
         return Decision(kept.index, kept.valid, self.causal and kept.empty)

@@ -1,1 +1,1 @@
-"""What is known of the tokens of a forward, and what moves them: state, decisions, trace, gathering, bypass, restore."""
+"""Tokens of a forward: their state, decisions, trace, gathering, bypass and restore."""

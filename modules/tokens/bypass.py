@@ -1,4 +1,4 @@
-"""Which tokens go through the part of a layer that a stage goes around: how they are taken out, and put back."""
+"""Bypass: takes out the selected tokens, which a layer processes, and puts the result back among the tokens that bypass it."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .state import TokenState
 
 
 class Passing(Protocol):
-    """The tokens that go through."""
+    """The selected tokens."""
 
     def state(self, state: TokenState) -> TokenState:
-        """Theirs."""
+        """TokenState of the selected tokens."""
 
     def of(self, values: Tensor) -> Tensor:
-        """(B, M) -> theirs."""
+        """(B, M) -> values of the selected tokens."""
 
     def take_out(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, M, C) -> theirs, and what ``put_back`` puts them into."""
+        """(B, M, C) -> (selected tokens, full tensor to scatter back into)."""
 
     def put_back(self, rest: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """(B, M, C) with what became ``after`` of those that were ``before``."""
+        """(B, M, C): ``rest`` with the selected tokens ``before`` replaced by ``after``."""
 
 
 class EveryToken:
-    """All of them, as they lie."""
+    """Every token is selected."""
 
     def state(self, state: TokenState) -> TokenState:
         return state
@@ -47,7 +47,7 @@ class EveryToken:
 
 @dataclass(frozen=True)
 class SomeRows:
-    """All tokens of the rows at (R,); the other rows are left out."""
+    """All tokens of the rows at (R,) are selected, and none of the other rows."""
 
     rows: Tensor
 
@@ -66,7 +66,7 @@ class SomeRows:
 
 @dataclass(frozen=True)
 class SomeTokens:
-    """(B, K) of every row, ``valid`` where they are no filler."""
+    """(B, K) tokens of every row are selected; ``valid`` is False for padding."""
 
     index: Tensor
     valid: Tensor | None
@@ -82,18 +82,18 @@ class SomeTokens:
 
     def put_back(self, rest: Tensor, before: Tensor, after: Tensor) -> Tensor:
         if self.valid is not None:
-            # Filler stays what it was.
+            # Padding keeps its value.
             after = torch.where(self.valid.unsqueeze(-1), after, before)
         return put_back(rest, self.index, after.to(rest.dtype))
 
 
 def passing(decision: Decision, state: TokenState, may_leave_rows_out: bool) -> Passing:
-    """Those that a decision sends through.
+    """The tokens that a decision selects.
 
     Args:
-        decision: of a stage.
-        state: the tokens that it was made for.
-        may_leave_rows_out: those without any.
+        decision: decision of a bypass stage.
+        state: TokenState of the tokens at the site.
+        may_leave_rows_out: rows without a selected token may be left out of the computation.
     """
     if decision.rows is not None and len(decision.rows) == state.rows:
         return EveryToken()

@@ -1,4 +1,4 @@
-"""Handing what layers made of chunks to the tokens behind them."""
+"""Dechunk: adds the layers' update of each chunk to the tokens of that chunk."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .flow import Flow
 from .gather import take
 from .state import TokenState
 
-# Chunks whose mean is taken by one matrix product; the means of blocks follow one another.
+# Chunks per block in ``smooth``: one matrix product per block, and a sequential pass over blocks.
 BLOCK = 32
 
 
 def dechunk(hidden_states: Tensor, flow: Flow) -> Tensor:
-    """(B, K, C) chunks -> (B, N, C) tokens: what each was when the chunks were made, and what layers added to the newest chunk at or
-    before it (H-Net, arXiv 2507.07955).
+    """(B, K, C) chunks -> (B, N, C) tokens: each token's hidden state from before the stage, plus the layers' update of the newest chunk
+    at or before it (H-Net, arXiv 2507.07955).
 
-    What was added is smoothed over the chunks by their probabilities, ``smooth``. What a token gets is what was *added*, not the
-    chunk itself, so that with a chunk for every token the layers do what they did in the dense model. A token in front of the
-    first chunk gets nothing. With a cache the newest chunk of each row waits there for the tokens to come.
+    The updates are smoothed over the chunks by their probabilities, see ``smooth``. A token gets the layers' *update*, not the chunk
+    itself, so that with one chunk per token the result is that of the dense model. Tokens before the first chunk get no update. With a
+    cache, the newest update of each row is carried in the cache for later tokens.
     """
     chunks, state = flow.chunks, flow.tokens
     assert chunks is not None
@@ -53,8 +53,8 @@ def smooth(values: Tensor, probability: Tensor, first: Tensor | None = None, car
     Args:
         values: (B, K, C) float32 z.
         probability: (B, K) float32 P, above 0 and below 1.
-        first: (B, K) bool, where a document begins and z̄ starts from 0 again; None where a row is one.
-        carried: (B, C) z̄ before the first; None for 0.
+        first: (B, K) bool, chunks at which a document begins and z̄ restarts from 0; None if a row is one document.
+        carried: (B, C) z̄ before the first chunk; None for 0.
 
     Returns:
         (B, K, C) float32.
@@ -62,14 +62,14 @@ def smooth(values: Tensor, probability: Tensor, first: Tensor | None = None, car
     rows, number, width = values.shape
     block = min(BLOCK, number)
     fill = -number % block
-    remembers = torch.log1p(-probability)
+    log_decay = torch.log1p(-probability)
     if first is not None:
-        remembers = remembers.masked_fill(first, float("-inf"))
+        log_decay = log_decay.masked_fill(first, float("-inf"))
     with full_precision(values.device):
-        # Behind the last chunk nothing is added and everything remembered.
-        z, p, r = (functional.pad(part, (0, 0) * (part.ndim - 2) + (0, fill)) for part in (values, probability, remembers))
+        # Padding after the last chunk has P = 0: z̄ is unchanged there.
+        z, p, r = (functional.pad(part, (0, 0) * (part.ndim - 2) + (0, fill)) for part in (values, probability, log_decay))
         z, p, r = z.view(rows, -1, block, width), p.view(rows, -1, block), r.view(rows, -1, block)
-        # log of what is left at k of what came in at j: the sum of j + 1 to k, added up without differences of long sums.
+        # Log of the weight of step j in step k: the sum over j + 1 to k, computed without subtracting long sums.
         later = torch.ones(block, block, dtype=torch.bool, device=z.device).tril()
         left = r.unsqueeze(-1).expand(-1, -1, -1, block).masked_fill(~later.tril(-1), 0.0).cumsum(2).masked_fill(~later, float("-inf"))
         within = (left.exp() * p.unsqueeze(2)) @ z
@@ -82,12 +82,12 @@ def smooth(values: Tensor, probability: Tensor, first: Tensor | None = None, car
 
 
 def smoothing_macs(kept: int, hidden: int) -> int:
-    """MACs of ``smooth`` over a row's chunks."""
+    """MACs of ``smooth`` for one row."""
     return kept * BLOCK * hidden
 
 
 def _first_of_documents(state: TokenState) -> Tensor | None:
-    """(B, K) bool: chunks that are the first of their document."""
+    """(B, K) bool: the first chunk of each document; None if a row is one document."""
     if state.document is None:
         return None
     return state.document.diff(dim=1, prepend=state.document[:, :1] - 1) != 0

@@ -1,4 +1,4 @@
-"""Decision: which tokens of a row stay."""
+"""Decision: the tokens of each row that a stage keeps."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .state import TokenState
 
 @dataclass(frozen=True)
 class Decision:
-    """Which tokens stay.
+    """The tokens that a stage keeps.
 
     Attributes:
-        index: (B, K) int64 slots that stay, sorted, protected ones included.
-        valid: (B, K) bool, False where ``index`` is filler; None when every row keeps the same number.
-        empty: nothing stays in any row; ``index`` is filler alone.
-        everything: it was decided to leave every slot in its place, filler too.
-        cut: score that a token had to be above, a scalar or (B, 1); None where it was decided in another way.
-        rows: (R,) int64, where rows have one token, as while generating, those whose token stays; None elsewhere.
+        index: (B, K) int64 slots of the kept tokens, sorted, protected tokens included.
+        valid: (B, K) bool, False for padding of ``index``; None if every row keeps the same number.
+        empty: no row keeps a token; ``index`` is all padding.
+        everything: every slot is kept in its place, padding included.
+        cut: threshold that a kept token's score exceeds, a scalar or (B, 1); None if the decision used no threshold.
+        rows: (R,) int64, if rows have one token each (generation): the rows that keep their token; None otherwise.
     """
 
     index: Tensor
@@ -31,12 +31,12 @@ class Decision:
     rows: Tensor | None = None
 
     def keeps_all(self, state: TokenState) -> bool:
-        """Nothing goes of the tokens that it was made for, nor moves."""
+        """No token is removed or moved."""
         return self.everything or (self.valid is None and state.valid is None and self.index.shape[1] == state.tokens)
 
     def kept_mask(self, tokens: int) -> Tensor:
-        """(B, tokens) bool: True at the slots that stay."""
+        """(B, tokens) bool: True at the kept slots."""
         mask = torch.zeros(self.index.shape[0], tokens + 1, dtype=torch.bool, device=self.index.device)
-        # Filler writes to a slot past the last token.
+        # Padding is written to an extra slot after the last token.
         target = self.index if self.valid is None else self.index.masked_fill(~self.valid, tokens)
         return mask.scatter_(1, target, True)[:, :tokens]

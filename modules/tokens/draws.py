@@ -1,7 +1,7 @@
-"""Random draws that belong to a token, not to a process.
+"""Random draws per token, independent of the process.
 
-A draw is a hash of (seed, step, sample id, stage, position). So it is the same on any number of ranks, in any batch, on any
-device, and again when gradient checkpointing recomputes; and it needs no generator whose state a checkpoint would have to hold.
+A draw is a hash of (seed, step, sample id, stage, position): the same on any number of ranks, in any batch, on any device, and when
+gradient checkpointing recomputes, without a generator state to save.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-# Keeps the draws of a model's own masking apart from those of stages.
+# Stage index of a model's own masking, outside the range of real stages.
 _MASKING = 1 << 21
 
 
 def _mix(value: Tensor) -> Tensor:
-    """A bijective mixing of 32 bits held in int64 (two multiply-and-shift rounds, so that no product passes 63 bits)."""
+    """A bijective mixing of 32 bits held in int64: two rounds of multiply and shift, whose products fit into 63 bits."""
     value = ((value ^ (value >> 16)) * 0x7FEB352D) & _MASK
     value = ((value ^ (value >> 15)) * 0x6C8E9CF5) & _MASK
     return value ^ (value >> 16)
 
 
 def uniform(seed: int, step: int | Tensor, sample_ids: Tensor, stage: int, position: Tensor) -> Tensor:
-    """Uniform draws in (0, 1), one a token.
+    """Uniform draws in (0, 1), one per token.
 
     Args:
         seed: seed of the run.
         step: training step.
-        sample_ids: (B,) int64.
-        stage: index of the stage, so that two stages draw apart.
+        sample_ids: (B,) int64 identity of each row.
+        stage: index of the stage; stages have different draws.
         position: (B, M) int64 original positions.
 
     Returns:
@@ -38,15 +38,15 @@ def uniform(seed: int, step: int | Tensor, sample_ids: Tensor, stage: int, posit
     key = _mix(start ^ (torch.as_tensor(step, device=position.device) & _MASK))
     key = _mix(key ^ (sample_ids & _MASK))
     bits = _mix(_mix(key[:, None] ^ (position & _MASK)) ^ key[:, None])
-    # 23 bits and a half: with 24 the largest draw would round to 1.
+    # 23 bits plus a half: with 24 bits the largest draw would round to 1.
     return ((bits >> 9).float() + 0.5) / (1 << 23)
 
 
 def masking_order(seed: int, step: int | Tensor, sample_ids: Tensor, patches: int) -> Tensor:
-    """(B, patches) float32: every row a random order of its patches, the numbers 0, 1, 2 … without a tie.
+    """(B, patches) float32: in every row a random permutation of 0, 1, …, patches − 1.
 
-    As the ``noise`` of a model that masks (ViT-MAE keeps the patches with the lowest), it makes the mask a function of (seed,
-    step, sample id): the same in any batch, on any number of ranks, and after a resume.
+    It replaces the ``noise`` of a model that masks (ViT-MAE keeps the patches with the lowest values). The mask is then a function of
+    (seed, step, sample id): the same in any batch, on any number of ranks, and after a resume.
     """
     position = torch.arange(patches, device=sample_ids.device).expand(sample_ids.shape[0], -1)
     draws = uniform(seed, step, sample_ids, _MASKING, position)
@@ -54,5 +54,5 @@ def masking_order(seed: int, step: int | Tensor, sample_ids: Tensor, patches: in
 
 
 def gumbel(draws: Tensor) -> Tensor:
-    """Standard Gumbel noise from uniform draws of the same shape."""
+    """Standard Gumbel noise from uniform draws, of the same shape."""
     return -torch.log(-torch.log(draws))

@@ -1,4 +1,4 @@
-"""Flow: what the forward of one stack of layers needs while it runs.
+"""Flow: the state of one stack's forward.
 
 Shapes: B rows of a batch, N tokens before the first stage, M tokens now, K tokens after a stage.
 """
@@ -17,15 +17,15 @@ from .state import TokenState
 
 @dataclass(frozen=True)
 class Chunks:
-    """What a restore by ``dechunk`` needs to know of the stage that made the chunks.
+    """The data of a stage that makes chunks, for the restore by ``dechunk``.
 
     Attributes:
         stage: index of the stage among the model's stages.
-        made: (B, K, C) the chunks as they were made.
-        decision: which tokens of those before it a chunk stands at.
-        probability: (B, K) float32 in (0, 1), with gradient: boundary probability, 0.5 exactly at the threshold; None where the
-            scores are no probabilities.
-        confidence: (B, M) of value 1, for the router's gradient: a factor on what each token is given; None without it.
+        made: (B, K, C) hidden states of the chunks directly after the stage.
+        decision: the kept tokens, one per chunk.
+        probability: (B, K) float32 in (0, 1), with gradient: boundary probability, 0.5 exactly at the threshold; None if the scores
+            are not probabilities.
+        confidence: (B, M) factor of value 1 on each token's update, for the router's gradient; None without one.
     """
 
     stage: int
@@ -37,12 +37,12 @@ class Chunks:
 
 @dataclass(frozen=True)
 class RowTokens:
-    """Real tokens of each row that one layer processed, protected ones included.
+    """Real tokens per row that one layer processed, protected tokens included.
 
     Attributes:
-        present: at its input, one int for every row or int64 (B,).
-        attention: in its attention half, likewise.
-        mlp: in its MLP half, likewise.
+        present: tokens at the layer's input, one int for every row or int64 (B,).
+        attention: tokens in its attention half, likewise.
+        mlp: tokens in its MLP half, likewise.
     """
 
     present: int | Tensor
@@ -52,35 +52,35 @@ class RowTokens:
 
 @dataclass
 class Flow:
-    """One forward of one stack. The model's adapter notes its inputs here, the stack's layers and stages the rest.
+    """State of the forward of one stack. The model adapter sets the inputs; the stack's layers and stages set the rest.
 
-    Noted before the first layer:
+    Set before the first layer:
 
     Attributes:
-        leading: protected tokens at the start of each row.
+        leading: number of protected tokens at the start of each row.
         protected: (B, N) bool, further tokens that no stage may touch; None without any.
-        valid: (B, N) bool, tokens that are no padding; None where none is, or where the layers' mask says which.
-        documents: (B, N) int64, the document of each token of packed rows, -1 for padding; None where a row is one document.
+        valid: (B, N) bool, False for padding; None if there is no padding, or if the layers' mask marks it.
+        documents: (B, N) int64, document of each token in packed rows, -1 for padding; None if a row is one document.
         visual: (B, N) bool, tokens that come from images or video; None in a model without them.
-        pixel_values: (B, channels, height, width) the model's input, for parts that read it.
-        grid: patches (down, across) of the input; None where there is no grid.
-        places: (B, N) int64 place in the grid, counted behind the leading tokens, that each original token comes from; None where it
-            is its position. A model that shuffles its patches has others.
-        seen: tokens that a cache holds in front of those of this forward.
-        carry: (B, …) what stages remember of each row's earlier tokens, by name; it lies in the cache. None without a cache.
-        keep_padded: rows of different lengths stay padded, not packed: the hidden states of layers were requested.
+        pixel_values: (B, channels, height, width) the model's input, for parts that read pixels; None otherwise.
+        grid: number of patches (down, across) of the input; None if there is no grid.
+        places: (B, N) int64, for each original token its place in the grid plus ``leading``; None if the place is the token's position.
+            Models that shuffle their patches set it.
+        seen: number of tokens in the cache before those of this forward.
+        carry: (B, …) tensors by name, data of stages about each row's earlier tokens, stored in the cache; None without a cache.
+        keep_padded: rows of different lengths stay padded and are not packed, because the layers' hidden states were requested.
         under_head: the base model runs inside a model with a head.
 
     Changed by layers and stages:
 
     Attributes:
-        state: of the current tokens; None before the first layer.
+        state: TokenState of the current tokens; None before the first layer.
         original: routable tokens before the first stage, one int for every row or int64 (B,).
         layer_tokens: real tokens that each layer processed, by layer index.
-        packed: how the rows are packed into one that layers see now; None while they are padded.
+        packed: the current packing of the rows; None while rows are padded.
         left: hidden states (B, M, C) and TokenState before each shrinking stage, for a restore; empty without one.
-        shortest: TokenState just before a restore; None without one.
-        chunks: what a restore by ``dechunk`` needs to know; None where no stage makes chunks.
+        shortest: TokenState directly before a restore; None without one.
+        chunks: data for a restore by ``dechunk``; None if no stage makes chunks.
     """
 
     leading: int = 0
@@ -105,12 +105,12 @@ class Flow:
 
     @property
     def tokens(self) -> TokenState:
-        """The state of the current tokens, once the first layer has begun."""
+        """TokenState of the current tokens; only valid after the first layer has begun."""
         assert self.state is not None
         return self.state
 
     def begin(self, state: TokenState) -> None:
-        """Called once, before the first layer."""
+        """Sets the initial TokenState; called once, before the first layer."""
         if self.protected is not None:
             state = TokenState.initial(
                 state.rows, state.tokens, state.protected | self.protected, state.valid, state.position.device, state.document
@@ -119,15 +119,15 @@ class Flow:
         self.original = state.present
 
     def cells(self, state: TokenState) -> Tensor:
-        """(B, M) int64 cell of the grid that each token comes from; below 0 for the leading tokens, which come from none."""
+        """(B, M) int64 grid cell of each token; negative for the leading tokens, which have none."""
         return self._places(state) - self.leading
 
     def of_cells(self, values: Tensor, state: TokenState) -> Tensor:
-        """Values of the grid's cells as values of the tokens.
+        """Converts values per grid cell to values per token.
 
         Args:
-            values: (B, cells, D), row by row.
-            state: of the tokens.
+            values: (B, cells, D), cells in reading order.
+            state: TokenState of the tokens.
 
         Returns:
             (B, M, D), zeros for the leading tokens.

@@ -1,4 +1,4 @@
-"""Subsets of a row's tokens in compact form."""
+"""Gathering and scattering of subsets of a row's tokens."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Compact:
-    """Slots of a subset, in order.
+    """The slots of a subset, in order.
 
     Attributes:
-        index: (B, K) int64; filler repeats slots that are not in the subset.
-        valid: (B, K) bool, False for filler.
-        empty: no row has any.
+        index: (B, K) int64; padding holds slots that are not in the subset.
+        valid: (B, K) bool, False for padding.
+        empty: the subset is empty in every row.
     """
 
     index: Tensor
@@ -25,12 +25,12 @@ class Compact:
 
 
 def compact(mask: Tensor, width: int | None = None, bucket: int = 1) -> Compact:
-    """(B, M) bool -> its slots, at least one of them, filler behind.
+    """(B, M) bool -> the slots of its True entries, padded to the same number in each row, at least 1.
 
     Args:
         mask: the subset.
-        width: largest number of any row, where it is known; None asks the device for it.
-        bucket: K is a multiple of it where there are as many slots, so that shapes repeat.
+        width: largest number in any row, if it is known; None synchronises with the device to find it.
+        bucket: K is rounded up to a multiple of it, at most to M, so that shapes repeat.
     """
     numbers = mask.sum(-1)
     most = int(numbers.max()) if width is None else width
@@ -40,9 +40,9 @@ def compact(mask: Tensor, width: int | None = None, bucket: int = 1) -> Compact:
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """(B, M, D) and (B, K) slots, each at most once in a row, -> (B, K, D).
+    """(B, M, D) and (B, K) slots, each at most once per row, -> (B, K, D).
 
-    Whole tokens are copied, forward and backward, where a gather would look up every one of their D values.
+    Copies whole tokens, forward and backward; a gather would index each of their D values.
     """
     flat = _flat(index, values.shape[1])
     if torch.is_grad_enabled() and values.requires_grad:
@@ -53,7 +53,7 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 
 def take_out(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, M, D) and (B, K) slots, each at most once in a row, -> (B, K, D), and the rest, for ``put_back`` alone, with all (B, M, D)."""
+    """(B, M, D) and (B, K) slots, each at most once per row, -> (B, K, D), and the full (B, M, D) tensor, only for ``put_back``."""
     if torch.is_grad_enabled() and values.requires_grad:
         taken, rest = _TakeOut.apply(values, _flat(index, values.shape[1]))  # type: ignore[no-untyped-call]
         return taken.view(*index.shape, -1), rest
@@ -61,7 +61,7 @@ def take_out(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def put_back(rest: Tensor, index: Tensor, new: Tensor) -> Tensor:
-    """The rest of ``take_out`` with the (B, K, D) in the slots that were taken."""
+    """The full tensor from ``take_out`` with the slots at ``index`` replaced by ``new`` (B, K, D)."""
     flat = _flat(index, rest.shape[1])
     if torch.is_grad_enabled() and (rest.requires_grad or new.requires_grad):
         whole: Tensor = _PutBack.apply(rest, flat, new.flatten(0, 1))  # type: ignore[no-untyped-call]
@@ -70,34 +70,34 @@ def put_back(rest: Tensor, index: Tensor, new: Tensor) -> Tensor:
 
 
 def take_shared(values: Tensor, index: Tensor) -> Tensor:
-    """``take`` of values that are (1, M, D) where all rows have the same."""
+    """``take`` for values that are (1, M, D) if all rows share them."""
     return values[0].index_select(0, index.flatten()).view(*index.shape, -1) if values.shape[0] == 1 else take(values, index)
 
 
 def sum_into(values: Tensor, into: Tensor) -> Tensor:
-    """Every token added up in the slot that it goes to.
+    """Sums the tokens that have the same target slot.
 
     Args:
         values: (B, M, D).
-        into: (B, M) int64, slot that each token is added to.
+        into: (B, M) int64, target slot of each token.
 
     Returns:
-        (B, M, D), zeros in slots that nothing goes to.
+        (B, M, D), zeros in slots that are no target.
     """
     if torch.compiler.is_exporting():
-        # Runtimes that read exported graphs have no scatter with a reduction, or a slow one; a product with zeros and ones is the same sum.
+        # Runtimes of exported graphs lack scatter with a reduction, or run it slowly; a product with a 0/1 matrix is the same sum.
         slots = torch.arange(into.shape[1], device=into.device)
         return (into[:, None, :] == slots[:, None]).to(values.dtype) @ values
     return torch.zeros_like(values).scatter_add(1, into.unsqueeze(-1).expand_as(values), values)
 
 
 def _flat(index: Tensor, tokens: int) -> Tensor:
-    """(B, K) slots in rows of ``tokens`` -> (B·K,) slots with the rows end to end."""
+    """(B, K) slots in rows of ``tokens`` -> (B·K,) slots in the flattened batch."""
     return (index + tokens * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
 
 
 class _Take(torch.autograd.Function):
-    """Rows of a matrix, each at most once, so that backward copies where index_select's own would add."""
+    """Selects rows of a matrix, each at most once, so that backward copies; index_select's own backward would add."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, flat: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class _Take(torch.autograd.Function):
 
 
 class _TakeOut(torch.autograd.Function):
-    """Gradients of what is taken replace those of the rest in its slots: one copy, where a sum of two gradients would take three."""
+    """Backward writes the gradient of the taken tokens over that of the rest in their slots: one copy; adding both would need three."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,7 @@ class _TakeOut(torch.autograd.Function):
 
 
 class _PutBack(torch.autograd.Function):
-    """The rest's own gradient stays as it is in the slots that were taken, where nobody reads it."""
+    """Backward passes the gradient through to ``rest`` unchanged; ``_TakeOut`` overwrites it in the taken slots."""
 
     @staticmethod
     def forward(ctx: Any, rest: Tensor, flat: Tensor, new: Tensor) -> Tensor:

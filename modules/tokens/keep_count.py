@@ -1,4 +1,4 @@
-"""Tokens kept over several forwards."""
+"""KeepCount: tokens kept over several forwards."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from .trace import Trace
 
 @dataclass
 class KeepCount:
-    """Hard keep by stage over several forwards, summed over all rows before dividing.
+    """Achieved keep by stage over several forwards, summed over all rows before dividing.
 
     Attributes:
         totals: routable tokens (kept, present) by stage name.
-        macs: sum over the rows of their ``macs_ratio``.
-        rows: that ``macs`` sums over.
+        macs: sum of ``macs_ratio`` over the rows.
+        rows: number of rows in ``macs``.
     """
 
     totals: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -22,22 +22,22 @@ class KeepCount:
     rows: int = 0
 
     def add(self, trace: Trace, macs_ratio: float) -> None:
-        """Counts one forward.
+        """Adds the counts of one forward.
 
         Args:
-            trace: of it.
-            macs_ratio: mean over its rows, what ``CostModel.achieved`` says of the trace.
+            trace: Trace of the forward.
+            macs_ratio: mean over its rows, the result of ``CostModel.achieved``.
         """
         rows = next(len(routing.scores) for routing in trace.routings.values())
         self.merge(KeepCount({name: routing.counts() for name, routing in trace.routings.items()}, macs_ratio * rows, rows))
 
     def clear(self) -> None:
-        """Starts counting again."""
+        """Resets all counts."""
         self.totals.clear()
         self.macs, self.rows = 0.0, 0
 
     def merge(self, other: KeepCount) -> None:
-        """Adds the counts of other forwards, another rank's for example."""
+        """Adds the counts of other forwards, for example of another rank."""
         for name, (kept, present) in other.totals.items():
             before = self.totals.get(name, (0, 0))
             self.totals[name] = (before[0] + kept, before[1] + present)
@@ -50,5 +50,5 @@ class KeepCount:
 
     @property
     def macs_ratio(self) -> float:
-        """Mean over the rows; 1 where none was counted, as for a dense model."""
+        """Mean of ``macs_ratio`` over the rows; 1 if there are no rows, as for a dense model."""
         return self.macs / self.rows if self.rows else 1.0

@@ -1,4 +1,4 @@
-"""Giving a shortened sequence its full length back."""
+"""Restore: gives a shortened sequence its full length again."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from .state import TokenState
 
 
 def restore(hidden_states: Tensor, flow: Flow, by: str) -> Tensor:
-    """(B, M, C) tokens -> (B, N, C), all original tokens in their place.
+    """(B, M, C) -> (B, N, C), all original tokens in their original order.
 
     Args:
-        hidden_states: what is left of them.
-        flow: of the stack; its state becomes that of N tokens, each standing for itself.
-        by: ``unmerge`` gives every original token the state of the one that stands for it, ``rejoin`` only that one itself; any
-            other gets the state that it had when it went. ``dechunk`` gives it that state and what layers added to its chunk.
+        hidden_states: (B, M, C) current tokens.
+        flow: Flow of the stack; its state becomes that of N tokens, each representing itself.
+        by: ``unmerge`` gives every original token the hidden state of the token that represents it; a dropped token gets the hidden
+            state that it had when it was dropped. ``rejoin`` does this for merged tokens too. ``dechunk`` gives every token its hidden
+            state from before the stage, plus the layers' update of its chunk.
     """
     if flow.left:
         state, first = flow.tokens, flow.left[0][1]
@@ -30,10 +31,10 @@ def restore(hidden_states: Tensor, flow: Flow, by: str) -> Tensor:
 
 def _in_place(hidden_states: Tensor, flow: Flow, by: str) -> Tensor:
     state = flow.tokens
-    # What each token was when it was last seen: later stages overwrite what earlier ones noted.
+    # The last hidden state of each original token: later stages overwrite earlier ones.
     full = flow.left[0][0]
-    for seen, when in flow.left[1:]:
-        full = _put(full, seen, when)
+    for hidden, when in flow.left[1:]:
+        full = _put(full, hidden, when)
     if by == "rejoin":
         return _put(full, hidden_states, state)
     alive = (state.source >= 0).unsqueeze(-1)
@@ -42,7 +43,7 @@ def _in_place(hidden_states: Tensor, flow: Flow, by: str) -> Tensor:
 
 
 def _put(full: Tensor, hidden_states: Tensor, state: TokenState) -> Tensor:
-    """(B, N, C) with the (B, M, C) tokens at their positions."""
+    """(B, N, C) with the (B, M, C) tokens written at their positions."""
     position = state.position if state.valid is None else state.position.masked_fill(~state.valid, full.shape[1])
     padded = functional.pad(full, (0, 0, 0, 1))
     return padded.scatter(1, position.unsqueeze(-1).expand_as(hidden_states), hidden_states)[:, :-1]

@@ -1,4 +1,4 @@
-"""Scope: which tokens of a row a stage may touch."""
+"""Scope: the tokens of a row that a stage may touch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .labels import IGNORE_TOKEN
 from .state import TokenState
 from .trace import Trace
 
-# Scopes whose tokens are all there before the first new token is generated: inside them a causal model may look ahead.
+# Scopes that are complete before the first new token is generated: inside them a causal model may use non-causal decisions.
 COMPLETE = ("prompt", "visual")
 
 
 def in_scope(scope: str, trace: Trace, flow: Flow) -> TokenState:
-    """The state of the current tokens in which those outside the scope are protected.
+    """TokenState of the current tokens with those outside the scope marked as protected.
 
     Args:
         scope: ``all``, ``prompt`` or ``visual``.
-        trace: of the forward.
-        flow: of the stack.
+        trace: Trace of the forward.
+        flow: Flow of the stack.
 
     Raises:
-        ValueError: the forward does not say which tokens are in the scope.
+        ValueError: the forward does not define which tokens are in the scope.
     """
     state = flow.tokens
     if scope == "all":
@@ -41,10 +41,10 @@ def _visual(flow: Flow) -> Tensor:
 
 
 def _prompt(trace: Trace, flow: Flow, state: TokenState) -> Tensor:
-    """(B, N) bool: tokens of the prompt, but for the one that the first new token is predicted from.
+    """(B, N) bool: tokens of the prompt, without its last token, from which the first new token is predicted.
 
-    They are those that the trace names; in training, where a row has labels, those in front of the first label, in every document;
-    with a cache, all that fill it first.
+    ``Trace.prompt`` is used as it is, if set. Otherwise, with labels per token, the prompt is the tokens before the first label of each
+    document; otherwise, with a cache, the tokens of the first forward.
     """
     tokens = state.source.shape[1]
     if trace.prompt is not None:
@@ -62,11 +62,11 @@ def _prompt(trace: Trace, flow: Flow, state: TokenState) -> Tensor:
 
 
 def _in_front_of_labels(answered: Tensor, flow: Flow) -> Tensor:
-    """(B, N) bool: neither a token nor the next has a label, nor any before it in its document."""
+    """(B, N) bool: tokens with no label at or before the next token of their document."""
     number = answered.cumsum(1)
     if flow.documents is not None:
         begins = flow.documents.diff(dim=1, prepend=flow.documents[:, :1] - 1) != 0
-        # What earlier documents had, which never becomes less along a row.
+        # Subtract the labels of earlier documents; the count never decreases along a row.
         number = number - torch.where(begins, number - answered.long(), 0).cummax(1).values
     return functional.pad(number[:, 1:] == 0, (0, 1), value=True) & (number == 0)
 

@@ -1,4 +1,4 @@
-"""What is known of the tokens: TokenState, and the Decision of a stage about them.
+"""TokenState: sizes, sources, positions and kinds of the current tokens.
 
 Shapes: B rows of a batch, N tokens before the first stage, M tokens now, K tokens after a stage.
 """
@@ -16,11 +16,11 @@ from .gather import sum_into
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens of a row, where every row has as many and the protected ones come first: known on the host, so that no device is asked.
+    """Tokens per row if every row has the same numbers and protected tokens come first. Known on the host, without synchronisation.
 
     Attributes:
-        routable: that a stage may touch.
-        protected: that no stage may touch.
+        routable: number of tokens that a stage may touch.
+        protected: number of tokens that no stage may touch.
     """
 
     routable: int
@@ -29,22 +29,22 @@ class Counts:
 
 @dataclass(frozen=True)
 class TokenState:
-    """Where the tokens of a row came from. Immutable: a stage returns a new one.
+    """Origin and kind of each current token. Immutable: a stage returns a new TokenState.
 
     Attributes:
-        size: (B, M) float32, source tokens that each token stands for.
-        source: (B, N) int64, current slot of each original token, -1 if it is gone.
-        position: (B, M) int64, original position of each token; of a merged token, that of the one it was merged into.
-        protected: (B, M) bool, tokens that no stage may touch; anywhere in a row, any number of them.
-        valid: (B, M) bool, False for padding; None when no row has padding.
-        counts: where all rows agree and their protected tokens come first; None elsewhere, and where there is padding.
-        document: (B, M) int64, which document of the row a token belongs to, counted from 0; None where a row is one document.
-        whole: these are all tokens of the forward, each in its place.
-        empty: no row has a token, and all slots are padding.
-        key_bias: (B, M) float32 that every later layer adds to the attention logits of each key; None adds nothing.
-        proportional: later layers add log(size) to the attention logits of each key, so that a merged token is attended to as
-            its sources together would be.
-        batch_rows: (B,) int64, which rows of the forward these are, where others were left out; None where all are there.
+        size: (B, M) float32, number of source tokens that each token represents.
+        source: (B, N) int64, current slot of each original token, -1 if it was dropped.
+        position: (B, M) int64, original position of each token; a merged token has the position of its target.
+        protected: (B, M) bool, tokens that no stage may touch; anywhere in a row, any number per row.
+        valid: (B, M) bool, False for padding; None if no row has padding.
+        counts: Counts if all rows have the same numbers and their protected tokens come first; None otherwise, and if there is padding.
+        document: (B, M) int64, document of each token, counted from 0 in each row; None if a row is one document.
+        whole: these are all tokens of the forward, in their original places.
+        empty: no row has a token; all slots are padding.
+        key_bias: (B, M) float32 that every later layer adds to the attention logits of each key; None for no bias.
+        proportional: later layers add log(size) to the attention logits of each key, so that a merged token gets the attention of all
+            its source tokens.
+        batch_rows: (B,) int64, indices of these rows in the forward's batch if others were left out; None if all rows are here.
     """
 
     size: Tensor
@@ -64,15 +64,15 @@ class TokenState:
     def initial(
         rows: int, tokens: int, protected: int | Tensor, valid: Tensor | None, device: torch.device, document: Tensor | None = None
     ) -> TokenState:
-        """State before the first stage: every token stands for itself.
+        """TokenState before the first stage: every token represents itself.
 
         Args:
-            rows: B.
-            tokens: N of each row.
-            protected: how many tokens at the start of each row are protected, or (B, N) bool which tokens are.
-            valid: (B, N) bool, False for padding; None without any.
-            device: of the state.
-            document: (B, N) int64, the document of each token; None where a row is one document.
+            rows: number B of rows.
+            tokens: number N of tokens per row.
+            protected: number of protected tokens at the start of each row, or (B, N) bool mask of protected tokens.
+            valid: (B, N) bool, False for padding; None without padding.
+            device: device of the state's tensors.
+            document: (B, N) int64, document of each token; None if a row is one document.
         """
         counts = Counts(tokens - protected, protected) if valid is None and isinstance(protected, int) else None
         index = torch.arange(tokens, device=device).expand(rows, tokens)
@@ -102,34 +102,34 @@ class TokenState:
 
     @property
     def present(self) -> int | Tensor:
-        """Routable tokens of a row: one int when all rows have the same, else int64 (B,)."""
+        """Routable tokens per row: one int if all rows have the same number, else int64 (B,)."""
         return self.routable.sum(-1) if self.counts is None else self.counts.routable
 
     @property
     def protected_real(self) -> int | Tensor:
-        """Protected tokens of a row, padding not counted: one int when all rows have the same, else int64 (B,)."""
+        """Protected tokens per row, without padding: one int if all rows have the same number, else int64 (B,)."""
         if self.counts is not None:
             return self.counts.protected
         return (self.protected if self.valid is None else self.protected & self.valid).sum(-1)
 
     @property
     def present_by_document(self) -> Tensor:
-        """(B, D) int64: routable tokens of each document; where a row is one document, D is 1."""
+        """(B, D) int64: routable tokens of each document; D is 1 if a row is one document."""
         routable = self.routable.long()
         if self.document is None:
             return routable.sum(-1, keepdim=True)
-        # As wide as a row could need: the number of documents is known on the device only.
+        # D is N, the largest possible number of documents: the real number is only known on the device.
         return routable.new_zeros(self.rows, self.source.shape[1]).scatter_add_(1, self.document, routable)
 
     def select(self, index: Tensor, valid: Tensor | None) -> TokenState:
-        """State after keeping only the tokens at ``index``.
+        """TokenState after keeping only the tokens at ``index``.
 
         Args:
-            index: (B, K) int64, sorted slots that stay.
-            valid: (B, K) bool, False where ``index`` is padding; None when all are real.
+            index: (B, K) int64, sorted slots of the kept tokens.
+            valid: (B, K) bool, False for padding of ``index``; None without padding.
         """
         slots = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        # One slot more than there are tokens takes the writes of padding and the reads of tokens that were gone before.
+        # An extra slot receives the writes of padding; tokens that were dropped before read from it.
         moved = self.source.new_full((self.rows, self.tokens + 1), -1)
         target = index if valid is None else index.masked_fill(~valid, self.tokens)
         moved.scatter_(1, target, slots)
@@ -154,14 +154,14 @@ class TokenState:
         )
 
     def restart(self, device: torch.device) -> TokenState:
-        """The state before the first stage again: of the same rows, every token standing for itself."""
+        """TokenState before the first stage, of the same rows: every token represents itself."""
         protected = self.protected if self.counts is None else self.counts.protected
         return TokenState.initial(self.rows, self.tokens, protected, self.valid, device, self.document)
 
     def restrict(self, scope: Tensor) -> TokenState:
-        """State in which only the tokens of a (B, M) bool mask are routable, of those that were.
+        """TokenState in which only routable tokens inside a (B, M) bool mask stay routable; the others become protected.
 
-        Rows have different numbers of them, so that counts are those of each row.
+        Rows may then have different numbers, so ``counts`` is None and ``valid`` is set.
         """
         return replace(
             self,
@@ -171,7 +171,7 @@ class TokenState:
         )
 
     def select_rows(self, rows: Tensor) -> TokenState:
-        """State of the rows at (R,) alone, with all of their tokens."""
+        """TokenState of the (R,) rows only, with all of their tokens."""
 
         def pick(part: Tensor | None) -> Any:
             return None if part is None else part.index_select(0, rows)
@@ -189,10 +189,10 @@ class TokenState:
         )
 
     def absorb(self, into: Tensor) -> TokenState:
-        """State after every token whose target is another slot has been merged into it; the slots all stay.
+        """TokenState after merging every token into its target slot; all slots remain.
 
         Args:
-            into: (B, M) int64, slot that each token is merged into; its own for a token that stays.
+            into: (B, M) int64, target slot of each token; a kept token has its own slot.
         """
         gone = self.source < 0
         source = into.gather(1, self.source.clamp(min=0)).masked_fill(gone, -1)
@@ -201,18 +201,18 @@ class TokenState:
 
     @property
     def logit_bias(self) -> Tensor | None:
-        """(B, M) float32 that a layer adds to the attention logits of each key; None adds nothing."""
+        """(B, M) float32 that a layer adds to the attention logits of each key; None for no bias."""
         if not self.proportional:
             return self.key_bias
-        # Padding has size 0 and is masked out anyway.
+        # Padding has size 0; the clamp keeps its log finite, and attention masks it.
         bias = self.size.clamp(min=1e-6).log()
         return bias if self.key_bias is None else bias + self.key_bias
 
     @property
     def tokens_per_row(self) -> int | Tensor:
-        """Real tokens of a row, protected ones included: one int when all rows have the same, else int64 (B,)."""
+        """Real tokens per row, protected tokens included: one int if there is no padding, else int64 (B,)."""
         return self.tokens if self.valid is None else self.valid.sum(-1)
 
     def add_key_bias(self, bias: Tensor) -> TokenState:
-        """State with (B, M) added to the bias of its keys."""
+        """TokenState with (B, M) ``bias`` added to its key bias."""
         return replace(self, key_bias=bias if self.key_bias is None else self.key_bias + bias)

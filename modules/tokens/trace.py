@@ -1,4 +1,4 @@
-"""Trace: what the caller gives to one forward, and the Routing of each stage that comes back.
+"""Trace: the caller's settings for one forward, and the Routing of each stage that the forward returns.
 
 Shapes: B rows of a batch, N tokens before the first stage, M tokens now, K tokens after a stage.
 """
@@ -18,23 +18,23 @@ from .state import TokenState
 
 @dataclass(frozen=True)
 class Routing:
-    """What one stage did in one forward. Regularisers, meters, callbacks and pictures read it.
+    """The result of one stage in one forward. Regularisers, meters, callbacks and pictures read it.
 
     Attributes:
-        stage: name of the stage, the path of its site (``before_3``).
-        scores: (B, M) float32 scores of the scorer, with gradient where it has any.
-        probabilities: the sigmoid of a score is a keep probability, as of a scorer that is trained.
-        decision: which slots stayed.
-        state: TokenState before the stage.
-        requested: keep that the config or the schedule requested.
+        stage: name of the stage, by default its site and layer (``before_3``).
+        scores: (B, M) float32 scores, with gradient if the scorer is trained.
+        probabilities: the sigmoid of a score is a keep probability.
+        decision: the kept slots.
+        state: TokenState before the stage; tokens outside its scope are protected.
+        requested: keep requested by the config or the schedule.
         present: routable tokens entering, one int for every row or int64 (B,).
-        kept: routable tokens leaving, likewise.
+        kept: routable tokens leaving, likewise; in a bypass, routable tokens processed.
         lookahead: the decision for a token depends on later tokens.
-        adaptive: rows keep different numbers; only their mean is what was requested.
-        bypass: tokens that were not chosen bypassed the layer and stayed; ``kept`` are those processed.
-        auxiliary_loss: scalar that the stage's estimator and selector add to the task's loss in training; None without one.
-        agreement: scalar, share of the routable tokens on which a causal predictor and the non-causal decision agree; None where
-            there are not both.
+        adaptive: rows keep different numbers of tokens; only their mean meets the request.
+        bypass: tokens that were not selected bypassed the layer and stayed in the sequence.
+        auxiliary_loss: scalar that estimator and selector add to the task's loss in training; None without one.
+        agreement: scalar, fraction of the routable tokens for which a causal predictor and the non-causal decision agree; None if either
+            is missing.
     """
 
     stage: str
@@ -53,16 +53,16 @@ class Routing:
 
     @property
     def soft(self) -> Tensor | None:
-        """(B, M) float32 keep probabilities in (0, 1); None for a scorer that is not trained."""
+        """(B, M) float32 keep probabilities in (0, 1); None for a scorer without probabilities."""
         return self.scores.sigmoid() if self.probabilities else None
 
     @property
     def routable(self) -> Tensor:
-        """(B, M) bool, the tokens that could be dropped."""
+        """(B, M) bool, the tokens that the stage could remove."""
         return self.state.routable
 
     def counts(self) -> tuple[int, int]:
-        """Routable tokens (kept, present) summed over the rows. Synchronises with the device when rows differ."""
+        """Routable tokens (kept, present) summed over the rows. Synchronises with the device if rows differ."""
         return self._total(self.kept), self._total(self.present)
 
     def _total(self, count: int | Tensor) -> int:
@@ -70,45 +70,45 @@ class Routing:
 
     @property
     def achieved(self) -> float:
-        """Hard keep of this forward: routable tokens leaving ÷ entering, summed over rows before dividing."""
+        """Achieved keep of this forward: routable tokens leaving ÷ entering, summed over rows before dividing."""
         kept, present = self.counts()
         return kept / max(present, 1)
 
     @property
     def kept_mask(self) -> Tensor:
-        """(B, M) bool: the decision at the stage's input, protected tokens True."""
+        """(B, M) bool: the kept tokens at the stage's input, protected tokens included."""
         return self.decision.kept_mask(self.scores.shape[1])
 
 
 @dataclass
 class Trace:
-    """Made by the caller for one forward: ``out = model(**batch, trace=trace)``. Two forwards need two traces.
+    """Settings and results of one forward: ``out = model(**batch, trace=trace)``. Every forward needs a new trace.
 
-    What the caller gives:
+    Set by the caller:
 
     Attributes:
         step: training step, part of the seed of every random draw.
         seed: seed of the run.
-        sample_ids: (B,) int64 identity of each row, so that a row draws the same noise on any number of ranks;
-            None numbers the rows of the batch.
+        sample_ids: (B,) int64 identity of each row, so that a row has the same draws on any number of ranks; None numbers the rows of
+            the batch.
         noise: strength of the exploration noise on trained scores, 0 in evaluation.
-        keep: requested keep by stage name, over the stages' own; for schedules.
-        labels: for estimators that learn from them: (B,) int64 or (B, classes) probabilities of each row; (B, N) int64 of each token
-            of a language model; (B, N, classes) of each original token, zeros for a token that has none; or (B, height, width) int64
-            of each pixel. The labels that a model is called with stay with its own loss.
-        replay: decisions to repeat by stage name, those of an earlier trace; for tests and comparisons.
-        lookahead: in evaluation too, a causal model may choose tokens by what comes after them, which ``generate`` never can.
-        documents: (B, N) int64, the document of each token of rows that are packed, counted from 0 in each row, -1 for padding.
-            None: a causal model finds it in ``position_ids`` that start again, where there is no mask.
-        prompt: (B, N) bool, tokens that stages of scope ``prompt`` may touch; None takes those in front of the first label, or where a
-            cache is filled all but the last of each row.
-        protected: (B, N) bool, tokens that no stage may touch, beside those that the model's family protects; None without any.
+        keep: requested keep by stage name, which replaces the stages' own; for schedules.
+        labels: labels for estimators: (B,) int64 or (B, classes) probabilities per row; (B, N) int64 per token of a language model;
+            (B, N, classes) per original token, zeros for a token without a label; or (B, height, width) int64 per pixel. The labels that
+            a model is called with are used only in its own loss.
+        replay: decisions by stage name to reuse, from an earlier trace; for tests and comparisons.
+        lookahead: allow non-causal decisions of a causal model in evaluation; ``generate`` never allows them.
+        documents: (B, N) int64, document of each token in packed rows, counted from 0 in each row, -1 for padding. None: a causal model
+            without a mask derives it from ``position_ids`` that restart.
+        prompt: (B, N) bool, tokens that stages of scope ``prompt`` may touch. None takes the tokens before the first label, or with a
+            cache the tokens of the first forward, in both cases without the last one.
+        protected: (B, N) bool, tokens that no stage may touch, in addition to those that the model family protects; None without any.
 
-    What the forward leaves:
+    Set by the forward:
 
     Attributes:
-        routings: the Routing of each stage that ran, by name, in order.
-        flows: what the forward of each stack needed while it ran, by stack.
+        routings: Routing of each stage that ran, by stage name, in running order.
+        flows: Flow of each stack, by stack name.
     """
 
     step: int | Tensor = 0
@@ -126,22 +126,22 @@ class Trace:
     flows: dict[str, Flow] = field(default_factory=dict)
 
     def flow(self, stack: str = "") -> Flow:
-        """The forward of one stack; made where it is not there yet."""
+        """The Flow of one stack; created at the first call."""
         return self.flows.setdefault(stack, Flow())
 
     @property
     def state(self) -> TokenState | None:
-        """The tokens that are left in a model of one stack; None before the forward."""
+        """TokenState after the forward of a model with one stack; None before the forward."""
         return self.flow().state
 
     @property
     def auxiliary_loss(self) -> Tensor | None:
-        """Sum of what the estimators add to the task's loss in training; None where none adds anything."""
+        """Sum of the auxiliary losses of all stages; None if there are none."""
         losses = [routing.auxiliary_loss for routing in self.routings.values() if routing.auxiliary_loss is not None]
         return torch.stack(losses).sum() if losses else None
 
     def decisions(self) -> dict[str, Decision]:
-        """The decisions of this forward, to give to another trace as ``replay``."""
+        """The decisions of this forward by stage name, for ``replay`` in another trace."""
         return {name: routing.decision for name, routing in self.routings.items()}
 
     def rows_identity(self, rows: int, device: torch.device) -> Tensor:

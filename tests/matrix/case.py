@@ -171,8 +171,10 @@ def stack_of(model: PreTrainedModel) -> Stack:
     return adapter_of(model).stacks(model)[0]
 
 
-def traced_outputs(model: PreTrainedModel, inputs: dict[str, Any], own: tuple[str, ...] = ()) -> tuple[Any, Trace]:
-    """Outputs and trace of one forward; what Trace knows goes to it, beside ``own``, which the model is given."""
+def traced_outputs(
+    model: PreTrainedModel, inputs: Mapping[str, Any], given: dict[str, Any], own: tuple[str, ...] = ()
+) -> tuple[Any, Trace]:
+    """Outputs and trace of one forward. Of ``given``, what Trace knows goes to it, but for ``own``, which the model is given."""
     known = set(Trace.__dataclass_fields__) - set(own)
-    trace = Trace(**{key: value for key, value in inputs.items() if key in known})
-    return model(**{key: value for key, value in inputs.items() if key not in known}, trace=trace), trace
+    trace = Trace(**{key: value for key, value in given.items() if key in known})
+    return model(**inputs, trace=trace, **{key: value for key, value in given.items() if key not in known}), trace

@@ -129,7 +129,7 @@ def tokens(rows: int = 3, length: int = LENGTH, seed: int = 0) -> Tensor:
 
 def traced(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Trace]:
     """Logits and trace of one forward without a cache; keyword arguments that Trace knows go to it."""
-    outputs, trace = traced_outputs(model, {"input_ids": input_ids, "use_cache": False, **kwargs})
+    outputs, trace = traced_outputs(model, {"input_ids": input_ids}, {"use_cache": False, **kwargs})
     return outputs.logits, trace
 
 

@@ -134,7 +134,7 @@ def loss_of(model: PreTrainedModel, pixels: Tensor, rows: int = 3, **kwargs: Any
 
 def traced(model: PreTrainedModel, pixels: Tensor, **kwargs: Any) -> tuple[Tensor, Trace]:
     """Answer and trace of one forward; keyword arguments that Trace knows go to it."""
-    outputs, trace = traced_outputs(model, {**inputs(model, pixels), **kwargs}, own=("labels",))
+    outputs, trace = traced_outputs(model, inputs(model, pixels), kwargs, own=("labels",))
     return answer(outputs), trace
 
 

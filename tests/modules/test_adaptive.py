@@ -275,7 +275,7 @@ def test_the_token_that_fuse_adds_is_one_of_those_asked_for() -> None:
 
 def test_a_fixed_number_of_outputs_after_an_adaptive_stage_is_refused_before_anything_is_changed() -> None:
     pool = StageConfig(layer=2, tokens=4, scorer="uniform_grid", merger={"name": "pool", "outputs": 4})
-    with pytest.raises(ValueError, match="takes rows of one length"):
+    with pytest.raises(ValueError, match="needs rows of equal length"):
         compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.5, **THRESHOLD), pool]))
 
 

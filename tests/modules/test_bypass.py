@@ -143,7 +143,7 @@ def test_rows_of_training_are_equally_long_and_deployed_ones_as_long_as_they_sco
     selector = ThresholdSelector(SPEC, bucket=1).train()
     scores = torch.cat([torch.randn(1, 40) - 3, torch.randn(1, 40) + 3])
     assert selector(scores, _state(2, 40), Request(0.25, 10, None, False)).index.shape == (2, 10)
-    assert selector.looks_ahead(Request(0.25, 10, None, False))
+    assert selector.is_noncausal(Request(0.25, 10, None, False))
     deployed = selector.eval()(scores, _state(2, 40), Request(0.25, 10, None, False))
     assert deployed.kept_mask(40).sum(-1).tolist() == [0, 20]
 

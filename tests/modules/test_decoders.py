@@ -48,9 +48,9 @@ def test_6_fails_for_bare_top_k(family: str) -> None:
     other[:, 14:] = tokens(seed=9)[:, 14:]
     changed = (traced(model, other, lookahead=True)[0][:, :14] - logits[:, :14]).abs().max()
     assert changed > 1e-2
-    with pytest.raises(ValueError, match="looks ahead.*predictor"):
+    with pytest.raises(ValueError, match="is non-causal.*predictor"):
         traced(model, ids)
-    with pytest.raises(ValueError, match="look ahead.*predictor"):
+    with pytest.raises(ValueError, match="are non-causal.*predictor"):
         model.generate(ids, max_new_tokens=2)
 
 

@@ -92,7 +92,7 @@ def test_methods_that_a_family_cannot_have_are_refused_with_the_cure(family: str
 def test_a_mask_that_only_flash_attention_reads_is_refused(family: str) -> None:
     model = dense(family)
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="'flash_attention_2' is not served.*'sdpa' or 'eager'"):
+    with pytest.raises(ValueError, match="'flash_attention_2' is not supported.*'sdpa' or 'eager'"):
         compress(model, METHODS[0].config(0.5, 0.5))
 
 

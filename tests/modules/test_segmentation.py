@@ -107,7 +107,7 @@ def test_a_segmentation_model_is_saved_loaded_and_costed(name: str, tmp_path: Pa
 def test_a_head_of_all_patches_refuses_stages_that_leave_it_short(name: str) -> None:
     stages = [StageConfig(layer=layer, keep=0.5, scorer="random") for layer in (1, 2)]
     for restore, short in ((None, "before_1, before_2"), ({"layer": 2}, "before_2")):
-        with pytest.raises(ValueError, match=rf"after stages {short} tokens are missing; give compression.restore = {{layer: 3"):
+        with pytest.raises(ValueError, match=rf"stages {short} remove tokens; give compression.restore = {{layer: 3"):
             compress(_model(name), CompressionConfig(stages, restore))  # type: ignore[arg-type]
 
 

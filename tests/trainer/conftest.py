@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from laconic.data.embedded import python_passages
 from tests.clean import CleanProcesses
 
 QUICK = [
@@ -32,6 +33,14 @@ def quick(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def console() -> Console:
     return Console(stderr=True, width=160)
+
+
+@pytest.fixture
+def few_passages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded passages are cut from a small part of the library: tokenizing all of it takes seconds, every time."""
+    for name in ("_OF_CLASS", "_AROUND"):
+        most = getattr(python_passages, name)
+        monkeypatch.setattr(python_passages, name, most // 5)
 
 
 @pytest.fixture

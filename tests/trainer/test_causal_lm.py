@@ -138,11 +138,11 @@ class _Leaking(LlamaForCausalLM):
 
 def test_a_family_that_cannot_be_trained_here_is_found_out() -> None:
     config = LlamaConfig(**GROUPED)
-    with pytest.raises(ValueError, match="_Warmer makes its logits in a way that is not known here"):
+    with pytest.raises(ValueError, match="_Warmer computes its logits in an unsupported way"):
         check_model(_Warmer(config))
     leaking = _Leaking(config)
     leaking.model.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "position_ids": None}), with_kwargs=True)
-    with pytest.raises(ValueError, match="_Leaking lets documents that are packed into one row see each other"):
+    with pytest.raises(ValueError, match="_Leaking lets documents packed into one row attend to each other"):
         check_model(leaking)
 
 
@@ -190,7 +190,7 @@ def test_a_run_on_the_library_is_reported_evaluated_exported_and_generates(tmp_p
         inputs = tokenizer("def main(", return_tensors="pt")
         assert model.config.eos_token_id == tokenizer.eos_token_id
         assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] <= inputs["input_ids"].shape[1] + 4
-    with pytest.raises(ValueError, match="is a dense model: every layer sees every token, there is nothing to inspect"):
+    with pytest.raises(ValueError, match="is a dense model: every layer processes every token, so there is nothing to inspect"):
         inspect_run(str(run), RunFolder.open(run).read_recipe(), None, tmp_path / "page.html")
 
 
@@ -292,7 +292,7 @@ def test_shorter_prompts_are_evaluated_and_shown(tmp_path: Path, console: Consol
         f"data.data_files={jsonl(tmp_path / 'chats.jsonl', chats(32))}",
         "data.sequence_length=128", "data.batch_size=2", "trainer.precision=fp32", "trainer.max_epochs=null", "trainer.max_steps=2",
         "trainer.bench_rounds=0", f"output={tmp_path / 'run'}",
-        "compression={stages: [{layer: 1, scorer: random, selector: prefix, keep: 0.5}], restore: {layer: 2, by: rejoin}}",
+        "compression={stages: [{layer: 1, scorer: random, scope: prompt, keep: 0.5}], restore: {layer: 2, by: rejoin}}",
     ]  # fmt: skip
     train(load("llm_finetune", overrides), overrides, console)
     run = str(tmp_path / "run")
@@ -343,9 +343,9 @@ def test_the_module_weighs_its_loss_by_the_tokens_of_all_ranks(tiny: list[str], 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.augmentation=flip"], r"data.augmentation is for images .*, and task = causal_lm has text without labels: leave it out"),
+        (["data.augmentation=flip"], r"data.augmentation is for images .*, and task = causal_lm has text without labels: remove it"),
         (["data.canvas.size=40"], r"data.canvas is for images"),
-        (["distillation={teacher: dense_self}"], "distillation has an image classifier for a teacher"),
+        (["distillation={teacher: dense_self}"], "distillation needs an image classifier as a teacher"),
         (
             ["data.name=scattered_digits"],
             r"data.name = 'scattered_digits' is for images .*: give python_library, python_functions, text, json",
@@ -354,7 +354,7 @@ def test_the_module_weighs_its_loss_by_the_tokens_of_all_ranks(tiny: list[str], 
         (["data.sample_by=line"], "data.sample_by = 'line' applies to data.name = 'text', and data.name = 'python_library'"),
         (["data.name=json"], "data.name = 'json' needs data.data_files or data.data_dir"),
         (["data.sequence_length=4096"], "data.sequence_length = 4096 is more than the model's max_position_embeddings = 1024"),
-        (["model.config={model_type: vit}"], "vit has no causal language model in transformers: take llama"),
+        (["model.config={model_type: vit}"], "vit has no causal language model in transformers: use llama"),
         (["data.tokenizer=nowhere"], "data.tokenizer = 'nowhere' cannot be loaded"),
     ],
 )
@@ -367,7 +367,7 @@ def test_what_language_models_do_not_have_is_refused_with_the_cure(overrides: li
 def test_what_cannot_be_deployed_is_refused_before_it_is_trained(parts: str, tiny: list[str]) -> None:
     deep = [*(item for item in tiny if "num_hidden_layers" not in item), "model.config.num_hidden_layers=3"]
     stage = f"compression={{stages: [{{layer: 1, site: around, {parts}}}]}}"
-    with pytest.raises(ValueError, match="stages around_1 look ahead.*scorer 'linear' and selector 'threshold'"):
+    with pytest.raises(ValueError, match="stages around_1 are non-causal.*scorer 'linear' and selector 'threshold'"):
         validate(load("llm_pretrain_dense", [*deep, stage, "budget={measure: keep, target: 0.5}"]).recipe)
     # At full length nothing is chosen any more.
     ends_whole = "budget={measure: keep, target: 1, start: 0.5, schedule: linear}"
@@ -375,9 +375,7 @@ def test_what_cannot_be_deployed_is_refused_before_it_is_trained(parts: str, tin
 
 
 def test_keys_of_text_are_refused_for_images_and_a_tokenizer_must_fit(tmp_path: Path, tiny: list[str]) -> None:
-    with pytest.raises(
-        ValueError, match=r"data.sequence_length is for text .*, and task = image_classification has images .*: leave it out"
-    ):
+    with pytest.raises(ValueError, match=r"data.sequence_length is for text .*, and task = image_classification has images .*: remove it"):
         validate(load("vit_digits", ["data.sequence_length=64"]).recipe)
     small_tokenizer().save_pretrained(tmp_path / "tokenizer")
     fit = [*tiny, f"data.tokenizer={tmp_path / 'tokenizer'}"]
@@ -386,7 +384,7 @@ def test_keys_of_text_are_refused_for_images_and_a_tokenizer_must_fit(tmp_path: 
         build(load("llm_pretrain_dense", [*fit, "model.config.vocab_size=310"]).recipe)
     rows = jsonl(tmp_path / "rows.jsonl", [{"text": "One row of text."}] * 20)
     stream = ["data.name=json", f"data.data_files={rows}", "data.streaming=true", "trainer.max_steps=null", "trainer.max_epochs=1"]
-    with pytest.raises(ValueError, match="trainer.max_epochs needs to know how long the data are"):
+    with pytest.raises(ValueError, match="trainer.max_epochs needs the number of training rows"):
         validate(load("llm_pretrain_dense", [*fit, *stream]).recipe)
 
 

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from laconic.trainer.cli.app import COST_COLUMNS
+from laconic.trainer.recipe.files import SHIPPED, load
 from tests.clean import CleanProcesses
 
 
@@ -68,10 +70,10 @@ def test_a_wrong_key_exits_2_with_one_message() -> None:
     [
         (("train", "vit_digit"), "did you mean vit_digits"),
         (("train", "vit_digits", "--resume", "none.ckpt"), "there is no such checkpoint"),
-        (("evaluate", "nowhere"), "nowhere is no folder"),
-        (("export", "nowhere", "--to", "x"), "nowhere is no folder"),
-        (("cost",), "give a recipe or --model"),
-        (("bench", "vit_digits_dense"), "there is nothing to compare"),
+        (("evaluate", "nowhere"), "nowhere is not a folder"),
+        (("export", "nowhere", "--to", "x"), "nowhere is not a folder"),
+        (("cost",), "name either a recipe or --model"),
+        (("bench", "vit_digits_dense"), "bench compares compressed with dense steps"),
     ],
 )
 def test_wrong_input_exits_2(arguments: tuple[str, ...], message: str, laconic: Laconic) -> None:
@@ -99,7 +101,7 @@ def test_a_run_its_evaluation_export_and_cost_speak_json(tmp_path: Path, quick: 
 
 
 def test_recipes_env_validate_bench_and_dry_run_speak_json(tmp_path: Path, quick: list[str], laconic: Laconic) -> None:
-    assert "vit_digits" in json.loads(laconic("recipes", "--json").stdout)
+    assert "vit_digits" in json.loads(laconic("recipes", "--json").stdout)["image_classification"]
     assert json.loads(laconic("recipes", "vit_digits", "--json").stdout)["task"] == "image_classification"
     copied = tmp_path / "mine.yaml"
     assert laconic("recipes", "vit_digits", "--copy", str(copied)).returncode == 0
@@ -108,6 +110,36 @@ def test_recipes_env_validate_bench_and_dry_run_speak_json(tmp_path: Path, quick
     measured = json.loads(laconic("bench", "vit_digits", *quick, "--rounds", "2", "--json").stdout)
     assert measured["rounds"] == 2
     assert set(json.loads(laconic("train", "vit_digits", *quick, "--dry-run", "--json").stdout)) >= {"vit_digits"}
+
+
+def test_recipes_are_listed_by_task_and_control_arms_on_request(laconic: Laconic) -> None:
+    files = {path.stem: path for path in SHIPPED.glob("*.yaml")}
+    shown, whole = (json.loads(laconic("recipes", *options, "--json").stdout) for options in ((), ("--all",)))
+    assert {name: line for lines in whole.values() for name, line in lines.items()} == {
+        name: path.read_text().partition("\n")[0].lstrip("# ") for name, path in files.items()
+    }
+    assert all(load(name).recipe.task == task for task, lines in whole.items() for name in lines)
+    arms = {arm for path in files.values() for arm in yaml.safe_load(path.read_text()).get("baselines", [])}
+    arms |= {name for name, path in files.items() if path.read_text().startswith("# Control arm of ")}
+    assert arms >= {"vit_digits_dense", "vit_digits_uniform", "vit_image_folder_random"}
+    assert {name for lines in shown.values() for name in lines} == files.keys() - arms
+    assert all(lines.items() <= whole[task].items() for task, lines in shown.items())
+    printed = laconic("recipes").stdout.splitlines()
+    assert [line for line in printed if not line.startswith(" ")] == [*shown, f"{len(arms)} control arms are not listed; --all lists them"]
+    assert sum(line.startswith("  ") for line in printed) == len(files) - len(arms)
+
+
+def test_listing_recipes_imports_neither_torch_nor_transformers() -> None:
+    code = """
+import sys
+from laconic.trainer.cli.app import recipes
+recipes(as_json=False)
+recipes(with_controls=True)
+assert not {"torch", "transformers", "lightning"} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "vit_digits_dense" in done.stdout
 
 
 def test_a_failing_run_exits_1(tmp_path: Path, quick: list[str], laconic: Laconic) -> None:

@@ -107,10 +107,10 @@ def test_a_run_is_taught_by_the_run_of_a_dense_recipe(precision: str, tmp_path: 
         ({"classes": [*NAMES, "more"]}, "knows 5 labels, the data have 6"),
         ({"named": True, "classes": ["b", "a", "c", "d", "e"]}, r"its label 0 is 'a', that of the data is 'b'"),
         ({"hidden": 1.0, "width": 32}, "hidden_size of the teacher is 16, of the student 32: set distillation.hidden=0"),
-        ({"compressed": True}, "is compressed: the teacher must be dense"),
-        ({"teacher": "dense_self"}, "train the dense recipe first and give its run folder"),
+        ({"compressed": True}, "is compressed, and a teacher must be dense"),
+        ({"teacher": "dense_self"}, "train the dense recipe first and set distillation.teacher"),
         ({"teacher": "nowhere/at-all"}, "distillation.teacher = 'nowhere/at-all' cannot be loaded"),
-        ({"headless": True}, "is no image classifier"),
+        ({"headless": True}, "is not an image classifier"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:

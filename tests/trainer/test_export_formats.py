@@ -231,7 +231,7 @@ def test_an_export_that_answers_otherwise_fails_and_has_no_record(run: Path, tmp
             return [{"logits": load_model(folder)(**batch).logits + 1e-3} for batch in batches]
 
     monkeypatch.setattr(exporting, "clean_answers", wrong)
-    with pytest.raises(RuntimeError, match="answers otherwise when it is loaded: its logits are off by 1.00e-03"):
+    with pytest.raises(RuntimeError, match="gives other answers when it is reloaded: its logits differ by 1.00e-03"):
         export(str(run), str(tmp_path / "out"), push="me/model")
     assert not (tmp_path / "out" / "export.json").exists()
 
@@ -239,11 +239,11 @@ def test_an_export_that_answers_otherwise_fails_and_has_no_record(run: Path, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--format", "onx"], f"--format onx: there are {', '.join(names())}"),
+        (["--format", "onx"], f"--format onx does not exist: the formats are {', '.join(names())}"),
         (["--format", "plain"], "before_1 keeps 0.611 of its tokens, between_2 keeps 0.682 of its tokens in evaluation"),
-        (["--dtype", "int8"], "--dtype int8: there are fp32, bf16, fp16"),
-        (["--format", "onnx", "--dtype", "bf16"], "--dtype bf16: format onnx is written in fp32"),
-        (["--shard-size", "5"], "--shard-size 5: give a whole number and KB, MB or GB"),
+        (["--dtype", "int8"], "--dtype int8 does not exist: the dtypes are fp32, bf16, fp16"),
+        (["--format", "onnx", "--dtype", "bf16"], "--dtype bf16: format onnx supports fp32"),
+        (["--shard-size", "5"], "--shard-size 5 must be a whole number and KB, MB or GB"),
     ],
 )
 def test_wrong_wishes_exit_2_with_the_reason_and_write_nothing(run: Path, tmp_path: Path, options: list[str], message: str) -> None:
@@ -262,7 +262,7 @@ def test_the_command_lists_the_formats_there_are() -> None:
 def test_models_that_a_format_cannot_hold_are_refused_with_what_to_take(tmp_path: Path, form: str, model: str) -> None:
     threshold = next(method for method in METHODS if method.name == "threshold")
     run = written_run(tmp_path / "run", dense("vit") if model == "dense" else compressed("vit", threshold, 0.5, 0.6))
-    message = "this model is dense.*take plain" if model == "dense" else r"before_1 \(selector 'threshold'\).*take merged or standalone"
+    message = "this model is dense.*use plain" if model == "dense" else r"before_1 \(selector 'threshold'\).*use merged or standalone"
     with pytest.raises(RecipeError, match=f"{message}|needs onnx"):
         export(str(run), str(tmp_path / "out"), form)
 

@@ -73,7 +73,7 @@ def test_the_average_is_that_of_the_steps_and_is_what_validates_and_stays(tmp_pa
 
 def test_a_checkpoint_of_a_stopped_run_holds_the_average_with_its_last_step(tmp_path: Path, quick: list[str]) -> None:
     stop = StopOnSigterm(tmp_path / "stopped.ckpt")
-    stop._asked = True
+    stop._requested = True
     seen = _Weights()
     _fit(tmp_path, quick, "trainer.ema=0.6", callbacks=[stop, seen])
     saved = torch.load(tmp_path / "stopped.ckpt", weights_only=True)
@@ -91,7 +91,7 @@ def test_an_average_does_not_go_with_deepspeed() -> None:
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
     trainer = SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy))
-    with pytest.raises(ValueError, match=r"trainer.ema = 0.9 does not go with DeepSpeed.*trainer.ema=null"):
+    with pytest.raises(ValueError, match=r"trainer.ema = 0.9 is not supported with DeepSpeed.*trainer.ema=null"):
         WeightEma(0.9).setup(trainer, None, "fit")  # type: ignore[arg-type]
 
 
@@ -162,7 +162,7 @@ def test_random_augmentation_and_erasing_reach_the_images(tmp_path: Path, quick:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.settings.hidden_dropout_prb=0.1"], r"model.settings.hidden_dropout_prb is no setting of vit; did you mean model.settings.hidden_dropout_prob"),
+        (["model.settings.hidden_dropout_prb=0.1"], r"model.settings.hidden_dropout_prb is not a setting of vit; did you mean model.settings.hidden_dropout_prob"),
         (["model.settings.drop_path_rate=0.1"], r"model.settings.drop_path_rate: vit of transformers has no stochastic depth"),
         (["model.config.drop_path_rate=0.1"], r"model.config.drop_path_rate: vit of transformers has no stochastic depth"),
         (["data.erase=0.1"], r"data.erase applies to image files, and data.name = 'scattered_digits' generates its images"),

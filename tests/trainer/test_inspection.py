@@ -40,7 +40,7 @@ def test_pictures_of_a_run_on_images_show_what_it_keeps(tmp_path: Path, quick: l
     kept = inspect_run(run, RunFolder.open(run).read_recipe(), None, tmp_path / "kept.png")
     assert kept == pytest.approx(arm.keep["achieved"])
     assert Image.open(tmp_path / "kept.png").size[0] > 100
-    with pytest.raises(ValueError, match=r"--to .*kept.html: pictures of kept tokens are a .png"):
+    with pytest.raises(ValueError, match=r"--to .*kept.html: pictures of kept tokens need the suffix .png"):
         inspect_run(run, RunFolder.open(run).read_recipe(), None, tmp_path / "kept.html")
     with pytest.raises(ValueError, match="--input is for text"):
         inspect_run(run, RunFolder.open(run).read_recipe(), "some text", tmp_path / "kept.png")

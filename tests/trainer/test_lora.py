@@ -129,7 +129,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(runs: Path, console
         model.vit.layernorm.bias += 1
     model.save_pretrained(runs / "base" / "model")
     try:
-        with pytest.raises(RecipeError, match="of another model or other frozen weights"):
+        with pytest.raises(RecipeError, match="belongs to another model or to other frozen weights"):
             train_arm(loaded, "arm", runs / "resumed", console, resume="auto")
     finally:
         weights.write_bytes(before)
@@ -148,7 +148,7 @@ def test_exports_and_evaluation_answer_like_the_run(runs: Path, tmp_path: Path, 
     targets = (str(run), str(tmp_path / "adapter"), str(tmp_path / "merged"))
     found = [evaluate(target, RunFolder.open(target).read_recipe(), console)["variants"]["compressed"]["accuracy"] for target in targets]
     assert found[0] == found[1] == found[2] == json.loads((run / "report.json").read_text())["quality"]["compressed"]
-    with pytest.raises(RecipeError, match=r"trained all weights, .*give --format merged"):
+    with pytest.raises(RecipeError, match=r"trained all weights, .*use --format merged"):
         export(str(runs / "base"), str(tmp_path / "none"), "adapter")
 
 
@@ -245,15 +245,15 @@ MISTAKES = [
     (["lora.rank=3"], r"lora.rank is not a key; did you mean lora\.r"),
     (["lora.r=0"], r"lora.r = 0: input should be greater than or equal to 1"),
     (["lora.mode=qlora"], r"lora.mode = 'qlora': input should be 'routers', 'lora' or 'full'"),
-    (["lora.mode=routers", "lora.r=4"], r"lora.r says how LoRA is made, and lora.mode = 'routers' makes none: leave it out"),
-    (["lora={mode: routers}", "compression=null", "budget=null"], r"lora.mode = 'routers' trains routers, and there is no compression"),
+    (["lora.mode=routers", "lora.r=4"], r"lora.r is a setting of LoRA, and lora.mode = 'routers' has no LoRA: remove it"),
+    (["lora={mode: routers}", "compression=null", "budget=null"], r"lora.mode = 'routers' trains routers, and the recipe has no compression"),
     (["lora.targets=[qproj]"], r"lora.targets = \['qproj'\]: they match nothing"),
     (["lora.modules_to_save=[clasifier]"], r"lora.modules_to_save names 'clasifier'"),
     (["model.name=null", "model.config={model_type: vit, image_size: 32, num_channels: 1}"], r"lora.mode = 'lora' freezes the weights of model.name"),
     (["trainer.ema=0.9"], r"trainer.ema = 0.9 averages all weights, and lora.mode = 'lora'"),
-    (["optimizer.layer_decay=0.9"], r"optimizer.layer_decay = 0.9 is of a backbone that trains"),
-    (["lora.dora=true", "trainer.strategy=deepspeed_3"], r"lora.dora = true does not go with deepspeed_3"),
-    (["lora.quantize=4bit"], r"lora.quantize = '4bit' needs a GPU, and this machine has none"),
+    (["optimizer.layer_decay=0.9"], r"optimizer.layer_decay = 0.9 applies to a trained backbone"),
+    (["lora.dora=true", "trainer.strategy=deepspeed_3"], r"lora.dora = true is not supported with deepspeed_3"),
+    (["lora.quantize=4bit"], r"lora.quantize = '4bit' needs a GPU, and torch finds none"),
     (["lora.quantize=8bit"], r"lora.quantize = '8bit': input should be '4bit'"),
 ]  # fmt: skip
 
@@ -266,13 +266,13 @@ def test_a_mistake_names_the_key_and_the_cure(overrides: list[str], message: str
 
 
 CONTINUED = [
-    (["lora.r=4"], r"lora.r = 4, and model.name is an adapter with 8: give the same"),
-    (["lora.alpha=4"], r"lora.alpha = 4.0, and model.name is an adapter with 16"),
+    (["lora.r=4"], r"lora.r = 4, and the adapter in model.name has 8: use the same"),
+    (["lora.alpha=4"], r"lora.alpha = 4.0, and the adapter in model.name has 16"),
     (["lora.targets=[q_proj]"], r"lora.targets differ from those of the adapter in model.name, in vit.layers.0.attention.k_proj"),
     (["compression=null", "budget=null"], r"was trained with stages before_0, and the recipe has no compression"),
     (["compression.stages.0.layer=1"], r"was trained with stages before_0, and the recipe has before_1"),
     (["compression.stages.0.scorer=learned"], r"stage 'before_0': its scorer differ"),
-    (["lora={mode: routers}"], r"is an adapter with LoRA, and lora.mode = 'routers' would train on without it"),
+    (["lora={mode: routers}"], r"is an adapter with LoRA, and lora.mode = 'routers' would ignore it"),
 ]
 
 

@@ -137,14 +137,14 @@ def test_images_need_no_label_column_and_labels_that_there_are_are_not_read(tmp_
     ("overrides", "message"),
     [
         (["compression.restore=null"], r"compression.restore.layer is not set, .* Set compression.restore=\{layer: 2\}"),
-        (["compression.stages.0.scorer=evidence"], "stage 'before_1': scorer 'evidence' learns from labels, .* take learned"),
+        (["compression.stages.0.scorer=evidence"], "stage 'before_1': scorer 'evidence' learns from labels, .* use learned"),
         (["model.config={model_type: vit}"], "trains vit_mae, .*not vit"),
         (["model.config.mask_ratio=0.99"], "mask_ratio = 0.99 leaves 0 of 64 patches"),
         (
             ["model.config.decoder_hidden_size=6", "model.config.decoder_num_attention_heads=2"],
             "decoder_hidden_size = 6 must be a multiple",
         ),
-        (["data.label_smoothing=0.1"], r"data.label_smoothing is for images with one label each .*has images without labels: leave it out"),
+        (["data.label_smoothing=0.1"], r"data.label_smoothing is for images with one label each .*has images without labels: remove it"),
         (["data.mixing={mixup: 1}"], r"data.mixing is for images with one label each"),
         (["distillation={teacher: dense_self}"], "distillation is for tasks with labels"),
     ],
@@ -162,5 +162,5 @@ def test_an_encoder_that_is_none_is_refused_by_validate(tmp_path: Path, quick: l
     ):
         with pytest.raises(ValueError, match=message):
             validate(load("mae_digits_finetune", finetuning(quick, folder)).recipe)
-    with pytest.raises(RecipeError, match="give one of model.name .*, model.config .* or model.encoder_of"):
+    with pytest.raises(RecipeError, match="set one of model.name .*, model.config .* or model.encoder_of"):
         load("mae_digits_finetune", ["model.name=x"])

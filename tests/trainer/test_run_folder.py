@@ -64,11 +64,11 @@ def test_an_adapter_of_a_run_goes_before_weights_and_is_no_whole_model(tmp_path:
     for name in ("run", "run/adapter"):
         assert located(tmp_path / name) == str(tmp_path / "run" / "adapter")
         assert torch.equal(from_pretrained(tmp_path / name)(images()).logits, model(images()).logits)
-        with pytest.raises(FileNotFoundError, match="holds an adapter, and whole weights are needed: laconic export .* merges it"):
+        with pytest.raises(FileNotFoundError, match="has an adapter, and whole weights are needed: laconic export .* merges it"):
             located(tmp_path / name, whole=True)
         for key in ("model.encoder_of", "distillation.teacher"):
             overrides = ["model.config=null"] if key == "model.encoder_of" else []
-            with pytest.raises(ValueError, match=f"{key} = .* holds an adapter, and whole weights are needed"):
+            with pytest.raises(ValueError, match=f"{key} = .* has an adapter, and whole weights are needed"):
                 validate(load("vit_digits", [*overrides, f"{key}={tmp_path / name}"]).recipe)
 
 
@@ -76,8 +76,8 @@ def test_a_folder_without_weights_says_why_for_everybody(tmp_path: Path) -> None
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "recipe.yaml").write_text(dump(load("vit_digits").recipe))
     (tmp_path / "empty").mkdir()
-    ended = "holds no trained model yet .*its run has not ended; laconic train"
-    for name, message in (("begun", ended), ("empty", "has no config.json: give a run folder")):
+    ended = "has no trained model yet .*its run has not ended; use laconic train"
+    for name, message in (("begun", ended), ("empty", "has no config.json: name a run folder")):
         folder = str(tmp_path / name)
         with pytest.raises(FileNotFoundError, match=message):
             from_pretrained(folder)
@@ -92,9 +92,9 @@ def test_a_folder_without_weights_says_why_for_everybody(tmp_path: Path) -> None
                 validate(load("vit_digits", [*overrides, f"{key}={folder}"]).recipe)
     with pytest.raises(RecipeError, match=ended):
         RunFolder.open(tmp_path / "begun")
-    with pytest.raises(RecipeError, match=r"has no recipe.yaml: give a run folder, or the folder of an export"):
+    with pytest.raises(RecipeError, match=r"has no recipe.yaml: name a run folder, or the folder of an export"):
         RunFolder.open(tmp_path / "empty")
-    with pytest.raises(RecipeError, match="is no folder: give a run folder"):
+    with pytest.raises(RecipeError, match="is not a folder: name a run folder"):
         RunFolder.open(tmp_path / "nowhere")
 
 

@@ -180,12 +180,12 @@ def test_evaluation_splits_rows_without_duplicates_into_as_many_batches_on_each_
 def test_another_number_of_processes_and_incomplete_folders_are_refused(two_ranks: Path, tmp_path: Path, console: Console) -> None:
     run = two_ranks / "deepspeed_1"
     alone = load("vit_digits", [*SHARED, *STRATEGIES["deepspeed_1"], "trainer.checkpoint_every=4"])
-    with pytest.raises(RecipeError, match=r"cannot resume .*: it was trained by 2 process\(es\), now there are 1; give trainer.devices"):
+    with pytest.raises(RecipeError, match=r"cannot resume .*: it was trained by 2 process\(es\), now there are 1; set trainer.devices"):
         train_arm(alone, "arm", run, console, resume="auto")
     folder = tmp_path / "checkpoints" / "2.ckpt"
     (folder / "checkpoint").mkdir(parents=True)
     assert find_checkpoint(RunFolder(tmp_path), "auto") is None
-    with pytest.raises(RecipeError, match=f"is no complete checkpoint, it has no {MARKER}"):
+    with pytest.raises(RecipeError, match=f"is not a complete checkpoint, it has no {MARKER}"):
         find_checkpoint(RunFolder(tmp_path), str(folder))
     (folder / MARKER).write_text("{}")
     assert find_checkpoint(RunFolder(tmp_path), "auto") == folder
@@ -217,19 +217,19 @@ def test_the_command_starts_its_processes_stops_all_at_sigterm_and_resumes(tmp_p
 REFUSED = [
     (["trainer.strategy=deepspeed_4"], r"trainer.strategy = 'deepspeed_4': input should be 'auto', 'plain', 'deepspeed_1'"),
     (["trainer.devices=0"], r"trainer.devices.* greater than or equal to 1"),
-    (["trainer.offload=optimizer"], r"trainer.offload = 'optimizer' is DeepSpeed's: give trainer.strategy=deepspeed_2"),
+    (["trainer.offload=optimizer"], r"trainer.offload = 'optimizer' needs DeepSpeed: set trainer.strategy=deepspeed_2"),
     (
         ["trainer.strategy=deepspeed_2", "trainer.offload=all"],
         r"trainer.offload = 'all' keeps parameters .*give trainer.strategy=deepspeed_3",
     ),
     (["trainer.deepspeed={}"], r"trainer.deepspeed is set but trainer.strategy is plain"),
-    (["trainer.strategy=deepspeed_3", "trainer.compile=true"], r"trainer.compile = true does not go with deepspeed_3"),
+    (["trainer.strategy=deepspeed_3", "trainer.compile=true"], r"trainer.compile = true is not supported with deepspeed_3"),
     (["trainer.num_nodes=2"], r"trainer.num_nodes = 2: MASTER_ADDR, MASTER_PORT, NODE_RANK is not set"),
     (["trainer.strategy=deepspeed_1", "trainer.deepspeed=none.json"], r"trainer.deepspeed = 'none.json' does not exist"),
     *(
         (["trainer.strategy=deepspeed_1", f"trainer.deepspeed={{{given}}}"], message)
         for given, message in (
-            ("train_batch_size: 4", r"sets train_batch_size, which the recipe decides: give data.batch_size"),
+            ("train_batch_size: 4", r"sets train_batch_size, which the recipe sets: set data.batch_size"),
             ("train_micro_batch_size_per_gpu: 4", r"sets train_micro_batch_size_per_gpu, .*give data.batch_size"),
             ("gradient_accumulation_steps: 4", r"sets gradient_accumulation_steps, .*give trainer.accumulate instead"),
             ("gradient_clipping: 1", r"sets gradient_clipping, .*give trainer.clip instead"),
@@ -238,9 +238,9 @@ REFUSED = [
             ("scheduler: {type: WarmupLR}", r"sets scheduler, .*give optimizer.schedule, optimizer.warmup"),
             (
                 "zero_optimization: {stage: 3}",
-                r"sets zero_optimization.stage = 3, and trainer.strategy is deepspeed_1: leave the stage out",
+                r"sets zero_optimization.stage = 3, and trainer.strategy is deepspeed_1: remove the stage",
             ),
-            ("zero_optimization: {overlap_com: true}", r"zero_optimization.overlap_com is no key of DeepSpeed's"),
+            ("zero_optimization: {overlap_com: true}", r"zero_optimization.overlap_com is not a key of DeepSpeed"),
             ("zero_optimization: {reduce_bucket_size: -1}", r"zero_optimization: .*reduce_bucket_size"),
         )
     ),
@@ -261,7 +261,7 @@ def test_a_lock_of_a_killed_build_is_named_instead_of_waited_for(monkeypatch: py
     recipe = load("vit_digits", ["trainer.strategy=deepspeed_2"]).recipe
     check(recipe)
     os.utime(lock, (0, 0))
-    with pytest.raises(RecipeError, match=r"deepspeed_shm_comm/lock is .* minutes old: .* delete that file"):
+    with pytest.raises(RecipeError, match=r"deepspeed_shm_comm/lock is .* minutes old: .* delete the file"):
         check(recipe)
 
 
@@ -270,7 +270,7 @@ def test_a_missing_compiler_is_named_before_training(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("laconic.trainer.distributed.strategies.torch.cuda.is_available", lambda: False)
     check(recipe)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(RecipeError, match=r"DeepSpeed compiles a part of itself on a CPU and no-such-compiler cannot be found: install"):
+    with pytest.raises(RecipeError, match=r"DeepSpeed compiles an extension on a CPU, and no-such-compiler cannot be found: install"):
         check(recipe)
 
 

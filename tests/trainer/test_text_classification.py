@@ -28,6 +28,7 @@ from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base import task_named
 from tests.trainer.export_runs import written_run
 
+pytestmark = pytest.mark.usefixtures("few_passages")
 TINY = ["baselines=[]", "model.config.vocab_size=400", "model.config.num_attention_heads=2", "data.sequence_length=48"]
 
 
@@ -132,7 +133,7 @@ MISTAKES = [
         ["data.name=scattered_digits"],
         "is for images .*, and task = text_classification has texts with one label each: give python_passages",
     ),
-    (["data.mean=[0.5]"], r"data.mean is for images .*, and task = text_classification has texts with one label each: leave it out"),
+    (["data.mean=[0.5]"], r"data.mean is for images .*, and task = text_classification has texts with one label each: remove it"),
     (["data.streaming=true"], r"data.streaming is for text without labels \(task = causal_lm\)"),
     (["model.config.model_type=vit"], "vit has no sequence classifier in transformers"),
     (["model.config.model_type=llama"], "the 'llama' adapter does not serve LlamaForSequenceClassification"),

@@ -1,1 +1,1 @@
-"""From a recipe to the parts of a run: data, model, initial weights, budget, optimizer, Lightning's trainer."""
+"""Builds the parts of a run from a recipe: data, model, initial weights, budget, optimizer, Lightning Trainer."""

@@ -1,4 +1,4 @@
-"""From a recipe to its parts: configuration, data, model, budget. Nothing is trained here."""
+"""Builds configuration, data, model and budget from a recipe, without training."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from .trainable import quantization, train_parts
 
 
 def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] | None = None) -> RunParts:
-    """Every part of a run; the same seed gives the same weights whatever the compression and the strategy.
+    """Builds every part of a run. The same seed gives the same backbone weights for every compression and strategy.
 
     Args:
         recipe: a checked recipe.
-        data: splits that another arm has opened already.
-        shards: DeepSpeed's configuration, to build the model in shards (ZeRO-3); None builds it whole.
+        data: splits that another arm has opened; None opens them.
+        shards: DeepSpeed's configuration, to build the model partitioned (ZeRO-3); None builds the whole model.
 
     Raises:
-        ValueError: something that only shows against the real model or data: a layer that is not there, a missing column …
+        ValueError: the recipe does not fit the real model or data: a layer or a column does not exist …
     """
     task = task_named(recipe.task)
     task.check(recipe)
@@ -59,7 +59,7 @@ def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] 
     else:
         source, new = None, []
         if collective.rank() == 0:
-            # Its own copy of the configuration: compress writes into it.
+            # A copy of the configuration, because compress changes it.
             dense, new = _starting_model(recipe, copy.deepcopy(config), data, task, start)
             source = _assemble(recipe, dense, steps, start, new)[0]
         missing = new
@@ -72,7 +72,7 @@ def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] 
 
 
 def _base(recipe: Recipe, start: Start | None) -> Base | None:
-    """What the adapter that a run writes will name, its weights hashed; of an adapter that goes on, compared with its own."""
+    """The base that the run's adapter will name, with hashes of its weights; a loaded adapter's base is checked against its hashes."""
     if recipe.lora is None or not recipe.lora.freezes:
         return None
     assert start is not None
@@ -86,7 +86,7 @@ def _base(recipe: Recipe, start: Start | None) -> Base | None:
 def _starting_model(
     recipe: Recipe, config: PretrainedConfig, data: Splits, task: type[Task], start: Start | None
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The dense model with the weights that it starts from, and the names of the modules that they lack."""
+    """The dense model with its initial weights, and the names of the modules that these weights lack."""
     if start is None:
         return build_model(recipe.model, config, data, task), []
     task.fit_config(config, data)
@@ -106,10 +106,10 @@ def _starting_model(
 def _assemble(
     recipe: Recipe, model: PreTrainedModel, steps: int, start: Start | None, new: Sequence[str], filled: bool = True
 ) -> tuple[PreTrainedModel, CostModel | None, Budget | None]:
-    """The dense model with what the recipe does to it; one that is not ``filled`` gets its values later."""
+    """Compression, budget, cost model and LoRA on a dense model; if ``filled`` is False, the weights are set later."""
     budget, size = None, task_named(recipe.task).size(recipe)
     if recipe.compression is not None:
-        # Draws of the stages' weights come after the backbone's, so a dense arm starts from the same backbone.
+        # Stages are initialised after the backbone, so that a dense arm starts from the same backbone weights.
         compression = recipe.compression
         if recipe.budget is not None:
             budget = Budget(recipe.budget, model, compression, steps, recipe.seed, size)
@@ -121,7 +121,7 @@ def _assemble(
             load_routers(model, encoder_weights(recipe.model), recipe.model.revision)
         if start is not None and filled:
             load_stages(model, start)
-    # LoRA costs nothing once it is merged.
+    # Counted without LoRA: merged LoRA adds no MACs.
     cost = cost_model(model, size=size)
     train_parts(recipe.lora, model, new, start.adapter if start is not None else None, filled)
     if recipe.trainer.gradient_checkpointing:
@@ -130,7 +130,7 @@ def _assemble(
 
 
 def model_config(recipe: ModelRecipe, task: type[Task], start: Start | None = None) -> PretrainedConfig:
-    """The configuration of the task's model, without its weights. Raises ValueError where it cannot be had or no adapter serves it."""
+    """The configuration of the task's model. Raises ValueError if it cannot be loaded or no adapter supports the family."""
     if recipe.config is not None:
         settings = {**recipe.config, **recipe.settings}
         model_type = settings.pop("model_type")
@@ -138,10 +138,10 @@ def model_config(recipe: ModelRecipe, task: type[Task], start: Start | None = No
         check_settings(model_type, {key: value for key, value in recipe.config.items() if key != "model_type"}, "model.config")
         check_settings(model_type, recipe.settings, "model.settings")
         try:
-            # Where a family has several heads, transformers chooses by the architecture.
+            # transformers selects the head of some families by the architecture.
             return AutoConfig.for_model(model_type, **{"architectures": [architecture], **settings})
         except Exception as error:
-            # transformers checks its configs with errors of several kinds; each is the user's setting here.
+            # transformers validates its configs with several exception types; all of them are errors in the recipe here.
             raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
     if recipe.encoder_of is not None:
         return _of_task(_encoder_config(recipe), recipe, task)
@@ -159,16 +159,16 @@ def _encoder_config(recipe: ModelRecipe) -> PretrainedConfig:
 
 
 def _of_task(config: PretrainedConfig, recipe: ModelRecipe, task: type[Task]) -> PretrainedConfig:
-    """The config of weights that are loaded, with the recipe's settings and the task's head."""
+    """The config of loaded weights with the recipe's settings and the task's architecture."""
     model_class = task.model_class(config.model_type)
     config = with_settings(config, recipe.settings, model_class)
-    # The task's plain head, also where the checkpoint has another (distilled DeiT's second one takes no labels).
+    # The task's plain head, even if the checkpoint has another (distilled DeiT's second head takes no labels).
     config.architectures = [model_class.__name__]
     return config
 
 
 def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: Splits, task: type[Task]) -> PreTrainedModel:
-    """The dense model, with the head that the data need."""
+    """The dense model with the head that fits the data."""
     task.fit_config(config, data)
     if recipe.config is None and recipe.encoder_of is None:
         return task.loaded_model(recipe, config)
@@ -181,12 +181,12 @@ def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: Splits, tas
 def cost_model(
     model: PreTrainedModel, compression: CompressionConfig | None = None, size: tuple[int, int] | int | None = None
 ) -> CostModel | None:
-    """What a model's forward costs; None for a dense model of a family without an adapter, which trains all the same.
+    """The cost model of a forward; None for a dense model of a family without an adapter, which can be trained but not counted.
 
     Args:
-        model: dense or compressed.
-        compression: stages for a dense model.
-        size: of an input; None takes the model's own.
+        model: dense or compressed model.
+        compression: stages to count for a dense model.
+        size: size of an input; None uses the model's own.
     """
     dense = compression is None and not hasattr(model.config, "compression")
     return None if dense and model.config.model_type not in families() else CostModel(model, compression, size)
@@ -200,7 +200,7 @@ def total_steps(recipe: Recipe, data: Splits) -> int:
     assert trainer.max_epochs is not None
     if data.train_rows is None:
         raise ValueError(
-            "trainer.max_epochs needs to know how long the data are, and data.streaming = true does not tell: give trainer.max_steps"
+            "trainer.max_epochs needs the number of training rows, which data.streaming = true does not provide: set trainer.max_steps"
         )
     rows = data.train_rows
     return max(1, math.floor(trainer.max_epochs * rows / (recipe.data.batch_size * trainer.accumulate * processes_of(trainer))))

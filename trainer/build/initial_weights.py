@@ -1,4 +1,4 @@
-"""Where a run's weights come from: what ``model.name`` leads to, be it a model, a run, an adapter or a checkpoint."""
+"""Finds a run's initial weights: ``model.name`` is a model, a run, an adapter or a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from ..errors import RecipeError
 from ..recipe.schema import ModelRecipe, Recipe
 from ..run_folder import RunFolder, located
 
-PRETRAIN = "pretrain first, laconic train mae_digits for example, or give another run folder, a folder of weights or a hub name"
+PRETRAIN = "pretrain first, with laconic train mae_digits for example, or name another run folder, a folder of weights or a hub model"
 
 
 @dataclass(frozen=True)
 class Start:
-    """What ``model.name`` leads to.
+    """The initial weights that ``model.name`` refers to.
 
     Attributes:
-        name: as the recipe has it.
-        config: of the dense model, without stages.
-        weights: folder or hub name of the dense weights; None where ``state`` has them.
-        revision: of a hub model.
-        compression: stages that were trained there; None where it is dense.
-        adapter: on those weights; None where there is none.
-        state: tensors of a checkpoint that is one file, by the model's names.
-        run: folder that it was found in; None of a hub name.
+        name: ``model.name`` of the recipe.
+        config: configuration of the dense model, without stages.
+        weights: folder or hub name of the dense weights; None if ``state`` has them.
+        revision: revision of a hub model.
+        compression: stages trained with these weights; None for a dense model.
+        adapter: adapter on these weights; None if there is none.
+        state: tensors of a single-file checkpoint, by the model's parameter names.
+        run: run folder of the weights; None for a hub name.
     """
 
     name: str
@@ -53,22 +53,22 @@ class Start:
     run: RunFolder | None = None
 
     def beside(self, file: str) -> tuple[str, str | None]:
-        """Folder, or hub name and revision, that has a tokenizer's or processor's file: the nearest one, else the dense weights.
+        """The nearest folder, or hub name and revision, with a tokenizer's or processor's file; by default that of the dense weights.
 
         Raises:
-            ValueError: a checkpoint that is one file has none, and its run has not ended.
+            ValueError: the start is a single-file checkpoint, and its unfinished run has no such file.
         """
         here = None if self.run is None else self.run.with_file(file)
         if here is None and self.weights is None:
-            raise ValueError(f"model.name = {self.name!r} is a checkpoint, which has no {file}: give data.tokenizer")
+            raise ValueError(f"model.name = {self.name!r} is a checkpoint without {file}: set data.tokenizer")
         return (str(here), None) if here is not None else (str(self.weights), self.revision)
 
 
 def start_of(model: ModelRecipe) -> Start | None:
-    """What a recipe's ``model.name`` leads to; None where the recipe has no name.
+    """The start that a recipe's ``model.name`` refers to; None if the recipe has no name.
 
     Raises:
-        ValueError: it cannot be loaded, or is damaged.
+        ValueError: the weights cannot be loaded or are damaged.
     """
     if model.name is None:
         return None
@@ -85,16 +85,16 @@ def start_of(model: ModelRecipe) -> Start | None:
     try:
         config = AutoConfig.from_pretrained(weights, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        hint = "" if path.exists() else "; a run must have ended before another goes on from it"
+        hint = "" if path.exists() else "; a run can be a start only after it has ended"
         raise ValueError(f"model.name = {model.name!r} cannot be loaded: {str(error).splitlines()[0]}{hint}") from None
     return Start(model.name, config, weights, model.revision, _without_stages(config), run=run)
 
 
 def encoder_weights(model: ModelRecipe) -> str:
-    """Folder or hub name of the weights that a recipe's ``model.encoder_of`` leads to.
+    """Folder or hub name of the weights that ``model.encoder_of`` refers to.
 
     Raises:
-        ValueError: it is a folder that holds none.
+        ValueError: the folder has no weights.
     """
     assert model.encoder_of is not None
     try:
@@ -104,7 +104,7 @@ def encoder_weights(model: ModelRecipe) -> str:
 
 
 def check_start(recipe: Recipe, start: Start | None) -> None:
-    """Raises RecipeError where the recipe's stages or LoRA cannot go on from what it starts from."""
+    """Raises RecipeError if the recipe's stages or LoRA do not fit the start."""
     if start is None:
         return
     name = f"model.name = {start.name!r}"
@@ -112,34 +112,34 @@ def check_start(recipe: Recipe, start: Start | None) -> None:
         was = {stage.key: stage for stage in start.compression.stages}
         if recipe.compression is None:
             raise RecipeError(
-                f"{name} was trained with stages {', '.join(was)}, and the recipe has no compression: give it the same stages (those of its "
-                "recipe.yaml), or start from a dense model"
+                f"{name} was trained with stages {', '.join(was)}, and the recipe has no compression: copy the stages of its recipe.yaml, "
+                "or start from a dense model"
             )
         now = {stage.key: stage for stage in recipe.compression.stages}
         if now.keys() != was.keys():
-            raise RecipeError(f"{name} was trained with stages {', '.join(was)}, and the recipe has {', '.join(now)}: give the same ones")
+            raise RecipeError(f"{name} was trained with stages {', '.join(was)}, and the recipe has {', '.join(now)}: use the same stages")
         for key, stage in now.items():
             differing = [kind for kind in ("scorer", "selector", "merger") if stage.part(kind) != was[key].part(kind)]
-            # Paths for the gradient may change; what weighs tokens in evaluation too is a part of the model.
+            # Estimators that only shape the gradient may differ; one that weighs tokens in evaluation is a part of the model.
             if _weighing(stage) != _weighing(was[key]):
                 differing.append("estimator")
             if differing:
                 raise RecipeError(
-                    f"stage {key!r}: its {' and '.join(differing)} differ from those that {name} was trained with: give the same"
+                    f"stage {key!r}: its {' and '.join(differing)} differ from those that {name} was trained with: use the same"
                 )
     lora = recipe.lora
     if lora is not None and lora.mode == "routers" and start.adapter is not None and start.adapter.lora_config is not None:
         raise RecipeError(
-            f"{name} is an adapter with LoRA, and lora.mode = 'routers' would train on without it: give lora.mode=lora, or name its merged export"
+            f"{name} is an adapter with LoRA, and lora.mode = 'routers' would ignore it: set lora.mode=lora, or name its merged export"
         )
     if lora is not None and lora.freezes and start.weights is None:
         raise RecipeError(
-            f"{name} is a checkpoint of all weights, which no adapter can name as its base: name a folder, or set lora.mode=full"
+            f"{name} is a checkpoint of all weights, which an adapter cannot name as its base: name a folder, or set lora.mode=full"
         )
 
 
 def _weighing(stage: StageConfig) -> str | None:
-    """Name of the estimator, if it runs in evaluation too."""
+    """Name of a stage's estimator if it weighs tokens in evaluation; None otherwise."""
     if stage.estimator is None:
         return None
     part = stage.part("estimator")
@@ -147,19 +147,19 @@ def _weighing(stage: StageConfig) -> str | None:
 
 
 def load_stages(model: PreTrainedModel, start: Start) -> None:
-    """Gives the stages of a compressed model the weights that they start from, in place; those of a dense start stay as drawn."""
+    """Copies the start's stage weights into a compressed model, in place; the stages of a dense start keep their random weights."""
     if start.compression is None:
         return
     if start.adapter is not None:
         tensors: Mapping[str, Tensor] = start.adapter.stages
     else:
-        # Parameters that are tied, or of the head, are none of a stage's.
+        # Only the stages' own parameters: not those of the head, not tied ones.
         tensors = _stage_tensors(start, set(stage_state(model)))
     copy_all(stage_state(model), tensors, f"the routers of model.name = {start.name!r}")
 
 
 def load_state(model: PreTrainedModel, start: Start) -> list[str]:
-    """Gives a dense model the tensors of a checkpoint that is one file; names of those that it lacks or has in another shape."""
+    """Copies a single-file checkpoint into a dense model; returns names of parameters that it lacks or that differ in shape."""
     state = model.state_dict()
     fitting = {name: start.state[name] for name, value in state.items() if name in start.state and start.state[name].shape == value.shape}
     copy_all({name: state[name] for name in fitting}, fitting, f"model.name = {start.name!r}")
@@ -183,9 +183,9 @@ def _of_adapter(name: str, adapter: Adapter, run: RunFolder) -> Start:
 
 
 def _without_stages(config: Any) -> CompressionConfig | None:
-    """Takes the stages out of a config, in place."""
-    told = config.__dict__.pop("compression", None)
-    return None if told is None else CompressionConfig.from_dict(told)
+    """Removes the stages from a config, in place, and returns them."""
+    compression = config.__dict__.pop("compression", None)
+    return None if compression is None else CompressionConfig.from_dict(compression)
 
 
 def _stage_tensors(start: Start, names: set[str]) -> dict[str, Tensor]:

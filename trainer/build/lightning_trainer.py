@@ -1,4 +1,4 @@
-"""The Lightning Trainer that a recipe asks for."""
+"""Makes the Lightning Trainer of a recipe."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from ..run_folder import RunFolder
 def lightning_trainer(
     recipe: Recipe, run: RunFolder, steps: int, callbacks: Sequence[Callback], unused_parameters: bool = False
 ) -> lightning.Trainer:
-    """The Lightning Trainer that a recipe asks for.
+    """The Lightning Trainer of a recipe.
 
     Args:
-        recipe: resolved.
-        run: where checkpoints and curves go.
+        recipe: resolved recipe.
+        run: folder of checkpoints and curves.
         steps: optimizer steps.
-        callbacks: beside those for checkpoints and pictures.
-        unused_parameters: whether a step leaves parameters without gradient.
+        callbacks: callbacks in addition to those for averaging, checkpoints and pictures.
+        unused_parameters: True if some parameters have no gradient in a step.
     """
     settings = recipe.trainer
-    # DeepSpeed's autocast is in its own configuration; Lightning's precision would cast the weights.
+    # DeepSpeed has its own autocast configuration; Lightning's precision would also cast the weights.
     precision = "32-true" if settings.precision == "fp32" or stage_of(settings) else "bf16-mixed"
     several = processes_of(settings) > 1 or needs_group(settings)
     checkpoints = ModelCheckpoint(
@@ -45,7 +45,7 @@ def lightning_trainer(
         save_top_k=1,
         enable_version_counter=False,
     )
-    # First, so that a checkpoint at the end of a batch holds the average with that batch in it.
+    # First, so that a checkpoint at the end of a batch includes that batch in the average.
     averaged = [WeightEma(settings.ema)] if settings.ema is not None else []
     return lightning.Trainer(
         max_steps=steps,
@@ -71,7 +71,7 @@ def lightning_trainer(
 
 
 def quiet() -> None:
-    """Keeps libraries' notices out of the log; what goes wrong is still shown."""
+    """Suppresses informational messages of libraries; real warnings are still shown."""
     set_accelerator()
     disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets"):
@@ -81,5 +81,5 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*When saving the DeepSpeed Stage 3 checkpoint.*")
-    # What is logged is the same on every rank already.
+    # Logged values are equal on all ranks already.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")

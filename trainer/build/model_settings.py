@@ -1,4 +1,4 @@
-"""Settings laid over a model's own config, checked: transformers keeps unknown ones without a word."""
+"""Checks settings that change a model's config: transformers accepts unknown settings silently."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ DEPTH = "drop_path_rate"
 
 
 def check_settings(model_type: str, settings: Iterable[str], key: str) -> None:
-    """Refuses what the family's config does not have, since a slip of the pen would train another model.
+    """Refuses settings that the family's config does not have: transformers would ignore a misspelled name and train another model.
 
     Args:
-        model_type: of the family.
-        settings: their names, or names and values.
-        key: of the recipe they stand under, for the message.
+        model_type: family of the model.
+        settings: names of the settings, or names with values.
+        key: recipe key that holds the settings, for the message.
 
     Raises:
-        ValueError: with the nearest setting that there is; for stochastic depth, with the families that have it.
+        ValueError: a setting is unknown. The message has the nearest name; for stochastic depth, the families that have it.
     """
     default = AutoConfig.for_model(model_type)
     _check_names(default, model_type, settings, key)
@@ -40,29 +40,29 @@ def _check_names(default: PretrainedConfig, owner: str, settings: Iterable[str],
         if name == DEPTH:
             having = ", ".join(families_with_depth()) or "none"
             raise ValueError(
-                f"{key}.{name}: {owner} of transformers has no stochastic depth; of the families here that have it there are: {having}. "
-                f"Leave it out, or take {key}.hidden_dropout_prob"
+                f"{key}.{name}: {owner} of transformers has no stochastic depth; supported families that have it: {having}. "
+                f"Remove it, or use {key}.hidden_dropout_prob"
             )
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {key}.{near[0]}?" if near else f"its settings are {', '.join(sorted(known))}"
-        raise ValueError(f"{key}.{name} is no setting of {owner}; {hint}")
+        raise ValueError(f"{key}.{name} is not a setting of {owner}; {hint}")
 
 
 def families_with_depth() -> list[str]:
-    """Families with an adapter whose config has a rate of stochastic depth."""
+    """Supported families whose config has a rate of stochastic depth."""
     return [name for name in sorted(families()) if hasattr(AutoConfig.for_model(name), DEPTH)]
 
 
 def with_settings(config: PretrainedConfig, settings: Mapping[str, Any], model_class: type[PreTrainedModel]) -> PretrainedConfig:
-    """A loaded model's config with settings laid over it.
+    """A loaded model's config with changed settings.
 
     Args:
-        config: of the checkpoint.
+        config: config of the checkpoint.
         settings: names and values.
-        model_class: what is made of it.
+        model_class: class of the model.
 
     Raises:
-        ValueError: a setting is unknown, has a value that the family does not take, or changes the shape of weights that are loaded.
+        ValueError: a setting is unknown, has an invalid value, or changes the shape of loaded weights.
     """
     if not settings:
         return config
@@ -70,14 +70,14 @@ def with_settings(config: PretrainedConfig, settings: Mapping[str, Any], model_c
     try:
         changed = type(config).from_dict({**config.to_dict(), **settings})
     except Exception as error:
-        # transformers checks its configs with errors of several kinds; each is the user's setting here.
+        # transformers validates its configs with several exception types; all of them are errors in the recipe here.
         raise ValueError(f"model.settings: {' '.join(str(error).split())}") from None
     before, after = _shapes(config, model_class), _shapes(changed, model_class)
     differing = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     if differing:
         raise ValueError(
             f"model.settings {', '.join(settings)}: would change the weights that model.name loads ({', '.join(sorted(differing)[:3])} …): "
-            "settings of a loaded model are those without weights, dropout for example"
+            "only settings without weights can be changed here, dropout for example"
         )
     return changed
 

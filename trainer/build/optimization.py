@@ -30,19 +30,19 @@ def parameter_groups(
     """Groups for an optimizer: backbone, routers and LoRA, each with and without weight decay.
 
     Args:
-        model: compressed or dense.
+        model: compressed or dense model.
         lr: learning rate of the backbone.
-        router_lr: learning rate of every stage's parameters; None takes ``lr``.
-        weight_decay: of matrices; norms, biases, tokens and position embeddings have none.
-        layer_decay: factor on ``lr`` from each layer to the one below it, 1 for what follows the layers (arXiv 2106.08254);
-            routers and LoRA keep theirs. None gives the whole backbone one learning rate, and needs no transformers model.
-        lora_lr: learning rate of LoRA's parameters; None takes ``lr``.
-        router_weight_decay: of routers' matrices; None takes ``weight_decay``.
-        lora_weight_decay: of LoRA's matrices; None takes ``weight_decay``.
+        router_lr: learning rate of every stage's parameters; None uses ``lr``.
+        weight_decay: weight decay of matrices; norms, biases, tokens and position embeddings have none.
+        layer_decay: factor on ``lr`` from each layer to the one below it, 1 after the layers (arXiv 2106.08254); routers and LoRA
+            keep their rate. None uses one learning rate for the whole backbone, and then any torch module is accepted.
+        lora_lr: learning rate of LoRA's parameters; None uses ``lr``.
+        router_weight_decay: weight decay of routers' matrices; None uses ``weight_decay``.
+        lora_weight_decay: weight decay of LoRA's matrices; None uses ``weight_decay``.
 
     Returns:
-        Groups with ``params``, ``lr``, ``weight_decay`` and ``name``; empty ones are left out. Frozen parameters are in none.
-        With ``layer_decay`` the head's come first and there are two of each layer.
+        Groups with ``params``, ``lr``, ``weight_decay`` and ``name``; empty groups and frozen parameters are left out.
+        With ``layer_decay`` the head's groups come first, and each layer has two.
     """
     of_stages = {id(parameter) for module in model.modules() if isinstance(module, Stage) for parameter in module.parameters()}
     depths = {} if layer_decay is None else layer_depths(model)
@@ -63,25 +63,25 @@ def parameter_groups(
         group["params"].append(parameter)
     if not depths:
         return list(groups.values())
-    # The head's first: what reads the first group's learning rate means the recipe's.
+    # The head's groups come first, because the logged learning rate is that of the first group.
     return sorted(groups.values(), key=lambda group: (group["name"].startswith("router"), -group["lr"]))
 
 
 def layer_depths(model: nn.Module) -> dict[int, int]:
-    """How far below the head each parameter is, by its id: 0 after the layers, 1 in the last layer …, layers + 1 before the first.
+    """Distance of each parameter from the head, by id: 0 after the layers, 1 in the last layer …, layers + 1 before the first.
 
     Raises:
-        ValueError: the model has no backbone adapter, which tells where its layers are.
+        ValueError: the model is not a transformers model, or its family has no backbone adapter.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"optimizer.layer_decay needs a transformers model, whose layers an adapter finds, not {type(model).__name__}")
+        raise ValueError(f"optimizer.layer_decay needs a transformers model with a backbone adapter, not {type(model).__name__}")
     adapter = adapter_of(model)
     layers = adapter.layers(model)
     depths = {id(parameter): len(layers) - index for index, layer in enumerate(layers) for parameter in layer.parameters()}
     for parameter in adapter.base(model).parameters():
         if id(parameter) in depths:
             break
-        # Models register in the order of computation: what stands before the layers are the embeddings.
+        # Models register modules in the order of computation: modules before the layers are embeddings.
         depths[id(parameter)] = len(layers) + 1
     return depths
 
@@ -89,15 +89,15 @@ def layer_depths(model: nn.Module) -> dict[int, int]:
 def learning_rate_schedule(optimizer: Optimizer, kind: str, total_steps: int, warmup: float = 0.05, final: float = 0.0) -> LambdaLR:
     """Linear warm-up, then ``cosine``, ``linear`` or ``constant``.
 
-    The warm-up is done here: that of transformers' schedules gives the first step a learning rate of 0, which trains nothing, or
-    (``cosine_warmup_with_min_lr``) starts the cosine one step late.
+    The warm-up is implemented here: transformers' schedules start at a learning rate of 0, so that the first step trains nothing, or
+    (``cosine_warmup_with_min_lr``) start the cosine one step late.
 
     Args:
-        optimizer: whose groups' learning rates are the peaks.
-        kind: of the schedule after the warm-up.
+        optimizer: optimizer whose learning rates are the peaks.
+        kind: schedule after the warm-up.
         total_steps: optimizer steps.
-        warmup: fraction of them that warms up.
-        final: learning rate at the end ÷ peak; ``constant`` has none.
+        warmup: fraction of the steps for the warm-up.
+        final: final learning rate ÷ peak; ignored by ``constant``.
     """
     if kind not in ("cosine", "linear", "constant"):
         raise ValueError(f"optimizer.schedule = {kind!r} must be one of cosine, linear, constant")
@@ -112,9 +112,9 @@ def learning_rate_schedule(optimizer: Optimizer, kind: str, total_steps: int, wa
 
 
 def _decay(optimizer: Optimizer, kind: str, steps: int, final: float) -> Callable[[int], float]:
-    """Factor on the peak learning rate by step from 0 to ``steps``, after the warm-up."""
+    """Factor on the peak learning rate by step after the warm-up, from 0 to ``steps``."""
     if kind == "linear" and final > 0:
-        # transformers' linear schedule ends at 0; its polynomial one takes its end as a learning rate, and groups have different ones.
+        # transformers' linear schedule ends at 0, and its polynomial one takes one final learning rate for all groups.
         return lambda step: 1 - (1 - final) * (step / steps)
     name, options = ("cosine_with_min_lr", {"min_lr_rate": final}) if kind == "cosine" else (kind, None)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=steps, scheduler_specific_kwargs=options)

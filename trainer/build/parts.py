@@ -1,4 +1,4 @@
-"""What a run is made of."""
+"""The parts of a run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class RunParts:
-    """What a run is made of.
+    """The parts of a run.
 
     Attributes:
         recipe: the recipe.
-        data: splits.
-        model: compressed if the recipe says so.
-        cost: of the model; None for a dense model whose family has no adapter that could count.
-        budget: None for a dense model, or where every stage has its own keep.
+        data: splits of the data.
+        model: the model, compressed if the recipe has stages.
+        cost: cost model; None for a dense model of a family without an adapter.
+        budget: budget; None for a dense model, or if every stage has its own keep.
         total_steps: optimizer steps.
-        base: weights that stay as they are, which an adapter names; None where everything trains.
+        base: frozen weights, which the adapter names; None if everything trains.
     """
 
     recipe: Recipe

@@ -1,4 +1,4 @@
-"""What of a recipe's model trains: LoRA, routers, a new head; and how much that is."""
+"""Freezes the base, adds LoRA, and counts trainable parameters."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from ..recipe.schema import LoraRecipe, Recipe
 
 
 def check_lora(recipe: Recipe) -> None:
-    """What the block needs beside itself and this machine can tell. Raises RecipeError with one clear message."""
+    """Checks the ``lora`` block against the rest of the recipe and this machine. Raises RecipeError with one clear message."""
     lora = recipe.lora
     if lora is None or not lora.freezes:
         return
     where = f"lora.mode = {lora.mode!r}"
     if recipe.model.name is None:
         raise RecipeError(
-            f"{where} freezes the weights of model.name, which is not set: name a folder, a run or a hub model with trained weights, or set "
+            f"{where} freezes the weights of model.name, which is not set: name a folder, run or hub model with trained weights, or set "
             "lora.mode=full"
         )
     if lora.mode == "routers" and recipe.compression is None:
-        raise RecipeError(f"{where} trains routers, and there is no compression: add compression.stages, or set lora.mode=lora")
+        raise RecipeError(f"{where} trains routers, and the recipe has no compression: add compression.stages, or set lora.mode=lora")
     if recipe.trainer.ema is not None:
-        raise RecipeError(f"trainer.ema = {recipe.trainer.ema} averages all weights, and {where} trains few of them: give trainer.ema=null")
+        raise RecipeError(f"trainer.ema = {recipe.trainer.ema} averages all weights, and {where} trains few of them: set trainer.ema=null")
     if recipe.optimizer.layer_decay is not None:
         raise RecipeError(
-            f"optimizer.layer_decay = {recipe.optimizer.layer_decay} is of a backbone that trains, and {where} freezes it: leave it out"
+            f"optimizer.layer_decay = {recipe.optimizer.layer_decay} applies to a trained backbone, and {where} freezes it: remove it"
         )
     if stage_of(recipe.trainer) == 3 and lora.dora:
         raise RecipeError(
-            "lora.dora = true does not go with deepspeed_3: it reads whole weights, which are in pieces there; give lora.dora=false, "
-            "or trainer.strategy=deepspeed_2"
+            "lora.dora = true is not supported with deepspeed_3: DoRA reads whole weights, which are partitioned there; set "
+            "lora.dora=false or trainer.strategy=deepspeed_2"
         )
     if lora.quantize is not None:
         _check_quantize(lora, stage_of(recipe.trainer))
@@ -51,15 +51,17 @@ def check_lora(recipe: Recipe) -> None:
 def _check_quantize(lora: LoraRecipe, stage: int) -> None:
     given = f"lora.quantize = {lora.quantize!r}"
     if not torch.cuda.is_available():
-        raise RecipeError(f"{given} needs a GPU, and this machine has none that torch can use: give lora.quantize=null")
+        raise RecipeError(f"{given} needs a GPU, and torch finds none on this machine: set lora.quantize=null")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError(f"{given}: the package bitsandbytes is not installed; pip install 'laconic[quant]', or give lora.quantize=null")
+        raise RecipeError(f"{given}: the package bitsandbytes is not installed; pip install 'laconic[quant]', or set lora.quantize=null")
     if stage == 3:
-        raise RecipeError(f"{given} does not go with deepspeed_3, which cannot partition 4-bit weights: give trainer.strategy=deepspeed_2")
+        raise RecipeError(
+            f"{given} is not supported with deepspeed_3, which cannot partition 4-bit weights: set trainer.strategy=deepspeed_2"
+        )
 
 
 def quantization(lora: LoraRecipe | None, model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, Any]:
-    """What ``from_pretrained`` needs to load frozen layers as the block says; heads, routers and LoRA stay in float32."""
+    """Arguments of ``from_pretrained`` that load frozen layers in 4 bits; heads, routers and LoRA stay in float32."""
     if lora is None or lora.quantize is None:
         return {}
     from transformers import BitsAndBytesConfig
@@ -78,17 +80,17 @@ def quantization(lora: LoraRecipe | None, model_class: type[PreTrainedModel], co
 
 
 def train_parts(recipe: LoraRecipe | None, model: PreTrainedModel, new: Iterable[str], adapter: Adapter | None, filled: bool) -> None:
-    """Freezes what does not train and puts LoRA in, in place; the stages are there already.
+    """Freezes the parameters that do not train and adds LoRA, in place. The model has its stages already.
 
     Args:
-        recipe: the block; None trains everything.
-        model: with the weights that it starts from.
-        new: modules that those lacked, which train in full.
-        adapter: that the run goes on from.
-        filled: whether the model has its values; one that is spread over ranks gets them later.
+        recipe: the ``lora`` block; None trains everything.
+        model: model with its initial weights.
+        new: modules without initial weights, which train in full.
+        adapter: adapter that the run starts from; None if there is none.
+        filled: False for a partitioned model whose weights are set later.
 
     Raises:
-        ValueError: the block names what is not there, or other settings than the adapter's.
+        ValueError: the block names modules that do not exist, or its settings differ from the adapter's.
     """
     if recipe is None or not recipe.freezes:
         if adapter is not None and filled:
@@ -109,33 +111,33 @@ def train_parts(recipe: LoraRecipe | None, model: PreTrainedModel, new: Iterable
 
 
 def check_same_lora(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Raises ValueError where a recipe's LoRA is another than that of the adapter it goes on from."""
+    """Raises ValueError if a recipe's LoRA differs from that of the adapter it starts from."""
     configs: Mapping[str, Any] = model.peft_config
-    ours, theirs = configs["default"].to_dict(), adapter.lora_config.to_dict()  # type: ignore[union-attr]
+    new, old = configs["default"].to_dict(), adapter.lora_config.to_dict()  # type: ignore[union-attr]
     keys = {
         "r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora", "rank_pattern": "rank_pattern",
         "alpha_pattern": "alpha_pattern",
     }  # fmt: skip
     for key, of_peft in keys.items():
-        if ours[of_peft] != theirs[of_peft]:
+        if new[of_peft] != old[of_peft]:
             raise ValueError(
-                f"lora.{key} = {ours[of_peft]!r}, and model.name is an adapter with {theirs[of_peft]!r}: give the same, or go on from its "
+                f"lora.{key} = {new[of_peft]!r}, and the adapter in model.name has {old[of_peft]!r}: use the same, or start from its "
                 "merged export"
             )
     adapted = {name.rsplit(".lora_", 1)[0] for name in lora_state(model)}
     before = {name.rsplit(".lora_", 1)[0] for name in adapter.lora}
     if adapted != before:
         differing = sorted(name.removeprefix("base_model.model.") for name in adapted ^ before)
-        raise ValueError(f"lora.targets differ from those of the adapter in model.name, in {', '.join(differing[:3])}: give the same")
+        raise ValueError(f"lora.targets differ from those of the adapter in model.name, in {', '.join(differing[:3])}: use the same")
 
 
 def parameter_counts(model: PreTrainedModel) -> dict[str, dict[str, int]]:
-    """``total`` and ``trainable`` parameters of ``lora``, ``routers`` and the ``rest``, whole also where they are spread over ranks."""
+    """``total`` and ``trainable`` parameters of ``lora``, ``routers`` and the ``rest``; of whole parameters, even if partitioned."""
     of_stages = {id(parameter) for stage in stages_of(model).values() for parameter in stage.parameters()}
     counts = {group: {"total": 0, "trainable": 0} for group in ("lora", "routers", "rest")}
     for name, parameter in model.named_parameters():
         group = "routers" if id(parameter) in of_stages else "lora" if is_lora(name) else "rest"
-        # Two 4-bit weights share a byte.
+        # A byte stores two 4-bit weights.
         size = shape_of(parameter).numel() * (2 if parameter.dtype == torch.uint8 else 1)
         counts[group]["total"] += size
         counts[group]["trainable"] += size * parameter.requires_grad
@@ -143,7 +145,7 @@ def parameter_counts(model: PreTrainedModel) -> dict[str, dict[str, int]]:
 
 
 def _merge_in(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Adds an adapter's LoRA to the weights, which train as they did."""
+    """Merges an adapter's LoRA into the weights, which keep their ``requires_grad``."""
     if adapter.lora_config is None:
         return
     training = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -155,9 +157,9 @@ def _merge_in(model: PreTrainedModel, adapter: Adapter) -> None:
 
 
 def _copy_full(model: PreTrainedModel, adapter: Adapter) -> None:
-    """What trained in full before, where it still fits: a head for other classes is a new one."""
+    """Copies an adapter's fully trained modules whose shapes fit; a head for other classes stays new."""
     state = model.state_dict()
     for module in adapter.full:
-        theirs = {name: value for name, value in adapter.full_tensors.items() if name.startswith(f"{module}.")}
-        if all(name in state and state[name].shape == value.shape for name, value in theirs.items()):
-            copy_all({name: state[name] for name in theirs}, theirs, "model.name")
+        tensors = {name: value for name, value in adapter.full_tensors.items() if name.startswith(f"{module}.")}
+        if all(name in state and state[name].shape == value.shape for name, value in tensors.items()):
+            copy_all({name: state[name] for name in tensors}, tensors, "model.name")

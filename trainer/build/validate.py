@@ -1,4 +1,4 @@
-"""Everything of a recipe that can be checked without training: keys, paths, columns, layers, budgets, memory."""
+"""Checks everything of a recipe that needs no training: keys, paths, columns, layers, budgets, memory."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .trainable import check_lora, parameter_counts, train_parts
 
 @dataclass(frozen=True)
 class Checked:
-    """What a valid recipe amounts to.
+    """Size and cost of a valid recipe.
 
     Attributes:
-        parameters: of the model, stages and LoRA included.
-        trainable: of those, what trains; a new head, which only loading the weights would show, is not counted where the rest is frozen.
+        parameters: parameters of the model, with stages and LoRA.
+        trainable: trainable parameters; with a frozen base, a new head is not counted, because only loading the weights shows it.
         steps: optimizer steps.
-        classes: of the data.
-        train_rows: of the data; None where they are streamed.
+        classes: number of classes of the data.
+        train_rows: number of training rows; None for streamed data.
         keep: resolved keep by stage.
-        tokens: of each layer; none where the family has no adapter that could tell.
-        macs_ratio: of the compressed forward; 1 for a dense recipe.
-        memory_bytes: estimate for training on one process: weights, gradients, AdamW, an average, a teacher and, where an
-            adapter can tell, activations of a batch.
+        tokens: number of tokens by layer; empty for a family without an adapter.
+        macs_ratio: MACs of the compressed forward ÷ dense; 1 for a dense recipe.
+        memory_bytes: estimated training memory of one process: weights, gradients, AdamW, the weight average, a teacher, and the
+            activations of a batch if the family has an adapter.
     """
 
     parameters: int
@@ -47,10 +47,10 @@ class Checked:
 
 
 def validate(recipe: Recipe) -> Checked:
-    """Checks a recipe against its real config and data; weights are neither loaded nor made.
+    """Checks a recipe against its real config and data; weights are neither loaded nor initialised.
 
     Raises:
-        ValueError: what is wrong, and what is allowed.
+        ValueError: the recipe is wrong; the message says what is allowed.
     """
     check_strategy(recipe)
     check_lora(recipe)
@@ -71,14 +71,14 @@ def validate(recipe: Recipe) -> Checked:
             compression = Budget(recipe.budget, model, compression, steps, recipe.seed, task.size(recipe)).compression
         counted = cost_model(model, compression, task.size(recipe))
         if counted is not None:
-            # Found out before training, not when it is evaluated.
+            # Checked here, because evaluation would find it only after training.
             check_deployable(stage for stage in counted.stages if stage.adapter.causal)
         routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
         train_parts(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
     cost = None if counted is None else counted()
     counts = parameter_counts(model).values()
     parameters, trainable = (routers + sum(group[kind] for group in counts) for kind in ("total", "trainable"))
-    # Weights, and of what trains gradients and two moments; one more copy where they are averaged.
+    # Weights; for trainable ones also gradients and two moments, and one more copy for an average.
     frozen = 0.5 if recipe.lora is not None and recipe.lora.quantize == "4bit" else 4
     weights = round(frozen * (parameters - trainable)) + trainable * (16 if recipe.trainer.ema is None else 20)
     if teacher is not None:

@@ -1,1 +1,1 @@
-"""What watches a run: the line a step, scalars and pictures for TensorBoard, checkpoints' random state, and the guard against NaN."""
+"""Callbacks: the step line, TensorBoard scalars and pictures, random state of checkpoints, and the guard against NaN."""

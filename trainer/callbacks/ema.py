@@ -8,16 +8,16 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightEma(WeightAveraging):
-    """Averages after every optimizer step; validation, test and the saved model use the average, checkpoints hold both.
+    """Averages after every optimizer step. Validation, test and the saved model use the average; checkpoints hold both.
 
-    The average starts as the weights after the first step. Must come before callbacks that save a checkpoint at the end of a batch.
+    The average starts as the weights after the first step. This callback must come before callbacks that save checkpoints.
 
     Args:
-        decay: of the average a step: average ← decay · average + (1 − decay) · weights.
+        decay: decay of the average per step: average ← decay · average + (1 − decay) · weights.
     """
 
     def __init__(self, decay: float) -> None:
-        # Buffers are copied, not averaged: a mean of counters means nothing.
+        # Buffers are copied: an average of counters has no meaning.
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.decay = decay
 
@@ -26,7 +26,7 @@ class WeightEma(WeightAveraging):
 
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise ValueError(
-                f"trainer.ema = {self.decay} does not go with DeepSpeed, which keeps and saves weights of its own: "
+                f"trainer.ema = {self.decay} is not supported with DeepSpeed, which keeps and saves its own copy of the weights: "
                 "set trainer.ema=null or trainer.strategy=plain"
             )
         super().setup(trainer, pl_module, stage)

@@ -1,4 +1,4 @@
-"""What stops a run that has gone wrong, and what a checkpoint needs beside the weights."""
+"""Stops a run whose gradient is not finite, and keeps the random state of all ranks in checkpoints."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class NotANumber(RuntimeError):
 
 
 class NanGuard(Callback):
-    """Stops before the optimizer step that a gradient of NaN or infinity would poison, on every rank together.
+    """Stops every rank before an optimizer step with a gradient of NaN or infinity.
 
-    Averaged gradients are the same on all ranks under DDP. DeepSpeed, which partitions them, finds out itself, over all ranks, and
-    leaves the step out; it goes on without a word then, so its note is read after the step.
+    Under DDP, averaged gradients are equal on all ranks. DeepSpeed partitions them, detects overflow over all ranks itself and skips
+    the step silently; its ``overflow`` flag is therefore read after the step.
     """
 
     def on_before_optimizer_step(self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: Any) -> None:
@@ -41,12 +41,12 @@ class NanGuard(Callback):
 
 
 class RandomState(Callback):
-    """Keeps the generators of all ranks in the checkpoint, so that dropout goes on where it was.
+    """Keeps the generators of all ranks in checkpoints, so that dropout continues where it was.
 
-    Everything else that is drawn in training comes from (seed, step, sample), and needs no state.
+    All other random draws of training depend on (seed, step, sample) and need no state.
 
     Args:
-        seed: of the run; each rank's generator starts from it and the rank, or they would all drop the same places.
+        seed: seed of the run; each rank's generator starts from it and the rank, so that ranks drop different elements.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -54,7 +54,7 @@ class RandomState(Callback):
         self._loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        # Lightning asks every rank for this, and saves what rank 0 says.
+        # Lightning calls this on every rank, and saves the result of rank 0.
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         return {"ranks": collective.gather({"cpu": torch.get_rng_state(), "cuda": cuda})}
 

@@ -1,4 +1,4 @@
-"""One readable line every few steps, and a bar where there is a terminal."""
+"""One line every few steps, and a progress bar in a terminal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..tasks.base import Task
 
 
 class Throughput:
-    """How many images or tokens a second: loading and training, validation excluded.
+    """Images or tokens per second of loading and training, without validation.
 
     Attributes:
-        amount: of the whole training.
-        seconds: likewise.
+        amount: images or tokens of the whole training.
+        seconds: seconds of the whole training.
     """
 
     def __init__(self) -> None:
@@ -27,28 +27,28 @@ class Throughput:
         self._read, self._since = (0, 0.0), 0.0
 
     def resume(self, amount: int, seconds: float) -> None:
-        """Goes on from what a checkpoint counted."""
+        """Continues from the amount and the seconds of a checkpoint."""
         self.amount, self.seconds, self._read = amount, seconds, (amount, seconds)
 
     def start(self) -> None:
         self._since = time.perf_counter()
 
     def add(self, amount: int) -> None:
-        """Counts what was done since the last call, or since ``start``."""
+        """Adds an amount processed since the last call, or since ``start``."""
         now = time.perf_counter()
         self.amount += amount
         self.seconds += now - self._since
         self._since = now
 
     def read(self) -> float:
-        """The rate since the last reading."""
+        """Rate since the last call."""
         amount, seconds = self._read
         self._read = self.amount, self.seconds
         return (self.amount - amount) / (self.seconds - seconds) if self.seconds > seconds else 0.0
 
     @property
     def mean(self) -> float | None:
-        """The rate of the whole training; None before anything was done."""
+        """Rate of the whole training; None before the first step."""
         return self.amount / self.seconds if self.seconds else None
 
 
@@ -56,8 +56,8 @@ class RunLog:
     """Writes lines to the console and to the run's ``log.txt``.
 
     Args:
-        console: where people look.
-        file: the open log.
+        console: output console.
+        file: the open log file.
     """
 
     def __init__(self, console: Console, file: TextIO) -> None:
@@ -70,14 +70,14 @@ class RunLog:
 
 
 class StepLine(Callback):
-    """Writes step, loss, achieved keep, speed and time left, and the same as scalars.
+    """Writes step, loss, achieved keep, speed and time left, and logs the same values as scalars.
 
     Args:
-        log: where lines go; the bar goes to its console.
+        log: output of the lines; the progress bar uses its console.
         total_steps: optimizer steps of the run.
         every: steps between lines.
         title: name of the arm.
-        task: what is learned: its metric, and what its speed is counted in.
+        task: task, with its metric and the unit of its speed.
     """
 
     def __init__(self, log: RunLog, total_steps: int, every: int, title: str, task: type[Task]) -> None:
@@ -115,7 +115,7 @@ class StepLine(Callback):
         rate = self.throughput.read()
         routings = outputs["trace"].routings if outputs["trace"] is not None else {}
         counts = [count for routing in routings.values() for count in routing.counts()]
-        # Of the whole step: the mean over ranks, and tokens summed before dividing.
+        # Of the whole step: loss averaged over ranks, token counts summed before the division.
         loss, *summed = collective.total([float(outputs["task_loss"]), *counts])
         loss /= trainer.world_size
         scalars = {"train/loss": loss, f"train/{self.task.unit}_per_second": rate, "train/lr": trainer.optimizers[0].param_groups[0]["lr"]}

@@ -13,33 +13,33 @@ from ..distributed import collective
 
 
 class StopOnSigterm(Callback):
-    """Finishes the batch, writes a checkpoint and ends the fit; ``stopped`` tells that it did.
+    """Finishes the batch, writes a checkpoint and ends the fit; ``stopped`` is then True.
 
     Args:
         checkpoint: file to write.
 
-    Every rank is asked at every step, so that a signal to one of them stops all at the same step.
+    All ranks exchange the signal at every step, so that a signal to one of them stops all at the same step.
     """
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self.stopped = False
-        self._asked = False
+        self._requested = False
         self._before: Any = None
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        # After Lightning has put its own handler there, which would end the process with 0.
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        # Set after Lightning's own handler, which would end the process with exit code 0.
+        self._before = signal.signal(signal.SIGTERM, self._on_signal)
 
-    def _note(self, number: int, frame: Any) -> None:
-        self._asked = True
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._requested = True
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Between two micro-batches of a step, the gradients gathered so far would be lost.
+        # Stopping between micro-batches would lose the accumulated gradients.
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if whole and not self.stopped and collective.any_rank(self._asked):
+        if whole and not self.stopped and collective.any_rank(self._requested):
             self.stopped = True
             trainer.save_checkpoint(self.checkpoint)
             trainer.should_stop = True

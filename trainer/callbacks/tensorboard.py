@@ -13,10 +13,10 @@ from ..show.pictures import overlays
 
 
 class RoutingPictures(Callback):
-    """At every validation: the scores of each stage as a histogram, and images with their dropped patches darkened.
+    """At every validation: a histogram of each stage's scores, and images with dropped patches darkened.
 
     Args:
-        number: images drawn.
+        number: number of images.
     """
 
     def __init__(self, number: int) -> None:

@@ -1,4 +1,4 @@
-"""The verbs. Imports are inside them, so that ``laconic --help`` needs neither torch nor transformers."""
+"""The commands. Imports are inside the functions, so that ``laconic --help`` needs neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .output import console, emit, keep_stdout_clean, running, user_input
 
 app = typer.Typer(
     name="laconic",
-    help="Train transformers to run on fewer tokens: launch recipes, measure them, export what they trained.",
+    help="Train transformers that run on fewer tokens: run recipes, measure the results, export the trained models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -19,7 +19,7 @@ app = typer.Typer(
 
 RecipeName = Annotated[str, typer.Argument(help="name of a shipped recipe, or path of a YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="overrides, key.path=value")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout; progress goes to stderr")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object to stdout, progress to stderr")]
 
 
 def main() -> None:
@@ -30,20 +30,26 @@ def main() -> None:
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="show this recipe, all keys resolved")] = None,
-    copy: Annotated[Path | None, typer.Option(help="write the resolved recipe to a file of your own")] = None,
+    name: Annotated[str | None, typer.Argument(help="show this recipe with all keys resolved")] = None,
+    copy: Annotated[Path | None, typer.Option(help="write the resolved recipe to this file")] = None,
+    with_controls: Annotated[bool, typer.Option("--all", help="list control arms too")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the shipped recipes, show one, or copy it."""
+    """List the shipped recipes by task, show one, or copy it."""
     from ..recipe.files import dump, load, shipped
+    from ..recipe.listing import listed
 
     if name is None:
-        listed = {key: path.read_text().splitlines()[0].lstrip("# ") for key, path in shipped().items()}
-        emit(listed, as_json)
+        found = listed(with_controls)
+        emit(found, as_json)
         if not as_json:
             out = console(as_json)
-            for key, line in listed.items():
-                out.print(f"[bold]{key}[/bold]  {line}", highlight=False, soft_wrap=True)
+            for task, lines in found.items():
+                out.print(f"[bold]{task}[/bold]", highlight=False)
+                for key, line in lines.items():
+                    out.print(f"  [bold]{key}[/bold]  {line}", highlight=False, soft_wrap=True)
+            if hidden := len(shipped()) - sum(map(len, found.values())):
+                out.print(f"{hidden} control arms are not listed; --all lists them", highlight=False)
         return
     with user_input():
         loaded = load(name)
@@ -85,7 +91,7 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
                 if item.tokens
                 else ""
             )
-            + f"about {item.memory_bytes / 2**30:.2f} GiB to train{'' if item.tokens else ', activations aside'}",
+            + f"about {item.memory_bytes / 2**30:.2f} GiB to train{'' if item.tokens else ', without activations'}",
             highlight=False,
             soft_wrap=True,
         )
@@ -95,11 +101,11 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check, build and run one step of every arm; keep nothing")] = False,
-    resume: Annotated[str | None, typer.Option(help="auto (the newest checkpoint of this run) or a .ckpt file")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check, build and run one step of every arm, and save nothing")] = False,
+    resume: Annotated[str | None, typer.Option(help="auto (newest checkpoint of this run) or a .ckpt file")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe and its control arms, measure them, write the run folder."""
+    """Train a recipe and its control arms, measure them, and write the run folder."""
     given = overrides or []
     with user_input():
         from ..recipe.files import load
@@ -128,7 +134,7 @@ def train(
 def evaluate(
     target: Annotated[str, typer.Argument(help="run folder, or folder of an export")], overrides: Overrides = None, as_json: Json = False
 ) -> None:
-    """Quality, achieved ratios and latency, against the dense model and simpler ways to drop as many tokens."""
+    """Quality, achieved ratios and latency of a run, the dense model and simpler methods with as many tokens."""
     from rich.table import Table
 
     with user_input():
@@ -164,12 +170,12 @@ def export(
     run: Annotated[str, typer.Argument(help="run folder, or an earlier export")],
     to: Annotated[str, typer.Option(help="folder to write")],
     format: Annotated[str, typer.Option(help="merged, adapter, standalone, plain, onnx or torch-export")] = "merged",
-    dtype: Annotated[str, typer.Option(help="of the weights: fp32, bf16 or fp16")] = "fp32",
-    shard_size: Annotated[str, typer.Option(help="largest file of weights, such as 500MB or 5GB")] = "5GB",
-    push: Annotated[str | None, typer.Option(help="repository of yours on the hub, made private where it is new")] = None,
+    dtype: Annotated[str, typer.Option(help="dtype of the weights: fp32, bf16 or fp16")] = "fp32",
+    shard_size: Annotated[str, typer.Option(help="largest size of a weight file, such as 500MB or 5GB")] = "5GB",
+    push: Annotated[str | None, typer.Option(help="hub repository to push to; a new one is private")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint for others, and verify it in a clean process."""
+    """Export a checkpoint and verify it in a clean process."""
     with user_input():
         from ..export.base import format_named
         from ..export.export import check
@@ -184,7 +190,7 @@ def export(
         record = write(run, to, format, settings, push)
     emit(record, as_json)
     console(as_json).print(
-        f"exported to {to}; loaded again in a clean process, the largest difference of the logits is {record['max_abs_logit_diff']:.1e}"
+        f"exported to {to}; reloaded in a clean process, the largest difference of the logits is {record['max_abs_logit_diff']:.1e}"
         + (f"; pushed: {record['pushed']}" if push else ""),
         highlight=False,
         soft_wrap=True,
@@ -196,10 +202,10 @@ def inspect(
     target: Annotated[str, typer.Argument(help="run folder, or folder of an export")],
     to: Annotated[Path, typer.Option(help="file to write: .html for text, .png for images")],
     overrides: Overrides = None,
-    given: Annotated[str | None, typer.Option("--input", help="a text, or the path of one; none takes held-out data")] = None,
+    given: Annotated[str | None, typer.Option("--input", help="a text, or the path of a file; default: held-out data")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show which tokens every stage of a trained model keeps."""
+    """Show the tokens that every stage of a trained model keeps."""
     with user_input():
         from ..evaluate import inspect_run
         from ..run_folder import RunFolder
@@ -215,17 +221,17 @@ COST_COLUMNS = ("layer", "stages", "tokens", "tokens in MLP", "MACs", "MACs dens
 
 @app.command()
 def cost(
-    recipe: Annotated[str | None, typer.Argument(help="recipe; or give --model")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="recipe; alternative: --model")] = None,
     overrides: Overrides = None,
     model: Annotated[str | None, typer.Option(help="folder of a trained or exported model")] = None,
     as_json: Json = False,
 ) -> None:
-    """MACs, tokens and activation bytes by layer, from token counts alone."""
+    """MACs, tokens and activation bytes by layer, computed from token counts."""
     from rich.table import Table
 
     with user_input():
         if (recipe is None) == (model is None):
-            raise ValueError("give a recipe or --model")
+            raise ValueError("name either a recipe or --model")
         from ..measure.tables import cost_of_model, cost_of_recipe
 
         result = cost_of_recipe(recipe, overrides or []) if recipe is not None else cost_of_model(str(model))
@@ -257,17 +263,17 @@ def cost(
 def bench(
     recipe: RecipeName,
     overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(min=1, help="paired rounds; 30 or more for a figure to report")] = 40,
+    rounds: Annotated[int, typer.Option(min=1, help="paired rounds; use 30 or more for reported results")] = 40,
     as_json: Json = False,
 ) -> None:
-    """Training-step time and memory of dense, compressed and oracle, paired and interleaved."""
+    """Training-step time and memory of dense, compressed and oracle, in paired and interleaved rounds."""
     given = [*(overrides or []), f"trainer.bench_rounds={rounds}", "baselines=[]"]
     with user_input():
         from ..recipe.files import load
 
         loaded = load(recipe, given)
         if loaded.recipe.compression is None:
-            raise ValueError(f"{recipe} has no compression: there is nothing to compare with dense")
+            raise ValueError(f"{recipe} has no compression: bench compares compressed with dense steps")
         from ..build.validate import validate as check
 
         check(loaded.recipe)

@@ -1,4 +1,4 @@
-"""What every verb shares: where output goes, and how errors end it."""
+"""Output, errors and exit codes of all commands."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ FAILED, WRONG_INPUT, TERMINATED = 1, 2, 143
 
 
 def first_process(of_machine: bool = False) -> bool:
-    """Whether this is the process that speaks for the run, or for its machine; read from what torchrun, SLURM or Laconic set."""
+    """True in the one process of the run, or of the machine, that prints; read from variables of torchrun, SLURM or Laconic."""
     local = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_LOCALID"))
     return local and (of_machine or all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")))
 
 
 def console(as_json: bool) -> Console:
-    """stdout for people; with ``--json`` stderr, so that stdout holds one object and nothing else."""
-    # A pipe or file is no terminal and has no width; tables must not be squeezed to 80 columns there.
+    """A console on stdout; with ``--json`` on stderr, so that stdout holds one JSON object only."""
+    # Pipes and files have no width; 80 columns would be too narrow for the tables.
     stream = sys.stderr if as_json else sys.stdout
     return Console(file=stream, width=None if stream.isatty() else 160)
 
 
 def keep_stdout_clean() -> None:
-    """Under ``--json``, sends what libraries print to stderr, at the level of file descriptors; ``emit`` has the real stdout."""
+    """Under ``--json``, redirects stdout to stderr at the level of file descriptors, for libraries that print; ``emit`` uses stdout."""
     global _stdout
     if "--json" in sys.argv:
         sys.stdout.flush()
@@ -39,19 +39,19 @@ def keep_stdout_clean() -> None:
 
 
 def emit(data: Any, as_json: bool) -> None:
-    """Prints the machine-readable object, if it was asked for, once a run."""
+    """Prints the JSON object if it was requested, in the first process only."""
     if as_json and first_process():
         _stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
         _stdout.flush()
 
 
 def end(message: str, code: int, speaks: bool = True) -> typer.Exit:
-    """Prints one message to stderr; raise what this returns.
+    """Prints one message to stderr and returns the exception to raise.
 
     Args:
-        message: what happened.
+        message: message to print.
         code: exit code.
-        speaks: whether this process says it; others that end alike keep still.
+        speaks: whether this process prints; other processes that end alike do not.
     """
     if speaks:
         sys.stderr.write(message + "\n")
@@ -63,17 +63,17 @@ def end(message: str, code: int, speaks: bool = True) -> typer.Exit:
 
 @contextlib.contextmanager
 def user_input() -> Iterator[None]:
-    """Inside, a ValueError is the user's mistake: one message, no traceback, exit code 2. So is a package that was asked for and is not there."""
+    """Converts errors in the user's input (ValueError, missing files or packages) to one message and exit code 2, without a traceback."""
     try:
         yield
     except (ValueError, FileNotFoundError, ImportError) as error:
-        # Every machine speaks: a folder may be missing on one of them only.
+        # One process of each machine prints: a folder may be missing on one machine only.
         raise end(f"error: {error}", WRONG_INPUT, first_process(of_machine=True)) from None
 
 
 @contextlib.contextmanager
 def running() -> Iterator[None]:
-    """Inside, a failure ends with exit code 1 and its traceback; a stop by SIGTERM with 143."""
+    """Converts a failure to a traceback and exit code 1, and a stop by SIGTERM to exit code 143."""
     from ..distributed.launch import Ended
     from ..errors import RecipeError
     from ..run import Stopped
@@ -94,7 +94,7 @@ def running() -> Iterator[None]:
         from ...data.rows import BadRows
         from ..callbacks.guards import NotANumber
 
-        # These end all processes together; anything else may have happened in this one alone.
+        # These errors end all processes; any other error may have happened in this process only.
         expected = isinstance(error, BadRows | NotANumber)
         place = "" if first_process() else f"rank {os.environ.get('RANK', '?')} "
         message = ("" if expected else traceback.format_exc()) + f"{place}failed: {error}"

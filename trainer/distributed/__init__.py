@@ -1,1 +1,1 @@
-"""Several processes: how they start, what they exchange, DeepSpeed, and resuming."""
+"""Distributed training: starting processes, collectives, DeepSpeed, and resuming."""

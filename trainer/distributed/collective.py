@@ -1,7 +1,6 @@
-"""What the processes of a run tell each other. With one process every function answers for itself, without a process group.
+"""Collectives between the processes of a run. With one process each function returns at once, without a process group.
 
-Small things travel over a gloo group of their own, also where tensors go by NCCL: asking every step whether somebody wants to
-stop must not wait for the device.
+Small values use a separate gloo group, even if tensors use NCCL: exchanging the stop signal at every step must not wait for the device.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from ..errors import RecipeError
 
 Value = TypeVar("Value")
 
-# Rank 0 may measure or write for longer than any step takes, and the others wait for it.
+# Rank 0 may measure or write for longer than a step takes, while the others wait.
 PATIENCE = timedelta(days=2)
 _control: Any = None
 
 
 def start() -> None:
-    """Makes the group for small things; called once by every process, when the process group is up."""
+    """Creates the gloo group; called once by every process, after the process group exists."""
     global _control
     _control = distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def rank() -> int:
-    """Of this process in the run, 0 where there is only one."""
+    """Rank of this process in the run; 0 with one process."""
     return distributed.get_rank() if _control is not None else 0
 
 
@@ -39,7 +38,7 @@ def world_size() -> int:
 
 
 def total(counts: Sequence[float]) -> list[float]:
-    """Sums over ranks, one a count."""
+    """Element-wise sum over ranks."""
     if world_size() == 1:
         return list(counts)
     summed = torch.tensor(counts, dtype=torch.float64)
@@ -48,9 +47,9 @@ def total(counts: Sequence[float]) -> list[float]:
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean over ranks, with the gradient of this rank's value: averaging gradients over ranks then gives that of the mean.
+    """The mean over ranks, with the gradient of this rank's value: averaging gradients over ranks then gives the gradient of the mean.
 
-    Needs no ``start``: it works in any process group, another trainer's too.
+    Works without ``start`` in any process group, also that of another trainer.
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return value
@@ -60,7 +59,7 @@ def mean(value: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is up on some rank; the same answer on all of them."""
+    """True on all ranks if the flag is True on any rank."""
     return total([float(flag)])[0] > 0
 
 
@@ -74,10 +73,10 @@ def gather(value: Value) -> list[Value]:
 
 
 def from_rank_zero(function: Callable[[], Value]) -> Value:
-    """What the function returns on rank 0, on every rank; it runs nowhere else.
+    """Runs the function on rank 0 and returns its result on every rank.
 
     Raises:
-        RecipeError: on every rank, where it was raised on rank 0: one of them alone would leave the others waiting.
+        RecipeError: raised on every rank if rank 0 raised it, so that no rank waits for the others.
     """
     if world_size() == 1:
         return function()
@@ -95,6 +94,6 @@ def from_rank_zero(function: Callable[[], Value]) -> Value:
 
 
 def wait() -> None:
-    """Until every rank has come here."""
+    """Waits until every rank has called this."""
     if world_size() > 1:
         distributed.barrier(group=_control)

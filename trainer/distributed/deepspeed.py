@@ -1,6 +1,6 @@
-"""DeepSpeed without Lightning: its device, its process group, its configuration, and what it needs of a machine.
+"""DeepSpeed without Lightning: its device, process group, configuration and requirements.
 
-On CUDA and, with gloo, on CPU, so that a recipe can be tried where there is no GPU.
+Works on CUDA and, with gloo, on CPU, so that a recipe can be tried without a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..errors import RecipeError
 from ..recipe.files import merged
 from ..recipe.schema import TrainerRecipe
 
-# Keys of DeepSpeed's JSON that the recipe has a key for, with that key.
+# Keys of DeepSpeed's JSON that the recipe sets, with the recipe's key.
 _OF_RECIPE = {
     "train_batch_size": "data.batch_size (images a step and process)",
     "train_micro_batch_size_per_gpu": "data.batch_size (images a step and process)",
@@ -38,41 +38,41 @@ _OF_RECIPE = {
     "scheduler": "optimizer.schedule, optimizer.warmup and optimizer.final",
     "activation_checkpointing": "trainer.gradient_checkpointing",
     "zero_optimization.compute_grad_norm": "nothing: the guard against NaN reads the norm",
-    "zero_allow_untested_optimizer": "nothing: Laconic brings torch's AdamW",
-    "zero_force_ds_cpu_optimizer": "nothing: Laconic brings torch's AdamW, offloaded too",
+    "zero_allow_untested_optimizer": "nothing: Laconic uses torch's AdamW",
+    "zero_force_ds_cpu_optimizer": "nothing: Laconic uses torch's AdamW, also with offload",
 }
 _OFFLOAD = {"optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
-# No part of DeepSpeed takes so long to compile.
+# Longer than DeepSpeed takes to compile any of its parts.
 _BUILD_SECONDS = 1200
 
 
 def stage_of(settings: TrainerRecipe) -> int:
-    """ZeRO's stage, 0 for a plain strategy; of settings that were resolved."""
+    """ZeRO stage of resolved settings; 0 for a plain strategy."""
     return int(settings.strategy.removeprefix("deepspeed_")) if settings.strategy.startswith("deepspeed") else 0
 
 
 def set_accelerator() -> None:
-    """DeepSpeed guesses its device, with a warning on stdout, as soon as anything imports it."""
+    """Sets DeepSpeed's device: otherwise it guesses the device when it is imported, and prints a warning to stdout."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def join_deepspeed() -> None:
-    """Makes DeepSpeed use the process group that is up. Without this it would look for MPI, and say so."""
+    """Makes DeepSpeed use the existing process group; otherwise it would search for MPI."""
     set_accelerator()
     import deepspeed
 
-    # Beside what a scorer returns, a dataclass, there are the outputs of its layers, which are tensors: those have the hooks.
+    # DeepSpeed warns about a scorer's output, a dataclass. Its hooks are on the outputs of the scorer's layers, which are tensors.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "unknown inputs or outputs type" not in record.getMessage())
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def check_deepspeed(settings: TrainerRecipe, batch_size: int) -> None:
-    """What a deepspeed strategy needs. Raises RecipeError with one clear message.
+    """Checks the requirements of a deepspeed strategy. Raises RecipeError with one clear message.
 
     Args:
-        settings: resolved, with a deepspeed strategy.
-        batch_size: images a step and process.
+        settings: resolved settings with a deepspeed strategy.
+        batch_size: images per step and process.
     """
     deepspeed_config(settings, batch_size)
     _check_compiler()
@@ -82,24 +82,24 @@ def check_deepspeed(settings: TrainerRecipe, batch_size: int) -> None:
 def _check_compiler() -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise RecipeError(
-            "trainer.strategy = deepspeed_*: the package deepspeed is not installed; pip install deepspeed, or strategy=plain"
+            "trainer.strategy = deepspeed_*: the package deepspeed is not installed; pip install deepspeed, or set trainer.strategy=plain"
         )
     if torch.cuda.is_available() or sys.platform != "linux":
         return
-    # On a CPU DeepSpeed compiles its exchange through shared memory when it is first used.
+    # On a CPU DeepSpeed compiles its shared-memory communication at first use.
     compiler = os.environ.get("CXX", "c++")
     missing = [name for name in (compiler, "ninja") if shutil.which(name) is None]
     if "ninja" in missing and importlib.util.find_spec("ninja") is not None:
         missing.remove("ninja")
     if missing:
         raise RecipeError(
-            f"trainer.strategy = deepspeed_*: DeepSpeed compiles a part of itself on a CPU and {' and '.join(missing)} cannot be found: "
-            "install a C++ compiler (g++) and ninja, set CXX, or give trainer.strategy=plain"
+            f"trainer.strategy = deepspeed_*: DeepSpeed compiles an extension on a CPU, and {' and '.join(missing)} cannot be found: "
+            "install a C++ compiler (g++) and ninja, set CXX, or set trainer.strategy=plain"
         )
 
 
 def _check_builds() -> None:
-    """Raises RecipeError where a build of DeepSpeed's parts was killed: torch would wait for its lock for ever, and say nothing."""
+    """Raises RecipeError if a build of a DeepSpeed extension was killed: torch would wait for its lock file for ever, without a message."""
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
@@ -107,20 +107,20 @@ def _check_builds() -> None:
         age = time.time() - lock.stat().st_mtime
         if age > _BUILD_SECONDS:
             raise RecipeError(
-                f"{lock} is {age / 60:.0f} minutes old: compiling a part of DeepSpeed was interrupted, and every run would wait for it for "
-                "ever; delete that file and start again"
+                f"{lock} is {age / 60:.0f} minutes old: compiling a DeepSpeed extension was interrupted, and every run would wait for this "
+                "lock for ever; delete the file and start again"
             )
 
 
 def deepspeed_config(settings: TrainerRecipe, batch_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: Laconic's own, with the user's laid over it.
+    """DeepSpeed's configuration: Laconic's own, merged with the user's.
 
     Args:
-        settings: resolved, with a deepspeed strategy.
-        batch_size: images a step and process.
+        settings: resolved settings with a deepspeed strategy.
+        batch_size: images per step and process.
 
     Raises:
-        RecipeError: the user's sets what the recipe sets, or is none.
+        RecipeError: the user's configuration is invalid, or sets a key that the recipe sets.
     """
     cuda = torch.cuda.is_available()
     bucket = 200_000_000 if cuda else 5_000_000
@@ -129,43 +129,43 @@ def deepspeed_config(settings: TrainerRecipe, batch_size: int) -> dict[str, Any]
         "overlap_comm": cuda,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        # DeepSpeed would replace torch.nn.functional.linear for the whole process, control arms and measurements included.
+        # If True, DeepSpeed replaces torch.nn.functional.linear in the whole process, also for control arms and measurements.
         "memory_efficient_linear": False,
     }
     for key in _OFFLOAD.get(settings.offload, ()):
         zero[key] = {"device": "cpu", "pin_memory": cuda}
     config: dict[str, Any] = {
-        # torch's AdamW under every strategy, so that a strategy does not change what is learned.
+        # torch's AdamW under every strategy, so that training does not depend on the strategy.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": batch_size,
-        # Lightning sets the engine's; zero.Init reads the same configuration earlier.
+        # Lightning sets the clipping of the engine; zero.Init reads this configuration earlier.
         "gradient_clipping": settings.clip,
     }
     if settings.precision == "bf16":
-        # As everywhere in Laconic: weights stay in float32 and autocast computes. DeepSpeed's own bf16 would cast the weights.
+        # As everywhere in Laconic, weights stay in float32 and autocast computes in bf16; DeepSpeed's own bf16 would cast the weights.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    user = _users(settings)
+    user = _user_config(settings)
     _refuse_recipe_keys(user, settings)
     whole = merged(config, user)
     _check_zero(whole["zero_optimization"])
     return whole
 
 
-def _users(settings: TrainerRecipe) -> dict[str, Any]:
+def _user_config(settings: TrainerRecipe) -> dict[str, Any]:
     given = settings.deepspeed
     if not isinstance(given, str):
         return given or {}
     path = Path(given)
     if not path.is_file():
-        raise RecipeError(f"trainer.deepspeed = {given!r} does not exist: give the path of a DeepSpeed JSON, or its content")
+        raise RecipeError(f"trainer.deepspeed = {given!r} does not exist: set it to the path of a DeepSpeed JSON, or to its content")
     try:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise RecipeError(f"trainer.deepspeed = {given!r} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise RecipeError(f"trainer.deepspeed = {given!r} must hold an object, it holds {type(content).__name__}")
+        raise RecipeError(f"trainer.deepspeed = {given!r} must be a JSON object, and is {type(content).__name__}")
     return content
 
 
@@ -176,25 +176,25 @@ def _refuse_recipe_keys(user: dict[str, Any], settings: TrainerRecipe) -> None:
     for key, instead in _OF_RECIPE.items():
         block, _, inner = key.rpartition(".")
         if inner in (zero if block else user):
-            cure = f"leave it out; {instead.partition(': ')[2]}" if instead.startswith("nothing") else f"give {instead} instead"
-            raise RecipeError(f"trainer.deepspeed sets {key}, which the recipe decides: {cure}")
+            cure = f"remove it; {instead.partition(': ')[2]}" if instead.startswith("nothing") else f"set {instead} instead"
+            raise RecipeError(f"trainer.deepspeed sets {key}, which the recipe sets: {cure}")
     stage = zero.get("stage", stage_of(settings))
     if stage != stage_of(settings):
         raise RecipeError(
-            f"trainer.deepspeed sets zero_optimization.stage = {stage}, and trainer.strategy is {settings.strategy}: leave the stage out, "
-            f"or give trainer.strategy=deepspeed_{stage}"
+            f"trainer.deepspeed sets zero_optimization.stage = {stage}, and trainer.strategy is {settings.strategy}: remove the stage, "
+            f"or set trainer.strategy=deepspeed_{stage}"
         )
     for key in _OFFLOAD.get(settings.offload, ()):
         device = (zero.get(key) or {}).get("device", "cpu")
         if device != "cpu":
             raise RecipeError(
                 f"trainer.deepspeed sets zero_optimization.{key}.device = {device!r}, and trainer.offload = {settings.offload!r} means the "
-                "CPU: leave one of them out"
+                "CPU: remove one of them"
             )
 
 
 def _check_zero(zero: dict[str, Any]) -> None:
-    """DeepSpeed's own check of the block, before training instead of in the middle of starting it."""
+    """Runs DeepSpeed's own check of the block before training."""
     if importlib.util.find_spec("deepspeed") is None:
         return
     from pydantic import ValidationError
@@ -204,7 +204,7 @@ def _check_zero(zero: dict[str, Any]) -> None:
 
     unknown = [key for key in zero if key not in _zero_keys(DeepSpeedZeroConfig)]
     if unknown:
-        raise RecipeError(f"trainer.deepspeed: zero_optimization.{unknown[0]} is no key of DeepSpeed's")
+        raise RecipeError(f"trainer.deepspeed: zero_optimization.{unknown[0]} is not a key of DeepSpeed")
     try:
         DeepSpeedZeroConfig(**zero)
     except (ValidationError, ValueError) as error:

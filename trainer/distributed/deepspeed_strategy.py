@@ -1,4 +1,4 @@
-"""Lightning's DeepSpeed strategy, on CPU too, with checkpoint folders that tell whether they are complete."""
+"""Lightning's DeepSpeed strategy, also on CPU, with checkpoint folders that have a completeness marker."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .resume import MARKER
 
 
 class LaconicDeepSpeed(DeepSpeedStrategy):
-    """ZeRO over a process group that is up already.
+    """ZeRO in an existing process group.
 
     Args:
         config: DeepSpeed's configuration.
-        frozen: whether most weights are, and stay out of checkpoints.
+        frozen: True if most weights are frozen; checkpoints then leave frozen weights out.
     """
 
     def __init__(self, config: Mapping[str, Any], frozen: bool = False) -> None:
         # Lightning imports DeepSpeed here.
         set_accelerator()
         super().__init__(config=dict(config), exclude_frozen_parameters=frozen)
-        # The recipe's own, under the name that Lightning insists on setting itself.
+        # Removed, because Lightning sets this key from the Trainer's gradient_clip_val.
         self.config.pop("gradient_clipping", None)
 
     @property
@@ -39,7 +39,7 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     def setup_environment(self) -> None:
-        # Past DeepSpeedStrategy's and DDP's own, which insist on CUDA: what they do beside is done here.
+        # Skips the methods of DeepSpeedStrategy and DDPStrategy, which require CUDA; their other steps are done here.
         ParallelStrategy.setup_environment(self)
         self.setup_distributed()
 
@@ -48,12 +48,12 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
         join_deepspeed()
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        # Lightning has divided the loss by the accumulated batches, and DeepSpeed would do so again: gradients came out too small,
-        # which clipping and anything else but Adam would notice.
+        # Lightning has divided the loss by the number of accumulated batches. Without scale_wrt_gas=False DeepSpeed would divide again,
+        # and the gradients would be too small, which matters for clipping and for optimizers other than Adam.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        # DeepSpeed writes each rank's shard itself; Lightning would build the dictionary only to throw it away.
+        # DeepSpeed writes each rank's shard itself; Lightning would build this dictionary without using it.
         return {}
 
     def _setup_model_and_optimizer(self, model: Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
@@ -64,20 +64,20 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
     def _engine(self, config: dict[str, Any], model: Module, **settings: Any) -> tuple[Any, Any]:
         import deepspeed
 
-        # A CPU device has no index, which is what Lightning would pass on.
-        place = argparse.Namespace(device_rank=self.local_rank)
-        engine, optimizer, *_ = deepspeed.initialize(args=place, config=config, model=model, dist_init_required=False, **settings)
+        # Lightning would pass on the device's index, which a CPU device does not have.
+        arguments = argparse.Namespace(device_rank=self.local_rank)
+        engine, optimizer, *_ = deepspeed.initialize(args=arguments, config=config, model=model, dist_init_required=False, **settings)
         return engine, optimizer
 
     def _initialize_deepspeed_inference(self, model: Module) -> None:
         assert isinstance(self.config, dict)
         config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1}
-        # Lightning's own forgets autocast, so a model would be tested in another precision than it was validated in.
+        # Lightning's own configuration lacks autocast, so that test would use another precision than validation.
         for key in ("torch_autocast", *(("zero_allow_untested_optimizer", "zero_optimization") if self.zero_stage_3 else ())):
             if key in self.config:
                 config[key] = self.config[key]
         if self.zero_stage_3:
-            # There is no optimizer to offload here, and DeepSpeed would ask for one.
+            # Without an optimizer DeepSpeed refuses offload_optimizer.
             config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
         remove_module_hooks(model)
         self.model, _ = self._engine(config, model, model_parameters=[])
@@ -85,16 +85,16 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
     def teardown(self) -> None:
         engine, self.model = self.model, self.lightning_module
         if engine is not None and hasattr(engine, "destroy"):
-            # Its hooks gather and free parameters, and would go on doing so beside those of the next engine.
+            # Its hooks gather and free parameters, and would run beside those of the next engine.
             engine.destroy()
         self.optimizers = []
         super().teardown()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Writes a folder; its marker is removed first and written last, when every rank has written its part.
+        """Writes a folder. Its marker is removed first and written last, after every rank has written its part.
 
-        Beside DeepSpeed's shards it holds the weights whole, as safetensors: ``model/`` or ``adapter/``, as a finished run does. So they
-        are there for any number of processes, frozen and tied ones too, and without loading a pickle.
+        The folder also holds the whole weights as safetensors, in ``model/`` or ``adapter/`` as a finished run does: frozen and tied
+        weights are included, any number of processes can load them, and no pickle is read.
         """
         folder = Path(collective.from_rank_zero(lambda: str(filepath)))
         self._unmark(folder)
@@ -122,7 +122,7 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
 
 
 def write_marker(folder: Path, content: Mapping[str, Any]) -> None:
-    """Says that a checkpoint folder is complete, and what wrote it."""
+    """Marks a checkpoint folder as complete; ``content`` describes the run that wrote it."""
     partial = folder / f"{MARKER}.partial"
     partial.write_text(json.dumps(content))
     partial.replace(folder / MARKER)

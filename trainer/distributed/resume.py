@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, and whether it is of the same run."""
+"""Resuming from a checkpoint: finds it and checks that it belongs to the same run."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ..recipe.files import dump
 from ..recipe.schema import Recipe
 from ..run_folder import RunFolder
 
-# The file that DeepSpeed's checkpoint folders end with; Lightning's single files are written at once.
+# Last file written into DeepSpeed's checkpoint folders; Lightning's single files are written atomically.
 MARKER = "complete.json"
 
 
 def find_checkpoint(run: RunFolder, resume: str | None) -> Path | None:
-    """The checkpoint to go on from, a file or a DeepSpeed folder; incomplete folders are passed over by ``auto``.
+    """The checkpoint to resume from, a file or a DeepSpeed folder; ``auto`` ignores incomplete folders.
 
     Raises:
-        RecipeError: a named one does not exist or is incomplete.
+        RecipeError: a named checkpoint does not exist or is incomplete.
     """
     if resume is None:
         return None
     if resume != "auto":
         path = Path(resume)
         if not path.exists():
-            raise RecipeError(f"--resume {resume}: there is no such checkpoint; give auto, or a .ckpt of a run's checkpoints folder")
+            raise RecipeError(f"--resume {resume}: there is no such checkpoint; use auto, or a .ckpt of a run's checkpoints folder")
         if not _complete(path):
             raise RecipeError(
-                f"--resume {resume}: the folder is no complete checkpoint, it has no {MARKER}: writing it was interrupted, or it is something "
-                "else; give auto, or another .ckpt of a run's checkpoints folder"
+                f"--resume {resume}: the folder is not a complete checkpoint, it has no {MARKER}: writing was interrupted, or it is "
+                "another folder; use auto, or another .ckpt of a run's checkpoints folder"
             )
         return path
     found = sorted(filter(_complete, run.checkpoints.glob("*.ckpt")), key=_written_at)
@@ -46,7 +46,7 @@ def incomplete_checkpoints(run: RunFolder) -> list[Path]:
 
 
 def remove_checkpoints(run: RunFolder) -> None:
-    """Every checkpoint of a run, so that what an earlier run left is not taken for this one's when it is resumed."""
+    """Removes every checkpoint of a run, so that resuming cannot use checkpoints of an earlier run in the same folder."""
     for stale in run.checkpoints.glob("*.ckpt"):
         if stale.is_dir():
             (stale / MARKER).unlink(missing_ok=True)
@@ -56,18 +56,16 @@ def remove_checkpoints(run: RunFolder) -> None:
 
 
 def check_same_processes(checkpoint: Path, world_size: int, stage: int) -> None:
-    """Raises RecipeError where a checkpoint's shards are of other ranks than there are now.
+    """Raises RecipeError if a checkpoint does not fit the number of processes or the strategy.
 
     Args:
         checkpoint: a file or folder.
-        world_size: processes now.
-        stage: of ZeRO now, 0 for a plain strategy.
+        world_size: current number of processes.
+        stage: current ZeRO stage, 0 for a plain strategy.
     """
     if checkpoint.is_dir() != bool(stage):
         kinds = ("a DeepSpeed folder" if checkpoint.is_dir() else "a single file", f"deepspeed_{stage}" if stage else "plain")
-        raise RecipeError(
-            f"cannot resume {checkpoint}: it is {kinds[0]}, and trainer.strategy is {kinds[1]}; give the strategy of that run"
-        )
+        raise RecipeError(f"cannot resume {checkpoint}: it is {kinds[0]}, and trainer.strategy is {kinds[1]}; use the strategy of that run")
     if not checkpoint.is_dir():
         return
     written = json.loads((checkpoint / MARKER).read_text())
@@ -75,7 +73,7 @@ def check_same_processes(checkpoint: Path, world_size: int, stage: int) -> None:
         raise RecipeError(_other_world(checkpoint, written["world_size"], world_size))
     if written["stage"] != stage:
         raise RecipeError(
-            f"cannot resume {checkpoint}: it was written by deepspeed_{written['stage']}, now it is deepspeed_{stage}; give "
+            f"cannot resume {checkpoint}: it was written by deepspeed_{written['stage']}, now it is deepspeed_{stage}; set "
             f"trainer.strategy=deepspeed_{written['stage']}"
         )
 
@@ -84,8 +82,8 @@ def _other_world(what: Path, before: int, now: int) -> str:
     last = what if what.suffix == ".ckpt" else find_checkpoint(RunFolder(what), "auto")
     weights = last or what
     return (
-        f"cannot resume {what}: it was trained by {before} process(es), now there are {now}; give trainer.devices and trainer.num_nodes "
-        f"whose product is {before}, or go on from its weights alone, with a new optimizer: model.name={weights} and another output"
+        f"cannot resume {what}: it was trained by {before} process(es), now there are {now}; set trainer.devices and trainer.num_nodes "
+        f"to a product of {before}, or start from its weights with a new optimizer: model.name={weights} and another output"
     )
 
 
@@ -98,14 +96,14 @@ def _written_at(path: Path) -> float:
 
 
 def check_same_run(run: RunFolder, recipe: Recipe) -> None:
-    """Raises RecipeError where resuming would go on with another recipe than the checkpoint's."""
+    """Raises RecipeError if the recipe differs from that of the run to resume."""
     if not run.recipe.is_file():
         return
     before, now = yaml.safe_load(run.recipe.read_text()), yaml.safe_load(dump(recipe))
     worlds = [_world(settings) for settings in (before["trainer"], now["trainer"])]
     if worlds[0] != worlds[1]:
         raise RecipeError(_other_world(run.path, *worlds))
-    # How many of the processes share a machine does not matter.
+    # The number of processes per machine may differ.
     free = {"output", "baselines"} | {
         f"trainer.{key}" for key in ("log_every", "validate_every", "checkpoint_every", "pictures", "bench_rounds", "devices", "num_nodes")
     }
@@ -114,10 +112,10 @@ def check_same_run(run: RunFolder, recipe: Recipe) -> None:
         for key, (old, new) in (pairs or {block: (before.get(block), value)}).items():
             if key not in free and old != new:
                 raise RecipeError(
-                    f"cannot resume {run.path}: {key} was {old!r} and is now {new!r}; give the same overrides, or another output to start anew"
+                    f"cannot resume {run.path}: {key} was {old!r} and is now {new!r}; use the same overrides, or set another output"
                 )
 
 
 def _world(settings: dict[str, Any]) -> int:
-    """Processes of a run from its recorded trainer block; ``auto`` was filled in."""
+    """Number of processes of a recorded trainer block, in which ``auto`` is resolved."""
     return int(settings.get("devices", 1)) * int(settings.get("num_nodes", 1))

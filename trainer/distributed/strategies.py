@@ -1,4 +1,4 @@
-"""Which processes train a recipe and what they share: from ``trainer.strategy`` and its neighbours to Lightning's strategy.
+"""Lightning's strategy and the processes of a recipe, from ``trainer.strategy``, ``devices``, ``num_nodes`` and ``deepspeed``.
 
 ``plain`` is one process, or DDP. ``deepspeed_1``, ``_2`` and ``_3`` partition optimizer states, gradients and parameters.
 """
@@ -17,7 +17,7 @@ from .processes import check_environment, local_processes
 
 
 def processes_of(settings: TrainerRecipe) -> int:
-    """Processes of the run."""
+    """Number of processes of the run."""
     return _devices(settings) * settings.num_nodes
 
 
@@ -31,7 +31,7 @@ def _devices(settings: TrainerRecipe) -> int:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with ``auto`` filled in, which is what a run folder records and resuming compares."""
+    """The recipe with ``auto`` resolved, as a run folder records it and resuming compares it."""
     settings = recipe.trainer
     strategy = settings.strategy
     if strategy == "auto":
@@ -40,38 +40,38 @@ def resolved(recipe: Recipe) -> Recipe:
 
 
 def check(recipe: Recipe) -> None:
-    """What the strategy needs and this machine can tell. Raises RecipeError with one clear message."""
+    """Checks the requirements of the strategy on this machine. Raises RecipeError with one clear message."""
     settings = resolved(recipe).trainer
     assert isinstance(settings.devices, int)
     stage, cuda = stage_of(settings), torch.cuda.is_available()
     if not stage and settings.offload != "none":
-        raise RecipeError(f"trainer.offload = {settings.offload!r} is DeepSpeed's: give trainer.strategy=deepspeed_2, or offload=none")
+        raise RecipeError(f"trainer.offload = {settings.offload!r} needs DeepSpeed: set trainer.strategy=deepspeed_2, or offload=none")
     if not stage and settings.deepspeed is not None:
-        raise RecipeError("trainer.deepspeed is set but trainer.strategy is plain: give trainer.strategy=deepspeed_1, _2 or _3")
+        raise RecipeError("trainer.deepspeed is set but trainer.strategy is plain: set trainer.strategy=deepspeed_1, _2 or _3")
     if settings.offload == "all" and stage != 3:
         raise RecipeError(
             f"trainer.offload = 'all' keeps parameters in CPU memory, which {settings.strategy} does not partition: "
-            "give trainer.strategy=deepspeed_3, or trainer.offload=optimizer"
+            "set trainer.strategy=deepspeed_3, or trainer.offload=optimizer"
         )
     if cuda and settings.devices > torch.cuda.device_count():
         raise RecipeError(
-            f"trainer.devices = {settings.devices}, and this machine has {torch.cuda.device_count()} CUDA devices: give at most so many, "
-            "or auto"
+            f"trainer.devices = {settings.devices}, and this machine has {torch.cuda.device_count()} CUDA devices: set at most this "
+            "number, or auto"
         )
     if stage == 3 and settings.compile:
         raise RecipeError(
-            "trainer.compile = true does not go with deepspeed_3, which gathers parameters layer by layer: give trainer.compile=false, "
+            "trainer.compile = true is not supported with deepspeed_3, which gathers parameters layer by layer: set trainer.compile=false, "
             "or trainer.strategy=deepspeed_2"
         )
     if stage and settings.ema is not None:
         raise RecipeError(
-            f"trainer.ema = {settings.ema} does not go with {settings.strategy}, which keeps weights of its own: "
-            "give trainer.ema=null, or trainer.strategy=plain"
+            f"trainer.ema = {settings.ema} is not supported with {settings.strategy}, which keeps its own copy of the weights: "
+            "set trainer.ema=null, or trainer.strategy=plain"
         )
     if stage == 3 and recipe.distillation is not None:
         raise RecipeError(
-            "distillation does not go with deepspeed_3, which would partition the teacher too: leave distillation out, "
-            "or give trainer.strategy=deepspeed_2"
+            "distillation is not supported with deepspeed_3, which would partition the teacher too: remove distillation, "
+            "or set trainer.strategy=deepspeed_2"
         )
     if stage:
         check_deepspeed(settings, recipe.data.batch_size)
@@ -82,13 +82,13 @@ def check(recipe: Recipe) -> None:
 
 def _check_communication(cuda: bool) -> None:
     if not distributed.is_available() or not distributed.is_gloo_available():
-        raise RecipeError("several processes need torch.distributed with gloo, which this build of torch lacks: give trainer.devices=1")
+        raise RecipeError("several processes need torch.distributed with gloo, which this build of torch lacks: set trainer.devices=1")
     if cuda and not distributed.is_nccl_available():
-        raise RecipeError("several CUDA devices need NCCL, which this build of torch lacks: give trainer.devices=1 trainer.strategy=plain")
+        raise RecipeError("several CUDA devices need NCCL, which this build of torch lacks: set trainer.devices=1 trainer.strategy=plain")
 
 
 def needs_group(settings: TrainerRecipe) -> bool:
-    """Whether the strategy talks through a process group even with one process."""
+    """True if the strategy needs a process group even with one process."""
     return stage_of(settings) > 0
 
 
@@ -96,8 +96,8 @@ def lightning_strategy(recipe: Recipe, unused_parameters: bool) -> Strategy | st
     """Lightning's strategy for a resolved recipe.
 
     Args:
-        recipe: with ``auto`` filled in.
-        unused_parameters: whether a step leaves parameters without gradient, which DDP must be told, and pays for.
+        recipe: recipe with ``auto`` resolved.
+        unused_parameters: True if some parameters have no gradient in a step; DDP then has to search for them, which costs time.
     """
     settings = recipe.trainer
     if stage_of(settings):

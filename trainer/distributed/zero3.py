@@ -1,4 +1,4 @@
-"""Models whose parameters are spread over ranks (ZeRO-3): built in shards, and gathered again to be saved."""
+"""Models whose parameters are partitioned over ranks (ZeRO-3): building them in shards, and gathering them for saving."""
 
 from __future__ import annotations
 
@@ -23,45 +23,45 @@ from .deepspeed import join_deepspeed
 
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:
-    """The whole parameter's shape; one that ZeRO-3 has partitioned looks empty and of one dimension."""
+    """Shape of the whole parameter; a parameter partitioned by ZeRO-3 has an empty shape itself."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @contextlib.contextmanager
 def zero3_init(config: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, every module is partitioned as soon as it is made, routers too, so that no rank ever holds a whole model.
+    """Context in which every new module, routers too, is partitioned at once, so that no rank holds a whole model.
 
-    What it is initialised with is not defined; ``broadcast_weights`` comes next.
+    The parameters have undefined values until ``broadcast_weights`` is called.
 
     Args:
-        config: DeepSpeed's.
+        config: DeepSpeed's configuration.
     """
     import deepspeed
 
     join_deepspeed()
-    # Initialising would look at parameters that are gone already, and would draw in another order than a plain build.
+    # Initialisation would read parameters that are partitioned already, and draw in another order than a plain build.
     with deepspeed.zero.Init(config_dict_or_path=dict(config)), no_init_weights():
         yield
 
 
 def broadcast_weights(model: PreTrainedModel, source: PreTrainedModel | None) -> None:
-    """Gives a partitioned model the values of a plain one, which only rank 0 has.
+    """Copies the values of a plain model, which only rank 0 has, into a partitioned model.
 
-    So the weights are those of a plain build by construction, drawn or loaded; the price is one whole copy in rank 0's CPU memory
-    while the model is built.
+    The weights therefore equal those of a plain build, random or loaded. While the model is built, rank 0 holds one whole copy in CPU
+    memory.
 
     Raises:
-        RuntimeError: the two do not have the same parameters.
+        RuntimeError: the two models have different parameters.
     """
     import deepspeed
 
-    # What was skipped with the initialising: without it a shared tensor would be two, of which the plain model has one.
+    # no_init_weights skips tying: without it a shared tensor would be two parameters here and one in the plain model.
     model.tie_weights()
     values = dict(source.named_parameters()) if source is not None else {}
     names = collective.from_rank_zero(lambda: {name: tuple(value.shape) for name, value in values.items()})
-    ours = {name: tuple(shape_of(parameter)) for name, parameter in model.named_parameters()}
-    if names != ours:
-        raise RuntimeError(f"the model built in shards has other parameters than the plain one: {_difference(names, ours)}")
+    found = {name: tuple(shape_of(parameter)) for name, parameter in model.named_parameters()}
+    if names != found:
+        raise RuntimeError(f"the model built in shards differs in parameters from the plain one: {_difference(names, found)}")
     for name, parameter in model.named_parameters():
         with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if source is not None:
@@ -71,22 +71,22 @@ def broadcast_weights(model: PreTrainedModel, source: PreTrainedModel | None) ->
         buffer.copy_(buffers[name])
 
 
-def gathered(model: nn.Module, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer, whole and on the CPU, on rank 0; empty elsewhere. Called on every rank.
+def gathered(model: nn.Module, includes: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer, whole and on the CPU, on rank 0; empty on other ranks. Every rank must call this.
 
     Args:
-        model: spread over ranks or whole.
-        wanted: which names; None takes all. Tied ones share memory.
+        model: partitioned or whole model.
+        includes: predicate for names; None includes all. Tied parameters share memory.
 
     Raises:
-        RuntimeError: something is missing or of another shape than the model's, on every rank.
+        RuntimeError: raised on every rank if a tensor is missing or differs in shape from the model's.
     """
     state: dict[str, Tensor] = {}
     expected: dict[str, tuple[int, ...]] = {}
     seen: dict[int, str] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in model.state_dict(keep_vars=True).items():
-        if wanted is not None and not wanted(name):
+        if includes is not None and not includes(name):
             continue
         parameter = parameters.get(name)
         expected[name] = tuple(value.shape if parameter is None else shape_of(parameter))
@@ -111,33 +111,33 @@ def gathered(model: nn.Module, wanted: Callable[[str], bool] | None = None) -> d
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """The final weights as safetensors with their config, written by rank 0. Called on every rank.
+    """Writes the final weights as safetensors with their config, on rank 0. Every rank must call this.
 
     Raises:
-        RuntimeError: what was written is not the whole model.
+        RuntimeError: the written files do not hold the whole model.
     """
     unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     state = gathered(model, lambda name: name not in unsaved)
     if collective.rank() == 0:
-        # A copy of the mapping: transformers empties it as it writes.
+        # A copy of the mapping, because transformers empties it while writing.
         model.save_pretrained(folder, state_dict=dict(state))
         _check_written(folder, state, by_name=isinstance(model, CompressedModel))
     collective.wait()
 
 
 def save_trained(model: PreTrainedModel, folder: Path, base: Base | None, ratio: Mapping[str, Any] | None = None) -> None:
-    """What a run or checkpoint keeps of its model: ``model/`` whole, or ``adapter/`` with what was trained on frozen weights.
+    """Writes the weights of a run or checkpoint: ``model/`` with the whole model, or ``adapter/`` with the parts trained on a frozen base.
 
-    Written by rank 0, called on every rank. What an earlier run left there is removed.
+    Rank 0 writes; every rank must call this. Weights of an earlier run in the folder are removed.
 
     Args:
-        model: that is or was trained.
-        folder: of the run or checkpoint.
-        base: its frozen weights; None where everything trains.
-        ratio: for the adapter's manifest.
+        model: trained model.
+        folder: folder of the run or checkpoint.
+        base: frozen weights; None if everything trains.
+        ratio: ratios for the adapter's manifest.
 
     Raises:
-        RuntimeError: what was written is not the whole model, or a tensor was not gathered.
+        RuntimeError: the written files do not hold the whole model, or a tensor was not gathered.
     """
     run = RunFolder(folder)
     if collective.rank() == 0:
@@ -153,21 +153,21 @@ def save_trained(model: PreTrainedModel, folder: Path, base: Base | None, ratio:
 
 
 def kept_names(model: nn.Module) -> list[str]:
-    """Names of what trains, and of all buffers: what a checkpoint on frozen weights holds."""
+    """Names of trainable parameters and of all buffers: the content of a checkpoint on frozen weights."""
     frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
     return [name for name in model.state_dict(keep_vars=True) if name not in frozen]
 
 
 def _check_written(folder: Path, state: Mapping[str, Tensor], by_name: bool) -> None:
-    """Raises RuntimeError where a folder does not hold the whole state; of a dense model, which transformers may save under the names of
-    its older versions, where the number of values differs."""
+    """Raises RuntimeError if a folder does not hold the whole state. For a dense model, which transformers may save under names of older
+    versions, only the number of values is compared."""
     from safetensors import safe_open
 
     written: dict[str, tuple[int, ...]] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             written |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-    wanted = {name: tuple(value.shape) for name, value in state.items()}
+    expected = {name: tuple(value.shape) for name, value in state.items()}
     if not by_name:
         tensors = {value.data_ptr(): value.numel() for value in state.values()}
         values = sum(math.prod(shape) for shape in written.values())
@@ -175,11 +175,11 @@ def _check_written(folder: Path, state: Mapping[str, Tensor], by_name: bool) -> 
             raise RuntimeError(f"{folder} does not hold the whole model: {values} values of {sum(tensors.values())}")
         return
     # Tied tensors are written once.
-    shared = {name for name in wanted.keys() - written.keys() if any(state[name].equal(state[other]) for other in written)}
-    if written != {name: shape for name, shape in wanted.items() if name not in shared}:
-        raise RuntimeError(f"{folder} does not hold the whole model: {_difference(wanted, written)}")
+    shared = {name for name in expected.keys() - written.keys() if any(state[name].equal(state[other]) for other in written)}
+    if written != {name: shape for name, shape in expected.items() if name not in shared}:
+        raise RuntimeError(f"{folder} does not hold the whole model: {_difference(expected, written)}")
 
 
-def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    return ", ".join(f"{name} {wanted.get(name)} → {found.get(name)}" for name in differing[:5]) + (" …" if len(differing) > 5 else "")
+def _difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    return ", ".join(f"{name} {expected.get(name)} → {found.get(name)}" for name in differing[:5]) + (" …" if len(differing) > 5 else "")

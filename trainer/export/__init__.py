@@ -1,1 +1,1 @@
-"""Exports: ``formats/`` holds one file a format; here is what they share. Each export is verified in a clean process after writing."""
+"""Exports of trained models, verified in a clean process: shared parts; ``formats/`` has one file a format."""

@@ -1,4 +1,4 @@
-"""What every format shares."""
+"""The interface of export formats, and what they share."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .source import DTYPES, ExportSource, Settings
 
 _FOLDER = f"{__package__}.formats"
 
-# Answers of a model of transformers, for programs of clean processes, which know how many NEW_TOKENS are asked for.
+# Program text for clean processes: a transformers model's answers. NEW_TOKENS is set by the process; 0 generates nothing.
 ANSWER = """
 import torch
 
 @torch.no_grad()
 def answer(model, batch):
     for parameter in model.parameters():
-        # A mapped file lies at any address, and matrix products round by address: fresh memory answers bit for bit.
+        # Memory-mapped weights have any alignment, which changes the rounding of matrix products: copies give bit-equal answers.
         parameter.data = parameter.data.clone()
     found = {"logits": model(**batch).logits.float().contiguous()}
     if NEW_TOKENS:
@@ -38,16 +38,16 @@ def whole(loaded):
 
 
 class Format:
-    """One way to write a trained model. Stateless, used as a class; its name is its file's, with hyphens.
+    """One file format of a trained model. Stateless, used as a class; its name is that of its file, with hyphens.
 
     Attributes:
-        tolerance: largest difference between the answers of the export and of the model as it stood here.
-        dtypes: that its weights can have.
-        hugging_face: the folder is one of transformers: with the recipe, and as a model for ``laconic evaluate``.
-        without: packages that the verifying process does not have, so that the export is seen to need none of them.
-        program: of the verifying process: Python that defines ``load(folder)``, which gives a function from the tensors of a batch,
-            by name, to those of the answer.
-        tensors: kind of tensor that the program works with, ``torch`` or ``numpy``.
+        tolerance: largest allowed difference between the answers of the export and of the original model.
+        dtypes: dtypes that the weights can have.
+        hugging_face: whether the folder is a transformers folder, which has the recipe and works with ``laconic evaluate``.
+        without: packages that are blocked in the verifying process, to prove that the export does not need them.
+        program: Python of the verifying process; defines ``load(folder)``, which returns a function from a batch's tensors by name to
+            the answer's tensors by name.
+        tensors: tensor library of the program, ``torch`` or ``numpy``.
     """
 
     tolerance: ClassVar[float] = 1e-5
@@ -59,49 +59,49 @@ class Format:
 
     @classmethod
     def requirements(cls) -> None:
-        """Raises RecipeError, with the cure, where a package is missing that writing or verifying needs."""
+        """Raises RecipeError, with the cure, if a package is missing that writing or verifying needs."""
 
     @classmethod
     def check(cls, source: ExportSource) -> None:
-        """Raises RecipeError, with the reason, where this very model cannot be written so. Called before anything is written."""
+        """Raises RecipeError, with the reason, if this model cannot be written in the format. Called before writing."""
 
     @classmethod
     def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:
-        """Writes the model, whose dtype has been set; the format may leave it changed."""
+        """Writes the model, which has the requested dtype already; the format may change the model."""
         raise NotImplementedError
 
     @classmethod
     def usage(cls, model: PreTrainedModel) -> str:
-        """Python that loads the export from ``folder`` and answers, for the model card.
+        """Python code for the model card that loads the export from ``folder``.
 
         Args:
-            model: as it was before writing.
+            model: the model before writing.
         """
         raise NotImplementedError
 
 
 def names() -> list[str]:
-    """The formats there are, as the command line calls them."""
+    """Names of the formats, as on the command line."""
     return [name.replace("_", "-") for name in registry.names(_FOLDER)]
 
 
 def format_named(name: str) -> type[Format]:
-    """A format by its name. Raises RecipeError naming those there are."""
+    """The format of a name. Raises RecipeError with the existing names."""
     if name not in names():
-        raise RecipeError(f"--format {name}: there are {', '.join(names())}")
+        raise RecipeError(f"--format {name} does not exist: the formats are {', '.join(names())}")
     return registry.find(_FOLDER, name.replace("-", "_"), Format)
 
 
 def auto_class(model: PreTrainedModel) -> str:
-    """Name of the Auto class of transformers that loads models of this kind."""
+    """Name of the transformers Auto class that loads this kind of model."""
     import transformers
     from transformers.models import auto
 
     name = base_name(model)
-    # Most classes, and all of our own, say in their names what they are for.
-    said = f"AutoModelFor{name.partition('For')[2]}"
-    if hasattr(transformers, said):
-        return said
+    # Most class names, and all of Laconic's own, contain the name of the Auto class.
+    guess = f"AutoModelFor{name.partition('For')[2]}"
+    if hasattr(transformers, guess):
+        return guess
     for candidate in sorted(item for item in auto.__all__ if item.startswith("AutoModelFor")):
         known = getattr(auto, candidate)._model_mapping._model_mapping.get(model.config.model_type, ())
         if name in ((known,) if isinstance(known, str) else known):
@@ -110,12 +110,12 @@ def auto_class(model: PreTrainedModel) -> str:
 
 
 def base_name(model: PreTrainedModel) -> str:
-    """Name of the class that a model, compressed or not, has in transformers."""
+    """Name of the transformers class of a compressed or dense model."""
     from ...modules.layer import CLASS_PREFIX
 
     return type(model).__name__.removeprefix(CLASS_PREFIX)
 
 
 def compressed(model: PreTrainedModel) -> bool:
-    """Whether the model has stages."""
+    """True if the model has stages."""
     return bool(stages_of(model))

@@ -1,4 +1,4 @@
-"""The graph of a model's forward, for formats that hold a graph instead of Python."""
+"""The graph of a model's forward, for formats that contain a graph instead of Python."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..errors import RecipeError
 
-# While transformers is traced it makes full masks that hide nothing, as if rows had padding, except for attention that it knows no mask
-# function of. Only for models whose tokens all see each other.
+# In tracing, transformers makes full masks that hide nothing, as if rows had padding, unless the attention implementation has no mask
+# function. This name has none. Only for models in which all tokens attend to each other.
 ATTENTION = "laconic_export"
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """SDPA as transformers calls it, with an output that lies in memory as its shape says whatever becomes of it.
+    """transformers' SDPA with an output whose memory layout is contiguous even under a mask.
 
-    Under a mask, torch's converter to ONNX lays it out otherwise than the graph was told.
+    Under a mask, torch's ONNX converter would otherwise use a layout that differs from the graph's.
     """
     output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return (output if attention_mask is None else output.clone(memory_format=torch.contiguous_format)), weights
@@ -41,12 +41,12 @@ _REDUCING = ("scatter_reduce", "scatter_add", "index_add", "index_reduce")
 
 @torch.no_grad()
 def check_static(model: PreTrainedModel, inputs: Mapping[str, Tensor], name: str) -> None:
-    """Raises RecipeError where rows keep numbers of their own: a graph has one size for each of its tensors.
+    """Raises RecipeError if rows can keep different numbers of tokens: a graph has fixed tensor sizes.
 
     Args:
-        model: in evaluation mode.
-        inputs: of a forward that tells.
-        name: of the format, for the message.
+        model: model in evaluation mode.
+        inputs: inputs of the forward that is checked.
+        name: name of the format, for the message.
     """
     stages, trace = stages_of(model), Trace()
     if not stages:
@@ -59,8 +59,8 @@ def check_static(model: PreTrainedModel, inputs: Mapping[str, Tensor], name: str
     ]
     if uneven:
         raise RecipeError(
-            f"--format {name}: in stage {', '.join(uneven)} rows keep numbers of tokens of their own, and a graph needs one that is known "
-            "beforehand; take merged or standalone, or, for images, train with selector top_k"
+            f"--format {name}: in stage {', '.join(uneven)} the number of kept tokens differs between rows, and a graph needs a fixed "
+            "number; use merged or standalone, or, for images, train with selector top_k"
         )
 
 
@@ -71,13 +71,13 @@ class _Logits(nn.Module):
         super().__init__()
         self.model = model
 
-        # Nobody reads the cache of a graph.
+        # A graph has no use for a cache.
         options = {"use_cache": False} if model.can_generate() else {}
 
         def forward(*args: Tensor, **kwargs: Tensor) -> Any:
             return model(**dict(zip(names, args, strict=False)), **kwargs, **options).logits
 
-        # torch.export takes names from the signature, and they become those of the graph's inputs.
+        # torch.export takes the names of the graph's inputs from the signature.
         forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
         )
@@ -86,15 +86,15 @@ class _Logits(nn.Module):
 
 @torch.no_grad()
 def captured(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> ExportedProgram:
-    """The forward as a graph, from the inputs to ``logits``, for any number of rows.
+    """The forward as a graph from the inputs to ``logits``, for any number of rows.
 
     Args:
-        model: in evaluation mode, with static counts; its attention implementation is changed.
-        inputs: of a few rows, more than one.
+        model: model in evaluation mode with static counts; its attention implementation is changed.
+        inputs: inputs of two or more rows.
 
     Raises:
-        RecipeError: torch cannot follow the model.
-        RuntimeError: the graph has a scatter with a reduction, which runtimes lack or are slow at.
+        RecipeError: torch.export fails on the model.
+        RuntimeError: the graph has a scatter with a reduction, which is slow or missing in runtimes.
     """
     adapter = families().get(model.config.model_type)
     if adapter is not None and issubclass(adapter, VisionModel):
@@ -104,9 +104,9 @@ def captured(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> ExportedPr
     try:
         program = torch.export.export(function, (), dict(inputs), dynamic_shapes=shapes, strict=False)
     except (UserError, GuardOnDataDependentSymNode) as error:
-        # A size that hangs on values, or on the number of rows.
-        told = str(error).strip().splitlines()[0]
-        raise RecipeError(f"torch.export cannot follow {type(model).__name__}: {told}; take merged or standalone") from error
+        # A size depends on values or on the number of rows.
+        detail = str(error).strip().splitlines()[0]
+        raise RecipeError(f"torch.export cannot trace {type(model).__name__}: {detail}; use merged or standalone") from error
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     if reducing := sorted(target for target in targets if any(name in target for name in _REDUCING)):
         raise RuntimeError(f"the model's graph has a scatter with a reduction: {', '.join(reducing)}")

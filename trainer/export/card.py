@@ -1,4 +1,4 @@
-"""The model card: what was trained, what it costs, how good it is, how to load it. What was not measured is not claimed."""
+"""The model card: training, cost, quality and loading of the model. Values that were not measured are marked as such."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..tasks.base import task_named
 from .base import Format, auto_class, base_name, compressed
 from .source import ExportSource, Settings
 
-# transformers' names for what a model of an Auto class is for.
+# transformers' pipeline tag for each Auto class.
 _PIPELINES = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForSemanticSegmentation": "image-segmentation",
@@ -24,7 +24,7 @@ _PIPELINES = {
 
 
 def facts(source: ExportSource) -> dict[str, Any]:
-    """What is known of the model, taken before a format changes it: costs from its token counts, the rest from the run's report."""
+    """Facts about the model before a format changes it: costs from its token counts, the other values from the run's report."""
     model, report = source.model, source.report or {}
     task = task_named(source.recipe.task)
     costs = cost_model(model, size=task.size(source.recipe))
@@ -54,12 +54,12 @@ def write_card(source: ExportSource, form: type[Format], settings: Settings, abo
     """Writes ``README.md``.
 
     Args:
-        source: what was exported.
-        form: as what.
-        settings: how.
-        about: of ``facts``.
-        usage: Python that loads it, of ``Format.usage``.
-        folder: of the export.
+        source: the exported model.
+        form: format of the export.
+        settings: dtype and shard size of the export.
+        about: result of ``facts``.
+        usage: Python that loads the export, from ``Format.usage``.
+        folder: folder of the export.
     """
     kind = form.__module__.rpartition(".")[2].replace("_", "-")
     base = about["base_model"]
@@ -67,7 +67,7 @@ def write_card(source: ExportSource, form: type[Format], settings: Settings, abo
         library_name="transformers",
         tags=["laconic", "token-compression"],
         pipeline_tag=_PIPELINES.get(auto_class(source.model)),
-        # A folder of this machine is of no use to a reader of the card.
+        # A local folder means nothing to readers of the card.
         base_model=base if base and not Path(base).exists() else None,
     )
     title = f"{about['architecture']}, {'compressed by Laconic' if about['compressed'] else 'trained by Laconic'}"
@@ -91,9 +91,9 @@ def write_card(source: ExportSource, form: type[Format], settings: Settings, abo
 
 def _words(about: Mapping[str, Any]) -> str:
     if not about["compressed"]:
-        return "Every layer sees every token."
+        return "Every layer processes every token."
     return (
-        "It drops or merges tokens on its way through the layers. *Keep* is the share of tokens that a stage lets through; *MACs* are those "
+        "It drops or merges tokens on its way through the layers. *Keep* is the share of tokens that a stage keeps; *MACs* are those "
         "of the whole forward, routers included, ÷ those of the dense model."
     )
 
@@ -121,7 +121,7 @@ def _pair(values: Mapping[str, float | None]) -> str:
 
 
 def _notes(kind: str, about: Mapping[str, Any]) -> list[str]:
-    notes = ["`export.json` has sizes and hashes of all files, and how closely the export answers as the trained model did."]
+    notes = ["`export.json` has sizes and hashes of all files, and the largest difference between the export's and the model's answers."]
     if kind == "standalone":
         notes.append("Without `trust_remote_code=True` transformers builds the dense class and reports the stages' weights as unexpected.")
     return notes

@@ -1,4 +1,4 @@
-"""Writing a trained model in a format, seeing in a clean process that it answers as before, and recording that."""
+"""Writes a trained model in a format, verifies its answers in a clean process, and records the result."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ RECORD = "export.json"
 
 
 def export(run: str, to: str, format: str = "merged", settings: Settings | None = None, push: str | None = None) -> dict[str, Any]:
-    """Writes and verifies an export; returns what ``export.json`` holds.
+    """Writes and verifies an export; returns the content of ``export.json``.
 
     Args:
-        run: run folder, or an earlier export that Laconic loads.
-        to: folder to write; must not exist yet, or be empty.
+        run: run folder, or an earlier export that Laconic can load.
+        to: folder to write; new or empty.
         format: one of ``base.names()``.
         settings: dtype and shard size.
-        push: repository on the hub that the export goes to; None leaves it here.
+        push: hub repository to push to; None does not push.
 
     Raises:
-        RecipeError: the run has no model, the model cannot be written so, or ``to`` is taken.
-        RuntimeError: the export answers otherwise in a clean process; the folder is left for a look, without ``export.json``.
+        RecipeError: the run has no model, the format does not support the model, or ``to`` is not empty.
+        RuntimeError: the export's answers differ in a clean process; the folder is kept for inspection, without ``export.json``.
     """
     settings = settings or Settings()
     form, folder = format_named(format), Path(to)
@@ -44,7 +44,7 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
     try:
         of_run = answers(source.model, source.batches())
     except ValueError as error:
-        # A causal model that was trained with stages that look ahead cannot be deployed.
+        # A causal model with non-causal stages cannot be deployed.
         raise RecipeError(f"{run} cannot be exported: {error}") from None
     form.check(source)
     about, usage = facts(source), form.usage(source.model)
@@ -55,7 +55,7 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
     try:
         form.write(source, settings, folder)
     except RecipeError:
-        # There was nothing in it before.
+        # The folder was new or empty.
         shutil.rmtree(folder)
         raise
     save_preprocessing(source, folder)
@@ -64,17 +64,19 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
     found = clean_answers(form, folder, batches, NEW_TOKENS if "generated" in cast[0] else 0)
     added = _difference(found, cast)
     if not added <= form.tolerance:
-        raise RuntimeError(f"the export in {folder} answers otherwise when it is loaded: its logits are off by {added:.2e}")
+        raise RuntimeError(f"the export in {folder} gives other answers when it is reloaded: its logits differ by {added:.2e}")
     same = _same_generation(found, cast)
     if same is False:
-        raise RuntimeError(f"the export in {folder} generates otherwise when it is loaded, though its logits are off by {added:.2e} only")
+        raise RuntimeError(
+            f"the export in {folder} generates other tokens when it is reloaded, although its logits differ by {added:.2e} only"
+        )
     write_card(source, form, settings, about, usage, folder)
     record = {
         "format": format,
         "dtype": settings.dtype,
         "task": source.recipe.task,
         "architecture": about["architecture"],
-        # Against the run's own float32 answers, so with what the dtype does; and what writing and loading alone added.
+        # Against the run's float32 answers, so the dtype's error is included; then the difference of writing and loading alone.
         "max_abs_logit_diff": _difference(found, of_run),
         "max_abs_reload_diff": added,
         "generation_equal": same,
@@ -90,30 +92,30 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
 
 
 def check(form: type[Format], folder: Path, settings: Settings) -> None:
-    """Raises RecipeError for what is wrong whatever the model is."""
+    """Raises RecipeError for errors that do not depend on the model."""
     name = form.__module__.rpartition(".")[2].replace("_", "-")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise RecipeError(f"--to {folder}: the folder is not empty; give a new one")
+        raise RecipeError(f"--to {folder}: the folder is not empty; name a new one")
     if settings.dtype not in form.dtypes:
         raise RecipeError(
-            f"--dtype {settings.dtype}: format {name} is written in {', '.join(form.dtypes)}; what runs it has tools of its own for less"
+            f"--dtype {settings.dtype}: format {name} supports {', '.join(form.dtypes)}; its runtimes have their own tools for smaller dtypes"
         )
     form.requirements()
 
 
-def _difference(found: Sequence[dict[str, Tensor]], wanted: Sequence[dict[str, Tensor]]) -> float:
-    """Largest absolute difference of the logits; infinite where they are of another shape."""
-    pairs = [(one["logits"], other["logits"]) for one, other in zip(found, wanted, strict=True)]
+def _difference(found: Sequence[dict[str, Tensor]], expected: Sequence[dict[str, Tensor]]) -> float:
+    """Largest absolute difference of the logits; infinity if shapes differ."""
+    pairs = [(one["logits"], other["logits"]) for one, other in zip(found, expected, strict=True)]
     if any(one.shape != other.shape for one, other in pairs):
         return float("inf")
     return max(float((one - other).abs().max()) for one, other in pairs)
 
 
-def _same_generation(found: Sequence[dict[str, Tensor]], wanted: Sequence[dict[str, Tensor]]) -> bool | None:
-    """Whether greedy generation gives the same tokens; None where one of the two generates nothing."""
+def _same_generation(found: Sequence[dict[str, Tensor]], expected: Sequence[dict[str, Tensor]]) -> bool | None:
+    """True if greedy generation gives the same tokens; None if one of the two generates nothing."""
     pairs = [
         (one["generated"], other["generated"])
-        for one, other in zip(found, wanted, strict=True)
+        for one, other in zip(found, expected, strict=True)
         if "generated" in one and "generated" in other
     ]
     return all(one.equal(other) for one, other in pairs) if pairs else None

@@ -1,6 +1,6 @@
-"""The files of ``laconic.modules`` that a model needs, laid flat in one folder, with nothing changed but where they import from.
+"""The files of ``laconic.modules`` that a model needs, moved into one flat folder; only their import lines change.
 
-transformers' loader of remote code copies files of one folder only, those named by lines ``from .name import …`` (seen with 5.17 and
+transformers' loader of remote code copies only files of the same folder that lines ``from .name import …`` name (seen with 5.17 and
 5.23). So ``scorers/learned.py`` becomes ``scorers_learned.py``, and its ``from ..linear import …`` becomes ``from .linear import …``.
 """
 
@@ -25,15 +25,15 @@ from ..errors import RecipeError
 
 _IMPORT = re.compile(r"^(?P<indent>[ \t]*)from (?P<dots>\.+)(?P<path>[\w.]*) import (?P<what>.*)$", re.MULTILINE)
 
-# A file's place in the package: ("scorers", "learned"), or ("scorers",) for the folder's own __init__.py.
+# Path of a file in the package: ("scorers", "learned"), or ("scorers",) for the __init__.py of a folder.
 Place = tuple[str, ...]
 
 
 def files_of(model: PreTrainedModel) -> dict[str, str]:
-    """Text by file name of all that a model's own classes are written in, and of what those files import.
+    """Text by file name of the files that define a model's classes, and of the files they import.
 
     Args:
-        model: compressed; every part that it is made of comes along, and no other.
+        model: compressed model; only the files of its own parts are included.
     """
     assert isinstance(model, CompressedModel)
     package = modules.__name__
@@ -46,16 +46,16 @@ def files_of(model: PreTrainedModel) -> dict[str, str]:
     places = {tuple(name.removeprefix(f"{package}.").split(".")) for name in names}
     outside, imported = _outside(model)
     places |= imported
-    # A part is found through its folder, so the folders above it are there as well.
+    # The registry finds a part through its folder, so the folders above it are needed too.
     flat = flattened(places | {place[:depth] for place in places for depth in range(1, len(place))})
     return {**flat, **outside}
 
 
 def _outside(model: PreTrainedModel) -> tuple[dict[str, str], set[Place]]:
-    """Text by file name of the parts that other packages brought, and the files of ``laconic.modules`` that they import from.
+    """Text by file name of parts from other packages, and the files of ``laconic.modules`` that they import.
 
     Raises:
-        RecipeError: a part's file needs more than torch, transformers and ``laconic.modules``.
+        RecipeError: a part's file imports more than the standard library, torch, transformers and ``laconic.modules``.
     """
     files: dict[str, str] = {}
     imported: set[Place] = set()
@@ -66,9 +66,11 @@ def _outside(model: PreTrainedModel) -> tuple[dict[str, str], set[Place]]:
             name = registry.name_of(kind, type(part))
             source = inspect.getsourcefile(type(part))
             if name is None or source is None:
-                raise RecipeError(f"--format standalone: {kind} {type(part).__qualname__} is found by no name; offer it as an entry point")
+                raise RecipeError(
+                    f"--format standalone: {kind} {type(part).__qualname__} has no registered name; offer it as an entry point"
+                )
             text, places = _outside_text(Path(source), f"{kind} {name!r}")
-            # Where the registry looks for a part of that name in a flat folder.
+            # The path where the registry looks for a part of that name in a flat folder.
             folder = tuple(registry.KINDS[kind].folder.split("."))
             files[f"{_flat((*folder, name))}.py"] = text
             imported |= places | {folder}
@@ -86,7 +88,7 @@ def _outside_text(path: Path, part: str) -> tuple[str, set[Place]]:
             for module in found:
                 if module.partition(".")[0] not in (*sys.stdlib_module_names, "torch", "transformers"):
                     raise RecipeError(
-                        f"--format standalone: {part} cannot go along: {path.name} imports {module}, and an exported folder has torch, "
+                        f"--format standalone: {part} cannot be included: {path.name} imports {module}, and an exported folder has torch, "
                         f"transformers and what is imported as 'from {modules.__name__}.… import …'"
                     )
     pattern = re.compile(rf"^(?P<indent>[ \t]*)from {re.escape(modules.__name__)}\.(?P<path>[\w.]+) import ", re.MULTILINE)
@@ -94,10 +96,10 @@ def _outside_text(path: Path, part: str) -> tuple[str, set[Place]]:
 
 
 def flattened(places: Iterable[Place], package: ModuleType = modules) -> dict[str, str]:
-    """Text by file name of some files of a package and of all that they import from it.
+    """Text by file name of some files of a package and of all files that they import from it.
 
     Raises:
-        ValueError: an import is written in a way that cannot be carried over, or two files would have one name.
+        ValueError: an import has an unsupported form, or two files would have the same name.
     """
     assert package.__file__ is not None
     root = Path(package.__file__).parent
@@ -117,7 +119,7 @@ def flattened(places: Iterable[Place], package: ModuleType = modules) -> dict[st
 
 
 def _rewritten(root: Path, place: Place) -> tuple[str, set[Place]]:
-    """A file's text with its imports from the package rewritten, and the places that it imports from."""
+    """A file's text with rewritten package imports, and the places it imports from."""
     path = _path(root, place)
     assert path is not None, place
     here = place if path.name == "__init__.py" else place[:-1]
@@ -126,13 +128,13 @@ def _rewritten(root: Path, place: Place) -> tuple[str, set[Place]]:
     def rewrite(match: re.Match[str]) -> str:
         above = len(match["dots"]) - 1
         if above > len(here):
-            raise ValueError(f"{path}: {match[0].strip()!r} leaves the package, and an exported folder has nothing beside it")
+            raise ValueError(f"{path}: {match[0].strip()!r} imports from outside the package, which an exported folder does not have")
         base = here[: len(here) - above]
         if match["path"]:
             target = (*base, *match["path"].split("."))
             imported.add(target)
             return f"{match['indent']}from .{_flat(target)} import {match['what']}"
-        # Names of files, not of what is in one.
+        # These names are files, not objects in a file.
         named = []
         for name in (item.strip() for item in match["what"].split(",")):
             target = (*base, name)
@@ -146,12 +148,12 @@ def _rewritten(root: Path, place: Place) -> tuple[str, set[Place]]:
     text = _IMPORT.sub(rewrite, text)
     for target in imported:
         if _path(root, target) is None:
-            raise ValueError(f"{path} imports {'.'.join(target)}, which is no file of the package")
+            raise ValueError(f"{path} imports {'.'.join(target)}, which is not a file of the package")
     return text, imported
 
 
 def _path(root: Path, place: Place) -> Path | None:
-    """The file at a place; None where there is none."""
+    """The file at a place; None if there is none."""
     for path in (root.joinpath(*place).with_suffix(".py"), root.joinpath(*place, "__init__.py")):
         if place and path.is_file():
             return path

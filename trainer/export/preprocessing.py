@@ -1,4 +1,4 @@
-"""What turns raw inputs into a model's, in the files that transformers reads: image processor or tokenizer."""
+"""Image processor or tokenizer of an export, in the files that transformers reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .source import ExportSource
 
 
 def save_preprocessing(source: ExportSource, folder: Path) -> None:
-    """Writes the image processor of a task on images, and the tokenizer that lies beside the weights."""
+    """Writes the image processor of an image task, and the tokenizer that is beside the weights."""
     config: Any = source.model.config
     if issubclass(task_named(source.recipe.task), ImageTask):
         write_json(folder / PROCESSOR, image_processor(source.recipe, config))
@@ -27,17 +27,17 @@ def save_preprocessing(source: ExportSource, folder: Path) -> None:
 
 
 def image_processor(recipe: Recipe, config: Any) -> dict[str, Any]:
-    """Settings for transformers' image processors that do what evaluation here does: shorter side to size, centre, normalise."""
+    """Settings of a transformers image processor equal to evaluation: resize the shorter side, crop the centre, normalise."""
     size, channels = image_input(config)
     data = with_normalisation(recipe).data
     assert isinstance(data, ImageRecipe)
     assert data.mean is not None
     assert data.std is not None
-    # The embedded digits are drawn as numbers in [0, 1], and stay so.
+    # The embedded digits are numbers in [0, 1] already and are not normalised.
     normalised = data.name != DRAWN
     return {
         "image_processor_type": "ViTImageProcessor",
-        # A colour image for a grey model is the caller's to convert: transformers knows no grey.
+        # transformers cannot convert to grey: for a grey model the caller converts colour images.
         "do_convert_rgb": channels == 3,
         "do_resize": True,
         "size": {"shortest_edge": size},

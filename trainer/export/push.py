@@ -1,4 +1,4 @@
-"""An export on the hub of Hugging Face."""
+"""Pushes an export to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def push(folder: Path, repository: str) -> str:
-    """Uploads a verified export as one commit, and says where it is.
+    """Uploads a verified export as one commit and returns its address.
 
     Args:
-        folder: of the export, with its ``export.json``.
-        repository: ``name`` or ``owner/name``; made where it is not there, and private then.
+        folder: folder of the export, with its ``export.json``.
+        repository: ``name`` or ``owner/name``; a repository that does not exist is created as private.
 
     Raises:
         RuntimeError: the export is not complete.

@@ -1,4 +1,4 @@
-"""What is exported: a trained model with all that is known about it."""
+"""The model to export, with its recipe, its report and inputs for a comparison."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..run_folder import RunFolder, load_model
 from ..tasks.base import task_named
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# How many new tokens a model that generates is compared on.
+# Number of new tokens on which a generating model is compared.
 NEW_TOKENS = 8
 
 
@@ -29,8 +29,8 @@ class Settings:
     """How an export is written.
 
     Attributes:
-        dtype: of the weights, a key of ``DTYPES``.
-        shard_size: largest file of weights, as transformers reads it (``500MB``, ``5GB``).
+        dtype: dtype of the weights, a key of ``DTYPES``.
+        shard_size: largest size of a weight file, in transformers' form (``500MB``, ``5GB``).
     """
 
     dtype: str = "fp32"
@@ -38,22 +38,22 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise RecipeError(f"--dtype {self.dtype}: there are {', '.join(DTYPES)}")
+            raise RecipeError(f"--dtype {self.dtype} does not exist: the dtypes are {', '.join(DTYPES)}")
         number, unit = self.shard_size[:-2], self.shard_size[-2:].upper()
         if unit not in ("KB", "MB", "GB") or not number.isdecimal() or not int(number):
-            raise RecipeError(f"--shard-size {self.shard_size}: give a whole number and KB, MB or GB, such as 500MB")
+            raise RecipeError(f"--shard-size {self.shard_size} must be a whole number and KB, MB or GB, such as 500MB")
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """A trained model and what is known about it.
+    """A trained model with its recipe and report.
 
     Attributes:
-        run: the run, or an earlier export.
-        recipe: that it was trained with.
-        model: with its stages, in evaluation mode, float32; a format may change it as it writes.
-        report: of the run; None where there is none.
-        inputs: to compare answers on, a few rows.
+        run: folder of the run or of an earlier export.
+        recipe: recipe of the training.
+        model: model with its stages, in evaluation mode, float32; a format may change it while writing.
+        report: report of the run; None if there is none.
+        inputs: a few rows on which answers are compared.
     """
 
     run: RunFolder
@@ -64,7 +64,7 @@ class ExportSource:
 
     @staticmethod
     def open(folder: str) -> ExportSource:
-        """From a run folder or an export. Raises RecipeError where it holds no trained model."""
+        """The model of a run folder or an export. Raises RecipeError if the folder has no trained model."""
         run = RunFolder.open(folder)
         recipe = run.read_recipe()
         model = load_model(run.trained()).eval()
@@ -77,39 +77,39 @@ class ExportSource:
         )
 
     def batches(self) -> list[dict[str, Tensor]]:
-        """The inputs together and the first of them alone, floating-point ones in the model's dtype."""
+        """Two batches: all rows of the inputs, and the first row alone. Floating-point inputs have the model's dtype."""
         given = {key: value.to(self.model.dtype) if value.is_floating_point() else value for key, value in self.inputs.items()}
         return [given, {key: value[:1] for key, value in given.items()}]
 
     @torch.no_grad()
     def left_out(self) -> list[str]:
-        """What stages do to the tokens of an evaluation, one entry each; empty where the model answers as its backbone alone would.
+        """Effects of stages on the tokens in evaluation, one entry each; empty if the backbone alone gives the same answers.
 
-        What it does is asked, not what it is called: it runs, and the trace tells.
+        Found from the trace of a forward, not from the names of parts.
         """
         stages = stages_of(self.model)
         if not stages:
             return []
         trace = Trace()
         self.model(**self.batches()[0], trace=trace)
-        told = []
+        effects = []
         for name, routing in trace.routings.items():
             kept, present = routing.counts()
             if kept < present:
-                told.append(f"{name} keeps {routing.achieved:.3f} of its tokens")
+                effects.append(f"{name} keeps {routing.achieved:.3f} of its tokens")
             elif stages[name].whole and not stages[name].idle:
-                told.append(f"{name} weighs what its layer adds (estimator {stages[name].config.part('estimator').name!r})")
+                effects.append(f"{name} weighs the output of its layer (estimator {stages[name].config.part('estimator').name!r})")
             elif stages[name].merger.outputs is not None:
-                told.append(f"{name} makes tokens of its own")
-        return told
+                effects.append(f"{name} makes new tokens")
+        return effects
 
     def backbone(self) -> PreTrainedModel:
-        """The model without stages where they do nothing in evaluation, else as it is. Changes it in place."""
+        """The model without stages if they have no effect in evaluation, otherwise unchanged. Removes them in place."""
         return decompress(self.model) if stages_of(self.model) and not self.left_out() else self.model
 
 
 def generates(model: PreTrainedModel) -> bool:
-    """Whether the model can generate, which stages that look ahead do not let it."""
+    """True if the model can generate; models with non-causal stages cannot."""
     if not model.can_generate():
         return False
     try:
@@ -121,7 +121,7 @@ def generates(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def answers(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """For each batch float32 ``logits`` and, of a model that generates, the ``generated`` token ids."""
+    """Float32 ``logits`` of each batch and, for models that generate, ``generated`` token ids."""
     found, generation = [], cast(Any, model)
     for batch in batches:
         answer = {"logits": model(**batch).logits.float().contiguous()}

@@ -1,4 +1,4 @@
-"""Answers of an export in a new process, where nothing of this one is left: what the folder holds must be enough."""
+"""Answers of an export in a new process, which has nothing but the folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base import Format
 _PROGRAM = """
 import sys
 for name in {without!r}:
-    # Importing it now fails, as on a machine that does not have it.
+    # Makes importing the package fail, as on a machine without it.
     sys.modules[name] = None
 NEW_TOKENS = {new_tokens}
 {program}
@@ -30,16 +30,16 @@ for batch, out in zip(files[::2], files[1::2]):
 
 
 def clean_answers(form: type[Format], folder: Path, batches: list[dict[str, Tensor]], new_tokens: int) -> list[dict[str, Tensor]]:
-    """What the export in a folder answers to each batch.
+    """Answers of the export in a folder to each batch.
 
     Args:
-        form: what the folder holds.
-        folder: of the export.
+        form: format of the export.
+        folder: folder of the export.
         batches: inputs by name.
-        new_tokens: to generate; 0 generates none, and formats of graphs never do.
+        new_tokens: number of tokens to generate; 0 generates none. Graph formats never generate.
 
     Raises:
-        RuntimeError: it cannot be loaded, or fails.
+        RuntimeError: the export cannot be loaded, or its forward fails.
     """
     with tempfile.TemporaryDirectory() as temporary:
         files: list[str] = []
@@ -47,12 +47,12 @@ def clean_answers(form: type[Format], folder: Path, batches: list[dict[str, Tens
             files += [f"{temporary}/batch{index}.safetensors", f"{temporary}/answer{index}.safetensors"]
             save_file({key: value.contiguous() for key, value in batch.items()}, files[-2])
         program = _PROGRAM.format(without=form.without, program=form.program, tensors=form.tensors, new_tokens=new_tokens)
-        # Code that comes with an export is copied to a cache before it runs; the user's own is none of our business.
+        # transformers copies an export's code to a cache before running it: use a temporary one instead of the user's.
         environment = {**os.environ, "HF_MODULES_CACHE": f"{temporary}/modules", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         done = run_python(program, [str(folder), *files], environment)
         if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise RuntimeError(f"the export in {folder} cannot be loaded in a clean process: {said[-1]}")
+            errors = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise RuntimeError(f"the export in {folder} cannot be loaded in a clean process: {errors[-1]}")
         return [load_file(file) for file in files[1::2]]
 
 

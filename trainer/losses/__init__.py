@@ -1,1 +1,1 @@
-"""Losses beside a model's own: tokens of large vocabularies in parts, and distillation."""
+"""Losses besides a model's own: token loss for large vocabularies, and distillation."""

@@ -1,7 +1,7 @@
-"""Cross-entropy of a language model's tokens without all of its logits at once.
+"""Cross-entropy of a language model's tokens without all logits in memory at once.
 
-Logits of a large vocabulary are most of what a step of a small model holds: rows × tokens × entries, in float32, and their gradient.
-Here the head sees a part of the tokens at a time, and backward computes that part's logits again.
+For a small model with a large vocabulary, the logits need most of a step's memory: rows × tokens × entries in float32, and their
+gradient. Here the head processes a part of the tokens at a time, and backward recomputes the logits of that part.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from transformers import PreTrainedModel
 
 from ...modules.tokens.labels import IGNORE_TOKEN
 
-# In values of float32, of which softmax and gradient need as many again: up to 128 MiB nothing is computed twice, else parts of 32 MiB.
+# In float32 values; softmax and gradient need as many again. Up to 128 MiB nothing is recomputed; above, parts have 32 MiB.
 WHOLE, PART = 2**25, 2**23
 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Of the tokens of a batch that are predicted.
+    """Loss of the predicted tokens of a batch.
 
     Attributes:
-        total: scalar float32, sum of the tokens' negative log-likelihoods, in nats, with gradient.
-        count: scalar int64, predicted tokens.
+        total: scalar float32, sum of the tokens' negative log-likelihoods in nats, with gradient.
+        count: scalar int64, number of predicted tokens.
     """
 
     total: Tensor
@@ -35,7 +35,7 @@ class TokenLoss:
 
     @property
     def mean(self) -> Tensor:
-        """Scalar: the loss a token, 0 where none is predicted."""
+        """Scalar: mean loss of a token; 0 if no token is predicted."""
         return self.total / self.count.clamp(min=1)
 
 
@@ -49,28 +49,28 @@ def token_loss(
     part: int = PART,
     **options: Any,
 ) -> TokenLoss:
-    """What a causal language model's own loss sums up, without its logits as a whole.
+    """The loss of a causal language model, without all of its logits in memory at once.
 
     Args:
-        model: dense or compressed, with a head on a base model.
+        model: dense or compressed model with a head on a base model.
         input_ids: (B, N) int64.
-        labels: (B, N) int64, each token's own id and not that of the next, IGNORE_TOKEN where it is not predicted.
+        labels: (B, N) int64, each token's own id (not that of the next token), IGNORE_TOKEN where it is not predicted.
         position_ids: (B, N) int64, from 0 in each document; None for rows of one document.
-        documents: (B, N) int64, the document of each token, -1 for filler, which a compressed model must not count; None where every
-            row is one document.
-        whole: most logits that are held all at once, in values.
-        part: where there are more, those that are held at a time.
-        options: of the base model's forward: ``trace`` of a compressed model.
+        documents: (B, N) int64, document of each token, -1 for padding, which a compressed model must not count; None if every row is
+            one document.
+        whole: largest number of logits in memory at once.
+        part: number of logits in memory at once if the total exceeds ``whole``.
+        options: arguments of the base model's forward: ``trace`` of a compressed model.
     """
     trace = options.get("trace")
     if trace is not None:
         trace.labels, trace.documents = labels, documents
     base: Any = model.base_model
     hidden_states = base(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options).last_hidden_state
-    # Token i predicts token i + 1. Moving the labels copies less than moving the states would.
+    # Token i predicts token i + 1. Shifting the labels copies less than shifting the hidden states.
     following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_TOKEN).flatten()
     flat = hidden_states.flatten(0, 1)
-    # By shapes alone, so that every rank calls the head as often.
+    # From shapes alone, so that every rank calls the head equally often.
     entries = model.config.get_text_config().vocab_size
     fits = len(flat) * entries <= whole
     step = len(flat) if fits else max(1, part // entries)
@@ -87,10 +87,10 @@ def _part(model: PreTrainedModel, hidden_states: Tensor, labels: Tensor) -> Tens
 
 
 def logits_of(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
-    """(…, entries) float32 logits of a base model's last hidden states (…, C)."""
+    """(…, entries) float32 logits of the base model's last hidden states (…, C)."""
     head: nn.Module | None = model.get_output_embeddings()
     assert head is not None, type(model)
-    # The module and not its weight: hooks gather what is spread over ranks, and adapters may sit on it.
+    # Called as a module: hooks gather its partitioned weights, and an adapter may wrap it.
     logits = head(hidden_states).float()
     config: Any = model.config.get_text_config()
     for name, apply in _AFTER_THE_HEAD.items():
@@ -100,7 +100,7 @@ def logits_of(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
     return logits
 
 
-# What families do with logits behind the head, by the name of the setting. Who does more is found out by ``check_model``.
+# Operations of families on the head's logits, by the name of the setting. ``check_model`` detects families with other operations.
 _AFTER_THE_HEAD: dict[str, Any] = {
     "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),
     "logit_scale": lambda logits, scale: logits * scale,
@@ -111,27 +111,28 @@ _AFTER_THE_HEAD: dict[str, Any] = {
 
 @torch.no_grad()
 def check_model(model: PreTrainedModel) -> None:
-    """Raises ValueError unless a dense model's loss can be computed here: its logits are the head's, and documents in a row are apart.
+    """Checks that a dense model's loss can be computed here. Runs two forwards of 16 tokens in evaluation mode.
 
-    Runs two forwards of 16 tokens, in evaluation mode.
+    Raises:
+        ValueError: the logits are not those of the head, or packed documents attend to each other.
     """
     training, name = model.training, type(model).__name__
     model.eval()
     ids = torch.arange(32, device=model.device).view(2, 16) % model.config.get_text_config().vocab_size
-    # The second rows end alike and begin otherwise, in another document.
+    # The second documents of the two rows are equal, the first ones differ.
     ids[1, 8:] = ids[0, 8:]
     positions = torch.arange(16, device=model.device).remainder(8).expand(2, -1)
-    own = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
-    ours = logits_of(model, model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state)
+    expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+    found = logits_of(model, model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state)
     model.train(training)
-    tolerance = 1e-2 * float(own.abs().max())
-    if own.shape != ours.shape or (own - ours).abs().max() > tolerance:
+    tolerance = 1e-2 * float(expected.abs().max())
+    if expected.shape != found.shape or (expected - found).abs().max() > tolerance:
         raise ValueError(
-            f"{name} makes its logits in a way that is not known here (not its head on its base model, with one of "
+            f"{name} computes its logits in an unsupported way (not its head on its base model with one of "
             f"{', '.join(_AFTER_THE_HEAD)}): task causal_lm cannot train it"
         )
-    if (own[0, 8:] - own[1, 8:]).abs().max() > tolerance:
+    if (expected[0, 8:] - expected[1, 8:]).abs().max() > tolerance:
         raise ValueError(
-            f"{name} lets documents that are packed into one row see each other, whatever position_ids say: task causal_lm cannot train it "
-            "on packed rows; with attention 'sdpa' or 'eager' transformers keeps them apart for most families"
+            f"{name} lets documents packed into one row attend to each other, whatever position_ids are: task causal_lm cannot train it "
+            "on packed rows; for most families attention 'sdpa' or 'eager' separates documents"
         )

@@ -1,1 +1,1 @@
-"""Figures of a run: paired step times, cost tables, the report, versions."""
+"""Measurements of a run: paired step times, cost tables, the report, versions."""

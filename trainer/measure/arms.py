@@ -1,4 +1,4 @@
-"""The paired measurement of a run's arms, on its own data and with its own losses."""
+"""Paired measurement of a run's arms, on its own data and with its own losses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .bench import Bench, bench
 
 
 def bench_models(parts: Mapping[str, RunParts], recipe: Recipe, console: Console) -> Bench:
-    """The paired measurement of compressed arms, on a batch of the recipe's own training data."""
+    """Measures the compressed arms in pairs, on a batch of the recipe's own training data."""
     first = next(iter(parts.values()))
     task = task_named(first.recipe.task)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,10 +48,10 @@ def bench_models(parts: Mapping[str, RunParts], recipe: Recipe, console: Console
 
 
 def print_claims(measured: Bench, console: Console) -> None:
-    """One line an arm: what its figures allow to be claimed."""
+    """Prints one line an arm: the speed-up and % of oracle speed that its measurement supports."""
     for name, arm in measured.arms.items():
         console.print(
-            f"{name}: speed-up at least {arm.claimed_speedup:.2f}×, of oracle at least {arm.claimed_of_oracle:.3f} "
+            f"{name}: speed-up at least {arm.claimed_speedup:.2f}×, at least {100 * arm.claimed_of_oracle:.1f} % of oracle speed "
             f"(lower 95 % bounds less the control's half-width {arm.control.half_width:.3f}; {measured.rounds} rounds)",
             highlight=False,
             soft_wrap=True,

@@ -1,4 +1,4 @@
-"""Paired measurement of training steps and of the memory that they hold."""
+"""Paired measurement of training steps: time and memory."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Ratio:
     """Ratio of two arms' times, from pairs of the same round.
 
     Attributes:
-        median: of the ratios.
+        median: median of the ratios.
         low: lower 95 % bound of the median.
-        high: upper 95 % bound.
+        high: upper 95 % bound of the median.
     """
 
     median: float
@@ -41,20 +41,20 @@ class Ratio:
 
     @property
     def half_width(self) -> float:
-        """Half of the interval's width."""
+        """Half the width of the interval."""
         return (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)
 class ArmTimes:
-    """One compressed arm against the dense model and against its oracle.
+    """Times of one compressed arm, relative to the dense model and to its oracle.
 
     Attributes:
-        seconds: median of a training step.
-        oracle_seconds: of the backbone given the same token counts by slicing, no router.
+        seconds: median time of a training step.
+        oracle_seconds: median time of the oracle, the backbone with the same token counts by slicing and without a router.
         speedup: dense ÷ compressed.
         of_oracle: oracle ÷ compressed.
-        control: oracle ÷ the same oracle again: the noise of this measurement.
+        control: oracle ÷ a second, equal oracle: the noise of the measurement.
     """
 
     seconds: float
@@ -65,26 +65,26 @@ class ArmTimes:
 
     @property
     def claimed_speedup(self) -> float:
-        """Lower bound of the speed-up less the noise."""
+        """Lower bound of the speed-up, less the noise."""
         return self.speedup.low - self.control.half_width
 
     @property
     def claimed_of_oracle(self) -> float:
-        """Lower bound of the share of oracle speed less the noise."""
+        """Lower bound of oracle ÷ compressed, less the noise."""
         return self.of_oracle.low - self.control.half_width
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured.
+    """Result of a measurement.
 
     Attributes:
-        dense_seconds: median of a dense training step.
-        arms: by name.
-        memory: bytes by arm, ``dense`` among them: peak of the device on CUDA, else what autograd saves for backward.
+        dense_seconds: median time of a dense training step.
+        arms: times by arm.
+        memory: bytes by arm, with ``dense``: the device's peak on CUDA, otherwise the tensors that autograd saves for backward.
         memory_kind: ``cuda_peak`` or ``saved_for_backward``.
-        rounds: of the pairing.
-        amount: what a step does, in the task's unit: images, tokens.
+        rounds: number of paired rounds.
+        amount: images or tokens of a step, by the task's unit.
     """
 
     dense_seconds: float
@@ -95,7 +95,7 @@ class Bench:
     amount: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, with the claimed ratios beside the measured ones."""
+        """JSON-able form, with the claimed ratios."""
         data = asdict(self)
         for name, arm in self.arms.items():
             data["arms"][name] |= {"claimed_speedup": arm.claimed_speedup, "claimed_of_oracle": arm.claimed_of_oracle}
@@ -112,22 +112,22 @@ def bench(
     forward: Callable[..., Any] = lambda model, batch, **options: model(**batch, **options),
     amount: int | None = None,
 ) -> Bench:
-    """Times training steps (forward, backward, optimizer) of all arms in one process, interleaved, their order rotated.
+    """Times training steps (forward, backward, optimizer) of all arms in one process, interleaved, in rotating order.
 
     Args:
-        dense: the uncompressed model.
-        arms: compressed models by name; all are left with other weights than they had.
+        dense: the dense model.
+        arms: compressed models by name; the measurement changes their weights.
         batch: inputs of a step, on the models' device.
-        loss: arm name, model and batch -> the loss that training minimises.
-        rounds: at least 30 for a figure that is reported.
-        progress: called with rounds done and in all.
-        forward: model and batch, and ``trace`` -> an answer, for the token counts of evaluation.
-        amount: what the batch holds, in the task's unit; None counts its rows.
+        loss: function of arm name, model and batch that returns the training loss.
+        rounds: number of rounds; at least 30 for reported results.
+        progress: called with the number of finished rounds and of all rounds.
+        forward: function of model, batch and ``trace`` that runs an evaluation forward, for its token counts.
+        amount: images or tokens of the batch, by the task's unit; None counts rows.
     """
     device = next(dense.parameters()).device
     contestants: dict[str, tuple[str, nn.Module]] = {"dense": ("dense", dense)}
     for name, model in arms.items():
-        # A threshold that follows the scores finds its place at the first step; only then do the counts mean something.
+        # An adaptive threshold settles in the first step; token counts are valid only after it.
         _step(name, model, batch, loss)()
         counts = _counts(model, batch, forward)
         contestants[name] = (name, model)
@@ -164,12 +164,12 @@ def bench(
 
 
 def sliced(model: PreTrainedModel, tokens: Mapping[int, RowTokens], final: int | None = None) -> PreTrainedModel:
-    """The oracle: a dense model whose layers see as many tokens, by plain slicing ``x[:, :k]``.
+    """The oracle: a dense model whose layers process as many tokens, by plain slicing ``x[:, :k]``.
 
     Args:
-        model: dense; changed in place.
-        tokens: by layer index, what a compressed model's forward left on its trace; where rows differ, their mean counts.
-        final: tokens after the last layer; None takes those of its MLP.
+        model: dense model; changed in place.
+        tokens: tokens by layer index, from the flow of a compressed model's forward; if rows differ, the mean is used.
+        final: tokens after the last layer; None uses those of its MLP.
     """
     adapter = adapter_of(model)
     stack = adapter.stacks(model)[0]
@@ -189,12 +189,12 @@ def sliced(model: PreTrainedModel, tokens: Mapping[int, RowTokens], final: int |
 
 @dataclass
 class _Removed:
-    """What slicing took away, for layers after a restore."""
+    """The sliced-off tokens, for layers after a restore."""
 
     whole: Tensor | None = None
 
     def fit(self, hidden_states: Tensor, tokens: int) -> Tensor:
-        """(B, M, C) sliced, or filled up from the whole, to ``tokens``."""
+        """(B, M, C) cut, or extended from the whole sequence, to ``tokens``."""
         missing = tokens - hidden_states.shape[1]
         if missing <= 0:
             return hidden_states[:, :tokens]
@@ -204,7 +204,7 @@ class _Removed:
 
 @dataclass(frozen=True)
 class _Slices:
-    """Tokens that an oracle's layer gets, sends through its halves, and leaves to the next; or fills up, for a head that counts places."""
+    """Number of tokens that an oracle's layer receives, processes in each half, and passes on; ``filled`` restores the full length."""
 
     index: int
     present: int
@@ -216,14 +216,14 @@ class _Slices:
     filled: bool = False
 
     def inputs(self, layer: nn.Module, given: Mapping[str, Any], hidden_states: Tensor) -> dict[str, Any]:
-        """What the layer is handed for its first tokens, by name."""
+        """Inputs of the layer, by name, for its first tokens."""
         whole = self.removed.whole
         rows, tokens, _ = hidden_states.shape
         if whole is None or tokens == whole.shape[1]:
             return dict(given)
         if not self.adapter.masks_in_layers:
             return self.adapter.slice_inputs(given, tokens)
-        # The layer has a bias of its own for every pair of tokens.
+        # The layer has one bias for every pair of tokens.
         first = torch.arange(tokens, device=hidden_states.device).expand(rows, -1)
         state = TokenState.initial(rows, whole.shape[1], 0, None, hidden_states.device).select(first, None)
         return self.adapter.layer_inputs(layer, state, hidden_states.dtype, given)
@@ -256,7 +256,7 @@ class _SlicedLayer(nn.Module):
 
 
 def _through(hidden_states: Tensor, tokens: int, inner: Callable[[Tensor], Tensor]) -> Tensor:
-    """The first tokens through a part of a layer; the others bypass it."""
+    """Processes the first tokens by a part of a layer; the others bypass it."""
     if tokens == hidden_states.shape[1]:
         return inner(hidden_states)
     return torch.cat([inner(hidden_states[:, :tokens]), hidden_states[:, tokens:]], 1)
@@ -267,9 +267,9 @@ def _mean(count: int | Tensor) -> int:
 
 
 def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor], forward: Callable[..., Any]) -> tuple[dict[int, RowTokens], int]:
-    """Tokens of each layer and after the last, from one real forward."""
+    """Tokens of each layer, and after the last, from one real forward."""
     assert isinstance(model, CompressedModel), base_class(type(model))
-    # Training may look ahead, and it is training that is measured.
+    # Training is measured, and training may be non-causal.
     trace = Trace(lookahead=True)
     training = model.training
     with torch.no_grad():
@@ -304,7 +304,7 @@ def _timed(step: Callable[[], None], device: torch.device) -> float:
 def _memory(step: Callable[[], None], model: nn.Module, device: torch.device) -> int:
     if device.type == "cuda":
         step()
-        # The step frees the last gradients first: they are not part of what stood before it.
+        # The step frees the last gradients first, so they must not count in ``before``.
         model.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -325,7 +325,7 @@ def _memory(step: Callable[[], None], model: nn.Module, device: torch.device) ->
 
 
 def paired_ratio(over: list[float], under: list[float]) -> Ratio:
-    """Median of the paired ratios with its bootstrap interval, from draws that are always the same."""
+    """Median of the paired ratios with its bootstrap interval; the bootstrap draws are fixed."""
     ratios = np.asarray(over) / np.asarray(under)
     draws = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])

@@ -10,7 +10,7 @@ from .report import versions
 
 
 def environment() -> dict[str, Any]:
-    """What a bug report needs."""
+    """Versions and devices for a bug report."""
     found: dict[str, Any] = dict(versions())
     found["cpu_threads"] = torch.get_num_threads()
     found["cuda"] = torch.version.cuda or "none"

@@ -20,23 +20,23 @@ PACKAGES = ("laconic", "torch", "lightning", "transformers", "deepspeed", "datas
 
 @dataclass(frozen=True)
 class Arm:
-    """Figures of one trained model.
+    """Results of one trained model.
 
     Attributes:
-        recipe: its name.
-        quality: on the split that the run reports on.
-        details: what the task says beside it.
-        parameters: ``total`` and ``trainable``, of ``lora``, ``routers`` and the ``rest``.
-        keep: ``requested`` and ``achieved`` by stage.
-        macs_ratio: mean over the held-out rows, from the token counts of each.
-        mean_token_fraction: likewise.
-        train_seconds: spent in training steps, loading included.
-        per_second: of the task's unit (images, tokens) over all of these; None where nothing was trained.
-        train_macs_ratio: mean over the training steps, as the budget's schedule asks for it.
-        step_seconds: median of the paired measurement; None without one.
-        speedup: dense ÷ this, from pairs; None without a measurement.
-        of_oracle: oracle ÷ this, from pairs; None without a measurement.
-        memory: bytes of a training step; None without a measurement.
+        recipe: name of the recipe.
+        quality: the metric on the reported split.
+        details: further values of the task.
+        parameters: ``total`` and ``trainable`` parameters of ``lora``, ``routers`` and the ``rest``.
+        keep: ``requested`` and ``achieved`` keep by stage.
+        macs_ratio: mean over the held-out rows, from the token counts of each row.
+        mean_token_fraction: mean over the held-out rows.
+        train_seconds: seconds of training steps, with loading.
+        per_second: images or tokens per second, by the task's unit, over ``train_seconds``; None if nothing was trained.
+        train_macs_ratio: mean over the training steps, from the budget's schedule.
+        step_seconds: median time of a training step; None if not measured.
+        speedup: dense ÷ this arm, from pairs; None if not measured.
+        of_oracle: oracle ÷ this arm, from pairs; None if not measured.
+        memory: bytes of a training step; None if not measured.
     """
 
     recipe: str
@@ -57,7 +57,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``report.json`` holds; a value that was not measured is null."""
+    """Content of ``report.json``; a value that was not measured is null."""
 
     recipe: str
     task: str
@@ -92,14 +92,14 @@ class Report:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    """Writes JSON atomically: a reader sees the old file or the new one, never a part."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     partial.replace(path)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a figure depends on."""
+    """Versions of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -110,13 +110,13 @@ def versions() -> dict[str, str]:
 
 
 def with_bench(arm: Arm, name: str, bench: Bench | None) -> Arm:
-    """The arm with its measured figures."""
+    """The arm with its measured times and memory."""
     if bench is None:
         return arm
     if name == "dense":
         return replace(arm, step_seconds=bench.dense_seconds, speedup=1.0, memory=bench.memory["dense"])
     if name not in bench.arms:
-        # It went by fewer tokens in training alone, and is dense now.
+        # Compressed in training only: the arm is dense now.
         return arm
     times = bench.arms[name]
     return replace(
@@ -125,7 +125,7 @@ def with_bench(arm: Arm, name: str, bench: Bench | None) -> Arm:
 
 
 def table(arms: Mapping[str, Arm], metric: str, memory_kind: str | None) -> Table:
-    """Arms side by side."""
+    """A table with one row an arm."""
     title = f"{metric} on held-out data, with training steps measured in pairs"
     # Narrow enough for a terminal of 80 columns.
     out = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
@@ -137,7 +137,7 @@ def table(arms: Mapping[str, Arm], metric: str, memory_kind: str | None) -> Tabl
         "macs_\nratio",
         "train\nstep",
         "speed\n-up",
-        "of\noracle",
+        "% of\noracle\nspeed",
         "memory\na step",
     )
     for header in headers:
@@ -152,7 +152,7 @@ def table(arms: Mapping[str, Arm], metric: str, memory_kind: str | None) -> Tabl
             f"{arm.macs_ratio:.3f}",
             _shown(arm.step_seconds, lambda value: f"{value * 1000:.0f} ms"),
             _shown(arm.speedup, lambda value: f"{value:.2f}×"),
-            _shown(arm.of_oracle, lambda value: f"{value:.3f}"),
+            _shown(arm.of_oracle, lambda value: f"{100 * value:.1f}"),
             _shown(arm.memory, lambda value: f"{value / 2**20:.0f} MiB"),
         )
     if memory_kind is not None:

@@ -1,4 +1,4 @@
-"""What ``laconic cost`` and ``laconic bench`` show."""
+"""Results of ``laconic cost`` and ``laconic bench``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .arms import bench_models
 
 
 def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
-    """Cost of the model that a recipe describes; no weights are made."""
+    """Cost of a recipe's model, without initialising weights."""
     recipe = load(name, overrides).recipe
     task = task_named(recipe.task)
     config = model_config(recipe.model, task)
@@ -34,9 +34,9 @@ def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def cost_of_model(folder: str) -> dict[str, Any]:
-    """Cost of a saved model: of rows as its recipe has them, or where there is no recipe of those that the cost of its family is counted at."""
+    """Cost of a saved model for rows as in its recipe; without a recipe, for rows of its family's default size."""
     if not Path(folder).is_dir():
-        raise RecipeError(f"--model {folder} is no folder: give a run folder, or the folder of a model or adapter")
+        raise RecipeError(f"--model {folder} is not a folder: name a run folder, or the folder of a model or adapter")
     run, size = RunFolder.of(folder), None
     try:
         model = load_model(folder)
@@ -81,25 +81,25 @@ def _rows(model: CostModel) -> dict[str, Any]:
 
 
 def bench_recipe(loaded: LoadedRecipe, console: Console) -> dict[str, Any]:
-    """Measures a recipe's training step with fresh weights, and prints the table."""
+    """Measures a recipe's training step with random weights, and prints the table."""
     measured = bench_models({"compressed": build(loaded.recipe)}, loaded.recipe, console)
     arm = measured.arms["compressed"]
     unit = task_named(loaded.recipe.task).unit
     table = Table(title=f"training step of {measured.amount:,} {unit}, {measured.rounds} paired rounds")
-    for column in ("arm", "median", "dense ÷ this", "oracle ÷ this", "memory a step"):
+    for column in ("arm", "median", "dense ÷ this", "% of oracle speed", "memory a step"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     table.add_row("dense", f"{measured.dense_seconds * 1000:.0f} ms", "1.00×", "–", f"{measured.memory['dense'] / 2**20:.0f} MiB")
     table.add_row(
         "compressed",
         f"{arm.seconds * 1000:.0f} ms",
         f"{arm.speedup.median:.2f}× ({arm.speedup.low:.2f}–{arm.speedup.high:.2f})",
-        f"{arm.of_oracle.median:.3f} ({arm.of_oracle.low:.3f}–{arm.of_oracle.high:.3f})",
+        f"{100 * arm.of_oracle.median:.1f} ({100 * arm.of_oracle.low:.1f}–{100 * arm.of_oracle.high:.1f})",
         f"{measured.memory['compressed'] / 2**20:.0f} MiB",
     )
-    table.add_row("oracle", f"{arm.oracle_seconds * 1000:.0f} ms", "–", f"{arm.control.median:.3f} (control)", "–")
+    table.add_row("oracle", f"{arm.oracle_seconds * 1000:.0f} ms", "–", f"{100 * arm.control.median:.1f} (control)", "–")
     console.print(table)
     console.print(
-        f"claimed: speed-up {arm.claimed_speedup:.2f}×, of oracle {arm.claimed_of_oracle:.3f} "
+        f"claimed: speed-up {arm.claimed_speedup:.2f}×, {100 * arm.claimed_of_oracle:.1f} % of oracle speed "
         "(lower 95 % bounds less the control's half-width); ranges are 95 % intervals of the median",
         highlight=False,
         soft_wrap=True,

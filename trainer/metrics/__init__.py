@@ -1,1 +1,1 @@
-"""Metrics that are summed over batches and ranks before anything is divided."""
+"""Metrics, summed over batches and ranks before the final division."""

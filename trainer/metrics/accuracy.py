@@ -1,7 +1,7 @@
-"""Accuracy of classifiers, of images and of texts.
+"""Accuracy of image and text classifiers.
 
-torchmetrics counts; the division is done here, in float64 of whole numbers: torchmetrics divides in float32, so that 0.8765 would
-stand in a report as 0.8765000104904175.
+torchmetrics counts. The division is done here in float64, because torchmetrics divides in float32: a report would show
+0.8765000104904175 for 0.8765.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .quality import Quality
 
 @dataclass
 class Accuracy(Quality):
-    """Share of right answers.
+    """Share of correct answers.
 
     Attributes:
-        right: answers.
-        seen: answers in all.
+        right: number of correct answers.
+        seen: number of answers.
     """
 
     right: int = 0
@@ -30,7 +30,7 @@ class Accuracy(Quality):
     def add(self, out: Any, batch: Mapping[str, Any]) -> None:
         logits, labels = out.logits, batch["labels"]
         scores = multiclass_stat_scores(logits, labels, num_classes=logits.shape[-1], average="micro", validate_args=False)
-        # Over all classes together: true positives, false positives, true negatives, false negatives, rows.
+        # Summed over classes: true positives, false positives, true negatives, false negatives, rows.
         right, _, _, _, seen = scores.tolist()
         self.right, self.seen = self.right + right, self.seen + seen
 

@@ -1,4 +1,4 @@
-"""What looking ahead would give: how well a causal predictor stands in for the decisions that it learned from."""
+"""Quality with non-causal decisions, and how well a causal predictor agrees with them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .quality import Quality
 
 @dataclass
 class LookAhead:
-    """Counted beside the causal evaluation, on the same batches.
+    """Non-causal evaluation, on the same batches as the causal one.
 
     Attributes:
-        quality: with decisions that see later tokens.
-        agreement: sum over batches and stages of the share of tokens on which the predictor agrees with them.
-        stages: that ``agreement`` sums over.
+        quality: metric with decisions that depend on later tokens.
+        agreement: sum, over batches and stages, of the share of tokens on which the predictor agrees with these decisions.
+        stages: number of terms in ``agreement``.
     """
 
     quality: Quality
@@ -31,10 +31,10 @@ class LookAhead:
         self.agreement, self.stages = self.agreement + sum(found), self.stages + len(found)
 
     def merge(self, other: LookAhead) -> None:
-        """Adds what another rank counted."""
+        """Adds the counts of another rank."""
         self.quality.merge(other.quality)
         self.agreement, self.stages = self.agreement + other.agreement, self.stages + other.stages
 
     def details(self, metric: str) -> dict[str, Any]:
-        """For the report."""
+        """Values for the report."""
         return {metric: self.quality.value, "agreement": self.agreement / self.stages if self.stages else None}

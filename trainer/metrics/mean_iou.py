@@ -1,7 +1,7 @@
-"""Mean intersection over union, of semantic segmentation.
+"""Mean intersection over union of semantic segmentation.
 
-torchmetrics counts the confusion matrix; the division is done here, in float64 of whole numbers: torchmetrics' Jaccard index divides in
-float32, and gives 0 to a class that neither a label nor an answer names, where a report says null.
+torchmetrics counts the confusion matrix. The division is done here in float64, because torchmetrics' Jaccard index divides in float32
+and gives 0 to a class that occurs in neither labels nor answers, for which a report has null.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .quality import Quality
 
 
 class MeanIoU(Quality):
-    """Intersection over union of each class, over all pixels of all images, and its mean over the classes that there are.
+    """Intersection over union of each class, over all pixels of all images, and its mean over the classes that occur.
 
     Attributes:
-        confusion: (classes, classes) int64 pixels by their class and the class that they were given; None before the first batch.
+        confusion: (classes, classes) int64 number of pixels by label and predicted class; None before the first batch.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class MeanIoU(Quality):
 
     @property
     def per_class(self) -> list[float | None]:
-        """By class; None for one that neither a label nor an answer names."""
+        """Intersection over union by class; None for a class in neither labels nor answers."""
         if self.confusion is None:
             return []
         both = self.confusion.diagonal()

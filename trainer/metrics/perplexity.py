@@ -1,4 +1,4 @@
-"""Perplexity, of language models. By hand: torchmetrics' would need the logits of all tokens at once, which the loss never holds."""
+"""Perplexity of language models. Not from torchmetrics, which needs the logits of all tokens at once; the loss never has them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .quality import Quality
 
 @dataclass
 class Perplexity(Quality):
-    """Perplexity of the predicted tokens, and what can be compared between tokenizers: bits a byte of their text.
+    """Perplexity of the predicted tokens, and bits per byte of their text, which is comparable between tokenizers.
 
     Attributes:
-        nats: negative log-likelihood of all of them.
-        tokens: predicted.
-        bytes: of their text, in UTF-8; special tokens have none, and still cost nats.
+        nats: negative log-likelihood of all predicted tokens.
+        tokens: number of predicted tokens.
+        bytes: UTF-8 bytes of their text; special tokens have 0 bytes but count in ``nats``.
     """
 
     nats: float = 0.0
@@ -34,12 +34,12 @@ class Perplexity(Quality):
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Mean negative log-likelihood of a token, in nats."""
         return self.nats / max(1, self.tokens)
 
     @property
     def value(self) -> float:
-        # Untrained models of large vocabularies may be past what a float holds.
+        # The loss of an untrained model with a large vocabulary may overflow a float.
         return math.exp(min(self.loss, 700.0))
 
     def details(self, data: Splits) -> dict[str, Any]:

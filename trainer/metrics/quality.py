@@ -1,4 +1,4 @@
-"""What every metric is while it is being counted."""
+"""The interface of metrics."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from ...data.splits import Splits
 
 
 class Quality:
-    """A metric while it is being counted: what can be summed over batches and ranks before anything is divided."""
+    """A metric in the making: values that are summed over batches and ranks before the final division."""
 
     def add(self, out: Any, batch: Mapping[str, Any]) -> None:
         """Counts one batch.
 
         Args:
-            out: what the model answered.
-            batch: that it answered to, on the same device.
+            out: output of the model.
+            batch: input of the model, on the same device.
         """
         raise NotImplementedError
 
     def merge(self, other: Any) -> None:
-        """Adds what another rank counted."""
+        """Adds the counts of another rank."""
         raise NotImplementedError
 
     @property
     def value(self) -> float:
-        """The metric."""
+        """Value of the metric."""
         raise NotImplementedError
 
     def details(self, data: Splits) -> dict[str, Any]:
-        """What the report's ``quality`` says beside the metric, JSON-able."""
+        """Further values of the report's ``quality`` block, JSON-able."""
         return {}

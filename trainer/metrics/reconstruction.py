@@ -1,4 +1,4 @@
-"""Reconstruction error, of masked-image pretraining. By hand: it is the model's own loss, which has been computed already."""
+"""Reconstruction error of masked-image pretraining. Not from torchmetrics: it is the model's own loss, which is computed already."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .quality import Quality
 
 @dataclass
 class Reconstruction(Quality):
-    """Mean squared error of the hidden patches' pixels, as the model's own loss counts it.
+    """Mean squared error of the hidden patches' pixels, as in the model's own loss.
 
     Attributes:
-        total: of the images' errors.
-        images: seen.
+        total: sum of the images' errors.
+        images: number of images.
     """
 
     total: float = 0.0
     images: int = 0
 
     def add(self, out: Any, batch: Mapping[str, Any]) -> None:
-        # Every image hides as many patches, so that the mean over a batch is a mean over its images.
+        # Every image hides equally many patches, so the mean over a batch is the mean over its images.
         number = len(batch["pixel_values"])
         self.total, self.images = self.total + float(out.loss) * number, self.images + number
 

@@ -1,1 +1,1 @@
-"""Recipes: what a recipe may say, and how one is read from files."""
+"""Recipes: their schema, and reading them from files."""

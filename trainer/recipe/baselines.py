@@ -1,4 +1,4 @@
-"""Control arms: the recipes that a run is compared with, kept comparable."""
+"""Control arms: the recipes that a run is compared with."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .files import LoadedRecipe, load
 
 
 def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> list[LoadedRecipe]:
-    """The control arms, with the same overrides wherever they apply: a dense arm has no compression to override,
-    and no teacher: it is what a teacher would be."""
+    """The control arms, with the overrides that apply to them. A dense arm has no compression to override, and no teacher, because it is
+    what the teacher would be."""
     arms = []
     for name in loaded.recipe.baselines:
         dense = load(name).recipe.compression is None
@@ -28,20 +28,20 @@ def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> list[Loade
 
 
 def _shared(override: str, dense: bool) -> bool:
-    """Whether an override of the main recipe goes for its control arms: not what makes an arm that arm."""
+    """True if an override of the main recipe also applies to control arms: keys that define an arm are not shared."""
     path = override.partition("=")[0]
     if path.split(".")[0] in ("baselines", "output"):
         return False
     if dense:
         return not path.startswith(("compression", "budget", "distillation"))
     if path in ("compression", "compression.stages"):
-        raise RecipeError(f"{path} as a whole cannot be overridden for control arms too: override single keys, or set baselines=[]")
+        raise RecipeError(f"{path} cannot be overridden as a whole for control arms too: override single keys, or set baselines=[]")
     return not (path.startswith("compression.stages.") and path.split(".")[3:4] in (["scorer"], ["estimator"]))
 
 
-def _require_equal(main: LoadedRecipe, arm: LoadedRecipe, key: str, wanted: Any, given: Any) -> None:
-    if wanted != given:
+def _require_equal(main: LoadedRecipe, arm: LoadedRecipe, key: str, expected: Any, given: Any) -> None:
+    if expected != given:
         raise RecipeError(
-            f"baseline {arm.name}: its {key} differs from that of {main.name}, so the two could not be compared; "
+            f"baseline {arm.name}: its {key} differs from that of {main.name}, so the two are not comparable; "
             f"make them equal (an overlay with 'base: {main.name}' does), or set baselines=[]"
         )

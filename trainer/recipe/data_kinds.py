@@ -1,4 +1,4 @@
-"""Which kind of data each task has, by the task's name, so that reading a recipe imports no task."""
+"""The kind of data of each task, by the task's name, so that reading a recipe imports no task."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ KINDS: Mapping[str, type[DataRecipe]] = {
 
 
 def checked(task: str, data: DataRecipe) -> DataRecipe:
-    """The block itself. Raises ValueError where its name is one that other kinds of data know, and its own does not."""
+    """The block itself. Raises ValueError if its ``name`` belongs to other kinds of data only."""
     others = [name for name, kind in KINDS.items() if data.name in kind.known]
     if others and data.name not in data.known:
         raise ValueError(
-            f"data.name = {data.name!r} is for {_of(others)}, and task = {task} has {data.holds}: give {', '.join(data.known)} or a hub name"
+            f"data.name = {data.name!r} is for {_of(others)}, and task = {task} has {data.holds}: use {', '.join(data.known)} or a hub name"
         )
     return data
 
 
 def elsewhere(task: str, key: str) -> str | None:
-    """Of a key that the task's kind of data does not have, the message that says which kinds do; None where none does."""
+    """The message for a key that the task's kind of data lacks and another kind has; None if no kind has it."""
     others = [name for name, kind in KINDS.items() if key in kind.model_fields]
-    return f"data.{key} is for {_of(others)}, and task = {task} has {KINDS[task].holds}: leave it out" if others else None
+    return f"data.{key} is for {_of(others)}, and task = {task} has {KINDS[task].holds}: remove it" if others else None
 
 
 def _of(tasks: Iterable[str]) -> str:

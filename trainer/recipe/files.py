@@ -1,4 +1,4 @@
-"""Recipes as files: finding one, laying overlays and overrides over it, and turning mistakes into one clear message."""
+"""Recipe files: finding them, merging overlays and overrides, and reporting mistakes in one clear message."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe with its name, which is that of its file.
+    """A recipe with the name of its file.
 
     Attributes:
-        name: of the file.
-        recipe: what it says, overrides laid over it.
-        source: what it was loaded by.
+        name: name of the file, without its suffix.
+        recipe: the recipe, with overlays and overrides.
+        source: argument that it was loaded with.
     """
 
     name: str
@@ -36,12 +36,12 @@ class LoadedRecipe:
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with Laconic, by name."""
+    """Paths of the recipes that come with Laconic, by name."""
     return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
 
 
 def find(name: str) -> Path:
-    """A shipped recipe by name, or a file by path. Raises RecipeError naming what there is."""
+    """A shipped recipe by name, or a file by path. Raises RecipeError with the existing names."""
     known = shipped()
     if name in known:
         return known[name]
@@ -52,21 +52,21 @@ def find(name: str) -> Path:
         raise RecipeError(f"recipe file {name} does not exist")
     near = difflib.get_close_matches(name, list(known), 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise RecipeError(f"no recipe {name!r}: there are {', '.join(known)}, or give a path to a YAML file{hint}")
+    raise RecipeError(f"no recipe {name!r}: the recipes are {', '.join(known)}; or name the path of a YAML file{hint}")
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """A checked recipe.
+    """Loads and checks a recipe.
 
     Args:
-        name: of a shipped recipe, or the path of a file.
+        name: name of a shipped recipe, or path of a file.
         overrides: ``key.path=value``, the value in YAML.
 
     Raises:
-        RecipeError: with the full path of the first wrong key, and the nearest right one.
+        RecipeError: a key or value is wrong; the message has its full path and the nearest valid key.
     """
     path = find(name)
-    data = _read(path, ())
+    data = read(path)
     for override in overrides:
         apply_override(data, override)
     return LoadedRecipe(path.stem, check(data, str(path.name)), name)
@@ -81,7 +81,7 @@ def check(data: dict[str, Any], where: str) -> Recipe:
 
 
 def read_recorded(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that a run recorded, with overrides laid over it.
+    """The recipe that a run recorded, with overrides.
 
     Raises:
         RecipeError: this version of Laconic does not have its keys or values, or an override is wrong.
@@ -92,9 +92,9 @@ def read_recorded(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         unknown = [".".join(map(str, _location(item))) for item in error.errors() if item["type"] in _UNKNOWN]
         others = [_explain(item, data) for item in error.errors() if item["type"] not in _UNKNOWN]
-        told = ([f"it has the keys {', '.join(unknown)}, which are not known here"] if unknown else []) + others[:3]
+        problems = ([f"it has the keys {', '.join(unknown)}, which do not exist in this version"] if unknown else []) + others[:3]
         raise RecipeError(
-            f"{path} was written by another version of Laconic, or changed since: {'; '.join(told)}. Change that in the file, or train again"
+            f"{path} was written by another version of Laconic, or edited: {'; '.join(problems)}. Correct the file, or train again"
         ) from None
     for override in overrides:
         apply_override(data, override)
@@ -106,15 +106,24 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Unchecked data of a recipe file, merged over its bases.
+
+    Args:
+        path: the file.
+        seen: overlays that lead to the file, to find circles.
+
+    Raises:
+        RecipeError: a file does not exist or is not YAML, or the bases form a circle.
+    """
     if path in seen:
-        raise RecipeError(f"{path.name}: its base leads back to itself: {' → '.join(item.stem for item in (*seen, path))}")
+        raise RecipeError(f"{path.name}: its bases form a circle: {' → '.join(item.stem for item in (*seen, path))}")
     data = _parsed(path)
     base = data.pop("base", None)
     if base is None:
         return data
     beside = path.parent / f"{base}.yaml"
-    return merged(_read(beside if beside.is_file() else find(str(base)), (*seen, path)), data)
+    return merged(read(beside if beside.is_file() else find(str(base)), (*seen, path)), data)
 
 
 def _parsed(path: Path) -> dict[str, Any]:
@@ -123,12 +132,12 @@ def _parsed(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise RecipeError(f"{path} must hold keys and values, it holds {type(data).__name__}")
+        raise RecipeError(f"{path} must hold keys and values, and holds {type(data).__name__}")
     return data
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested plain data with other data laid over it, block by block; a list is replaced as a whole."""
+    """Nested plain data updated with other data, block by block; a list is replaced as a whole."""
     whole = dict(under)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(whole.get(key), dict)
@@ -137,7 +146,7 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Sets one ``key.path=value`` in plain data, in place. Raises RecipeError where it is not of that form."""
+    """Sets one ``key.path=value`` in plain data, in place. Raises RecipeError if it does not have that form."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"override {override!r} must be key.path=value, trainer.max_steps=100 for example")
@@ -151,7 +160,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         last = depth == len(keys) - 1
         if isinstance(here, list):
             if not key.isdigit() or int(key) >= len(here):
-                raise RecipeError(f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(here)}, {key!r} is no index of it")
+                raise RecipeError(
+                    f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(here)}, {key!r} is not an index of it"
+                )
             index: Any = int(key)
         else:
             index = key
@@ -163,31 +174,31 @@ def apply_override(data: dict[str, Any], override: str) -> None:
             here = here[index]
 
 
-# What pydantic puts into an error's path for a choice of types.
+# Parts of pydantic's error paths that name a type instead of a key.
 _OF_TYPES = ("function-", "dict[", "list[", "PartConfig", "Mapping", "literal[", "constrained-")
-# Its kinds of error for a key that is not there.
+# pydantic's error types for an unknown key.
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 def _location(error: Any) -> list[Any]:
-    """Keys and indices from the top of the recipe to the place of a mistake."""
+    """Keys and indices from the top of the recipe to a mistake."""
     return [part for part in error["loc"] if str(part) not in ("str", "int") and not str(part).startswith(_OF_TYPES)]
 
 
 def _explain(error: Any, data: Mapping[str, Any]) -> str:
-    """One mistake in words.
+    """Message for one mistake.
 
     Args:
-        error: pydantic's.
-        data: that was checked.
+        error: pydantic's error.
+        data: the checked data.
     """
     location = _location(error)
     path = ".".join(map(str, location))
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if error["type"] in _UNKNOWN:
         task = data.get("task", Recipe.model_fields["task"].default)
-        if location[:-1] == ["data"] and (told := elsewhere(task, str(location[-1]))) is not None:
-            return told
+        if location[:-1] == ["data"] and (refusal := elsewhere(task, str(location[-1]))) is not None:
+            return refusal
         allowed = _keys_at(KINDS[task], location[1:-1]) if location[0] == "data" and len(location) > 1 else _keys_at(Recipe, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), allowed, 1, cutoff=0.5)
         parent = ".".join(map(str, location[:-1]))
@@ -202,7 +213,7 @@ def _explain(error: Any, data: Mapping[str, Any]) -> str:
 
 
 def _keys_at(model: Any, location: Sequence[Any]) -> list[str]:
-    """Names of the keys at a place of the recipe, for a hint."""
+    """Names of the keys at a location of the recipe, for a hint."""
     for part in location:
         annotation = model.model_fields[part].annotation if isinstance(model, type) and issubclass(model, BaseModel) else None
         options = (

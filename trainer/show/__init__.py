@@ -1,1 +1,1 @@
-"""Pictures and pages of which tokens were kept."""
+"""Pictures and pages of kept tokens."""

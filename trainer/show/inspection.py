@@ -1,4 +1,4 @@
-"""What ``laconic inspect`` shows of a language model: which tokens of a text every stage kept or processed, as a page to look at."""
+"""The page of ``laconic inspect`` for a language model: the tokens of a text that every stage keeps or processes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ td:first-child, th:first-child { text-align: left } span { border-radius: 2px; w
 
 
 def kept_by_stage(trace: Trace) -> dict[str, Tensor]:
-    """(B, N) bool by stage: original tokens, protected ones included, that a stage kept, or sent through where it is a bypass.
+    """(B, N) bool by stage: original tokens, protected ones included, that a shrinking stage keeps or a bypass processes.
 
     Args:
-        trace: of a forward.
+        trace: trace of a forward.
     """
     found: dict[str, Tensor] = {}
     for name, routing in trace.routings.items():
@@ -32,19 +32,19 @@ def kept_by_stage(trace: Trace) -> dict[str, Tensor]:
         if state.valid is not None:
             kept = kept & state.valid
         whole = kept.new_zeros(kept.shape[0], state.source.shape[1])
-        # Filler may stand at any position, and must not overwrite what is there.
+        # Padding may have any position; adding keeps it from overwriting a kept token.
         found[name] = whole.long().scatter_add(1, state.position, kept.long()) > 0
     return found
 
 
 def page(title: str, tokens: Sequence[str], kept: Mapping[str, Sequence[bool]], requested: Mapping[str, float]) -> str:
-    """One HTML page, nothing outside it: stages in a table, and the text with each token the darker the fewer stages kept it.
+    """A self-contained HTML page: a table of stages, and the text with a darker background for tokens that more stages keep.
 
     Args:
-        title: over it.
+        title: title of the page.
         tokens: the text, token by token.
-        kept: by stage, one a token.
-        requested: keep or capacity by stage.
+        kept: for each stage, one flag a token.
+        requested: keep by stage.
     """
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{requested[name]:.3f}</td><td>{sum(flags) / max(1, len(flags)):.3f}</td>"
@@ -60,7 +60,7 @@ def page(title: str, tokens: Sequence[str], kept: Mapping[str, Sequence[bool]], 
     return (
         f"<!doctype html><html><head><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{html.escape(title)}</h1><table><tr><th>stage</th><th>requested</th><th>achieved</th><th>tokens</th></tr>{rows}</table>"
-        "<p>Orange: every stage kept the token or sent it through; white: none did. Point at a token to see which.</p>"
+        "<p>Orange: every stage keeps or processes the token; white: no stage does. Hover over a token to see its stages.</p>"
         f"<p>{''.join(spans)}</p></body></html>\n"
     )
 
@@ -75,17 +75,17 @@ def inspect_text(model: Any, tokenizer: Any, text: str, limit: int, title: str, 
     """Writes the page for one text; returns achieved shares by stage.
 
     Args:
-        model: compressed, in evaluation mode.
-        tokenizer: its own.
-        text: to look at.
-        limit: tokens of it at most.
-        title: of the page.
+        model: compressed model in evaluation mode.
+        tokenizer: the model's tokenizer.
+        text: the text to show.
+        limit: largest number of tokens; the rest is cut.
+        title: title of the page.
         to: file to write.
     """
     ids = tokenizer(text)["input_ids"][:limit]
     if not ids:
-        raise ValueError("--input has no text: give some, or the path of a file with some")
-    # As if it had just been read and an answer were to follow: all of it but its last token is a prompt.
+        raise ValueError("--input has no text: give a text, or the path of a file with text")
+    # As at the start of generation: all tokens but the last are the prompt.
     trace = Trace(prompt=torch.arange(len(ids), device=model.device)[None] < len(ids) - 1)
     model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, trace=trace)
     kept = {name: flags[0].tolist() for name, flags in kept_by_stage(trace).items()}

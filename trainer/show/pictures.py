@@ -20,20 +20,20 @@ PICTURED = 8
 
 
 def kept_pixels(trace: Trace) -> Tensor:
-    """(B, height, width) bool: pixels whose token is left, by itself, after the last stage, before a restore.
+    """(B, height, width) bool: pixels whose token remains, unmerged, after the last stage and before a restore.
 
     Args:
-        trace: of a forward with images.
+        trace: trace of a forward with images.
     """
     flow = trace.flow()
     assert flow.pixel_values is not None
     assert flow.grid is not None
     state = flow.shortest or flow.tokens
-    # A token that was fused with others is gone as far as a picture can tell.
+    # A token merged with others counts as dropped in a picture.
     alone = (state.source >= 0) & (state.size.gather(1, state.source.clamp(min=0)) == 1)
     patches = alone[:, flow.leading :]
     if flow.places is not None:
-        # Patches that the model masked by itself are gone like those that a stage dropped.
+        # Patches hidden by the model's own mask count as dropped too.
         cells = flow.places[:, flow.leading :] - flow.leading
         patches = patches.new_zeros(len(patches), flow.grid[0] * flow.grid[1]).scatter(1, cells, patches)
     patches = patches.view(-1, *flow.grid)
@@ -54,12 +54,12 @@ def overlays(trace: Trace, number: int) -> np.ndarray:
 
 
 def save_kept_tokens(path: Path, rows: Sequence[tuple[str, np.ndarray]], titles: Sequence[str]) -> None:
-    """A PNG: a row of pictures for each arm, a column for each image.
+    """Writes a PNG with a row of pictures for each arm and a column for each image.
 
     Args:
-        path: of the file.
-        rows: label and (n, height, width, 3) uint8 pictures.
-        titles: one a column.
+        path: file to write.
+        rows: label and (n, height, width, 3) uint8 pictures of each row.
+        titles: title of each column.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -80,11 +80,11 @@ def save_kept_tokens(path: Path, rows: Sequence[tuple[str, np.ndarray]], titles:
 
 
 def draw_arms(arms: Mapping[str, RunParts], path: Path) -> None:
-    """The same test images under every compressed arm, its answers below where they are pictures; no file without such an arm.
+    """Draws the same test images for every compressed arm, with its answers below if they are pictures; without such an arm, no file.
 
     Args:
-        arms: by name, the recipe itself last.
-        path: of the file.
+        arms: parts by arm name, the recipe itself last.
+        path: file to write.
     """
     compressed = {name: parts for name, parts in arms.items() if stages_of(parts.model)}
     if not compressed:
@@ -94,7 +94,7 @@ def draw_arms(arms: Mapping[str, RunParts], path: Path) -> None:
     data = first.data
     batch = collate([data.test[index] for index in range(PICTURED)])
     rows = []
-    # The recipe itself on top, its control arms below.
+    # The recipe itself first, its control arms below.
     for name, parts in reversed(compressed.items()):
         trace = Trace(seed=parts.recipe.seed, sample_ids=batch["sample_ids"])
         with torch.no_grad():

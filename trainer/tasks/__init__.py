@@ -1,1 +1,1 @@
-"""What can be learned, one task a file: the folder is the registry, the file's name is ``task`` in a recipe."""
+"""The tasks, one a file: the folder is the registry, the file's name is ``task`` in a recipe."""

@@ -1,4 +1,4 @@
-"""What a task declares, so that runs, evaluation, export and reports need to know none."""
+"""The interface of tasks: runs, evaluation, export and reports use it and know no single task."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ PROBES = 8
 
 
 class Task:
-    """One kind of thing to learn. Stateless, used as a class.
+    """One kind of training task. Stateless, used as a class.
 
     Attributes:
-        metric: name of its metric in reports and logs; a key of what ``evaluate`` gives.
-        higher_is_better: of the metric.
-        quality: counts the metric.
-        unit: what speed is counted in, plural.
-        item: what a batch holds, plural.
-        controls: scorers that ``laconic evaluate`` puts in the place of a model's own.
+        metric: name of the metric in reports and logs; a key of the result of ``evaluate``.
+        higher_is_better: whether a higher metric is better.
+        quality: class that counts the metric.
+        unit: unit of speed, plural.
+        item: unit of a batch, plural.
+        controls: scorers that ``laconic evaluate`` compares with the model's own.
     """
 
     metric: ClassVar[str]
@@ -43,14 +43,14 @@ class Task:
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        """Raises ValueError, with the cure, where a recipe asks for what the task does not have."""
+        """Raises ValueError, with the cure, if a recipe has settings that the task does not support."""
 
     @classmethod
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:
-        """The class that a family's models have for the task.
+        """The model class of a family for the task.
 
         Raises:
-            ValueError: the family has none; the message says which to take.
+            ValueError: the family has none; the message names an alternative.
         """
         raise NotImplementedError
 
@@ -61,12 +61,12 @@ class Task:
 
     @classmethod
     def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-        """A dense model with the weights that a recipe names, its head new where it does not fit.
+        """A dense model with the weights that a recipe names; a head that does not fit is new.
 
         Args:
-            recipe: that names them.
-            config: of the model.
-            options: for transformers' ``from_pretrained``; with ``output_loading_info`` its report comes back beside the model.
+            recipe: ``model`` block with the name of the weights.
+            config: config of the model.
+            options: arguments of transformers' ``from_pretrained``; with ``output_loading_info`` the result is (model, report).
         """
         model: PreTrainedModel = cls.model_class(config.model_type).from_pretrained(
             recipe.name,
@@ -74,7 +74,7 @@ class Task:
             config=config,
             attn_implementation=recipe.attention,
             ignore_mismatched_sizes=True,
-            # Whatever the checkpoint was saved in: trainer.precision decides what is computed in bf16.
+            # Whatever the checkpoint's dtype: trainer.precision decides what is computed in bf16.
             dtype=torch.float32,
             **options,
         )
@@ -82,41 +82,41 @@ class Task:
 
     @classmethod
     def resolved(cls, recipe: Recipe) -> Recipe:
-        """The recipe with what its model decides filled in, as a run records it."""
+        """The recipe with values that depend on its model filled in, as a run records it."""
         return recipe
 
     @classmethod
     def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
-        """The recipe of a trained model, to evaluate it: with what lies beside its weights.
+        """The recipe of a trained model for evaluation, with the files beside its weights.
 
         Args:
-            recipe: of the run.
-            run: with the weights.
+            recipe: recipe of the run.
+            run: folder with the weights.
         """
         return recipe
 
     @classmethod
     def open_data(cls, recipe: Recipe, config: PretrainedConfig) -> Splits:
-        """The splits that a recipe names, as the model of ``config`` takes them. Raises ValueError where they cannot be had."""
+        """The splits of a recipe as inputs for the model of ``config``. Raises ValueError if they cannot be opened."""
         raise NotImplementedError
 
     @classmethod
     def size(cls, recipe: Recipe) -> tuple[int, int] | int | None:
-        """Of one row as the model takes it: height and width in pixels, or tokens of the longest text; None where the model's config says it."""
+        """Size of one model input: height and width in pixels, or tokens of the longest text; None uses the size in the model's config."""
         return None
 
     @classmethod
     def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
-        """Makes a config fit the data, in place, before its model is built. Raises ValueError where it cannot.
+        """Changes a config to fit the data, in place, before its model is built. Raises ValueError if it cannot fit.
 
         Args:
-            config: of the dense model.
+            config: config of the dense model.
             data: the splits.
         """
 
     @classmethod
     def module(cls, parts: RunParts) -> lightning.LightningModule:
-        """What Lightning trains, with the training extras that the recipe asks for."""
+        """The LightningModule of the recipe."""
         raise NotImplementedError
 
     @classmethod
@@ -124,64 +124,64 @@ class Task:
         """The task's own loss of a batch, with gradient.
 
         Args:
-            model: dense or compressed.
-            batch: on the model's device.
-            options: of the model's forward: the trace of a compressed one.
+            model: dense or compressed model.
+            batch: batch on the model's device.
+            options: arguments of the model's forward: ``trace`` of a compressed model.
         """
         raise NotImplementedError
 
     @classmethod
     def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Any:
-        """What a model answers to a batch in evaluation, for ``quality``. Arguments as of ``loss``."""
+        """Output of a model for a batch in evaluation, as ``quality`` needs it. Arguments as in ``loss``."""
         raise NotImplementedError
 
     @classmethod
     def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
-        """PROBES rows of noise as a model of a config takes them, to compare the ``logits`` of an export on."""
+        """PROBES rows of noise as inputs for the model of a config; exports are compared on their ``logits``."""
         raise NotImplementedError
 
     @classmethod
     def draw(cls, arms: Mapping[str, RunParts], folder: Path) -> None:
-        """Draws what the arms of a run did, into its folder, where the task has a picture of it.
+        """Draws a picture of a run's arms into its folder, if the task has one.
 
         Args:
-            arms: by name, the recipe itself last.
-            folder: of the run.
+            arms: parts by arm name, the recipe itself last.
+            folder: folder of the run.
         """
 
     @classmethod
     def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
-        """Shows which tokens a compressed model keeps; returns achieved keep by stage.
+        """Shows the tokens that a compressed model keeps; returns achieved keep by stage.
 
         Args:
             target: name of the run, for a title.
-            recipe: of the run.
-            model: with its stages, in evaluation mode.
-            given: what to look at, in the task's own way; None takes held-out data.
+            recipe: recipe of the run.
+            model: model with its stages, in evaluation mode.
+            given: input to show, in the task's own form; None uses held-out data.
             to: file to write.
 
         Raises:
-            ValueError: the task cannot show it, or ``given`` is not of the right kind.
+            ValueError: the task cannot show it, or ``given`` has another form.
         """
-        raise ValueError(f"task {recipe.task!r} has nothing to show here")
+        raise ValueError(f"task {recipe.task!r} does not support laconic inspect")
 
     @classmethod
     def amount(cls, batch: Mapping[str, Any]) -> int:
-        """How many of the task's ``unit`` a batch holds."""
+        """Amount of a batch in the task's ``unit``."""
         return len(batch["sample_ids"])
 
     @classmethod
     def compile(cls, model: PreTrainedModel) -> None:
-        """torch.compile of what a training step calls, in place."""
+        """Applies torch.compile to the modules of a training step, in place."""
         model.compile()
 
 
 def give_labels(options: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
-    """Gives the labels of a batch to the trace of its forward, where estimators find them.
+    """Passes the labels of a batch to the trace of its forward, for estimators.
 
     Args:
-        options: of the forward, with its ``trace`` if the model is compressed.
-        batch: with ``labels``, unless the task has none.
+        options: arguments of the forward, with ``trace`` if the model is compressed.
+        batch: batch with ``labels``, unless the task has none.
     """
     trace: Trace | None = options.get("trace")
     if trace is not None:
@@ -189,10 +189,10 @@ def give_labels(options: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
 
 
 def names() -> Sequence[str]:
-    """The tasks there are."""
+    """Names of the tasks."""
     return registry.names(__package__)
 
 
 def task_named(name: str) -> type[Task]:
-    """A task by its file's name. Raises ValueError naming those there are."""
+    """The task of a name. Raises ValueError with the existing names."""
     return registry.find(__package__, name, Task)

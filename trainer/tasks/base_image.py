@@ -1,4 +1,4 @@
-"""What tasks on images share: their data, their inputs, their pictures."""
+"""The shared parts of image tasks: data, inputs, pictures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .base import PROBES, Task, give_labels
 
 
 class ImageTask(Task):
-    """A task whose model takes ``pixel_values``."""
+    """A task whose model input is ``pixel_values``."""
 
     unit: ClassVar[str] = "images"
     item: ClassVar[str] = "images"
@@ -60,12 +60,12 @@ class ImageTask(Task):
 
     @classmethod
     def step_inputs(cls, batch: Mapping[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
-        """Of a batch, what the model of a config needs for its own loss."""
+        """Inputs from a batch with which the model of a config computes its own loss."""
         return {"pixel_values": batch["pixel_values"], "labels": batch["labels"]}
 
     @classmethod
     def evaluation_inputs(cls, batch: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Tensor]:
-        """Of a batch, what the model of a config needs to answer without labels."""
+        """Inputs from a batch for a forward without labels."""
         return {"pixel_values": batch["pixel_values"]}
 
     @classmethod
@@ -81,10 +81,10 @@ class ImageTask(Task):
     def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
         if given is not None:
             raise ValueError(
-                "--input is for text: of images, the first held-out ones are shown; leave it out, or point data.data_dir at others"
+                "--input is for text; for images, the first held-out ones are shown: remove --input, or set data.data_dir to other images"
             )
         if to.suffix != ".png":
-            raise ValueError(f"--to {to}: pictures of kept tokens are a .png")
+            raise ValueError(f"--to {to}: pictures of kept tokens need the suffix .png")
         data = cls.open_data(cls.resolved(recipe), model.config)
         batch = collate([data.test[index] for index in range(PICTURED)])
         trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])
@@ -103,41 +103,41 @@ class ImageTask(Task):
         """The splits of any data set of Hugging Face ``datasets``.
 
         Args:
-            recipe: of the task's kind of data.
-            transform: from a decoded image to pixels.
-            seed: of the augmentation.
+            recipe: ``data`` block of the task's kind of data.
+            transform: converts a decoded image to pixels.
+            seed: seed of the augmentation.
         """
         raise NotImplementedError
 
     @classmethod
     def titles(cls, batch: Mapping[str, Any], data: ImageData) -> list[str]:
-        """One for each image of a batch, over its pictures."""
+        """Title of each image of a batch, for its picture."""
         return [""] * len(batch["pixel_values"])
 
     @classmethod
     def truth(cls, batch: Mapping[str, Any], data: ImageData) -> np.ndarray | None:
-        """(B, height, width, 3) uint8 pictures of what is right; None where it is no picture."""
+        """(B, height, width, 3) uint8 pictures of the labels; None if labels are not pictures."""
         return None
 
     @classmethod
     def answer(cls, out: Any, data: ImageData) -> np.ndarray | None:
-        """(B, height, width, 3) uint8 pictures of what a model answered; None where it is no picture."""
+        """(B, height, width, 3) uint8 pictures of the model's answers; None if answers are not pictures."""
         return None
 
 
 def image_input(config: Any) -> tuple[int, int]:
-    """Side in pixels and channels of the images that a model takes. Raises ValueError where its images are not square."""
+    """(side in pixels, channels) of a model's images. Raises ValueError if its images are not square."""
     adapter = families()[config.model_type]
     assert issubclass(adapter, VisionModel)
     height, width, channels = adapter.image_input(config)
     if height != width:
-        raise ValueError(f"model.config.image_size = {(height, width)}: images are cut square, give one number")
+        raise ValueError(f"model.config.image_size = {(height, width)}: images are cropped to squares, set one number")
     return height, channels
 
 
 def with_normalisation(recipe: Recipe) -> Recipe:
-    """The recipe with ``data.mean`` and ``data.std`` filled in: its own, else those of the run that ``model.name`` is of, else those of
-    the model's image processor, else 0.5."""
+    """The recipe with ``data.mean`` and ``data.std`` filled in: from the recipe itself, else from the run of ``model.name``, else from the
+    model's image processor, else 0.5."""
     data, found = recipe.data, dict[str, Any]()
     assert isinstance(data, ImageRecipe)
     start = start_of(recipe.model)
@@ -149,7 +149,7 @@ def with_normalisation(recipe: Recipe) -> Recipe:
         try:
             found, _ = ImageProcessingMixin.get_image_processor_dict(weights, revision=recipe.model.revision)
         except OSError:
-            # Weights without a processor, as a model that was trained here from scratch has.
+            # Weights without a processor, such as a model trained here from random weights.
             found = {}
     half = [0.5]
     mean = data.mean if data.mean is not None else found.get("image_mean") or half
@@ -158,7 +158,7 @@ def with_normalisation(recipe: Recipe) -> Recipe:
 
 
 def _open_data(task: type[ImageTask], whole: Recipe, config: Any) -> ImageData:
-    """The splits that a recipe names, as the model of ``config`` takes them."""
+    """The splits of a recipe as inputs for the model of ``config``."""
     recipe, seed = with_normalisation(whole).data, whole.seed
     assert isinstance(recipe, ImageRecipe)
     assert recipe.mean is not None

@@ -1,4 +1,4 @@
-"""What tasks on text share: their tokenizer, the length of their rows, their page of kept tokens."""
+"""The shared parts of text tasks: tokenizer, row length, page of kept tokens."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _PROBE_TOKENS = 32
 
 
 class TextTask(Task):
-    """A task whose model takes ``input_ids``.
+    """A task whose model input is ``input_ids``.
 
     Attributes:
-        framed: its texts stand between a first and a last token, as encoders have them; else a token ends each document.
+        framed: whether texts have a first and a last token, as encoders require; otherwise a token ends each document.
     """
 
     unit: ClassVar[str] = "tokens"
@@ -36,13 +36,13 @@ class TextTask(Task):
     @classmethod
     def check(cls, recipe: Recipe) -> None:
         if recipe.distillation is not None:
-            raise ValueError(f"distillation has an image classifier for a teacher, and task = {recipe.task} has text: leave it out")
+            raise ValueError(f"distillation needs an image classifier as a teacher, and task = {recipe.task} has text: remove distillation")
         if recipe.model.encoder_of is not None:
-            raise ValueError(f"model.encoder_of is for images, and task = {recipe.task} has text: give model.name or model.config")
+            raise ValueError(f"model.encoder_of is for images, and task = {recipe.task} has text: set model.name or model.config")
 
     @classmethod
     def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
-        # Another version of Python has other files to train a tokenizer on: that of the weights stays with them.
+        # The tokenizer beside the weights: a new one would depend on the files of this Python version.
         folder = run.with_file(TOKENIZER)
         if folder is None:
             return recipe
@@ -56,11 +56,11 @@ class TextTask(Task):
 
     @classmethod
     def tokenizer_of(cls, recipe: Recipe, config: PretrainedConfig) -> Callable[[Iterable[str] | None], Any]:
-        """From the training texts, or None where rows have prompts, to the tokenizer: the recipe's, that of the weights, or a new one.
+        """A function from the training texts (None if rows have prompts) to the tokenizer: the recipe's, that of the weights, or a new one.
 
         Args:
-            recipe: that names a tokenizer, or weights.
-            config: of the model, whose vocabulary a new one fills.
+            recipe: recipe that names a tokenizer or weights.
+            config: config of the model; a new tokenizer has its vocabulary size.
         """
 
         def tokenizer(texts: Iterable[str] | None) -> Any:
@@ -71,7 +71,7 @@ class TextTask(Task):
             if (start := start_of(recipe.model)) is not None:
                 return load_tokenizer(*start.beside(TOKENIZER), ends=not cls.framed)
             if texts is None:
-                raise ValueError("data.tokenizer is missing: a tokenizer is trained on plain texts only, and these rows have prompts")
+                raise ValueError("data.tokenizer is missing: a tokenizer can be trained on plain texts only, and these rows have prompts")
             size: int = config.get_text_config().vocab_size
             return trained_tokenizer(texts, size, framed=cls.framed)
 
@@ -99,7 +99,7 @@ class TextTask(Task):
     @classmethod
     def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
         if to.suffix != ".html":
-            raise ValueError(f"--to {to}: kept tokens of a text are an .html page")
+            raise ValueError(f"--to {to}: kept tokens of a text need the suffix .html")
         data: Any = cls.open_data(recipe, model.config)
         text = cls.held_out(data) if given is None else cls.given_text(given)
         return inspect_text(model, data.tokenizer, text, data.length, f"{target}: tokens by stage", to)
@@ -111,7 +111,7 @@ class TextTask(Task):
 
     @classmethod
     def given_text(cls, given: str) -> str:
-        """The text of a file, or what was given where it is no name of one."""
-        # A long text is no name of a file, and the system says so in its own way.
+        """The text of a file, or ``given`` itself if it is not the name of a file."""
+        # A long text is not a file name, and asking the system about it would raise an error.
         path = Path(given) if len(given) < 255 and "\n" not in given else None
         return path.read_text("utf-8", "replace") if path is not None and path.is_file() else given

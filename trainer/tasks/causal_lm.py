@@ -30,21 +30,21 @@ class CausalLMModule(TaskModule):
     """Trains a language model; the loss of a step is the mean over the predicted tokens of all ranks."""
 
     def on_fit_start(self) -> None:
-        # Stages may need what only a real batch has; families that can have them are known.
+        # Compressed models are skipped: stages may need a real batch, and only supported families can have them.
         if not hasattr(self.model.config, "compression"):
             check_model(self.model)
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
         trace = self.training_trace(batch)
         mean = self.task.loss(self.model, batch, **self.with_trace(trace))
-        # Ranks predict different numbers of tokens, and averaging their gradients must give that of the mean over all tokens.
+        # Ranks predict different numbers of tokens; the average of their gradients must be the gradient of the mean over all tokens.
         predicted = collective.total([batch["predicted"]])[0] / collective.world_size()
         loss = mean * (batch["predicted"] / max(1.0, predicted))
         return self.total(loss, loss, trace)
 
 
 class CausalLM(TextTask):
-    """Predicts the next token; any family that transformers has a causal language model of."""
+    """Predicts the next token, with any family that has a causal language model in transformers."""
 
     metric = "perplexity"
     higher_is_better = False
@@ -55,27 +55,27 @@ class CausalLM(TextTask):
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:
         if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(
-                f"{model_type} has no causal language model in transformers: take llama, qwen3, gemma3_text or gpt2, for example"
+                f"{model_type} has no causal language model in transformers: use llama, qwen3, gemma3_text or gpt2, for example"
             )
         model: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
         return model
 
     @classmethod
     def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig, **options: Any) -> Any:
-        asked = options.pop("output_loading_info", False)
+        with_report = options.pop("output_loading_info", False)
         model, report = cls.model_class(config.model_type).from_pretrained(
             recipe.name,
             revision=recipe.revision,
             config=config,
             attn_implementation=recipe.attention,
-            # Whatever the checkpoint was saved in: trainer.precision decides what is computed in bf16.
+            # Whatever the checkpoint's dtype: trainer.precision decides what is computed in bf16.
             dtype=torch.float32,
             output_loading_info=True,
             **options,
         )
         if missing := sorted(map(str, report["missing_keys"])):
-            raise ValueError(f"model.name = {recipe.name!r} lacks the weights {', '.join(missing[:3])}: it is no causal language model")
-        return (model, report) if asked else model
+            raise ValueError(f"model.name = {recipe.name!r} lacks the weights {', '.join(missing[:3])}: it is not a causal language model")
+        return (model, report) if with_report else model
 
     @classmethod
     def open_data(cls, recipe: Recipe, config: PretrainedConfig) -> TextData:
@@ -95,7 +95,7 @@ class CausalLM(TextTask):
         super().fit_config(config, data)
         assert isinstance(data, TextData)
         if not config.name_or_path:
-            # A new model stops where its tokenizer ends a text, not where the family's usual one would.
+            # A new model uses the special tokens of its tokenizer instead of the family's default ones.
             config.bos_token_id, config.eos_token_id = data.tokenizer.bos_token_id, data.tokenizer.eos_token_id
             config.pad_token_id = data.tokenizer.pad_token_id
 
@@ -116,7 +116,7 @@ class CausalLM(TextTask):
 
     @classmethod
     def compile(cls, model: PreTrainedModel) -> None:
-        # The loss calls the base model, and the head part by part.
+        # The loss calls the base model and the head separately.
         model.base_model.compile()
 
     @classmethod
@@ -129,5 +129,5 @@ class CausalLM(TextTask):
 
 
 def _apart(documents: Tensor) -> Tensor | None:
-    """The documents of a batch; None where every row is one and has no filler, since attention then needs no mask."""
+    """The documents of a batch; None if every row is one document without padding, because attention then needs no mask."""
     return documents if bool((documents != 0).any()) else None

@@ -25,14 +25,14 @@ from .base import Task
 from .base_image import ImageTask
 
 _CLASSIFIER_FOR = {
-    "siglip_vision_model": "the whole SigLIP model (model_type siglip), whose classifier keeps the vision tower alone",
-    "clip_vision_model": "the whole CLIP model (model_type clip), whose classifier keeps the vision tower alone",
+    "siglip_vision_model": "the whole SigLIP model (model_type siglip), whose classifier uses its vision tower only",
+    "clip_vision_model": "the whole CLIP model (model_type clip), whose classifier uses its vision tower only",
     "vit_mae": "its encoder as a ViT: set model.encoder_of to the folder or hub name, in place of model.name or model.config",
 }
 
 
 class ImageClassificationModule(TaskModule):
-    """Trains a classifier: mixed images, smoothed labels and a teacher where the recipe has them."""
+    """Trains a classifier; mixing, label smoothing and a teacher if the recipe has them."""
 
     def __init__(self, task: type[Task], parts: RunParts) -> None:
         super().__init__(task, parts)
@@ -52,17 +52,17 @@ class ImageClassificationModule(TaskModule):
             trace.labels = labels
         options = self.with_trace(trace) | (self.distillation.student_options if self.distillation is not None else {})
         if labels.is_floating_point():
-            # transformers' models take whole labels only.
+            # transformers' models accept integer labels only.
             out = self.model(pixel_values=pixels, **options)
             task_loss = functional.cross_entropy(out.logits.float(), labels)
         else:
             out = self.model(pixel_values=pixels, labels=labels, **options)
             task_loss = out.loss
-        taught = self.distillation(task_loss, out, pixels, trace) if self.distillation is not None else None
-        return self.total(task_loss if taught is None else taught.total, task_loss, trace, taught)
+        distilled = self.distillation(task_loss, out, pixels, trace) if self.distillation is not None else None
+        return self.total(task_loss if distilled is None else distilled.total, task_loss, trace, distilled)
 
     def _prepared(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Pixels, and labels int64 (B,) or, mixed or smoothed, float32 (B, classes)."""
+        """Pixels, and labels: int64 (B,), or float32 (B, classes) if mixed or smoothed."""
         pixels, labels = batch["pixel_values"], batch["labels"]
         if self.mixing is None and not self.label_smoothing:
             return pixels, labels
@@ -74,7 +74,7 @@ class ImageClassificationModule(TaskModule):
 
 
 class ImageClassification(ImageTask):
-    """One label an image; any backbone that has a classifier in transformers."""
+    """One label an image, with any backbone that has a classifier in transformers."""
 
     metric = "accuracy"
     quality: ClassVar[type[Quality]] = Accuracy
@@ -83,7 +83,7 @@ class ImageClassification(ImageTask):
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:
         if model_type in families() and model_type not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
             raise ValueError(
-                f"{model_type} has no image classification head in transformers: take weights of "
+                f"{model_type} has no image classification head in transformers: use weights of "
                 f"{_CLASSIFIER_FOR.get(model_type, 'a family that has one, such as vit or dinov2')}"
             )
         name = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(model_type, model_type)

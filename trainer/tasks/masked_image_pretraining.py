@@ -1,4 +1,4 @@
-"""Masked-image pretraining: patches are hidden, and the model paints them from those it sees. No labels are needed."""
+"""Masked-image pretraining: the model reconstructs hidden patches from the visible ones. No labels are needed."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from ..task_module import TaskModule
 from .base import PROBES
 from .base_image import ImageTask
 
-# Masks of evaluation are the same in every run, whatever its seed, so that runs can be compared.
+# Evaluation masks do not depend on the run's seed, so that runs are comparable.
 _EVALUATION_SEED = 0
 
 
 class MaskedImageModule(TaskModule):
-    """Trains the encoder and its decoder; every step hides other patches of an image, by (seed, step, sample id)."""
+    """Trains the encoder and its decoder; the hidden patches of an image depend on (seed, step, sample id)."""
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
         trace, pixels = self.training_trace(batch), batch["pixel_values"]
-        # The dense arm has no trace that would say which step it is.
+        # Computed here, because the dense arm has no trace with the step.
         noise = masking_order(self.seed, self.global_step, batch["sample_ids"], patches_of(self.model.config))
         loss = self.model(pixel_values=pixels, noise=noise, **self.with_trace(trace)).loss
         return self.total(loss, loss, trace)
 
 
 class MaskedImagePretraining(ImageTask):
-    """ViT-MAE (arXiv 2111.06377): the encoder sees a few patches and stages drop or merge more of them on the way; what restores
-    the sequence gives the decoder a token for each patch that was seen."""
+    """ViT-MAE (arXiv 2111.06377): the encoder gets the visible patches only, stages drop or merge more of them, and a restore gives the
+    decoder one token for each visible patch."""
 
     metric = "reconstruction_loss"
     higher_is_better = False
@@ -53,12 +53,12 @@ class MaskedImagePretraining(ImageTask):
     @classmethod
     def check(cls, recipe: Recipe) -> None:
         if recipe.distillation is not None:
-            raise ValueError("distillation is for tasks with labels, and masked_image_pretraining has none: leave it out")
+            raise ValueError("distillation is for tasks with labels, and masked_image_pretraining has none: remove distillation")
         for stage in recipe.compression.stages if recipe.compression is not None else ():
             if registry.part_class("scorer", stage.part("scorer")).answers_task:
                 raise ValueError(
                     f"stage {stage.key!r}: scorer {stage.part('scorer').name!r} learns from labels, and masked_image_pretraining has none: "
-                    "take learned (with estimator key_bias or straight_through), bipartite, patch_energy, uniform_grid or random"
+                    "use learned (with estimator key_bias or straight_through), bipartite, patch_energy, uniform_grid or random"
                 )
 
     @classmethod
@@ -75,14 +75,14 @@ class MaskedImagePretraining(ImageTask):
     def fresh_model(cls, config: PretrainedConfig, attention: str) -> PreTrainedModel:
         _check_masking(config)
         model = super().fresh_model(config, attention)
-        # Parameters without values, of a model for counting or one spread over ranks that is filled later, are left alone.
+        # Skips parameters without values: on the meta device, or partitioned and filled later.
         if not any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
             fill_positions(model)
         return model
 
     @classmethod
     def embedded_data(cls, recipe: ImageRecipe, seed: int) -> ImageData:
-        # Its labels are not read.
+        # The labels are ignored.
         return replace(scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed), classes=[])
 
     @classmethod
@@ -131,22 +131,22 @@ def patches_of(config: Any) -> int:
 
 
 def _check_masking(config: Any) -> None:
-    """Raises ValueError unless the masking hides something, leaves something, and positions can be laid."""
+    """Raises ValueError unless the mask hides some patches, leaves some, and the sizes fit position embeddings and patches."""
     seen, patches = visible(config, patches_of(config)), patches_of(config)
     if not 0 < seen < patches:
         raise ValueError(
-            f"model.config.mask_ratio = {config.mask_ratio} leaves {seen} of {patches} patches: it is the fraction that is hidden, above 0 "
+            f"model.config.mask_ratio = {config.mask_ratio} leaves {seen} of {patches} patches: it is the hidden fraction, above 0 "
             "and below 1; 0.75 is usual for large images, 0.5 for few patches"
         )
     for key in ("hidden_size", "decoder_hidden_size"):
         if getattr(config, key) % 4:
-            raise ValueError(f"model.config.{key} = {getattr(config, key)} must be a multiple of 4, for the positions")
+            raise ValueError(f"model.config.{key} = {getattr(config, key)} must be a multiple of 4, for the position embeddings")
     if config.image_size % config.patch_size:
         raise ValueError(f"model.config.patch_size = {config.patch_size} must divide model.config.image_size = {config.image_size}")
 
 
 def _pictures(pixels: Tensor) -> np.ndarray:
-    """(B, channels, height, width) of any range -> (B, height, width, 3) uint8, each image from its darkest to its brightest."""
+    """(B, channels, height, width) of any range -> (B, height, width, 3) uint8, each image scaled to its own minimum and maximum."""
     image = pixels.detach().float().cpu()
     low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
     image = ((image - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)

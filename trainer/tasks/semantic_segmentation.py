@@ -27,7 +27,7 @@ from .base_image import ImageTask
 
 
 class SemanticSegmentation(ImageTask):
-    """One label a pixel; backbones for which there is a head here."""
+    """One class a pixel, with backbones that have a segmentation head in Laconic."""
 
     metric = "mean_iou"
     quality: ClassVar[type[Quality]] = MeanIoU
@@ -36,7 +36,7 @@ class SemanticSegmentation(ImageTask):
     def check(cls, recipe: Recipe) -> None:
         if recipe.distillation is not None:
             raise ValueError(
-                "distillation has an image classifier for a teacher, and task = semantic_segmentation has one a pixel: leave it out"
+                "distillation needs a teacher with one class an image, and task = semantic_segmentation has one a pixel: remove distillation"
             )
 
     @classmethod
@@ -45,7 +45,7 @@ class SemanticSegmentation(ImageTask):
         if model_type not in heads:
             if model_type == "beit":
                 adapter_for(model_type, "BeitForSemanticSegmentation")
-            raise ValueError(f"{model_type} has no head for semantic segmentation here: take model_type {' or '.join(sorted(heads))}")
+            raise ValueError(f"{model_type} has no head for semantic segmentation here: use model_type {' or '.join(sorted(heads))}")
         return heads[model_type]
 
     @classmethod
@@ -56,8 +56,8 @@ class SemanticSegmentation(ImageTask):
     def hub_data(cls, recipe: MaskRecipe, transform: ImageTransform, seed: int) -> ImageData:
         if recipe.num_labels is None or recipe.num_labels > IGNORE_PIXEL:
             raise ValueError(
-                f"data.num_labels = {recipe.num_labels} must say how many classes the masks have, from 2 to {IGNORE_PIXEL}: only all of their "
-                "pixels could tell; pixels of data.ignore_index are of none"
+                f"data.num_labels = {recipe.num_labels} must be the number of classes in the masks, from 2 to {IGNORE_PIXEL}: finding it "
+                "would need all pixels of all masks; pixels of data.ignore_index have no class"
             )
         return hub_masks(recipe.source, recipe.splits, recipe.num_labels, recipe.ignore_index, transform, seed)
 
@@ -67,7 +67,7 @@ class SemanticSegmentation(ImageTask):
 
     @classmethod
     def titles(cls, batch: Mapping[str, Any], data: ImageData) -> list[str]:
-        """The largest class of each image, the largest of all images aside."""
+        """The largest class of each image, without the class that is largest over all images."""
         counts = torch.stack([torch.bincount(labels[labels != IGNORE_PIXEL], minlength=len(data.classes)) for labels in batch["labels"]])
         counts[:, counts.sum(0).argmax()] = 0
         return [data.classes[int(row.argmax())] if row.any() else "" for row in counts]
@@ -82,9 +82,9 @@ class SemanticSegmentation(ImageTask):
 
 
 def _painted(labels: Tensor, classes: int) -> np.ndarray:
-    """(B, height, width) classes -> (B, height, width, 3) uint8, a colour each; black where a pixel has none."""
+    """(B, height, width) classes -> (B, height, width, 3) uint8, one colour a class; black for pixels without a class."""
     colours = np.zeros((IGNORE_PIXEL + 1, 3), np.uint8)
     for code in range(classes):
-        # Steps of the golden ratio keep neighbours apart, however many classes there are.
+        # Steps of the golden ratio give neighbouring classes different hues, for any number of classes.
         colours[code] = [round(255 * part) for part in colorsys.hsv_to_rgb(code * 0.618034 % 1, 0.65, 0.5 + 0.4 * (code % 2))]
     return colours[labels.cpu().numpy()]

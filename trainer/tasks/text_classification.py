@@ -1,4 +1,4 @@
-"""Classification of texts, or of pairs of them, by an encoder."""
+"""Classification of texts or pairs of texts by an encoder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .base_text import TextTask
 
 
 class TextClassification(TextTask):
-    """One label a text; any family that transformers has a sequence classifier of, with stages where it has an adapter."""
+    """One label a text, with any family that has a sequence classifier in transformers; stages need a family with an adapter."""
 
     metric = "accuracy"
     quality: ClassVar[type[Quality]] = Accuracy
@@ -36,7 +36,7 @@ class TextClassification(TextTask):
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:
         name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(model_type)
         if name is None:
-            raise ValueError(f"{model_type} has no sequence classifier in transformers: take modernbert or bert, for example")
+            raise ValueError(f"{model_type} has no sequence classifier in transformers: use modernbert or bert, for example")
         if model_type in families():
             adapter_for(model_type, name)
         model: type[PreTrainedModel] = getattr(transformers, name)
@@ -60,7 +60,7 @@ class TextClassification(TextTask):
         names = dict(enumerate(data.classes))
         inner.id2label, inner.label2id = names, {name: code for code, name in names.items()}
         if not config.name_or_path:
-            # A new model has the special tokens of its tokenizer, not those of the family's usual one.
+            # A new model uses the special tokens of its tokenizer instead of the family's default ones.
             for name in ("pad", "cls", "sep", "bos", "eos"):
                 if hasattr(inner, f"{name}_token_id"):
                     setattr(inner, f"{name}_token_id", getattr(data.tokenizer, f"{name}_token_id"))
@@ -81,7 +81,7 @@ class TextClassification(TextTask):
 
     @classmethod
     def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Any:
-        # Where a family has no segments, the separator alone tells the two texts apart.
+        # In families without segments only the separator token separates the two texts.
         segments = "token_type_ids" in batch and getattr(model.config, "type_vocab_size", 0) > 1
         names = ("input_ids", "attention_mask", *(("token_type_ids",) if segments else ()))
         return model(**{name: batch[name] for name in names}, **options)
@@ -95,7 +95,7 @@ class TextClassification(TextTask):
 
     @classmethod
     def held_out(cls, data: LabelledText) -> str:
-        # Its own frame is written around it again.
+        # Without special tokens, because the caller's tokenizer adds them again.
         text: str = data.tokenizer.decode(data.test[0]["input_ids"], skip_special_tokens=True)
         return text
 

@@ -1,1 +1,1 @@
-"""Routings in, a loss out: one class a file, found by the file's name."""
+"""Regularisers: routings in, a loss out; one class per file, found by the file name."""

@@ -1,4 +1,4 @@
-"""What every regulariser shares."""
+"""Regularizer: the base class of all regularisers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ...tokens.trace import Routing
 def soft_keep(routing: Routing) -> Tensor:
     """(B,) mean keep probability over the routable tokens of each row, with gradient.
 
-    Where rows keep as many as they like, the value is what they really kept: probabilities can meet a target that the decisions
-    miss. The gradient is the probabilities' all the same.
+    If rows keep different numbers of tokens, the value is the achieved keep, because probabilities can meet a target that the decisions
+    miss; the gradient is still that of the probabilities.
     """
     probabilities, routable = routing.soft, routing.routable
     assert probabilities is not None
@@ -29,7 +29,7 @@ def soft_keep(routing: Routing) -> Tensor:
 
 @dataclass(frozen=True)
 class Regularizer:
-    """Pulls the soft ratio of trained scorers towards what the budget requests.
+    """Pulls the soft ratio of trained scorers towards the requested one.
 
     Attributes:
         weight: weight of the loss at the end of its ramp.
@@ -47,17 +47,17 @@ class Regularizer:
         """Unweighted loss, a float32 scalar.
 
         Args:
-            routings: of the stages whose scorer is trained, at least one.
-            target: requested ``macs_ratio`` of this step; None when the budget is one of ``keep``.
-            cost: of the model.
-            over_ranks: mean over processes; for what is no mean over rows, which averaging losses over ranks would get wrong.
+            routings: routings of the stages with a trained scorer, at least one.
+            target: requested ``macs_ratio`` at this step; None if the budget's measure is another one.
+            cost: CostModel of the model.
+            over_ranks: mean of a scalar over processes, for losses that are not means over rows; None with one process.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class StageRegularizer(Regularizer):
-    """A mean over stages, each held to its own requested keep."""
+    """A mean over stages of a loss that compares each stage with its own requested keep."""
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""H-Net's ratio loss."""
+"""Ratio loss of H-Net."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .base import StageRegularizer
 
 @dataclass(frozen=True)
 class HNet(StageRegularizer):
-    """Mean over stages of N/(N−1)·[(N−1)·F·G + (1−F)(1−G)]: F the share of tokens that stay, G their mean probability, 1/N the
-    requested keep (H-Net, arXiv 2507.07955, which weighs it by 0.03).
+    """Mean over stages of N/(N−1)·[(N−1)·F·G + (1−F)(1−G)]: F the fraction of tokens kept, G their mean probability, 1/N the
+    requested keep (H-Net, arXiv 2507.07955, with weight 0.03).
 
-    It is 1 where both are what was requested. F has no gradient; that of G pushes down while F is too large and up while it is too
-    small, so the loss by itself says little: F = 1 with G = 0 gives 0. Look at the hard and the soft ratio, which are logged apart.
+    It is 1 if both equal the requested keep. F has no gradient; the gradient of G lowers it while F is too large and raises it while F is
+    too small. The value alone says little (F = 1 with G = 0 gives 0): use the achieved and the soft keep, which are logged separately.
 
     Attributes:
         weight: weight of the loss at the end of its ramp.
@@ -32,7 +32,7 @@ class HNet(StageRegularizer):
         soft = (probabilities * routable).sum() / present
         hard = (routing.kept_mask & routable).sum() / present
         if over_ranks is not None:
-            # Before the product, which no mean of products gives.
+            # Average before the product: the mean of products differs from the product of means.
             soft, hard = over_ranks(soft), over_ranks(hard)
         return ratio_loss(hard.detach(), soft, routing.requested)
 
@@ -43,7 +43,7 @@ def ratio_loss(hard: Tensor, soft: Tensor, requested: float) -> Tensor:
     Args:
         hard: scalar F.
         soft: scalar G.
-        requested: 1/N; at 1 there is nothing to hold, and the loss is 0.
+        requested: 1/N; at 1 the loss is 0.
     """
     if requested >= 1:
         return soft * 0

@@ -1,4 +1,4 @@
-"""Squared distance of the soft relative MACs from the requested ones."""
+"""Squared distance of the soft ``macs_ratio`` from the requested one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .base import Regularizer, soft_keep
 
 @dataclass(frozen=True)
 class MacsSquared(Regularizer):
-    """(soft macs_ratio - target)², the relative MACs of the soft token counts (LTMP, arXiv 2305.19115, which weighs it by 10).
+    """(soft macs_ratio - target)², with the MACs of the soft token counts (LTMP, arXiv 2305.19115, with weight 10).
 
-    Under a budget of ``keep`` the target is the ``macs_ratio`` of the requested keeps.
+    If the budget's measure is not ``macs_ratio``, the target is the ``macs_ratio`` of the requested keeps.
     """
 
     weight: float = 10.0

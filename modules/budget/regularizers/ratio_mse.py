@@ -1,4 +1,4 @@
-"""Squared distance of the soft keep from the requested one."""
+"""Squared distance of the soft keep from the requested keep."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .base import StageRegularizer, soft_keep
 
 @dataclass(frozen=True)
 class RatioMSE(StageRegularizer):
-    """mean over stages and rows of (mean keep probability - keep)² (DynamicViT, arXiv 2106.02034, which weighs it by 2).
+    """mean over stages and rows of (mean keep probability - keep)² (DynamicViT, arXiv 2106.02034, with weight 2).
 
-    Where rows keep as many as they like, the mean over the rows is held, not every row.
+    If rows keep different numbers of tokens, the mean over rows is compared, not each row.
     """
 
     weight: float = 2.0

@@ -1,1 +1,1 @@
-"""What a trained model can be written as: one class a file, found by the file's name."""
+"""The export formats: one class a file, found by the file's name."""

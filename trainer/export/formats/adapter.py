@@ -1,4 +1,4 @@
-"""``adapter``: PEFT's two files with the routers beside them, for whoever has the base."""
+"""``adapter``: PEFT's two files with the routers beside them, for users who have the base model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..source import ExportSource, Settings
 
 
 class AdapterFormat(Format):
-    """Loads with ``laconic.from_pretrained``, and its LoRA with plain PEFT onto the plain base."""
+    """Loads with ``laconic.from_pretrained``; plain PEFT loads its LoRA onto the plain base."""
 
     dtypes = ("fp32",)
-    # In the clean process plain PEFT must find every tensor of its file in the plain base, by value.
+    # In the clean process, plain PEFT must load every tensor of its file into the plain base, with equal values.
     program = f"""
 import json, os
 from laconic.modules.checkpoints.loading import from_pretrained
@@ -31,11 +31,11 @@ def load(folder):
         from laconic.modules.checkpoints.adapter_folder import read_adapter
         from laconic.modules.checkpoints.adapters import load_base
         plain = PeftModel.from_pretrained(load_base(read_adapter(folder), folder), folder)
-        ours = load_file(os.path.join(folder, "adapter_model.safetensors"))
-        theirs = get_peft_model_state_dict(plain, save_embedding_layers=False)
-        wrong = [name for name, value in ours.items() if name not in theirs or not torch.equal(theirs[name], value)]
+        expected = load_file(os.path.join(folder, "adapter_model.safetensors"))
+        loaded = get_peft_model_state_dict(plain, save_embedding_layers=False)
+        wrong = [name for name, value in expected.items() if name not in loaded or not torch.equal(loaded[name], value)]
         if wrong:
-            raise SystemExit(f"plain PEFT does not find {{wrong[:3]}} in the plain base")
+            raise SystemExit(f"plain PEFT does not load {{wrong[:3]}} into the plain base")
     model = from_pretrained(folder)
     return lambda batch: answer(model, batch)
 """
@@ -43,7 +43,7 @@ def load(folder):
     @classmethod
     def check(cls, source: ExportSource) -> None:
         if source.run.adapter is None:
-            raise RecipeError(f"{source.run.path} trained all weights, or holds no adapter: give --format merged")
+            raise RecipeError(f"{source.run.path} trained all weights, or has no adapter: use --format merged")
 
     @classmethod
     def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:

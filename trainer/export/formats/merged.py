@@ -11,7 +11,7 @@ from ..source import ExportSource, Settings
 
 
 class Merged(Format):
-    """Loads with ``laconic.from_pretrained``; a dense model with its Auto class."""
+    """Loads with ``laconic.from_pretrained``; a dense model loads with its Auto class."""
 
     program = f"""
 import json, os

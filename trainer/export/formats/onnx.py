@@ -1,4 +1,4 @@
-"""``onnx``: a graph for onnxruntime and what else reads ONNX."""
+"""``onnx``: a graph for onnxruntime and other runtimes that read ONNX."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Onnx(Format):
-    """Needs onnxruntime alone. Rows may be any number, everything else is as it was exported."""
+    """Needs onnxruntime only. The number of rows is free; all other sizes are fixed."""
 
-    # The runtime fuses and orders its sums in its own way.
+    # The runtime fuses operations and sums in another order.
     tolerance = 1e-4
     dtypes: ClassVar[tuple[str, ...]] = ("fp32",)
     hugging_face = False
@@ -59,11 +59,11 @@ def load(folder):
 
 
 def converted(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Any:
-    """The forward as an ``ONNXProgram``, from the inputs to ``logits``, for any number of rows. Arguments and errors as of ``captured``;
-    RecipeError too where torch's converter fails."""
+    """The forward as an ``ONNXProgram``, from the inputs to ``logits``, for any number of rows. Arguments and errors as in ``captured``;
+    also RecipeError if torch's converter fails."""
     program = captured(model, inputs)
     with warnings.catch_warnings():
-        # What the converter says of its own insides is nothing that a user could act on.
+        # The converter's warnings are about its internals; users can do nothing about them.
         warnings.simplefilter("ignore")
         try:
             made: Any = torch.onnx.export(
@@ -76,22 +76,22 @@ def converted(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Any:
                 custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
             )
         except OnnxExporterError as error:
-            told = str(error.__cause__ or error).strip().splitlines()[0]
-            raise RecipeError(f"--format onnx: torch cannot convert {type(model).__name__}: {told}; take torch-export") from error
+            detail = str(error.__cause__ or error).strip().splitlines()[0]
+            raise RecipeError(f"--format onnx: torch cannot convert {type(model).__name__}: {detail}; use torch-export") from error
     if reducing := sorted({node.op_type for node in _nodes(made.model) if _reduces(node)}):
         raise RuntimeError(f"the ONNX graph has a scatter with a reduction: {', '.join(reducing)}")
     return made
 
 
 def _stable_sort() -> Any:
-    """How ONNX says a stable sort, which torch's converter does not know: all of them by TopK, whose ties go to the lower index."""
+    """ONNX translation of a stable sort, which torch's converter lacks: TopK of all elements, in which ties go to the lower index."""
     import onnx_ir
     from onnxscript import opset18
 
     narrow = (onnx_ir.DataType.BOOL, onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8)
 
     def sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-        # TopK of bytes is nothing that runtimes have.
+        # Runtimes have no TopK of bytes.
         wide = opset18.Cast(values, to=int(onnx_ir.DataType.INT32)) if values.dtype in narrow else values
         axis = dim % len(values.shape)
         number = opset18.Shape(values, start=axis, end=axis + 1)

@@ -1,4 +1,4 @@
-"""``plain``: an ordinary model of transformers without any router, where the method needs none after training."""
+"""``plain``: an ordinary transformers model without routers, for methods that need none after training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..source import ExportSource, Settings
 
 
 class Plain(Format):
-    """The backbone alone. Right where every stage lets all tokens through in evaluation: schedules that ended at full length."""
+    """The backbone alone. Correct if every stage keeps all tokens in evaluation, as after a schedule that ended at full length."""
 
     without = ("laconic",)
     program = f"""
@@ -31,11 +31,12 @@ def load(folder):
         import transformers
 
         if not hasattr(transformers, base_name(model)):
-            raise RecipeError(f"--format plain: {base_name(model)} is a class of Laconic, which transformers lacks; take standalone")
-        if told := source.left_out():
+            raise RecipeError(f"--format plain: {base_name(model)} is a class of Laconic, which transformers lacks; use standalone")
+        if effects := source.left_out():
             raise RecipeError(
-                f"--format plain: {', '.join(told)} in evaluation, and a model without routers would answer otherwise. It is for training "
-                "that ends at full length (budget.target = 1 with budget.start below it); take standalone, which needs no Laconic either"
+                f"--format plain: {', '.join(effects)} in evaluation, so a model without routers would give other answers. The "
+                "format is for training that ends at full length (budget.target = 1 with budget.start below it); use standalone, which "
+                "does not need Laconic either"
             )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""``standalone``: as merged, with the very source that training used, for machines without Laconic."""
+"""``standalone``: as ``merged``, with the source code that training used, for machines without Laconic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENTRY = "modeling_laconic"
 
 _ENTRY = '''"""The compressed model of this folder, for transformers' trust_remote_code. Written by ``laconic export --format standalone``.
 
-The files beside this one are Laconic's own (Apache-2.0), as training ran them; only their import lines were changed, for one flat folder.
+The other files here are Laconic's own (Apache-2.0), as used in training; only their import lines were changed, for one flat folder.
 """
 
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from .compress import compressed_class
 
 if TYPE_CHECKING:
-    # transformers copies the files that such lines name, and no others. Parts are found by name when a model is built.
+    # transformers copies only the files that such lines name. Parts are found by name when a model is built.
 {carried}
 
 {classes}
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Standalone(Format):
-    """Loads with ``AutoModel….from_pretrained(folder, trust_remote_code=True)``; with Laconic, as ``merged`` does."""
+    """Loads with ``AutoModel….from_pretrained(folder, trust_remote_code=True)``; with Laconic, also as ``merged`` does."""
 
     without = ("laconic",)
     program = f"""
@@ -52,7 +52,7 @@ def load(folder):
     @classmethod
     def check(cls, source: ExportSource) -> None:
         if not compressed(source.model):
-            raise RecipeError("--format standalone: this model is dense, and transformers has all that it needs; take plain")
+            raise RecipeError("--format standalone: this model is dense, and transformers can load it by itself; use plain")
 
     @classmethod
     def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:
@@ -72,16 +72,16 @@ def load(folder):
 
 
 def _classes(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """The model and its base by the Auto class that loads each. Without one for the base, AutoModel would build it dense."""
+    """The model and its base, by the Auto class that loads each. Without an entry for the base, AutoModel would build it dense."""
     assert isinstance(model, CompressedModel)
     base = model.adapter.base(model)
-    # The tower of an image-text model has a config of its own and is none by itself.
+    # The tower of an image-text model has its own config and cannot be an AutoModel of the whole config.
     whole = not isinstance(base, PreTrainedModel) or type(base.config) is not type(model.config)
     return {"AutoModel": model if whole else base, auto_class(model): model}
 
 
 def _entry(models: list[PreTrainedModel], files: list[str]) -> str:
-    """Text of the file that transformers starts from."""
+    """Text of the file that transformers imports first."""
     imports: dict[str, list[str]] = {}
     classes = []
     for model in {type(model): model for model in models}.values():
@@ -90,7 +90,7 @@ def _entry(models: list[PreTrainedModel], files: list[str]) -> str:
         if base_name(model) in own_models():
             where = "." + original.__module__.partition(".modules.")[2].replace(".", "_")
         imports.setdefault(where, []).append(original.__name__)
-        # transformers saves a model with the files of its class's module.
+        # transformers saves a model with the files of the module that defines its class.
         classes.append(f"{name} = compressed_class({original.__name__})\n{name}.__module__ = __name__")
     return _ENTRY.format(
         imports="\n".join(f"from {where} import {', '.join(names)}" for where, names in imports.items()),

@@ -1,4 +1,4 @@
-"""``torch-export``: the graph that ``torch.export`` makes, with its weights, in one ``.pt2`` archive."""
+"""``torch-export``: the graph of ``torch.export`` with its weights, in one ``.pt2`` archive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = "model.pt2"
 
 
 class TorchExport(Format):
-    """Needs torch alone: ``torch.export.load``. Rows may be any number, everything else is as it was exported."""
+    """Needs torch only: ``torch.export.load``. The number of rows is free; all other sizes are fixed."""
 
     hugging_face = False
     without: ClassVar[tuple[str, ...]] = ("laconic", "transformers")
@@ -38,7 +38,7 @@ def load(folder):
     @classmethod
     def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:
         program = captured(source.backbone(), source.batches()[0])
-        # They are the one thing that torch writes with pickle.
+        # Example inputs are the only part that torch writes with pickle.
         program.example_inputs = None
         torch.export.save(program, folder / FILE)
         source.model.config.save_pretrained(folder)

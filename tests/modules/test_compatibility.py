@@ -1,0 +1,183 @@
+"""Every rule of what goes together is broken here, for each of its reasons, and is the one that says so."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+
+from laconic import CompressionConfig, StageConfig, compress
+from laconic.modules import compatibility
+from laconic.modules.compatibility import CONFIG_RULES, STAGE_RULES, Rule
+from tests import decoders, encoders, matrix
+from tests.modules import test_masked_images as masked_images
+
+Case = tuple[str | Callable[[], PreTrainedModel], list[dict[str, Any]], dict[str, Any] | None, str]
+
+
+def _flash(family: str) -> Callable[[], PreTrainedModel]:
+    def make() -> PreTrainedModel:
+        model = _dense(family)
+        model.config._attn_implementation = "flash_attention_2"
+        return model
+
+    return make
+
+
+def _masked_lm() -> PreTrainedModel:
+    return AutoModelForMaskedLM.from_config(AutoConfig.for_model(**{**encoders.dense("bert").config.to_dict(), "architectures": None}))
+
+
+def _dense(family: str) -> PreTrainedModel:
+    return next(kind.dense(family) for kind in (matrix, encoders, decoders) if family in kind.FAMILIES)
+
+
+_POOL = {"tokens": 4, "keep": None, "scorer": "uniform_grid", "merger": {"name": "pool", "outputs": 4}}
+_PROMPT = {"scorer": "linear", "scope": "prompt"}
+_CHUNKS: dict[str, Any] = {"scorer": "boundary", "selector": "gumbel"}
+_AROUND = {"site": "around"}
+END = {"layer": 4, "by": "rejoin"}
+# Model, stages (with layer 1 and keep 0.5 unless they say otherwise), restore, message.
+CASES: dict[str, list[Case]] = {
+    "some_stage": [("vit", [], None, "compression.stages is empty: give at least one stage")],
+    "known_stack": [
+        ("vit", [{"stack": "text"}], None, "stage 'text.before_1': stack = 'text' does not exist in this model: its stacks are ''"),
+        ("vit", [{}], {"text": {"layer": 2}}, "compression.restore.text: there is no such stack in this model: its stacks are ''"),
+    ],
+    "offered_site": [
+        ("vit", [{"site": "betwen"}], None, "site = 'betwen' does not exist: the sites are before, between, around"),
+        (masked_images.dense, [{"stack": "decoder"}], None, "stack = 'decoder' offers no site for a stage"),
+        ("llama", [{"site": "between"}], None, "site = 'between' is not offered by this backbone: it has before, around"),
+        ("gpt_neox", [{"site": "around_mlp"}], None, "site = 'around_mlp' is not offered: .*use_parallel_residual"),
+    ],
+    "offered_scope": [
+        (
+            family,
+            [{"scope": scope}],
+            None,
+            rf"stage 'before_1': scope = '{scope}' is not offered by this backbone: it has {offered} \(prompt",
+        )
+        for family, scope, offered in (
+            ("vit", "prompt", "all"),
+            ("vit", "visual", "all"),
+            ("bert", "prompt", "all"),
+            ("modernbert", "prompt", "all"),
+            ("llama", "visual", "all, prompt"),
+        )
+    ],
+    "existing_layer": [("vit", [{"layer": layer}], None, f"layer = {layer} must be an integer from 0 to 3") for layer in (4, -1)],
+    "valid_keep": [
+        ("vit", [{"tokens": 9}], None, "give either keep or tokens, not both"),
+        ("vit", [{"keep": None}], None, r"keep is not set: give the fraction of tokens kept, in \(0, 1\]"),
+        ("vit", [{"keep": 1.2}], None, r"keep = 1.2 must be in \(0, 1\]: the fraction that is kept, not removed"),
+        ("vit", [{"count": "ceil"}], None, "count = 'ceil' is no count rule: there are round"),
+    ],
+    "one_stage_a_site": [("vit", [{}, {"name": "other"}], None, "stage 'other': there are two stages before layer 1: a site holds one")],
+    "nothing_inside_a_bypassed_layer": [
+        ("vit", [_AROUND, {"site": "between"}], None, "layer 1 has a stage around it: between_1 inside it cannot run")
+    ],
+    "distinct_names": [("vit", [{"name": "one"}, {"name": "one", "layer": 2}], None, "stage names must differ: one, one")],
+    "restore_after_shrinking": [
+        ("vit", [_AROUND], END, "compression.restore has nothing to do: no stage makes the sequence shorter"),
+        ("vit", [{}], {"layer": 1}, "compression.restore.layer = 1 must be from 2"),
+    ],
+    "served_attention": [
+        (_flash(family), [{}], None, "attention 'flash_attention_2' is not served .* attn_implementation 'sdpa' or 'eager'")
+        for family in ("bert", "modernbert")
+    ],
+    "every_token_restored": [
+        (_masked_lm, [{}], None, "compression.restore is needed: .* reads every token, and after stages before_1 tokens are missing"),
+        (masked_images.dense, [{}], None, "compression.restore is needed: the decoder of ViTMAEForPreTraining"),
+    ],
+    "estimator_for_its_scorer": [
+        ("vit", [{"scorer": "random", "estimator": "key_bias"}], None, "scorer 'random' is not trained: leave estimator out"),
+        ("llama", [_AROUND | {"scorer": "linear", "estimator": "confidence"}], None, "estimator 'confidence' is for chunks of a causal"),
+        ("vit", [{"estimator": "gate"}], None, "estimator 'gate' weighs what a layer adds to the tokens around it: give site = 'around'"),
+        (
+            "vit",
+            [{"estimator": "token_labels"}],
+            None,
+            "estimator 'token_labels' cannot train scorer 'learned': .* take 'straight_through'",
+        ),
+        ("vit", [{"layer": 3, "site": "between", "estimator": "key_bias"}], None, "no attention follows that estimator 'key_bias'"),
+        ("vit", [_AROUND | {"site": "around_mlp", "estimator": "key_bias"}], None, "no attention follows that estimator 'key_bias'"),
+    ],
+    "partner_found": [("vit", [{"merger": "bipartite"}], None, r"merges the pairs that a matching scorer finds \('bipartite'\)")],
+    "matching_is_for_shrinking": [
+        ("vit", [_AROUND | {"scorer": "bipartite"}], None, "scorer 'bipartite' finds pairs to merge, and around a layer nothing is merged"),
+        ("vit", [{"scorer": "bipartite", "keep": 0.3}], None, "keep = 0.3: scorer 'bipartite' can take away half of the tokens at most"),
+    ],
+    "nothing_merged_around_a_layer": [
+        ("vit", [_AROUND | {"merger": "fuse"}], None, "merger = 'fuse': at site 'around' no token goes away; leave merger out")
+    ],
+    "scores_for_the_selector": [
+        ("vit", [{"scorer": "evidence", "selector": "gumbel"}], None, "selector 'gumbel' takes scores for probabilities"),
+        ("vit", [{"selector": "threshold", "count": "evit"}], None, "count = 'evit' has nothing to count: selector 'threshold'"),
+        ("vit", [{"selector": "threshold", "keep": None, "tokens": 9}], None, "lets every row keep as many as it likes, which tokens = 9"),
+        ("vit", [{"scorer": "bipartite", "selector": "threshold"}], None, "lets every row keep as many .* scorer 'bipartite'"),
+    ],
+    "outputs_of_the_merger": [
+        ("vit", [{"merger": "pool"}], None, "merger 'pool' makes 16 tokens: give the stage tokens = 16"),
+        ("vit", [{"selector": "threshold"}, {"layer": 2, **_POOL}], None, "merger 'pool' takes rows of one length"),
+    ],
+    "readable_layer": [
+        ("modernbert", [{"scorer": "cls_attention"}], None, "needs the query of the first token, and .*; take 'learned' or 'evidence'"),
+        ("modernbert", [{"scorer": "bipartite", "merger": "bipartite"}], None, "scorer 'bipartite' compares keys, and .*metric: tokens"),
+    ],
+    "attention_for_rows_of_unequal_length": [
+        (_flash("vit"), [{"selector": "threshold"}], None, "selector 'threshold' lets rows keep different numbers, which attention 'flash")
+    ],
+    "causal_shrinking": [
+        ("vit", [{}], {"layer": 4, "by": "dechunk"}, "compression.restore.by = 'dechunk' is for chunks of causal models"),
+        ("llama", [_CHUNKS | {"merger": "squeeze"}], {"layer": 3, "by": "dechunk"}, "merger 'squeeze' may mix later tokens into earlier"),
+        ("llama", [_PROMPT | {"merger": "chunk_mean"}], END, "scope 'prompt' goes with merger 'drop', not 'chunk_mean'"),
+        *(
+            ("llama", [_PROMPT], restore, r"scope 'prompt' takes tokens away, .* = \{layer: 4, by: rejoin\}")
+            for restore in (None, {"layer": 3, "by": "rejoin"}, {"layer": 4, "by": "unmerge"})
+        ),
+        ("llama", [{"scorer": "linear"}], {"layer": 3, "by": "dechunk"}, "scorer 'linear' with selector 'top_k' is non-causal"),
+        ("llama", [_CHUNKS], END, "the head of a causal model answers at every place: give .*by: dechunk"),
+        ("llama", [_CHUNKS, _CHUNKS | {"layer": 2}], {"layer": 3, "by": "dechunk"}, "one stage makes chunks, and 2 were given"),
+    ],
+}
+
+
+def _broken(case: Case) -> tuple[str, int]:
+    """The function that refuses a case, and the line that does."""
+    model, stages, restore, message = case
+    made = _dense(model) if isinstance(model, str) else model()
+    config = CompressionConfig([StageConfig(**{"layer": 1, "keep": 0.5, **stage}) for stage in stages], restore)
+    original = type(made)
+    with pytest.raises(ValueError, match=message) as caught:
+        compress(made, config)
+    assert type(made) is original
+    assert not hasattr(made.config, "compression")
+    return caught.traceback[-1].name, caught.traceback[-1].lineno + 1
+
+
+@pytest.mark.parametrize("rule", [*CONFIG_RULES, *STAGE_RULES], ids=lambda rule: rule.__name__)
+def test_a_rule_refuses_what_breaks_it_for_each_of_its_reasons(rule: Rule) -> None:
+    assert rule.__name__ in CASES, "a rule without a case: add what breaks it to CASES"
+    lines, first = inspect.getsourcelines(rule)
+    reasons = [node for node in ast.walk(ast.parse("".join(lines))) if isinstance(node, ast.Raise)]
+    refused = set()
+    for case in CASES[rule.__name__]:
+        name, line = _broken(case)
+        assert name == rule.__name__, case
+        refused |= {node.lineno for node in reasons if node.lineno <= line - first + 1 <= (node.end_lineno or 0)}
+    assert refused == {node.lineno for node in reasons}
+
+
+def test_a_rule_asks_for_properties_and_no_case_is_of_a_rule_that_is_gone() -> None:
+    assert list(CASES) == [rule.__name__ for rule in (*CONFIG_RULES, *STAGE_RULES)]
+    # Parts of other packages are held to the same rules: no part is compared with a name.
+    source = inspect.getsource(compatibility)
+    assert not re.search(
+        r"(==|!=|\bin\b) *\(?[\"'](learned|bipartite|evidence|top_k|threshold|gumbel|drop|pool|gate|token_labels)[\"']", source
+    )
+    assert "isinstance(stage.s" not in source
