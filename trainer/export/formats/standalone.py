@@ -24,7 +24,7 @@ The other files here are Laconic's own (Apache-2.0), as used in training; only t
 from typing import TYPE_CHECKING
 
 {imports}
-from .compress import compressed_class
+from .compressed_model import compressed_class
 
 if TYPE_CHECKING:
     # transformers copies only the files that such lines name. Parts are found by name when a model is built.
