@@ -121,6 +121,9 @@ def outside(kind: str) -> dict[str, metadata.EntryPoint]:
     Raises:
         ValueError: an entry point has the name of a part of this package.
     """
+    if not hasattr(importlib.import_module(KINDS[kind].package), "__path__"):
+        # A standalone export holds every part of its model, those of other packages too.
+        return {}
     found = {entry.name: entry for entry in metadata.entry_points(group=KINDS[kind].group)}
     for name in names(KINDS[kind].package):
         if name in found:
