@@ -48,8 +48,9 @@ def test_a_local_folder_of_any_family_builds_and_takes_a_training_step(family: s
     assert pixels.shape == (4, 3, IMAGE, IMAGE) == (4, *task_named(parts.recipe.task).probe(parts.model.config)["pixel_values"].shape[1:])
     # Noise of mean a half, normalised by the folder's own processor.
     assert pixels.mean((0, 2, 3)).tolist() == pytest.approx([0.5, 0.0, -0.25], abs=0.1)
-    trace = Trace(noise=1.0)
-    out = parts.model.train()(pixel_values=pixels, labels=torch.tensor([0, 1, 2, 0]), trace=trace)
+    labels = torch.tensor([0, 1, 2, 0])
+    trace = Trace(noise=1.0, labels=labels)
+    out = parts.model.train()(pixel_values=pixels, labels=labels, trace=trace)
     assert out.logits.shape == (4, 3)
     assert trace.auxiliary_loss is not None
     (out.loss + trace.auxiliary_loss).backward()

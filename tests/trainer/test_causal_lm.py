@@ -348,7 +348,7 @@ def test_the_module_weighs_its_loss_by_the_tokens_of_all_ranks(tiny: list[str], 
         (["distillation={teacher: dense_self}"], "distillation needs an image classifier as a teacher"),
         (
             ["data.name=scattered_digits"],
-            r"data.name = 'scattered_digits' is for images .*: give python_library, python_functions, text, json",
+            r"data.name = 'scattered_digits' is for images .*: use python_library, python_functions, text, json",
         ),
         (["data.streaming=true"], "python_library, which is small and local"),
         (["data.sample_by=line"], "data.sample_by = 'line' applies to data.name = 'text', and data.name = 'python_library'"),

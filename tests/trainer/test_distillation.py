@@ -104,7 +104,7 @@ def test_a_run_is_taught_by_the_run_of_a_dense_recipe(precision: str, tmp_path: 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"classes": [*NAMES, "more"]}, "knows 5 labels, the data have 6"),
+        ({"classes": [*NAMES, "more"]}, "has 5 labels, the data have 6"),
         ({"named": True, "classes": ["b", "a", "c", "d", "e"]}, r"its label 0 is 'a', that of the data is 'b'"),
         ({"hidden": 1.0, "width": 32}, "hidden_size of the teacher is 16, of the student 32: set distillation.hidden=0"),
         ({"compressed": True}, "is compressed, and a teacher must be dense"),

@@ -116,7 +116,7 @@ def test_parts_are_found_by_the_same_names_in_a_flat_folder(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.py": "from .. import b"}, "leaves the package"),
+        ({"a.py": "from .. import b"}, "imports from outside the package"),
         ({"a.py": "from . import missing"}, "must name files of the folder"),
         ({"a.py": "from .missing import b"}, "which is not a file of the package"),
         ({"a.py": "from .b_c import x\nfrom .b.c import y", "b_c.py": "", "b/__init__.py": "", "b/c.py": ""}, "the same name"),
