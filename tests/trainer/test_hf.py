@@ -70,7 +70,8 @@ def test_the_trace_knows_the_step_and_the_rows_and_the_budget_joins_the_loss(tmp
     assert [line["keep/before_1"] for line in logs] == [trace.routings["before_1"].achieved for trace in traces]
     again, model = made(0, traces[0].sample_ids), _trainer(tmp_path, 8).model
     rows = again.sample_ids - 100
-    loss = model(pixel_values=images(16)[rows], labels=labels(16)[rows], trace=again).loss + budget.loss(again, 0).total
+    again.labels = labels(16)[rows]
+    loss = model(pixel_values=images(16)[rows], labels=again.labels, trace=again).loss + budget.loss(again, 0).total
     assert logs[0]["loss"] == pytest.approx(loss.item(), abs=1e-4)
 
 
