@@ -35,6 +35,7 @@ def clean() -> Iterator[CleanProcesses]:
 DEAR = ("good", "run", "runs", "tokenizer")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share a dear fixture go to one process, where it is made once; long tests come first, so that all processes end together."""
     for item in items:
