@@ -32,15 +32,22 @@ def _cases(images: Pairs = vision.PAIRS, texts: Pairs = encoders.PAIRS, causal: 
     ]
 
 
-def over(cases: list[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=str)
-
-
 # Each site, merger, kind of selector, of estimator and of draw, in every family; all methods in one.
 IMAGES = thinned(vision.PAIRS, ["vit"], ("learned_key_bias", "evidence_fuse", "tome", "squeeze", "gumbel", "around_attention"))
 CAUSAL = thinned(
     decoders.PAIRS, ["llama"], ("threshold", "gate_random", "gate_predictor_mlp", "gumbel", "threshold_attention", "chunk_mean")
 )
+TEXTS = thinned(encoders.PAIRS, ["bert"], ("learned", "fuse", "threshold"))
+OFTEN = {str(case) for case in _cases(IMAGES, TEXTS, CAUSAL)}
+
+
+def param(case: Case, *more: str) -> Any:
+    """A case; slow if other cases show the same property in the same family and with the same method."""
+    return pytest.param(case, *more, id="-".join([str(case), *more]), marks=() if str(case) in OFTEN else pytest.mark.slow)
+
+
+def over(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [param(case) for case in cases])
 
 
 def _gradients(model: PreTrainedModel, parts: bool = False) -> dict[str, Tensor]:
@@ -55,8 +62,7 @@ def _equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize(
     ("case", "layout"),
-    [(case, layout) for case in _cases() for layout in (("whole", "padded") if case.usual == "padded" else ("whole",))],
-    ids=str,
+    [param(case, layout) for case in _cases() for layout in (("whole", "padded") if case.usual == "padded" else ("whole",))],
 )
 def test_1_keep_1_gives_the_dense_outputs_and_backbone_gradients_bit_for_bit(case: Case, layout: str) -> None:
     plain, model, batch = case.dense(), case.neutral(case.compressed(1.0, 1.0)), case.inputs(layout)
