@@ -102,7 +102,7 @@ def test_another_number_of_processes_is_refused_naming_both_and_its_weights_alon
     console = Console(quiet=True)
     alone = [*SHARED, *STRATEGIES[name], "trainer.checkpoint_every=2", f"model.name={ranks / 'base'}"]
     with pytest.raises(
-        RecipeError, match=r"trained by 2 process\(es\), now there are 1; .* weights alone, .*: model.name=(\S+) and"
+        RecipeError, match=r"trained by 2 process\(es\), now there are 1; .* its weights with a new optimizer: model.name=(\S+) and"
     ) as told:
         train_arm(load("vit_lora", alone), "arm", ranks / name, console, resume="auto")
     offered = str(told.value).split("model.name=")[1].split(" ")[0]

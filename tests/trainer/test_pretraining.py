@@ -136,7 +136,7 @@ def test_images_need_no_label_column_and_labels_that_there_are_are_not_read(tmp_
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["compression.restore=null"], r"compression.restore.layer is not set, .* Set compression.restore=\{layer: 2\}"),
+        (["compression.restore=null"], r"compression.restore is needed: .* give compression.restore = \{layer: 2, by: unmerge\}"),
         (["compression.stages.0.scorer=evidence"], "stage 'before_1': scorer 'evidence' learns from labels, .* use learned"),
         (["model.config={model_type: vit}"], "trains vit_mae, .*not vit"),
         (["model.config.mask_ratio=0.99"], "mask_ratio = 0.99 leaves 0 of 64 patches"),

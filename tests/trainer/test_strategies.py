@@ -220,7 +220,7 @@ REFUSED = [
     (["trainer.offload=optimizer"], r"trainer.offload = 'optimizer' needs DeepSpeed: set trainer.strategy=deepspeed_2"),
     (
         ["trainer.strategy=deepspeed_2", "trainer.offload=all"],
-        r"trainer.offload = 'all' keeps parameters .*give trainer.strategy=deepspeed_3",
+        r"trainer.offload = 'all' keeps parameters .*set trainer.strategy=deepspeed_3",
     ),
     (["trainer.deepspeed={}"], r"trainer.deepspeed is set but trainer.strategy is plain"),
     (["trainer.strategy=deepspeed_3", "trainer.compile=true"], r"trainer.compile = true is not supported with deepspeed_3"),
@@ -230,12 +230,12 @@ REFUSED = [
         (["trainer.strategy=deepspeed_1", f"trainer.deepspeed={{{given}}}"], message)
         for given, message in (
             ("train_batch_size: 4", r"sets train_batch_size, which the recipe sets: set data.batch_size"),
-            ("train_micro_batch_size_per_gpu: 4", r"sets train_micro_batch_size_per_gpu, .*give data.batch_size"),
-            ("gradient_accumulation_steps: 4", r"sets gradient_accumulation_steps, .*give trainer.accumulate instead"),
-            ("gradient_clipping: 1", r"sets gradient_clipping, .*give trainer.clip instead"),
-            ("bf16: {enabled: true}", r"sets bf16, .*give trainer.precision instead"),
-            ("optimizer: {type: Adam}", r"sets optimizer, .*give the optimizer block instead"),
-            ("scheduler: {type: WarmupLR}", r"sets scheduler, .*give optimizer.schedule, optimizer.warmup"),
+            ("train_micro_batch_size_per_gpu: 4", r"sets train_micro_batch_size_per_gpu, .*set data.batch_size"),
+            ("gradient_accumulation_steps: 4", r"sets gradient_accumulation_steps, .*set trainer.accumulate instead"),
+            ("gradient_clipping: 1", r"sets gradient_clipping, .*set trainer.clip instead"),
+            ("bf16: {enabled: true}", r"sets bf16, .*set trainer.precision instead"),
+            ("optimizer: {type: Adam}", r"sets optimizer, .*set the optimizer block instead"),
+            ("scheduler: {type: WarmupLR}", r"sets scheduler, .*set optimizer.schedule, optimizer.warmup"),
             (
                 "zero_optimization: {stage: 3}",
                 r"sets zero_optimization.stage = 3, and trainer.strategy is deepspeed_1: remove the stage",

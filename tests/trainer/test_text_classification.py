@@ -127,11 +127,11 @@ def test_a_folder_of_weights_learns_pairs_with_their_segments(tmp_path: Path) ->
 MISTAKES = [
     (
         ["data.name=python_library"],
-        r"is for text without labels \(task = causal_lm\), and task = text_classification .*: give python_passages",
+        r"is for text without labels \(task = causal_lm\), and task = text_classification .*: use python_passages",
     ),
     (
         ["data.name=scattered_digits"],
-        "is for images .*, and task = text_classification has texts with one label each: give python_passages",
+        "is for images .*, and task = text_classification has texts with one label each: use python_passages",
     ),
     (["data.mean=[0.5]"], r"data.mean is for images .*, and task = text_classification has texts with one label each: remove it"),
     (["data.streaming=true"], r"data.streaming is for text without labels \(task = causal_lm\)"),
