@@ -120,7 +120,10 @@ def test_a_budget_decides_the_keep_of_a_stage_with_a_part_that_python_gives() ->
 def test_every_kind_of_part_may_be_a_class_or_an_object_and_saving_refuses_it_by_name(kind: str, tmp_path: Path) -> None:
     name = OWN[kind].__name__
     for given, why in (
-        (OWN[kind], f"was given as a class without a registered name: declare it as an entry point in group 'laconic.{kind}s' of its package"),
+        (
+            OWN[kind],
+            f"was given as a class without a registered name: declare it as an entry point in group 'laconic.{kind}s' of its package",
+        ),
         (_object(kind), "was given as an object, whose options cannot be saved: give its name and options"),
     ):
         model = compress(dense("vit"), _stages(**{kind: given}))
@@ -155,7 +158,5 @@ def test_a_class_of_this_package_has_a_name_and_is_saved_under_it(tmp_path: Path
 def test_what_is_no_part_of_its_kind_is_refused(kind: str, base: str) -> None:
     with pytest.raises(ValueError, match=f"stage 'before_1': {kind} 'Linear' is .*, which does not derive from laconic's {base}"):
         compress(dense("vit"), _stages(**{kind: nn.Linear}))
-    with pytest.raises(
-        ValueError, match=f"a {kind} must be a name, a mapping with 'name' and options, or a Python class or object, not 3"
-    ):
+    with pytest.raises(ValueError, match=f"a {kind} must be a name, a mapping with 'name' and options, or a Python class or object, not 3"):
         _stages(**{kind: 3})
