@@ -45,6 +45,7 @@ class Bert(TextEncoder):
 
     model_type = "bert"
     layer_adapter = BertLayers
+    layers_at = "encoder.layer"
     classes: ClassVar[tuple[str, ...]] = ("BertModel", "BertForSequenceClassification", "BertForMaskedLM", "BertForTokenClassification")
     refused: ClassVar[dict[str, str]] = {"BertLMHeadModel": "it is a decoder; take a model made for generation, such as GPT-2 or Llama"}
     dense_heads = ("BertForMaskedLM", "BertForTokenClassification")
@@ -59,13 +60,6 @@ class Bert(TextEncoder):
                 f"chunk_size_feed_forward = {config.chunk_size_feed_forward} needs row lengths that it divides, and stages leave any "
                 "length: set it to 0"
             )
-
-    @classmethod
-    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
-        base: Any = cls.base(model)
-        layers = base.encoder.layer
-        assert isinstance(layers, nn.ModuleList)
-        return layers
 
     @classmethod
     def gated(cls, config: PretrainedConfig) -> bool:

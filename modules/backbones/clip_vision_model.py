@@ -35,6 +35,7 @@ class ClipVision(VisionModel):
 
     model_type = "clip_vision_model"
     layer_adapter = ClipVisionLayers
+    layers_at = "encoder.layers"
     classes: ClassVar[tuple[str, ...]] = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
     averages = True
     takes_attention_mask = False
@@ -43,13 +44,6 @@ class ClipVision(VisionModel):
     def base(cls, model: PreTrainedModel) -> nn.Module:
         # transformers changed the declared base_model_prefix of these classes between versions.
         return getattr(model, "vision_model", model)
-
-    @classmethod
-    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
-        base: Any = cls.base(model)
-        layers = base.encoder.layers
-        assert isinstance(layers, nn.ModuleList)
-        return layers
 
 
 class Clip(ClipVision):

@@ -36,15 +36,9 @@ class Dinov2(VisionModel):
 
     model_type = "dinov2"
     layer_adapter = Dinov2Layers
+    layers_at = "encoder.layer"
     classes: ClassVar[tuple[str, ...]] = ("Dinov2Model", "Dinov2ForImageClassification", "Dinov2ForSemanticSegmentation")
     averages = True
-
-    @classmethod
-    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
-        base: Any = cls.base(model)
-        layers = base.encoder.layer
-        assert isinstance(layers, nn.ModuleList)
-        return layers
 
     @classmethod
     def check(cls, model: PreTrainedModel) -> None:

@@ -35,18 +35,13 @@ class Gpt2(Decoder):
 
     model_type = "gpt2"
     layer_adapter = Gpt2Layers
+    layers_at = "h"
     classes: ClassVar[tuple[str, ...]] = ("GPT2Model", "GPT2LMHeadModel")
 
     @classmethod
     def check(cls, model: PreTrainedModel) -> None:
         if model.config.add_cross_attention:
             raise ValueError("this GPT-2 has cross-attention (add_cross_attention): only models without it are supported")
-
-    @classmethod
-    def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
-        layers = cls.base(model).h
-        assert isinstance(layers, nn.ModuleList)
-        return layers
 
     @classmethod
     def gated(cls, config: PretrainedConfig) -> bool:

@@ -21,6 +21,7 @@ class ModelAdapter:
     Attributes:
         model_type: the family's ``config.model_type``; a class without one is a shared base class, not an adapter.
         layer_adapter: adapter of the layers, in a family with one stack.
+        layers_at: name of the list of layers in ``base(model)``, with dots, in a family with one stack.
         classes: names of the supported model classes.
         refused: names of the family's unsupported model classes, with the reason.
         takes_attention_mask: the models' forward accepts an ``attention_mask`` for padded rows.
@@ -28,6 +29,7 @@ class ModelAdapter:
 
     model_type: ClassVar[str]
     layer_adapter: ClassVar[type[LayerAdapter]]
+    layers_at: ClassVar[str] = "layers"
     classes: ClassVar[tuple[str, ...]]
     refused: ClassVar[Mapping[str, str]] = {}
     takes_attention_mask: ClassVar[bool] = True
@@ -44,7 +46,7 @@ class ModelAdapter:
     @classmethod
     def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
         """The transformer layers of the first stack, in order."""
-        layers = cls.base(model).layers
+        layers = cls.base(model).get_submodule(cls.layers_at)
         assert isinstance(layers, nn.ModuleList)
         return layers
 

@@ -148,13 +148,13 @@ class Case(ABC):
         return routing.state.position[row][index if valid is None else index[valid[row]]]
 
 
-def spread(model: PreTrainedModel, seed: int = 2) -> PreTrainedModel:
+def spread(model: PreTrainedModel, seed: int = 2, std: float = 0.5) -> PreTrainedModel:
     """Scores of fresh parts are nearly equal; spread them, so that decisions mean something."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".stages." in name and parameter.ndim > 1:
-                parameter.normal_(0, 0.5)
+                parameter.normal_(0, std)
         settle(model)
     return model
 

@@ -20,7 +20,7 @@ from laconic.modules.site import TokenSpec
 from laconic.modules.tokens import ragged
 from laconic.modules.tokens.ragged import ATTENTION, Packing, group_sizes
 from laconic.modules.tokens.state import TokenState
-from tests.matrix import METHODS, compressed, dense, images, labels, settle, traced
+from tests.matrix import METHODS, compressed, dense, images, labels, traced
 
 SPEC = TokenSpec(hidden_size=16, classes=0)
 THRESHOLD: dict[str, Any] = {"scorer": {"name": "learned", "detach": True}, "selector": "threshold"}
@@ -29,13 +29,7 @@ THRESHOLD: dict[str, Any] = {"scorer": {"name": "learned", "detach": True}, "sel
 def _model(layers: tuple[int, ...] = (1, 2), implementation: str = "sdpa", **parts: Any) -> Any:
     stages = [StageConfig(layer=layer, keep=0.5, **(parts or THRESHOLD)) for layer in layers]
     model = compress(dense("vit", attn_implementation=implementation), CompressionConfig(stages))
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".stages." in name and parameter.ndim > 1:
-                parameter.normal_(0, 1.5)
-    settle(model)
-    return model
+    return spread(model, seed=4, std=1.5)
 
 
 def _settled(selector: ThresholdSelector) -> ThresholdSelector:
