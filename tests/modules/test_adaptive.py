@@ -20,7 +20,7 @@ from laconic.modules.site import TokenSpec
 from laconic.modules.tokens import ragged
 from laconic.modules.tokens.ragged import ATTENTION, Packing, group_sizes
 from laconic.modules.tokens.state import TokenState
-from tests.matrix import METHODS, compressed, dense, images, labels, traced
+from tests.matrix import METHODS, compressed, dense, images, labels, spread, traced
 
 SPEC = TokenSpec(hidden_size=16, classes=0)
 THRESHOLD: dict[str, Any] = {"scorer": {"name": "learned", "detach": True}, "selector": "threshold"}
