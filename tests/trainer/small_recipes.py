@@ -54,6 +54,7 @@ def small(name: str, folder: Path, quick: Sequence[str]) -> list[str]:
         "data.workers=0",
         "trainer.max_epochs=null",
         "trainer.max_steps=2",
+        "trainer.log_every=1",
         "trainer.bench_rounds=0",
         f"output={folder / 'run'}",
     ]
