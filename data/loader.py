@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,3 +159,15 @@ class ResumableLoader(DataLoader[Any]):
             if state[name] != now:
                 raise ValueError(f"cannot resume: the checkpoint was trained with {name} = {state[name]}, now it is {now}")
         self._batches.start = state["taken"]
+
+
+def leave_to_parent(worker: int) -> None:
+    """Start of a loader process: a signal to the whole group of processes is handled by the one that trains. A second SIGTERM, with which
+    torch ends a worker that does not end by itself, is obeyed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _once)
+
+
+def _once(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)

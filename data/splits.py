@@ -9,7 +9,7 @@ from typing import Any
 import lightning
 from torch.utils.data import DataLoader, Dataset
 
-from .loader import EvalBatches, ResumableLoader, StepBatches
+from .loader import EvalBatches, ResumableLoader, StepBatches, leave_to_parent
 from .rows import BadRowCount, collate
 
 
@@ -87,4 +87,5 @@ class DataModule(lightning.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _options(self) -> dict[str, Any]:
-        return {"collate_fn": collate, "num_workers": self.workers, "persistent_workers": self.workers > 0}
+        own = {"worker_init_fn": leave_to_parent} if self.workers else {}
+        return {"collate_fn": collate, "num_workers": self.workers, "persistent_workers": self.workers > 0, **own}

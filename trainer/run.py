@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,22 +15,26 @@ from transformers import PreTrainedModel
 
 from ..data.rows import collate
 from ..data.splits import Splits
+from ..modules.checkpoints.whole_files import write_file
 from ..modules.compress import checkpoint_activations, decompress
 from ..modules.stage import stages_of
 from .build.build import build
 from .build.lightning_trainer import lightning_trainer, quiet
 from .build.parts import RunParts
 from .build.trainable import parameter_counts
+from .callbacks.checkpoints import Checkpoints
 from .callbacks.guards import NanGuard, RandomState
 from .callbacks.progress import RunLog, StepLine, Throughput
-from .callbacks.stop import StopOnSigterm
 from .distributed import collective
 from .distributed.deepspeed import deepspeed_config, stage_of
 from .distributed.launch import launch
+from .distributed.lock import locked
 from .distributed.processes import join, unstarted
-from .distributed.resume import check_same_processes, check_same_run, find_checkpoint, incomplete_checkpoints, remove_checkpoints
+from .distributed.resume import check_same_processes, check_same_run, find_checkpoint
+from .distributed.signals import StopSignals
 from .distributed.strategies import needs_group, processes_of, resolved
 from .distributed.zero3 import save_trained
+from .errors import RecipeError
 from .measure.arms import bench_models, print_claims
 from .measure.bench import Bench
 from .measure.report import Arm, Report, table, versions, with_bench
@@ -39,10 +44,6 @@ from .recipe.schema import Recipe
 from .run_folder import RunFolder, from_pretrained, load_model
 from .task_module import TaskModule
 from .tasks.base import task_named
-
-
-class Stopped(Exception):
-    """The run was stopped by SIGTERM after writing a checkpoint, and can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ def output_folder(loaded: LoadedRecipe) -> Path:
     return Path(loaded.recipe.output.format(recipe=loaded.name, seed=loaded.recipe.seed))
 
 
-def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None = None) -> Report | None:
+def train(
+    loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None = None, overwrite: bool = False
+) -> Report | None:
     """Trains a recipe and its baselines, measures them, and writes the run folder.
 
     With several processes, every process calls this. Rank 0 writes, prints and measures while the others wait. If the processes are not
@@ -69,13 +72,15 @@ def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resu
         loaded: the recipe.
         overrides: overrides of the recipe, which also apply to its baselines.
         console: console for progress.
-        resume: ``auto`` (the newest checkpoint of this run, if there is one) or the path of a checkpoint; None starts a new run.
+        resume: ``auto`` (the newest whole checkpoint of this run, if there is one) or the path of a checkpoint; None starts a new run.
+        overwrite: delete what an earlier run saved in the folder; otherwise a new run is refused there.
 
     Returns:
         The report; None on every machine but the first, if this process started the others.
 
     Raises:
-        Stopped: the run was stopped by SIGTERM.
+        RecipeError: the folder has an earlier run, or another process trains in it.
+        Stopped: SIGTERM, SIGINT or SIGHUP ended the run.
         Ended: a process that was started here failed.
     """
     quiet()
@@ -85,19 +90,40 @@ def train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resu
         launch(
             devices,
             num_nodes,
-            [sys.executable, "-m", "laconic", "train", loaded.source, *overrides, *(["--resume", resume] if resume else [])],
+            [
+                *(sys.executable, "-m", "laconic", "train", loaded.source, *overrides),
+                *(["--resume", resume] if resume else []),
+                *(["--overwrite"] if overwrite else []),
+            ],
         )
         return Report.read(output_folder(loaded)) if num_nodes == 1 or os.environ["NODE_RANK"] == "0" else None
     join(devices, num_nodes, needs_group(settings))
-    return _train(loaded, overrides, console if collective.rank() == 0 else silent(), resume)
+    first, run = collective.rank() == 0, RunFolder(output_folder(loaded))
+    with StopSignals().handled() as signals, contextlib.ExitStack() as held:
+        collective.from_rank_zero(lambda: _open(run, held, resume, overwrite))
+        return _train(loaded, overrides, console if first else silent(), resume, signals)
+
+
+def _open(run: RunFolder, held: contextlib.ExitStack, resume: str | None, overwrite: bool) -> None:
+    """Takes a run folder for this run.
+
+    Raises:
+        RecipeError: another process has it, or it has an earlier run.
+    """
+    held.enter_context(locked(run))
+    if resume is not None or not run.started:
+        return
+    if not overwrite:
+        raise RecipeError(f"{run.path} has an earlier run: --resume auto continues it, --overwrite deletes it; or set another output")
+    run.clear()
 
 
 def silent() -> Console:
     """A console without output, for all ranks but rank 0."""
-    return Console(file=open(os.devnull, "w"))
+    return Console(file=open(os.devnull, "w", encoding="utf-8"))
 
 
-def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None) -> Report:
+def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, resume: str | None, signals: StopSignals) -> Report:
     run = RunFolder(output_folder(loaded))
     baselines = load_baselines(loaded, overrides)
     arms: dict[str, Trained] = {}
@@ -108,15 +134,15 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
         if name in arms or (not main and name == _arm_name(loaded)):
             name = arm.name
         where = run if main else run.arm(arm.name)
-        arms[name] = train_arm(arm, name, where.path, console, data, resume if main else ("auto" if resume else None))
+        arms[name] = train_arm(arm, name, where.path, console, data, resume if main else ("auto" if resume else None), signals)
         data = arms[name].parts.data
     first = collective.rank() == 0
     # One process measures the step of one process while the others wait, so that they do not slow it down.
     measured = _bench(arms, loaded.recipe, console) if first else None
     report = _report(loaded, arms, measured)
     if first:
-        task_named(loaded.recipe.task).draw({name: trained.parts for name, trained in arms.items()}, run.path)
         report.save(run.report)
+        _draw(loaded.recipe, {name: trained.parts for name, trained in arms.items()}, run, console)
     collective.wait()
     shown = {name: with_bench(trained.arm, name, measured) for name, trained in arms.items()}
     console.print(table(shown, task_named(loaded.recipe.task).metric, measured.memory_kind if measured else None))
@@ -124,6 +150,14 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
         print_claims(measured, console)
     console.print(f"report: {run.report}", highlight=False, soft_wrap=True)
     return report
+
+
+def _draw(recipe: Recipe, arms: Mapping[str, RunParts], run: RunFolder, console: Console) -> None:
+    """Draws the run's pictures; the results are saved already, and no picture is worth an error."""
+    try:
+        task_named(recipe.task).draw(arms, run.path)
+    except Exception as error:
+        console.print(f"no picture was drawn: {type(error).__name__}: {error}", soft_wrap=True)
 
 
 def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -153,7 +187,13 @@ def _arm_name(arm: LoadedRecipe) -> str:
 
 
 def train_arm(
-    loaded: LoadedRecipe, name: str, folder: Path, console: Console, data: Splits | None = None, resume: str | None = None
+    loaded: LoadedRecipe,
+    name: str,
+    folder: Path,
+    console: Console,
+    data: Splits | None = None,
+    resume: str | None = None,
+    signals: StopSignals | None = None,
 ) -> Trained:
     """Trains and evaluates one recipe into its folder; afterwards the model is on the CPU (under DeepSpeed on rank 0 only)."""
     recipe = resolved(task_named(loaded.recipe.task).resolved(loaded.recipe))
@@ -163,23 +203,24 @@ def train_arm(
     stage = stage_of(recipe.trainer)
     parts = build(recipe, data, deepspeed_config(recipe.trainer, recipe.data.batch_size) if stage == 3 else None)
     collective.from_rank_zero(lambda: _open_folder(run, recipe))
-    with (run.log if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w") as log:
+    with (run.log if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w", encoding="utf-8") as log:
         output = RunLog(console, log)
         _describe(parts, name, output)
         module = task_named(parts.recipe.task).module(parts)
         line = StepLine(output, parts.total_steps, recipe.trainer.log_every, name, module.task)
-        stop = StopOnSigterm(run.checkpoints / "stopped.ckpt")
-        callbacks = [NanGuard(), line, stop, RandomState(recipe.seed)]
+        saving = Checkpoints(run, parts.total_steps, recipe.trainer.checkpoint_every, signals or StopSignals(), checkpoint)
+        callbacks = [NanGuard(), line, RandomState(recipe.seed), saving]
         trainer = lightning_trainer(recipe, run, parts.total_steps, callbacks, _leaves_unused(module, parts))
         data_module = parts.data_module()
         # transformers loads models in evaluation mode, and Lightning does not change it: routers would not train.
         parts.model.train()
         if recipe.trainer.compile:
             module.task.compile(parts.model)
-        trainer.fit(module, datamodule=data_module, ckpt_path=checkpoint, weights_only=True)
-        if stop.stopped:
-            raise Stopped(f"stopped by SIGTERM at step {trainer.global_step}; repeat the same command with --resume auto to continue")
-        trainer.test(module, datamodule=data_module, verbose=False)
+        with saving.signals.deferred():
+            trainer.fit(module, datamodule=data_module, ckpt_path=checkpoint, weights_only=True)
+            saving.check()
+            trainer.test(module, datamodule=data_module, verbose=False)
+            saving.check()
         if module.bad_rows.reasons:
             output.line(f"bad rows: {module.bad_rows.summary()}")
     arm = _arm(loaded.name, parts, module, line.throughput)
@@ -187,9 +228,7 @@ def train_arm(
     if parts.base is None and stages and all(stage.idle for stage in stages):
         # A schedule that ended at full length, such as random-LTD: the result is an ordinary model.
         decompress(parts.model)
-    save_trained(parts.model, folder, parts.base, _ratio(arm, parts))
-    if collective.rank() == 0:
-        parts.data.save_beside(run.written(parts.base))
+    save_trained(parts.model, folder, parts.base, _ratio(arm, parts), parts.data.save_beside)
     if not stage:
         parts.model.to("cpu")
     elif collective.rank() == 0:
@@ -198,13 +237,14 @@ def train_arm(
 
 
 def _checkpoint(run: RunFolder, recipe: Recipe, resume: str | None, console: Console) -> Path | None:
-    """The checkpoint to resume from, checked; without one, checkpoints of an earlier run are removed."""
-    checkpoint = find_checkpoint(run, resume)
-    if resume is not None:
-        for path in incomplete_checkpoints(run):
-            console.print(f"ignored {path}: it is not complete, because writing was interrupted", highlight=False, soft_wrap=True)
+    """The checkpoint to resume from, checked; without one, what an earlier run left is removed."""
+    checkpoint, passed_over = find_checkpoint(run, resume)
+    for fault in passed_over:
+        console.print(f"passed over: {fault}; resuming from {checkpoint}", soft_wrap=True)
     if checkpoint is None:
-        remove_checkpoints(run)
+        if resume is not None and (run.model or run.adapter):
+            raise RecipeError(f"{run.path} has a trained model and no checkpoint: its run has ended; --overwrite trains it anew")
+        run.clear(arms=False)
     else:
         check_same_run(run, recipe)
         check_same_processes(checkpoint, processes_of(recipe.trainer), stage_of(recipe.trainer))
@@ -212,8 +252,7 @@ def _checkpoint(run: RunFolder, recipe: Recipe, resume: str | None, console: Con
 
 
 def _open_folder(run: RunFolder, recipe: Recipe) -> None:
-    run.path.mkdir(parents=True, exist_ok=True)
-    run.recipe.write_text(dump(recipe))
+    write_file(run.recipe, dump(recipe))
 
 
 def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:

@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..modules.checkpoints import loading
 from ..modules.checkpoints.adapter_folder import is_adapter
 from ..modules.checkpoints.base_weights import Base
 from ..modules.checkpoints.lora import merge_lora
+from ..modules.checkpoints.whole_files import DamagedFile, check_hashes, compare
 from .errors import RecipeError
 from .recipe.files import read_recorded
 from .recipe.schema import Recipe
 
-MODEL, ADAPTER, RECIPE = "model", "adapter", "recipe.yaml"
+MODEL, ADAPTER, RECIPE, ARMS = "model", "adapter", "recipe.yaml", "baselines"
+# Facts of an export, with the hashes of its files.
+EXPORTED = "export.json"
 # Files of transformers beside the weights.
 TOKENIZER, PROCESSOR = "tokenizer_config.json", "preprocessor_config.json"
 
@@ -91,7 +95,7 @@ class RunFolder:
 
     def arm(self, name: str) -> RunFolder:
         """Run folder of a control arm."""
-        return RunFolder(self.path / "baselines" / name)
+        return RunFolder(self.path / ARMS / name)
 
     @property
     def adapter(self) -> Path | None:
@@ -134,10 +138,43 @@ class RunFolder:
         """Folder that weights are written to: ``adapter/`` on frozen weights, otherwise ``model/``."""
         return self.path / (MODEL if base is None else ADAPTER)
 
-    def remove_weights(self) -> None:
-        """Deletes ``model/`` and ``adapter/`` of an earlier run."""
-        for name in (MODEL, ADAPTER):
+    @property
+    def lock(self) -> Path:
+        """File that the process holds which trains in this folder."""
+        return self.path / ".lock"
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has saved something here: a checkpoint, weights, a report, or a control arm's."""
+        saved = [self.path / MODEL, self.path / ADAPTER, self.report, *self.checkpoints.glob("*.ckpt")]
+        return any(path.exists() for path in saved) or any(RunFolder(arm).started for arm in (self.path / ARMS).glob("*"))
+
+    def clear(self, arms: bool = True) -> None:
+        """Deletes what an earlier run wrote, results first, so that nothing old lies beside a new recipe.
+
+        Args:
+            arms: delete the control arms too.
+        """
+        self.report.unlink(missing_ok=True)
+        for name in (MODEL, ADAPTER, self.checkpoints.name, "tensorboard", *([ARMS] if arms else [])):
             shutil.rmtree(self.path / name, ignore_errors=True)
+        for path in (self.recipe, self.log, *self.path.glob("*.png")):
+            path.unlink(missing_ok=True)
+
+    def check_files(self, weights: Path) -> None:
+        """Compares the files of the weights or adapter with the hashes that were written with them.
+
+        Raises:
+            DamagedFile: a file is missing or differs.
+        """
+        check_hashes(weights)
+        record = weights / EXPORTED
+        if record.is_file():
+            try:
+                files = json.loads(record.read_text("utf-8"))["files"]
+            except (ValueError, KeyError, TypeError):
+                raise DamagedFile(f"{record} is damaged: export again") from None
+            compare(weights, files, EXPORTED)
 
     def read_recipe(self, overrides: Sequence[str] = ()) -> Recipe:
         """The recorded recipe, with overrides. Raises RecipeError if it does not fit this version, or an override is wrong."""
@@ -181,7 +218,10 @@ def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs
         ValueError: the config has no compression, or its class is unknown; an adapter is damaged or belongs to another base.
         RuntimeError: weights are missing, unexpected or of another shape; nothing is initialised silently.
     """
-    return loading.from_pretrained(located(folder), base, **kwargs)
+    place = located(folder)
+    if Path(place).is_dir():
+        RunFolder.of(place).check_files(Path(place))
+    return loading.from_pretrained(place, base, **kwargs)
 
 
 def load_model(folder: str | Path) -> PreTrainedModel:
@@ -191,12 +231,19 @@ def load_model(folder: str | Path) -> PreTrainedModel:
         folder: folder of a run, checkpoint, export, weights or adapter.
 
     Raises:
-        FileNotFoundError, ValueError, RuntimeError: as in ``from_pretrained``.
+        FileNotFoundError, ValueError, RuntimeError: as in ``from_pretrained``; also if a weight is not finite.
     """
     place = Path(located(folder))
+    if place.is_dir():
+        RunFolder.of(place).check_files(place)
     if is_adapter(place):
         model = loading.from_pretrained(place)
-        return merge_lora(model) if hasattr(model, "peft_config") else model
-    if "compression" in json.loads((place / "config.json").read_text()):
-        return loading.from_pretrained(place)
-    return loading.saved_class(place).from_pretrained(place, use_safetensors=True).eval()
+        model = merge_lora(model) if hasattr(model, "peft_config") else model
+    elif "compression" in json.loads((place / "config.json").read_text()):
+        model = loading.from_pretrained(place)
+    else:
+        model = loading.saved_class(place).from_pretrained(place, use_safetensors=True).eval()
+    wrong = [name for name, value in model.named_parameters() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    if wrong:
+        raise DamagedFile(f"{place}: {len(wrong)} tensors hold values that are not finite, {wrong[0]} first: train or get the model again")
+    return model

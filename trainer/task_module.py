@@ -24,7 +24,6 @@ from .errors import RecipeError
 from .metrics.lookahead import LookAhead
 from .metrics.quality import Quality
 from .recipe.schema import OptimizerRecipe
-from .run_folder import RunFolder
 from .tasks.base import Task
 
 
@@ -51,6 +50,7 @@ class TaskModule(lightning.LightningModule):
         # A checkpoint on frozen weights has only trainable tensors; on_load_checkpoint checks that all of them are there.
         self.strict_loading = parts.base is None
         self.bad_rows = parts.data.bad_rows(recipe.data.max_bad_fraction)
+        self.validated = False
         self._start_counting()
 
     def _start_counting(self) -> None:
@@ -106,7 +106,10 @@ class TaskModule(lightning.LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
-        return self._evaluate(batch, counted=batch_index < self.trainer.val_dataloaders.batch_sampler.counted)
+        batches = self.trainer.val_dataloaders.batch_sampler
+        # A signal that stops the run ends a validation early; a metric of some of the rows is none.
+        self.validated = batch_index + 1 == len(batches)
+        return self._evaluate(batch, counted=batch_index < batches.counted)
 
     def test_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
         counted = batch_index < self.trainer.test_dataloaders.batch_sampler.counted
@@ -139,6 +142,8 @@ class TaskModule(lightning.LightningModule):
         return {"trace": trace}
 
     def on_validation_epoch_end(self) -> None:
+        if not self.validated:
+            return
         self._sum_over_ranks()
         self.log(f"val/{self.task.metric}", self.quality.value, prog_bar=True)
 
@@ -180,9 +185,7 @@ class TaskModule(lightning.LightningModule):
 
     def save_weights(self, folder: Path) -> None:
         """Writes the current weights, whole, into a run or checkpoint. Every rank must call this."""
-        save_trained(self.model, folder, self.base)
-        if collective.rank() == 0:
-            self.save_beside(RunFolder(folder).written(self.base))
+        save_trained(self.model, folder, self.base, beside=self.save_beside)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Records the model and base of the weights, and removes frozen weights."""

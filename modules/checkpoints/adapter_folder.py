@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from ..config import CompressionConfig
 from .base_weights import Base
+from .whole_files import whole_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -97,14 +96,9 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
         "versions": dict(adapter.versions) or _versions(),
         "files": {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in contents.items()},
     }
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, content in {**contents, MANIFEST: json_bytes({**manifest, "sha256": seal(manifest)})}.items():
-        (partial / name).write_bytes(content)
-    if folder.exists():
-        folder.rmdir()
-    os.replace(partial, folder)
+    with whole_folder(folder) as partial:
+        for name, content in {**contents, MANIFEST: json_bytes({**manifest, "sha256": seal(manifest)})}.items():
+            (partial / name).write_bytes(content)
 
 
 def read_adapter(folder: str | Path) -> Adapter:

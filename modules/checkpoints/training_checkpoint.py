@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -71,12 +72,26 @@ def of_same_model(description: str, model: PreTrainedModel, base: Base | None) -
     )
 
 
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file; None if it is whole. A checkpoint is a zip archive with a checksum of every tensor, which
+    ``torch.load`` does not compare."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except Exception as error:
+        # zipfile raises errors of many types for damaged archives.
+        return f"{path} is no training checkpoint of Laconic, or truncated or damaged ({str(error) or type(error).__name__})"
+    return None if wrong is None else f"{path} is damaged: the checksum of {wrong} is wrong"
+
+
 def read_checkpoint(path: Path) -> TrainingCheckpoint:
     """The contents of a checkpoint file; tensors are memory-mapped.
 
     Raises:
         ValueError: the file is not a checkpoint of Laconic, or holds more than data.
     """
+    if (fault := damage(path)) is not None:
+        raise ValueError(f"{fault}: name another checkpoint of the run, or train again")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         description = json.loads(data[KEY])

@@ -17,7 +17,8 @@ from laconic.trainer.build.build import build
 from laconic.trainer.build.lightning_trainer import lightning_trainer
 from laconic.trainer.build.validate import validate
 from laconic.trainer.callbacks.ema import WeightEma
-from laconic.trainer.callbacks.stop import StopOnSigterm
+from laconic.trainer.callbacks.checkpoints import Checkpoints
+from laconic.trainer.distributed.signals import StopSignals
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
 from laconic.trainer.run_folder import RunFolder

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils.logging import disable_progress_bar
 
 from ..callbacks.ema import WeightEma
 from ..callbacks.tensorboard import RoutingPictures
+from ..distributed.checkpoint_files import WholeCheckpoints
 from ..distributed.deepspeed import set_accelerator, stage_of
 from ..distributed.processes import environment
 from ..distributed.strategies import lightning_strategy, needs_group, processes_of
@@ -30,31 +32,28 @@ def lightning_trainer(
         recipe: resolved recipe.
         run: folder of checkpoints and curves.
         steps: optimizer steps.
-        callbacks: callbacks in addition to those for averaging, checkpoints and pictures.
+        callbacks: callbacks in addition to those for averaging and pictures.
         unused_parameters: True if some parameters have no gradient in a step.
     """
     settings = recipe.trainer
     # DeepSpeed has its own autocast configuration; Lightning's precision would also cast the weights.
     precision = "32-true" if settings.precision == "fp32" or stage_of(settings) else "bf16-mixed"
     several = processes_of(settings) > 1 or needs_group(settings)
-    checkpoints = ModelCheckpoint(
-        dirpath=run.checkpoints,
-        filename="{step}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=settings.checkpoint_every or steps,
-        save_top_k=1,
-        enable_version_counter=False,
-    )
     # First, so that a checkpoint at the end of a batch includes that batch in the average.
     averaged = [WeightEma(settings.ema)] if settings.ema is not None else []
-    return lightning.Trainer(
+    # DeepSpeed writes folders itself.
+    plugins: list[Any] = [
+        *([environment(processes_of(settings))] if several else []),
+        *([] if stage_of(settings) else [WholeCheckpoints()]),
+    ]
+    trainer = lightning.Trainer(
         max_steps=steps,
         max_epochs=-1,
         accelerator=("cuda" if torch.cuda.is_available() else "cpu") if several else "auto",
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         strategy=lightning_strategy(recipe, unused_parameters),
-        plugins=[environment(processes_of(settings))] if several else None,
+        plugins=plugins,
         precision=precision,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=settings.clip or None,
@@ -63,11 +62,14 @@ def lightning_trainer(
         num_sanity_val_steps=0,
         logger=TensorBoardLogger(run.path, name="tensorboard", version=""),
         log_every_n_steps=settings.log_every,
-        callbacks=[*averaged, *callbacks, checkpoints, RoutingPictures(settings.pictures)],
+        callbacks=[*averaged, *callbacks, RoutingPictures(settings.pictures)],
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Lightning's own handler of SIGTERM ends the process with exit code 0, and calls a collective inside the handler; see signals.py.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def quiet() -> None:

@@ -12,7 +12,17 @@ from ..distributed import collective
 
 
 class NotANumber(RuntimeError):
-    """The loss is no longer finite."""
+    """The gradient or the weights are no longer finite."""
+
+
+def check_weights(module: torch.nn.Module, step: int) -> None:
+    """Raises NotANumber on every rank if a weight of any rank is NaN or infinite."""
+    finite = all(bool(torch.isfinite(p).all()) for p in module.parameters() if p.is_floating_point())
+    if collective.any_rank(not finite):
+        raise NotANumber(
+            f"the weights are not finite after step {step}, and are not saved; the checkpoint before it, if there is one, is kept: "
+            "lower optimizer.lr or optimizer.router_lr, or check the data"
+        )
 
 
 class NanGuard(Callback):

@@ -151,7 +151,7 @@ class StepLine(Callback):
         self.throughput.start()
         metric = self.task.metric
         value = trainer.callback_metrics.get(f"val/{metric}")
-        if value is not None and not trainer.sanity_checking and trainer.is_global_zero:
+        if value is not None and module.validated and trainer.is_global_zero:
             self.lines.line(f"{self.title}  step {trainer.global_step}  validation {metric.replace('_', ' ')} {float(value):.4f}")
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:

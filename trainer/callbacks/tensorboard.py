@@ -42,6 +42,9 @@ class RoutingPictures(Callback):
             return
         writer, step = trainer.logger.experiment, trainer.global_step
         for name, routing in trace.routings.items():
-            writer.add_histogram(f"{name}/scores", torch.masked_select(routing.scores, routing.routable).float(), step)
+            scores = torch.masked_select(routing.scores, routing.routable).float()
+            if len(scores) and bool(torch.isfinite(scores).all()):
+                # TensorBoard raises for a histogram of nothing, where no token may be dropped, and of NaN.
+                writer.add_histogram(f"{name}/scores", scores, step)
         if self.number and trace.flow().pixel_values is not None:
             writer.add_images("kept_tokens", overlays(trace, self.number), step, dataformats="NHWC")

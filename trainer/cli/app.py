@@ -36,6 +36,8 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the shipped recipes by task, show one, or copy it."""
+    from rich.text import Text
+
     from ..recipe.files import dump, load, shipped
     from ..recipe.listing import listed
 
@@ -45,9 +47,9 @@ def recipes(
         if not as_json:
             out = console(as_json)
             for task, lines in found.items():
-                out.print(f"[bold]{task}[/bold]", highlight=False)
+                out.print(task, style="bold", highlight=False)
                 for key, line in lines.items():
-                    out.print(f"  [bold]{key}[/bold]  {line}", highlight=False, soft_wrap=True)
+                    out.print(Text.assemble("  ", (key, "bold"), "  ", line), soft_wrap=True)
             if hidden := len(shipped()) - sum(map(len, found.values())):
                 out.print(f"{hidden} control arms are not listed; --all lists them", highlight=False)
         return
@@ -102,7 +104,8 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check, build and run one step of every arm, and save nothing")] = False,
-    resume: Annotated[str | None, typer.Option(help="auto (newest checkpoint of this run) or a .ckpt file")] = None,
+    resume: Annotated[str | None, typer.Option(help="auto (newest whole checkpoint of this run) or a .ckpt file")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="delete an earlier run in the same folder")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a recipe and its control arms, measure them, and write the run folder."""
@@ -112,22 +115,23 @@ def train(
 
         loaded = load(recipe, given)
         from ..build.validate import validate as check
-        from ..distributed.resume import find_checkpoint
+        from ..distributed.processes import leave
         from ..recipe.baselines import load_baselines
-        from ..run import output_folder, rehearse
+        from ..run import rehearse
         from ..run import train as run
-        from ..run_folder import RunFolder
 
+        if resume is not None and overwrite:
+            raise ValueError("--resume continues a run, and --overwrite deletes it: give one of them")
         for arm in [loaded, *load_baselines(loaded, given)]:
             check(arm.recipe)
-        find_checkpoint(RunFolder(output_folder(loaded)), resume)
     with running():
         if dry_run:
             emit(rehearse(loaded, given, console(as_json)), as_json)
         else:
-            report = run(loaded, given, console(as_json), resume)
+            report = run(loaded, given, console(as_json), resume, overwrite)
             if report is not None:
                 emit(report.to_dict(), as_json)
+            leave()
 
 
 @app.command()

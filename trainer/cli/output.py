@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 
 _stdout: TextIO = sys.stdout
-FAILED, WRONG_INPUT, TERMINATED = 1, 2, 143
+FAILED, WRONG_INPUT = 1, 2
 
 
 def first_process(of_machine: bool = False) -> bool:
@@ -26,15 +27,19 @@ def console(as_json: bool) -> Console:
     """A console on stdout; with ``--json`` on stderr, so that stdout holds one JSON object only."""
     # Pipes and files have no width; 80 columns would be too narrow for the tables.
     stream = sys.stderr if as_json else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 160)
+    # What is printed holds names of files and data: nothing of it is markup.
+    return Console(file=stream, width=None if stream.isatty() else 160, markup=False, emoji=False)
 
 
 def keep_stdout_clean() -> None:
-    """Under ``--json``, redirects stdout to stderr at the level of file descriptors, for libraries that print; ``emit`` uses stdout."""
+    """Makes output that a terminal cannot encode harmless. Under ``--json``, redirects stdout to stderr at the level of file descriptors, for libraries that print; ``emit`` uses stdout."""
     global _stdout
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if "--json" in sys.argv:
         sys.stdout.flush()
-        _stdout = os.fdopen(os.dup(1), "w")
+        _stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
 
@@ -69,24 +74,29 @@ def user_input() -> Iterator[None]:
     except (ValueError, FileNotFoundError, ImportError) as error:
         # One process of each machine prints: a folder may be missing on one machine only.
         raise end(f"error: {error}", WRONG_INPUT, first_process(of_machine=True)) from None
+    except KeyboardInterrupt:
+        raise end("stopped by SIGINT", 130, first_process(of_machine=True)) from None
 
 
 @contextlib.contextmanager
 def running() -> Iterator[None]:
-    """Converts a failure to a traceback and exit code 1, and a stop by SIGTERM to exit code 143."""
+    """Converts a failure to a traceback and exit code 1, and a stop by a signal to exit code 128 + its number."""
+    from ...modules.checkpoints.whole_files import DamagedFile
     from ..distributed.launch import Ended
-    from ..errors import RecipeError
-    from ..run import Stopped
+    from ..distributed.signals import Stopped
+    from ..errors import NotSaved, RecipeError
 
     try:
         yield
     except Stopped as stopped:
-        raise end(str(stopped), TERMINATED, first_process()) from None
-    except RecipeError as error:
+        raise end(str(stopped), stopped.code, first_process()) from None
+    except KeyboardInterrupt:
+        raise end("stopped by SIGINT", 130, first_process()) from None
+    except (RecipeError, DamagedFile) as error:
         raise end(f"error: {error}", WRONG_INPUT, first_process()) from None
     except Ended as ended:
         raise end(str(ended), ended.code, speaks=bool(str(ended))) from None
-    except (typer.Exit, KeyboardInterrupt):
+    except typer.Exit:
         raise
     except Exception as error:
         import traceback
@@ -95,7 +105,7 @@ def running() -> Iterator[None]:
         from ..callbacks.guards import NotANumber
 
         # These errors end all processes; any other error may have happened in this process only.
-        expected = isinstance(error, BadRows | NotANumber)
+        expected = isinstance(error, BadRows | NotANumber | NotSaved)
         place = "" if first_process() else f"rank {os.environ.get('RANK', '?')} "
         message = ("" if expected else traceback.format_exc()) + f"{place}failed: {error}"
         raise end(message, FAILED, first_process() or not expected) from None

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from ...modules.checkpoints.whole_files import DamagedFile
 from ..errors import RecipeError
 
 Value = TypeVar("Value")
@@ -25,6 +26,13 @@ def start() -> None:
     """Creates the gloo group; called once by every process, after the process group exists."""
     global _control
     _control = distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def end() -> None:
+    """Waits for all ranks, and forgets the group."""
+    global _control
+    wait()
+    _control = None
 
 
 def rank() -> int:
@@ -44,6 +52,15 @@ def total(counts: Sequence[float]) -> list[float]:
     summed = torch.tensor(counts, dtype=torch.float64)
     distributed.all_reduce(summed, group=_control)
     return summed.tolist()
+
+
+def largest(values: Sequence[float]) -> list[float]:
+    """Element-wise maximum over ranks."""
+    if world_size() == 1:
+        return list(values)
+    most = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(most, distributed.ReduceOp.MAX, group=_control)
+    return most.tolist()
 
 
 def mean(value: Tensor) -> Tensor:
@@ -76,7 +93,7 @@ def from_rank_zero(function: Callable[[], Value]) -> Value:
     """Runs the function on rank 0 and returns its result on every rank.
 
     Raises:
-        RecipeError: raised on every rank if rank 0 raised it, so that no rank waits for the others.
+        RecipeError: raised on every rank if rank 0 raised it or found a damaged file, so that no rank waits for the others.
     """
     if world_size() == 1:
         return function()
@@ -84,7 +101,7 @@ def from_rank_zero(function: Callable[[], Value]) -> Value:
     if rank() == 0:
         try:
             answer[0] = function()
-        except RecipeError as error:
+        except (RecipeError, DamagedFile) as error:
             answer[1] = str(error)
     distributed.broadcast_object_list(answer, src=0, group=_control)
     if answer[1] is not None:

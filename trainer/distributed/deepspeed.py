@@ -13,7 +13,9 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def join_deepspeed() -> None:
 
     # DeepSpeed warns about a scorer's output, a dataclass. Its hooks are on the outputs of the scorer's layers, which are tensors.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "unknown inputs or outputs type" not in record.getMessage())
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), told_of_builds():
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
 
 
@@ -100,16 +102,51 @@ def _check_compiler() -> None:
 
 def _check_builds() -> None:
     """Raises RecipeError if a build of a DeepSpeed extension was killed: torch would wait for its lock file for ever, without a message."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in root.glob("**/deepspeed_*/lock"):
-        age = time.time() - lock.stat().st_mtime
+    for lock, age in _locks():
         if age > _BUILD_SECONDS:
             raise RecipeError(
                 f"{lock} is {age / 60:.0f} minutes old: compiling a DeepSpeed extension was interrupted, and every run would wait for this "
                 "lock for ever; delete the file and start again"
             )
+
+
+def _locks() -> list[tuple[Path, float]]:
+    """Lock files of DeepSpeed extensions that are being compiled, and their ages in seconds."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    found = []
+    for lock in root.glob("**/deepspeed_*/lock"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((lock, time.time() - lock.stat().st_mtime))
+    return found
+
+
+@contextlib.contextmanager
+def told_of_builds(patience: float = 15.0) -> Iterator[None]:
+    """Context that may compile a DeepSpeed extension. After ``patience`` seconds, and ever less often, rank 0 says which lock is waited for:
+    a compile that was killed leaves one, and torch waits for it for ever."""
+    done = threading.Event()
+
+    def tell() -> None:
+        wait = patience
+        while not done.wait(wait):
+            for lock, age in _locks():
+                sys.stderr.write(
+                    f"a DeepSpeed extension is being compiled since {age:.0f} s; if no process does that, a killed one left its lock: "
+                    f"delete {lock}\n"
+                )
+            wait *= 2
+
+    teller = threading.Thread(target=tell, daemon=True)
+    if os.environ.get("RANK", "0") == "0":
+        teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if teller.is_alive():
+            teller.join()
 
 
 def deepspeed_config(settings: TrainerRecipe, batch_size: int) -> dict[str, Any]:

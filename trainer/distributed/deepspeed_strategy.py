@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor
 from torch.nn import Module
 
+from ...modules.checkpoints.whole_files import hashes_of, write_json
 from . import collective
-from .deepspeed import join_deepspeed, set_accelerator
-from .resume import MARKER
+from .deepspeed import join_deepspeed, set_accelerator, told_of_builds
+from .resume import MARKER, remove_checkpoint
 
 
 class LaconicDeepSpeed(DeepSpeedStrategy):
@@ -66,7 +66,8 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
 
         # Lightning would pass on the device's index, which a CPU device does not have.
         arguments = argparse.Namespace(device_rank=self.local_rank)
-        engine, optimizer, *_ = deepspeed.initialize(args=arguments, config=config, model=model, dist_init_required=False, **settings)
+        with told_of_builds():
+            engine, optimizer, *_ = deepspeed.initialize(args=arguments, config=config, model=model, dist_init_required=False, **settings)
         return engine, optimizer
 
     def _initialize_deepspeed_inference(self, model: Module) -> None:
@@ -97,32 +98,19 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
         weights are included, any number of processes can load them, and no pickle is read.
         """
         folder = Path(collective.from_rank_zero(lambda: str(filepath)))
-        self._unmark(folder)
+        if self.is_global_zero and folder.exists():
+            remove_checkpoint(folder)
         collective.wait()
         super().save_checkpoint(checkpoint, folder, storage_options)
         module: Any = self.lightning_module
         module.save_weights(folder)
         if self.is_global_zero:
-            write_marker(folder, {"world_size": self.world_size, "stage": self._stage, "step": checkpoint["global_step"]})
+            about = {"world_size": self.world_size, "stage": self._stage, "step": checkpoint["global_step"]}
+            write_json(folder / MARKER, {**about, "files": hashes_of(folder)})
         collective.wait()
-
-    def remove_checkpoint(self, filepath: Any) -> None:
-        self._unmark(Path(filepath))
-        super().remove_checkpoint(filepath)
-
-    def _unmark(self, folder: Path) -> None:
-        if self.is_global_zero:
-            (folder / MARKER).unlink(missing_ok=True)
 
     @property
     def _stage(self) -> int:
         assert isinstance(self.config, dict)
         stage: int = self.config["zero_optimization"]["stage"]
         return stage
-
-
-def write_marker(folder: Path, content: Mapping[str, Any]) -> None:
-    """Marks a checkpoint folder as complete; ``content`` describes the run that wrote it."""
-    partial = folder / f"{MARKER}.partial"
-    partial.write_text(json.dumps(content))
-    partial.replace(folder / MARKER)

@@ -104,6 +104,14 @@ def join(devices: int, num_nodes: int, group: bool) -> None:
     _join_group(environment_or_error(world), devices, num_nodes)
 
 
+def leave() -> None:
+    """Takes down the process group, after all ranks have come here. For the end of a program: what is left of it then may end the process
+    with a signal, although all went well."""
+    if distributed.is_available() and distributed.is_initialized():
+        collective.end()
+        distributed.destroy_process_group()
+
+
 def _join_group(found: ClusterEnvironment, devices: int, num_nodes: int) -> None:
     cuda = torch.cuda.is_available()
     local = found.local_rank()

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from ...modules.checkpoints.training_checkpoint import damage
+from ...modules.checkpoints.whole_files import DamagedFile, compare
 from ..errors import RecipeError
 from ..recipe.files import dump
 from ..recipe.schema import Recipe
@@ -18,41 +20,57 @@ from ..run_folder import RunFolder
 MARKER = "complete.json"
 
 
-def find_checkpoint(run: RunFolder, resume: str | None) -> Path | None:
-    """The checkpoint to resume from, a file or a DeepSpeed folder; ``auto`` ignores incomplete folders.
+def find_checkpoint(run: RunFolder, resume: str | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, and why newer ones were passed over.
+
+    Args:
+        run: folder of the run.
+        resume: path of a checkpoint, a file or a DeepSpeed folder; ``auto`` finds the newest whole one of the run; None finds none.
 
     Raises:
-        RecipeError: a named checkpoint does not exist or is incomplete.
+        RecipeError: a named checkpoint does not exist or is damaged, or none of the run's checkpoints is whole.
     """
     if resume is None:
-        return None
+        return None, []
     if resume != "auto":
         path = Path(resume)
         if not path.exists():
             raise RecipeError(f"--resume {resume}: there is no such checkpoint; use auto, or a .ckpt of a run's checkpoints folder")
-        if not _complete(path):
-            raise RecipeError(
-                f"--resume {resume}: the folder is not a complete checkpoint, it has no {MARKER}: writing was interrupted, or it is "
-                "another folder; use auto, or another .ckpt of a run's checkpoints folder"
-            )
-        return path
-    found = sorted(filter(_complete, run.checkpoints.glob("*.ckpt")), key=_written_at)
-    return found[-1] if found else None
+        if (fault := fault_of(path)) is not None:
+            raise RecipeError(f"--resume {resume}: {fault}; use auto, or another .ckpt of a run's checkpoints folder")
+        return path, []
+    passed = []
+    for path in sorted(run.checkpoints.glob("*.ckpt"), key=_step, reverse=True):
+        if (fault := fault_of(path)) is None:
+            return path, passed
+        passed.append(fault)
+    if passed:
+        raise RecipeError(f"--resume auto: {run.path} has no whole checkpoint: {'; '.join(passed)}; start again with --overwrite")
+    return None, []
 
 
-def incomplete_checkpoints(run: RunFolder) -> list[Path]:
-    """Checkpoint folders of a run whose writing was interrupted."""
-    return sorted(path for path in run.checkpoints.glob("*.ckpt") if not _complete(path))
+def fault_of(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used; None if it is whole. Reads all of it."""
+    if checkpoint.is_file():
+        return damage(checkpoint)
+    if not (checkpoint / MARKER).is_file():
+        return f"{checkpoint} is not complete, it has no {MARKER}: writing was interrupted, or it is another folder"
+    try:
+        compare(checkpoint, json.loads((checkpoint / MARKER).read_text("utf-8"))["files"], MARKER)
+    except DamagedFile as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{checkpoint / MARKER} is damaged"
+    return None
 
 
-def remove_checkpoints(run: RunFolder) -> None:
-    """Removes every checkpoint of a run, so that resuming cannot use checkpoints of an earlier run in the same folder."""
-    for stale in run.checkpoints.glob("*.ckpt"):
-        if stale.is_dir():
-            (stale / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(stale)
-        else:
-            stale.unlink()
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Removes a checkpoint; a folder loses its marker first, so that it is never taken for a whole one."""
+    if checkpoint.is_dir():
+        (checkpoint / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
+    else:
+        checkpoint.unlink()
 
 
 def check_same_processes(checkpoint: Path, world_size: int, stage: int) -> None:
@@ -79,20 +97,17 @@ def check_same_processes(checkpoint: Path, world_size: int, stage: int) -> None:
 
 
 def _other_world(what: Path, before: int, now: int) -> str:
-    last = what if what.suffix == ".ckpt" else find_checkpoint(RunFolder(what), "auto")
-    weights = last or what
+    weights = what if what.suffix == ".ckpt" else find_checkpoint(RunFolder(what), "auto")[0] or what
     return (
         f"cannot resume {what}: it was trained by {before} process(es), now there are {now}; set trainer.devices and trainer.num_nodes "
         f"to a product of {before}, or start from its weights with a new optimizer: model.name={weights} and another output"
     )
 
 
-def _complete(path: Path) -> bool:
-    return path.is_file() or (path / MARKER).is_file()
-
-
-def _written_at(path: Path) -> float:
-    return (path / MARKER if path.is_dir() else path).stat().st_mtime
+def _step(checkpoint: Path) -> tuple[int, str]:
+    """Checkpoints are named by their step; other names are older than any step."""
+    name = checkpoint.stem
+    return (int(name), name) if name.isdecimal() else (-1, name)
 
 
 def check_same_run(run: RunFolder, recipe: Recipe) -> None:

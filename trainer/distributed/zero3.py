@@ -16,10 +16,18 @@ from transformers.initialization import no_init_weights
 from ...modules.checkpoints.adapter_folder import write_adapter
 from ...modules.checkpoints.adapter_saving import adapter_of
 from ...modules.checkpoints.base_weights import Base
+from ...modules.checkpoints.whole_files import whole_folder, write_hashes
 from ...modules.compressed_model import CompressedModel
 from ..run_folder import RunFolder
 from . import collective
 from .deepspeed import join_deepspeed
+
+# Writes files into the folder of the weights.
+Beside = Callable[[Path], object]
+
+
+def nothing_beside(folder: Path) -> None:
+    """The default of ``beside``."""
 
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:
@@ -110,8 +118,13 @@ def gathered(model: nn.Module, includes: Callable[[str], bool] | None = None) ->
     return state
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the final weights as safetensors with their config, on rank 0. Every rank must call this.
+def save_model(model: PreTrainedModel, folder: Path, beside: Beside = nothing_beside) -> None:
+    """Writes the final weights as safetensors with their config and hashes, on rank 0. Every rank must call this.
+
+    Args:
+        model: trained model.
+        folder: folder to write; it exists completely or not at all.
+        beside: writes further files into the folder.
 
     Raises:
         RuntimeError: the written files do not hold the whole model.
@@ -119,36 +132,43 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     state = gathered(model, lambda name: name not in unsaved)
     if collective.rank() == 0:
-        # A copy of the mapping, because transformers empties it while writing.
-        model.save_pretrained(folder, state_dict=dict(state))
-        _check_written(folder, state, by_name=isinstance(model, CompressedModel))
+        with whole_folder(folder) as partial:
+            # A copy of the mapping, because transformers empties it while writing.
+            model.save_pretrained(partial, state_dict=dict(state))
+            _check_written(partial, state, by_name=isinstance(model, CompressedModel))
+            beside(partial)
+            write_hashes(partial)
     collective.wait()
 
 
-def save_trained(model: PreTrainedModel, folder: Path, base: Base | None, ratio: Mapping[str, Any] | None = None) -> None:
+def save_trained(
+    model: PreTrainedModel, folder: Path, base: Base | None, ratio: Mapping[str, Any] | None = None, beside: Beside = nothing_beside
+) -> None:
     """Writes the weights of a run or checkpoint: ``model/`` with the whole model, or ``adapter/`` with the parts trained on a frozen base.
 
-    Rank 0 writes; every rank must call this. Weights of an earlier run in the folder are removed.
+    Rank 0 writes; every rank must call this.
 
     Args:
         model: trained model.
         folder: folder of the run or checkpoint.
         base: frozen weights; None if everything trains.
         ratio: ratios for the adapter's manifest.
+        beside: writes the files that the model's inputs need, such as a tokenizer, into the folder of the weights.
 
     Raises:
         RuntimeError: the written files do not hold the whole model, or a tensor was not gathered.
     """
     run = RunFolder(folder)
-    if collective.rank() == 0:
-        run.remove_weights()
     if base is None:
-        save_model(model, run.written(base))
+        save_model(model, run.written(base), beside)
         return
     names = set(kept_names(model))
     state = gathered(model, lambda name: name in names)
     if collective.rank() == 0:
-        write_adapter(adapter_of(model, base, state=state, ratio=ratio), run.written(base))
+        with whole_folder(run.written(base)) as partial:
+            write_adapter(adapter_of(model, base, state=state, ratio=ratio), partial)
+            beside(partial)
+            write_hashes(partial)
     collective.wait()
 
 

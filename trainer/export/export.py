@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ...modules.checkpoints.whole_files import hashes_of, whole_folder, write_json
 from ..errors import RecipeError
-from ..measure.report import versions, write_json
-from ..run_folder import RunFolder
+from ..measure.report import versions
+from ..run_folder import EXPORTED, RunFolder
 from .base import Format, format_named
 from .card import facts, write_card
 from .preprocessing import save_preprocessing
 from .push import push as push_to_hub
 from .source import DTYPES, NEW_TOKENS, ExportSource, Settings, answers
 from .verify import clean_answers
-
-RECORD = "export.json"
 
 
 def export(run: str, to: str, format: str = "merged", settings: Settings | None = None, push: str | None = None) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
 
     Raises:
         RecipeError: the run has no model, the format does not support the model, or ``to`` is not empty.
-        RuntimeError: the export's answers differ in a clean process; the folder is kept for inspection, without ``export.json``.
+        RuntimeError: the export's answers differ in a clean process; nothing is written.
     """
     settings = settings or Settings()
     form, folder = format_named(format), Path(to)
@@ -51,42 +49,36 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
     source.model.to(DTYPES[settings.dtype])  # type: ignore[arg-type]
     batches = source.batches()
     cast = answers(source.model, batches)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        form.write(source, settings, folder)
-    except RecipeError:
-        # The folder was new or empty.
-        shutil.rmtree(folder)
-        raise
-    save_preprocessing(source, folder)
-    if form.hugging_face:
-        shutil.copy(source.run.recipe, RunFolder(folder).recipe)
-    found = clean_answers(form, folder, batches, NEW_TOKENS if "generated" in cast[0] else 0)
-    added = _difference(found, cast)
-    if not added <= form.tolerance:
-        raise RuntimeError(f"the export in {folder} gives other answers when it is reloaded: its logits differ by {added:.2e}")
-    same = _same_generation(found, cast)
-    if same is False:
-        raise RuntimeError(
-            f"the export in {folder} generates other tokens when it is reloaded, although its logits differ by {added:.2e} only"
-        )
-    write_card(source, form, settings, about, usage, folder)
-    record = {
-        "format": format,
-        "dtype": settings.dtype,
-        "task": source.recipe.task,
-        "architecture": about["architecture"],
-        # Against the run's float32 answers, so the dtype's error is included; then the difference of writing and loading alone.
-        "max_abs_logit_diff": _difference(found, of_run),
-        "max_abs_reload_diff": added,
-        "generation_equal": same,
-        "batch_sizes": [len(next(iter(batch.values()))) for batch in batches],
-        "keep": about["keep"],
-        "macs_ratio": about["macs_ratio"],
-        "files": {str(path.relative_to(folder)): _file(path) for path in sorted(folder.rglob("*")) if path.is_file()},
-        "versions": versions(),
-    }
-    write_json(folder / RECORD, record)
+    with whole_folder(folder) as partial:
+        form.write(source, settings, partial)
+        save_preprocessing(source, partial)
+        if form.hugging_face:
+            shutil.copy(source.run.recipe, RunFolder(partial).recipe)
+        found = clean_answers(form, partial, batches, NEW_TOKENS if "generated" in cast[0] else 0)
+        added, same = _difference(found, cast), _same_generation(found, cast)
+        if not added <= form.tolerance:
+            raise RuntimeError(f"{folder} was not written: the reloaded export gives other answers, its logits differ by {added:.2e}")
+        if same is False:
+            raise RuntimeError(
+                f"{folder} was not written: the reloaded export generates other tokens, although its logits differ by {added:.2e} only"
+            )
+        write_card(source, form, settings, about, usage, partial)
+        record = {
+            "format": format,
+            "dtype": settings.dtype,
+            "task": source.recipe.task,
+            "architecture": about["architecture"],
+            # Against the run's float32 answers, so the dtype's error is included; then the difference of writing and loading alone.
+            "max_abs_logit_diff": _difference(found, of_run),
+            "max_abs_reload_diff": added,
+            "generation_equal": same,
+            "batch_sizes": [len(next(iter(batch.values()))) for batch in batches],
+            "keep": about["keep"],
+            "macs_ratio": about["macs_ratio"],
+            "files": hashes_of(partial),
+            "versions": versions(),
+        }
+        write_json(partial / EXPORTED, record)
     _note_in_report(source, record)
     return record if push is None else record | {"pushed": push_to_hub(folder, push)}
 
@@ -119,11 +111,6 @@ def _same_generation(found: Sequence[dict[str, Tensor]], expected: Sequence[dict
         if "generated" in one and "generated" in other
     ]
     return all(one.equal(other) for one, other in pairs) if pairs else None
-
-
-def _file(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _note_in_report(source: ExportSource, record: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from ...data.images.recipe import DRAWN, ImageRecipe
-from ..measure.report import write_json
+from ...modules.checkpoints.whole_files import write_json
 from ..recipe.schema import Recipe
 from ..run_folder import PROCESSOR, TOKENIZER
 from ..tasks.base import task_named

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ...modules.checkpoints.whole_files import write_json
 from .bench import Bench
 
 PACKAGES = ("laconic", "torch", "lightning", "transformers", "deepspeed", "datasets", "peft", "tensorboard")
@@ -89,13 +90,6 @@ class Report:
     def read(cls, folder: Path) -> Report:
         """What ``save`` wrote."""
         return cls(**json.loads((folder / "report.json").read_text()))
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes JSON atomically: a reader sees the old file or the new one, never a part."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-    partial.replace(path)
 
 
 def versions() -> dict[str, str]:

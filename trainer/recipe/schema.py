@@ -190,7 +190,7 @@ class TrainerRecipe(Block):
     log_every: Count = Field(10, description="steps between log lines and scalars")
     validate_every: Count | None = Field(None, description="steps between validations; null validates at the end only")
     checkpoint_every: Count | None = Field(
-        None, description="steps between checkpoints; null writes one at the end. The final weights are always in model/"
+        None, description="steps between checkpoints; null writes one every 5 minutes, and the last step always does"
     )
     pictures: Annotated[int, Field(ge=0)] = Field(8, description="images whose kept tokens are drawn at each validation")
     bench_rounds: Annotated[int, Field(ge=0)] = Field(40, description="paired rounds of the final speed measurement; 0 skips it")
