@@ -55,7 +55,12 @@ def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     from tests.trainer.two_ranks import launch
 
     modules = {item.module.__name__.rpartition(".")[2] for item in request.session.items if isinstance(item, pytest.Function)}
-    wanted = {"strategies": "test_strategies", "lora": "test_lora_ranks", "recipes": "test_recipes_ranks"}
+    wanted = {
+        "strategies": "test_strategies",
+        "settings": "test_strategy_settings",
+        "lora": "test_lora_ranks",
+        "recipes": "test_recipes_ranks",
+    }
     folder = tmp_path_factory.mktemp("two")
     launch(folder, [part for part, module in wanted.items() if module in modules])
     return folder

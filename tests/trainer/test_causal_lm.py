@@ -34,6 +34,7 @@ from laconic.trainer.run import rehearse, train, train_arm
 from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base import task_named
 from tests.data.texts import chats, jsonl, small_tokenizer
+from tests.trainer.stopping import train_until
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, ROWS, LENGTH = 97, 3, 24
@@ -213,13 +214,13 @@ def test_a_resumed_run_on_text_ends_like_an_unbroken_one(tmp_path: Path, tiny: l
         path = jsonl(tmp_path / "rows.jsonl", [{"text": f"Row {i} has a text of its own, number {i * i}." * 3} for i in range(40)])
         shared += ["data.name=json", f"data.data_files={path}", "data.streaming=true"]
 
-    def weights(folder: Path, *more: str, resume: str | None = None) -> dict[str, Tensor]:
-        train_arm(load("llm_pretrain_dense", [*shared, *more, f"output={folder}"]), "dense", folder, console, resume=resume)
+    def weights(folder: Path, resume: str | None = None) -> dict[str, Tensor]:
+        train_arm(load("llm_pretrain_dense", [*shared, f"output={folder}"]), "dense", folder, console, resume=resume)
         return load_file(folder / "model" / "model.safetensors")
 
     unbroken = weights(tmp_path / "whole")
-    weights(tmp_path / "broken", "trainer.checkpoint_every=3")
-    resumed = weights(tmp_path / "broken", "trainer.checkpoint_every=3", resume="auto")
+    train_until(3, load("llm_pretrain_dense", [*shared, f"output={tmp_path / 'broken'}"]), tmp_path / "broken", console)
+    resumed = weights(tmp_path / "broken", resume="auto")
     assert all(torch.equal(value, resumed[name]) for name, value in unbroken.items())
 
 

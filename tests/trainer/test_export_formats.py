@@ -94,6 +94,7 @@ save_file({name: value.contiguous() for name, value in found.items()}, "answers.
 )
 
 
+@pytest.mark.slow
 def test_a_machine_without_laconic_loads_a_standalone_export_from_a_folder_and_from_the_hub(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_language_model_with_routers_generates_the_same_without_laconic(tmp_pa
             export(str(run), str(tmp_path / "other"), form)
 
 
+@pytest.mark.slow
 def test_plain_is_the_backbone_where_every_token_passes_and_its_record_is_true(tmp_path: Path) -> None:
     config = CompressionConfig([StageConfig(layer=1, site="around", scorer="random", keep=1.0), StageConfig(layer=2, keep=1.0)])
     run = written_run(tmp_path / "run", compress(dense("vit"), config))
@@ -186,6 +188,7 @@ def test_onnx_agrees_for_any_number_of_rows_without_a_scatter_that_reduces(
             np.testing.assert_allclose(scope["logits"], load_model(run / "model")(images(rows)).logits.numpy(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_torch_export_agrees_for_any_number_of_rows_and_holds_no_pickle(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert export(str(run), "out/torch-export", "torch-export")["max_abs_logit_diff"] <= 1e-5

@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 from laconic.trainer.build.build import build
 from laconic.trainer.build.lightning_trainer import lightning_trainer
 from laconic.trainer.build.validate import validate
-from laconic.trainer.callbacks.ema import WeightEma
 from laconic.trainer.callbacks.checkpoints import Checkpoints
+from laconic.trainer.callbacks.ema import WeightEma
 from laconic.trainer.distributed.signals import StopSignals
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
 from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base import task_named
 from tests.matrix import dense
+from tests.trainer.stopping import StopAfter, train_until
 
 EXTRAS = [
     "data.mixing.mixup=0.8",
@@ -73,18 +74,16 @@ def test_the_average_is_that_of_the_steps_and_is_what_validates_and_stays(tmp_pa
 
 
 def test_a_checkpoint_of_a_stopped_run_holds_the_average_with_its_last_step(tmp_path: Path, quick: list[str]) -> None:
-    stop = StopOnSigterm(tmp_path / "stopped.ckpt")
-    stop._requested = True
     seen = _Weights()
-    _fit(tmp_path, quick, "trainer.ema=0.6", callbacks=[stop, seen])
-    saved = torch.load(tmp_path / "stopped.ckpt", weights_only=True)
+    _fit(tmp_path, quick, "trainer.ema=0.6", callbacks=[Checkpoints(RunFolder(tmp_path), 2, None, StopAfter(1)), seen])
+    saved = torch.load(tmp_path / "checkpoints" / "1.ckpt", weights_only=True)
     assert int(saved["averaging_state"]["n_averaged"]) == saved["global_step"] == 1
     assert all(torch.equal(value, saved["current_model_state"][f"model.{name}"]) for name, value in seen.steps[0].items())
 
 
 def test_an_average_comes_before_every_callback_that_saves(tmp_path: Path, quick: list[str]) -> None:
     recipe = load("vit_digits", [*quick, "trainer.ema=0.6"]).recipe
-    trainer = lightning_trainer(recipe, RunFolder(tmp_path), 2, [StopOnSigterm(tmp_path / "x.ckpt")])
+    trainer = lightning_trainer(recipe, RunFolder(tmp_path), 2, [Checkpoints(RunFolder(tmp_path), 2, None, StopSignals())])
     assert isinstance(trainer.callbacks[0], WeightEma)  # type: ignore[attr-defined]
 
 
@@ -100,14 +99,13 @@ def test_a_run_with_every_extra_resumes_bit_for_bit(tmp_path: Path, quick: list[
     shared = [item for item in quick if not item.startswith("output")]
     shared += ["baselines=[]", "trainer.max_steps=5", "trainer.accumulate=2", *EXTRAS]
 
-    def weights(folder: Path, *more: str, resume: str | None = None) -> dict[str, torch.Tensor]:
-        train_arm(load("vit_digits", [*shared, *more, f"output={folder}"]), "arm", folder, console, resume=resume)
+    def weights(folder: Path, resume: str | None = None) -> dict[str, torch.Tensor]:
+        train_arm(load("vit_digits", [*shared, f"output={folder}"]), "arm", folder, console, resume=resume)
         return load_file(folder / "model" / "model.safetensors")
 
     unbroken = weights(tmp_path / "whole")
-    weights(tmp_path / "broken", "trainer.checkpoint_every=3")
-    assert [path.name for path in (tmp_path / "broken" / "checkpoints").glob("*.ckpt")] == ["3.ckpt"]
-    resumed = weights(tmp_path / "broken", "trainer.checkpoint_every=3", resume="auto")
+    train_until(3, load("vit_digits", [*shared, f"output={tmp_path / 'broken'}"]), tmp_path / "broken", console)
+    resumed = weights(tmp_path / "broken", resume="auto")
     assert all(torch.equal(value, resumed[name]) for name, value in unbroken.items())
 
 

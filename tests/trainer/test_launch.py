@@ -84,6 +84,7 @@ def _launched(command: Sequence[str], devices: int, written: Sequence[Path]) -> 
     raise AssertionError("the processes did not start")
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_lets_all_processes_finish_what_they_do(tmp_path: Path) -> None:
     program = (
         "def stop(number, frame):\n    time.sleep(1 + rank)\n    open(mine + '.saved', 'w').close()\n    sys.exit(0 if rank else 143)\n"
@@ -95,6 +96,7 @@ def test_sigterm_to_the_launcher_lets_all_processes_finish_what_they_do(tmp_path
     assert sorted(path.name for path in tmp_path.glob("*.saved")) == ["0.saved", "1.saved"]
 
 
+@pytest.mark.slow
 def test_no_process_outlives_its_launcher(tmp_path: Path) -> None:
     program = (
         "from laconic.trainer.distributed.launch import end_with_launcher\nend_with_launcher()\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,19 @@ from laconic.trainer.run import train, train_arm
 from laconic.trainer.run_folder import RunFolder, load_model
 from laconic.trainer.tasks.base_image import with_normalisation
 from tests.trainer.conftest import QUICK
+from tests.trainer.stopping import train_until
 
 TINY = [item for item in QUICK if not item.startswith("model.config")]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a dense run ``base`` and a run ``lora`` on it, with a checkpoint after two of its three steps."""
+    """Folder with a dense run ``base`` and a run ``lora`` on it, with a checkpoint after the last of its three steps."""
     folder = tmp_path_factory.mktemp("runs")
     torch.set_num_threads(1)
     console = Console(quiet=True)
     train_arm(load("vit_lora_base", [*QUICK, f"output={folder / 'base'}"]), "dense", folder / "base", console)
-    overrides = _overrides(folder, "lora", "trainer.max_steps=3", "trainer.checkpoint_every=2")
+    overrides = _overrides(folder, "lora", "trainer.max_steps=3")
     train(load("vit_lora", overrides), overrides, console)
     return folder
 
@@ -105,7 +107,7 @@ def test_the_report_and_the_manifest_say_what_trains_and_at_which_ratio(runs: Pa
 
 
 def test_checkpoints_hold_what_trains_and_no_weight_below(runs: Path) -> None:
-    checkpoint = torch.load(runs / "lora" / "checkpoints" / "2.ckpt", weights_only=True)
+    checkpoint = torch.load(runs / "lora" / "checkpoints" / "3.ckpt", weights_only=True)
     names = {name.removeprefix("model.") for name in checkpoint["state_dict"]}
     model = from_pretrained(runs / "lora")
     assert names == {name for name, value in model.named_parameters() if value.requires_grad} | {name for name, _ in model.named_buffers()}
@@ -113,17 +115,20 @@ def test_checkpoints_hold_what_trains_and_no_weight_below(runs: Path) -> None:
 
 
 def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(runs: Path, console: Console) -> None:
-    shared = _overrides(runs, "resumed", "trainer.max_steps=3", "trainer.checkpoint_every=2", "lora.dropout=0.1")
+    shared = _overrides(runs, "resumed", "trainer.max_steps=3", "lora.dropout=0.1")
     loaded = load("vit_lora", shared)
     train_arm(loaded, "arm", runs / "resumed", console)
     unbroken = {path.name: load_file(path) for path in (runs / "resumed" / "adapter").glob("*.safetensors")}
-    assert [path.name for path in (runs / "resumed" / "checkpoints").glob("*.ckpt")] == ["2.ckpt"]
+    shutil.rmtree(runs / "resumed")
+    train_until(2, loaded, runs / "resumed", console)
     train_arm(loaded, "arm", runs / "resumed", console, resume="auto")
     for name, tensors in unbroken.items():
         resumed = load_file(runs / "resumed" / "adapter" / name)
         assert all(torch.equal(value, resumed[key]) for key, value in tensors.items())
     # Over other weights it would not be the same training.
     weights = runs / "base" / "model" / "model.safetensors"
+    hashes = (runs / "base" / "model" / "hashes.json").read_bytes()
+    (runs / "base" / "model" / "hashes.json").unlink()
     before, model = weights.read_bytes(), load_model(runs / "base" / "model")
     with torch.no_grad():
         model.vit.layernorm.bias += 1
@@ -133,16 +138,17 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(runs: Path, console
             train_arm(loaded, "arm", runs / "resumed", console, resume="auto")
     finally:
         weights.write_bytes(before)
+        (runs / "base" / "model" / "hashes.json").write_bytes(hashes)
 
 
-def test_exports_and_evaluation_answer_like_the_run(runs: Path, tmp_path: Path, console: Console, request: pytest.FixtureRequest) -> None:
+@pytest.mark.usefixtures("quick_exports")
+def test_exports_and_evaluation_answer_like_the_run(runs: Path, tmp_path: Path, console: Console) -> None:
     run = runs / "lora"
     trained = _probe(from_pretrained(run))
     record = export(str(run), str(tmp_path / "adapter"), "adapter")
     # Against the run with its LoRA merged.
     assert record["max_abs_logit_diff"] <= 1e-5
     assert torch.equal(_probe(from_pretrained(tmp_path / "adapter")), trained)
-    request.getfixturevalue("quick_exports")
     export(str(run), str(tmp_path / "merged"))
     assert (_probe(from_pretrained(tmp_path / "merged")) - trained).abs().max() <= 1e-5
     targets = (str(run), str(tmp_path / "adapter"), str(tmp_path / "merged"))
@@ -152,7 +158,7 @@ def test_exports_and_evaluation_answer_like_the_run(runs: Path, tmp_path: Path, 
         export(str(runs / "base"), str(tmp_path / "none"), "adapter")
 
 
-@pytest.mark.parametrize("left", ["lora", "lora/adapter", "lora/checkpoints/2.ckpt"])
+@pytest.mark.parametrize("left", ["lora", "lora/adapter", "lora/checkpoints/3.ckpt"])
 def test_training_goes_on_from_a_run_an_adapter_and_a_checkpoint(left: str, runs: Path, tmp_path: Path, console: Console) -> None:
     overrides = [item for item in _overrides(runs, "x") if not item.startswith(("model.name", "output"))]
     recipe = load("vit_lora", [*overrides, f"model.name={runs / left}", f"output={tmp_path}"])
@@ -320,6 +326,7 @@ def test_a_malicious_checkpoint_is_not_run(tmp_path: Path, runs: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_exports")
 def test_a_language_model_s_adapter_has_its_tokenizer_and_goes_on(tmp_path: Path, console: Console) -> None:
     small = ["data.sequence_length=64", "data.train_samples=6", "data.eval_samples=2", "data.batch_size=2", "baselines=[]"]

@@ -22,8 +22,10 @@ from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
 from laconic.trainer.run_folder import load_model
 from tests.trainer.export_runs import WITHOUT_LACONIC, machine_without_laconic
-from tests.trainer.test_strategies import _scalars
+from tests.trainer.test_strategies import scalars
 from tests.trainer.two_ranks_lora import LANGUAGE, SHARED, STRATEGIES
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_the_adapter_holds_every_tensor_once_with_its_true_shape(name: str, rank
 
 @pytest.mark.parametrize("name", list(STRATEGIES))
 def test_two_processes_learn_what_one_does_and_resume_bit_for_bit(name: str, ranks: Path) -> None:
-    differences = [abs(a - b) for a, b in zip(*(_scalars(ranks / run) for run in (name, "one")), strict=True)]
+    differences = [abs(a - b) for a, b in zip(*(scalars(ranks / run) for run in (name, "one")), strict=True)]
     print(f"{name}: losses differ by {differences}")
     assert differences[0] < 1e-6
     # Without a warm-up Adam's first step is the sign of each gradient, also of those that are rounding.

@@ -22,6 +22,7 @@ from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train, train_arm
 from laconic.trainer.run_folder import load_model
 from laconic.trainer.tasks.base import task_named
+from tests.trainer.stopping import train_until
 
 TINY = ["model.config.decoder_hidden_size=8", "model.config.decoder_num_hidden_layers=1", "model.config.decoder_intermediate_size=16"]
 SHORT = [*TINY, "baselines=[]"]
@@ -87,13 +88,13 @@ def test_a_run_reports_its_loss_evaluates_and_exports(tmp_path: Path, quick: lis
 def test_a_resumed_pretraining_ends_bit_for_bit_like_an_unbroken_one(tmp_path: Path, quick: list[str], console: Console) -> None:
     shared = [*(item for item in quick if not item.startswith("output")), *SHORT, *STAGES, "trainer.max_steps=4"]
 
-    def weights(folder: Path, *more: str, resume: str | None = None) -> dict[str, torch.Tensor]:
-        train_arm(load("mae_digits", [*shared, *more, f"output={folder}"]), "arm", folder, console, resume=resume)
+    def weights(folder: Path, resume: str | None = None) -> dict[str, torch.Tensor]:
+        train_arm(load("mae_digits", [*shared, f"output={folder}"]), "arm", folder, console, resume=resume)
         return load_file(folder / "model" / "model.safetensors")
 
     unbroken = weights(tmp_path / "whole")
-    weights(tmp_path / "broken", "trainer.checkpoint_every=3")
-    resumed = weights(tmp_path / "broken", "trainer.checkpoint_every=3", resume="auto")
+    train_until(3, load("mae_digits", [*shared, f"output={tmp_path / 'broken'}"]), tmp_path / "broken", console)
+    resumed = weights(tmp_path / "broken", resume="auto")
     assert all(torch.equal(value, resumed[name]) for name, value in unbroken.items())
 
 

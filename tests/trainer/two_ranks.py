@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from laconic.trainer.distributed import collective
-from laconic.trainer.distributed.processes import join
+from laconic.trainer.distributed.processes import join, leave
 from laconic.trainer.run import quiet
 from tests.trainer.two_ranks_lora import bases, lora
 from tests.trainer.two_ranks_recipes import prepare, recipes
+from tests.trainer.two_ranks_settings import settings
 from tests.trainer.two_ranks_strategies import strategies
 
 ROOT = Path(__file__).resolve().parents[2]
 # Each part has a folder of its name, with results.json in it.
-PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {"strategies": strategies, "lora": lora, "recipes": recipes}
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {"strategies": strategies, "settings": settings, "lora": lora, "recipes": recipes}
 # What one process does for a part before there are two.
 BEFORE: dict[str, Callable[[Path], None]] = {"lora": bases, "recipes": prepare}
 
@@ -49,6 +50,7 @@ def main(folder: Path, parts: Sequence[str]) -> None:
         if collective.rank() == 0:
             (folder / part / "results.json").write_text(json.dumps(results))
         collective.wait()
+    leave()
 
 
 if __name__ == "__main__":

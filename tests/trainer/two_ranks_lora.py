@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from laconic.trainer.distributed.zero3 import broadcast_weights, gathered, save_
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import silent, train_arm
 from tests.trainer.conftest import QUICK
-from tests.trainer.two_ranks_strategies import PARTITION
+from tests.trainer.two_ranks_strategies import PARTITION, broken
 
 TINY = [item for item in QUICK if not item.startswith("model.config")]
 SHARED = [*TINY, "baselines=[]", "trainer.max_steps=4", "optimizer.warmup=0"]
@@ -50,22 +49,14 @@ def lora(folder: Path) -> dict[str, Any]:
     """Every run of the tests, into folders of this one; called by both processes."""
     for name, strategy in STRATEGIES.items():
         overrides = [*SHARED, *TWO, *strategy, f"model.name={folder / 'base'}"]
-        _train(overrides, folder / name)
-        if collective.rank() == 0:
-            # As if it had been stopped before its last steps: the last checkpoint is that of step 2.
-            shutil.copytree(folder / name / "adapter", folder / name / "unbroken")
-            shutil.copytree(folder / name / "checkpoints", folder / name / "all")
-            for path in (folder / name / "checkpoints").glob("4.ckpt"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        collective.wait()
-        _train(overrides, folder / name, resume="auto")
+        broken(folder / name, "adapter", _train, overrides)
     for name in LANGUAGE:
         overrides = [*TEXT, *TWO, *STRATEGIES[name], f"model.name={folder / 'text_base'}"]
-        _train(overrides, folder / f"text_{name}", recipe="llm_lora")
+        _train(folder / f"text_{name}", overrides, recipe="llm_lora")
     return {"tied": _tied(folder / "tied")}
 
 
-def _train(overrides: list[str], folder: Path, resume: str | None = None, recipe: str = "vit_lora") -> None:
+def _train(folder: Path, overrides: list[str], resume: str | None = None, recipe: str = "vit_lora") -> None:
     train_arm(load(recipe, overrides), "arm", folder, silent(), resume=resume)
 
 

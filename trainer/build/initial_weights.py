@@ -20,6 +20,7 @@ from ...modules.checkpoints.base_weights import weight_files
 from ...modules.checkpoints.loading import find_adapter
 from ...modules.checkpoints.tensors import copy_all
 from ...modules.checkpoints.training_checkpoint import read_checkpoint
+from ...modules.checkpoints.whole_files import DamagedFile
 from ...modules.config import CompressionConfig, StageConfig
 from ..errors import RecipeError
 from ..recipe.schema import ModelRecipe, Recipe
@@ -78,7 +79,9 @@ def start_of(model: ModelRecipe) -> Start | None:
     run = RunFolder.of(path) if path.is_dir() else None
     try:
         weights = located(model.name)
-    except FileNotFoundError as error:
+        if run is not None:
+            run.check_files(Path(weights))
+    except (FileNotFoundError, DamagedFile) as error:
         raise ValueError(f"model.name = {model.name!r} cannot be loaded: {error}") from None
     if (adapter := find_adapter(weights, model.revision)) is not None:
         return _of_adapter(model.name, read_adapter(adapter), run or RunFolder(adapter))
@@ -98,8 +101,11 @@ def encoder_weights(model: ModelRecipe) -> str:
     """
     assert model.encoder_of is not None
     try:
-        return located(model.encoder_of, whole=True)
-    except FileNotFoundError as error:
+        weights = located(model.encoder_of, whole=True)
+        if Path(weights).is_dir():
+            RunFolder.of(weights).check_files(Path(weights))
+        return weights
+    except (FileNotFoundError, DamagedFile) as error:
         raise ValueError(f"model.encoder_of = {model.encoder_of!r}: {error}; {PRETRAIN}") from None
 
 

@@ -24,8 +24,9 @@ def locked(run: RunFolder) -> Iterator[None]:
     run.path.mkdir(parents=True, exist_ok=True)
     with run.lock.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Of the process alone: loader processes, which may live a little longer, do not inherit it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise RecipeError(
                 f"{run.path} is in use by another run ({_owner(run)}): wait for its end, stop it, or set another output"
             ) from None

@@ -1,0 +1,85 @@
+"""What two processes do for test_strategy_settings. Not a test itself; two_ranks.py starts them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from laconic.trainer.callbacks.guards import NotANumber
+from laconic.trainer.distributed import collective
+from laconic.trainer.recipe.files import load
+from laconic.trainer.run import silent, train_arm
+from laconic.trainer.tasks.causal_lm import CausalLMModule
+from tests.trainer.two_ranks_strategies import PARTITION, STRATEGIES, TWO, broken, trained
+
+FURTHER = {
+    "deepspeed_1": ["trainer.strategy=deepspeed_1"],
+    "deepspeed_2_offload": ["trainer.strategy=deepspeed_2", "trainer.offload=optimizer"],
+    "deepspeed_3_offload": ["trainer.strategy=deepspeed_3", "trainer.offload=all", PARTITION],
+}
+NAN = [*TWO, "optimizer.lr=1e30", "trainer.clip=0", "trainer.max_steps=30"]
+DROPOUT = "model.config.hidden_dropout_prob=0.1"
+SETTINGS = {
+    "accumulate": ["trainer.strategy=deepspeed_2", "trainer.accumulate=2", "trainer.max_steps=3"],
+    "bf16_2": ["trainer.strategy=deepspeed_2", "trainer.precision=bf16", "trainer.gradient_checkpointing=true"],
+    "bf16_3": ["trainer.strategy=deepspeed_3", "trainer.precision=bf16", PARTITION],
+    "checkpointing_3": ["trainer.strategy=deepspeed_3", "trainer.gradient_checkpointing=true", PARTITION],
+    "learned_3": ["trainer.strategy=deepspeed_3", "compression.stages.0.scorer=learned", "compression.stages.0.layer=1",
+                  "budget.target=0.8", "budget.regularizer=macs_squared", PARTITION],
+    "learned_plain": ["trainer.strategy=plain", "compression.stages.0.scorer=learned", "compression.stages.0.layer=1",
+                      "budget.target=0.8", "budget.regularizer=macs_squared"],
+}  # fmt: skip
+# Pretraining with masks: the masks are the same on any number of ranks, and positions are frozen parameters.
+MASKED = ["compression.restore.layer=2", "model.config.decoder_hidden_size=8", "model.config.decoder_num_hidden_layers=1"]
+# Few tokens, and routers that let hardly any through: in some step a layer of some rank has none.
+TEXT = ["trainer.max_steps=4", "trainer.log_every=1", "trainer.bench_rounds=0", "baselines=[]", "model.config.vocab_size=300",
+        "model.config.hidden_size=32", "model.config.intermediate_size=48", "model.config.num_hidden_layers=3", "trainer.pictures=0",
+        "data.sequence_length=16", "data.train_samples=2", "data.eval_samples=1", "budget.target=0.8", "budget.regularizer=macs_squared",
+        "compression.stages=[{layer: 1, site: around, scorer: {name: linear, bias: -1.6}, "
+        "selector: {name: threshold, calibrate: false}}]"]  # fmt: skip
+TWO_TEXT = [*TEXT, "trainer.devices=2", "data.batch_size=2"]
+LANGUAGE = ("deepspeed_1", "deepspeed_2", "deepspeed_3")
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """Every run of the tests, into folders of this one; called by both processes."""
+    results: dict[str, Any] = {}
+    for name, overrides in FURTHER.items():
+        results[name] = broken(folder / name, "model", trained, [*TWO, "trainer.checkpoint_every=4", *overrides])
+    for name, overrides in SETTINGS.items():
+        results[name] = trained(folder / name, [*TWO, *overrides])
+    for name in STRATEGIES:
+        results[f"masked_{name}"] = trained(folder / f"masked_{name}", [*TWO, *MASKED, *STRATEGIES[name]], recipe="mae_digits")
+    for name in ("plain", "deepspeed_3"):
+        broken(folder / f"dropout_{name}", "model", trained, [*TWO, "trainer.checkpoint_every=4", DROPOUT, *STRATEGIES[name]])
+    for name in LANGUAGE:
+        overrides = [*TWO_TEXT, *{**STRATEGIES, **FURTHER}[name]]
+        results[f"text_{name}"] = collective.gather(_routed(folder / f"text_{name}", overrides))
+    for name in STRATEGIES:
+        results[f"nan_{name}"] = collective.gather(_nan([*NAN, *STRATEGIES[name]], folder / f"nan_{name}"))
+    return results
+
+
+def _routed(folder: Path, overrides: list[str]) -> list[int]:
+    """Tokens that the routed layer processed on this rank, step by step."""
+    counts, losses = [], CausalLMModule.losses
+
+    def counted(module: CausalLMModule, batch: dict[str, Any]) -> dict[str, Any]:
+        found = losses(module, batch)
+        counts.append(found["trace"].routings["around_1"].counts()[0])
+        return found
+
+    CausalLMModule.losses = counted  # type: ignore[method-assign]
+    try:
+        trained(folder, overrides, recipe="llm_pretrain")
+    finally:
+        CausalLMModule.losses = losses  # type: ignore[method-assign]
+    return counts
+
+
+def _nan(overrides: list[str], folder: Path) -> str:
+    try:
+        train_arm(load("vit_digits", overrides), "arm", folder, silent())
+    except NotANumber as error:
+        return str(error)
+    return "trained on"
