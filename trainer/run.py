@@ -108,8 +108,10 @@ def _open(run: RunFolder, held: contextlib.ExitStack, resume: str | None, overwr
     """Takes a run folder for this run.
 
     Raises:
-        RecipeError: another process has it, or it has an earlier run.
+        RecipeError: another process has it, it has an earlier run, or there is nothing to resume from.
     """
+    # Before the control arms are trained.
+    find_checkpoint(run, resume)
     held.enter_context(locked(run))
     if resume is not None or not run.started:
         return

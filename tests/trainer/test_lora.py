@@ -59,7 +59,7 @@ def test_a_run_keeps_an_adapter_and_its_base_stays_bit_for_bit(runs: Path) -> No
     run = runs / "lora"
     assert not (run / "model").exists()
     assert {path.name for path in (run / "adapter").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "compression_config.json", "compression.safetensors", "manifest.json",
+        "adapter_config.json", "adapter_model.safetensors", "compression_config.json", "compression.safetensors", "manifest.json", "hashes.json",
     }  # fmt: skip
     manifest = json.loads((run / "adapter" / "manifest.json").read_text())
     assert manifest["base"] == {

@@ -117,6 +117,7 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
         find_checkpoint(RunFolder(tmp_path), str(tmp_path / "none.ckpt"))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_with_143(tmp_path: Path, quick: list[str]) -> None:
     overrides = [*quick, "baselines=[]", "trainer.max_steps=100000"]
     command = [sys.executable, "-m", "laconic", "train", "vit_digits", *overrides]
