@@ -113,6 +113,7 @@ def _open(run: RunFolder, held: contextlib.ExitStack, resume: str | None, overwr
     # Before the control arms are trained.
     find_checkpoint(run, resume)
     held.enter_context(locked(run))
+    run.remove_partial()
     if resume is not None or not run.started:
         return
     if not overwrite:

@@ -16,7 +16,7 @@ from ..modules.checkpoints import loading
 from ..modules.checkpoints.adapter_folder import is_adapter
 from ..modules.checkpoints.base_weights import Base
 from ..modules.checkpoints.lora import merge_lora
-from ..modules.checkpoints.whole_files import DamagedFile, check_hashes, compare
+from ..modules.checkpoints.whole_files import PARTIAL, DamagedFile, check_hashes, compare
 from .errors import RecipeError
 from .recipe.files import read_recorded
 from .recipe.schema import Recipe
@@ -160,6 +160,14 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
         for path in (self.recipe, self.log, *self.path.glob("*.png")):
             path.unlink(missing_ok=True)
+
+    def remove_partial(self) -> None:
+        """Deletes what a killed process was writing. Only the owner of the folder may call this."""
+        for path in list(self.path.rglob(f"*{PARTIAL}")):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def check_files(self, weights: Path) -> None:
         """Compares the files of the weights or adapter with the hashes that were written with them.

@@ -145,11 +145,11 @@ class TaskModule(lightning.LightningModule):
         if not self.validated:
             return
         self._sum_over_ranks()
-        self.log(f"val/{self.task.metric}", self.quality.value, prog_bar=True)
+        self.log(f"val/{self.task.metric}", self.quality.value, prog_bar=True, batch_size=1)
 
     def on_test_epoch_end(self) -> None:
         self._sum_over_ranks()
-        self.log(f"test/{self.task.metric}", self.quality.value)
+        self.log(f"test/{self.task.metric}", self.quality.value, batch_size=1)
 
     def _sum_over_ranks(self) -> None:
         """Sums the counts of all ranks on every rank, before any division. Raises BadRows on all ranks or on none."""

@@ -85,6 +85,8 @@ def test_an_earlier_run_is_neither_overwritten_by_mistake_nor_mixed_with_a_new_o
 ) -> None:
     folder, overrides = _copy(run, tmp_path)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    (folder / "checkpoints" / ".3.ckpt.1.partial").write_bytes(b"half")
+    (folder / "model.partial").mkdir()
     loaded = load("vit_digits", [*overrides, "seed=1"])
     with pytest.raises(RecipeError, match="has an earlier run: --resume auto continues it, --overwrite deletes it; or set another output"):
         train(loaded, overrides, console)
@@ -96,7 +98,7 @@ def test_an_earlier_run_is_neither_overwritten_by_mistake_nor_mixed_with_a_new_o
     monkeypatch.setattr("laconic.trainer.run.lightning_trainer", killed)
     with pytest.raises(KeyboardInterrupt):
         train(loaded, overrides, console, overwrite=True)
-    # As after a kill before the first step: the new recipe, and nothing of the old run.
+    # As after a kill before the first step: the new recipe, and nothing of the old run or of a save that was killed.
     assert "seed: 1" in (folder / "recipe.yaml").read_text()
     assert {path.name for path in folder.iterdir()} == {"recipe.yaml", "log.txt", ".lock"}
     with pytest.raises(RecipeError, match="has no trained model yet"):
