@@ -14,9 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from ..data.rows import BadRowCount, collate
+from ..data.labels.classes import KnownClasses
+from ..data.rows import BadRowCount, BadRows, collate
+from ..data.splits import Splits
 from ..modules.compress import compress, decompress
 from ..modules.config import CompressionConfig, PartConfig
 from ..modules.cost.cost import CostModel
@@ -26,6 +28,8 @@ from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.scope import COMPLETE
 from ..modules.tokens.trace import Trace
 from .build.build import cost_model, model_config
+from .build.heads import check_known, named_classes
+from .errors import RecipeError
 from .recipe.schema import Recipe
 from .run_folder import RunFolder, load_model
 from .tasks.base import Task, task_named
@@ -61,7 +65,7 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     model.to(device)
     task = task_named(recipe.task)
     config = model_config(recipe.model, task) if recipe.model.config is not None else model.config
-    data = task.open_data(task.of_run(recipe, run), config)
+    data = _open_data(task.of_run(recipe, run), config, model, target, console)
     loader = DataLoader(data.test, batch_size=recipe.data.eval_batch_size, collate_fn=collate, num_workers=recipe.data.workers)
     results: dict[str, Any] = {}
 
@@ -89,7 +93,24 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
                 measure(scorer, control)
         model = decompress(model)
     measure("dense", model)
-    return {"target": target, "split": "test" if data.has_test else "validation", "metric": task.metric, "variants": results}
+    split = "test" if data.has_test else "validation"
+    return {"target": target, "split": split, "metric": task.metric, "remarks": data.remarks, "variants": results}
+
+
+def _open_data(recipe: Recipe, config: PretrainedConfig, model: PreTrainedModel, target: str, console: Console) -> Splits:
+    """The data of a recipe, with their labels mapped by name onto the model's classes. Raises RecipeError if they do not fit."""
+    names = named_classes(model.config)
+    known = KnownClasses(names, target, "") if names else None
+    try:
+        data = task_named(recipe.task).open_data(recipe, config, known)
+        check_known(data.classes, known)
+    except BadRows:
+        raise
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    for line in data.remarks:
+        console.print(line, soft_wrap=True)
+    return data
 
 
 def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Mapping[str, float]:

@@ -152,9 +152,9 @@ def test_bad_rows_are_named_left_out_and_stop_the_run_past_their_share(
     source, columns = _jsonl(tmp_path / "rows.jsonl", [*good, row]), Columns(num_labels=2)
     with pytest.raises(BadRows, match=reason):
         _open(source, tokenizer, columns)
-    data = _open(source, tokenizer, columns, bad=0.1)
+    data = _open(source, tokenizer, columns, bad=0.2)
     assert len(data.train) + len(data.validation) == 19  # type: ignore[arg-type]
-    counted = data.bad_rows(0.1)
+    counted = data.bad_rows(0.2)
     assert (counted.seen, list(counted.reasons.values())) == (20, [1])
     # Rows that are read again are not counted again.
     assert collate([data.train[0]])["rows"] == 0

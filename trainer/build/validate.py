@@ -13,8 +13,9 @@ from ..distributed.strategies import check as check_strategy
 from ..losses.distillation import check_teacher
 from ..recipe.schema import Recipe
 from ..tasks.base import task_named
-from .build import build_model, cost_model, model_config, total_steps
+from .build import build_model, cost_model, model_config, open_data, total_steps
 from .initial_weights import check_start, start_of
+from .opened_data import check_rows
 from .trainable import check_lora, parameter_counts, train_parts
 
 
@@ -33,6 +34,7 @@ class Checked:
         macs_ratio: MACs of the compressed forward ÷ dense; 1 for a dense recipe.
         memory_bytes: estimated training memory of one process: weights, gradients, AdamW, the weight average, a teacher, and the
             activations of a batch if the family has an adapter.
+        remarks: what to know of the data, one line each: classes without rows, bad rows within the allowed share.
     """
 
     parameters: int
@@ -44,6 +46,7 @@ class Checked:
     tokens: list[int]
     macs_ratio: float
     memory_bytes: int
+    remarks: list[str]
 
 
 def validate(recipe: Recipe) -> Checked:
@@ -59,7 +62,8 @@ def validate(recipe: Recipe) -> Checked:
     start = start_of(recipe.model)
     check_start(recipe, start)
     config = model_config(recipe.model, task, start)
-    data = task.open_data(recipe, config)
+    data = open_data(recipe, config, start)
+    remarks = check_rows(recipe, data)
     steps = total_steps(recipe, data)
     teacher = None
     if recipe.distillation is not None:
@@ -95,4 +99,5 @@ def validate(recipe: Recipe) -> Checked:
         tokens=[] if cost is None else [tokens.attention for tokens in cost.layers],
         macs_ratio=1.0 if cost is None else cost.macs_ratio,
         memory_bytes=weights + activations,
+        remarks=remarks,
     )

@@ -97,6 +97,8 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
             highlight=False,
             soft_wrap=True,
         )
+        for line in item.remarks:
+            out.print(f"{name}: {line}", highlight=False, soft_wrap=True)
 
 
 @app.command()
