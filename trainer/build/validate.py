@@ -63,7 +63,6 @@ def validate(recipe: Recipe) -> Checked:
     check_start(recipe, start)
     config = model_config(recipe.model, task, start)
     data = open_data(recipe, config, start)
-    remarks = check_rows(recipe, data)
     steps = total_steps(recipe, data)
     teacher = None
     if recipe.distillation is not None:
@@ -79,6 +78,8 @@ def validate(recipe: Recipe) -> Checked:
             check_deployable(stage for stage in counted.stages if stage.adapter.causal)
         routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
         train_parts(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
+    # After the model, whose settings the rows must fit.
+    remarks = check_rows(recipe, data)
     cost = None if counted is None else counted()
     counts = parameter_counts(model).values()
     parameters, trainable = (routers + sum(group[kind] for group in counts) for kind in ("total", "trainable"))

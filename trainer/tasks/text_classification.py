@@ -56,13 +56,13 @@ class TextClassification(TextTask):
     @classmethod
     def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
         super().fit_config(config, data)
-        assert isinstance(data, LabelledText)
-        inner: Any = config
-        fit_classes(config, data)
-        if getattr(inner, "is_decoder", False):
+        if getattr(config, "is_decoder", False):
             raise ValueError(
                 "the config has is_decoder = true, with which a text is read from left to right only: set model.settings.is_decoder=false"
             )
+        assert isinstance(data, LabelledText)
+        inner: Any = config
+        fit_classes(config, data)
         if not config.name_or_path:
             # A new model uses the special tokens of its tokenizer instead of the family's default ones.
             for name in ("pad", "cls", "sep", "bos", "eos"):
