@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,14 @@ class Evaluated:
         keep: achieved keep by stage.
         macs_ratio: mean over the rows.
         latency: median seconds of the forward of a full batch; None if no batch was full.
+        remarks: what to know of the quality, one line each.
     """
 
     quality: float
     keep: Mapping[str, float]
     macs_ratio: float
     latency: float | None
+    remarks: Sequence[str]
 
 
 def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
@@ -65,17 +67,19 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     model.to(device)
     task = task_named(recipe.task)
     config = model_config(recipe.model, task) if recipe.model.config is not None else model.config
-    data = _open_data(task.of_run(recipe, run), config, model, target, console)
+    data = _open_data(task.of_run(recipe, run), config, model, target)
     loader = DataLoader(data.test, batch_size=recipe.data.eval_batch_size, collate_fn=collate, num_workers=recipe.data.workers)
     results: dict[str, Any] = {}
+    said = dict.fromkeys(data.remarks)
 
     def measure(
         name: str, variant: PreTrainedModel, lookahead: bool = False, decider: PreTrainedModel | None = None
     ) -> Mapping[str, float]:
         console.print(f"evaluating {name} on {len(data.test):,} {task.item}", highlight=False)  # type: ignore[arg-type]
         cost = cost_model(variant, size=task.size(recipe))
-        found = _evaluate(variant.eval(), loader, recipe, task, device, cost, lookahead, decider)
+        found = _evaluate(variant.eval(), loader, recipe, task, device, data, cost, lookahead, decider)
         figures = asdict(found)
+        said.update(dict.fromkeys(figures.pop("remarks")))
         results[name] = {task.metric: figures.pop("quality"), **figures}
         return found.keep
 
@@ -93,11 +97,13 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
                 measure(scorer, control)
         model = decompress(model)
     measure("dense", model)
+    for line in said:
+        console.print(line, soft_wrap=True)
     split = "test" if data.has_test else "validation"
-    return {"target": target, "split": split, "metric": task.metric, "remarks": data.remarks, "variants": results}
+    return {"target": target, "split": split, "metric": task.metric, "remarks": list(said), "variants": results}
 
 
-def _open_data(recipe: Recipe, config: PretrainedConfig, model: PreTrainedModel, target: str, console: Console) -> Splits:
+def _open_data(recipe: Recipe, config: PretrainedConfig, model: PreTrainedModel, target: str) -> Splits:
     """The data of a recipe, with their labels mapped by name onto the model's classes. Raises RecipeError if they do not fit."""
     names = named_classes(model.config)
     known = KnownClasses(names, target, "") if names else None
@@ -108,8 +114,6 @@ def _open_data(recipe: Recipe, config: PretrainedConfig, model: PreTrainedModel,
         raise
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    for line in data.remarks:
-        console.print(line, soft_wrap=True)
     return data
 
 
@@ -168,6 +172,7 @@ def _evaluate(
     recipe: Recipe,
     task: type[Task],
     device: torch.device,
+    data: Splits,
     cost: CostModel | None,
     lookahead: bool,
     decider: PreTrainedModel | None,
@@ -199,4 +204,5 @@ def _evaluate(
         keep=kept.achieved,
         macs_ratio=kept.macs_ratio,
         latency=statistics.median(seconds) if seconds else None,
+        remarks=quality.remarks(data),
     )

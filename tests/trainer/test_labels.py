@@ -16,6 +16,7 @@ from transformers import BertConfig, ViTConfig, ViTForImageClassification
 
 from laconic.data.rows import BadRows, collate, good_rows
 from laconic.modules.checkpoints.adapter_saving import trained_modules
+from laconic.modules.checkpoints.training_checkpoint import about, of_same_model
 from laconic.trainer.build.build import build, model_config
 from laconic.trainer.build.heads import heads_of, named_classes
 from laconic.trainer.build.validate import validate
@@ -226,3 +227,11 @@ def test_images_of_one_pixel_are_read(tmp_path: Path) -> None:
     for augmentation in ("none", "flip", "crop_flip", "resized_crop_flip"):
         overrides = _overrides(path, f"model.config={config}", f"data.augmentation={augmentation}")
         assert all("bad" not in build(load("vit_digits", overrides).recipe).data.train[row] for row in range(4))
+
+
+def test_a_run_is_not_resumed_on_data_whose_classes_have_other_names(run: Path) -> None:
+    model = load_model(run)
+    description = about(model, None)
+    assert of_same_model(description, model, None)
+    model.config.id2label = dict(enumerate(("cat", "dog", "yak")))
+    assert not of_same_model(description, model, None)

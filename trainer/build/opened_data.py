@@ -23,7 +23,7 @@ def check_rows(recipe: Recipe, data: Splits) -> list[str]:
         data: its splits.
 
     Raises:
-        ValueError: the training rows are fewer than a batch of all processes.
+        ValueError: a split has no rows, or the training rows are fewer than a batch of all processes.
         BadRows: more rows are bad than ``data.max_bad_fraction`` allows.
     """
     lines = list(data.remarks)
@@ -33,13 +33,12 @@ def check_rows(recipe: Recipe, data: Splits) -> list[str]:
     data.train_batches(recipe.data.batch_size, 1, recipe.seed, 0, processes_of(recipe.trainer))
     splits: dict[str, Any] = {"train": data.train, "validation": data.validation} | ({"test": data.test} if data.has_test else {})
     for split, rows in splits.items():
+        if not len(rows):
+            raise ValueError(f"the split for {split} has no rows: check data.data_files and the names of the splits")
         chosen = np.unique(np.linspace(0, len(rows) - 1, READ).astype(int)).tolist()
         bad = [item["bad"] for item in (rows[row] for row in chosen) if "bad" in item]
         count = BadRowCount(recipe.data.max_bad_fraction, len(rows))
         count.add(len(chosen), bad)
-        if len(bad) == len(chosen):
-            # Within the allowed share of the whole split only if most of it is never read.
-            BadRowCount(0.0).add(len(chosen), bad)
         if bad:
             lines.append(f"{split}, {len(chosen)} rows read: bad rows {count.summary()}")
     return lines
