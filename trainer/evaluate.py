@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..data.labels.classes import KnownClasses
 from ..data.rows import BadRowCount, BadRows, collate
 from ..data.splits import Splits
 from ..modules.compress import compress, decompress
@@ -27,8 +26,8 @@ from ..modules.stage import stages_of
 from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.scope import COMPLETE
 from ..modules.tokens.trace import Trace
-from .build.build import cost_model, model_config
-from .build.heads import check_known, named_classes
+from .build.build import cost_model, model_config, open_data
+from .build.heads import trained_classes
 from .errors import RecipeError
 from .recipe.schema import Recipe
 from .run_folder import RunFolder, load_model
@@ -105,16 +104,12 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
 
 def _open_data(recipe: Recipe, config: PretrainedConfig, model: PreTrainedModel, target: str) -> Splits:
     """The data of a recipe, with their labels mapped by name onto the model's classes. Raises RecipeError if they do not fit."""
-    names = named_classes(model.config)
-    known = KnownClasses(names, target, "") if names else None
     try:
-        data = task_named(recipe.task).open_data(recipe, config, known)
-        check_known(data.classes, known)
+        return open_data(recipe, config, None, trained_classes(model.config, target))
     except BadRows:
         raise
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    return data
 
 
 def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Mapping[str, float]:

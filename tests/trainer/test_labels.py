@@ -235,3 +235,16 @@ def test_a_run_is_not_resumed_on_data_whose_classes_have_other_names(run: Path) 
     assert of_same_model(description, model, None)
     model.config.id2label = dict(enumerate(("cat", "dog", "yak")))
     assert not of_same_model(description, model, None)
+
+
+def test_evaluate_takes_data_of_one_of_the_model_s_classes_and_refuses_others_with_2(
+    run: Path, tmp_path: Path, clean: CleanProcesses
+) -> None:
+    one = _parquet(tmp_path / "one.parquet", ("owl",), ["owl"] * 24)
+    done = clean.module("laconic", ["evaluate", str(run), f"data.data_files={one}"])
+    assert done.returncode == 0, done.stderr
+    assert "accuracy says nothing of the classes 'cat', 'dog', of 3 in all" in done.stdout
+    other = _parquet(tmp_path / "other.parquet", ("fox", "owl"), ["fox", "owl"] * 12)
+    done = clean.module("laconic", ["evaluate", str(run), f"data.data_files={other}"])
+    assert done.returncode == 2
+    assert "error: the data have the class 'fox', and the trained model has the classes 'cat', 'dog', 'owl'" in done.stderr

@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from ...data.labels.classes import KnownClasses
 from ...data.splits import Splits
 from ...modules.backbones import families
 from ...modules.budget.budget import Budget
@@ -73,14 +74,20 @@ def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] 
     return RunParts(recipe, data, model, cost, budget, steps, base)
 
 
-def open_data(recipe: Recipe, config: PretrainedConfig, start: Start | None) -> Splits:
-    """The splits of a recipe; labels are mapped by name onto the classes of the initial weights.
+def open_data(recipe: Recipe, config: PretrainedConfig, start: Start | None, known: KnownClasses | None = None) -> Splits:
+    """The splits of a recipe; labels are mapped by name onto the classes of a trained model.
+
+    Args:
+        recipe: the recipe.
+        config: config of the model.
+        start: initial weights of a training run, whose classes count; None for random ones.
+        known: classes of the model that is evaluated; None takes those of ``start``.
 
     Raises:
-        ValueError: the data cannot be opened, or have classes that the initial weights lack.
+        ValueError: the data cannot be opened, or have classes that the model lacks.
     """
     task = task_named(recipe.task)
-    known = known_classes(recipe, start, task.model_class(config.model_type))
+    known = known or known_classes(recipe, start, task.model_class(config.model_type))
     data = task.open_data(recipe, config, known)
     check_known(data.classes, known)
     return data

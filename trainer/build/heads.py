@@ -37,6 +37,17 @@ def known_classes(recipe: Recipe, start: Start | None, model_class: type[PreTrai
     return KnownClasses(names, f"model.name = {start.name!r}", ANEW if trained_here else None) if names else None
 
 
+def trained_classes(config: PretrainedConfig, owner: str) -> KnownClasses | None:
+    """The classes of a trained model that is evaluated or shown; None if they have no names.
+
+    Args:
+        config: config of the model.
+        owner: the model, for messages.
+    """
+    names = named_classes(config)
+    return KnownClasses(names, owner, "") if names else None
+
+
 def check_known(classes: Sequence[str], known: KnownClasses | None) -> None:
     """Raises ValueError if the classes of opened data are not numbered as a trained model numbers them: data that come with Laconic and
     masks have classes of their own, onto which nothing is mapped."""

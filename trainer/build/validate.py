@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PretrainedConfig
 
 from ...modules.budget.budget import Budget
 from ...modules.compatibility import check_deployable
@@ -14,6 +14,7 @@ from ..losses.distillation import check_teacher
 from ..recipe.schema import Recipe
 from ..tasks.base import task_named
 from .build import build_model, cost_model, model_config, open_data, total_steps
+from .heads import trained_classes
 from .initial_weights import check_start, start_of
 from .opened_data import check_rows
 from .trainable import check_lora, parameter_counts, train_parts
@@ -49,8 +50,12 @@ class Checked:
     remarks: list[str]
 
 
-def validate(recipe: Recipe) -> Checked:
+def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked:
     """Checks a recipe against its real config and data; weights are neither loaded nor initialised.
+
+    Args:
+        recipe: the recipe.
+        trained: config of the model that the recipe has trained, to evaluate it; None to train it.
 
     Raises:
         ValueError: the recipe is wrong; the message says what is allowed.
@@ -62,7 +67,7 @@ def validate(recipe: Recipe) -> Checked:
     start = start_of(recipe.model)
     check_start(recipe, start)
     config = model_config(recipe.model, task, start)
-    data = open_data(recipe, config, start)
+    data = open_data(recipe, config, start, None if trained is None else trained_classes(trained, "the trained model"))
     steps = total_steps(recipe, data)
     teacher = None
     if recipe.distillation is not None:

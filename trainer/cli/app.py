@@ -148,9 +148,13 @@ def evaluate(
         from ..run_folder import RunFolder
 
         recipe = RunFolder.open(target).read_recipe(overrides or [])
+        from ..build.initial_weights import start_of
         from ..build.validate import validate as check
+        from ..recipe.schema import ModelRecipe
 
-        check(recipe)
+        start = start_of(ModelRecipe(name=target))
+        assert start is not None
+        check(recipe, start.config)
     out = console(as_json)
     with running():
         result = run(target, recipe, out)

@@ -22,7 +22,7 @@ from ...data.splits import Splits
 from ...modules.backbones import families
 from ...modules.backbones.vision import VisionModel
 from ...modules.tokens.trace import Trace
-from ..build.heads import named_classes
+from ..build.heads import trained_classes
 from ..build.initial_weights import encoder_weights, start_of
 from ..build.parts import RunParts
 from ..recipe.schema import Recipe
@@ -86,8 +86,7 @@ class ImageTask(Task):
             )
         if to.suffix != ".png":
             raise ValueError(f"--to {to}: pictures of kept tokens need the suffix .png")
-        names = named_classes(model.config)
-        data = cls.open_data(cls.resolved(recipe), model.config, KnownClasses(names, target, "") if names else None)
+        data = cls.open_data(cls.resolved(recipe), model.config, trained_classes(model.config, target))
         batch = collate(good_rows(data.test, PICTURED))
         trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])
         with torch.no_grad():
