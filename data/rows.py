@@ -59,6 +59,21 @@ class BadRowCount:
         return f"{sum(self.reasons.values())} of {self.seen} rows: {named}" if named else f"0 of {self.seen} rows"
 
 
+def good_rows(rows: Any, number: int) -> list[dict[str, Any]]:
+    """The first good items of a split, at most ``number``. Raises BadRows if all are bad."""
+    found, bad = list[dict[str, Any]](), BadRowCount(1.0)
+    for index in range(len(rows)):
+        item = rows[index]
+        bad.add(1, [item["bad"]] if "bad" in item else [])
+        if "bad" not in item:
+            found.append(item)
+        if len(found) == number:
+            break
+    if not found:
+        raise BadRows(f"every row is bad: {bad.summary()}")
+    return found
+
+
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of the good items, with ``bad``, the BadRow of each bad item, and ``rows``, the number of data rows read for all items.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import lightning
 from torch.utils.data import DataLoader, Dataset
 
+from .labels.classes import without
 from .loader import EvalBatches, ResumableLoader, StepBatches, leave_to_parent
 from .rows import BadRowCount, collate
 
@@ -21,6 +23,9 @@ class Splits:
         train, validation, test: data sets; ``test`` is ``validation`` if there is no test split.
         classes: names of the classes; empty without labels.
         has_test: whether ``test`` is a separate split.
+        counts: what was counted of each class when the data were opened, by name of the split; empty if nothing was.
+        unit: what was counted.
+        notes: what else to know of the data before training, one line each.
     """
 
     train: Dataset[Any]
@@ -28,6 +33,20 @@ class Splits:
     test: Dataset[Any]
     classes: list[str] = field(default_factory=list)
     has_test: bool = True
+    counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    unit: str = "rows"
+    notes: Sequence[str] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """What to know of the data before training: a line for each class without rows."""
+        return [*self.notes, *without(self.classes, self.counts, self.unit)]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was counted of each class when the data were opened, and the remarks, for a report."""
+        counts = {split: dict(zip(self.classes, numbers, strict=True)) for split, numbers in self.counts.items()}
+        return {"unit": self.unit, "counts": counts, "remarks": self.remarks}
 
     @property
     def train_rows(self) -> int | None:

@@ -209,6 +209,8 @@ def train_arm(
     with (run.log if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w", encoding="utf-8") as log:
         output = RunLog(console, log)
         _describe(parts, name, output)
+        for remark in parts.data.remarks:
+            output.line(remark)
         module = task_named(parts.recipe.task).module(parts)
         line = StepLine(output, parts.total_steps, recipe.trainer.log_every, name, module.task)
         saving = Checkpoints(run, parts.total_steps, recipe.trainer.checkpoint_every, signals or StopSignals(), checkpoint)
@@ -226,6 +228,8 @@ def train_arm(
             saving.check()
         if module.bad_rows.reasons:
             output.line(f"bad rows: {module.bad_rows.summary()}")
+        for remark in module.quality.remarks(parts.data):
+            output.line(remark)
     arm = _arm(loaded.name, parts, module, line.throughput)
     stages = list(stages_of(parts.model).values())
     if parts.base is None and stages and all(stage.idle for stage in stages):
@@ -386,5 +390,6 @@ def _report(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench |
         throughput={"unit": main.module.task.unit, "per_second": arm.per_second},
         parameters=arm.parameters,
         bad_rows=main.module.bad_rows.summary(),
+        data=main.parts.data.facts,
         versions=versions(),
     )

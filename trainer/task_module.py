@@ -197,7 +197,9 @@ class TaskModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises RecipeError if the checkpoint belongs to another base, or if its tensors differ from the trainable ones."""
         if not of_same_model(checkpoint[KEY], self.model, self.base):
-            raise RecipeError("the checkpoint belongs to another model or to other frozen weights: start a new run with another output")
+            raise RecipeError(
+                "the checkpoint belongs to another model, to other classes or to other frozen weights: start a new run with another output"
+            )
         if self.base is not None and "state_dict" in checkpoint:
             lost = {STATE_PREFIX + name for name in kept_names(self.model)} ^ checkpoint["state_dict"].keys()
             if lost:

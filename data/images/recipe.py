@@ -107,7 +107,7 @@ class MaskRecipe(ImageRecipe):
     holds: ClassVar[str] = "images with masks"
 
     mask_column: str | None = Field(None, description="column with the masks, one number a pixel; null looks for a usual name")
-    ignore_index: Annotated[int, Field(ge=0, le=255)] = Field(
+    ignore_index: Annotated[int, Field(ge=0, le=65535)] = Field(
         255, description="mask value of pixels without a class; they are left out of the loss and the metric"
     )
     num_labels: Annotated[int, Field(ge=2)] | None = Field(None, description="number of classes; required for files and hub names")

@@ -58,7 +58,7 @@ def about(model: PreTrainedModel, base: Base | None) -> str:
 
 
 def of_same_model(description: str, model: PreTrainedModel, base: Base | None) -> bool:
-    """True if a checkpoint has the same class, stages, LoRA and frozen weights as a model.
+    """True if a checkpoint has the same class, stages, labels, LoRA and frozen weights as a model.
 
     Args:
         description: result of ``about`` for the checkpoint.
@@ -68,7 +68,7 @@ def of_same_model(description: str, model: PreTrainedModel, base: Base | None) -
     before, now = json.loads(description), json.loads(about(model, base))
     # Other settings of the config may change during training and between versions of transformers.
     return before.get("adapter") == now.get("adapter") and all(
-        before["config"].get(key) == now["config"].get(key) for key in ("architectures", "compression")
+        before["config"].get(key) == now["config"].get(key) for key in ("architectures", "compression", "id2label")
     )
 
 

@@ -134,7 +134,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(runs: Path, console
         model.vit.layernorm.bias += 1
     model.save_pretrained(runs / "base" / "model")
     try:
-        with pytest.raises(RecipeError, match="belongs to another model or to other frozen weights"):
+        with pytest.raises(RecipeError, match="belongs to another model, to other classes or to other frozen weights"):
             train_arm(loaded, "arm", runs / "resumed", console, resume="auto")
     finally:
         weights.write_bytes(before)

@@ -157,7 +157,7 @@ def _merge_in(model: PreTrainedModel, adapter: Adapter) -> None:
 
 
 def _copy_full(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Copies an adapter's fully trained modules whose shapes fit; a head for other classes stays new."""
+    """Copies an adapter's fully trained modules whose shapes fit, except those in ``new``."""
     state = model.state_dict()
     for module in adapter.full:
         tensors = {name: value for name, value in adapter.full_tensors.items() if name.startswith(f"{module}.")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PretrainedConfig
 
 from ...modules.budget.budget import Budget
 from ...modules.compatibility import check_deployable
@@ -13,8 +13,10 @@ from ..distributed.strategies import check as check_strategy
 from ..losses.distillation import check_teacher
 from ..recipe.schema import Recipe
 from ..tasks.base import task_named
-from .build import build_model, cost_model, model_config, total_steps
+from .build import build_model, cost_model, model_config, open_data, total_steps
+from .heads import trained_classes
 from .initial_weights import check_start, start_of
+from .opened_data import check_rows
 from .trainable import check_lora, parameter_counts, train_parts
 
 
@@ -33,6 +35,7 @@ class Checked:
         macs_ratio: MACs of the compressed forward ÷ dense; 1 for a dense recipe.
         memory_bytes: estimated training memory of one process: weights, gradients, AdamW, the weight average, a teacher, and the
             activations of a batch if the family has an adapter.
+        remarks: what to know of the data, one line each: classes without rows, bad rows within the allowed share.
     """
 
     parameters: int
@@ -44,10 +47,15 @@ class Checked:
     tokens: list[int]
     macs_ratio: float
     memory_bytes: int
+    remarks: list[str]
 
 
-def validate(recipe: Recipe) -> Checked:
+def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked:
     """Checks a recipe against its real config and data; weights are neither loaded nor initialised.
+
+    Args:
+        recipe: the recipe.
+        trained: config of the model that the recipe has trained, to evaluate it; None to train it.
 
     Raises:
         ValueError: the recipe is wrong; the message says what is allowed.
@@ -59,7 +67,7 @@ def validate(recipe: Recipe) -> Checked:
     start = start_of(recipe.model)
     check_start(recipe, start)
     config = model_config(recipe.model, task, start)
-    data = task.open_data(recipe, config)
+    data = open_data(recipe, config, start, None if trained is None else trained_classes(trained, "the trained model"))
     steps = total_steps(recipe, data)
     teacher = None
     if recipe.distillation is not None:
@@ -75,6 +83,8 @@ def validate(recipe: Recipe) -> Checked:
             check_deployable(stage for stage in counted.stages if stage.adapter.causal)
         routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
         train_parts(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
+    # After the model, whose settings the rows must fit.
+    remarks = check_rows(recipe, data)
     cost = None if counted is None else counted()
     counts = parameter_counts(model).values()
     parameters, trainable = (routers + sum(group[kind] for group in counts) for kind in ("total", "trainable"))
@@ -95,4 +105,5 @@ def validate(recipe: Recipe) -> Checked:
         tokens=[] if cost is None else [tokens.attention for tokens in cost.layers],
         macs_ratio=1.0 if cost is None else cost.macs_ratio,
         memory_bytes=weights + activations,
+        remarks=remarks,
     )

@@ -97,6 +97,8 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
             highlight=False,
             soft_wrap=True,
         )
+        for line in item.remarks:
+            out.print(f"{name}: {line}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -146,9 +148,13 @@ def evaluate(
         from ..run_folder import RunFolder
 
         recipe = RunFolder.open(target).read_recipe(overrides or [])
+        from ..build.initial_weights import start_of
         from ..build.validate import validate as check
+        from ..recipe.schema import ModelRecipe
 
-        check(recipe)
+        start = start_of(ModelRecipe(name=target))
+        assert start is not None
+        check(recipe, start.config)
     out = console(as_json)
     with running():
         result = run(target, recipe, out)

@@ -13,13 +13,12 @@ from ..tasks.base import task_named
 from .base import Format, auto_class, base_name, compressed
 from .source import ExportSource, Settings
 
-# transformers' pipeline tag for each Auto class.
+# transformers' pipeline for each Auto class that it can run: its segmentation stretches a map of the cropped centre over the whole image,
+# and it has none for pretraining.
 _PIPELINES = {
     "AutoModelForImageClassification": "image-classification",
-    "AutoModelForSemanticSegmentation": "image-segmentation",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForCausalLM": "text-generation",
-    "AutoModelForPreTraining": "feature-extraction",
 }
 
 
@@ -47,6 +46,7 @@ def facts(source: ExportSource) -> dict[str, Any]:
         "macs_ratio": {"requested": cost.macs_ratio if cost else None, "achieved": report.get("macs_ratio")},
         "step_speedup": (report.get("step_time") or {}).get("speedup"),
         "cores": (report.get("versions") or {}).get("cores"),
+        "grey": getattr(model.config, "num_channels", None) == 1,
     }
 
 
@@ -122,6 +122,11 @@ def _pair(values: Mapping[str, float | None]) -> str:
 
 def _notes(kind: str, about: Mapping[str, Any]) -> list[str]:
     notes = ["`export.json` has sizes and hashes of all files, and the largest difference between the export's and the model's answers."]
+    if about["grey"]:
+        notes.append(
+            "The model takes grey images. The image processor of this folder converts to grey: "
+            "`AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)`, which a pipeline takes as `image_processor`."
+        )
     if kind == "standalone":
         notes.append("Without `trust_remote_code=True` transformers builds the dense class and reports the stages' weights as unexpected.")
     return notes

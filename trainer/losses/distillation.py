@@ -130,6 +130,8 @@ def check_teacher(recipe: DistillationRecipe, model: Any, student: PretrainedCon
         raise ValueError(f"{given} is compressed, and a teacher must be dense: use the run of a recipe without compression")
     if not any(str(item).endswith("ForImageClassification") for item in config.architectures or []):
         raise ValueError(f"{given} is not an image classifier (its architecture is {config.architectures}): train one on these data first")
+    # What the outputs are belongs to the task, whatever the checkpoint was saved with.
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     _check_labels(given, config, classes)
     if recipe.hidden:
         for key in ("hidden_size", "patch_size", "image_size", "model_type"):

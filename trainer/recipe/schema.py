@@ -42,6 +42,7 @@ class ModelRecipe(Block):
     settings: dict[str, Any] = Field(
         default_factory=dict, description="changes to the model's own config: hidden_dropout_prob, drop_path_rate if the family has it …"
     )
+    new_head: bool = Field(False, description="train a new head for the classes of the data in place of the one that model.name has")
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field("sdpa", description="attention implementation")
 
     @model_validator(mode="after")
@@ -52,6 +53,8 @@ class ModelRecipe(Block):
             )
         if self.encoder_routers and self.encoder_of is None:
             raise ValueError("model.encoder_routers = true needs model.encoder_of, which is not set: set it to a masked pretraining")
+        if self.new_head and self.name is None:
+            raise ValueError("model.new_head = true replaces the head of model.name, which is not set: remove model.new_head")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config.model_type is missing: vit or deit, for example")
         return self

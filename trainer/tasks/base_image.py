@@ -16,16 +16,18 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ...data.images.recipe import DRAWN, ImageRecipe
 from ...data.images.splits import ImageData
 from ...data.images.transform import ImageTransform
-from ...data.rows import collate
+from ...data.labels.classes import KnownClasses
+from ...data.rows import collate, good_rows
 from ...data.splits import Splits
 from ...modules.backbones import families
 from ...modules.backbones.vision import VisionModel
 from ...modules.tokens.trace import Trace
+from ..build.heads import trained_classes
 from ..build.initial_weights import encoder_weights, start_of
 from ..build.parts import RunParts
 from ..recipe.schema import Recipe
 from ..show.pictures import PICTURED, draw_arms, overlays, save_kept_tokens
-from .base import PROBES, Task, give_labels
+from .base import PROBES, Task, fit_classes, give_labels
 
 
 class ImageTask(Task):
@@ -40,13 +42,12 @@ class ImageTask(Task):
         return with_normalisation(recipe)
 
     @classmethod
-    def open_data(cls, recipe: Recipe, config: PretrainedConfig) -> ImageData:
-        return _open_data(cls, recipe, config)
+    def open_data(cls, recipe: Recipe, config: PretrainedConfig, known: KnownClasses | None = None) -> ImageData:
+        return _open_data(cls, recipe, config, known)
 
     @classmethod
     def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
-        names = dict(enumerate(data.classes))
-        config.id2label, config.label2id = names, {name: code for code, name in names.items()}
+        fit_classes(config, data)
 
     @classmethod
     def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
@@ -85,8 +86,8 @@ class ImageTask(Task):
             )
         if to.suffix != ".png":
             raise ValueError(f"--to {to}: pictures of kept tokens need the suffix .png")
-        data = cls.open_data(cls.resolved(recipe), model.config)
-        batch = collate([data.test[index] for index in range(PICTURED)])
+        data = cls.open_data(cls.resolved(recipe), model.config, trained_classes(model.config, target))
+        batch = collate(good_rows(data.test, PICTURED))
         trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])
         with torch.no_grad():
             cls.forward(model, batch, trace=trace)
@@ -99,13 +100,14 @@ class ImageTask(Task):
         raise NotImplementedError
 
     @classmethod
-    def hub_data(cls, recipe: Any, transform: ImageTransform, seed: int) -> ImageData:
+    def hub_data(cls, recipe: Any, transform: ImageTransform, seed: int, known: KnownClasses | None) -> ImageData:
         """The splits of any data set of Hugging Face ``datasets``.
 
         Args:
             recipe: ``data`` block of the task's kind of data.
             transform: converts a decoded image to pixels.
             seed: seed of the augmentation.
+            known: classes of the trained model; None if it has none.
         """
         raise NotImplementedError
 
@@ -132,6 +134,8 @@ def image_input(config: Any) -> tuple[int, int]:
     height, width, channels = adapter.image_input(config)
     if height != width:
         raise ValueError(f"model.config.image_size = {(height, width)}: images are cropped to squares, set one number")
+    if channels not in (1, 3):
+        raise ValueError(f"model.config.num_channels = {channels}: images have 3 channels (RGB) or 1 (grey), set one of them")
     return height, channels
 
 
@@ -157,7 +161,7 @@ def with_normalisation(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": data.model_copy(update={"mean": list(mean), "std": list(std)})})
 
 
-def _open_data(task: type[ImageTask], whole: Recipe, config: Any) -> ImageData:
+def _open_data(task: type[ImageTask], whole: Recipe, config: Any, known: KnownClasses | None) -> ImageData:
     """The splits of a recipe as inputs for the model of ``config``."""
     recipe, seed = with_normalisation(whole).data, whole.seed
     assert isinstance(recipe, ImageRecipe)
@@ -171,7 +175,7 @@ def _open_data(task: type[ImageTask], whole: Recipe, config: Any) -> ImageData:
             )
         return task.embedded_data(recipe, seed)
     mean, std = _per_channel(recipe.mean, channels), _per_channel(recipe.std, channels)
-    return task.hub_data(recipe, ImageTransform(size, channels, mean, std, **recipe.augmentations), seed)
+    return task.hub_data(recipe, ImageTransform(size, channels, mean, std, **recipe.augmentations), seed, known)
 
 
 def _per_channel(values: list[float], channels: int) -> tuple[float, ...]:

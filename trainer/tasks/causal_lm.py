@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ...data.labels.classes import KnownClasses
 from ...data.splits import Splits
 from ...data.text.recipe import DocumentRecipe
 from ...data.text.splits import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
@@ -78,7 +79,7 @@ class CausalLM(TextTask):
         return (model, report) if with_report else model
 
     @classmethod
-    def open_data(cls, recipe: Recipe, config: PretrainedConfig) -> TextData:
+    def open_data(cls, recipe: Recipe, config: PretrainedConfig, known: KnownClasses | None = None) -> TextData:
         data = recipe.data
         assert isinstance(data, DocumentRecipe)
         settings = TextSettings(

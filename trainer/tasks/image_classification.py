@@ -15,6 +15,7 @@ from ...data.images.mixing import Mixing, soft_labels
 from ...data.images.recipe import ImageRecipe, LabelledImageRecipe
 from ...data.images.splits import ImageData, hub_images, scattered_digits
 from ...data.images.transform import ImageTransform
+from ...data.labels.classes import KnownClasses
 from ...modules.backbones import adapter_for, families
 from ..build.parts import RunParts
 from ..losses.distillation import Distillation, load_teacher
@@ -98,8 +99,8 @@ class ImageClassification(ImageTask):
         return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed)
 
     @classmethod
-    def hub_data(cls, recipe: LabelledImageRecipe, transform: ImageTransform, seed: int) -> ImageData:
-        return hub_images(recipe.source, recipe.splits, recipe.num_labels, transform, seed)
+    def hub_data(cls, recipe: LabelledImageRecipe, transform: ImageTransform, seed: int, known: KnownClasses | None) -> ImageData:
+        return hub_images(recipe.source, recipe.splits, recipe.num_labels, transform, seed, recipe.max_bad_fraction, known)
 
     @classmethod
     def module(cls, parts: RunParts) -> TaskModule:

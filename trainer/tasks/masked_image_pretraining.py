@@ -14,6 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel, ViTMAEForPreTraining
 from ...data.images.recipe import ImageRecipe
 from ...data.images.splits import ImageData, hub_images, scattered_digits
 from ...data.images.transform import ImageTransform
+from ...data.labels.classes import KnownClasses
+from ...data.splits import Splits
 from ...modules import registry
 from ...modules.backbones import adapter_for
 from ...modules.backbones.vision import pair
@@ -86,8 +88,12 @@ class MaskedImagePretraining(ImageTask):
         return replace(scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed), classes=[])
 
     @classmethod
-    def hub_data(cls, recipe: ImageRecipe, transform: ImageTransform, seed: int) -> ImageData:
-        return hub_images(recipe.source, recipe.splits, None, transform, seed, labelled=False)
+    def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
+        config.id2label, config.label2id = {}, {}
+
+    @classmethod
+    def hub_data(cls, recipe: ImageRecipe, transform: ImageTransform, seed: int, known: KnownClasses | None) -> ImageData:
+        return hub_images(recipe.source, recipe.splits, None, transform, seed, recipe.max_bad_fraction, labelled=False)
 
     @classmethod
     def module(cls, parts: RunParts) -> TaskModule:
