@@ -31,6 +31,7 @@ class BadRowCount:
     Attributes:
         allowed: allowed share of bad rows, relative to the larger of ``seen`` and ``expected``.
         expected: expected number of rows, so that one early bad row is not a high share.
+        split: name of the split for messages; empty if the count is of all data.
         seen: number of rows seen.
         reasons: number of bad rows by reason.
         first: index of the first bad row of each reason.
@@ -38,6 +39,7 @@ class BadRowCount:
 
     allowed: float
     expected: int = 0
+    split: str = ""
     seen: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
@@ -49,9 +51,15 @@ class BadRowCount:
             self.reasons[row.reason] = self.reasons.get(row.reason, 0) + 1
             self.first.setdefault(row.reason, row.index)
         if sum(self.reasons.values()) > self.allowed * max(self.seen, self.expected):
+            where = f"the {self.split} data" if self.split else "the data"
             raise BadRows(
-                f"bad rows in the data: {self.summary()}; fix them, or allow a share with data.max_bad_fraction (now {self.allowed})"
+                f"bad rows in {where}: {self.summary()}; fix them, or allow a share with data.max_bad_fraction (now {self.allowed})"
             )
+
+    def add_split(self, split: str, rows: int, bad: list[BadRow]) -> None:
+        """Counts a whole split, for which the allowed share holds by itself too. Raises BadRows above it."""
+        BadRowCount(self.allowed, rows, split).add(rows, bad)
+        self.add(rows, bad)
 
     def summary(self) -> str:
         """``3 of 128 rows: 2 × undecodable image (first at row 17), …``."""

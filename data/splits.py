@@ -21,6 +21,7 @@ class Splits:
         train, validation, test: data sets; ``test`` is ``validation`` if there is no test split.
         classes: names of the classes; empty without labels.
         has_test: whether ``test`` is a separate split.
+        notes: lines about the data for the log and ``laconic validate``.
     """
 
     train: Dataset[Any]
@@ -28,6 +29,7 @@ class Splits:
     test: Dataset[Any]
     classes: list[str] = field(default_factory=list)
     has_test: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def train_rows(self) -> int | None:

@@ -205,6 +205,8 @@ def train_arm(
     collective.from_rank_zero(lambda: _open_folder(run, recipe))
     with (run.log if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w", encoding="utf-8") as log:
         output = RunLog(console, log)
+        for note in parts.data.notes:
+            output.line(note)
         _describe(parts, name, output)
         module = task_named(parts.recipe.task).module(parts)
         line = StepLine(output, parts.total_steps, recipe.trainer.log_every, name, module.task)

@@ -144,14 +144,14 @@ class TaskModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         if not self.validated:
             return
-        self._sum_over_ranks()
+        self._sum_over_ranks("validation")
         self.log(f"val/{self.task.metric}", self.quality.value, prog_bar=True)
 
     def on_test_epoch_end(self) -> None:
-        self._sum_over_ranks()
+        self._sum_over_ranks("test")
         self.log(f"test/{self.task.metric}", self.quality.value)
 
-    def _sum_over_ranks(self) -> None:
+    def _sum_over_ranks(self, split: str) -> None:
         """Sums the counts of all ranks on every rank, before any division. Raises BadRows on all ranks or on none."""
         ranks = collective.gather((self.quality, self._rows, self._bad, self._kept, self.ahead))
         self._start_counting()
@@ -162,7 +162,7 @@ class TaskModule(lightning.LightningModule):
             self._rows += rows
             self._bad += bad
             self._kept.merge(kept)
-        self.bad_rows.add(self._rows, self._bad)
+        self.bad_rows.add_split(split, self._rows, self._bad)
 
     @property
     def achieved_keep(self) -> dict[str, float]:

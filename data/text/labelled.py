@@ -18,7 +18,7 @@ from ..loader import BucketedBatches, StepBatches
 from ..rows import BadRow, BadRowCount
 from ..source import DataSource, SplitNames
 from ..splits import Splits
-from .documents import text_column
+from .columns import SHOWN, find_columns
 
 # Makes or loads a tokenizer; the argument is the training texts.
 TokenizerOf = Callable[[Iterable[str]], Any]
@@ -135,51 +135,53 @@ def hub_labelled_text(
     classes = class_names(train, label)
     if columns.num_labels is not None and len(classes) != columns.num_labels:
         classes = [str(value) for value in range(columns.num_labels)]
-    text = _text_column(train, columns, label)
+    others = [name for name in train.column_names if name not in (label, columns.second)]
+    found = find_columns(others, train.features, [train[row] for row in range(min(SHOWN, len(train)))], columns.text, plain=True)
+    assert found.text is not None
     if columns.second is not None and columns.second not in train.column_names:
         raise ValueError(
             f"data.second_text_column = {columns.second!r} is missing from the data: its columns are {', '.join(train.column_names)}"
         )
-    texts = [text] if columns.second is None else [text, columns.second]
+    texts = [found.text, *([columns.second] if columns.second is not None else [])]
     tokenizer = tokenizer_of(value for name in texts for value in train[name] if isinstance(value, str))
     frame_of(tokenizer)
-    opened = [rows for rows in (train, validation, test) if rows is not None]
-    counted = BadRowCount(max_bad_fraction, sum(map(len, opened)))
-    read = {id(rows): _read(rows, texts, label, classes, tokenizer, length, counted, rows is train) for rows in opened}
+    opened = {name: rows for name, rows in (("train", train), ("validation", validation), ("test", test)) if rows is not None}
+    counted = BadRowCount(max_bad_fraction, len(train))
+    read = {name: _read(name, rows, texts, label, classes, tokenizer, length, counted) for name, rows in opened.items()}
     return LabelledText(
-        train=read[id(train)],
-        validation=read[id(validation)],
-        test=read[id(validation if test is None else test)],
+        train=read["train"],
+        validation=read["validation"],
+        test=read["validation" if test is None else "test"],
         classes=classes,
         has_test=test is not None,
+        notes=(found.note,),
         tokenizer=tokenizer,
         length=length,
         counted=counted,
     )
 
 
-def _text_column(rows: Any, columns: Columns, label: str) -> str:
-    others = [name for name in rows.column_names if name not in (label, columns.second)]
-    found = text_column(others, rows.features, columns.text)
-    if found is None:
-        raise ValueError(f"no column of texts found: set data.text_column to one of {', '.join(others)}")
-    return found
-
-
 def _read(
-    rows: Any, texts: list[str], label: str, names: list[str], tokenizer: Any, length: int, counted: BadRowCount, shuffled: bool
+    split: str, rows: Any, texts: list[str], label: str, names: list[str], tokenizer: Any, length: int, counted: BadRowCount
 ) -> TextRows:
-    """Encodes a split (``datasets`` caches the result beside the split if it is on disk) and removes bad rows."""
+    """Encodes a split (``datasets`` caches the result beside the split if it is on disk) and removes bad rows.
+
+    Raises:
+        BadRows: the share of bad rows of this split exceeds the allowed one.
+        ValueError: every row is bad.
+    """
     encoded = rows.map(
         _encode, batched=True, fn_kwargs={"tokenizer": tokenizer, "texts": texts, "length": length}, remove_columns=rows.column_names
     )
     labels, bad = label_codes(rows[label], names)
     bad |= {row: reason for row, reason in enumerate(encoded["bad"]) if reason}
-    counted.add(len(rows), [BadRow(row, bad[row]) for row in sorted(bad)])
+    counted.add_split(split, len(rows), [BadRow(row, bad[row]) for row in sorted(bad)])
+    if len(bad) == len(rows):
+        raise ValueError(f"no row of the {split} data can be used: {counted.summary()}; check data.{split}_split and data.max_bad_fraction")
     lengths = np.asarray(encoded["tokens"], np.int64)
     good = np.asarray([row for row in range(len(rows)) if row not in bad], np.int64)
-    # Without shuffling, rows are sorted by length, so that batches need little padding.
-    order = good if shuffled else good[np.argsort(lengths[good], kind="stable")]
+    # Evaluated rows are not shuffled: sorted by length, their batches need little padding.
+    order = good if split == "train" else good[np.argsort(lengths[good], kind="stable")]
     return TextRows(encoded, order, labels, lengths)
 
 

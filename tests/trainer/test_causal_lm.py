@@ -394,3 +394,13 @@ def test_layers_with_windows_add_up_to_the_cost_of_the_model(tmp_path: Path) -> 
     assert len({row["macs"] for row in cost["layers"]}) == 1
     for total, each in (("macs", "macs"), ("dense_macs", "dense_macs")):
         assert sum(row[each] for row in cost["layers"]) + cost["embed_macs"] + cost["head_macs"] == pytest.approx(cost[total], rel=1e-6)
+
+
+def test_the_columns_that_are_read_are_in_the_log_and_in_a_validation(tmp_path: Path, tiny: list[str], console: Console) -> None:
+    rows = [{"body": f"Row {index} has a text of its own.", "score": index} for index in range(40)]
+    data = ["data.name=json", f"data.data_files={jsonl(tmp_path / 'rows.jsonl', rows)}", "data.batch_size=2"]
+    note = "data: texts of column 'body', guessed because it is the only one that fits: data.text_column names another; not read: score"
+    recipe = load("llm_pretrain_dense", [*tiny, *data])
+    assert validate(recipe.recipe).notes == (note,)
+    train_arm(recipe, "dense", tmp_path / "run", console)
+    assert note in (tmp_path / "run" / "log.txt").read_text()

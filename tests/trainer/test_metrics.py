@@ -8,8 +8,12 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from laconic.data.rows import BadRows
 from laconic.trainer.metrics.accuracy import Accuracy
 from laconic.trainer.metrics.mean_iou import MeanIoU
+from laconic.trainer.metrics.perplexity import Perplexity
+from laconic.trainer.metrics.quality import Quality
+from laconic.trainer.metrics.reconstruction import Reconstruction
 
 CLASSES = 5
 
@@ -26,7 +30,12 @@ def test_accuracy_is_that_of_torchmetrics_over_all_batches_and_ranks_and_divided
     ranks[0].merge(ranks[1])
     assert ranks[0].value == right / 30
     assert ranks[0].value == pytest.approx(float(reference.compute()), rel=1e-6)
-    assert Accuracy().value == 0.0
+
+
+@pytest.mark.parametrize("quality", [Accuracy, Perplexity, Reconstruction])
+def test_a_mean_over_nothing_is_refused(quality: type[Quality]) -> None:
+    with pytest.raises(BadRows, match="were counted, so there is no metric: check the rows of data.validation_split"):
+        _ = quality().value
 
 
 def test_mean_iou_is_that_of_torchmetrics_over_all_images() -> None:

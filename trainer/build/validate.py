@@ -33,6 +33,7 @@ class Checked:
         macs_ratio: MACs of the compressed forward ÷ dense; 1 for a dense recipe.
         memory_bytes: estimated training memory of one process: weights, gradients, AdamW, the weight average, a teacher, and the
             activations of a batch if the family has an adapter.
+        notes: lines about the data, such as the columns that are read.
     """
 
     parameters: int
@@ -44,6 +45,7 @@ class Checked:
     tokens: list[int]
     macs_ratio: float
     memory_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def validate(recipe: Recipe) -> Checked:
@@ -95,4 +97,5 @@ def validate(recipe: Recipe) -> Checked:
         tokens=[] if cost is None else [tokens.attention for tokens in cost.layers],
         macs_ratio=1.0 if cost is None else cost.macs_ratio,
         memory_bytes=weights + activations,
+        notes=data.notes,
     )

@@ -83,6 +83,8 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
     emit({name: asdict(item) for name, item in checked.items()}, as_json)
     out = console(as_json)
     for name, item in checked.items():
+        for note in item.notes:
+            out.print(note, highlight=False, soft_wrap=True)
         keep = "  ".join(f"{stage} keep {value:.4f}" for stage, value in item.keep.items())
         out.print(
             f"{name} is valid: {item.parameters:,} parameters, {item.trainable:,} of them trained, "

@@ -12,7 +12,7 @@ from typing import Any
 
 from torchmetrics.functional.classification import multiclass_stat_scores
 
-from .quality import Quality
+from .quality import Quality, mean
 
 
 @dataclass
@@ -39,4 +39,4 @@ class Accuracy(Quality):
 
     @property
     def value(self) -> float:
-        return self.right / max(1, self.seen)
+        return mean(self.right, self.seen, "answers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...data.rows import BadRows
 from ...data.splits import Splits
 
 
@@ -32,3 +33,16 @@ class Quality:
     def details(self, data: Splits) -> dict[str, Any]:
         """Further values of the report's ``quality`` block, JSON-able."""
         return {}
+
+
+def mean(total: float, number: int, what: str) -> float:
+    """The mean of counted values. Raises BadRows if there are none: a mean over nothing is no result.
+
+    Args:
+        total: sum of the values.
+        number: number of values.
+        what: name of a value, plural.
+    """
+    if not number:
+        raise BadRows(f"no {what} were counted, so there is no metric: check the rows of data.validation_split and data.test_split")
+    return total / number
