@@ -68,10 +68,11 @@ class BadRowCount:
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of the good items, with ``bad``, the BadRow of each bad item, and ``rows``, the number of data rows read for all items.
+    """A batch of the good items, with ``bad``, the BadRow of each bad item, ``rows``, the number of data rows read for all items, and
+    ``terms``, the number of values whose mean is the batch's loss.
 
     Tensors are stacked, and padded with zeros at the end if their lengths differ; integers are summed. An item counts as one row unless
-    it has its own ``rows``.
+    it has its own ``rows``, and as one term unless it has ``predicted``: a number of tokens or pixels.
     """
     good = [item for item in items if "bad" not in item]
     bad = [item["bad"] for item in items if "bad" in item]
@@ -79,7 +80,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     for key in good[0] if good else ():
         values = [item[key] for item in good]
         batch[key] = sum(values) if isinstance(values[0], int) else _padded(values)
-    return batch | {"bad": bad, "rows": sum(item.get("rows", 1) for item in items)}
+    terms = sum(item.get("predicted", 1) for item in good)
+    return batch | {"bad": bad, "rows": sum(item.get("rows", 1) for item in items), "terms": terms}
 
 
 def _padded(values: list[torch.Tensor]) -> torch.Tensor:

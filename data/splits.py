@@ -62,17 +62,20 @@ class DataModule(lightning.LightningDataModule):
         batches: training batches of the whole run on one process.
         workers: loader processes.
         seed: seed of the training order.
+        accumulate: training batches of an optimizer step.
     """
 
-    def __init__(self, data: Splits, batch_size: int, eval_batch_size: int, batches: int, workers: int, seed: int) -> None:
+    def __init__(
+        self, data: Splits, batch_size: int, eval_batch_size: int, batches: int, workers: int, seed: int, accumulate: int = 1
+    ) -> None:
         super().__init__()
         self.data = data
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.batches, self.workers, self.seed = batches, workers, seed
+        self.batches, self.workers, self.seed, self.accumulate = batches, workers, seed, accumulate
 
     def train_dataloader(self) -> ResumableLoader:
         batches = self.data.train_batches(self.batch_size, self.batches, self.seed, *self._place())
-        return ResumableLoader(self.data.train, batches, **self._options())
+        return ResumableLoader(self.data.train, batches, self.accumulate, **self._options())
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluated(self.data.validation)

@@ -74,10 +74,17 @@ class TaskModule(lightning.LightningModule):
         """
         trace = self.training_trace(batch)
         task_loss = self.task.loss(self.model, batch, **self.with_trace(trace))
-        return self.total(task_loss, task_loss, trace)
+        return self.total(batch, task_loss, task_loss, trace)
 
-    def total(self, loss: Tensor, task_loss: Tensor, trace: Trace | None, distillation: Any = None) -> dict[str, Any]:
-        """The result of ``losses``: ``loss`` plus the budget's loss, or without a budget plus the estimators' auxiliary loss."""
+    def total(
+        self, batch: dict[str, Any], loss: Tensor, task_loss: Tensor, trace: Trace | None, distillation: Any = None
+    ) -> dict[str, Any]:
+        """The result of ``losses``: ``loss`` plus the budget's loss, or without a budget plus the estimators' auxiliary loss.
+
+        The losses of the task are means over the batch; here they get the weight of the batch in its optimizer step.
+        """
+        share = _share(batch)
+        loss, task_loss = loss * share, task_loss.detach() * share
         of_budget = None
         if trace is not None and trace.routings:
             if self.budget is not None:
@@ -85,7 +92,7 @@ class TaskModule(lightning.LightningModule):
                 loss = loss + of_budget.total
             elif trace.auxiliary_loss is not None:
                 loss = loss + trace.auxiliary_loss
-        return {"loss": loss, "task_loss": task_loss.detach(), "trace": trace, "budget": of_budget, "distillation": distillation}
+        return {"loss": loss, "task_loss": task_loss, "trace": trace, "budget": of_budget, "distillation": distillation}
 
     def training_trace(self, batch: dict[str, Any]) -> Trace | None:
         """The trace of a training forward; None for a dense model."""
@@ -220,3 +227,12 @@ class TaskModule(lightning.LightningModule):
         optimizer = torch.optim.AdamW(groups, betas=recipe.betas, fused=fused)
         schedule = learning_rate_schedule(optimizer, recipe.schedule, self.total_steps, recipe.warmup, recipe.final)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _share(batch: dict[str, Any]) -> float:
+    """Weight of a batch's mean loss, so that an optimizer step has the gradient of the mean over all terms of its batches and ranks.
+
+    Gradients are averaged over the batches of a step and over ranks as if each had equally many terms (tokens, pixels, rows).
+    """
+    of_step = collective.total([batch.get("step_terms", batch["terms"])])[0]
+    return float(batch["terms"] * batch.get("step_batches", 1) * collective.world_size() / max(1, of_step))

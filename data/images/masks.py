@@ -28,8 +28,8 @@ class MaskRows(Dataset[dict[str, Any]]):
         transform: converts image and mask to pixels and pixel labels.
         seed: seed of the augmentation; None for evaluation.
 
-    An item has ``pixel_values``, ``labels`` (size, size) int64 with IGNORE_PIXEL where there is no class, and ``sample_ids``; or ``bad``, a
-    BadRow. Index i is row i % n of epoch i // n.
+    An item has ``pixel_values``, ``labels`` (size, size) int64 with IGNORE_PIXEL where there is no class, ``sample_ids``, and
+    ``predicted``, the number of pixels with a class; or ``bad``, a BadRow. Index i is row i % n of epoch i // n.
     """
 
     def __init__(self, rows: Any, columns: tuple[str, str], classes: int, ignore: int, transform: ImageTransform, seed: int | None) -> None:
@@ -61,7 +61,8 @@ class MaskRows(Dataset[dict[str, Any]]):
         pixels, labels = self.transform.with_mask(
             image, Image.fromarray(np.where(unlabelled, IGNORE_PIXEL, numbers).astype(np.uint8)), draws
         )
-        return {"pixel_values": pixels, "labels": labels, "sample_ids": torch.tensor(index)}
+        predicted = int((labels != IGNORE_PIXEL).sum())
+        return {"pixel_values": pixels, "labels": labels, "sample_ids": torch.tensor(index), "predicted": predicted}
 
 
 def hub_masks(

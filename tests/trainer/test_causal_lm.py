@@ -206,7 +206,9 @@ def test_a_trained_model_is_evaluated_with_its_own_tokenizer(tmp_path: Path, tin
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_resumed_run_on_text_ends_like_an_unbroken_one(tmp_path: Path, tiny: list[str], console: Console, streaming: bool) -> None:
+def test_a_resumed_run_on_text_ends_like_an_unbroken_one(
+    tmp_path: Path, tiny: list[str], console: Console, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shared = [item for item in tiny if not item.startswith(("output", "trainer.max_steps"))]
     shared += ["trainer.max_steps=4", "data.batch_size=2", "model.config.attention_dropout=0.1"]
     if streaming:
@@ -218,7 +220,10 @@ def test_a_resumed_run_on_text_ends_like_an_unbroken_one(tmp_path: Path, tiny: l
         return load_file(folder / "model" / "model.safetensors")
 
     unbroken = weights(tmp_path / "whole")
+    # As if it had been killed after its third step: only the older checkpoint is there.
+    monkeypatch.setattr("laconic.trainer.callbacks.checkpoints.remove_checkpoint", lambda path: None)
     weights(tmp_path / "broken", "trainer.checkpoint_every=3")
+    (tmp_path / "broken" / "checkpoints" / "4.ckpt").unlink()
     resumed = weights(tmp_path / "broken", "trainer.checkpoint_every=3", resume="auto")
     assert all(torch.equal(value, resumed[name]) for name, value in unbroken.items())
 

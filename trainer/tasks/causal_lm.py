@@ -16,7 +16,6 @@ from ...data.text.recipe import DocumentRecipe
 from ...data.text.splits import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
 from ...data.text.tokenizer import with_template
 from ..build.parts import RunParts
-from ..distributed import collective
 from ..losses.token_loss import TokenLoss, check_model, token_loss
 from ..metrics.perplexity import Perplexity
 from ..metrics.quality import Quality
@@ -29,20 +28,12 @@ EMBEDDED = {"python_library": python_library, "python_functions": python_functio
 
 
 class CausalLMModule(TaskModule):
-    """Trains a language model; the loss of a step is the mean over the predicted tokens of all ranks."""
+    """Trains a language model."""
 
     def on_fit_start(self) -> None:
         # Compressed models are skipped: stages may need a real batch, and only supported families can have them.
         if not hasattr(self.model.config, "compression"):
             check_model(self.model)
-
-    def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
-        trace = self.training_trace(batch)
-        mean = self.task.loss(self.model, batch, **self.with_trace(trace))
-        # Ranks predict different numbers of tokens; the average of their gradients must be the gradient of the mean over all tokens.
-        predicted = collective.total([batch["predicted"]])[0] / collective.world_size()
-        loss = mean * (batch["predicted"] / max(1.0, predicted))
-        return self.total(loss, loss, trace)
 
 
 class CausalLM(TextTask):
