@@ -26,6 +26,9 @@ from .metrics.quality import Quality
 from .recipe.schema import OptimizerRecipe
 from .tasks.base import Task
 
+# Key of a checkpoint.
+_DATA = "data"
+
 
 class TaskModule(lightning.LightningModule):
     """Trains a dense or compressed model. A task's own module overrides ``losses``.
@@ -47,6 +50,7 @@ class TaskModule(lightning.LightningModule):
         self.seed = recipe.seed
         self.base = parts.base
         self.save_beside = parts.data.save_beside
+        self.data_record = parts.data.record
         # A checkpoint on frozen weights has only trainable tensors; on_load_checkpoint checks that all of them are there.
         self.strict_loading = parts.base is None
         self.bad_rows = parts.data.bad_rows(recipe.data.max_bad_fraction)
@@ -195,16 +199,23 @@ class TaskModule(lightning.LightningModule):
         save_trained(self.model, folder, self.base, beside=self.save_beside)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Records the model and base of the weights, and removes frozen weights."""
+        """Records the model and base of the weights and the facts about the data, and removes frozen weights."""
         checkpoint[KEY] = about(self.model, self.base)
+        checkpoint[_DATA] = self.data_record
         if self.base is not None:
             kept = {STATE_PREFIX + name for name in kept_names(self.model)}
             checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises RecipeError if the checkpoint belongs to another base, or if its tensors differ from the trainable ones."""
+        """Raises RecipeError if the checkpoint belongs to another base or other data, or if its tensors differ from the trainable ones."""
         if not of_same_model(checkpoint[KEY], self.model, self.base):
             raise RecipeError("the checkpoint belongs to another model or to other frozen weights: start a new run with another output")
+        changed = [name for name, value in self.data_record.items() if checkpoint[_DATA].get(name) != value]
+        if changed:
+            raise RecipeError(
+                f"the data have changed since the checkpoint was saved, in {', '.join(changed)}: restore the files and the run's folder "
+                "data/, or start a new run from its weights, with model.name and another output"
+            )
         if self.base is not None and "state_dict" in checkpoint:
             lost = {STATE_PREFIX + name for name in kept_names(self.model)} ^ checkpoint["state_dict"].keys()
             if lost:
