@@ -172,7 +172,7 @@ def _evaluate(
     lookahead: bool,
     decider: PreTrainedModel | None,
 ) -> Evaluated:
-    bad, quality, kept, seconds = BadRowCount(recipe.data.max_bad_fraction), task.quality(), KeepCount(), []
+    bad, quality, kept, seconds = BadRowCount(recipe.data.max_bad_fraction, len(loader.dataset)), task.quality(), KeepCount(), []
     compressed = bool(stages_of(model))
     for batch in loader:
         bad.add(batch["rows"], batch["bad"])

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..data.rows import collate
 from ..data.splits import Splits
-from ..modules.checkpoints.whole_files import write_file
+from ..modules.checkpoints.whole_files import whole_folder, write_file, write_json
 from ..modules.compress import checkpoint_activations, decompress
 from ..modules.stage import stages_of
 from .build.build import build
@@ -204,8 +204,9 @@ def train_arm(
     run = RunFolder(folder)
     checkpoint = collective.from_rank_zero(lambda: _checkpoint(run, recipe, resume, console))
     stage = stage_of(recipe.trainer)
-    parts = build(recipe, data, deepspeed_config(recipe.trainer, recipe.data.batch_size) if stage == 3 else None)
-    collective.from_rank_zero(lambda: _open_folder(run, recipe))
+    shards = deepspeed_config(recipe.trainer, recipe.data.batch_size) if stage == 3 else None
+    parts = build(recipe, data, shards, None if checkpoint is None else RunFolder.of(checkpoint))
+    collective.from_rank_zero(lambda: _open_folder(run, recipe, parts.data))
     with (run.log if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w", encoding="utf-8") as log:
         output = RunLog(console, log)
         _describe(parts, name, output)
@@ -258,8 +259,12 @@ def _checkpoint(run: RunFolder, recipe: Recipe, resume: str | None, console: Con
     return checkpoint
 
 
-def _open_folder(run: RunFolder, recipe: Recipe) -> None:
+def _open_folder(run: RunFolder, recipe: Recipe, data: Splits) -> None:
     write_file(run.recipe, dump(recipe))
+    if not run.data.is_dir():
+        with whole_folder(run.data) as partial:
+            data.save_beside(partial)
+            write_json(partial / "data.json", data.record)
 
 
 def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:

@@ -21,7 +21,7 @@ from .errors import RecipeError
 from .recipe.files import read_recorded
 from .recipe.schema import Recipe
 
-MODEL, ADAPTER, RECIPE, ARMS = "model", "adapter", "recipe.yaml", "baselines"
+MODEL, ADAPTER, RECIPE, ARMS, DATA = "model", "adapter", "recipe.yaml", "baselines", "data"
 # Facts of an export, with the hashes of its files.
 EXPORTED = "export.json"
 # Files of transformers beside the weights.
@@ -131,8 +131,15 @@ class RunFolder:
         raise FileNotFoundError(f"{here} has no config.json: name a run folder, or the folder of weights, of an adapter or of an export")
 
     def with_file(self, file: str) -> Path | None:
-        """The folder of the adapter or weights if it has TOKENIZER, PROCESSOR or another file; otherwise None."""
-        return next((place for place in (self.adapter, self.model) if place is not None and (place / file).is_file()), None)
+        """The folder of the adapter or weights, or of what the run fitted to its data, that has TOKENIZER, PROCESSOR or another file; None
+        if there is none."""
+        places = (self.adapter, self.model, self.data)
+        return next((place for place in places if place is not None and (place / file).is_file()), None)
+
+    @property
+    def data(self) -> Path:
+        """What belongs to the run's data, written at its start: the tokenizer, and ``data.json``, the names of the classes and hashes."""
+        return self.path / DATA
 
     def written(self, base: Base | None) -> Path:
         """Folder that weights are written to: ``adapter/`` on frozen weights, otherwise ``model/``."""
@@ -156,7 +163,7 @@ class RunFolder:
             arms: delete the control arms too.
         """
         self.report.unlink(missing_ok=True)
-        for name in (MODEL, ADAPTER, self.checkpoints.name, "tensorboard", *([ARMS] if arms else [])):
+        for name in (MODEL, ADAPTER, DATA, self.checkpoints.name, "tensorboard", *([ARMS] if arms else [])):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for path in (self.recipe, self.log, *self.path.glob("*.png")):
             path.unlink(missing_ok=True)

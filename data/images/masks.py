@@ -33,8 +33,8 @@ class MaskRows(Dataset[dict[str, Any]]):
         seed: seed of the augmentation; None for evaluation.
         modes: modes of the features of the two columns.
 
-    An item has ``pixel_values``, ``labels`` (size, size) int64 with IGNORE_PIXEL where there is no class, and ``sample_ids``; or ``bad``, a
-    BadRow. Index i is row i % n of epoch i // n.
+    An item has ``pixel_values``, ``labels`` (size, size) int64 with IGNORE_PIXEL where there is no class, ``sample_ids``, and
+    ``predicted``, the number of pixels with a class; or ``bad``, a BadRow. Index i is row i % n of epoch i // n.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class MaskRows(Dataset[dict[str, Any]]):
             pixels, labels = self.transform.with_mask(image, Image.fromarray(self._classes(mask)), draws)
         except Unusable as error:
             return {"bad": BadRow(row, str(error))}
-        return {"pixel_values": pixels, "labels": labels, "sample_ids": torch.tensor(index)}
+        predicted = int((labels != IGNORE_PIXEL).sum())
+        return {"pixel_values": pixels, "labels": labels, "sample_ids": torch.tensor(index), "predicted": predicted}
 
     def count(self, row: int) -> np.ndarray | None:
         """(classes + 1,) pixels of each class in a mask, then those without a class; None for a bad mask."""

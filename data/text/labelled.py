@@ -19,7 +19,7 @@ from ..loader import BucketedBatches, StepBatches
 from ..rows import BadRow, BadRowCount, BadRows
 from ..source import DataSource, SplitNames
 from ..splits import Splits
-from .documents import text_column
+from .columns import SHOWN, find_columns
 
 # Makes or loads a tokenizer; the argument is the training texts.
 TokenizerOf = Callable[[Iterable[str]], Any]
@@ -143,7 +143,7 @@ def hub_labelled_text(
     datasets.disable_progress_bars()
     train, validation, test = open_splits(source, names)
     label = label_column(train.features, columns.label)
-    text = _text_column(train, columns, label)
+    text, note = _text_column(train, columns, label)
     if columns.second is not None and columns.second not in train.column_names:
         raise ValueError(
             f"data.second_text_column = {columns.second!r} is missing from the data: its columns are {', '.join(train.column_names)}"
@@ -164,30 +164,32 @@ def hub_labelled_text(
         classes=labels.classes,
         has_test=test is not None,
         counts=labels.counts,
+        notes=(note,),
         tokenizer=tokenizer,
         length=length,
         counted=counted,
     )
 
 
-def _text_column(rows: Any, columns: Columns, label: str) -> str:
+def _text_column(rows: Any, columns: Columns, label: str) -> tuple[str, str]:
+    """Name of the column of texts, and a note that says how it was found."""
     others = [name for name in rows.column_names if name not in (label, columns.second)]
-    found = text_column(others, rows.features, columns.text)
-    if found is None:
-        raise ValueError(f"no column of texts found: set data.text_column to one of {', '.join(others)}")
-    return found
+    found = find_columns(others, rows.features, [rows[row] for row in range(min(SHOWN, len(rows)))], columns.text, plain=True)
+    assert found.text is not None
+    return found.text, found.note
 
 
 def _read(rows: Any, texts: list[str], labels: Labels, split: str, tokenizer: Any, length: int, counted: BadRowCount) -> TextRows:
-    """Encodes a split (``datasets`` caches the result beside the split if it is on disk) and removes bad rows."""
+    """Encodes a split (``datasets`` caches the result beside the split if it is on disk) and removes bad rows.
+
+    Raises:
+        BadRows: the share of bad rows of this split exceeds the allowed one, or every row is bad.
+    """
     encoded = rows.map(
         _encode, batched=True, fn_kwargs={"tokenizer": tokenizer, "texts": texts, "length": length}, remove_columns=rows.column_names
     )
     bad = {**labels.bad[split], **{row: reason for row, reason in enumerate(encoded["bad"]) if reason}}
-    found = [BadRow(row, bad[row]) for row in sorted(bad)]
-    # Each split by itself, so that a small one is not lost among the rows of a large one.
-    BadRowCount(counted.allowed, len(rows)).add(len(rows), found)
-    counted.add(len(rows), found)
+    counted.add_split(split, len(rows), [BadRow(row, bad[row]) for row in sorted(bad)])
     lengths = np.asarray(encoded["tokens"], np.int64)
     good = np.asarray([row for row in range(len(rows)) if row not in bad], np.int64)
     if not len(good):

@@ -178,7 +178,12 @@ def _packed(tensors: Mapping[str, Tensor]) -> bytes:
     empty = [name for name, value in tensors.items() if not value.numel()]
     if empty:
         raise ValueError(f"tensors without values cannot be written; gather sharded parameters first: {', '.join(empty[:3])}")
-    return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"format": "pt"})
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        whole = value.detach().cpu().contiguous()
+        # Tied tensors are written under each of their names: PEFT does not tie the modules that it replaces.
+        found[name] = whole.clone() if any(whole.data_ptr() == other.data_ptr() for other in found.values()) else whole
+    return save(found, {"format": "pt"})
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -133,8 +133,11 @@ class Adapters:
         for module in adapter.full:
             head = on_meta.get_submodule(module).to_empty(device=device).to(dtype)
             copy_all(dict(head.state_dict()), _under(adapter.full_tensors, module), f"adapter {name!r}")
+            own = self._own_heads.setdefault(module, model.get_submodule(module))
+            # Buffers that no file holds, such as the scale of an embedding, are of the base.
+            unsaved = {key: value for key, value in head.named_buffers() if key not in head.state_dict()}
+            copy_all(unsaved, {key: value for key, value in own.named_buffers() if key in unsaved}, f"adapter {name!r}")
             heads[module] = head
-            self._own_heads.setdefault(module, model.get_submodule(module))
         if adapter.lora_config is not None:
             with quietly():
                 add_lora(model, copy.deepcopy(adapter.lora_config), name)

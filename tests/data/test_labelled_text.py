@@ -153,6 +153,7 @@ def test_bad_rows_are_named_left_out_and_stop_the_run_past_their_share(
     source, columns = _jsonl(tmp_path / "rows.jsonl", [*good, row]), Columns(num_labels=2)
     with pytest.raises(BadRows, match=reason):
         _open(source, tokenizer, columns)
+    # The allowed share holds for each split by itself.
     data = _open(source, tokenizer, columns, bad=0.2)
     assert len(data.train) + len(data.validation) == 19  # type: ignore[arg-type]
     counted = data.bad_rows(0.2)
@@ -163,7 +164,7 @@ def test_bad_rows_are_named_left_out_and_stop_the_run_past_their_share(
 
 def test_what_is_missing_is_named(tmp_path: Path, tokenizer: Any) -> None:
     source = _jsonl(tmp_path / "rows.jsonl", [{"a": "x", "b": "y", "label": i % 2} for i in range(8)])
-    with pytest.raises(ValueError, match="no column of texts found: set data.text_column to one of a, b"):
+    with pytest.raises(ValueError, match="no text found in the data: set data.text_column to one of a, b$"):
         _open(source, tokenizer, Columns())
     with pytest.raises(ValueError, match="data.second_text_column = 'c' is missing"):
         _open(source, tokenizer, Columns(text="a", second="c"))

@@ -75,6 +75,7 @@ def test_bad_masks_are_counted_by_reason_and_ignored_pixels_are_marked() -> None
     rows = [{"image": image, "mask": mask} for mask in masks]
     data = MaskRows(rows, ("image", "mask"), 3, 7, ImageTransform(8, 1), None)
     assert (int(data[0]["labels"][0, 0]), int(data[0]["labels"][7, 7]), int(data[0]["labels"][3, 3])) == (2, 255, 0)
+    assert data[0]["predicted"] == 63
     assert [data[index]["bad"] for index in range(1, 5)] == [
         BadRow(1, "mask of mode RGB, which has more than one number a pixel"),
         BadRow(2, "mask and image differ in size"),

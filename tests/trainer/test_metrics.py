@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from laconic.trainer.metrics.accuracy import Accuracy
 from laconic.trainer.metrics.mean_iou import MeanIoU
+from laconic.trainer.metrics.perplexity import Perplexity
 from laconic.trainer.metrics.quality import NothingCounted, Quality
 from laconic.trainer.metrics.reconstruction import Reconstruction
 
@@ -31,7 +32,7 @@ def test_accuracy_is_that_of_torchmetrics_over_all_batches_and_ranks_and_divided
     assert ranks[0].value == pytest.approx(float(reference.compute()), rel=1e-6)
 
 
-@pytest.mark.parametrize("metric", [Accuracy, MeanIoU, Reconstruction])
+@pytest.mark.parametrize("metric", [Accuracy, MeanIoU, Perplexity, Reconstruction])
 def test_a_metric_over_nothing_has_no_value(metric: type[Quality]) -> None:
     with pytest.raises(NothingCounted, match="so the metric has no value"):
         assert metric().value

@@ -28,6 +28,7 @@ from ..distributed import collective
 from ..distributed.strategies import processes_of
 from ..distributed.zero3 import broadcast_weights, zero3_init
 from ..recipe.schema import ModelRecipe, Recipe
+from ..run_folder import RunFolder
 from ..tasks.base import Task, task_named
 from .heads import check_known, has_head, known_classes, named_classes, renew_heads
 from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load_stages, load_state, start_of
@@ -36,13 +37,16 @@ from .parts import RunParts
 from .trainable import quantization, train_parts
 
 
-def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] | None = None) -> RunParts:
+def build(
+    recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] | None = None, resumed: RunFolder | None = None
+) -> RunParts:
     """Builds every part of a run. The same seed gives the same backbone weights for every compression and strategy.
 
     Args:
         recipe: a checked recipe.
         data: splits that another arm has opened; None opens them.
         shards: DeepSpeed's configuration, to build the model partitioned (ZeRO-3); None builds the whole model.
+        resumed: run that goes on; its tokenizer is used. A new one would give the tokens of grown files other ids.
 
     Raises:
         ValueError: the recipe does not fit the real model or data: a layer or a column does not exist …
@@ -52,7 +56,7 @@ def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] 
     start = start_of(recipe.model)
     check_start(recipe, start)
     config = model_config(recipe.model, task, start)
-    data = data if data is not None else open_data(recipe, config, start)
+    data = data if data is not None else open_data(recipe if resumed is None else task.of_run(recipe, resumed), config, start)
     lightning.seed_everything(recipe.seed, verbose=False)
     steps = total_steps(recipe, data)
     base = collective.from_rank_zero(lambda: _base(recipe, start))

@@ -41,7 +41,7 @@ class Format:
     """One file format of a trained model. Stateless, used as a class; its name is that of its file, with hyphens.
 
     Attributes:
-        tolerance: largest allowed difference between the answers of the export and of the original model.
+        tolerance: largest allowed difference between the logits of the export and of the original model, ÷ the largest logit.
         dtypes: dtypes that the weights can have.
         hugging_face: whether the folder is a transformers folder, which has the recipe and works with ``laconic evaluate``.
         without: packages that are blocked in the verifying process, to prove that the export does not need them.
@@ -64,6 +64,11 @@ class Format:
     @classmethod
     def check(cls, source: ExportSource) -> None:
         """Raises RecipeError, with the reason, if this model cannot be written in the format. Called before writing."""
+
+    @classmethod
+    def reference(cls, source: ExportSource) -> PreTrainedModel:
+        """The model whose answers the export must give, as the export computes them."""
+        return source.model
 
     @classmethod
     def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:

@@ -170,7 +170,7 @@ class TrainerRecipe(Block):
     max_steps: Count | None = Field(None, description="optimizer steps; set this or max_epochs")
     max_epochs: Count | None = Field(None, description="passes over the training rows")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 keeps weights in fp32 and computes in bf16")
-    accumulate: Count = Field(1, description="batches per optimizer step")
+    accumulate: Count = Field(1, description="batches per optimizer step, whose tokens, pixels or rows weigh alike")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest norm of the gradient; 0 turns clipping off")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,

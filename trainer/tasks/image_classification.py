@@ -60,7 +60,7 @@ class ImageClassificationModule(TaskModule):
             out = self.model(pixel_values=pixels, labels=labels, **options)
             task_loss = out.loss
         distilled = self.distillation(task_loss, out, pixels, trace) if self.distillation is not None else None
-        return self.total(task_loss if distilled is None else distilled.total, task_loss, trace, distilled)
+        return self.total(batch, task_loss if distilled is None else distilled.total, task_loss, trace, distilled)
 
     def _prepared(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Pixels, and labels: int64 (B,), or float32 (B, classes) if mixed or smoothed."""

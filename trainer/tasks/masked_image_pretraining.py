@@ -41,7 +41,7 @@ class MaskedImageModule(TaskModule):
         # Computed here, because the dense arm has no trace with the step.
         noise = masking_order(self.seed, self.global_step, batch["sample_ids"], patches_of(self.model.config))
         loss = self.model(pixel_values=pixels, noise=noise, **self.with_trace(trace)).loss
-        return self.total(loss, loss, trace)
+        return self.total(batch, loss, loss, trace)
 
 
 class MaskedImagePretraining(ImageTask):

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ....modules.checkpoints.adapter_folder import read_adapter, write_adapter
+from ....modules.checkpoints.loading import from_pretrained
 from ...errors import RecipeError
 from ..base import ANSWER, Format
 from ..source import ExportSource, Settings
@@ -44,6 +45,11 @@ def load(folder):
     def check(cls, source: ExportSource) -> None:
         if source.run.adapter is None:
             raise RecipeError(f"{source.run.path} trained all weights, or has no adapter: use --format merged")
+
+    @classmethod
+    def reference(cls, source: ExportSource) -> PreTrainedModel:
+        # Its LoRA is not merged: merging rounds the weights, and so gives other answers.
+        return source.model if source.run.adapter is None else from_pretrained(source.run.adapter)
 
     @classmethod
     def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:
