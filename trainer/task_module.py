@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.rows import BadRow, BadRows
+from ..data.rows import BadRow, BadRowCount, BadRows
 from ..modules.budget.budget import Budget
 from ..modules.checkpoints.training_checkpoint import KEY, STATE_PREFIX, about, of_same_model
 from ..modules.decoding.generation import can_look_ahead
@@ -26,8 +26,8 @@ from .metrics.quality import Quality
 from .recipe.schema import OptimizerRecipe
 from .tasks.base import Task
 
-# Key of a checkpoint.
-_DATA = "data"
+# Keys of a checkpoint.
+_DATA, _ROWS = "data", "bad_rows"
 
 
 class TaskModule(lightning.LightningModule):
@@ -54,6 +54,7 @@ class TaskModule(lightning.LightningModule):
         # A checkpoint on frozen weights has only trainable tensors; on_load_checkpoint checks that all of them are there.
         self.strict_loading = parts.base is None
         self.bad_rows = parts.data.bad_rows(recipe.data.max_bad_fraction)
+        self.validation_rows = BadRowCount(self.bad_rows.allowed)
         self.validated = False
         self._start_counting()
 
@@ -155,15 +156,19 @@ class TaskModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         if not self.validated:
             return
-        self._sum_over_ranks("validation")
+        self._sum_over_ranks()
+        # Not part of the run's count: a resumed run does not repeat the validation that its checkpoint was saved before.
+        self.validation_rows = BadRowCount(self.bad_rows.allowed, self._rows, "validation")
+        self.validation_rows.add(self._rows, self._bad)
         self.log(f"val/{self.task.metric}", self.quality.value, prog_bar=True, batch_size=1)
 
     def on_test_epoch_end(self) -> None:
-        self._sum_over_ranks("test")
+        self._sum_over_ranks()
+        self.bad_rows.add_split("test", self._rows, self._bad)
         self.log(f"test/{self.task.metric}", self.quality.value, batch_size=1)
 
-    def _sum_over_ranks(self, split: str) -> None:
-        """Sums the counts of all ranks on every rank, before any division. Raises BadRows on all ranks or on none."""
+    def _sum_over_ranks(self) -> None:
+        """Sums the counts of all ranks on every rank, before any division."""
         ranks = collective.gather((self.quality, self._rows, self._bad, self._kept, self.ahead))
         self._start_counting()
         for quality, rows, bad, kept, ahead in ranks:
@@ -173,7 +178,6 @@ class TaskModule(lightning.LightningModule):
             self._rows += rows
             self._bad += bad
             self._kept.merge(kept)
-        self.bad_rows.add_split(split, self._rows, self._bad)
 
     @property
     def achieved_keep(self) -> dict[str, float]:
@@ -199,9 +203,10 @@ class TaskModule(lightning.LightningModule):
         save_trained(self.model, folder, self.base, beside=self.save_beside)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Records the model and base of the weights and the facts about the data, and removes frozen weights."""
+        """Records the model and base of the weights, the facts about the data and the bad rows so far, and removes frozen weights."""
         checkpoint[KEY] = about(self.model, self.base)
         checkpoint[_DATA] = self.data_record
+        checkpoint[_ROWS] = {"seen": self.bad_rows.seen, "reasons": self.bad_rows.reasons, "first": self.bad_rows.first}
         if self.base is not None:
             kept = {STATE_PREFIX + name for name in kept_names(self.model)}
             checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
@@ -218,6 +223,8 @@ class TaskModule(lightning.LightningModule):
                 f"the data have changed since the checkpoint was saved, in {', '.join(changed)}: restore the files and the run's folder "
                 "data/, or start a new run from its weights, with model.name and another output"
             )
+        for name, value in checkpoint[_ROWS].items():
+            setattr(self.bad_rows, name, value)
         if self.base is not None and "state_dict" in checkpoint:
             lost = {STATE_PREFIX + name for name in kept_names(self.model)} ^ checkpoint["state_dict"].keys()
             if lost:
