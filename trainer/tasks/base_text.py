@@ -92,9 +92,9 @@ class TextTask(Task):
             raise ValueError(f"data.sequence_length = {text.length} is more than the model's max_position_embeddings = {longest}: lower it")
 
     @classmethod
-    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
+    def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
         size: int = config.get_text_config().vocab_size
-        return {"input_ids": torch.randint(size, (PROBES, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))}
+        return {"input_ids": torch.randint(size, (PROBES, tokens or _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))}
 
     @classmethod
     def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
