@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .files import named_faults
 from .source import DataSource, SplitNames
 
 
@@ -46,14 +47,10 @@ def open_source(source: DataSource, **options: Any) -> Any:
         if isinstance(files, Mapping)
         else list(files)
     )
-    try:
-        opened = datasets.load_dataset(
+    with named_faults(source):
+        return datasets.load_dataset(
             source.name, source.config, data_dir=source.data_dir, data_files=plain, revision=source.revision, **options
         )
-    except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
-        where = source.data_dir or source.data_files or "the hub"
-        raise ValueError(f"data.name = {source.name!r} cannot be opened from {where}: {error}") from None
-    return opened
 
 
 def open_splits(

@@ -32,6 +32,7 @@ from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load
 from .model_settings import check_settings, with_settings
 from .parts import RunParts
 from .trainable import quantization, train_parts
+from .vocabulary import fit_vocabulary, resize, with_vocabulary
 
 
 def build(
@@ -54,17 +55,18 @@ def build(
     check_start(recipe, start)
     config = model_config(recipe.model, task, start)
     data = data if data is not None else task.open_data(recipe if resumed is None else task.of_run(recipe, resumed), config)
+    of_weights = fit_vocabulary(recipe.model, config, data)
     lightning.seed_everything(recipe.seed, verbose=False)
     steps = total_steps(recipe, data)
     base = collective.from_rank_zero(lambda: _base(recipe, start))
     if shards is None:
-        dense, new = _starting_model(recipe, config, data, task, start)
+        dense, new = _starting_model(recipe, config, data, task, start, of_weights)
         model, cost, budget = _assemble(recipe, dense, steps, start, new)
     else:
         source, new = None, []
         if collective.rank() == 0:
             # A copy of the configuration, because compress changes it.
-            dense, new = _starting_model(recipe, copy.deepcopy(config), data, task, start)
+            dense, new = _starting_model(recipe, copy.deepcopy(config), data, task, start, of_weights)
             source = _assemble(recipe, dense, steps, start, new)[0]
         missing = new
         new = collective.from_rank_zero(lambda: missing)
@@ -88,12 +90,16 @@ def _base(recipe: Recipe, start: Start | None) -> Base | None:
 
 
 def _starting_model(
-    recipe: Recipe, config: PretrainedConfig, data: Splits, task: type[Task], start: Start | None
+    recipe: Recipe, config: PretrainedConfig, data: Splits, task: type[Task], start: Start | None, of_weights: int | None
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The dense model with its initial weights, and the names of the modules that these weights lack."""
+    """The dense model with its initial weights, and the names of the modules that these weights lack.
+
+    ``of_weights`` is the vocabulary of the weights if the config has another one.
+    """
     if start is None:
         return build_model(recipe.model, config, data, task), []
     task.fit_config(config, data)
+    entries = with_vocabulary(config, of_weights)
     if start.weights is None:
         model = task.fresh_model(config, recipe.model.attention)
         lacking = load_state(model, start)
@@ -104,6 +110,8 @@ def _starting_model(
             loaded: Any = task.loaded_model(located, config, **options)
         model, report = loaded
         lacking = [str(item[0] if isinstance(item, tuple) else item) for key in ("missing_keys", "mismatched_keys") for item in report[key]]
+    if of_weights is not None:
+        resize(model, entries)
     return model, sorted({name.rpartition(".")[0] for name in lacking})
 
 

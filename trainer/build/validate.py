@@ -16,6 +16,7 @@ from ..tasks.base import task_named
 from .build import build_model, cost_model, model_config, total_steps
 from .initial_weights import check_start, start_of
 from .trainable import check_lora, parameter_counts, train_parts
+from .vocabulary import fit_vocabulary
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def validate(recipe: Recipe) -> Checked:
     check_start(recipe, start)
     config = model_config(recipe.model, task, start)
     data = task.open_data(recipe, config)
+    fit_vocabulary(recipe.model, config, data)
     steps = total_steps(recipe, data)
     teacher = None
     if recipe.distillation is not None:
