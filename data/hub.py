@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .files import named_faults
 from .source import DataSource, SplitNames
+from .text.files import named_faults
 
 
 @dataclass(frozen=True)

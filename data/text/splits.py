@@ -13,7 +13,6 @@ import numpy as np
 
 from ..embedded.python_functions import library_functions
 from ..embedded.python_library import library_files
-from ..files import read_from
 from ..hub import named_splits, open_source, open_splits
 from ..loader import StepBatches, StreamBatches
 from ..rows import BadRow, BadRowCount
@@ -21,6 +20,7 @@ from ..source import DataSource, SplitNames
 from ..splits import Splits
 from .columns import SHOWN, find_columns
 from .documents import Encoder, encoder_for
+from .files import read_from
 from .packing import Corpus, PackedRows, Tokens, cut_end_to_end, keep_whole
 from .stream import StreamedRows
 from .tokenizer import token_bytes

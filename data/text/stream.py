@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ..files import read_from
 from ..rows import BadRow
 from ..source import DataSource
 from .documents import Encoder
+from .files import read_from
 from .packing import Packer, Tokens
 
 # Rows encoded in one call of the tokenizer.

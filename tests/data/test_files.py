@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from laconic.data.files import BrokenFile, fault_of
 from laconic.data.rows import collate
 from laconic.data.source import DataSource, SplitNames
+from laconic.data.text.files import BrokenFile, fault_of
 from laconic.data.text.splits import TextData, TextSettings, hub_text, streamed_text
 from tests.data.texts import SENTENCES, jsonl, small_tokenizer
 

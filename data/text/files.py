@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .rows import BadRows
-from .source import DataSource
+from ..rows import BadRows
+from ..source import DataSource
 
 Item = TypeVar("Item")
 _LINES = (".jsonl", ".ndjson", ".json")
