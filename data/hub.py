@@ -11,6 +11,7 @@ import numpy as np
 
 from .images.folders import check_loaded
 from .source import DataSource, SplitNames
+from .text.files import named_faults
 
 
 def open_source(source: DataSource, **options: Any) -> Any:
@@ -31,14 +32,10 @@ def open_source(source: DataSource, **options: Any) -> Any:
         if isinstance(files, Mapping)
         else list(files)
     )
-    try:
+    with named_faults(source):
         opened = datasets.load_dataset(
             source.name, source.config, data_dir=source.data_dir, data_files=plain, revision=source.revision, **options
         )
-    except (ConnectionError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        where = source.data_dir or source.data_files or "the hub"
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        raise ValueError(f"data.name = {source.name!r} cannot be opened from {where}: {' '.join(str(cause or error).split())}") from None
     check_loaded(source, opened)
     return opened
 

@@ -41,7 +41,7 @@ def _message(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise WrongRow("message without role")
     # A column of chats has the keys of all messages in every message; absent ones are None.
-    given = without_none(message)
+    given: dict[str, Any] = without_none(message)
     if "role" not in given and "from" in given:
         speaker = str(given.pop("from"))
         if speaker not in _SPEAKERS:

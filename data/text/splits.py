@@ -20,6 +20,7 @@ from ..source import DataSource, SplitNames
 from ..splits import Splits
 from .columns import SHOWN, find_columns
 from .documents import Encoder, encoder_for
+from .files import read_from
 from .packing import Corpus, PackedRows, Tokens, cut_end_to_end, keep_whole
 from .stream import StreamedRows
 from .tokenizer import token_bytes
@@ -150,24 +151,25 @@ def streamed_text(source: DataSource, names: SplitNames, tokenizer_of: Tokenizer
     if validation is None:
         validation, train = train, train.skip(settings.held_out)
     validation, test = (
-        None if rows is None else datasets.Dataset.from_list(list(rows.take(settings.held_out))) for rows in (validation, test)
+        None if rows is None else datasets.Dataset.from_list(list(read_from(source, rows.take(settings.held_out))))
+        for rows in (validation, test)
     )
-    first = next(iter(train), None)
-    if first is None:
+    shown = list(read_from(source, train.take(SHOWN)))
+    if not shown:
         raise ValueError(
             f"the stream has no training row after the {settings.held_out} held out for validation: lower data.eval_samples, "
             "set data.validation_split, or remove data.streaming"
         )
-    columns = find_columns(list(first), train.features or {}, list(train.take(SHOWN)), settings.text_column)
+    columns = find_columns(list(shown[0]), train.features or {}, shown, settings.text_column)
     # Only the beginning of a stream can be read here.
-    tokenizer = tokenizer_of(None if columns.text is None else _Texts(train.take(LOOKED_AT), columns.text))
+    tokenizer = tokenizer_of(None if columns.text is None else read_from(source, _Texts(train.take(LOOKED_AT), columns.text)))
     encoder = encoder_for(columns, tokenizer, settings.length)
     tokens = _tokens(tokenizer, settings)
     # The number of rows is unknown; SHUFFLED prevents that a few early bad rows are a high share.
     counted = BadRowCount(settings.max_bad_fraction, SHUFFLED)
     evaluated = _packed("validation", validation, encoder, tokens, counted)
     return TextData(
-        train=StreamedRows(train.shuffle(seed=settings.seed, buffer_size=SHUFFLED), encoder, tokens),
+        train=StreamedRows(train.shuffle(seed=settings.seed, buffer_size=SHUFFLED), source, encoder, tokens),
         validation=evaluated,
         test=evaluated if test is None else _packed("test", test, encoder, tokens, counted),
         has_test=test is not None,
@@ -266,7 +268,8 @@ def _encode(rows: Mapping[str, Any], encoder: Encoder) -> dict[str, list[Any]]:
 
 
 def _options(source: DataSource, settings: TextSettings) -> dict[str, Any]:
-    return {"sample_by": settings.sample_by} if source.name == "text" else {}
+    # utf-8-sig: a byte-order mark at the beginning of a file is no character of its text.
+    return {"sample_by": settings.sample_by, "encoding": "utf-8-sig"} if source.name == "text" else {}
 
 
 def _counts(source: DataSource, settings: TextSettings) -> Callable[[Mapping[str, Any]], bool] | None:

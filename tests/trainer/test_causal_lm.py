@@ -448,3 +448,29 @@ def test_a_checkpoint_of_an_unfinished_run_is_a_start_with_the_runs_tokenizer(tm
     start = f"model={{name: {tmp_path / 'run' / 'checkpoints' / '2.ckpt'}}}"
     going_on = build(load("llm_pretrain_dense", [*overrides, start, "data.train_samples=5"]).recipe).data
     assert going_on.tokenizer.get_vocab() == first.tokenizer.get_vocab()  # type: ignore[attr-defined]
+
+
+def test_new_tokens_on_loaded_weights_are_added_by_key(tmp_path: Path, console: Console) -> None:
+    tokenizer = small_tokenizer(template=True)
+    before: Any = LlamaForCausalLM.from_pretrained(_chat_model(tmp_path / "model"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
+    tokenizer.save_pretrained(tmp_path / "longer")
+    overrides = [
+        f"model.name={tmp_path / 'model'}", f"data.tokenizer={tmp_path / 'longer'}", "data.sequence_length=128", "data.batch_size=2",
+        f"data.data_files={jsonl(tmp_path / 'chats.jsonl', chats(32))}", "trainer.precision=fp32", "trainer.max_epochs=null",
+        "trainer.max_steps=2", "trainer.bench_rounds=0", "optimizer.lr=1e-9", "optimizer.weight_decay=0", f"output={tmp_path / 'run'}",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"the tokenizer has 322 entries and the model 320: set model.resize_vocabulary=true"):
+        validate(load("llm_finetune", overrides).recipe)
+    grown = [*overrides, "model.resize_vocabulary=true"]
+    assert validate(load("llm_finetune", grown).recipe).parameters == sum(p.numel() for p in before.parameters()) + 2 * 2 * 32
+    train_arm(load("llm_finetune", grown), "arm", tmp_path / "run", console)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert after.config.vocab_size == 322
+    for old, new in ((before.get_input_embeddings(), after.get_input_embeddings()), (before.lm_head, after.lm_head)):
+        torch.testing.assert_close(new.weight[:320], old.weight, atol=1e-6, rtol=0)
+        assert bool(torch.isfinite(new.weight[320:]).all())
+    with pytest.raises(RecipeError, match="changes weights that lora.mode = 'lora' freezes: resize them once in Python"):
+        validate(load("llm_finetune", [*grown, "lora={r: 2}"]).recipe)
+    with pytest.raises(ValueError, match="model.resize_vocabulary = true needs model.name"):
+        load("llm_pretrain_dense", ["model.resize_vocabulary=true"])

@@ -35,6 +35,7 @@ from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load
 from .model_settings import check_settings, with_settings
 from .parts import RunParts
 from .trainable import quantization, train_parts
+from .vocabulary import fit_vocabulary, resize, with_vocabulary
 
 
 def build(
@@ -57,17 +58,18 @@ def build(
     check_start(recipe, start)
     config = model_config(recipe.model, task, start)
     data = data if data is not None else open_data(recipe if resumed is None else task.of_run(recipe, resumed), config, start)
+    of_weights = fit_vocabulary(recipe.model, config, data)
     lightning.seed_everything(recipe.seed, verbose=False)
     steps = total_steps(recipe, data)
     base = collective.from_rank_zero(lambda: _base(recipe, start))
     if shards is None:
-        dense, new, start = _starting_model(recipe, config, data, task, start)
+        dense, new, start = _starting_model(recipe, config, data, task, start, of_weights)
         model, cost, budget = _assemble(recipe, dense, steps, start, new)
     else:
         source, new = None, []
         if collective.rank() == 0:
             # A copy of the configuration, because compress changes it.
-            dense, new, left = _starting_model(recipe, copy.deepcopy(config), data, task, start)
+            dense, new, left = _starting_model(recipe, copy.deepcopy(config), data, task, start, of_weights)
             source = _assemble(recipe, dense, steps, left, new)[0]
         missing = new
         new = collective.from_rank_zero(lambda: missing)
@@ -110,13 +112,17 @@ def _base(recipe: Recipe, start: Start | None) -> Base | None:
 
 
 def _starting_model(
-    recipe: Recipe, config: PretrainedConfig, data: Splits, task: type[Task], start: Start | None
+    recipe: Recipe, config: PretrainedConfig, data: Splits, task: type[Task], start: Start | None, of_weights: int | None
 ) -> tuple[PreTrainedModel, list[str], Start | None]:
-    """The dense model with its initial weights, the names of the modules that these weights lack, and the start without replaced heads."""
+    """The dense model with its initial weights, the names of the modules that these weights lack, and the start without replaced heads.
+
+    ``of_weights`` is the vocabulary of the weights if the config has another one.
+    """
     if start is None:
         return build_model(recipe.model, config, data, task), [], None
     known = named_classes(config)
     task.fit_config(config, data)
+    entries = with_vocabulary(config, of_weights)
     if start.weights is None:
         model = task.fresh_model(config, recipe.model.attention)
         lacking = load_state(model, start)
@@ -127,6 +133,8 @@ def _starting_model(
             loaded: Any = task.loaded_model(located, config, **options)
         model, report = loaded
         lacking = [str(item[0] if isinstance(item, tuple) else item) for key in ("missing_keys", "mismatched_keys") for item in report[key]]
+    if of_weights is not None:
+        resize(model, entries)
     if data.classes and has_head(start, type(model)) and (recipe.model.new_head or (known and known != named_classes(config))):
         renewed = renew_heads(model)
         lacking += [f"{name}.weight" for name in renewed]

@@ -18,6 +18,7 @@ from .heads import trained_classes
 from .initial_weights import check_start, start_of
 from .opened_data import check_rows
 from .trainable import check_lora, parameter_counts, train_parts
+from .vocabulary import fit_vocabulary
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked
     check_start(recipe, start)
     config = model_config(recipe.model, task, start)
     data = open_data(recipe, config, start, None if trained is None else trained_classes(trained, "the trained model"))
+    fit_vocabulary(recipe.model, config, data)
     steps = total_steps(recipe, data)
     teacher = None
     if recipe.distillation is not None:

@@ -127,7 +127,7 @@ class StepLine(Callback):
         scalars = {"train/loss": loss, f"train/{self.task.unit}_per_second": rate, "train/lr": trainer.optimizers[0].param_groups[0]["lr"]}
         keeps = []
         for (name, routing), kept, present in zip(routings.items(), summed[::2], summed[1::2], strict=True):
-            achieved = kept / max(1, present)
+            achieved = kept / present if present else 1.0
             scalars |= {f"{name}/keep_requested": routing.requested, f"{name}/keep_achieved": achieved}
             keeps.append(f"{achieved:.3f}")
             if routing.agreement is not None:

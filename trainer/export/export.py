@@ -39,7 +39,7 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
     settings = settings or Settings()
     form, folder = format_named(format), Path(to)
     check(form, folder, settings)
-    source = ExportSource.open(run)
+    source = ExportSource.open(run, whole=not form.hugging_face)
     reference = form.reference(source)
     try:
         of_run = answers(reference, source.batches())
@@ -78,6 +78,7 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
             "max_abs_reload_diff": added,
             "generation_equal": same,
             "batch_sizes": [len(next(iter(batch.values()))) for batch in batches],
+            "input_shapes": {name: list(value.shape[1:]) for name, value in batches[0].items()},
             "keep": about["keep"],
             "macs_ratio": about["macs_ratio"],
             "files": hashes_of(partial),

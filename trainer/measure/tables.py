@@ -12,6 +12,7 @@ from rich.table import Table
 from ...modules.budget.budget import Budget
 from ...modules.cost.cost import CostModel
 from ..build.build import build, build_model, model_config, total_steps
+from ..build.vocabulary import fit_vocabulary
 from ..errors import RecipeError
 from ..recipe.files import LoadedRecipe, load
 from ..run_folder import RunFolder, load_model
@@ -25,6 +26,7 @@ def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     task = task_named(recipe.task)
     config = model_config(recipe.model, task)
     data = task.open_data(recipe, config)
+    fit_vocabulary(recipe.model, config, data)
     with torch.device("meta"):
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression

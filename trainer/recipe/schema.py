@@ -39,6 +39,9 @@ class ModelRecipe(Block):
     )
     encoder_routers: bool = Field(False, description="initialise stages with their weights in encoder_of")
     config: dict[str, Any] | None = Field(None, description="model_type and settings of a model with random weights")
+    resize_vocabulary: bool = Field(
+        False, description="give the embeddings of model.name as many entries as the tokenizer has, if it has more; new entries are random"
+    )
     settings: dict[str, Any] = Field(
         default_factory=dict, description="changes to the model's own config: hidden_dropout_prob, drop_path_rate if the family has it …"
     )
@@ -55,6 +58,8 @@ class ModelRecipe(Block):
             raise ValueError("model.encoder_routers = true needs model.encoder_of, which is not set: set it to a masked pretraining")
         if self.new_head and self.name is None:
             raise ValueError("model.new_head = true replaces the head of model.name, which is not set: remove model.new_head")
+        if self.resize_vocabulary and self.name is None:
+            raise ValueError("model.resize_vocabulary = true needs model.name, which is not set: with model.config set its vocab_size")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config.model_type is missing: vit or deit, for example")
         return self

@@ -146,8 +146,13 @@ class Task:
         raise NotImplementedError
 
     @classmethod
-    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
-        """PROBES rows of noise as inputs for the model of a config; exports are compared on their ``logits``."""
+    def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
+        """PROBES rows of noise as inputs for the model of a config; exports are compared on their ``logits``.
+
+        Args:
+            config: config of the model.
+            tokens: tokens of a row of text; None makes short rows.
+        """
         raise NotImplementedError
 
     @classmethod

@@ -70,7 +70,7 @@ class ImageTask(Task):
         return {"pixel_values": batch["pixel_values"]}
 
     @classmethod
-    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
+    def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
         size, channels = image_input(config)
         return {"pixel_values": torch.rand(PROBES, channels, size, size, generator=torch.Generator().manual_seed(0))}
 

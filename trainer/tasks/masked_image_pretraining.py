@@ -114,7 +114,7 @@ class MaskedImagePretraining(ImageTask):
         return {"pixel_values": batch["pixel_values"], "noise": noise}
 
     @classmethod
-    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
+    def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
         pixels = super().probe(config)
         return {**pixels, "noise": masking_order(_EVALUATION_SEED, 0, torch.arange(PROBES), patches_of(config))}
 

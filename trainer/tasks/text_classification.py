@@ -91,11 +91,11 @@ class TextClassification(TextTask):
         return model(**{name: batch[name] for name in names}, **options)
 
     @classmethod
-    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
-        ids = super().probe(config)["input_ids"]
-        rows, tokens = ids.shape
-        lengths = torch.arange(tokens, tokens - rows, -1)
-        return {"input_ids": ids, "attention_mask": (torch.arange(tokens) < lengths[:, None]).long()}
+    def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
+        ids = super().probe(config, tokens)["input_ids"]
+        rows, longest = ids.shape
+        lengths = torch.arange(longest, longest - rows, -1)
+        return {"input_ids": ids, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
 
     @classmethod
     def held_out(cls, data: LabelledText) -> str:

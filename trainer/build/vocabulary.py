@@ -1,0 +1,52 @@
+"""Embeddings of loaded weights for a tokenizer with more entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ...data.splits import Splits
+from ..errors import RecipeError
+from ..recipe.schema import ModelRecipe
+
+
+def fit_vocabulary(recipe: ModelRecipe, config: PretrainedConfig, data: Splits) -> int | None:
+    """Sets a config's vocabulary to the entries of the tokenizer if ``model.resize_vocabulary`` is set and it has more.
+
+    Args:
+        recipe: the ``model`` block.
+        config: config of the loaded weights, changed in place.
+        data: the splits.
+
+    Returns:
+        The entries of the weights, for ``resize``; None if nothing changes.
+
+    Raises:
+        RecipeError: the data have no tokenizer.
+    """
+    if not recipe.resize_vocabulary:
+        return None
+    tokenizer: Any = getattr(data, "tokenizer", None)
+    if tokenizer is None:
+        raise RecipeError("model.resize_vocabulary = true needs text, and the data have no tokenizer: remove it")
+    inner: Any = config.get_text_config()
+    entries: int = inner.vocab_size
+    if len(tokenizer) <= entries:
+        return None
+    inner.vocab_size = len(tokenizer)
+    return entries
+
+
+def with_vocabulary(config: PretrainedConfig, entries: int | None) -> int:
+    """Sets a config's vocabulary in place, unless ``entries`` is None; returns the entries that it had."""
+    inner: Any = config.get_text_config()
+    before: int = inner.vocab_size
+    inner.vocab_size = before if entries is None else entries
+    return before
+
+
+def resize(model: PreTrainedModel, entries: int) -> None:
+    """Gives the embeddings of a model, and its head, this many entries; new ones are drawn around the mean of the others."""
+    if model.config.get_text_config().vocab_size != entries:
+        model.resize_token_embeddings(entries)
