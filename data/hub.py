@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .source import DataSource, SplitNames
+from .source import OF_FILES, DataSource, SplitNames
+
+_HUB_NAME = re.compile(r"(?!\.)[\w.-]{1,96}(/(?!\.)[\w.-]{1,96})?")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ def open_source(source: DataSource, **options: Any) -> Any:
     """
     import datasets
 
+    if source.name not in OF_FILES and (not _HUB_NAME.fullmatch(source.name) or Path(source.name).exists()):
+        # datasets would read every file below a folder of that name.
+        raise ValueError(
+            f"data.name = {source.name!r} is no hub name: for files set data.name to {', '.join(OF_FILES)} and data.data_dir or data.data_files"
+        )
     datasets.disable_progress_bars()
     files = source.data_files
     plain = (
@@ -50,9 +59,12 @@ def open_source(source: DataSource, **options: Any) -> Any:
         opened = datasets.load_dataset(
             source.name, source.config, data_dir=source.data_dir, data_files=plain, revision=source.revision, **options
         )
-    except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
+    except Exception as error:
+        # datasets raises errors of many types.
         where = source.data_dir or source.data_files or "the hub"
-        raise ValueError(f"data.name = {source.name!r} cannot be opened from {where}: {error}") from None
+        raise ValueError(
+            f"data.name = {source.name!r} cannot be opened from {where}: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
     return opened
 
 

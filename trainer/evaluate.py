@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.scope import COMPLETE
 from ..modules.tokens.trace import Trace
 from .build.build import cost_model, model_config
+from .errors import RecipeError
 from .recipe.schema import Recipe
 from .run_folder import RunFolder, load_model
 from .tasks.base import Task, task_named
@@ -90,6 +91,14 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
         model = decompress(model)
     measure("dense", model)
     return {"target": target, "split": "test" if data.has_test else "validation", "metric": task.metric, "variants": results}
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises RecipeError for an override of a key that is not read when a trained model is evaluated or inspected."""
+    for override in overrides:
+        path = override.partition("=")[0]
+        if path != "seed" and path.split(".")[0] != "data":
+            raise RecipeError(f"{path} has no effect on a trained model: override data.* or seed here, and other keys in laconic train")
 
 
 def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Mapping[str, float]:

@@ -23,7 +23,7 @@ def save_preprocessing(source: ExportSource, folder: Path) -> None:
     if issubclass(task_named(source.recipe.task), ImageTask):
         write_json(folder / PROCESSOR, image_processor(source.recipe, config))
     if (place := source.run.with_file(TOKENIZER)) is not None:
-        AutoTokenizer.from_pretrained(place).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(place, trust_remote_code=False).save_pretrained(folder)
 
 
 def image_processor(recipe: Recipe, config: Any) -> dict[str, Any]:
