@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .images.folders import check_loaded
-from .source import DataSource, SplitNames
+from .source import OF_FILES, DataSource, SplitNames
 from .text.files import named_faults
+
+_HUB_NAME = re.compile(r"(?!\.)[\w.-]{1,96}(/(?!\.)[\w.-]{1,96})?")
 
 
 def open_source(source: DataSource, **options: Any) -> Any:
@@ -23,6 +27,11 @@ def open_source(source: DataSource, **options: Any) -> Any:
     """
     import datasets
 
+    if source.name not in OF_FILES and (not _HUB_NAME.fullmatch(source.name) or Path(source.name).exists()):
+        # datasets would read every file below a folder of that name.
+        raise ValueError(
+            f"data.name = {source.name!r} is no hub name: for files set data.name to {', '.join(OF_FILES)} and data.data_dir or data.data_files"
+        )
     datasets.disable_progress_bars()
     files = source.data_files
     plain = (

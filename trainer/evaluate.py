@@ -112,6 +112,14 @@ def _open_data(recipe: Recipe, config: PretrainedConfig, model: PreTrainedModel,
         raise RecipeError(str(error)) from None
 
 
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises RecipeError for an override of a key that is not read when a trained model is evaluated or inspected."""
+    for override in overrides:
+        path = override.partition("=")[0]
+        if path != "seed" and path.split(".")[0] != "data":
+            raise RecipeError(f"{path} has no effect on a trained model: override data.* or seed here, and other keys in laconic train")
+
+
 def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Mapping[str, float]:
     """Writes the output of ``laconic inspect``; returns achieved keep by stage.
 

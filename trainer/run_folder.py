@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ..modules.checkpoints import loading
 from ..modules.checkpoints.adapter_folder import is_adapter
-from ..modules.checkpoints.base_weights import Base
+from ..modules.checkpoints.base_weights import Base, check_weights
+from ..modules.checkpoints.foreign_config import load_config, settings_errors
 from ..modules.checkpoints.lora import merge_lora
 from ..modules.checkpoints.whole_files import PARTIAL, DamagedFile, check_hashes, compare
 from .errors import RecipeError
@@ -181,8 +182,11 @@ class RunFolder:
 
         Raises:
             DamagedFile: a file is missing or differs.
+            ValueError: the index of the weights lists a file outside the folder.
         """
         check_hashes(weights)
+        if not is_adapter(weights):
+            check_weights(weights)
         record = weights / EXPORTED
         if record.is_file():
             try:
@@ -199,7 +203,12 @@ class RunFolder:
         """Content of the report; None if there is none."""
         if not self.report.is_file():
             return None
-        report: dict[str, Any] = json.loads(self.report.read_text())
+        try:
+            report = json.loads(self.report.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise DamagedFile(f"{self.report} is damaged: {error}; delete it, or train again") from None
+        if not isinstance(report, dict):
+            raise DamagedFile(f"{self.report} is damaged: it holds {type(report).__name__}; delete it, or train again")
         return report
 
 
@@ -254,10 +263,11 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     if is_adapter(place):
         model = loading.from_pretrained(place)
         model = merge_lora(model) if hasattr(model, "peft_config") else model
-    elif "compression" in json.loads((place / "config.json").read_text()):
+    elif getattr(load_config(place), "compression", None) is not None:
         model = loading.from_pretrained(place)
     else:
-        model = loading.saved_class(place).from_pretrained(place, use_safetensors=True).eval()
+        with settings_errors(f"{place} cannot be loaded", DamagedFile):
+            model = loading.saved_class(place).from_pretrained(place, use_safetensors=True, trust_remote_code=False).eval()
     wrong = [name for name, value in model.named_parameters() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
     if wrong:
         raise DamagedFile(f"{place}: {len(wrong)} tensors hold values that are not finite, {wrong[0]} first: train or get the model again")

@@ -26,7 +26,7 @@ class ImageRecipe(DataRecipe):
     mean: list[float] | None = Field(
         None, description="subtracted from pixels in [0, 1], one value or one a channel; null uses the values of the model's processor"
     )
-    std: list[float] | None = Field(
+    std: list[Annotated[float, Field(gt=0)]] | None = Field(
         None, description="divides pixels, one value or one a channel; null uses the values of the model's processor"
     )
     augmentation: Literal["none", "flip", "crop_flip", "resized_crop_flip"] = Field("none", description="augmentation of training images")

@@ -41,7 +41,7 @@ def load_tokenizer(name: str, revision: str | None = None, ends: bool = True) ->
         if name.endswith(".json"):
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=name)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:
         # Tokenizer files raise many types of exception, plain Exception among them.
         raise ValueError(f"data.tokenizer = {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None

@@ -215,6 +215,7 @@ def test_a_resumed_run_on_text_ends_like_an_unbroken_one(
     shared += ["trainer.max_steps=4", "data.batch_size=2", "model.config.attention_dropout=0.1"]
     if streaming:
         path = jsonl(tmp_path / "rows.jsonl", [{"text": f"Row {i} has a text of its own, number {i * i}." * 3} for i in range(40)])
+        shared = [item for item in shared if not item.startswith("data.train_samples")]
         shared += ["data.name=json", f"data.data_files={path}", "data.streaming=true"]
 
     def weights(folder: Path, resume: str | None = None) -> dict[str, Tensor]:
@@ -388,6 +389,7 @@ def test_keys_of_text_are_refused_for_images_and_a_tokenizer_must_fit(tmp_path: 
         build(load("llm_pretrain_dense", [*fit, "model.config.vocab_size=310"]).recipe)
     rows = jsonl(tmp_path / "rows.jsonl", [{"text": "One row of text."}] * 20)
     stream = ["data.name=json", f"data.data_files={rows}", "data.streaming=true", "trainer.max_steps=null", "trainer.max_epochs=1"]
+    fit = [item for item in fit if not item.startswith("data.train_samples")]
     with pytest.raises(ValueError, match="trainer.max_epochs needs the number of training rows"):
         validate(load("llm_pretrain_dense", [*fit, *stream]).recipe)
 

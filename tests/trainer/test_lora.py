@@ -28,6 +28,7 @@ from laconic.trainer.run import train, train_arm
 from laconic.trainer.run_folder import RunFolder, load_model
 from laconic.trainer.tasks.base_image import with_normalisation
 from tests.trainer.conftest import QUICK
+from tests.trainer.small_recipes import of_files
 from tests.trainer.stopping import train_until
 
 TINY = [item for item in QUICK if not item.startswith("model.config")]
@@ -202,7 +203,7 @@ def test_a_head_that_the_weights_lack_trains_without_being_named(runs: Path, tmp
     from tests.data.folders import encoded, parquet
 
     data = parquet(tmp_path / "rows.parquet", [encoded(i) for i in range(32)], [i % 3 for i in range(32)])
-    overrides = [*_overrides(runs, "x"), "data.name=parquet", f"data.data_files={data}", "lora.modules_to_save=[]"]
+    overrides = [*of_files(_overrides(runs, "x")), "data.name=parquet", f"data.data_files={data}", "lora.modules_to_save=[]"]
     from tests.matrix import dense
 
     dense("vit", image_size=32).save_pretrained(tmp_path / "vit")

@@ -30,6 +30,7 @@ from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.show.pictures import kept_pixels
 from laconic.trainer.tasks.base import task_named
 from tests.trainer.conftest import QUICK
+from tests.trainer.small_recipes import of_files
 
 DEEP = "model.config.num_hidden_layers=6"
 
@@ -122,7 +123,7 @@ def test_a_dataset_with_masks_trains_from_a_classifier_s_weights(tmp_path: Path,
     config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     masks = [Image.new("L", (40, 32), i % 3) for i in range(24)]
-    overrides = [item for item in quick if not item.startswith("model")] + [
+    overrides = [item for item in of_files(quick) if not item.startswith("model")] + [
         "baselines=[]",
         "model.config=null",
         f"model.name={tmp_path / 'vit'}",

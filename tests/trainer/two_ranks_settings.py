@@ -33,7 +33,7 @@ SETTINGS = {
 MASKED = ["compression.restore.layer=2", "model.config.decoder_hidden_size=8", "model.config.decoder_num_hidden_layers=1"]
 # Few tokens, and routers that let hardly any through: in some step a layer of some rank has none.
 TEXT = ["trainer.max_steps=4", "trainer.log_every=1", "trainer.bench_rounds=0", "baselines=[]", "model.config.vocab_size=300",
-        "model.config.hidden_size=32", "model.config.intermediate_size=48", "model.config.num_hidden_layers=3", "trainer.pictures=0",
+        "model.config.hidden_size=32", "model.config.intermediate_size=48", "model.config.num_hidden_layers=3",
         "data.sequence_length=16", "data.train_samples=2", "data.eval_samples=1", "budget.target=0.8", "budget.regularizer=macs_squared",
         "compression.stages=[{layer: 1, site: around, scorer: {name: linear, bias: -1.6}, "
         "selector: {name: threshold, calibrate: false}}]"]  # fmt: skip

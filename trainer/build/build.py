@@ -18,6 +18,7 @@ from ...modules.backbones import families
 from ...modules.budget.budget import Budget
 from ...modules.checkpoints.adapters import check_base, quietly
 from ...modules.checkpoints.base_weights import Base, base_of
+from ...modules.checkpoints.foreign_config import check_size
 from ...modules.checkpoints.from_mae import encoder_config, load_encoder, load_routers
 from ...modules.compatibility import check_held
 from ...modules.compress import checkpoint_activations, compress
@@ -180,10 +181,12 @@ def model_config(recipe: ModelRecipe, task: type[Task], start: Start | None = No
         check_settings(model_type, recipe.settings, "model.settings")
         try:
             # transformers selects the head of some families by the architecture.
-            return AutoConfig.for_model(model_type, **{"architectures": [architecture], **settings})
+            config: PretrainedConfig = AutoConfig.for_model(model_type, **{"architectures": [architecture], **settings})
         except Exception as error:
             # transformers validates its configs with several exception types; all of them are errors in the recipe here.
             raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
+        check_size(config, "model.config")
+        return config
     if recipe.encoder_of is not None:
         return _of_task(_encoder_config(recipe), recipe, task)
     start = start_of(recipe) if start is None else start

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForImageClassification, PretrainedConfig
 
 from ...modules.budget.budget import Budget
+from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.compatibility import check_deployable
 from ..distributed.strategies import check as check_strategy
+from ..errors import RecipeError
 from ..losses.distillation import check_teacher
 from ..recipe.schema import Recipe
 from ..tasks.base import task_named
@@ -74,7 +77,7 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked
     teacher = None
     if recipe.distillation is not None:
         teacher = check_teacher(recipe.distillation, recipe.model, config, data.classes)
-    with torch.device("meta"):
+    with settings_errors("the model cannot be built from model, lora and compression"), torch.device("meta"):
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:
@@ -85,16 +88,16 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked
             check_deployable(stage for stage in counted.stages if stage.adapter.causal)
         routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
         train_parts(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
+        cost = None if counted is None else counted()
     # After the model, whose settings the rows must fit.
     remarks = check_rows(recipe, data)
-    cost = None if counted is None else counted()
     counts = parameter_counts(model).values()
     parameters, trainable = (routers + sum(group[kind] for group in counts) for kind in ("total", "trainable"))
     # Weights; for trainable ones also gradients and two moments, and one more copy for an average.
     frozen = 0.5 if recipe.lora is not None and recipe.lora.quantize == "4bit" else 4
     weights = round(frozen * (parameters - trainable)) + trainable * (16 if recipe.trainer.ema is None else 20)
     if teacher is not None:
-        with torch.device("meta"):
+        with settings_errors("distillation.teacher cannot be built"), torch.device("meta"):
             weights += 4 * sum(p.numel() for p in AutoModelForImageClassification.from_config(teacher).parameters())
     activations = 0 if cost is None else cost.activation_bytes * recipe.data.batch_size // (2 if recipe.trainer.precision == "bf16" else 1)
     return Checked(
@@ -109,3 +112,14 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked
         memory_bytes=weights + activations,
         remarks=remarks,
     )
+
+
+def check_memory(checked: Checked, recipe: Recipe) -> None:
+    """Raises RecipeError if the weights alone exceed this machine's memory, where every run builds them, before they are allocated."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = checked.parameters * (0.5 if recipe.lora is not None and recipe.lora.quantize == "4bit" else 4)
+    if needed > memory:
+        raise RecipeError(
+            f"the model's {checked.parameters:,} parameters need {needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB: "
+            "make model.config smaller, or use a larger machine"
+        )

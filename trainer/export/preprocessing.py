@@ -27,7 +27,7 @@ def save_preprocessing(source: ExportSource, folder: Path) -> None:
         if "auto_map" in settings:
             write_file(folder / Path(image_processing_grey.__file__).name, Path(image_processing_grey.__file__).read_text("utf-8"))
     if (place := source.run.with_file(TOKENIZER)) is not None:
-        AutoTokenizer.from_pretrained(place).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(place, trust_remote_code=False).save_pretrained(folder)
 
 
 def image_processor(recipe: Recipe, config: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...modules.budget.budget import Budget
+from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.cost.cost import CostModel
 from ..build.build import build, build_model, model_config, total_steps
 from ..build.vocabulary import fit_vocabulary
@@ -27,7 +28,7 @@ def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     config = model_config(recipe.model, task)
     data = task.open_data(recipe, config)
     fit_vocabulary(recipe.model, config, data)
-    with torch.device("meta"):
+    with settings_errors("the model cannot be built from model, lora and compression"), torch.device("meta"):
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:

@@ -60,8 +60,9 @@ class ModelRecipe(Block):
             raise ValueError("model.new_head = true replaces the head of model.name, which is not set: remove model.new_head")
         if self.resize_vocabulary and self.name is None:
             raise ValueError("model.resize_vocabulary = true needs model.name, which is not set: with model.config set its vocab_size")
-        if self.config is not None and "model_type" not in self.config:
-            raise ValueError("model.config.model_type is missing: vit or deit, for example")
+        if self.config is not None and not isinstance(model_type := self.config.get("model_type"), str):
+            given = "is missing" if model_type is None else f"= {model_type!r} is no family of models"
+            raise ValueError(f"model.config.model_type {given}: vit or deit, for example")
         return self
 
 
@@ -242,11 +243,20 @@ def _data(value: Any, info: ValidationInfo) -> DataRecipe:
     return checked(task, value if isinstance(value, kind) else kind.model_validate(value))
 
 
+def _output(folder: str) -> str:
+    left = folder.replace("{recipe}", "").replace("{seed}", "")
+    if "{" in left or "}" in left:
+        raise ValueError(f"output = {folder!r}: only {{recipe}} and {{seed}} are replaced: remove other braces")
+    if not folder.strip() or "\0" in folder:
+        raise ValueError(f"output = {folder!r} must be the name of a folder, runs/{{recipe}} for example")
+    return folder
+
+
 class Recipe(Block):
     """One run."""
 
     task: Annotated[str, AfterValidator(_task)] = Field("image_classification", description="name of the task, a file of trainer/tasks")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of weights, data order, augmentation and all other draws")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="seed of weights, data order, augmentation and all other draws")
     model: ModelRecipe
     lora: LoraRecipe | None = Field(None, description="train few parameters on frozen weights; null trains everything")
     compression: Annotated[
@@ -262,7 +272,9 @@ class Recipe(Block):
     baselines: list[str] = Field(
         default_factory=list, description="control arms: recipes trained first on the same samples, for the report"
     )
-    output: str = Field("runs/{recipe}", description="folder of the run; {recipe} and {seed} are replaced")
+    output: Annotated[str, AfterValidator(_output)] = Field(
+        "runs/{recipe}", description="folder of the run; {recipe} and {seed} are replaced"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -77,6 +77,7 @@ class Task:
             ignore_mismatched_sizes=True,
             # Whatever the checkpoint's dtype: trainer.precision decides what is computed in bf16.
             dtype=torch.float32,
+            trust_remote_code=False,
             **options,
         )
         return model

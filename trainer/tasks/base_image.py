@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
@@ -21,6 +21,7 @@ from ...data.rows import collate, good_rows
 from ...data.splits import Splits
 from ...modules.backbones import families
 from ...modules.backbones.vision import VisionModel
+from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.tokens.trace import Trace
 from ..build.heads import trained_classes
 from ..build.initial_weights import encoder_weights, start_of
@@ -28,6 +29,9 @@ from ..build.parts import RunParts
 from ..recipe.schema import Recipe
 from ..show.pictures import PICTURED, draw_arms, overlays, save_kept_tokens
 from .base import PROBES, Task, fit_classes, give_labels
+
+# Largest side of an image, and number of channels.
+LARGEST = 65_536
 
 
 class ImageTask(Task):
@@ -39,7 +43,8 @@ class ImageTask(Task):
 
     @classmethod
     def resolved(cls, recipe: Recipe) -> Recipe:
-        return with_normalisation(recipe)
+        # The embedded digits are not normalised.
+        return recipe if recipe.data.name == DRAWN else with_normalisation(recipe)
 
     @classmethod
     def open_data(cls, recipe: Recipe, config: PretrainedConfig, known: KnownClasses | None = None) -> ImageData:
@@ -131,7 +136,10 @@ def image_input(config: Any) -> tuple[int, int]:
     """(side in pixels, channels) of a model's images. Raises ValueError if its images are not square."""
     adapter = families()[config.model_type]
     assert issubclass(adapter, VisionModel)
-    height, width, channels = adapter.image_input(config)
+    with settings_errors("model.config.image_size and num_channels"):
+        height, width, channels = adapter.image_input(config)
+    if not all(isinstance(value, int) and 0 < value <= LARGEST for value in (height, width, channels)):
+        raise ValueError(f"model.config: an image of {height} × {width} pixels and {channels} channels; each must be from 1 to {LARGEST:,}")
     if height != width:
         raise ValueError(f"model.config.image_size = {(height, width)}: images are cropped to squares, set one number")
     if channels not in (1, 3):
@@ -147,18 +155,27 @@ def with_normalisation(recipe: Recipe) -> Recipe:
     start = start_of(recipe.model)
     weights = start.weights if start is not None else None if recipe.model.encoder_of is None else encoder_weights(recipe.model)
     if start is not None and start.run is not None and start.run.recipe.is_file():
-        before = yaml.safe_load(start.run.recipe.read_text()).get("data", {})
-        found = {f"image_{key}": before.get(key) for key in ("mean", "std")}
+        before = start.run.read_recipe().data
+        found = {f"image_{key}": getattr(before, key, None) for key in ("mean", "std")}
     elif weights is not None and (data.mean is None or data.std is None):
         try:
             found, _ = ImageProcessingMixin.get_image_processor_dict(weights, revision=recipe.model.revision)
         except OSError:
             # Weights without a processor, such as a model trained here from random weights.
             found = {}
+        _check_numbers(found, weights)
     half = [0.5]
     mean = data.mean if data.mean is not None else found.get("image_mean") or half
     std = data.std if data.std is not None else found.get("image_std") or half
     return recipe.model_copy(update={"data": data.model_copy(update={"mean": list(mean), "std": list(std)})})
+
+
+def _check_numbers(processor: Any, weights: str) -> None:
+    """Raises ValueError unless the mean and deviation in an image processor's file are lists of numbers."""
+    for key in ("image_mean", "image_std"):
+        values = processor.get(key) or []
+        if not isinstance(values, list) or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            raise ValueError(f"{weights}: {key} = {values!r} of its image processor must be a list of numbers: set data.mean and data.std")
 
 
 def _open_data(task: type[ImageTask], whole: Recipe, config: Any, known: KnownClasses | None) -> ImageData:

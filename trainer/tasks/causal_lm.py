@@ -65,6 +65,7 @@ class CausalLM(TextTask):
             # Whatever the checkpoint's dtype: trainer.precision decides what is computed in bf16.
             dtype=torch.float32,
             output_loading_info=True,
+            trust_remote_code=False,
             **options,
         )
         if missing := sorted(map(str, report["missing_keys"])):
