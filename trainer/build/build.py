@@ -123,7 +123,7 @@ def _starting_model(
         return build_model(recipe.model, config, data, task), [], None
     known = named_classes(config)
     task.fit_config(config, data)
-    entries = with_vocabulary(config, of_weights)
+    entries = None if of_weights is None else with_vocabulary(config, of_weights)
     if start.weights is None:
         model = task.fresh_model(config, recipe.model.attention)
         lacking = load_state(model, start)
@@ -134,7 +134,7 @@ def _starting_model(
             loaded: Any = task.loaded_model(located, config, **options)
         model, report = loaded
         lacking = [str(item[0] if isinstance(item, tuple) else item) for key in ("missing_keys", "mismatched_keys") for item in report[key]]
-    if of_weights is not None:
+    if entries is not None:
         resize(model, entries)
     if data.classes and has_head(start, type(model)) and (recipe.model.new_head or (known and known != named_classes(config))):
         renewed = renew_heads(model)

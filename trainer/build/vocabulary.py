@@ -38,11 +38,11 @@ def fit_vocabulary(recipe: ModelRecipe, config: PretrainedConfig, data: Splits) 
     return entries
 
 
-def with_vocabulary(config: PretrainedConfig, entries: int | None) -> int:
-    """Sets a config's vocabulary in place, unless ``entries`` is None; returns the entries that it had."""
+def with_vocabulary(config: PretrainedConfig, entries: int) -> int:
+    """Sets a config's vocabulary in place; returns the entries that it had."""
     inner: Any = config.get_text_config()
     before: int = inner.vocab_size
-    inner.vocab_size = before if entries is None else entries
+    inner.vocab_size = entries
     return before
 
 
