@@ -25,7 +25,19 @@ from laconic.trainer.evaluate import evaluate
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
 from laconic.trainer.run_folder import RunFolder
-from tests.trainer.two_ranks_strategies import LANGUAGE, MASKED, SETTINGS, SHARED, STRATEGIES, TEXT, TWO
+from tests.trainer.two_ranks_strategies import (
+    ACCUMULATED,
+    LANGUAGE,
+    MASKED,
+    SETTINGS,
+    SHARED,
+    STRATEGIES,
+    TEXT,
+    TWO,
+    UNEVEN,
+    uneven,
+    uneven_files,
+)
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -47,6 +59,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_arm(load("vit_digits", [*plain, *settings]), "arm", folder / (name or "run"), Console(quiet=True))
     train_arm(load("llm_pretrain", [*TEXT, "data.batch_size=4"]), "arm", folder / "text", Console(quiet=True))
     train_arm(load("mae_digits", [*plain, *MASKED]), "arm", folder / "masked", Console(quiet=True))
+    uneven_files(folder / "uneven")
+    whole = load("llm_pretrain_dense", [*UNEVEN, *uneven(folder / "uneven"), "data.batch_size=4"])
+    train_arm(whole, "arm", folder / "whole", Console(quiet=True))
     return folder
 
 
@@ -108,6 +123,13 @@ def test_a_rank_whose_layer_processes_no_token_learns_with_the_others(name: str,
     assert difference < 1e-5
     tag = "around_1/keep_achieved"
     assert _scalars(two_ranks / f"text_{name}", tag) == pytest.approx(_scalars(one_process / "text", tag), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_two_batches_of_two_processes_weigh_their_tokens_as_one_batch_does(name: str, two_ranks: Path, one_process: Path) -> None:
+    ours, expected = _scalars(two_ranks / f"uneven_{name}"), _scalars(one_process / "whole")
+    assert ours == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(_weights(two_ranks / f"uneven_{name}"), _weights(one_process / "whole"), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["plain", "deepspeed_3"])
