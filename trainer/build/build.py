@@ -32,7 +32,7 @@ from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load
 from .model_settings import check_settings, with_settings
 from .parts import RunParts
 from .trainable import quantization, train_parts
-from .vocabulary import fit_vocabulary, resize, with_vocabulary
+from .vocabulary import fit_vocabulary, set_vocabulary
 
 
 def build(
@@ -99,7 +99,7 @@ def _starting_model(
     if start is None:
         return build_model(recipe.model, config, data, task), []
     task.fit_config(config, data)
-    entries = with_vocabulary(config, of_weights)
+    entries = None if of_weights is None else set_vocabulary(config, of_weights)
     if start.weights is None:
         model = task.fresh_model(config, recipe.model.attention)
         lacking = load_state(model, start)
@@ -110,8 +110,9 @@ def _starting_model(
             loaded: Any = task.loaded_model(located, config, **options)
         model, report = loaded
         lacking = [str(item[0] if isinstance(item, tuple) else item) for key in ("missing_keys", "mismatched_keys") for item in report[key]]
-    if of_weights is not None:
-        resize(model, entries)
+    if entries is not None:
+        # New ones are drawn around the mean of the others.
+        model.resize_token_embeddings(entries)
     return model, sorted({name.rpartition(".")[0] for name in lacking})
 
 
