@@ -36,7 +36,7 @@ from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load
 from .model_settings import check_settings, with_settings
 from .parts import RunParts
 from .trainable import quantization, train_parts
-from .vocabulary import fit_vocabulary, resize, with_vocabulary
+from .vocabulary import fit_vocabulary, set_vocabulary
 
 
 def build(
@@ -123,7 +123,7 @@ def _starting_model(
         return build_model(recipe.model, config, data, task), [], None
     known = named_classes(config)
     task.fit_config(config, data)
-    entries = None if of_weights is None else with_vocabulary(config, of_weights)
+    entries = None if of_weights is None else set_vocabulary(config, of_weights)
     if start.weights is None:
         model = task.fresh_model(config, recipe.model.attention)
         lacking = load_state(model, start)
@@ -135,7 +135,8 @@ def _starting_model(
         model, report = loaded
         lacking = [str(item[0] if isinstance(item, tuple) else item) for key in ("missing_keys", "mismatched_keys") for item in report[key]]
     if entries is not None:
-        resize(model, entries)
+        # New ones are drawn around the mean of the others.
+        model.resize_token_embeddings(entries)
     if data.classes and has_head(start, type(model)) and (recipe.model.new_head or (known and known != named_classes(config))):
         renewed = renew_heads(model)
         lacking += [f"{name}.weight" for name in renewed]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from ...data.splits import Splits
 from ..errors import RecipeError
@@ -20,7 +20,7 @@ def fit_vocabulary(recipe: ModelRecipe, config: PretrainedConfig, data: Splits) 
         data: the splits.
 
     Returns:
-        The entries of the weights, for ``resize``; None if nothing changes.
+        The entries of the weights, for loading them; None if nothing changes.
 
     Raises:
         RecipeError: the data have no tokenizer.
@@ -31,22 +31,12 @@ def fit_vocabulary(recipe: ModelRecipe, config: PretrainedConfig, data: Splits) 
     if tokenizer is None:
         raise RecipeError("model.resize_vocabulary = true needs text, and the data have no tokenizer: remove it")
     inner: Any = config.get_text_config()
-    entries: int = inner.vocab_size
-    if len(tokenizer) <= entries:
-        return None
-    inner.vocab_size = len(tokenizer)
-    return entries
+    return set_vocabulary(config, len(tokenizer)) if len(tokenizer) > inner.vocab_size else None
 
 
-def with_vocabulary(config: PretrainedConfig, entries: int) -> int:
+def set_vocabulary(config: PretrainedConfig, entries: int) -> int:
     """Sets a config's vocabulary in place; returns the entries that it had."""
     inner: Any = config.get_text_config()
     before: int = inner.vocab_size
     inner.vocab_size = entries
     return before
-
-
-def resize(model: PreTrainedModel, entries: int) -> None:
-    """Gives the embeddings of a model, and its head, this many entries; new ones are drawn around the mean of the others."""
-    if model.config.get_text_config().vocab_size != entries:
-        model.resize_token_embeddings(entries)
