@@ -94,7 +94,8 @@ def test_every_file_has_the_pixels_of_a_pipeline_or_is_refused(files: dict[str, 
         if channels == 1:
             assert torch.equal(item["pixel_values"], ImageTransform(size, 1)(seen, None)), name
             continue
-        for given in (seen, decode(row["image"])):
+        # The orientation is gone when an image is decoded: once is enough for the processor by itself.
+        for given in (seen, decode(row["image"])) if " None " in name else (seen,):
             if given.mode in ("I", "I;16"):
                 # An image processor by itself does not read these; a pipeline converts them before.
                 continue
