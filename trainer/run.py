@@ -111,6 +111,9 @@ def _open(run: RunFolder, held: contextlib.ExitStack, resume: str | None, overwr
         RecipeError: another process has it, or it has an earlier run.
     """
     held.enter_context(locked(run))
+    if resume not in (None, "auto"):
+        # Control arms train first: a wrong path would be found only after them.
+        find_checkpoint(run, resume)
     if resume is not None or not run.started:
         return
     if not overwrite:
