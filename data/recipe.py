@@ -28,7 +28,8 @@ class Block(BaseModel):
     def _no_flag_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic takes true for 1.
         for path, flag in _flags(value, cls.model_fields[str(info.field_name)].annotation, str(info.field_name)):
-            raise ValueError(f"{str(flag).lower()} is neither a number nor a text ({path})")
+            place = "" if path == info.field_name else f" ({path})"
+            raise ValueError(f"{str(flag).lower()} is neither a number nor a text{place}")
         return value
 
 
