@@ -26,7 +26,7 @@ def test_a_pipeline_answers_for_an_export_as_evaluation_does(tmp_path: Path, cha
     settings = ["data.name=imagefolder", "data.data_dir=photos", "data.mean=[0.4]", "data.std=[0.3]"]
     source = ExportSource.open(str(written_run(tmp_path / "run", model, "vit_digits", *settings)))
     source.model.save_pretrained(tmp_path / "export")
-    save_preprocessing(source, tmp_path / "export")
+    save_preprocessing(source, tmp_path / "export", with_code=True)
     exif = Image.Exif()
     exif[0x0112] = 6
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)

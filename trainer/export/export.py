@@ -54,7 +54,7 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
     allowed = _allowed(form, cast, settings)
     with whole_folder(folder) as partial:
         form.write(source, settings, partial)
-        save_preprocessing(source, partial)
+        save_preprocessing(source, partial, form.with_code)
         if form.hugging_face:
             shutil.copy(source.run.recipe, RunFolder(partial).recipe)
         found = clean_answers(form, partial, batches, NEW_TOKENS if "generated" in cast[0] else 0)

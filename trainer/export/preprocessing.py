@@ -18,11 +18,19 @@ from . import image_processing_grey
 from .source import ExportSource
 
 
-def save_preprocessing(source: ExportSource, folder: Path) -> None:
-    """Writes the image processor of an image task, and the tokenizer that is beside the weights."""
+def save_preprocessing(source: ExportSource, folder: Path, with_code: bool) -> None:
+    """Writes the image processor of an image task, and the tokenizer that is beside the weights.
+
+    Args:
+        source: the model.
+        folder: folder of the export.
+        with_code: the folder may have Python code, which the processor of a grey model needs.
+    """
     config: Any = source.model.config
     if issubclass(task_named(source.recipe.task), ImageTask):
         settings = image_processor(source.recipe, config)
+        if not with_code:
+            settings.pop("auto_map", None)
         write_json(folder / PROCESSOR, settings)
         if "auto_map" in settings:
             write_file(folder / Path(image_processing_grey.__file__).name, Path(image_processing_grey.__file__).read_text("utf-8"))

@@ -17,6 +17,7 @@ class AdapterFormat(Format):
     """Loads with ``laconic.from_pretrained``; plain PEFT loads its LoRA onto the plain base."""
 
     dtypes = ("fp32",)
+    with_code = False
     # In the clean process, plain PEFT must load every tensor of its file into the plain base, with equal values.
     program = f"""
 import json, os
