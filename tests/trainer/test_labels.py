@@ -45,7 +45,7 @@ def _parquet(path: Path, classes: Sequence[str], labels: Sequence[str], first: i
 
 def _overrides(path: Path, *more: str) -> list[str]:
     return [
-        "baselines=[]", "data.name=parquet", f"data.data_files={path}", "data.batch_size=4", "data.train_samples=64", "trainer.max_steps=2",
+        "baselines=[]", "data.name=parquet", f"data.data_files={path}", "data.batch_size=4", "trainer.max_steps=2",
         "trainer.bench_rounds=0", "trainer.log_every=1", "budget.target=0.8", "data.validation_fraction=0.5", *more,
     ]  # fmt: skip
 
