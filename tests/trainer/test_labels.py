@@ -172,6 +172,7 @@ def test_bad_rows_first_in_a_split_do_not_keep_pictures_from_being_drawn(tmp_pat
     files = f"data.data_files={{train: {path}, validation: {path}}}"
     config = "{" + ", ".join(f"{key}: {value}" for key, value in {"model_type": "vit", **TINY}.items()) + "}"
     overrides = _overrides(path, f"model.config={config}", files, "data.validation_split=validation", "data.max_bad_fraction=0.5")
+    overrides.remove("data.validation_fraction=0.5")
     parts = build(load("vit_digits", overrides).recipe)
     assert "bad" in parts.data.test[0]
     draw_arms({"arm": parts}, tmp_path / "kept.png")
