@@ -45,7 +45,7 @@ def _parquet(path: Path, classes: Sequence[str], labels: Sequence[str], first: i
 
 def _overrides(path: Path, *more: str) -> list[str]:
     return [
-        "baselines=[]", "data.name=parquet", f"data.data_files={path}", "data.batch_size=4", "data.train_samples=64", "trainer.max_steps=2",
+        "baselines=[]", "data.name=parquet", f"data.data_files={path}", "data.batch_size=4", "trainer.max_steps=2",
         "trainer.bench_rounds=0", "trainer.log_every=1", "budget.target=0.8", "data.validation_fraction=0.5", *more,
     ]  # fmt: skip
 
@@ -172,6 +172,7 @@ def test_bad_rows_first_in_a_split_do_not_keep_pictures_from_being_drawn(tmp_pat
     files = f"data.data_files={{train: {path}, validation: {path}}}"
     config = "{" + ", ".join(f"{key}: {value}" for key, value in {"model_type": "vit", **TINY}.items()) + "}"
     overrides = _overrides(path, f"model.config={config}", files, "data.validation_split=validation", "data.max_bad_fraction=0.5")
+    overrides.remove("data.validation_fraction=0.5")
     parts = build(load("vit_digits", overrides).recipe)
     assert "bad" in parts.data.test[0]
     draw_arms({"arm": parts}, tmp_path / "kept.png")
