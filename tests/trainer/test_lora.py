@@ -22,7 +22,7 @@ from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import evaluate
 from laconic.trainer.export.export import export
 from laconic.trainer.recipe.baselines import load_baselines
-from laconic.trainer.recipe.files import load
+from laconic.trainer.recipe.files import dump, load
 from laconic.trainer.run import train, train_arm
 from laconic.trainer.run_folder import RunFolder, load_model
 from laconic.trainer.tasks.base_image import with_normalisation
@@ -228,7 +228,8 @@ def test_lora_routers_and_the_rest_have_their_own_rates_and_decays(runs: Path) -
 def test_pixels_are_normalised_as_in_the_run_that_goes_on(runs: Path, tmp_path: Path) -> None:
     recipe = (runs / "base" / "recipe.yaml").read_text()
     try:
-        (runs / "base" / "recipe.yaml").write_text(recipe.replace("mean:\n  - 0.5", "mean:\n  - 0.25"))
+        files = ["data.data_dir=x", "data.mean=[0.25]", "data.std=[0.5]"]
+        (runs / "base" / "recipe.yaml").write_text(dump(load("vit_image_folder", files).recipe))
         data = with_normalisation(load("vit_lora", _overrides(runs, "x")).recipe).data
         assert (data.mean, data.std) == ([0.25], [0.5])
     finally:
