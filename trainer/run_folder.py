@@ -90,6 +90,11 @@ class RunFolder:
         return self.path / "log.txt"
 
     @property
+    def kept_tokens(self) -> Path:
+        """Picture of the tokens that the arms keep."""
+        return self.path / "kept_tokens.png"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints, each a file or folder ``*.ckpt``."""
         return self.path / "checkpoints"
@@ -158,15 +163,18 @@ class RunFolder:
         return any(path.exists() for path in saved) or any(RunFolder(arm).started for arm in (self.path / ARMS).glob("*"))
 
     def clear(self, arms: bool = True) -> None:
-        """Deletes what an earlier run wrote, results first, so that nothing old lies beside a new recipe.
+        """Deletes what an earlier run wrote, results first, so that nothing old lies beside a new recipe. Other files stay, and so does
+        everything in a folder that never had a run.
 
         Args:
             arms: delete the control arms too.
         """
+        if not self.recipe.is_file() and not self.started:
+            return
         self.report.unlink(missing_ok=True)
         for name in (MODEL, ADAPTER, DATA, self.checkpoints.name, "tensorboard", *([ARMS] if arms else [])):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for path in (self.recipe, self.log, *self.path.glob("*.png")):
+        for path in (self.recipe, self.log, self.kept_tokens):
             path.unlink(missing_ok=True)
 
     def remove_partial(self) -> None:

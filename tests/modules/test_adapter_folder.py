@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from laconic import Adapters, from_pretrained
-from laconic.modules.checkpoints import adapter_folder as format_of
 from laconic.modules.checkpoints.adapter_folder import AdapterError, json_bytes, read_adapter, seal, write_adapter
 from laconic.modules.checkpoints.adapter_saving import adapter_of
 from laconic.modules.checkpoints.base_weights import Base
@@ -278,7 +277,7 @@ def test_an_interrupted_writing_leaves_no_folder(good: Path, tmp_path: Path, mon
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(format_of.os, "replace", fail)
+        patch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="no space left"):
             write_adapter(adapter, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

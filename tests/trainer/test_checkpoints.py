@@ -105,6 +105,16 @@ def test_an_earlier_run_is_neither_overwritten_by_mistake_nor_mixed_with_a_new_o
         RunFolder.open(folder)
 
 
+def test_a_folder_that_never_had_a_run_loses_nothing(tmp_path: Path, console: Console) -> None:
+    for name in ("cat.png", "log.txt", "tensorboard/mine", "data/rows.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    RunFolder(tmp_path).clear()
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == {
+        "cat.png", "log.txt", "tensorboard/mine", "data/rows.csv"
+    }  # fmt: skip
+
+
 def test_a_run_that_has_ended_without_checkpoints_is_not_trained_again_by_resuming(run: Path, tmp_path: Path, console: Console) -> None:
     folder, overrides = _copy(run, tmp_path)
     shutil.rmtree(folder / "checkpoints")

@@ -27,6 +27,7 @@ from ..build.heads import trained_classes
 from ..build.initial_weights import encoder_weights, start_of
 from ..build.parts import RunParts
 from ..recipe.schema import Recipe
+from ..run_folder import RunFolder
 from ..show.pictures import PICTURED, draw_arms, overlays, save_kept_tokens
 from .base import PROBES, Task, fit_classes, give_labels
 
@@ -81,7 +82,7 @@ class ImageTask(Task):
 
     @classmethod
     def draw(cls, arms: Mapping[str, RunParts], folder: Path) -> None:
-        draw_arms(arms, folder / "kept_tokens.png")
+        draw_arms(arms, RunFolder(folder).kept_tokens)
 
     @classmethod
     def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
