@@ -35,6 +35,7 @@ from laconic.trainer.run import rehearse, train, train_arm
 from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base import task_named
 from tests.data.texts import chats, jsonl, small_tokenizer
+from tests.trainer.small_recipes import of_files
 from tests.trainer.stopping import train_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -365,7 +366,7 @@ def test_the_module_weighs_its_loss_by_the_tokens_of_all_ranks(tiny: list[str], 
 )
 def test_what_language_models_do_not_have_is_refused_with_the_cure(overrides: list[str], message: str, tiny: list[str]) -> None:
     with pytest.raises(ValueError, match=message):
-        validate(load("llm_pretrain_dense", [*tiny, *overrides]).recipe)
+        validate(load("llm_pretrain_dense", [*(of_files(tiny) if "data.name=json" in overrides else tiny), *overrides]).recipe)
 
 
 @pytest.mark.parametrize("parts", ["scorer: linear, selector: top_k", "scorer: learned, selector: threshold"])
@@ -406,8 +407,8 @@ def test_the_columns_that_are_read_are_in_the_log_and_in_a_validation(tmp_path: 
     rows = [{"body": f"Row {index} has a text of its own.", "score": index} for index in range(40)]
     data = ["data.name=json", f"data.data_files={jsonl(tmp_path / 'rows.jsonl', rows)}", "data.batch_size=2"]
     note = "data: texts of column 'body', guessed because it is the only one that fits: data.text_column names another; not read: score"
-    recipe = load("llm_pretrain_dense", [*tiny, *data])
-    assert validate(recipe.recipe).notes == (note,)
+    recipe = load("llm_pretrain_dense", [*of_files(tiny), *data])
+    assert validate(recipe.recipe).remarks == [note]
     train_arm(recipe, "dense", tmp_path / "run", console)
     assert note in (tmp_path / "run" / "log.txt").read_text()
 
@@ -417,7 +418,8 @@ def test_a_run_whose_file_has_grown_goes_on_with_its_own_tokenizer(
     tmp_path: Path, tiny: list[str], console: Console, monkeypatch: pytest.MonkeyPatch, streaming: bool
 ) -> None:
     rows = [{"text": f"Row {i} has a text of its own, number {i * i}." * 3} for i in range(40)]
-    shared = [item for item in tiny if not item.startswith(("output", "trainer.max_steps"))]
+    unfit = ("output", "trainer.max_steps", "data.train_samples", *(() if streaming else ("data.eval_samples",)))
+    shared = [item for item in tiny if not item.startswith(unfit)]
     shared += ["trainer.max_steps=4", "trainer.checkpoint_every=2", "data.batch_size=2", "data.name=json", f"output={tmp_path / 'run'}"]
     shared += [f"data.data_files={jsonl(tmp_path / 'rows.jsonl', rows)}", f"data.streaming={str(streaming).lower()}"]
     monkeypatch.setattr("laconic.trainer.callbacks.checkpoints.remove_checkpoint", lambda path: None)

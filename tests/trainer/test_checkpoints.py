@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -123,21 +123,25 @@ def test_a_run_that_has_ended_without_checkpoints_is_not_trained_again_by_resumi
     assert (folder / "model").is_dir()
 
 
+def _own(folder: Path, ready: Any) -> None:
+    with locked(RunFolder(folder)):
+        ready.set()
+        time.sleep(60)
+
+
 def test_two_runs_in_one_folder_at_once_are_refused_and_the_owner_is_named(tmp_path: Path) -> None:
-    program = (
-        "import sys\nfrom pathlib import Path\nfrom laconic.trainer.distributed.lock import locked\nfrom laconic.trainer.run_folder import RunFolder\n"
-        "with locked(RunFolder(Path(sys.argv[1]))):\n print('locked', flush=True)\n sys.stdin.read()"
-    )
-    owner = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert owner.stdout is not None
-    assert owner.stdout.readline() == "locked\n"
+    forked = multiprocessing.get_context("fork")
+    ready = forked.Event()
+    owner = forked.Process(target=_own, args=(tmp_path, ready))
+    owner.start()
+    assert ready.wait(30)
     with (
         pytest.raises(RecipeError, match=f"is in use by another run \\(process {owner.pid} on .* since .*set another output"),
         locked(RunFolder(tmp_path)),
     ):
         pass
     owner.kill()
-    owner.wait()
+    owner.join()
     with locked(RunFolder(tmp_path)):
         pass
 

@@ -238,6 +238,7 @@ def test_a_run_is_not_resumed_on_data_whose_classes_have_other_names(run: Path) 
     assert not of_same_model(description, model, None)
 
 
+@pytest.mark.slow
 def test_evaluate_takes_data_of_one_of_the_model_s_classes_and_refuses_others_with_2(
     run: Path, tmp_path: Path, clean: CleanProcesses
 ) -> None:

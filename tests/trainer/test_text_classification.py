@@ -71,6 +71,7 @@ def test_card_and_cost_of_a_model_count_rows_of_its_own_length(tmp_path: Path, q
     assert "pipeline_tag: text-classification" in card
 
 
+@pytest.mark.slow
 def test_a_graph_takes_rows_of_the_recipes_length(tmp_path: Path, quick: list[str]) -> None:
     """All sizes of a graph but the number of rows are fixed, and its cost is stated for this length."""
     overrides = [*quick, *TINY, "data.sequence_length=96"]

@@ -141,7 +141,7 @@ SETTINGS = [
     ("model.config.hidden_act=zz", "cannot be built .*KeyError: 'zz'"),
     ("model.config.image_size=[32]", "model.config.image_size and num_channels: IndexError"),
     ("model.config.num_channels=-1", "an image of 32 × 32 pixels and -1 channels"),
-    ("model.config.id2label=3", "model.config: "),
+    ("model.config.id2label=3", "model.config.id2label is set by the task and its data: remove it"),
     ("compression.stages.0.scorer={name: learned, width: 100000000000}", "cannot be built"),
     ("compression.stages.0.scorer={name: learned, width: wide}", "an option is of the wrong type: width = 'wide' must be int or null"),
     ("compression.stages.0.scorer={name: learned, detach: 1}", "detach = 1 must be bool"),
@@ -158,7 +158,7 @@ def test_settings_that_no_model_can_have_are_refused_before_anything_is_allocate
 
 def test_weights_that_exceed_the_memory_are_refused_before_they_are_allocated() -> None:
     recipe = load("vit_digits").recipe
-    checked = Checked(10**12, 10**12, 1, 10, 1, {}, [], 1.0, 0)
+    checked = Checked(10**12, 10**12, 1, 10, 1, {}, [], 1.0, 0, [])
     with pytest.raises(RecipeError, match=r"the model's 1,000,000,000,000 parameters need 3,725 GiB, and this machine has \d+ GiB"):
         check_memory(checked, recipe)
     check_memory(validate(load("vit_digits", TINY).recipe), recipe)
