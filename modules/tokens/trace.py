@@ -131,8 +131,9 @@ class Trace:
 
     @property
     def state(self) -> TokenState | None:
-        """TokenState after the forward of a model with one stack; None before the forward."""
-        return self.flow().state
+        """TokenState after the forward, of the last stack with stages; None before the forward."""
+        states = [flow.state for flow in self.flows.values() if flow.state is not None]
+        return states[-1] if states else None
 
     @property
     def auxiliary_loss(self) -> Tensor | None:
