@@ -80,3 +80,28 @@ def _has_a_next(prompt: Tensor, flow: Flow) -> Tensor:
     if flow.valid is not None:
         follows[:, :-1] &= flow.valid[:, 1:]
     return follows
+
+
+def last_of_prompt(trace: Trace, flow: Flow) -> Tensor:
+    """(B, 1) int64 original position of the token from which the first new token of each row is predicted.
+
+    With ``Trace.prompt``, the token after the prompt's tokens. With labels per token, the token before the first label that follows the
+    row's last visual token, so that every image is behind it. Otherwise, and in rows without either, the last real token.
+    """
+    state = flow.tokens
+    rows, tokens = state.source.shape
+    position = torch.arange(tokens, device=state.position.device)
+    real = torch.ones(rows, tokens, dtype=torch.bool, device=position.device) if flow.valid is None else flow.valid
+    last = torch.where(real, position, 0).amax(1, keepdim=True)
+    if trace.prompt is not None:
+        prompt = trace.prompt.to(position.device).bool()
+        return torch.where(
+            prompt.any(1, keepdim=True), torch.minimum(torch.where(prompt, position, 0).amax(1, keepdim=True) + 1, last), last
+        )
+    if trace.labels is None or trace.labels.shape != (rows, tokens):
+        return last
+    answered = (trace.labels.to(position.device) != IGNORE_TOKEN) & real
+    if flow.visual is not None:
+        answered = answered & (position > torch.where(flow.visual, position, -1).amax(1, keepdim=True))
+    first = torch.where(answered, position, tokens).amin(1, keepdim=True)
+    return torch.where(first < tokens, (first - 1).clamp(min=0), last)
