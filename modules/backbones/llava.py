@@ -73,10 +73,6 @@ class Llava(Decoder):
         return settings
 
     @classmethod
-    def set_attention(cls, model: PreTrainedModel, stack: Stack, implementation: str) -> None:
-        model.set_attn_implementation({"text_config": implementation})
-
-    @classmethod
     def shapes(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> dict[str, StackShape]:
         """The language model, for rows of one image and text. Tower and projector, which run dense, count as the embedding of the image.
 
