@@ -140,7 +140,8 @@ class VisualCase(Case):
 
     saved = "left"
     causal = True
-    arguments: ClassVar[dict[str, Any]] = {"use_cache": False}
+    # The end of the prompt is that of what a cache is filled with, where nothing else says it.
+    arguments: ClassVar[dict[str, Any]] = {"use_cache": True}
 
     @property
     def about(self) -> Family:

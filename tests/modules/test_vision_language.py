@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
-from laconic import CompressionConfig, StageConfig, Trace, compress, decompress, stages_of
+from laconic import (
+    Budget,
+    BudgetConfig,
+    CompressionConfig,
+    StageConfig,
+    Trace,
+    add_lora,
+    compress,
+    decompress,
+    from_pretrained,
+    save_adapter,
+    stages_of,
+)
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.cost.count_rules import tokens_kept
 from laconic.modules.decoding.cache import RoutedCache
@@ -24,7 +37,6 @@ from tests.matrix.visual import LAYERS, LENGTH, METHODS, PAIRS, PLACEHOLDER, VIS
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 BY_NAME = {method.name: method for method in METHODS}
 SHRINKING = [method.name for method in METHODS if not method.bypass]
-REJOIN = {"text": {"layer": LAYERS, "by": "rejoin"}}
 
 pytestmark = pytest.mark.skipif(not PAIRS, reason="this version of transformers has a LLaVA that cannot be compressed")
 
@@ -35,7 +47,7 @@ def _model(name: str = "last_query", *keeps: float, family: str = "llava") -> Pr
 
 def _run(model: PreTrainedModel, inputs: dict[str, Tensor], **given: Any) -> tuple[Tensor, Trace]:
     trace = Trace(**given)
-    return model(**inputs, trace=trace, use_cache=False).logits, trace
+    return model(**inputs, trace=trace, use_cache=not given.keys() & {"prompt", "labels"}).logits, trace
 
 
 # Which tokens a stage may touch.
@@ -93,7 +105,7 @@ def test_the_callers_protected_tokens_are_added_to_the_text() -> None:
 def test_embeddings_with_placeholders_are_the_same_input_and_without_images_are_refused() -> None:
     given, model = whole(), _model()
     embeds = model.get_input_embeddings()(given["input_ids"])
-    out = model(inputs_embeds=embeds, pixel_values=given["pixel_values"], use_cache=False).logits
+    out = model(inputs_embeds=embeds, pixel_values=given["pixel_values"]).logits
     assert torch.equal(out, _run(model, given)[0])
     with pytest.raises(
         ValueError, match="inputs_embeds without pixel_values: the places of visual tokens are unknown; call the model with"
@@ -128,7 +140,7 @@ def test_last_query_of_a_shortened_row_meets_the_keys_that_are_left() -> None:
 
 
 def _last(visual: list[int], marks: Tensor | None = None, **given: Any) -> list[int]:
-    flow = Flow(visual=torch.tensor([[at in visual for at in range(8)]]), **given)
+    flow = Flow(carry={} if marks is None else None, visual=torch.tensor([[at in visual for at in range(8)]]), **given)
     flow.begin(TokenState.initial(1, 8, 0, flow.valid, torch.device("cpu")))
     return last_of_prompt(Trace(labels=marks), flow)[0].tolist()
 
@@ -145,6 +157,8 @@ def test_the_last_token_of_the_prompt_is_that_before_the_first_label_behind_the_
     flow = Flow(visual=torch.zeros(1, 8, dtype=torch.bool))
     flow.begin(TokenState.initial(1, 8, 0, None, torch.device("cpu")))
     assert last_of_prompt(Trace(prompt=prompt), flow)[0].tolist() == [4]
+    with pytest.raises(ValueError, match="nothing says where the prompt ends.*use_cache=True, or give Trace.labels=….* or Trace.prompt=…"):
+        last_of_prompt(Trace(), flow)
 
 
 def test_packed_documents_have_no_single_query() -> None:
@@ -178,12 +192,13 @@ def test_training_decides_by_the_prompt_alone_and_teaches_a_scorer() -> None:
 def test_trap_2_gaps_in_positions_are_no_document_borders(name: str) -> None:
     given, model = row(0), _model(name, 0.3, 0.5)
     length = given["input_ids"].shape[1]
-    plain, _ = _run(model, given)
-    for more in ({"position_ids": torch.arange(length)[None]}, {"attention_mask": torch.ones(1, length, dtype=torch.long)}):
-        torch.testing.assert_close(_run(model, {**given, **more})[0], plain, **CLOSE)
+    plain, prompt = _run(model, given)[0], torch.arange(length)[None] < length - 1
+    for more in ({"position_ids": torch.arange(length)[None]}, {"attention_mask": torch.ones(1, length, dtype=torch.long)}, {}):
+        torch.testing.assert_close(_run(model, {**given, **more}, prompt=prompt)[0], plain, **CLOSE)
     # The first token, in front of the gap, is seen by the last.
     embeds = model.get_input_embeddings()(given["input_ids"]).detach().requires_grad_()
-    out = model(inputs_embeds=embeds, pixel_values=given["pixel_values"], position_ids=torch.arange(length)[None], use_cache=False).logits
+    inputs = {"inputs_embeds": embeds, "pixel_values": given["pixel_values"], "position_ids": torch.arange(length)[None]}
+    out, _ = _run(model, inputs, prompt=prompt)
     out[0, -1].square().sum().backward()
     assert embeds.grad is not None
     assert float(embeds.grad[0, 0].abs().max()) > 1e-4
@@ -260,11 +275,34 @@ def test_the_model_without_its_head_is_compressed_too() -> None:
     given, inner = whole(), dense().model
     expected = inner(**given, use_cache=False).last_hidden_state
     model = compress(inner, BY_NAME["last_query"].config(1.0))
-    assert torch.equal(model(**given, use_cache=False).last_hidden_state, expected)
+    assert torch.equal(model(**given).last_hidden_state, expected)
     assert type(decompress(model)) is type(dense().model)
     model = compress(inner, BY_NAME["last_query"].config(0.5))
-    torch.testing.assert_close(model(**given, use_cache=False).last_hidden_state.shape, expected.shape)
+    assert model(**given).last_hidden_state.shape == expected.shape
     assert CostModel(model).shapes["text"].head_macs_per_token == 0
+
+
+def test_lora_is_in_the_language_model_beside_routers(tmp_path: Path) -> None:
+    dense().save_pretrained(tmp_path / "base")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    add_lora(compress(model, BY_NAME["learned"].config(0.5, 0.5)), LoraConfig(r=2))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {name.split(".")[1] for name in trained} == {"language_model"}
+    assert {name.split(".")[4] for name in trained} == {"self_attn", "mlp", "stages"}
+    save_adapter(model.eval(), tmp_path / "adapter", base=tmp_path / "base")
+    assert torch.equal(from_pretrained(tmp_path / "adapter")(**whole()).logits, model(**whole()).logits)
+
+
+def test_a_budget_finds_keeps_and_training_meets_it() -> None:
+    given, stages = row(0), [StageConfig(layer=layer, scorer="learned", stack="text", scope="visual") for layer in (1, 2)]
+    compression = CompressionConfig(stages, {"text": {"layer": LAYERS, "by": "rejoin"}})
+    budget = Budget(BudgetConfig(target=0.9), dense(), compression, size=given["input_ids"].shape[1] - VISUAL)
+    answers, model = labels(given["input_ids"]), compress(dense(), budget.compression).train()
+    trace = budget.trace(0, labels=answers)
+    (model(**given, labels=answers, trace=trace).loss + budget.loss(trace, 0).total).backward()
+    achieved = budget.cost.achieved(trace)
+    assert 0.8 < achieved <= 0.9
+    assert achieved == pytest.approx(budget.cost(budget.keep(0)).macs_ratio, rel=1e-9)
 
 
 @pytest.mark.parametrize("key", ["text_config", "vision_config"])
@@ -309,7 +347,7 @@ def test_analytic_macs_equal_a_counter_on_the_real_module(family: str, name: str
 def test_achieved_macs_count_the_images_and_the_text_of_the_batch() -> None:
     model = _model("last_query", 0.5)
     two, trace = row(1), Trace()
-    model(**two, trace=trace, use_cache=False)
+    model(**two, trace=trace)
     cost = CostModel(model, size=6)
     shape = cost.shapes["text"]
     text = two["input_ids"].shape[1] - 2 * VISUAL
@@ -321,61 +359,3 @@ def test_achieved_macs_count_the_images_and_the_text_of_the_batch() -> None:
     images = shape.embed_macs
     expected = (shape.model_macs(left, text + 18) + images + scorer) / (shape.model_macs(dense_layers) + images)
     assert cost.achieved(trace) == pytest.approx(expected, rel=1e-9)
-
-
-def _image_part(tokens: int, stages: list[StageConfig]) -> tuple[float, list[float]]:
-    """10¹² MACs of the layers of a Llama 7B over visual tokens alone, the convention of the papers, and the tokens of each layer."""
-    with torch.device("meta"):
-        cost = CostModel(
-            LlavaForConditionalGeneration(LlavaConfig()), CompressionConfig(stages, REJOIN | {"text": {"layer": 32, "by": "rejoin"}})
-        )
-    cost.shapes["text"] = replace(cost.shape, protected=0, routable=tokens)
-    layers = cost().layers
-    return sum(map(cost.shape.layer_macs, layers)) / 1e12, [layer.mlp for layer in layers]
-
-
-def _drops(layers: tuple[int, ...], keep: float) -> list[StageConfig]:
-    return [StageConfig(layer=layer, keep=keep, scorer="last_query", count="dynamicvit", stack="text", scope="visual") for layer in layers]
-
-
-def test_a_llava_of_7b_has_576_visual_tokens_and_the_published_image_part() -> None:
-    macs, tokens = _image_part(576, _drops((2,), 1.0))
-    assert tokens == [576] * 32
-    assert macs == pytest.approx(3.817, abs=6e-4)
-    with torch.device("meta"):
-        cost = CostModel(LlavaForConditionalGeneration(LlavaConfig()))
-    assert (cost.shape.routable, cost.shape.protected) == (576, 64)
-
-
-@pytest.mark.parametrize(("tokens", "published"), [(576, 2.007), (2880, 10.554)])
-def test_fastv_prunes_half_of_the_visual_tokens_before_layer_2(tokens: int, published: float) -> None:
-    macs, layers = _image_part(tokens, _drops((2,), 0.5))
-    assert layers == [tokens] * 2 + [tokens // 2] * 30
-    assert macs == pytest.approx(published, abs=6e-4)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "layers", "keep", "published"),
-    [
-        (576, (8, 16, 24), 0.4, 1.538),
-        (576, (8, 16, 24), 0.5, 1.777),
-        (576, (8, 16, 24), 0.6, 2.060),
-        (576, (10, 20), 0.5, 2.134),
-        (576, (6, 12, 18, 24), 0.5, 1.391),
-        (2880, (8, 16, 24), 0.4, 8.217),
-        (2880, (8, 16, 24), 0.5, 9.465),
-        (2880, (8, 16, 24), 0.6, 10.980),
-        (5184, (8, 16, 24), 0.5, 18.076),
-        (2048, (8, 16, 24), 0.5, 6.582),
-    ],
-)
-def test_pyramiddrop_leaves_a_power_of_lambda_at_each_stage(tokens: int, layers: tuple[int, ...], keep: float, published: float) -> None:
-    macs, left = _image_part(tokens, _drops(layers, keep))
-    stages = [0, *layers, 32]
-    expected = [math.floor(tokens * keep**stage + 1e-9) for stage in range(len(layers) + 1)]
-    assert left == [count for stage, count in enumerate(expected) for _ in range(stages[stage + 1] - stages[stage])]
-    if (tokens, keep, len(layers)) == (576, 0.5, 3):
-        assert expected == [576, 288, 144, 72]
-        assert sum(left) / 32 == 270
-        assert 1 - sum(left) / 32 / 576 == 0.53125
-    assert macs == pytest.approx(published, abs=6e-4)
