@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -48,11 +46,6 @@ class Llava(Decoder):
 
     @classmethod
     def check(cls, model: PreTrainedModel) -> None:
-        if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
-            raise ValueError(
-                f"transformers {transformers.__version__} has a LLaVA that takes no features computed beforehand (mm_encoder_outputs), "
-                "which compression needs: install transformers 5.23"
-            )
         config: Any = model.config
         for key, known in (("text_config", LANGUAGE_MODELS), ("vision_config", TOWERS)):
             if (kind := getattr(config, key).model_type) not in known:

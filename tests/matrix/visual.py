@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -206,7 +205,4 @@ def compressed(family: str, method: Method, *keeps: float, **settings: Any) -> P
     return spread(compress(dense(family, **settings), method.config(*keeps)))
 
 
-# Versions of transformers differ in what can be compressed; the adapter says so.
-if "mm_encoder_outputs" not in inspect.signature(LlavaForConditionalGeneration.forward).parameters:
-    PAIRS = []
 CASES = [VisualCase(*pair) for pair in PAIRS]

@@ -41,7 +41,7 @@ CAUSAL = thinned(
     decoders.PAIRS, ["llama"], ("threshold", "gate_random", "gate_predictor_mlp", "gumbel", "threshold_attention", "chunk_mean")
 )
 TEXTS = thinned(encoders.PAIRS, ["bert"], ("learned", "fuse", "threshold"))
-VISUAL = thinned(visual.PAIRS, ["llava"], ("last_query", "around")) if visual.PAIRS else []
+VISUAL = thinned(visual.PAIRS, ["llava"], ("last_query", "around"))
 OFTEN = {str(case) for case in _cases(IMAGES, TEXTS, CAUSAL, VISUAL)}
 
 

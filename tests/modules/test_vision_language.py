@@ -38,8 +38,6 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 BY_NAME = {method.name: method for method in METHODS}
 SHRINKING = [method.name for method in METHODS if not method.bypass]
 
-pytestmark = pytest.mark.skipif(not PAIRS, reason="this version of transformers has a LLaVA that cannot be compressed")
-
 
 def _model(name: str = "last_query", *keeps: float, family: str = "llava") -> PreTrainedModel:
     return compressed(family, BY_NAME[name], *(keeps or (0.5, 0.6)))
@@ -313,13 +311,6 @@ def test_an_unknown_language_model_or_tower_is_refused_by_name(key: str) -> None
         compress(model, BY_NAME["learned"].config(0.5))
 
 
-def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = dense()
-    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", lambda self, input_ids: None)
-    with pytest.raises(ValueError, match=r"takes no features computed beforehand .*: install transformers 5.23"):
-        compress(model, BY_NAME["learned"].config(0.5))
-
-
 # Cost.
 
 
@@ -338,7 +329,8 @@ def test_analytic_macs_equal_a_counter_on_the_real_module(family: str, name: str
     plain = dense(family, **how)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         plain(**given, use_cache=False)
-    assert cost().dense_macs == pytest.approx(counter.get_total_flops() / 2, rel=1e-6)
+    # transformers 5.17 computes the angles of RoPE as a matrix product.
+    assert cost().dense_macs == pytest.approx(counter.get_total_flops() / 2, rel=2e-4)
     # What is no matrix product, the means of the learned scorer for example, counts for us and not for the counter.
     assert cost().macs == pytest.approx(counted, rel=0.006)
     assert cost.achieved(trace) == pytest.approx(cost().macs_ratio, rel=1e-6)
