@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .source import DataSource, SplitNames
+from .images.folders import check_loaded
+from .source import OF_FILES, DataSource, SplitNames
+from .text.files import named_faults
 
-
-@dataclass(frozen=True)
-class Split:
-    """Rows of one split.
-
-    Attributes:
-        rows: the Hugging Face data set, images undecoded.
-        labels: (n,) int64, -1 for a bad label; None if labels are not read.
-        bad_labels: reason of each bad label, by row.
-    """
-
-    rows: Any
-    labels: np.ndarray | None
-    bad_labels: Mapping[int, str]
+_HUB_NAME = re.compile(r"(?!\.)[\w.-]{1,96}(/(?!\.)[\w.-]{1,96})?")
 
 
 def open_source(source: DataSource, **options: Any) -> Any:
@@ -37,6 +27,11 @@ def open_source(source: DataSource, **options: Any) -> Any:
     """
     import datasets
 
+    if source.name not in OF_FILES and (not _HUB_NAME.fullmatch(source.name) or Path(source.name).exists()):
+        # datasets would read every file below a folder of that name.
+        raise ValueError(
+            f"data.name = {source.name!r} is no hub name: for files set data.name to {', '.join(OF_FILES)} and data.data_dir or data.data_files"
+        )
     datasets.disable_progress_bars()
     files = source.data_files
     plain = (
@@ -46,13 +41,11 @@ def open_source(source: DataSource, **options: Any) -> Any:
         if isinstance(files, Mapping)
         else list(files)
     )
-    try:
+    with named_faults(source):
         opened = datasets.load_dataset(
             source.name, source.config, data_dir=source.data_dir, data_files=plain, revision=source.revision, **options
         )
-    except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
-        where = source.data_dir or source.data_files or "the hub"
-        raise ValueError(f"data.name = {source.name!r} cannot be opened from {where}: {error}") from None
+    check_loaded(source, opened)
     return opened
 
 
@@ -140,40 +133,31 @@ def _named(features: Mapping[str, Any], requested: str, key: str) -> str:
     raise ValueError(f"{key} = {requested!r} is missing from the data: its columns are {', '.join(features)}{hint}")
 
 
-def class_names(rows: Any, column: str) -> list[str]:
-    """Names of the classes: those of a ClassLabel column, else the sorted values of the column."""
+def check_columns(splits: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Raises ValueError if a split lacks one of the columns that were found in the training split."""
+    for split, rows in splits.items():
+        for column in columns:
+            if column not in rows.features:
+                raise ValueError(
+                    f"the rows for {split} have no column {column!r}, which those for training have: their columns are "
+                    f"{', '.join(rows.features)}; use the same names in all splits"
+                )
+
+
+def undecoded(rows: Any, column: str) -> tuple[Any, str | None]:
+    """The rows with undecoded images in a column, and the mode that its feature converts images to.
+
+    Raises:
+        ValueError: the column does not hold images.
+    """
     import datasets
+    import pyarrow
 
     feature = rows.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    values = {value for value in rows[column] if value is not None}
-    if all(isinstance(value, int) for value in values):
-        return [str(value) for value in range(max(values, default=0) + 1)]
-    return sorted(map(str, values))
-
-
-def split_of(rows: Any, images: str, column: str | None, names: Sequence[str]) -> Split:
-    """A split with integer labels; a label outside ``names`` is bad. Without ``column`` the split has no labels."""
-    import datasets
-
-    if column is None:
-        return Split(rows.cast_column(images, datasets.Image(decode=False)), None, {})
-    labels, bad = label_codes(rows[column], names)
-    return Split(rows.cast_column(images, datasets.Image(decode=False)), labels, bad)
-
-
-def label_codes(values: Sequence[Any], names: Sequence[str]) -> tuple[np.ndarray, dict[int, str]]:
-    """(n,) int64 index of each label in ``names``, -1 for a bad label, and the reason of each bad label by row."""
-    codes = {name: code for code, name in enumerate(names)}
-    labels, bad = np.full(len(values), -1, np.int64), dict[int, str]()
-    # Values of a ClassLabel column, and plain integers, are class indices already.
-    for row, value in enumerate(values):
-        code = value if isinstance(value, int) else codes.get(str(value), -1)
-        if value is None:
-            bad[row] = "missing label"
-        elif 0 <= code < len(names):
-            labels[row] = code
-        else:
-            bad[row] = f"label out of range 0 … {len(names) - 1}" if isinstance(value, int) else "label that no training row has"
-    return labels, bad
+    mode = feature.mode if isinstance(feature, datasets.Image) else None
+    try:
+        return rows.cast_column(column, datasets.Image(decode=False)), mode
+    except (TypeError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"column {column!r} holds {feature}, not images ({error}): set data.image_column to a column with images"
+        ) from None

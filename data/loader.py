@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -134,19 +135,34 @@ class EvalBatches(Sampler[list[int]]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """DataLoader over StepBatches whose state is the number of batches taken: resuming repeats and skips none."""
+    """DataLoader over StepBatches whose state is the number of batches taken: resuming repeats and skips none.
 
-    def __init__(self, dataset: Dataset[Any], batches: StepBatches, **options: Any) -> None:
+    Every batch gets ``step_terms``, the sum of ``terms`` over the batches of its optimizer step on this process, and ``step_batches``, the
+    number of these batches. They are therefore read before the first of them is used.
+
+    Args:
+        dataset: rows.
+        batches: indices of the rows of each batch.
+        accumulate: batches of an optimizer step.
+        options: arguments of DataLoader.
+    """
+
+    def __init__(self, dataset: Dataset[Any], batches: StepBatches, accumulate: int = 1, **options: Any) -> None:
         # A separate generator: creating an iterator draws a seed, which must not advance the default generator of dropout.
         super().__init__(dataset, batch_sampler=batches, generator=torch.Generator(), **options)
         self._batches = batches
+        self._accumulate = accumulate
         self._taken = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._taken = self._batches.start
-        for batch in super().__iter__():
-            self._taken += 1
-            yield batch
+        found = super().__iter__()
+        # Checkpoints are written after whole steps, so a resumed run starts with the first batch of one.
+        while step := list(itertools.islice(found, self._accumulate)):
+            of_step = {"step_terms": sum(batch["terms"] for batch in step), "step_batches": len(step)}
+            for batch in step:
+                self._taken += 1
+                yield batch | of_step
 
     def state_dict(self) -> dict[str, int]:
         """Number of batches taken, and the settings that the order depends on."""

@@ -2,22 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from .source import DataSource, SplitNames
+from .source import OF_FILES, DataSource, SplitNames
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-# Builders of ``datasets`` that read the user's files.
-_OF_FILES = ("imagefolder", "text", "json", "csv", "parquet")
+Count = Annotated[int, Field(ge=1, le=2**53)]
+# Rows of data that come with Laconic; some keep a number for each.
+Rows = Annotated[int, Field(ge=1, le=10**8)]
 
 
 class Block(BaseModel):
-    """A block of a recipe; unknown keys are errors."""
+    """A block of a recipe; unknown keys are errors, and so are true, infinity and NaN in place of a number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes true for 1.
+        for path, flag in _flags(value, cls.model_fields[str(info.field_name)].annotation, str(info.field_name)):
+            place = "" if path == info.field_name else f" ({path})"
+            raise ValueError(f"{str(flag).lower()} is neither a number nor a text{place}")
+        return value
+
+
+def _flags(value: Any, annotation: Any, path: str) -> Iterator[tuple[str, bool]]:
+    """Path and value of every bool in a value whose annotation does not allow one. Blocks check their own keys."""
+    options = _options(annotation)
+    if isinstance(value, bool):
+        if bool not in options and Any not in options:
+            yield path, value
+    elif isinstance(value, list | tuple):
+        inner = [item for option in options if typing.get_origin(option) in (list, tuple) for item in typing.get_args(option)]
+        for index, item in enumerate(value) if inner else ():
+            yield from _flags(item, typing.Union[tuple(inner)], f"{path}.{index}")  # noqa: UP007 - of a tuple
+    elif isinstance(value, dict):
+        for option in options:
+            if is_dataclass(option):
+                fields = typing.get_type_hints(option)
+                for key in value.keys() & fields.keys():
+                    yield from _flags(value[key], fields[key], f"{path}.{key}")
+            elif typing.get_origin(option) is dict:
+                for key, item in value.items():
+                    yield from _flags(item, typing.get_args(option)[1], f"{path}.{key}")
+
+
+def _options(annotation: Any) -> list[Any]:
+    """Members of a union; the type itself if it is none. Constraints are removed."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _options(typing.get_args(annotation)[0])
+    if origin is typing.Union or origin is types.UnionType:
+        return [option for member in typing.get_args(annotation) for option in _options(member)]
+    return [annotation]
 
 
 class DataRecipe(Block):
@@ -46,8 +90,8 @@ class DataRecipe(Block):
     batch_size: Count = Field(128, description="rows per step and process, before accumulation")
     eval_batch_size: Count = Field(256, description="rows per step in validation and test")
     workers: Annotated[int, Field(ge=0)] = Field(0, description="loader processes; 0 loads in the training process")
-    train_samples: Count = Field(60_000, description="data that come with Laconic: training rows; an upper limit if they are files")
-    eval_samples: Count = Field(
+    train_samples: Rows = Field(60_000, description="data that come with Laconic: training rows; an upper limit if they are files")
+    eval_samples: Rows = Field(
         2_000, description="data that come with Laconic: validation rows, and as many test rows; streaming: rows held out"
     )
 
@@ -58,7 +102,7 @@ class DataRecipe(Block):
         Raises:
             ValueError: the data are files, and no files are named.
         """
-        if self.name in _OF_FILES and self.data_dir is None and self.data_files is None:
+        if self.name in OF_FILES and self.data_dir is None and self.data_files is None:
             folder = "data.data_dir: the folder with one sub-folder of images for each class"
             raise ValueError(
                 f"data.name = {self.name!r} needs {folder if self.name == 'imagefolder' else 'data.data_files or data.data_dir'}"

@@ -31,6 +31,7 @@ class BadRowCount:
     Attributes:
         allowed: allowed share of bad rows, relative to the larger of ``seen`` and ``expected``.
         expected: expected number of rows, so that one early bad row is not a high share.
+        split: name of the split for messages; empty if the count is of all data.
         seen: number of rows seen.
         reasons: number of bad rows by reason.
         first: index of the first bad row of each reason.
@@ -38,6 +39,7 @@ class BadRowCount:
 
     allowed: float
     expected: int = 0
+    split: str = ""
     seen: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
@@ -49,9 +51,15 @@ class BadRowCount:
             self.reasons[row.reason] = self.reasons.get(row.reason, 0) + 1
             self.first.setdefault(row.reason, row.index)
         if sum(self.reasons.values()) > self.allowed * max(self.seen, self.expected):
+            where = f"the {self.split} data" if self.split else "the data"
             raise BadRows(
-                f"bad rows in the data: {self.summary()}; fix them, or allow a share with data.max_bad_fraction (now {self.allowed})"
+                f"bad rows in {where}: {self.summary()}; fix them, or allow a share with data.max_bad_fraction (now {self.allowed})"
             )
+
+    def add_split(self, split: str, rows: int, bad: list[BadRow]) -> None:
+        """Counts a whole split, for which the allowed share holds by itself too. Raises BadRows above it."""
+        BadRowCount(self.allowed, rows, split).add(rows, bad)
+        self.add(rows, bad)
 
     def summary(self) -> str:
         """``3 of 128 rows: 2 × undecodable image (first at row 17), …``."""
@@ -59,11 +67,27 @@ class BadRowCount:
         return f"{sum(self.reasons.values())} of {self.seen} rows: {named}" if named else f"0 of {self.seen} rows"
 
 
+def good_rows(rows: Any, number: int) -> list[dict[str, Any]]:
+    """The first good items of a split, at most ``number``. Raises BadRows if all are bad."""
+    found, bad = list[dict[str, Any]](), BadRowCount(1.0)
+    for index in range(len(rows)):
+        item = rows[index]
+        bad.add(1, [item["bad"]] if "bad" in item else [])
+        if "bad" not in item:
+            found.append(item)
+        if len(found) == number:
+            break
+    if not found:
+        raise BadRows(f"every row is bad: {bad.summary()}")
+    return found
+
+
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of the good items, with ``bad``, the BadRow of each bad item, and ``rows``, the number of data rows read for all items.
+    """A batch of the good items, with ``bad``, the BadRow of each bad item, ``rows``, the number of data rows read for all items, and
+    ``terms``, the number of values whose mean is the batch's loss.
 
     Tensors are stacked, and padded with zeros at the end if their lengths differ; integers are summed. An item counts as one row unless
-    it has its own ``rows``.
+    it has its own ``rows``, and as one term unless it has ``predicted``: a number of tokens or pixels.
     """
     good = [item for item in items if "bad" not in item]
     bad = [item["bad"] for item in items if "bad" in item]
@@ -71,7 +95,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     for key in good[0] if good else ():
         values = [item[key] for item in good]
         batch[key] = sum(values) if isinstance(values[0], int) else _padded(values)
-    return batch | {"bad": bad, "rows": sum(item.get("rows", 1) for item in items)}
+    terms = sum(item.get("predicted", 1) for item in good)
+    return batch | {"bad": bad, "rows": sum(item.get("rows", 1) for item in items), "terms": terms}
 
 
 def _padded(values: list[torch.Tensor]) -> torch.Tensor:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+# Builders of ``datasets`` that read the user's files.
+OF_FILES = ("imagefolder", "text", "json", "csv", "parquet")
+
 
 @dataclass(frozen=True)
 class DataSource:

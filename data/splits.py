@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .labels.classes import without
 from .loader import EvalBatches, ResumableLoader, StepBatches, leave_to_parent
 from .rows import BadRowCount, collate
+
+# Rows of a split whose content is hashed.
+SAMPLED = 32
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,9 @@ class Splits:
         train, validation, test: data sets; ``test`` is ``validation`` if there is no test split.
         classes: names of the classes; empty without labels.
         has_test: whether ``test`` is a separate split.
+        counts: what was counted of each class when the data were opened, by name of the split; empty if nothing was.
+        unit: what was counted.
+        notes: what else to know of the data before training, one line each.
     """
 
     train: Dataset[Any]
@@ -28,6 +39,20 @@ class Splits:
     test: Dataset[Any]
     classes: list[str] = field(default_factory=list)
     has_test: bool = True
+    counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    unit: str = "rows"
+    notes: Sequence[str] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """What to know of the data before training: a line for each class without rows."""
+        return [*self.notes, *without(self.classes, self.counts, self.unit)]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was counted of each class when the data were opened, and the remarks, for a report."""
+        counts = {split: dict(zip(self.classes, numbers, strict=True)) for split, numbers in self.counts.items()}
+        return {"unit": self.unit, "counts": counts, "remarks": self.remarks}
 
     @property
     def train_rows(self) -> int | None:
@@ -49,6 +74,31 @@ class Splits:
     def save_beside(self, folder: Path) -> None:
         """Writes the files that the model's inputs need, such as a tokenizer, into the folder of its weights; images need none."""
 
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """Facts that a resumed run must find again: names of the classes, and the rows of each split with a hash of SAMPLED of them.
+
+        Token ids and labels are hashed, so a changed tokenizer or another order of the classes is found too; pixels are not. The training
+        rows of a stream are left out, because more may be added to it.
+        """
+        rows: dict[str, Any] = {"train": self.train} if self.train_rows is not None else {}
+        return {"classes": list(self.classes)} | {
+            name: {"rows": len(split), "sha256": _digest(split)}
+            for name, split in (rows | {"validation": self.validation, "test": self.test}).items()
+        }
+
+
+def _digest(rows: Any) -> str:
+    """SHA-256 of the whole numbers in evenly spaced rows."""
+    digest = hashlib.sha256()
+    for index in sorted({position * len(rows) // SAMPLED for position in range(SAMPLED)} if len(rows) else ()):
+        for key, value in sorted(rows[index].items()):
+            if not isinstance(value, torch.Tensor):
+                digest.update(f"{key} {value}".encode())
+            elif not value.is_floating_point():
+                digest.update(key.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
 
 class DataModule(lightning.LightningDataModule):
     """Loaders over splits.
@@ -60,17 +110,20 @@ class DataModule(lightning.LightningDataModule):
         batches: training batches of the whole run on one process.
         workers: loader processes.
         seed: seed of the training order.
+        accumulate: training batches of an optimizer step.
     """
 
-    def __init__(self, data: Splits, batch_size: int, eval_batch_size: int, batches: int, workers: int, seed: int) -> None:
+    def __init__(
+        self, data: Splits, batch_size: int, eval_batch_size: int, batches: int, workers: int, seed: int, accumulate: int = 1
+    ) -> None:
         super().__init__()
         self.data = data
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.batches, self.workers, self.seed = batches, workers, seed
+        self.batches, self.workers, self.seed, self.accumulate = batches, workers, seed, accumulate
 
     def train_dataloader(self) -> ResumableLoader:
         batches = self.data.train_batches(self.batch_size, self.batches, self.seed, *self._place())
-        return ResumableLoader(self.data.train, batches, **self._options())
+        return ResumableLoader(self.data.train, batches, self.accumulate, **self._options())
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluated(self.data.validation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -20,6 +21,7 @@ _ORDER = {site: index for index, site in enumerate(("before", "around", "around_
 SCOPES = ("all", "prompt", "visual")
 RESTORE = ("unmerge", "rejoin", "dechunk")
 PARTS = ("scorer", "selector", "merger", "estimator")
+_NAME = re.compile(r"[\w.\-]{1,100}")
 # Keys of other systems that give the removed fraction, the opposite of keep.
 _REMOVED_FRACTION = (
     "ratio",
@@ -69,9 +71,12 @@ class PartConfig:
             return PartConfig(registry.name_of(kind, cls) or cls.__qualname__, given=value)
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
             raise ValueError(f"a {kind} must be a name, a mapping with 'name' and options, or a Python class or object, not {value!r}")
-        if isinstance(value.get("options"), Mapping) and set(value) == {"name", "options"}:
-            return PartConfig(value["name"], dict(value["options"]))
-        return PartConfig(value["name"], {key: item for key, item in value.items() if key != "name"})
+        nested = isinstance(value.get("options"), Mapping) and set(value) == {"name", "options"}
+        options = dict(value["options"]) if nested else {key: item for key, item in value.items() if key != "name"}
+        for key in options:
+            if not isinstance(key, str):
+                raise ValueError(f"{kind} {value['name']!r}: the option {key!r} must be text")
+        return PartConfig(value["name"], options)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, the inverse of ``of``. A given class or object is stored by its name only."""
@@ -135,6 +140,7 @@ class StageConfig:
             raise ValueError(f"compression.stages[].tokens = {self.tokens!r} must be an integer of at least 1")
         if isinstance(self.layer, bool) or not isinstance(self.layer, int):
             raise ValueError(f"compression.stages[].layer = {self.layer!r} must be an integer, the index of a layer from 0")
+        _check_texts(self)
         if self.scope not in SCOPES:
             raise ValueError(f"compression.stages[].scope = {self.scope!r} must be one of {', '.join(SCOPES)}")
         if self.name is None:
@@ -235,7 +241,9 @@ class CompressionConfig:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> CompressionConfig:
-        """A config from the output of ``to_dict``. Raises ValueError for an unknown key."""
+        """A config from the output of ``to_dict``. Raises ValueError for an unknown key or another type."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"compression must be a mapping with 'stages' and 'restore', not {data!r}")
         _check_keys(data, ["stages", "restore"], "compression")
         if "stages" not in data:
             raise ValueError("compression.stages is missing: give at least one stage, or leave compression out for a dense model")
@@ -297,10 +305,26 @@ def stages_from_dict(data: Mapping[str, Any]) -> list[StageConfig]:
     return [StageConfig(**{**data, "layer": layer}) for layer in layers]
 
 
+def _check_texts(stage: StageConfig) -> None:
+    """Raises ValueError if a text of a stage has another type, or its name or stack characters with a meaning in other formats."""
+    for key in ("site", "stack", "scope"):
+        if not isinstance(getattr(stage, key), str):
+            raise ValueError(f"compression.stages[].{key} = {getattr(stage, key)!r} must be text")
+    for key in ("count", "name"):
+        if not isinstance(getattr(stage, key), str | None):
+            raise ValueError(f"compression.stages[].{key} = {getattr(stage, key)!r} must be text")
+    for key, value in (("name", stage.name), ("stack", stage.stack or None)):
+        # They are in model cards, pages, and tags of curves.
+        if value is not None and not _NAME.fullmatch(value):
+            raise ValueError(f"compression.stages[].{key} = {value!r} must have letters, digits and . _ - only, 1 to 100 of them")
+
+
 def _check_keys(data: Mapping[str, Any], allowed: list[str], where: str) -> None:
     for key in data:
         if key in allowed:
             continue
+        if not isinstance(key, str):
+            raise ValueError(f"{where}.{key} is not a key: there are {', '.join(allowed)}")
         if key == "capacity":
             raise ValueError(
                 f"{where}.capacity is not a key: give keep, the word at every site; around a layer it is the fraction of tokens processed"

@@ -10,9 +10,12 @@ import difflib
 import functools
 import importlib
 import inspect
+import math
 import pkgutil
+import typing
 from dataclasses import dataclass
 from importlib import metadata
+from types import NoneType
 from typing import Any, Protocol
 
 _ROOT = __name__.rpartition(".")[0]
@@ -199,3 +202,22 @@ def _check_options(cls: type[Any], kind: str, name: str, options: dict[str, Any]
             near = difflib.get_close_matches(key, allowed, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{kind} {name!r} has no option {key!r}: {what}{hint}")
+    try:
+        hints = typing.get_type_hints(cls.__init__)
+    except NameError:
+        # A part of another package may name types that only a type checker imports.
+        return
+    for key, value in options.items():
+        types = typing.get_args(hints.get(key)) or (hints.get(key),)
+        if all(isinstance(item, type) for item in types) and not _fits(value, types):
+            allowed_types = " or ".join("null" if item is NoneType else item.__name__ for item in types)
+            raise ValueError(f"{kind} {name!r}: an option is of the wrong type: {key} = {value!r} must be {allowed_types}")
+
+
+def _fits(value: Any, types: tuple[Any, ...]) -> bool:
+    """True if a value is of one of the types: true is no number, an int is a float, and a float is finite."""
+    if isinstance(value, bool):
+        return bool in types
+    if float in types and isinstance(value, int | float):
+        return math.isfinite(value)
+    return isinstance(value, types)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from ..data.rows import BadRowCount, collate
+from ..data.rows import BadRowCount, BadRows, collate
+from ..data.splits import Splits
 from ..modules.compress import compress, decompress
 from ..modules.config import CompressionConfig, PartConfig
 from ..modules.cost.cost import CostModel
@@ -25,7 +26,9 @@ from ..modules.stage import stages_of
 from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.scope import COMPLETE
 from ..modules.tokens.trace import Trace
-from .build.build import cost_model, model_config
+from .build.build import cost_model, model_config, open_data
+from .build.heads import trained_classes
+from .errors import RecipeError
 from .recipe.schema import Recipe
 from .run_folder import RunFolder, load_model
 from .tasks.base import Task, task_named
@@ -40,12 +43,14 @@ class Evaluated:
         keep: achieved keep by stage.
         macs_ratio: mean over the rows.
         latency: median seconds of the forward of a full batch; None if no batch was full.
+        remarks: what to know of the quality, one line each.
     """
 
     quality: float
     keep: Mapping[str, float]
     macs_ratio: float
     latency: float | None
+    remarks: Sequence[str]
 
 
 def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
@@ -61,17 +66,19 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     model.to(device)
     task = task_named(recipe.task)
     config = model_config(recipe.model, task) if recipe.model.config is not None else model.config
-    data = task.open_data(task.of_run(recipe, run), config)
+    data = _open_data(task.of_run(recipe, run), config, model, target)
     loader = DataLoader(data.test, batch_size=recipe.data.eval_batch_size, collate_fn=collate, num_workers=recipe.data.workers)
     results: dict[str, Any] = {}
+    said = dict.fromkeys(data.remarks)
 
     def measure(
         name: str, variant: PreTrainedModel, lookahead: bool = False, decider: PreTrainedModel | None = None
     ) -> Mapping[str, float]:
         console.print(f"evaluating {name} on {len(data.test):,} {task.item}", highlight=False)  # type: ignore[arg-type]
         cost = cost_model(variant, size=task.size(recipe))
-        found = _evaluate(variant.eval(), loader, recipe, task, device, cost, lookahead, decider)
+        found = _evaluate(variant.eval(), loader, recipe, task, device, data, cost, lookahead, decider)
         figures = asdict(found)
+        said.update(dict.fromkeys(figures.pop("remarks")))
         results[name] = {task.metric: figures.pop("quality"), **figures}
         return found.keep
 
@@ -89,7 +96,28 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
                 measure(scorer, control)
         model = decompress(model)
     measure("dense", model)
-    return {"target": target, "split": "test" if data.has_test else "validation", "metric": task.metric, "variants": results}
+    for line in said:
+        console.print(line, soft_wrap=True)
+    split = "test" if data.has_test else "validation"
+    return {"target": target, "split": split, "metric": task.metric, "remarks": list(said), "variants": results}
+
+
+def _open_data(recipe: Recipe, config: PretrainedConfig, model: PreTrainedModel, target: str) -> Splits:
+    """The data of a recipe, with their labels mapped by name onto the model's classes. Raises RecipeError if they do not fit."""
+    try:
+        return open_data(recipe, config, None, trained_classes(model.config, target))
+    except BadRows:
+        raise
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises RecipeError for an override of a key that is not read when a trained model is evaluated or inspected."""
+    for override in overrides:
+        path = override.partition("=")[0]
+        if path != "seed" and path.split(".")[0] != "data":
+            raise RecipeError(f"{path} has no effect on a trained model: override data.* or seed here, and other keys in laconic train")
 
 
 def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Mapping[str, float]:
@@ -147,11 +175,12 @@ def _evaluate(
     recipe: Recipe,
     task: type[Task],
     device: torch.device,
+    data: Splits,
     cost: CostModel | None,
     lookahead: bool,
     decider: PreTrainedModel | None,
 ) -> Evaluated:
-    bad, quality, kept, seconds = BadRowCount(recipe.data.max_bad_fraction), task.quality(), KeepCount(), []
+    bad, quality, kept, seconds = BadRowCount(recipe.data.max_bad_fraction, len(loader.dataset)), task.quality(), KeepCount(), []
     compressed = bool(stages_of(model))
     for batch in loader:
         bad.add(batch["rows"], batch["bad"])
@@ -178,4 +207,5 @@ def _evaluate(
         keep=kept.achieved,
         macs_ratio=kept.macs_ratio,
         latency=statistics.median(seconds) if seconds else None,
+        remarks=quality.remarks(data),
     )

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..data.rows import collate
 from ..data.splits import Splits
-from ..modules.checkpoints.whole_files import write_file
+from ..modules.checkpoints.whole_files import whole_folder, write_file, write_json
 from ..modules.compress import checkpoint_activations, decompress
 from ..modules.stage import stages_of
 from .build.build import build
@@ -24,7 +24,7 @@ from .build.parts import RunParts
 from .build.trainable import parameter_counts
 from .callbacks.checkpoints import Checkpoints
 from .callbacks.guards import NanGuard, RandomState
-from .callbacks.progress import RunLog, StepLine, Throughput
+from .callbacks.progress import RunLog, StepLine
 from .distributed import collective
 from .distributed.deepspeed import deepspeed_config, stage_of
 from .distributed.launch import launch
@@ -37,22 +37,14 @@ from .distributed.zero3 import save_trained
 from .errors import RecipeError
 from .measure.arms import bench_models, print_claims
 from .measure.bench import Bench
-from .measure.report import Arm, Report, table, versions, with_bench
+from .measure.report import Report, table, with_bench
+from .measure.results import Trained, arm_of, ratio_of, report_of
 from .recipe.baselines import load_baselines
 from .recipe.files import LoadedRecipe, dump
 from .recipe.schema import Recipe
 from .run_folder import RunFolder, from_pretrained, load_model
 from .task_module import TaskModule
 from .tasks.base import task_named
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One arm after training."""
-
-    parts: RunParts
-    module: TaskModule
-    arm: Arm
 
 
 def output_folder(loaded: LoadedRecipe) -> Path:
@@ -142,7 +134,7 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
     first = collective.rank() == 0
     # One process measures the step of one process while the others wait, so that they do not slow it down.
     measured = _bench(arms, loaded.recipe, console) if first else None
-    report = _report(loaded, arms, measured)
+    report = report_of(loaded, arms, measured)
     if first:
         report.save(run.report)
         _draw(loaded.recipe, {name: trained.parts for name, trained in arms.items()}, run, console)
@@ -204,11 +196,14 @@ def train_arm(
     run = RunFolder(folder)
     checkpoint = collective.from_rank_zero(lambda: _checkpoint(run, recipe, resume, console))
     stage = stage_of(recipe.trainer)
-    parts = build(recipe, data, deepspeed_config(recipe.trainer, recipe.data.batch_size) if stage == 3 else None)
-    collective.from_rank_zero(lambda: _open_folder(run, recipe))
+    shards = deepspeed_config(recipe.trainer, recipe.data.batch_size) if stage == 3 else None
+    parts = build(recipe, data, shards, None if checkpoint is None else RunFolder.of(checkpoint))
+    collective.from_rank_zero(lambda: _open_folder(run, recipe, parts.data))
     with (run.log if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w", encoding="utf-8") as log:
         output = RunLog(console, log)
         _describe(parts, name, output)
+        for remark in parts.data.remarks:
+            output.line(remark)
         module = task_named(parts.recipe.task).module(parts)
         line = StepLine(output, parts.total_steps, recipe.trainer.log_every, name, module.task)
         saving = Checkpoints(run, parts.total_steps, recipe.trainer.checkpoint_every, signals or StopSignals(), checkpoint)
@@ -224,14 +219,17 @@ def train_arm(
             saving.check()
             trainer.test(module, datamodule=data_module, verbose=False)
             saving.check()
-        if module.bad_rows.reasons:
-            output.line(f"bad rows: {module.bad_rows.summary()}")
-    arm = _arm(loaded.name, parts, module, line.throughput)
+        for count in (module.bad_rows, module.validation_rows):
+            if count.reasons:
+                output.line(f"bad rows{f' of the {count.split} data' if count.split else ''}: {count.summary()}")
+        for remark in module.quality.remarks(parts.data):
+            output.line(remark)
+    arm = arm_of(loaded.name, parts, module, line.throughput)
     stages = list(stages_of(parts.model).values())
     if parts.base is None and stages and all(stage.idle for stage in stages):
         # A schedule that ended at full length, such as random-LTD: the result is an ordinary model.
         decompress(parts.model)
-    save_trained(parts.model, folder, parts.base, _ratio(arm, parts), parts.data.save_beside)
+    save_trained(parts.model, folder, parts.base, ratio_of(arm, parts), parts.data.save_beside)
     if not stage:
         parts.model.to("cpu")
     elif collective.rank() == 0:
@@ -254,8 +252,12 @@ def _checkpoint(run: RunFolder, recipe: Recipe, resume: str | None, console: Con
     return checkpoint
 
 
-def _open_folder(run: RunFolder, recipe: Recipe) -> None:
+def _open_folder(run: RunFolder, recipe: Recipe, data: Splits) -> None:
     write_file(run.recipe, dump(recipe))
+    if not run.data.is_dir():
+        with whole_folder(run.data) as partial:
+            data.save_beside(partial)
+            write_json(partial / "data.json", data.record)
 
 
 def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:
@@ -303,39 +305,6 @@ def _describe(parts: RunParts, name: str, log: RunLog) -> None:
     )
 
 
-def _ratio(arm: Arm, parts: RunParts) -> dict[str, Any]:
-    """Requested and achieved ratios for an adapter's manifest."""
-    requested = 1.0 if parts.cost is None else parts.cost().macs_ratio
-    return {"macs_ratio": {"requested": requested, "achieved": arm.macs_ratio}, "keep": dict(arm.keep)}
-
-
-def _arm(recipe: str, parts: RunParts, module: TaskModule, throughput: Throughput) -> Arm:
-    cost = None if parts.cost is None else parts.cost()
-    return Arm(
-        recipe=recipe,
-        quality=module.quality.value,
-        details=_details(parts, module),
-        keep={"requested": {} if cost is None else dict(cost.keep), "achieved": module.achieved_keep},
-        macs_ratio=module.achieved_macs_ratio,
-        mean_token_fraction=1.0 if cost is None else cost.mean_token_fraction,
-        train_seconds=throughput.seconds,
-        per_second=throughput.mean,
-        train_macs_ratio=1.0 if cost is None else cost.macs_ratio if parts.budget is None else parts.budget.training_macs_ratio,
-        parameters=parameter_counts(parts.model),
-    )
-
-
-def _details(parts: RunParts, module: TaskModule) -> dict[str, Any]:
-    """Values besides the metric: the task's own; for a causal model, the size of its cache and the results of non-causal evaluation."""
-    details = module.quality.details(parts.data)
-    if parts.cost is not None and (cost := parts.cost()).dense_kv_bytes:
-        tokens = cost.dense_tokens
-        details["kv_bytes_per_token"] = {"dense": cost.dense_kv_bytes / tokens, "compressed": cost.kv_bytes / tokens}
-    if module.ahead is not None:
-        details["lookahead"] = module.ahead.details(module.task.metric)
-    return details
-
-
 def _bench(arms: Mapping[str, Trained], recipe: Recipe, console: Console) -> Bench | None:
     compressed = {name: trained for name, trained in arms.items() if stages_of(trained.parts.model)}
     if not recipe.trainer.bench_rounds or not compressed:
@@ -344,47 +313,3 @@ def _bench(arms: Mapping[str, Trained], recipe: Recipe, console: Console) -> Ben
         console.print("speed is not measured: it needs the whole model in one process, which deepspeed_3 may not fit; use laconic bench")
         return None
     return bench_models({name: trained.parts for name, trained in compressed.items()}, recipe, console)
-
-
-def _report(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench | None) -> Report:
-    name, main = list(arms.items())[-1]
-    arm = main.arm
-    others = {key: with_bench(trained.arm, key, measured) for key, trained in arms.items() if trained is not main}
-    times = measured.arms[name] if measured is not None and name in measured.arms else None
-    dense = arm.quality if name == "dense" else others["dense"].quality if "dense" in others else None
-    return Report(
-        recipe=loaded.name,
-        task=loaded.recipe.task,
-        quality={
-            "metric": main.module.task.metric,
-            "higher_is_better": main.module.task.higher_is_better,
-            "split": "test" if main.parts.data.has_test else "validation",
-            "dense": dense,
-            "compressed": None if name == "dense" else arm.quality,
-            **arm.details,
-        },
-        keep=arm.keep,
-        macs_ratio=arm.macs_ratio,
-        mean_token_fraction=arm.mean_token_fraction,
-        step_time={
-            "dense": measured.dense_seconds if measured else None,
-            "compressed": times.seconds if times else None,
-            "oracle": times.oracle_seconds if times else None,
-            "speedup": times.speedup.median if times else None,
-            "of_oracle": times.of_oracle.median if times else None,
-            "paired": measured.to_dict() if measured else None,
-        },
-        peak_memory={
-            "kind": measured.memory_kind if measured else None,
-            "dense": measured.memory["dense"] if measured else None,
-            "compressed": measured.memory.get(name) if measured and name != "dense" else None,
-        },
-        baselines={key: vars(other) for key, other in others.items()},
-        seed=loaded.recipe.seed,
-        train_seconds=arm.train_seconds,
-        train_macs_ratio=arm.train_macs_ratio,
-        throughput={"unit": main.module.task.unit, "per_second": arm.per_second},
-        parameters=arm.parameters,
-        bad_rows=main.module.bad_rows.summary(),
-        versions=versions(),
-    )

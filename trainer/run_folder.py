@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 
 from ..modules.checkpoints import loading
 from ..modules.checkpoints.adapter_folder import is_adapter
-from ..modules.checkpoints.base_weights import Base
+from ..modules.checkpoints.base_weights import Base, check_weights
+from ..modules.checkpoints.foreign_config import load_config, settings_errors
 from ..modules.checkpoints.lora import merge_lora
 from ..modules.checkpoints.whole_files import PARTIAL, DamagedFile, check_hashes, compare
 from .errors import RecipeError
 from .recipe.files import read_recorded
 from .recipe.schema import Recipe
 
-MODEL, ADAPTER, RECIPE, ARMS = "model", "adapter", "recipe.yaml", "baselines"
+MODEL, ADAPTER, RECIPE, ARMS, DATA = "model", "adapter", "recipe.yaml", "baselines", "data"
 # Facts of an export, with the hashes of its files.
 EXPORTED = "export.json"
 # Files of transformers beside the weights.
@@ -131,8 +132,15 @@ class RunFolder:
         raise FileNotFoundError(f"{here} has no config.json: name a run folder, or the folder of weights, of an adapter or of an export")
 
     def with_file(self, file: str) -> Path | None:
-        """The folder of the adapter or weights if it has TOKENIZER, PROCESSOR or another file; otherwise None."""
-        return next((place for place in (self.adapter, self.model) if place is not None and (place / file).is_file()), None)
+        """The folder of the adapter or weights, or of what the run fitted to its data, that has TOKENIZER, PROCESSOR or another file; None
+        if there is none."""
+        places = (self.adapter, self.model, self.data)
+        return next((place for place in places if place is not None and (place / file).is_file()), None)
+
+    @property
+    def data(self) -> Path:
+        """What belongs to the run's data, written at its start: the tokenizer, and ``data.json``, the names of the classes and hashes."""
+        return self.path / DATA
 
     def written(self, base: Base | None) -> Path:
         """Folder that weights are written to: ``adapter/`` on frozen weights, otherwise ``model/``."""
@@ -156,7 +164,7 @@ class RunFolder:
             arms: delete the control arms too.
         """
         self.report.unlink(missing_ok=True)
-        for name in (MODEL, ADAPTER, self.checkpoints.name, "tensorboard", *([ARMS] if arms else [])):
+        for name in (MODEL, ADAPTER, DATA, self.checkpoints.name, "tensorboard", *([ARMS] if arms else [])):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for path in (self.recipe, self.log, *self.path.glob("*.png")):
             path.unlink(missing_ok=True)
@@ -174,8 +182,11 @@ class RunFolder:
 
         Raises:
             DamagedFile: a file is missing or differs.
+            ValueError: the index of the weights lists a file outside the folder.
         """
         check_hashes(weights)
+        if not is_adapter(weights):
+            check_weights(weights)
         record = weights / EXPORTED
         if record.is_file():
             try:
@@ -192,7 +203,12 @@ class RunFolder:
         """Content of the report; None if there is none."""
         if not self.report.is_file():
             return None
-        report: dict[str, Any] = json.loads(self.report.read_text())
+        try:
+            report = json.loads(self.report.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise DamagedFile(f"{self.report} is damaged: {error}; delete it, or train again") from None
+        if not isinstance(report, dict):
+            raise DamagedFile(f"{self.report} is damaged: it holds {type(report).__name__}; delete it, or train again")
         return report
 
 
@@ -247,10 +263,11 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     if is_adapter(place):
         model = loading.from_pretrained(place)
         model = merge_lora(model) if hasattr(model, "peft_config") else model
-    elif "compression" in json.loads((place / "config.json").read_text()):
+    elif getattr(load_config(place), "compression", None) is not None:
         model = loading.from_pretrained(place)
     else:
-        model = loading.saved_class(place).from_pretrained(place, use_safetensors=True).eval()
+        with settings_errors(f"{place} cannot be loaded", DamagedFile):
+            model = loading.saved_class(place).from_pretrained(place, use_safetensors=True, trust_remote_code=False).eval()
     wrong = [name for name, value in model.named_parameters() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
     if wrong:
         raise DamagedFile(f"{place}: {len(wrong)} tensors hold values that are not finite, {wrong[0]} first: train or get the model again")

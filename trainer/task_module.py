@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.rows import BadRow, BadRows
+from ..data.rows import BadRow, BadRowCount, BadRows
 from ..modules.budget.budget import Budget
 from ..modules.checkpoints.training_checkpoint import KEY, STATE_PREFIX, about, of_same_model
 from ..modules.decoding.generation import can_look_ahead
@@ -25,6 +25,9 @@ from .metrics.lookahead import LookAhead
 from .metrics.quality import Quality
 from .recipe.schema import OptimizerRecipe
 from .tasks.base import Task
+
+# Keys of a checkpoint.
+_DATA, _ROWS = "data", "bad_rows"
 
 
 class TaskModule(lightning.LightningModule):
@@ -47,9 +50,11 @@ class TaskModule(lightning.LightningModule):
         self.seed = recipe.seed
         self.base = parts.base
         self.save_beside = parts.data.save_beside
+        self.data_record = parts.data.record
         # A checkpoint on frozen weights has only trainable tensors; on_load_checkpoint checks that all of them are there.
         self.strict_loading = parts.base is None
         self.bad_rows = parts.data.bad_rows(recipe.data.max_bad_fraction)
+        self.validation_rows = BadRowCount(self.bad_rows.allowed)
         self.validated = False
         self._start_counting()
 
@@ -74,10 +79,17 @@ class TaskModule(lightning.LightningModule):
         """
         trace = self.training_trace(batch)
         task_loss = self.task.loss(self.model, batch, **self.with_trace(trace))
-        return self.total(task_loss, task_loss, trace)
+        return self.total(batch, task_loss, task_loss, trace)
 
-    def total(self, loss: Tensor, task_loss: Tensor, trace: Trace | None, distillation: Any = None) -> dict[str, Any]:
-        """The result of ``losses``: ``loss`` plus the budget's loss, or without a budget plus the estimators' auxiliary loss."""
+    def total(
+        self, batch: dict[str, Any], loss: Tensor, task_loss: Tensor, trace: Trace | None, distillation: Any = None
+    ) -> dict[str, Any]:
+        """The result of ``losses``: ``loss`` plus the budget's loss, or without a budget plus the estimators' auxiliary loss.
+
+        The losses of the task are means over the batch; here they get the weight of the batch in its optimizer step.
+        """
+        share = _share(batch)
+        loss, task_loss = loss * share, task_loss.detach() * share
         of_budget = None
         if trace is not None and trace.routings:
             if self.budget is not None:
@@ -85,7 +97,7 @@ class TaskModule(lightning.LightningModule):
                 loss = loss + of_budget.total
             elif trace.auxiliary_loss is not None:
                 loss = loss + trace.auxiliary_loss
-        return {"loss": loss, "task_loss": task_loss.detach(), "trace": trace, "budget": of_budget, "distillation": distillation}
+        return {"loss": loss, "task_loss": task_loss, "trace": trace, "budget": of_budget, "distillation": distillation}
 
     def training_trace(self, batch: dict[str, Any]) -> Trace | None:
         """The trace of a training forward; None for a dense model."""
@@ -145,14 +157,18 @@ class TaskModule(lightning.LightningModule):
         if not self.validated:
             return
         self._sum_over_ranks()
+        # Not part of the run's count: a resumed run does not repeat the validation that its checkpoint was saved before.
+        self.validation_rows = BadRowCount(self.bad_rows.allowed, self._rows, "validation")
+        self.validation_rows.add(self._rows, self._bad)
         self.log(f"val/{self.task.metric}", self.quality.value, prog_bar=True, batch_size=1)
 
     def on_test_epoch_end(self) -> None:
         self._sum_over_ranks()
+        self.bad_rows.add_split("test", self._rows, self._bad)
         self.log(f"test/{self.task.metric}", self.quality.value, batch_size=1)
 
     def _sum_over_ranks(self) -> None:
-        """Sums the counts of all ranks on every rank, before any division. Raises BadRows on all ranks or on none."""
+        """Sums the counts of all ranks on every rank, before any division."""
         ranks = collective.gather((self.quality, self._rows, self._bad, self._kept, self.ahead))
         self._start_counting()
         for quality, rows, bad, kept, ahead in ranks:
@@ -162,7 +178,6 @@ class TaskModule(lightning.LightningModule):
             self._rows += rows
             self._bad += bad
             self._kept.merge(kept)
-        self.bad_rows.add(self._rows, self._bad)
 
     @property
     def achieved_keep(self) -> dict[str, float]:
@@ -188,16 +203,28 @@ class TaskModule(lightning.LightningModule):
         save_trained(self.model, folder, self.base, beside=self.save_beside)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Records the model and base of the weights, and removes frozen weights."""
+        """Records the model and base of the weights, the facts about the data and the bad rows so far, and removes frozen weights."""
         checkpoint[KEY] = about(self.model, self.base)
+        checkpoint[_DATA] = self.data_record
+        checkpoint[_ROWS] = {"seen": self.bad_rows.seen, "reasons": self.bad_rows.reasons, "first": self.bad_rows.first}
         if self.base is not None:
             kept = {STATE_PREFIX + name for name in kept_names(self.model)}
             checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises RecipeError if the checkpoint belongs to another base, or if its tensors differ from the trainable ones."""
+        """Raises RecipeError if the checkpoint belongs to another base or other data, or if its tensors differ from the trainable ones."""
         if not of_same_model(checkpoint[KEY], self.model, self.base):
-            raise RecipeError("the checkpoint belongs to another model or to other frozen weights: start a new run with another output")
+            raise RecipeError(
+                "the checkpoint belongs to another model, to other classes or to other frozen weights: start a new run with another output"
+            )
+        changed = [name for name, value in self.data_record.items() if checkpoint[_DATA].get(name) != value]
+        if changed:
+            raise RecipeError(
+                f"the data have changed since the checkpoint was saved, in {', '.join(changed)}: restore the files and the run's folder "
+                "data/, or start a new run from its weights, with model.name and another output"
+            )
+        for name, value in checkpoint[_ROWS].items():
+            setattr(self.bad_rows, name, value)
         if self.base is not None and "state_dict" in checkpoint:
             lost = {STATE_PREFIX + name for name in kept_names(self.model)} ^ checkpoint["state_dict"].keys()
             if lost:
@@ -220,3 +247,12 @@ class TaskModule(lightning.LightningModule):
         optimizer = torch.optim.AdamW(groups, betas=recipe.betas, fused=fused)
         schedule = learning_rate_schedule(optimizer, recipe.schedule, self.total_steps, recipe.warmup, recipe.final)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _share(batch: dict[str, Any]) -> float:
+    """Weight of a batch's mean loss, so that an optimizer step has the gradient of the mean over all terms of its batches and ranks.
+
+    Gradients are averaged over the batches of a step and over ranks as if each had equally many terms (tokens, pixels, rows).
+    """
+    of_step = collective.total([batch.get("step_terms", batch["terms"])])[0]
+    return float(batch["terms"] * batch.get("step_batches", 1) * collective.world_size() / max(1, of_step))

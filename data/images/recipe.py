@@ -26,7 +26,7 @@ class ImageRecipe(DataRecipe):
     mean: list[float] | None = Field(
         None, description="subtracted from pixels in [0, 1], one value or one a channel; null uses the values of the model's processor"
     )
-    std: list[float] | None = Field(
+    std: list[Annotated[float, Field(gt=0)]] | None = Field(
         None, description="divides pixels, one value or one a channel; null uses the values of the model's processor"
     )
     augmentation: Literal["none", "flip", "crop_flip", "resized_crop_flip"] = Field("none", description="augmentation of training images")
@@ -107,7 +107,7 @@ class MaskRecipe(ImageRecipe):
     holds: ClassVar[str] = "images with masks"
 
     mask_column: str | None = Field(None, description="column with the masks, one number a pixel; null looks for a usual name")
-    ignore_index: Annotated[int, Field(ge=0, le=255)] = Field(
+    ignore_index: Annotated[int, Field(ge=0, le=65535)] = Field(
         255, description="mask value of pixels without a class; they are left out of the loss and the metric"
     )
     num_labels: Annotated[int, Field(ge=2)] | None = Field(None, description="number of classes; required for files and hub names")

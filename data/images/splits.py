@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from ..embedded.canvas import Canvas
 from ..embedded.scattered_digits import CLASSES, ScatteredDigits
-from ..hub import Split, class_names, image_column, label_column, open_splits, split_of
+from ..hub import check_columns, image_column, label_column, open_splits, undecoded
+from ..labels.classes import KnownClasses, read_labels
+from ..rows import BadRow, BadRowCount
 from ..source import DataSource, SplitNames
 from ..splits import Splits
+from .folders import empty_classes
 from .transform import ImageRows, ImageTransform
 
 
@@ -40,29 +43,53 @@ def hub_images(
     num_labels: int | None,
     transform: ImageTransform,
     seed: int,
+    max_bad_fraction: float,
+    known: KnownClasses | None = None,
     labelled: bool = True,
 ) -> ImageData:
-    """Splits of any image data set of Hugging Face ``datasets``; ``labelled=False`` ignores its labels.
+    """Splits of any image data set of Hugging Face ``datasets``.
+
+    Args:
+        source: name, files and columns of the data set.
+        names: names of the splits.
+        num_labels: number of classes; None counts them.
+        transform: converts an image to pixels.
+        seed: seed of the augmentation.
+        max_bad_fraction: allowed share of bad labels in each split.
+        known: classes of the model that is evaluated or continues to train; None if it has none.
+        labelled: False ignores the labels.
 
     Raises:
-        ValueError: the source cannot be opened, or a split or column is missing; the message lists the existing ones.
+        ValueError: the source cannot be opened, a split or column is missing (the message lists the existing ones), or the labels cannot
+            be used.
+        BadRows: the share of bad labels in a split exceeds ``max_bad_fraction``.
     """
     train, validation, test = open_splits(source, names)
     images = image_column(train.features, source.image_column)
-    labels = label_column(train.features, source.label_column) if labelled else None
-    classes = [] if labels is None else class_names(train, labels)
-    if num_labels is not None:
-        classes = classes if len(classes) == num_labels else [str(value) for value in range(num_labels)]
+    opened = {"train": train, "validation": validation} | ({} if test is None else {"test": test})
+    label = label_column(train.features, source.label_column) if labelled else None
+    check_columns(opened, [images, *([] if label is None else [label])])
+    labels = None
+    if label is not None:
+        # Without a split for validation its rows were taken from the training rows, and their classes with them.
+        sources = ("train", "validation") if names.validation is None else ("train",)
+        labels = read_labels(opened, label, sources, num_labels, known)
+        for split, bad in labels.bad.items():
+            BadRowCount(max_bad_fraction, len(opened[split])).add(len(opened[split]), [BadRow(row, bad[row]) for row in sorted(bad)])
 
-    def rows(split: Split, draws: int | None) -> ImageRows:
-        return ImageRows(split.rows, images, split.labels, split.bad_labels, transform, draws)
+    def rows(split: str, draws: int | None) -> ImageRows:
+        raw, mode = undecoded(opened[split], images)
+        numbers, bad = (None, {}) if labels is None else (labels.numbers[split], labels.bad[split])
+        return ImageRows(raw, images, numbers, bad, transform, draws, mode)
 
-    evaluated = rows(split_of(validation, images, labels, classes), None)
+    evaluated = rows("validation", None)
     return ImageData(
-        train=rows(split_of(train, images, labels, classes), seed),
+        train=rows("train", seed),
         validation=evaluated,
-        test=evaluated if test is None else rows(split_of(test, images, labels, classes), None),
-        classes=classes,
+        test=evaluated if test is None else rows("test", None),
+        classes=[] if labels is None else labels.classes,
         channels=transform.channels,
         has_test=test is not None,
+        counts={} if labels is None else labels.counts,
+        notes=[f"class {name}: 0 rows, its folder is empty" for name in empty_classes(source)] if labelled else [],
     )

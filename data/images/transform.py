@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 
 from ..rows import BadRow
 from .augmentation import augmented, erase
+from .decoding import Unusable, decode, in_colours
 from .random_augment import RandomAugment
 
 
@@ -54,8 +54,11 @@ class ImageTransform:
 
         Returns:
             (channels, size, size) float32 pixels and (size, size) int64 mask, empty without a mask.
+
+        Raises:
+            Unusable: the image has no certain colours.
         """
-        image = image.convert("RGB" if self.channels == 3 else "L")
+        image = in_colours(image, self.channels)
         if draws is not None and self.augmentation == "resized_crop_flip":
             box = _part(image.size, draws)
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
@@ -80,9 +83,8 @@ class ImageTransform:
         return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32)), torch.from_numpy(numbers.copy())
 
     def _resize(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
-        """Resizes the shorter side to ``size``, then crops the centre."""
-        scale = self.size / min(image.size)
-        width, height = (max(self.size, round(side * scale)) for side in image.size)
+        """Resizes the shorter side to ``size``, then crops the centre; sizes are rounded down, as in transformers' image processors."""
+        width, height = (int(self.size * side / min(image.size)) for side in image.size)
         left, top = (width - self.size) // 2, (height - self.size) // 2
         return image.resize((width, height), resampling).crop((left, top, left + self.size, top + self.size))
 
@@ -111,6 +113,7 @@ class ImageRows(Dataset[dict[str, Any]]):
         bad_labels: reason of each bad label, by row.
         transform: converts an image to pixels.
         seed: seed of the augmentation; None for evaluation.
+        mode: mode of the image column's feature.
 
     An item has ``pixel_values``, ``labels`` and ``sample_ids``; or ``bad``, a BadRow. Index i is row i % n of epoch i // n.
     """
@@ -123,9 +126,10 @@ class ImageRows(Dataset[dict[str, Any]]):
         bad_labels: Mapping[int, str],
         transform: ImageTransform,
         seed: int | None,
+        mode: str | None = None,
     ) -> None:
         self.rows, self.image_column, self.labels, self.bad_labels = rows, image_column, labels, bad_labels
-        self.transform, self.seed = transform, seed
+        self.transform, self.seed, self.mode = transform, seed, mode
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -136,25 +140,11 @@ class ImageRows(Dataset[dict[str, Any]]):
             return {"bad": BadRow(row, self.bad_labels[row])}
         draws = None if self.seed is None else np.random.Generator(np.random.Philox(key=[self.seed, index]))
         try:
-            pixels = self.transform(decode(self.rows[row][self.image_column]), draws)
+            pixels = self.transform(decode(self.rows[row][self.image_column], self.mode), draws)
+        except Unusable as error:
+            return {"bad": BadRow(row, str(error))}
         except Exception as error:
             # Decoders raise many types of exception; each is counted as a bad row with its type.
             return {"bad": BadRow(row, f"undecodable image ({type(error).__name__})")}
         labels = {} if self.labels is None else {"labels": torch.tensor(int(self.labels[row]))}
         return {"pixel_values": pixels, **labels, "sample_ids": torch.tensor(index)}
-
-
-def decode(value: Any) -> Image.Image:
-    """The image of an undecoded value of an image column. Raises if it cannot be read."""
-    if isinstance(value, Image.Image):
-        return value
-    if not isinstance(value, Mapping) or (value.get("bytes") is None and value.get("path") is None):
-        raise ValueError("empty image")
-    image = Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"])
-    image.load()
-    if image.mode.startswith("I;16"):
-        # PIL would clip 16-bit grey at 255 instead of scaling it.
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"unsupported mode {image.mode}")
-    return image

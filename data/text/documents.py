@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .columns import TextColumns
+from .conversations import WrongRow, messages_of, options_of
+
 EMPTY = np.empty(0, np.int32)
 
 
@@ -31,27 +34,27 @@ class Encoder:
 
     Attributes:
         tokenizer: tokenizer with an ``eos_token``.
-        column: column of texts; None if rows have prompts.
-        chat: True if rows have ``messages``; otherwise they have ``prompt`` and ``completion``, each a text or a list of messages.
+        columns: the columns to read.
         limit: tokens of a packed row. A document with a prompt is truncated to it, and is bad if no learned token is left.
     """
 
     tokenizer: Any
-    column: str | None
-    chat: bool
+    columns: TextColumns
     limit: int
 
     @property
     def prompts(self) -> bool:
         """True if rows have prompts, which are not learned; such documents are never split over two packed rows."""
-        return self.column is None
+        return self.columns.text is None
 
     def texts(self, rows: Mapping[str, Sequence[Any]]) -> list[Document]:
         """Documents of a batch of rows, given column by column as in ``datasets``."""
-        if self.column is not None:
-            return self._plain(rows[self.column])
-        names = ("messages",) if self.chat else ("prompt", "completion")
-        return [self._with_prompt(*row) for row in zip(*(rows[name] for name in names), strict=True)]
+        columns = self.columns
+        if columns.text is not None:
+            return self._plain(rows[columns.text])
+        names = ("prompt", "completion") if columns.paired else (columns.chat or "",)
+        values = zip(*(rows[name] for name in (*names, *columns.beside)), strict=True)
+        return [self._with_prompt(row[: len(names)], dict(zip(columns.beside, row[len(names) :], strict=True))) for row in values]
 
     def _plain(self, texts: Sequence[Any]) -> list[Document]:
         good = [text for text in texts if isinstance(text, str) and text.strip()]
@@ -66,11 +69,15 @@ class Encoder:
                 documents.append(Document(np.asarray(self._ended(next(encoded)), np.int32), None))
         return documents
 
-    def _with_prompt(self, prompt: Any, completion: Any = None) -> Document:
-        if self.chat:
-            return self._conversation(prompt, 0)
-        if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
-            return self._conversation([*prompt, *completion], len(prompt))
+    def _with_prompt(self, row: Sequence[Any], beside: Mapping[str, Any]) -> Document:
+        try:
+            if not self.columns.paired:
+                return self._conversation(messages_of(row[0]), 0, beside)
+            prompt, completion = row
+            if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
+                return self._conversation(messages_of([*prompt, *completion]), len(prompt), beside)
+        except WrongRow as wrong:
+            return _bad(str(wrong))
         for name, text in (("prompt", prompt), ("completion", completion)):
             if not isinstance(text, str):
                 return _bad(f"missing {name}" if text is None else f"{type(text).__name__} in place of a {name}")
@@ -83,32 +90,35 @@ class Encoder:
         completion_ids = self._ended(self.tokenizer(completion, add_special_tokens=False)["input_ids"])
         return self._cut([*prompt_ids, *completion_ids], [(len(prompt_ids), len(prompt_ids) + len(completion_ids))])
 
-    def _conversation(self, messages: Any, first: int) -> Document:
+    def _conversation(self, messages: list[dict[str, Any]], first: int, beside: Mapping[str, Any]) -> Document:
         """A chat through the tokenizer's template; the assistant's answers from message ``first`` on are learned."""
-        problem = _wrong_messages(messages)
-        if problem:
-            return _bad(problem)
+        system = beside.get("system")
+        if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+            messages, first = [{"role": "system", "content": system}, *messages], first + 1
         answers = [number for number, message in enumerate(messages) if number >= first and message["role"] == "assistant"]
         if not answers:
             return _bad("no answer of the assistant")
+        template = Templated(self.tokenizer, options_of(beside))
+        if template.unread:
+            return _bad(f"{template.unread[0]}, which the chat template does not read: set data.chat_template to one that does")
         try:
-            whole = self._templated(messages, False)
+            whole = template(messages, False)
             spans = []
             for number in answers:
-                before, after = self._templated(messages[:number], True), self._templated(messages[: number + 1], False)
+                before, after = template(messages[:number], True), template(messages[: number + 1], False)
                 # Templates may change earlier turns when later ones follow (remove thoughts, for example): such turns are not learned.
                 if whole[: len(before)] == before and whole[: len(after)] == after:
                     spans.append((len(before), len(after)))
+            if not spans:
+                return _bad(template.difference(messages, answers[-1]))
         except Exception as error:
             # Templates raise exceptions of any type for unexpected roles.
             return _bad(f"chat template refuses the row ({type(error).__name__})")
-        return self._cut(whole, spans) if spans else _bad("chat template changes the prompt when its answer is added")
-
-    def _templated(self, messages: Sequence[Any], prompting: bool) -> list[int]:
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=True, add_generation_prompt=prompting, return_dict=False
-        )
-        return ids
+        start, stop = spans[-1]
+        if self.tokenizer.eos_token_id not in whole[start:stop]:
+            # The template ends an answer with the marker of the next turn, or not at all: generation would never stop.
+            whole, spans[-1] = [*whole[:stop], self.tokenizer.eos_token_id], (start, stop + 1)
+        return self._cut(whole, spans)
 
     def _cut(self, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> Document:
         learned = np.zeros(len(ids), bool)
@@ -124,65 +134,67 @@ class Encoder:
         return ids if ids and ids[-1] == end else [*ids, end]
 
 
+@dataclass(frozen=True)
+class Templated:
+    """Chats through a tokenizer's template.
+
+    Attributes:
+        tokenizer: tokenizer with a chat template.
+        options: arguments that the template reads besides the messages, such as ``tools``.
+    """
+
+    tokenizer: Any
+    options: Mapping[str, Any]
+
+    def __call__(self, messages: Sequence[Any], prompting: bool) -> list[int]:
+        """Token ids of a chat; with ``prompting`` the beginning of the next answer follows."""
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=True, add_generation_prompt=prompting, return_dict=False, **self.options
+        )
+        return ids
+
+    @property
+    def unread(self) -> list[str]:
+        """Options that the template does not name, so that they would be dropped from the prompt."""
+        if not self.options:
+            return []
+        template: str = self.tokenizer.get_chat_template(None, self.options.get("tools"))
+        return [name for name in self.options if name not in template]
+
+    def difference(self, messages: Sequence[Any], answer: int) -> str:
+        """Why the prompt of an answer is not the beginning of the chat: the reason of a bad row."""
+        prompt, whole = (
+            self.tokenizer.apply_chat_template(list(given), tokenize=False, add_generation_prompt=prompting, **self.options)
+            for given, prompting in ((messages[:answer], True), (messages[: answer + 1], False))
+        )
+        alike = next((at for at, pair in enumerate(zip(prompt, whole, strict=False)) if pair[0] != pair[1]), min(len(prompt), len(whole)))
+        opened = prompt[alike:]
+        if not opened:
+            return "chat template changes the prompt when its answer is added"
+        return (
+            f"chat template begins an answer with {opened!r} when it is generated, and writes it otherwise in a chat: set data.chat_template "
+            "to a template that writes both alike"
+        )
+
+
 def _bad(reason: str) -> Document:
     return Document(EMPTY, None, reason)
 
 
-def _wrong_messages(messages: Any) -> str:
-    """The fault of a chat, found without a template; empty if there is none."""
-    if not isinstance(messages, list | tuple) or not messages:
-        return "no messages"
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            return "message without role"
-        if not isinstance(message.get("content"), str):
-            return "message without text"
-    return ""
-
-
-def encoder_for(columns: Sequence[str], features: Mapping[str, Any], requested: str | None, tokenizer: Any, limit: int) -> Encoder:
-    """The encoder that fits the columns of a data set.
+def encoder_for(columns: TextColumns, tokenizer: Any, limit: int) -> Encoder:
+    """The encoder of rows with these columns.
 
     Args:
-        columns: names of the columns.
-        features: features by column name, to find columns of strings; empty if they are unknown.
-        requested: value of ``data.text_column``.
+        columns: the columns to read.
         tokenizer: tokenizer of the encoder.
         limit: value of ``data.sequence_length``.
 
     Raises:
-        ValueError: no column fits, or rows are chats and the tokenizer has no chat template; the message lists the columns.
+        ValueError: rows are chats and the tokenizer has no chat template.
     """
-    existing = ", ".join(columns)
-    column = text_column(columns, features, requested)
-    if column is not None:
-        return Encoder(tokenizer, column, False, limit)
-    chat = "messages" in columns
-    has_messages = chat or ("prompt" in columns and _are_messages(features.get("prompt")))
-    if not chat and not {"prompt", "completion"} <= set(columns):
+    if columns.chats and not tokenizer.chat_template:
         raise ValueError(
-            f"no text found in the data: set data.text_column to one of {existing}, or provide messages, or prompt and completion"
+            f"the column {columns.chat or 'prompt'} has messages, but the tokenizer has no chat template: set data.tokenizer to one of a "
+            "chat model, set data.chat_template, or provide columns prompt and completion with texts"
         )
-    if has_messages and not tokenizer.chat_template:
-        raise ValueError(
-            f"the column {'messages' if chat else 'prompt'} has messages, but the tokenizer has no chat template: set data.tokenizer to one "
-            "of a chat model, or provide columns prompt and completion with texts"
-        )
-    return Encoder(tokenizer, None, chat, limit)
-
-
-def _are_messages(feature: Any) -> bool:
-    """True if the feature of a column is a list, which has no dtype; False if the feature is unknown."""
-    return feature is not None and not hasattr(feature, "dtype")
-
-
-def text_column(columns: Sequence[str], features: Mapping[str, Any], requested: str | None) -> str | None:
-    """The column of plain texts; None if rows have messages, or prompt and completion. Raises ValueError if ``requested`` is missing."""
-    if requested is not None:
-        if requested not in columns:
-            raise ValueError(f"data.text_column = {requested!r} is missing from the data: its columns are {', '.join(columns)}")
-        return requested
-    if "messages" in columns or {"prompt", "completion"} <= set(columns):
-        return None
-    strings = [name for name in columns if getattr(features.get(name), "dtype", None) in ("string", "large_string")]
-    return "text" if "text" in columns else strings[0] if len(strings) == 1 else None
+    return Encoder(tokenizer, columns, limit)

@@ -13,12 +13,13 @@ import torch
 from torch.utils.data import Dataset
 
 from ..embedded.python_passages import PACKAGES, PassageRows, library_texts
-from ..hub import class_names, label_codes, label_column, open_splits
+from ..hub import check_columns, label_column, open_splits
+from ..labels.classes import KnownClasses, Labels, read_labels
 from ..loader import BucketedBatches, StepBatches
-from ..rows import BadRow, BadRowCount
+from ..rows import BadRow, BadRowCount, BadRows
 from ..source import DataSource, SplitNames
 from ..splits import Splits
-from .documents import text_column
+from .columns import SHOWN, find_columns
 
 # Makes or loads a tokenizer; the argument is the training texts.
 TokenizerOf = Callable[[Iterable[str]], Any]
@@ -120,8 +121,18 @@ def hub_labelled_text(
     length: int,
     tokenizer_of: TokenizerOf,
     max_bad_fraction: float,
+    known: KnownClasses | None = None,
 ) -> LabelledText:
     """Splits of any data set of Hugging Face ``datasets`` with one column of texts and one of labels.
+
+    Args:
+        source: name and files of the data set.
+        names: names of the splits.
+        columns: names of the columns.
+        length: tokens of the longest row.
+        tokenizer_of: makes or loads the tokenizer.
+        max_bad_fraction: allowed share of bad rows.
+        known: classes of the model that is evaluated or continues to train; None if it has none.
 
     Raises:
         ValueError: the source cannot be opened, or a split or column is missing; the message lists the existing ones.
@@ -132,55 +143,60 @@ def hub_labelled_text(
     datasets.disable_progress_bars()
     train, validation, test = open_splits(source, names)
     label = label_column(train.features, columns.label)
-    classes = class_names(train, label)
-    if columns.num_labels is not None and len(classes) != columns.num_labels:
-        classes = [str(value) for value in range(columns.num_labels)]
-    text = _text_column(train, columns, label)
+    text, note = _text_column(train, columns, label)
     if columns.second is not None and columns.second not in train.column_names:
         raise ValueError(
             f"data.second_text_column = {columns.second!r} is missing from the data: its columns are {', '.join(train.column_names)}"
         )
     texts = [text] if columns.second is None else [text, columns.second]
+    opened = {"train": train, "validation": validation} | ({} if test is None else {"test": test})
+    check_columns(opened, [*texts, label])
+    # Without a split for validation its rows were taken from the training rows, and their classes with them.
+    labels = read_labels(opened, label, ("train", "validation") if names.validation is None else ("train",), columns.num_labels, known)
     tokenizer = tokenizer_of(value for name in texts for value in train[name] if isinstance(value, str))
     frame_of(tokenizer)
-    opened = [rows for rows in (train, validation, test) if rows is not None]
-    counted = BadRowCount(max_bad_fraction, sum(map(len, opened)))
-    read = {id(rows): _read(rows, texts, label, classes, tokenizer, length, counted, rows is train) for rows in opened}
+    counted = BadRowCount(max_bad_fraction, sum(map(len, opened.values())))
+    read = {split: _read(rows, texts, labels, split, tokenizer, length, counted) for split, rows in opened.items()}
     return LabelledText(
-        train=read[id(train)],
-        validation=read[id(validation)],
-        test=read[id(validation if test is None else test)],
-        classes=classes,
+        train=read["train"],
+        validation=read["validation"],
+        test=read["validation" if test is None else "test"],
+        classes=labels.classes,
         has_test=test is not None,
+        counts=labels.counts,
+        notes=(note,),
         tokenizer=tokenizer,
         length=length,
         counted=counted,
     )
 
 
-def _text_column(rows: Any, columns: Columns, label: str) -> str:
+def _text_column(rows: Any, columns: Columns, label: str) -> tuple[str, str]:
+    """Name of the column of texts, and a note that says how it was found."""
     others = [name for name in rows.column_names if name not in (label, columns.second)]
-    found = text_column(others, rows.features, columns.text)
-    if found is None:
-        raise ValueError(f"no column of texts found: set data.text_column to one of {', '.join(others)}")
-    return found
+    found = find_columns(others, rows.features, [rows[row] for row in range(min(SHOWN, len(rows)))], columns.text, plain=True)
+    assert found.text is not None
+    return found.text, found.note
 
 
-def _read(
-    rows: Any, texts: list[str], label: str, names: list[str], tokenizer: Any, length: int, counted: BadRowCount, shuffled: bool
-) -> TextRows:
-    """Encodes a split (``datasets`` caches the result beside the split if it is on disk) and removes bad rows."""
+def _read(rows: Any, texts: list[str], labels: Labels, split: str, tokenizer: Any, length: int, counted: BadRowCount) -> TextRows:
+    """Encodes a split (``datasets`` caches the result beside the split if it is on disk) and removes bad rows.
+
+    Raises:
+        BadRows: the share of bad rows of this split exceeds the allowed one, or every row is bad.
+    """
     encoded = rows.map(
         _encode, batched=True, fn_kwargs={"tokenizer": tokenizer, "texts": texts, "length": length}, remove_columns=rows.column_names
     )
-    labels, bad = label_codes(rows[label], names)
-    bad |= {row: reason for row, reason in enumerate(encoded["bad"]) if reason}
-    counted.add(len(rows), [BadRow(row, bad[row]) for row in sorted(bad)])
+    bad = {**labels.bad[split], **{row: reason for row, reason in enumerate(encoded["bad"]) if reason}}
+    counted.add_split(split, len(rows), [BadRow(row, bad[row]) for row in sorted(bad)])
     lengths = np.asarray(encoded["tokens"], np.int64)
     good = np.asarray([row for row in range(len(rows)) if row not in bad], np.int64)
+    if not len(good):
+        raise BadRows(f"every row of the split for {split} is bad: {counted.summary()}")
     # Without shuffling, rows are sorted by length, so that batches need little padding.
-    order = good if shuffled else good[np.argsort(lengths[good], kind="stable")]
-    return TextRows(encoded, order, labels, lengths)
+    order = good if split == "train" else good[np.argsort(lengths[good], kind="stable")]
+    return TextRows(encoded, order, labels.numbers[split], lengths)
 
 
 def _encode(rows: Mapping[str, Sequence[Any]], tokenizer: Any, texts: list[str], length: int) -> dict[str, list[Any]]:

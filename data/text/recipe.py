@@ -16,7 +16,8 @@ class TextRecipe(DataRecipe):
 
     data_dir: str | None = Field(None, description="folder of the text files")
     text_column: str | None = Field(
-        None, description="column with the texts; null uses messages, prompt and completion, text, or the only column of strings"
+        None,
+        description="column with the texts or chats; null uses messages, conversations, prompt and completion, text, or the only one that fits",
     )
     sequence_length: Annotated[int, Field(ge=8)] = Field(512, description="largest number of tokens of a row")
     tokenizer: str | None = Field(
@@ -36,6 +37,10 @@ class DocumentRecipe(TextRecipe):
         "python_library", description="python_library, python_functions (come with Laconic), text, json, csv, parquet, or a hub name"
     )
     sample_by: Literal["line", "paragraph", "document"] = Field("document", description="data.name=text: unit of a file that is a document")
+    chat_template: str | None = Field(
+        None,
+        description="chat template in Jinja, a file or the text itself; null uses that of the tokenizer. It is saved with the tokenizer",
+    )
     streaming: bool = Field(False, description="read text during training, in the order of the files, without storing it")
 
     @model_validator(mode="after")

@@ -18,7 +18,9 @@ from ..loader import StepBatches, StreamBatches
 from ..rows import BadRow, BadRowCount
 from ..source import DataSource, SplitNames
 from ..splits import Splits
-from .documents import Encoder, encoder_for, text_column
+from .columns import SHOWN, find_columns
+from .documents import Encoder, encoder_for
+from .files import read_from
 from .packing import Corpus, PackedRows, Tokens, cut_end_to_end, keep_whole
 from .stream import StreamedRows
 from .tokenizer import token_bytes
@@ -149,31 +151,32 @@ def streamed_text(source: DataSource, names: SplitNames, tokenizer_of: Tokenizer
     if validation is None:
         validation, train = train, train.skip(settings.held_out)
     validation, test = (
-        None if rows is None else datasets.Dataset.from_list(list(rows.take(settings.held_out))) for rows in (validation, test)
+        None if rows is None else datasets.Dataset.from_list(list(read_from(source, rows.take(settings.held_out))))
+        for rows in (validation, test)
     )
-    first = next(iter(train), None)
-    if first is None:
+    shown = list(read_from(source, train.take(SHOWN)))
+    if not shown:
         raise ValueError(
             f"the stream has no training row after the {settings.held_out} held out for validation: lower data.eval_samples, "
             "set data.validation_split, or remove data.streaming"
         )
-    columns, features = list(first), train.features or {}
-    column = text_column(columns, features, settings.text_column)
+    columns = find_columns(list(shown[0]), train.features or {}, shown, settings.text_column)
     # Only the beginning of a stream can be read here.
-    tokenizer = tokenizer_of(None if column is None else _Texts(train.take(LOOKED_AT), column))
-    encoder = encoder_for(columns, features, settings.text_column, tokenizer, settings.length)
+    tokenizer = tokenizer_of(None if columns.text is None else read_from(source, _Texts(train.take(LOOKED_AT), columns.text)))
+    encoder = encoder_for(columns, tokenizer, settings.length)
     tokens = _tokens(tokenizer, settings)
     # The number of rows is unknown; SHUFFLED prevents that a few early bad rows are a high share.
     counted = BadRowCount(settings.max_bad_fraction, SHUFFLED)
-    evaluated = _packed(validation, encoder, tokens, counted)
+    evaluated = _packed("validation", validation, encoder, tokens, counted)
     return TextData(
-        train=StreamedRows(train.shuffle(seed=settings.seed, buffer_size=SHUFFLED), encoder, tokens),
+        train=StreamedRows(train.shuffle(seed=settings.seed, buffer_size=SHUFFLED), source, encoder, tokens),
         validation=evaluated,
-        test=evaluated if test is None else _packed(test, encoder, tokens, counted),
+        test=evaluated if test is None else _packed("test", test, encoder, tokens, counted),
         has_test=test is not None,
         tokenizer=tokenizer,
         length=settings.length,
         counted=counted,
+        notes=(columns.note,),
         streamed=True,
     )
 
@@ -182,21 +185,22 @@ def _in_memory(train: Any, validation: Any, test: Any, tokenizer_of: TokenizerOf
     import datasets
 
     datasets.disable_progress_bars()
-    column = text_column(train.column_names, train.features, settings.text_column)
-    tokenizer = tokenizer_of(None if column is None else _Texts(train, column))
-    encoder = encoder_for(train.column_names, train.features, settings.text_column, tokenizer, settings.length)
+    columns = find_columns(train.column_names, train.features, [train[row] for row in range(min(SHOWN, len(train)))], settings.text_column)
+    tokenizer = tokenizer_of(None if columns.text is None else _Texts(train, columns.text))
+    encoder = encoder_for(columns, tokenizer, settings.length)
     tokens = _tokens(tokenizer, settings)
-    expected = sum(len(rows) for rows in (train, validation, test) if rows is not None)
-    counted = BadRowCount(settings.max_bad_fraction, expected)
-    trained, evaluated = (_packed(rows, encoder, tokens, counted) for rows in (train, validation))
+    counted = BadRowCount(settings.max_bad_fraction, len(train))
+    trained = _packed("train", train, encoder, tokens, counted)
+    evaluated = _packed("validation", validation, encoder, tokens, counted)
     return TextData(
         train=trained,
         validation=evaluated,
-        test=evaluated if test is None else _packed(test, encoder, tokens, counted),
+        test=evaluated if test is None else _packed("test", test, encoder, tokens, counted),
         has_test=test is not None,
         tokenizer=tokenizer,
         length=settings.length,
         counted=counted,
+        notes=(columns.note,),
     )
 
 
@@ -216,8 +220,13 @@ def _tokens(tokenizer: Any, settings: TextSettings) -> Tokens:
     return Tokens(settings.length, padding, token_bytes(tokenizer))
 
 
-def _packed(rows: Any, encoder: Encoder, tokens: Tokens, counted: BadRowCount) -> PackedRows:
-    """Encodes a split (``datasets`` caches the result beside the split if it is on disk) and packs it."""
+def _packed(split: str, rows: Any, encoder: Encoder, tokens: Tokens, counted: BadRowCount) -> PackedRows:
+    """Encodes a split (``datasets`` caches the result beside the split if it is on disk) and packs it.
+
+    Raises:
+        BadRows: the share of bad rows of this split exceeds the allowed one.
+        ValueError: no token of the split is predicted.
+    """
     import datasets
 
     features = {"tokens": datasets.Sequence(datasets.Value("int32")), "bad": datasets.Value("string")}
@@ -230,12 +239,19 @@ def _packed(rows: Any, encoder: Encoder, tokens: Tokens, counted: BadRowCount) -
         remove_columns=rows.column_names,
         features=datasets.Features(features),
     )
-    counted.add(len(encoded), [BadRow(row, reason) for row, reason in enumerate(encoded["bad"]) if reason])
+    counted.add_split(split, len(encoded), [BadRow(row, reason) for row, reason in enumerate(encoded["bad"]) if reason])
     lists = encoded.data.column("tokens").chunks
     learned = [_flat(chunk) for chunk in encoded.data.column("learned").chunks] if encoder.prompts else None
     lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in lists]) if lists else np.empty(0, np.int64)
     corpus = Corpus([_flat(chunk) for chunk in lists], lengths, learned)
-    return PackedRows(corpus, (keep_whole if encoder.prompts else cut_end_to_end)(corpus, tokens.length), tokens)
+    packed = PackedRows(corpus, (keep_whole if encoder.prompts else cut_end_to_end)(corpus, tokens.length), tokens)
+    # The first token of a part is not predicted. A document with a prompt has a learned token after it, or is bad.
+    if not (packed.plan.stop - packed.plan.start > 1).any():
+        raise ValueError(
+            f"no token of the {split} data is predicted: {len(encoded)} rows, {sum(map(bool, encoded['bad']))} of them bad, hold no text to "
+            f"learn from; check data.{split}_split and data.max_bad_fraction"
+        )
+    return packed
 
 
 def _flat(chunk: Any) -> np.ndarray:
@@ -252,7 +268,8 @@ def _encode(rows: Mapping[str, Any], encoder: Encoder) -> dict[str, list[Any]]:
 
 
 def _options(source: DataSource, settings: TextSettings) -> dict[str, Any]:
-    return {"sample_by": settings.sample_by} if source.name == "text" else {}
+    # utf-8-sig: a byte-order mark at the beginning of a file is no character of its text.
+    return {"sample_by": settings.sample_by, "encoding": "utf-8-sig"} if source.name == "text" else {}
 
 
 def _counts(source: DataSource, settings: TextSettings) -> Callable[[Mapping[str, Any]], bool] | None:

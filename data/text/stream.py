@@ -9,7 +9,9 @@ import torch
 from torch.utils.data import Dataset
 
 from ..rows import BadRow
+from ..source import DataSource
 from .documents import Encoder
+from .files import read_from
 from .packing import Packer, Tokens
 
 # Rows encoded in one call of the tokenizer.
@@ -25,12 +27,13 @@ class StreamedRows(Dataset[dict[str, Any]]):
 
     Args:
         rows: an ``IterableDataset``, shuffled or not.
+        source: its files, for messages.
         encoder: converts its rows to documents.
         tokens: length and token ids of the packed rows.
     """
 
-    def __init__(self, rows: Any, encoder: Encoder, tokens: Tokens) -> None:
-        self.rows, self.encoder, self.tokens = rows, encoder, tokens
+    def __init__(self, rows: Any, source: DataSource, encoder: Encoder, tokens: Tokens) -> None:
+        self.rows, self.source, self.encoder, self.tokens = rows, source, encoder, tokens
         self._items: Iterator[list[dict[str, Any]]] | None = None
         self._next = 0
 
@@ -65,7 +68,7 @@ class StreamedRows(Dataset[dict[str, Any]]):
         while True:
             self.rows.set_epoch(epoch)
             before = row
-            for batch in self.rows.iter(_TOGETHER):
+            for batch in read_from(self.source, self.rows.iter(_TOGETHER)):
                 for document in self.encoder.texts(batch):
                     read += 1
                     if document.bad:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def load_tokenizer(name: str, revision: str | None = None, ends: bool = True) ->
         if name.endswith(".json"):
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=name)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:
         # Tokenizer files raise many types of exception, plain Exception among them.
         raise ValueError(f"data.tokenizer = {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
@@ -50,6 +51,35 @@ def load_tokenizer(name: str, revision: str | None = None, ends: bool = True) ->
         tokenizer.eos_token = END
     if tokenizer.eos_token_id is None:
         raise ValueError(f"data.tokenizer = {name!r} has no token for the end of a text (eos_token): save it with one")
+    return tokenizer
+
+
+def with_template(tokenizer: Any, given: str) -> Any:
+    """The tokenizer with another chat template, in place.
+
+    Args:
+        tokenizer: tokenizer of the texts.
+        given: value of ``data.chat_template``: a file, or the text of a template.
+
+    Raises:
+        ValueError: the file does not exist, or the template is not Jinja.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    text = given
+    if "{" not in given:
+        path = Path(given)
+        if not path.is_file():
+            raise ValueError(f"data.chat_template = {given!r} does not exist: set it to a file with a Jinja template, or to its text")
+        text = path.read_text("utf-8-sig")
+    tokenizer.chat_template = text
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"data.chat_template is not a Jinja template: line {error.lineno}: {error.message}") from None
+    except Exception as error:
+        # Templates raise exceptions of any type for chats that they refuse; each row is checked later.
+        logging.getLogger(__name__).debug("data.chat_template refuses a chat of one message: %s", error)
     return tokenizer
 
 

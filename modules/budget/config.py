@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ class BudgetConfig:
     noise: float = 0.0
     noise_until: float = 0.6
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic where a recipe holds a budget
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 - read by pydantic where a recipe holds a budget
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
@@ -59,13 +60,13 @@ class BudgetConfig:
         for name in ("ramp_until", "schedule_until", "noise_until"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"budget.{name} = {getattr(self, name)} must be in [0, 1]: a fraction of training")
-        if self.noise < 0:
-            raise ValueError(f"budget.noise = {self.noise} must be at least 0")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"budget.noise = {self.noise} must be a number of at least 0")
         if self.regularizer is not None:
             part = PartConfig.of(self.regularizer, "regularizer")
             object.__setattr__(self, "regularizer", part)
             if part.given is None:
                 registry.check_name("regularizer", part.name, registry.part_names("regularizer"))
             weight = part.options.get("weight", 0.0)
-            if not isinstance(weight, int | float) or weight < 0:
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
                 raise ValueError(f"budget.regularizer: weight = {weight!r} must be a number of at least 0")

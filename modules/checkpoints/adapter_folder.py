@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ..config import CompressionConfig
 from .base_weights import Base
-from .whole_files import whole_folder
+from .whole_files import DamagedFile, whole_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -41,7 +40,7 @@ _READ = (
 )  # fmt: skip
 
 
-class AdapterError(ValueError):
+class AdapterError(DamagedFile):
     """An adapter folder is damaged or does not fit. Nothing was loaded from it."""
 
 
@@ -154,7 +153,7 @@ def seal(manifest: Mapping[str, Any]) -> str:
 
 def json_bytes(data: Any) -> bytes:
     """Readable JSON, identical for identical data."""
-    return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def _files(adapter: Adapter) -> dict[str, bytes]:
@@ -178,7 +177,12 @@ def _packed(tensors: Mapping[str, Tensor]) -> bytes:
     empty = [name for name, value in tensors.items() if not value.numel()]
     if empty:
         raise ValueError(f"tensors without values cannot be written; gather sharded parameters first: {', '.join(empty[:3])}")
-    return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"format": "pt"})
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        whole = value.detach().cpu().contiguous()
+        # Tied tensors are written under each of their names: PEFT does not tie the modules that it replaces.
+        found[name] = whole.clone() if any(whole.data_ptr() == other.data_ptr() for other in found.values()) else whole
+    return save(found, {"format": "pt"})
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -197,11 +201,37 @@ def _manifest(path: Path) -> dict[str, Any]:
     for key in required:
         if key not in manifest:
             raise AdapterError(f"{path / MANIFEST} lacks {key!r}")
+    _check_manifest(path / MANIFEST, manifest)
     if manifest["sha256"] != seal(manifest):
         raise AdapterError(f"{path / MANIFEST} was altered after it was written: get the folder again")
     if "auto_map" in manifest["model"]["config"]:
         raise AdapterError(f"{path / MANIFEST}: the model's config names code to run (auto_map), which Laconic never does")
     return manifest
+
+
+def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises AdapterError if a value of a manifest has another type than Laconic writes."""
+    base, model, files, stages = (manifest[key] for key in ("base", "model", "files", "stages"))
+    right = {
+        "base": isinstance(base, dict)
+        and base.keys() == {"name", "revision", "weights_sha256"}
+        and isinstance(base["revision"], str | None)
+        and all(isinstance(base[key], str) for key in ("name", "weights_sha256")),
+        "model": isinstance(model, dict) and isinstance(model.get("class"), str) and isinstance(model.get("config"), dict),
+        "lora": isinstance(manifest["lora"], bool),
+        "stages": stages is None or _texts(stages),
+        "modules_to_save": _texts(manifest["modules_to_save"]),
+        "ratio": isinstance(manifest["ratio"], dict),
+        "versions": isinstance(manifest["versions"], dict),
+        "files": isinstance(files, dict),
+    }
+    for key, fits in right.items():
+        if not fits:
+            raise AdapterError(f"{path}: {key} = {str(manifest[key])[:200]!r} has another form than Laconic writes: get the folder again")
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _contents(path: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
@@ -225,6 +255,8 @@ def _contents(path: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
     contents: dict[str, bytes] = {}
     for name, about in listed.items():
         file = path / name
+        if not isinstance(about, dict) or type(about.get("bytes")) is not int or not isinstance(about.get("sha256"), str):
+            raise AdapterError(f"{path / MANIFEST}: files.{name} = {str(about)[:200]!r} must have bytes and sha256: get the folder again")
         if not file.is_file():
             raise AdapterError(f"{file} is missing: get the folder again")
         content = file.read_bytes()
@@ -240,7 +272,7 @@ def _contents(path: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
 def _json(path: Path, content: bytes) -> dict[str, Any]:
     try:
         data = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON, or truncated: {error}") from None
     if not isinstance(data, dict):
         raise AdapterError(f"{path} must hold an object, it holds {type(data).__name__}")
@@ -250,7 +282,8 @@ def _json(path: Path, content: bytes) -> dict[str, Any]:
 def _parsed(path: Path, content: bytes) -> dict[str, Tensor]:
     try:
         tensors = load(content)
-    except SafetensorError as error:
+    except Exception as error:
+        # safetensors raises errors of several types.
         raise AdapterError(f"{path} is no safetensors file: {error}") from None
     for name, value in tensors.items():
         if not value.numel():
@@ -282,7 +315,11 @@ def lora_config_of(path: Path, content: bytes) -> LoraConfig:
     targets = given.get("target_modules")
     if not isinstance(targets, list) or not targets:
         raise AdapterError(f"{path}: target_modules = {targets!r} must be a list of names")
-    return LoraConfig(**{key: given[key] for key in _READ if key in given})
+    try:
+        return LoraConfig(**{key: given[key] for key in _READ if key in given})
+    except Exception as error:
+        # PEFT checks some settings, with errors of several types.
+        raise AdapterError(f"{path} cannot be used: {' '.join(str(error).split())}") from None
 
 
 def _of_full(name: str, full: tuple[str, ...]) -> bool:

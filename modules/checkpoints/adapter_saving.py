@@ -82,7 +82,9 @@ def trained_modules(model: nn.Module) -> list[str]:
         ValueError: only a part of a module is trained, or all parameters are.
     """
     stages = stage_names(model)
-    free = [name for name, parameter in model.named_parameters() if parameter.requires_grad and not is_lora(name)]
+    # Tied parameters by all of their names: PEFT loads each module into a copy of its own.
+    parameters = model.named_parameters(remove_duplicate=False)
+    free = [name for name, parameter in parameters if parameter.requires_grad and not is_lora(name)]
     owners = sorted({name.rpartition(".")[0] for name in free if not any(name.startswith(f"{stage}.") for stage in stages)})
     for owner in owners:
         if not owner or not all(parameter.requires_grad for parameter in model.get_submodule(owner).parameters()):

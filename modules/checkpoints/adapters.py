@@ -20,6 +20,7 @@ from ..config import CompressionConfig
 from .adapter_folder import Adapter, AdapterError, read_adapter
 from .adapter_saving import stage_state
 from .base_weights import weights_hash
+from .foreign_config import check_size, settings_errors
 from .lora import add_lora, full_modules, lora_state, merge_lora, train_only
 from .model_class import class_named
 from .tensors import check_same, copy_all, own_memory
@@ -133,8 +134,11 @@ class Adapters:
         for module in adapter.full:
             head = on_meta.get_submodule(module).to_empty(device=device).to(dtype)
             copy_all(dict(head.state_dict()), _under(adapter.full_tensors, module), f"adapter {name!r}")
+            own = self._own_heads.setdefault(module, model.get_submodule(module))
+            # Buffers that no file holds, such as the scale of an embedding, are of the base.
+            unsaved = {key: value for key, value in head.named_buffers() if key not in head.state_dict()}
+            copy_all(unsaved, {key: value for key, value in own.named_buffers() if key in unsaved}, f"adapter {name!r}")
             heads[module] = head
-            self._own_heads.setdefault(module, model.get_submodule(module))
         if adapter.lora_config is not None:
             with quietly():
                 add_lora(model, copy.deepcopy(adapter.lora_config), name)
@@ -154,7 +158,7 @@ def load_base(adapter: Adapter, where: str, base: str | Path | None = None, **kw
     hub = {key: kwargs[key] for key in _HUB if key in kwargs}
     check_base(adapter, where, name, revision, **hub)
     cls: Any = class_named(adapter.model_class, where)
-    with quietly():
+    with quietly(), settings_errors(f"base {name!r} cannot be loaded", AdapterError):
         loaded = cls.from_pretrained(
             name, revision=revision or "main", config=config_of(adapter), use_safetensors=True, ignore_mismatched_sizes=True,
             output_loading_info=True, trust_remote_code=False, **kwargs,
@@ -230,10 +234,16 @@ def meta_model(adapter: Adapter, where: str, values: bool = True) -> PreTrainedM
 def config_of(adapter: Adapter) -> PretrainedConfig:
     """The config of the adapter's dense model, without running code. Raises AdapterError."""
     data = {key: value for key, value in adapter.model_config.items() if key not in ("auto_map", "compression", "quantization_config")}
-    if data.get("model_type") not in CONFIG_MAPPING:
-        raise AdapterError(f"the adapter's model_type {data.get('model_type')!r} is unknown to this version of transformers")
-    cls: Any = CONFIG_MAPPING[data["model_type"]]
-    config = cls.from_dict(data)
+    model_type: Any = data.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise AdapterError(f"the adapter's model_type {model_type!r} is unknown to this version of transformers")
+    cls: Any = CONFIG_MAPPING[model_type]
+    try:
+        config = cls.from_dict(data)
+        check_size(config, "the adapter's model")
+    except Exception as error:
+        # transformers checks its configs with errors of many types.
+        raise AdapterError(f"the config of the adapter's model cannot be used: {' '.join(str(error).split())[:500]}") from None
     assert isinstance(config, PretrainedConfig)
     return config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -9,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
+
+from .whole_files import DamagedFile
 
 _CHUNK = 1 << 24
 
@@ -90,7 +94,7 @@ def weight_files(name: str | Path, revision: str | None = None, **hub: Any) -> l
     if (single := find(SAFE_WEIGHTS_NAME)) is not None:
         return [single]
     if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = shards(index)
         found = [find(file) for file in files]
         missing = [file for file, path in zip(files, found, strict=True) if path is None]
         if missing:
@@ -101,12 +105,59 @@ def weight_files(name: str | Path, revision: str | None = None, **hub: Any) -> l
     )
 
 
+def shards(index: Path) -> list[str]:
+    """Names of the weight files that an index lists.
+
+    Raises:
+        ValueError: the file is no index, or lists a file that is not beside it: tensors would come from outside the folder.
+    """
+    try:
+        files = json.loads(index.read_text("utf-8"))["weight_map"].values()
+        names = sorted({str(file) for file in files})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f"{index} is damaged: it has no mapping 'weight_map' from tensors to files; get it again") from None
+    for name in names:
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} lists {name!r}, which is no safetensors file beside it: it is not loaded")
+    return names
+
+
+def check_weights(name: str | Path, revision: str | None = None, **hub: Any) -> None:
+    """Checks the weight files of a model, without reading their tensors.
+
+    Raises:
+        ValueError: the index lists a file outside its folder, which transformers would load; or a file of a folder is damaged.
+
+    Args:
+        name: folder or hub name.
+        revision: revision of a hub model.
+        hub: ``token``, ``cache_dir``, ``local_files_only``.
+    """
+    quiet: Any = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    with contextlib.suppress(OSError):
+        # There is no such model: the caller, which loads it next, reports it.
+        index = cached_file(str(name), SAFE_WEIGHTS_INDEX_NAME, revision=revision, **quiet, **hub)
+        if index is not None:
+            shards(Path(index))
+    for path in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else ():
+        check_header(path)
+
+
+def check_header(path: Path) -> None:
+    """Raises DamagedFile, which names the file, if it is no whole safetensors file."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except Exception as error:
+        # safetensors raises several types, none of which names the file.
+        raise DamagedFile(f"{path} is no safetensors file, or truncated or damaged ({error}): get or write it again") from None
+
+
 def _tensors(path: Path) -> Iterator[tuple[str, str, Path, int, int]]:
     """Name, dtype and shape, file, first byte and last byte + 1 of each tensor of a safetensors file."""
+    check_header(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 0 < length < path.stat().st_size:
-            raise ValueError(f"{path} is no safetensors file, or truncated")
         header = json.loads(file.read(length))
     for key, entry in header.items():
         if key != "__metadata__":

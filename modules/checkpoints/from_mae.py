@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, ViTConfig, ViTMAEModel
+from transformers import PreTrainedModel, ViTConfig, ViTMAEModel
 
 from ..stage import stages_of
 from .adapters import quietly
+from .base_weights import check_weights
+from .foreign_config import load_config
 from .loading import from_pretrained
 from .tensors import copy_all
 
@@ -68,7 +70,7 @@ def load_encoder(model: PreTrainedModel, name: str | Path, revision: str | None 
     # Decoder and routers are left over, without a warning.
     with quietly():
         loaded: Any = ViTMAEModel.from_pretrained(
-            str(name), revision=revision or "main", config=config, dtype=torch.float32, output_loading_info=True
+            str(name), revision=revision or "main", config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     encoder, report = loaded
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
@@ -114,9 +116,10 @@ _FREE = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_ran
 
 
 def _mae_config(name: str | Path, revision: str | None) -> Any:
+    check_weights(name, revision)
     try:
-        config: Any = AutoConfig.from_pretrained(str(name), revision=revision)
-    except (OSError, ValueError) as error:
+        config: Any = load_config(name, revision)
+    except ValueError as error:
         raise ValueError(
             f"{name} is no folder of weights here and cannot be loaded from the hub ({str(error).splitlines()[0]}): give a folder or hub "
             "name of a vit_mae"

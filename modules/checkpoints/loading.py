@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ..compressed_model import compressed_class
 from .adapter_folder import MANIFEST, is_adapter
 from .adapters import Adapters
+from .base_weights import check_weights
+from .foreign_config import architecture, load_config, settings_errors
 from .model_class import class_named
 from .tensors import copy_all, own_memory
 from .training_checkpoint import read_checkpoint
+from .whole_files import DamagedFile
 
 _HUB = ("token", "cache_dir", "local_files_only")
 # Files fetched from a repository with an adapter; none of them can run code.
@@ -36,8 +39,10 @@ def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs
     Raises:
         FileNotFoundError: the folder holds no model.
         ValueError: the config has no compression, or its class is unknown; an adapter is damaged or has another base.
-        RuntimeError: weights are missing, left over, or of another shape; nothing is silently initialised.
+        DamagedFile: a ValueError; weights are missing, left over, or of another shape; nothing is silently initialised.
     """
+    if kwargs.pop("trust_remote_code", False):
+        raise ValueError("trust_remote_code = True: laconic runs no code of a folder or repository; leave it out")
     if Path(folder).is_file():
         return _from_checkpoint(Path(folder), base, **kwargs)
     if (adapter := find_adapter(folder, **{key: kwargs[key] for key in ("revision", *_HUB) if key in kwargs})) is not None:
@@ -47,21 +52,21 @@ def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs
     place = str(folder)
     if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
         raise FileNotFoundError(f"{place} has no config.json: give the folder of an adapter or of weights")
-    config = AutoConfig.from_pretrained(
-        place,
-        trust_remote_code=False,
-        **{key: value for key, value in kwargs.items() if key in ("revision", "subfolder", *_HUB)},
-    )
+    config: Any = load_config(place, **{key: value for key, value in kwargs.items() if key in ("revision", "subfolder", *_HUB)})
     if getattr(config, "compression", None) is None:
         raise ValueError(
             f"{folder} is a dense {config.model_type} model: config.json has no 'compression'. Load it with transformers and call "
             "laconic.compress"
         )
-    own: Any = class_named((config.architectures or [""])[0], str(folder))
-    model, report = compressed_class(own).from_pretrained(place, config=config, output_loading_info=True, use_safetensors=True, **kwargs)
+    own: Any = class_named(architecture(config, place), str(folder))
+    check_weights(place, **{key: kwargs[key] for key in ("revision", *_HUB) if key in kwargs})
+    with settings_errors(f"{folder} cannot be loaded", DamagedFile):
+        model, report = compressed_class(own).from_pretrained(
+            place, config=config, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **kwargs
+        )
     wrong = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}
     if wrong:
-        raise RuntimeError(f"{folder}: the weights do not fit the config: {wrong}")
+        raise DamagedFile(f"{folder}: the weights do not fit the config: {wrong}")
     assert isinstance(model, PreTrainedModel)
     own_memory(model)
     return model
@@ -91,8 +96,7 @@ def saved_class(folder: str | Path) -> type[PreTrainedModel]:
     Raises:
         ValueError: the class is unknown.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return class_named((config.architectures or [""])[0], str(folder))
+    return class_named(architecture(load_config(folder), str(folder)), str(folder))
 
 
 def _from_checkpoint(path: Path, base: str | Path | None, **kwargs: Any) -> PreTrainedModel:
@@ -102,7 +106,7 @@ def _from_checkpoint(path: Path, base: str | Path | None, **kwargs: Any) -> PreT
     config: Any = checkpoint.config
     if not hasattr(config, "compression"):
         raise ValueError(f"{path} is of a dense {config.model_type} model: give it to model.name of a recipe")
-    own: Any = class_named((config.architectures or [""])[0], str(path))
+    own: Any = class_named(architecture(config, str(path)), str(path))
     model = compressed_class(own)._from_config(config, **kwargs)
     copy_all(model.state_dict(), checkpoint.state, str(path))
     model.eval()

@@ -136,7 +136,13 @@ def lora_targets(model: PreTrainedModel, targets: str | Iterable[str] | None) ->
 
 
 def full_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Exact names of the modules for names or name suffixes. Raises ValueError if one matches nothing, or a module that cannot train."""
+    """Exact names of the modules for names or name suffixes, and of modules that share their weights.
+
+    Tied modules train as one. PEFT loads each into a copy of its own, so that its file must have all of them.
+
+    Raises:
+        ValueError: a name matches nothing, or a module that cannot train.
+    """
     modules = [name for name, _ in model.named_modules() if name]
     found: list[str] = []
     for requested in names:
@@ -147,6 +153,7 @@ def full_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
                 f"lora.modules_to_save names {requested!r}, which the model does not have; at its top are {', '.join(with_weights)}"
             )
         found += matching
+    found += [name for name in tied_to(model, found) if not any(_inside(name, other) for other in found)]
     whole = [name for name in found if any(not parameter.is_floating_point() for parameter in model.get_submodule(name).parameters())]
     if whole:
         raise ValueError(f"{', '.join(whole)} would train in full and is quantised: load the base with llm_int8_skip_modules={whole}")
@@ -155,9 +162,15 @@ def full_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 def _tied(model: nn.Module, name: str) -> bool:
     """True if another module shares the weight of this one."""
-    weight = getattr(model.get_submodule(name), "weight", None)
-    names = [key for key, value in model.named_parameters(remove_duplicate=False) if value is weight]
-    return len(names) > 1
+    return bool(tied_to(model, [name]))
+
+
+def tied_to(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    """Names of other modules that share a parameter with the named ones."""
+    inside = tuple(modules)
+    shared = {id(parameter) for name in inside for parameter in model.get_submodule(name).parameters()}
+    owners = [key.rpartition(".")[0] for key, value in model.named_parameters(remove_duplicate=False) if id(value) in shared]
+    return [owner for owner in owners if not any(_inside(owner, name) for name in inside)]
 
 
 def lora_state(model: nn.Module, name: str = "default", state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

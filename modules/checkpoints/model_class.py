@@ -19,7 +19,7 @@ def class_named(name: str, where: str) -> type[PreTrainedModel]:
     Raises:
         ValueError: there is no model class of that name.
     """
-    plain = name.removeprefix(CLASS_PREFIX)
+    plain = name.removeprefix(CLASS_PREFIX) if isinstance(name, str) else ""
     found = own_models().get(plain) or getattr(transformers, plain, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(f"{where} names the architecture {name!r}, which neither transformers {transformers.__version__} nor Laconic has")

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..compressed_model import CompressedModel
 from ..layer import base_class
-from .adapter_folder import Adapter, lora_config_of
+from .adapter_folder import Adapter, AdapterError, lora_config_of
 from .adapter_saving import adapter_of, trained_modules
 from .adapters import config_of, meta_model
 from .base_weights import Base
@@ -58,7 +58,7 @@ def about(model: PreTrainedModel, base: Base | None) -> str:
 
 
 def of_same_model(description: str, model: PreTrainedModel, base: Base | None) -> bool:
-    """True if a checkpoint has the same class, stages, LoRA and frozen weights as a model.
+    """True if a checkpoint has the same class, stages, labels, LoRA and frozen weights as a model.
 
     Args:
         description: result of ``about`` for the checkpoint.
@@ -68,7 +68,7 @@ def of_same_model(description: str, model: PreTrainedModel, base: Base | None) -
     before, now = json.loads(description), json.loads(about(model, base))
     # Other settings of the config may change during training and between versions of transformers.
     return before.get("adapter") == now.get("adapter") and all(
-        before["config"].get(key) == now["config"].get(key) for key in ("architectures", "compression")
+        before["config"].get(key) == now["config"].get(key) for key in ("architectures", "compression", "id2label")
     )
 
 
@@ -96,9 +96,15 @@ def read_checkpoint(path: Path) -> TrainingCheckpoint:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         description = json.loads(data[KEY])
         state = {name.removeprefix(STATE_PREFIX): value for name, value in data["state_dict"].items() if name.startswith(STATE_PREFIX)}
+        return _described(path, description, state)
+    except AdapterError:
+        raise
     except Exception as error:
         # torch, zip and pickle raise errors of many types; in each case no code was run.
-        raise ValueError(f"{path} is no training checkpoint of Laconic: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is no training checkpoint of Laconic: {' '.join(str(error).split())[:500]}") from None
+
+
+def _described(path: Path, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> TrainingCheckpoint:
     found, compression = description.get("adapter"), description["config"].get("compression")
     bare = Adapter(Base("", None, ""), description["config"]["architectures"][0], description["config"], compression=compression)
     config = config_of(bare)

@@ -29,6 +29,13 @@ class Generating:
             raise ValueError("generate() in training mode would use training decisions and update thresholds: call model.eval() first")
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuses continuous batching (``generate_batch``): its paged cache holds every token in every layer. Raises ValueError."""
+        raise ValueError(
+            f"{type(self).__name__} does not support continuous batching (generate_batch), whose paged cache holds every token in every "
+            "layer: call generate() with a batch that is padded on the left"
+        )
+
     def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if isinstance(model_kwargs.get("past_key_values"), Cache):

@@ -45,8 +45,8 @@ class KeepCount:
 
     @property
     def achieved(self) -> dict[str, float]:
-        """Routable tokens leaving ÷ entering, by stage name."""
-        return {name: kept / max(1, present) for name, (kept, present) in self.totals.items()}
+        """Routable tokens leaving ÷ entering, by stage name; 1 where none entered, because nothing was dropped."""
+        return {name: kept / present if present else 1.0 for name, (kept, present) in self.totals.items()}
 
     @property
     def macs_ratio(self) -> float:

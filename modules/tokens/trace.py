@@ -70,9 +70,9 @@ class Routing:
 
     @property
     def achieved(self) -> float:
-        """Achieved keep of this forward: routable tokens leaving ÷ entering, summed over rows before dividing."""
+        """Achieved keep of this forward: routable tokens leaving ÷ entering, summed over rows before dividing; 1 if none entered."""
         kept, present = self.counts()
-        return kept / max(present, 1)
+        return kept / present if present else 1.0
 
     @property
     def kept_mask(self) -> Tensor:

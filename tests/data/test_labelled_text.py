@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from laconic.data.embedded.python_passages import PACKAGES, PassageRows, library_texts
+from laconic.data.labels.classes import KnownClasses
 from laconic.data.loader import BucketedBatches, StepBatches
 from laconic.data.rows import BadRows, collate
 from laconic.data.source import DataSource, SplitNames
@@ -152,9 +153,10 @@ def test_bad_rows_are_named_left_out_and_stop_the_run_past_their_share(
     source, columns = _jsonl(tmp_path / "rows.jsonl", [*good, row]), Columns(num_labels=2)
     with pytest.raises(BadRows, match=reason):
         _open(source, tokenizer, columns)
-    data = _open(source, tokenizer, columns, bad=0.1)
+    # The allowed share holds for each split by itself.
+    data = _open(source, tokenizer, columns, bad=0.2)
     assert len(data.train) + len(data.validation) == 19  # type: ignore[arg-type]
-    counted = data.bad_rows(0.1)
+    counted = data.bad_rows(0.2)
     assert (counted.seen, list(counted.reasons.values())) == (20, [1])
     # Rows that are read again are not counted again.
     assert collate([data.train[0]])["rows"] == 0
@@ -162,7 +164,7 @@ def test_bad_rows_are_named_left_out_and_stop_the_run_past_their_share(
 
 def test_what_is_missing_is_named(tmp_path: Path, tokenizer: Any) -> None:
     source = _jsonl(tmp_path / "rows.jsonl", [{"a": "x", "b": "y", "label": i % 2} for i in range(8)])
-    with pytest.raises(ValueError, match="no column of texts found: set data.text_column to one of a, b"):
+    with pytest.raises(ValueError, match="no text found in the data: set data.text_column to one of a, b$"):
         _open(source, tokenizer, Columns())
     with pytest.raises(ValueError, match="data.second_text_column = 'c' is missing"):
         _open(source, tokenizer, Columns(text="a", second="c"))
@@ -170,3 +172,27 @@ def test_what_is_missing_is_named(tmp_path: Path, tokenizer: Any) -> None:
         _open(source, tokenizer, Columns(text="a", label="lable"))
     with pytest.raises(ValueError, match=r"an encoder needs a first token, \[CLS\]"):
         _open(source, trained_tokenizer(WORDS * 20, 300), Columns(text="a"))
+
+
+def test_labels_of_texts_are_mapped_by_name_and_those_without_rows_are_said(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"text": WORDS[i % 3], "label": ["b", "c"][i % 2]} for i in range(16)]
+    source, columns = _jsonl(tmp_path / "rows.jsonl", rows), Columns()
+    known = KnownClasses(("c", "a", "b"), "the run", "")
+    data = hub_labelled_text(source, SplitNames(fraction=0.25), columns, 16, lambda texts: tokenizer, 0.0, known)
+    assert data.classes == ["c", "a", "b"]
+    assert {int(data.train[row]["labels"]) for row in range(len(data.train))} == {0, 2}  # type: ignore[arg-type]
+    assert "class a: 0 rows in train" in data.remarks
+    numbers = _jsonl(tmp_path / "numbers.jsonl", [{"text": WORDS[i % 3], "label": [3, 1000][i % 2]} for i in range(16)])
+    assert _open(numbers, tokenizer, columns).classes == ["3", "1000"]
+    with pytest.raises(ValueError, match="a classifier needs 2 or more"):
+        _open(_jsonl(tmp_path / "one.jsonl", [{"text": "red", "label": "x"}] * 8), tokenizer, columns)
+
+
+def test_a_split_in_which_every_text_is_bad_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    good = _jsonl(tmp_path / "good.jsonl", [{"text": WORDS[i % 3], "label": i % 2} for i in range(16)])
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": " ", "label": 0}))
+    files = {"train": str(good.data_files), "validation": str(tmp_path / "bad.jsonl")}
+    with pytest.raises(BadRows, match="every row of the split for validation is bad"):
+        hub_labelled_text(
+            DataSource("json", data_files=files), SplitNames(validation="validation"), Columns(), 16, lambda texts: tokenizer, 1.0
+        )

@@ -75,9 +75,51 @@ def test_bad_masks_are_counted_by_reason_and_ignored_pixels_are_marked() -> None
     rows = [{"image": image, "mask": mask} for mask in masks]
     data = MaskRows(rows, ("image", "mask"), 3, 7, ImageTransform(8, 1), None)
     assert (int(data[0]["labels"][0, 0]), int(data[0]["labels"][7, 7]), int(data[0]["labels"][3, 3])) == (2, 255, 0)
+    assert data[0]["predicted"] == 63
     assert [data[index]["bad"] for index in range(1, 5)] == [
         BadRow(1, "mask of mode RGB, which has more than one number a pixel"),
         BadRow(2, "mask and image differ in size"),
         BadRow(3, "mask value above 2 that is not data.ignore_index"),
         BadRow(4, "undecodable mask (ValueError)"),
     ]
+
+
+def _hub_masks(folder: Path, masks: list[np.ndarray], classes: int, ignore: int = 255) -> Any:
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    rows = {"image": [Image.new("L", (8, 8))] * len(masks), "mask": [Image.fromarray(mask) for mask in masks]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "rows.parquet")
+    source = DataSource("parquet", data_files=str(folder / "rows.parquet"))
+    return hub_masks(source, SplitNames(fraction=0.25), classes, ignore, ImageTransform(8, 1, (0.5,), (0.5,)), 0)
+
+
+def test_masks_of_16_bits_keep_their_numbers(tmp_path: Path) -> None:
+    mask = (np.arange(64) % 4).reshape(8, 8).astype(np.uint16)
+    data = _hub_masks(tmp_path, [mask] * 8, 4)
+    assert set(data.train[0]["labels"].unique().tolist()) == {0, 1, 2, 3}
+    assert data.remarks == []
+
+
+def test_masks_of_0_and_255_are_refused_where_255_means_no_class(tmp_path: Path) -> None:
+    mask = np.where(np.arange(64) < 16, 255, 0).reshape(8, 8).astype(np.uint8)
+    with pytest.raises(
+        ValueError, match=r"all 6 training masks have one class, 0, and 25% of the pixels are 255, which is data.ignore_index"
+    ):
+        _hub_masks(tmp_path, [mask] * 8, 2)
+
+
+def test_a_class_without_a_pixel_is_mentioned_and_an_empty_mask_is_a_bad_row(tmp_path: Path) -> None:
+    halves = np.repeat([[0, 2]], [4, 4], axis=1).repeat(8, 0).astype(np.uint8)
+    data = _hub_masks(tmp_path, [halves] * 8, 3)
+    assert data.remarks == ["class 1: 0 pixels in 6 of 6 training masks"]
+    empty = MaskRows(
+        [{"image": Image.new("L", (8, 8)), "mask": Image.new("L", (8, 8), 255)}], ("image", "mask"), 3, 255, ImageTransform(8, 1), None
+    )
+    assert empty[0]["bad"].reason == "mask in which every pixel is data.ignore_index"
+
+
+def test_masks_are_looked_through_until_a_second_class_is_found(tmp_path: Path) -> None:
+    masks = [np.zeros((8, 8), np.uint8)] * 79
+    masks.insert(40, np.eye(8, dtype=np.uint8))
+    assert _hub_masks(tmp_path, masks, 2).remarks == []

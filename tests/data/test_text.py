@@ -17,6 +17,7 @@ from laconic.data.loader import ResumableLoader
 from laconic.data.rows import BadRows, collate
 from laconic.data.source import DataSource, SplitNames
 from laconic.data.splits import DataModule
+from laconic.data.text.columns import find_columns
 from laconic.data.text.documents import Encoder, encoder_for
 from laconic.data.text.packing import PADDING, Corpus, PackedRows, Tokens, cut_end_to_end, keep_whole
 from laconic.data.text.splits import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
@@ -77,12 +78,12 @@ def test_whole_documents_are_never_cut_and_fill_rows_well() -> None:
 
 
 def _encoder(columns: list[str], template: bool = False, limit: int = 64) -> Encoder:
-    return encoder_for(columns, {}, None, small_tokenizer(template), limit)
+    return encoder_for(find_columns(columns, {}, (), None), small_tokenizer(template), limit)
 
 
 def test_a_text_ends_with_the_end_of_text_and_bytes_are_counted_from_its_tokens() -> None:
     tokenizer = small_tokenizer()
-    document = encoder_for(["text"], {}, None, tokenizer, 64).texts({"text": ["Le café — naïve 🦊"]})[0]
+    document = encoder_for(find_columns(["text"], {}, (), None), tokenizer, 64).texts({"text": ["Le café — naïve 🦊"]})[0]
     assert document.tokens[-1] == tokenizer.eos_token_id
     assert document.learned is None
     assert token_bytes(tokenizer)[document.tokens].sum() == len("Le café — naïve 🦊".encode())
@@ -132,7 +133,7 @@ def test_turns_that_a_template_writes_otherwise_later_on_are_not_learned() -> No
     messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(("a?", "b.", "c?", "d."))]
     document = encoder.texts({"messages": [messages]})[0]
     assert document.learned is not None
-    assert encoder.tokenizer.decode(document.tokens[document.learned]) == "d."
+    assert encoder.tokenizer.decode(document.tokens[document.learned]) == "d." + END
 
 
 BAD = [
@@ -156,11 +157,11 @@ def test_a_bad_row_says_what_is_wrong_with_it(rows: dict[str, list[Any]], option
 
 def test_what_the_columns_do_not_offer_is_named() -> None:
     with pytest.raises(ValueError, match=r"data.text_column = 'txt' is missing from the data: its columns are text, label"):
-        encoder_for(["text", "label"], {}, "txt", small_tokenizer(), 8)
+        find_columns(["text", "label"], {}, (), "txt")
     with pytest.raises(ValueError, match=r"no text found in the data: set data.text_column to one of a, b, or provide messages"):
-        encoder_for(["a", "b"], {}, None, small_tokenizer(), 8)
+        find_columns(["a", "b"], {}, (), None)
     with pytest.raises(ValueError, match="has no chat template: set data.tokenizer"):
-        encoder_for(["messages"], {}, None, small_tokenizer(), 8)
+        _encoder(["messages"])
 
 
 def _open(path: str, builder: str = "json", stream: bool = False, template: bool = False, **settings: Any) -> TextData:

@@ -39,6 +39,29 @@ def test_a_loaded_adapter_answers_bit_for_bit_like_what_was_trained(family: str,
     assert flags[0] == flags[1]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("module", ["lm_head", "embeddings"])
+def test_tied_embeddings_trained_in_full_are_the_same_model_in_plain_peft(family: str, module: str, tmp_path: Path) -> None:
+    decoders.dense(family, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    model, plain = (AutoModelForCausalLM.from_pretrained(tmp_path / "base") for _ in range(2))
+    named = {"lm_head": "lm_head", "embeddings": "wte" if family == "gpt2" else "embed_tokens"}[module]
+    add_lora(model, LoraConfig(r=2, modules_to_save=[named]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    save_adapter(model.eval(), tmp_path / "adapter", tmp_path / "base")
+    ours, of_peft = from_pretrained(tmp_path / "adapter"), PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    ids = decoders.tokens()
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(ours(ids).logits, expected)
+        assert torch.equal(of_peft(input_ids=ids).logits, expected)
+    # They train as one: one tensor, not two.
+    weights = [ours.get_input_embeddings().weight, ours.get_output_embeddings().weight]
+    assert weights[0] is weights[1]
+
+
 @pytest.mark.parametrize("method", SAVED, ids=lambda method: method.name)
 def test_routers_of_every_kind_come_back_with_their_buffers(method: Method, tmp_path: Path) -> None:
     folder, model = adapter_folder(tmp_path / "adapter", base_folder(tmp_path / "base"), method=method)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -150,3 +152,12 @@ def test_caches_of_other_kinds_are_refused_by_name() -> None:
         model(ids, past_key_values=full, use_cache=True)
     with pytest.raises(ValueError, match=r"StaticCache.*cache_implementation"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
+
+
+def test_continuous_batching_is_refused_by_name() -> None:
+    """Its paged cache holds every token in every layer: the answers would be empty."""
+    model: Any = compressed("llama", METHODS[1], 0.5, 0.5)
+    with pytest.raises(ValueError, match=r"CompressedLlamaForCausalLM does not support continuous batching \(generate_batch\)"):
+        model.generate_batch([[3, 4, 5]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="call generate"):
+        model.init_continuous_batching()

@@ -14,7 +14,6 @@ QUICK = [
     "trainer.max_steps=2",
     "trainer.log_every=1",
     "trainer.bench_rounds=0",
-    "trainer.pictures=1",
     "model.config.hidden_size=16",
     "model.config.num_hidden_layers=2",
     "model.config.intermediate_size=32",

@@ -18,6 +18,11 @@ ENDINGS = ("_dense", "_random", "_random_choice", "_uniform", "_energy", "_bipar
 CONTROLS = [name for name, path in shipped().items() if name.endswith(ENDINGS) and "base" in yaml.safe_load(path.read_text())]
 
 
+def of_files(quick: Sequence[str]) -> list[str]:
+    """Overrides of a digit recipe without the sizes of drawn data, for data from files."""
+    return [item for item in quick if not item.startswith(("data.train_samples", "data.eval_samples"))]
+
+
 def small(name: str, folder: Path, quick: Sequence[str]) -> list[str]:
     """Overrides of a shipped recipe.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -207,11 +208,14 @@ def test_a_trained_model_is_evaluated_with_its_own_tokenizer(tmp_path: Path, tin
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_resumed_run_on_text_ends_like_an_unbroken_one(tmp_path: Path, tiny: list[str], console: Console, streaming: bool) -> None:
+def test_a_resumed_run_on_text_ends_like_an_unbroken_one(
+    tmp_path: Path, tiny: list[str], console: Console, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shared = [item for item in tiny if not item.startswith(("output", "trainer.max_steps"))]
     shared += ["trainer.max_steps=4", "data.batch_size=2", "model.config.attention_dropout=0.1"]
     if streaming:
         path = jsonl(tmp_path / "rows.jsonl", [{"text": f"Row {i} has a text of its own, number {i * i}." * 3} for i in range(40)])
+        shared = [item for item in shared if not item.startswith("data.train_samples")]
         shared += ["data.name=json", f"data.data_files={path}", "data.streaming=true"]
 
     def weights(folder: Path, resume: str | None = None) -> dict[str, Tensor]:
@@ -385,6 +389,7 @@ def test_keys_of_text_are_refused_for_images_and_a_tokenizer_must_fit(tmp_path: 
         build(load("llm_pretrain_dense", [*fit, "model.config.vocab_size=310"]).recipe)
     rows = jsonl(tmp_path / "rows.jsonl", [{"text": "One row of text."}] * 20)
     stream = ["data.name=json", f"data.data_files={rows}", "data.streaming=true", "trainer.max_steps=null", "trainer.max_epochs=1"]
+    fit = [item for item in fit if not item.startswith("data.train_samples")]
     with pytest.raises(ValueError, match="trainer.max_epochs needs the number of training rows"):
         validate(load("llm_pretrain_dense", [*fit, *stream]).recipe)
 
@@ -395,3 +400,79 @@ def test_layers_with_windows_add_up_to_the_cost_of_the_model(tmp_path: Path) -> 
     assert len({row["macs"] for row in cost["layers"]}) == 1
     for total, each in (("macs", "macs"), ("dense_macs", "dense_macs")):
         assert sum(row[each] for row in cost["layers"]) + cost["embed_macs"] + cost["head_macs"] == pytest.approx(cost[total], rel=1e-6)
+
+
+def test_the_columns_that_are_read_are_in_the_log_and_in_a_validation(tmp_path: Path, tiny: list[str], console: Console) -> None:
+    rows = [{"body": f"Row {index} has a text of its own.", "score": index} for index in range(40)]
+    data = ["data.name=json", f"data.data_files={jsonl(tmp_path / 'rows.jsonl', rows)}", "data.batch_size=2"]
+    note = "data: texts of column 'body', guessed because it is the only one that fits: data.text_column names another; not read: score"
+    recipe = load("llm_pretrain_dense", [*tiny, *data])
+    assert validate(recipe.recipe).notes == (note,)
+    train_arm(recipe, "dense", tmp_path / "run", console)
+    assert note in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_run_whose_file_has_grown_goes_on_with_its_own_tokenizer(
+    tmp_path: Path, tiny: list[str], console: Console, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    rows = [{"text": f"Row {i} has a text of its own, number {i * i}." * 3} for i in range(40)]
+    shared = [item for item in tiny if not item.startswith(("output", "trainer.max_steps"))]
+    shared += ["trainer.max_steps=4", "trainer.checkpoint_every=2", "data.batch_size=2", "data.name=json", f"output={tmp_path / 'run'}"]
+    shared += [f"data.data_files={jsonl(tmp_path / 'rows.jsonl', rows)}", f"data.streaming={str(streaming).lower()}"]
+    monkeypatch.setattr("laconic.trainer.callbacks.checkpoints.remove_checkpoint", lambda path: None)
+    run, recipe = RunFolder(tmp_path / "run"), load("llm_pretrain_dense", shared)
+    whole = train_arm(recipe, "dense", run.path, console).parts.data.tokenizer.get_vocab()  # type: ignore[attr-defined]
+    # As if it had been killed after its second step.
+    (run.checkpoints / "4.ckpt").unlink()
+    shutil.rmtree(run.path / "model")
+    jsonl(tmp_path / "rows.jsonl", [*rows, *({"text": f"Quite other words grow here: {i} zebras quarrel." * 9} for i in range(400))])
+    assert build(recipe.recipe).data.tokenizer.get_vocab() != whole  # type: ignore[attr-defined]
+    if not streaming:
+        with pytest.raises(RecipeError, match="the data have changed since the checkpoint was saved, in train, validation, test"):
+            train_arm(recipe, "dense", run.path, console, resume="auto")
+        return
+    again = train_arm(recipe, "dense", run.path, console, resume="auto").parts.data.tokenizer  # type: ignore[attr-defined]
+    assert again.get_vocab() == whole
+    assert AutoTokenizer.from_pretrained(run.path / "model").get_vocab() == whole
+    # Without the tokenizer the run is refused: its ids would mean other words.
+    (run.checkpoints / "4.ckpt").unlink()
+    shutil.rmtree(run.path / "model")
+    shutil.rmtree(run.data)
+    with pytest.raises(RecipeError, match="the data have changed since the checkpoint was saved, in validation, test: restore the files"):
+        train_arm(recipe, "dense", run.path, console, resume="auto")
+
+
+def test_a_checkpoint_of_an_unfinished_run_is_a_start_with_the_runs_tokenizer(tmp_path: Path, tiny: list[str], console: Console) -> None:
+    first = train_arm(load("llm_pretrain_dense", tiny), "dense", tmp_path / "run", console).parts.data
+    shutil.rmtree(tmp_path / "run" / "model")
+    overrides = [item for item in tiny if not item.startswith("model.config")]
+    start = f"model={{name: {tmp_path / 'run' / 'checkpoints' / '2.ckpt'}}}"
+    going_on = build(load("llm_pretrain_dense", [*overrides, start, "data.train_samples=5"]).recipe).data
+    assert going_on.tokenizer.get_vocab() == first.tokenizer.get_vocab()  # type: ignore[attr-defined]
+
+
+def test_new_tokens_on_loaded_weights_are_added_by_key(tmp_path: Path, console: Console) -> None:
+    tokenizer = small_tokenizer(template=True)
+    before: Any = LlamaForCausalLM.from_pretrained(_chat_model(tmp_path / "model"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
+    tokenizer.save_pretrained(tmp_path / "longer")
+    overrides = [
+        f"model.name={tmp_path / 'model'}", f"data.tokenizer={tmp_path / 'longer'}", "data.sequence_length=128", "data.batch_size=2",
+        f"data.data_files={jsonl(tmp_path / 'chats.jsonl', chats(32))}", "trainer.precision=fp32", "trainer.max_epochs=null",
+        "trainer.max_steps=2", "trainer.bench_rounds=0", "optimizer.lr=1e-9", "optimizer.weight_decay=0", f"output={tmp_path / 'run'}",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"the tokenizer has 322 entries and the model 320: set model.resize_vocabulary=true"):
+        validate(load("llm_finetune", overrides).recipe)
+    grown = [*overrides, "model.resize_vocabulary=true"]
+    assert validate(load("llm_finetune", grown).recipe).parameters == sum(p.numel() for p in before.parameters()) + 2 * 2 * 32
+    train_arm(load("llm_finetune", grown), "arm", tmp_path / "run", console)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert after.config.vocab_size == 322
+    for old, new in ((before.get_input_embeddings(), after.get_input_embeddings()), (before.lm_head, after.lm_head)):
+        torch.testing.assert_close(new.weight[:320], old.weight, atol=1e-6, rtol=0)
+        assert bool(torch.isfinite(new.weight[320:]).all())
+    with pytest.raises(RecipeError, match="changes weights that lora.mode = 'lora' freezes: resize them once in Python"):
+        validate(load("llm_finetune", [*grown, "lora={r: 2}"]).recipe)
+    with pytest.raises(ValueError, match="model.resize_vocabulary = true needs model.name"):
+        load("llm_pretrain_dense", ["model.resize_vocabulary=true"])

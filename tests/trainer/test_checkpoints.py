@@ -100,7 +100,7 @@ def test_an_earlier_run_is_neither_overwritten_by_mistake_nor_mixed_with_a_new_o
         train(loaded, overrides, console, overwrite=True)
     # As after a kill before the first step: the new recipe, and nothing of the old run or of a save that was killed.
     assert "seed: 1" in (folder / "recipe.yaml").read_text()
-    assert {path.name for path in folder.iterdir()} == {"recipe.yaml", "log.txt", ".lock"}
+    assert {path.name for path in folder.iterdir()} == {"recipe.yaml", "data", "log.txt", ".lock"}
     with pytest.raises(RecipeError, match="has no trained model yet"):
         RunFolder.open(folder)
 

@@ -24,6 +24,7 @@ from laconic.trainer.run import train_arm
 from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base import task_named
 from tests.matrix import dense
+from tests.trainer.small_recipes import of_files
 from tests.trainer.stopping import StopAfter, train_until
 
 EXTRAS = [
@@ -146,7 +147,14 @@ def test_random_augmentation_and_erasing_reach_the_images(tmp_path: Path, quick:
     from tests.data.folders import encoded, parquet
 
     path = parquet(tmp_path / "rows.parquet", [encoded(i) for i in range(32)], [i % 3 for i in range(32)])
-    shared = [*quick, "baselines=[]", "data.name=parquet", f"data.data_files={path}", "model.config.num_channels=3", "budget.target=0.7"]
+    shared = [
+        *of_files(quick),
+        "baselines=[]",
+        "data.name=parquet",
+        f"data.data_files={path}",
+        "model.config.num_channels=3",
+        "budget.target=0.7",
+    ]
 
     def rows(*extras: str) -> torch.Tensor:
         data = build(load("vit_digits", [*shared, *extras]).recipe).data
@@ -181,7 +189,7 @@ def test_a_mistake_names_the_key_and_the_cure(overrides: list[str], message: str
 
 def test_settings_are_laid_over_a_loaded_model_but_never_change_its_weights(tmp_path: Path, quick: list[str]) -> None:
     dense("vit").save_pretrained(tmp_path)
-    shared = [item for item in quick if not item.startswith("model")]
+    shared = [item for item in of_files(quick) if not item.startswith("model")]
     shared += ["baselines=[]", "model.config=null", f"model.name={tmp_path}", "data.name=parquet", "budget.target=0.6"]
     from tests.data.folders import encoded, parquet
 

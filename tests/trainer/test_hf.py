@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from laconic import Budget, BudgetConfig, BudgetTrainer, CompressionConfig, StageConfig, compress
-from tests.matrix import dense, images, labels
+from tests.matrix import decoders, dense, images, labels
 
 STAGES = CompressionConfig([StageConfig(layer=1, scorer="evidence")])
 
@@ -49,6 +49,30 @@ def test_accumulated_batches_train_like_one_batch(tmp_path: Path, settings: dict
         torch.testing.assert_close(parts.model.state_dict()[name], value, atol=2e-6, rtol=1e-4)
         if ".stages." in name:
             assert not torch.equal(value, before[name]), name
+
+
+def test_accumulated_parts_of_texts_weigh_by_their_predicted_tokens(tmp_path: Path) -> None:
+    """As the Trainer counts them: the budget's mixin passes the count of the whole step on."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, 48, (4, 12))
+    learned = torch.arange(12) >= torch.tensor([[1], [5], [9], [11]])
+    rows = [{"input_ids": row, "labels": row.where(kept, -100)} for row, kept in zip(ids, learned, strict=True)]
+    trained = []
+    for batch, accumulate in ((4, 1), (1, 4)):
+        torch.manual_seed(1)
+        model = decoders.dense("llama")
+        compressed = compress(
+            model, CompressionConfig([StageConfig(layer=1, site="around", scorer="random", selector="threshold", keep=1.0)])
+        )
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_grad_norm=0,
+            lr_scheduler_type="constant", report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        optimizer = torch.optim.SGD(compressed.parameters(), lr=0.5)
+        BudgetTrainer(model=compressed.train(), args=arguments, train_dataset=rows, optimizers=(optimizer, None)).train()  # type: ignore[arg-type]
+        trained.append(compressed.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, atol=2e-6, rtol=1e-4)
 
 
 def test_the_trace_knows_the_step_and_the_rows_and_the_budget_joins_the_loss(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from laconic.trainer.metrics.accuracy import Accuracy
 from laconic.trainer.metrics.mean_iou import MeanIoU
+from laconic.trainer.metrics.perplexity import Perplexity
+from laconic.trainer.metrics.quality import NothingCounted, Quality
+from laconic.trainer.metrics.reconstruction import Reconstruction
 
 CLASSES = 5
 
@@ -26,7 +30,28 @@ def test_accuracy_is_that_of_torchmetrics_over_all_batches_and_ranks_and_divided
     ranks[0].merge(ranks[1])
     assert ranks[0].value == right / 30
     assert ranks[0].value == pytest.approx(float(reference.compute()), rel=1e-6)
-    assert Accuracy().value == 0.0
+
+
+@pytest.mark.parametrize("metric", [Accuracy, MeanIoU, Perplexity, Reconstruction])
+def test_a_metric_over_nothing_has_no_value(metric: type[Quality]) -> None:
+    with pytest.raises(NothingCounted, match="so the metric has no value"):
+        assert metric().value
+
+
+def test_a_metric_names_the_classes_that_no_label_has() -> None:
+    data: Any = SimpleNamespace(classes=["cat", "dog", "owl"])
+    logits, labels = torch.eye(3)[[0, 2, 2]], torch.tensor([0, 2, 2])
+    accuracy, iou = Accuracy(), MeanIoU()
+    accuracy.add(SimpleNamespace(logits=logits), {"labels": labels})
+    iou.add(SimpleNamespace(logits=logits.T[None, :, :, None]), {"labels": labels[None, :, None]})
+    assert accuracy.remarks(data) == ["accuracy says nothing of the class 'dog', of 3 in all: no label has it"]
+    assert iou.remarks(data) == ["mean_iou says nothing of the class 'dog', of 3 in all: no label has it"]
+    assert accuracy.details(data) == {"labels": {"cat": 1, "dog": 0, "owl": 2}}
+    assert (iou.value, iou.per_class) == (1.0, [1.0, None, 1.0])
+    ranks = Accuracy()
+    ranks.merge(accuracy)
+    ranks.merge(accuracy)
+    assert ranks.labels == {0: 2, 2: 4}
 
 
 def test_mean_iou_is_that_of_torchmetrics_over_all_images() -> None:

@@ -22,6 +22,7 @@ from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train, train_arm
 from laconic.trainer.run_folder import load_model
 from laconic.trainer.tasks.base import task_named
+from tests.trainer.small_recipes import of_files
 from tests.trainer.stopping import train_until
 
 TINY = ["model.config.decoder_hidden_size=8", "model.config.decoder_num_hidden_layers=1", "model.config.decoder_intermediate_size=16"]
@@ -129,7 +130,13 @@ def test_images_need_no_label_column_and_labels_that_there_are_are_not_read(tmp_
     of_rows = datasets.Features({"img": datasets.Image(), "caption": datasets.Value("string")})
     made = datasets.Dataset.from_dict({"img": rows, "caption": [str(row) for row in range(24)]}, features=of_rows)
     made.to_parquet(tmp_path / "rows.parquet")
-    overrides = [*quick, *TINY, "data.name=parquet", f"data.data_files={tmp_path / 'rows.parquet'}", "model.config.num_channels=3"]
+    overrides = [
+        *of_files(quick),
+        *TINY,
+        "data.name=parquet",
+        f"data.data_files={tmp_path / 'rows.parquet'}",
+        "model.config.num_channels=3",
+    ]
     report = train(load("mae_digits_dense", overrides), [], console)
     assert report.quality["dense"] > 0
 

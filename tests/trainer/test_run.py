@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import laconic
 from laconic.data.rows import BadRows
+from laconic.modules.checkpoints.whole_files import DamagedFile
 from laconic.trainer.build.build import build
 from laconic.trainer.callbacks.guards import NanGuard, NotANumber
 from laconic.trainer.distributed.resume import find_checkpoint
@@ -30,6 +31,7 @@ from laconic.trainer.run import rehearse, train, train_arm
 from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base_image import with_normalisation
 from tests.data.folders import encoded, parquet
+from tests.trainer.small_recipes import of_files
 from tests.trainer.stopping import train_until
 
 REPORT = {
@@ -152,7 +154,7 @@ def test_bad_rows_stop_a_run_or_are_counted_in_its_report(tmp_path: Path, quick:
     images = [encoded(i) if i % 8 else b"broken" for i in range(64)]
     path = parquet(tmp_path / "rows.parquet", images, [i % 3 for i in range(64)])
     overrides = [
-        *quick,
+        *of_files(quick),
         "baselines=[]",
         "data.name=parquet",
         f"data.data_files={path}",
@@ -237,7 +239,7 @@ def test_pixels_are_normalised_as_the_models_processor_says(tmp_path: Path, quic
     processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "image_processor_type": "ViTImageProcessor"}
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(processor))
     images = parquet(tmp_path / "rows.parquet", [encoded(i) for i in range(32)], [i % 3 for i in range(32)])
-    overrides = [item for item in quick if not item.startswith("model")]
+    overrides = [item for item in of_files(quick) if not item.startswith("model")]
     overrides += ["baselines=[]", "model.config=null", f"model.name={tmp_path / 'vit'}", "data.name=parquet", f"data.data_files={images}"]
     recipe = load("vit_digits", overrides).recipe
     filled = with_normalisation(recipe)
@@ -256,7 +258,7 @@ def test_a_loaded_model_trains_its_router(tmp_path: Path, quick: list[str], cons
 
     dense("vit").save_pretrained(tmp_path / "vit")
     images = parquet(tmp_path / "rows.parquet", [encoded(i) for i in range(32)], [i % 3 for i in range(32)])
-    overrides = [item for item in quick if not item.startswith("model")]
+    overrides = [item for item in of_files(quick) if not item.startswith("model")]
     overrides += ["baselines=[]", "model.config=null", f"model.name={tmp_path / 'vit'}", "data.name=parquet", f"data.data_files={images}"]
     overrides += ["budget.target=0.6", "optimizer.warmup=0"]
     arm = train_arm(load("vit_digits", overrides), "arm", tmp_path / "run", console)
@@ -303,5 +305,5 @@ def test_damaged_exports_are_refused(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "good" / "model.safetensors")
     lost = {name: value for name, value in weights.items() if "score.weight" not in name}
     save_file(lost, tmp_path / "good" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RuntimeError, match="the weights do not fit the config: .*missing_keys.*score.weight"):
+    with pytest.raises(DamagedFile, match="the weights do not fit the config: .*missing_keys.*score.weight"):
         laconic.from_pretrained(tmp_path / "good")

@@ -23,12 +23,14 @@ from laconic.trainer.build.validate import validate
 from laconic.trainer.evaluate import evaluate
 from laconic.trainer.export.export import export
 from laconic.trainer.metrics.mean_iou import MeanIoU
+from laconic.trainer.metrics.quality import NothingCounted
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train, train_arm
 from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.show.pictures import kept_pixels
 from laconic.trainer.tasks.base import task_named
 from tests.trainer.conftest import QUICK
+from tests.trainer.small_recipes import of_files
 
 DEEP = "model.config.num_hidden_layers=6"
 
@@ -53,7 +55,8 @@ def test_mean_iou_is_that_of_a_confusion_matrix_made_by_hand_and_of_all_ranks_to
     assert whole.per_class == [1 / 4, 2 / 5, None]
     assert whole.value == pytest.approx((1 / 4 + 2 / 5) / 2)
     assert whole.value != pytest.approx((one.value + other.value) / 2)
-    assert MeanIoU().value == 0.0
+    with pytest.raises(NothingCounted, match="no labelled pixel was counted"):
+        assert MeanIoU().value
 
 
 def test_pictures_show_what_was_kept_before_the_restore() -> None:
@@ -120,7 +123,7 @@ def test_a_dataset_with_masks_trains_from_a_classifier_s_weights(tmp_path: Path,
     config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     masks = [Image.new("L", (40, 32), i % 3) for i in range(24)]
-    overrides = [item for item in quick if not item.startswith("model")] + [
+    overrides = [item for item in of_files(quick) if not item.startswith("model")] + [
         "baselines=[]",
         "model.config=null",
         f"model.name={tmp_path / 'vit'}",

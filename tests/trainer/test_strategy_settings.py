@@ -17,7 +17,7 @@ from laconic.trainer.distributed.resume import MARKER
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
 from tests.trainer.test_strategies import ENVIRONMENT, check_learned_alike, check_resumed_alike, results_of, scalars, weights
-from tests.trainer.two_ranks_settings import FURTHER, LANGUAGE, MASKED, SETTINGS, TEXT
+from tests.trainer.two_ranks_settings import ACCUMULATED, FURTHER, LANGUAGE, MASKED, SETTINGS, TEXT, UNEVEN, uneven, uneven_files
 from tests.trainer.two_ranks_strategies import SHARED
 
 pytestmark = pytest.mark.slow
@@ -40,6 +40,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_arm(load("vit_digits", [*plain, *settings]), "arm", folder / (name or "run"), Console(quiet=True))
     train_arm(load("llm_pretrain", [*TEXT, "data.batch_size=4"]), "arm", folder / "text", Console(quiet=True))
     train_arm(load("mae_digits", [*plain, *MASKED]), "arm", folder / "masked", Console(quiet=True))
+    uneven_files(folder / "uneven")
+    whole = load("llm_pretrain_dense", [*UNEVEN, *uneven(folder / "uneven"), "data.batch_size=4"])
+    train_arm(whole, "arm", folder / "whole", Console(quiet=True))
     return folder
 
 
@@ -72,6 +75,12 @@ def test_a_rank_whose_layer_processes_no_token_learns_with_the_others(name: str,
     assert difference < 1e-5
     tag = "around_1/keep_achieved"
     assert scalars(two_ranks / f"text_{name}", tag) == pytest.approx(scalars(one_process / "text", tag), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_two_batches_of_two_processes_weigh_their_tokens_as_one_batch_does(name: str, two_ranks: Path, one_process: Path) -> None:
+    assert scalars(two_ranks / f"uneven_{name}") == pytest.approx(scalars(one_process / "whole"), abs=1e-5)
+    torch.testing.assert_close(weights(two_ranks / f"uneven_{name}"), weights(one_process / "whole"), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["plain", "deepspeed_3"])

@@ -20,6 +20,7 @@ from laconic.trainer.build.validate import validate
 from laconic.trainer.evaluate import evaluate, inspect_run
 from laconic.trainer.export.base import format_named
 from laconic.trainer.export.card import facts, write_card
+from laconic.trainer.export.export import export
 from laconic.trainer.export.source import ExportSource, Settings
 from laconic.trainer.measure.tables import cost_of_model, cost_of_recipe
 from laconic.trainer.recipe.files import load
@@ -68,6 +69,21 @@ def test_card_and_cost_of_a_model_count_rows_of_its_own_length(tmp_path: Path, q
     card = (tmp_path / "README.md").read_text()
     assert f"| MACs ÷ dense | {ratio:.4f} requested" in card
     assert "pipeline_tag: text-classification" in card
+
+
+def test_a_graph_takes_rows_of_the_recipes_length(tmp_path: Path, quick: list[str]) -> None:
+    """All sizes of a graph but the number of rows are fixed, and its cost is stated for this length."""
+    overrides = [*quick, *TINY, "data.sequence_length=96"]
+    model = build(load("text_classify_dense", overrides).recipe).model
+    run = written_run(tmp_path / "run", model, "text_classify_dense", *overrides)
+    record = export(str(run), str(tmp_path / "out"), "torch-export")
+    assert record["input_shapes"] == {"input_ids": [96], "attention_mask": [96]}
+    ids = torch.randint(300, (3, 96))
+    graph = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            graph(input_ids=ids, attention_mask=torch.ones_like(ids)), model.eval()(ids).logits, atol=1e-5, rtol=1e-5
+        )
 
 
 def _bert(tmp_path: Path) -> Any:

@@ -10,6 +10,7 @@ from laconic.trainer.distributed import collective
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import silent, train_arm
 from laconic.trainer.tasks.causal_lm import CausalLMModule
+from tests.data.texts import jsonl, small_tokenizer
 from tests.trainer.two_ranks_strategies import PARTITION, STRATEGIES, TWO, broken, trained
 
 FURTHER = {
@@ -33,12 +34,17 @@ SETTINGS = {
 MASKED = ["compression.restore.layer=2", "model.config.decoder_hidden_size=8", "model.config.decoder_num_hidden_layers=1"]
 # Few tokens, and routers that let hardly any through: in some step a layer of some rank has none.
 TEXT = ["trainer.max_steps=4", "trainer.log_every=1", "trainer.bench_rounds=0", "baselines=[]", "model.config.vocab_size=300",
-        "model.config.hidden_size=32", "model.config.intermediate_size=48", "model.config.num_hidden_layers=3", "trainer.pictures=0",
+        "model.config.hidden_size=32", "model.config.intermediate_size=48", "model.config.num_hidden_layers=3",
         "data.sequence_length=16", "data.train_samples=2", "data.eval_samples=1", "budget.target=0.8", "budget.regularizer=macs_squared",
         "compression.stages=[{layer: 1, site: around, scorer: {name: linear, bias: -1.6}, "
         "selector: {name: threshold, calibrate: false}}]"]  # fmt: skip
 TWO_TEXT = [*TEXT, "trainer.devices=2", "data.batch_size=2"]
 LANGUAGE = ("deepspeed_1", "deepspeed_2", "deepspeed_3")
+# Answers of very different lengths, in two batches a step.
+UNEVEN = [item for item in TEXT if not item.startswith(("data.", "budget.", "compression.", "model.config.vocab_size"))]
+UNEVEN += ["data.name=json", "data.sequence_length=64", "model.config.vocab_size=320"]
+TWO_UNEVEN = [*UNEVEN, "trainer.devices=2", "data.batch_size=1", "trainer.accumulate=2"]
+ACCUMULATED = ("plain", "deepspeed_1", "deepspeed_2", "deepspeed_3")
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -55,9 +61,28 @@ def settings(folder: Path) -> dict[str, Any]:
     for name in LANGUAGE:
         overrides = [*TWO_TEXT, *{**STRATEGIES, **FURTHER}[name]]
         results[f"text_{name}"] = collective.gather(_routed(folder / f"text_{name}", overrides))
+    if collective.rank() == 0:
+        uneven_files(folder / "uneven")
+    collective.wait()
+    for name in ACCUMULATED:
+        overrides = [*TWO_UNEVEN, *uneven(folder / "uneven"), *{**STRATEGIES, **FURTHER}[name]]
+        trained(folder / f"uneven_{name}", overrides, recipe="llm_pretrain_dense")
     for name in STRATEGIES:
         results[f"nan_{name}"] = collective.gather(_nan([*NAN, *STRATEGIES[name]], folder / f"nan_{name}"))
     return results
+
+
+def uneven_files(folder: Path) -> None:
+    """Writes prompts with answers of very different lengths, and a tokenizer."""
+    folder.mkdir()
+    rows = [{"prompt": f"Count to {index % 9}: ", "completion": "one two " * (1 + 5 * (index % 9 == 0))} for index in range(60)]
+    jsonl(folder / "rows.jsonl", rows)
+    small_tokenizer().save_pretrained(folder / "tokenizer")
+
+
+def uneven(folder: Path) -> list[str]:
+    """Overrides for these files."""
+    return [f"data.data_files={folder / 'rows.jsonl'}", f"data.tokenizer={folder / 'tokenizer'}"]
 
 
 def _routed(folder: Path, overrides: list[str]) -> list[int]:

@@ -6,16 +6,19 @@ import contextlib
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from ...data.labels.classes import KnownClasses
 from ...data.splits import Splits
 from ...modules.backbones import families
 from ...modules.budget.budget import Budget
 from ...modules.checkpoints.adapters import check_base, quietly
 from ...modules.checkpoints.base_weights import Base, base_of
+from ...modules.checkpoints.foreign_config import check_size
 from ...modules.checkpoints.from_mae import encoder_config, load_encoder, load_routers
 from ...modules.compatibility import check_held
 from ...modules.compress import checkpoint_activations, compress
@@ -26,20 +29,26 @@ from ..distributed import collective
 from ..distributed.strategies import processes_of
 from ..distributed.zero3 import broadcast_weights, zero3_init
 from ..recipe.schema import ModelRecipe, Recipe
+from ..run_folder import RunFolder
 from ..tasks.base import Task, task_named
+from .heads import check_known, has_head, known_classes, named_classes, renew_heads
 from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load_stages, load_state, start_of
 from .model_settings import check_settings, with_settings
 from .parts import RunParts
 from .trainable import quantization, train_parts
+from .vocabulary import fit_vocabulary, set_vocabulary
 
 
-def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] | None = None) -> RunParts:
+def build(
+    recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] | None = None, resumed: RunFolder | None = None
+) -> RunParts:
     """Builds every part of a run. The same seed gives the same backbone weights for every compression and strategy.
 
     Args:
         recipe: a checked recipe.
         data: splits that another arm has opened; None opens them.
         shards: DeepSpeed's configuration, to build the model partitioned (ZeRO-3); None builds the whole model.
+        resumed: run that goes on; its tokenizer is used. A new one would give the tokens of grown files other ids.
 
     Raises:
         ValueError: the recipe does not fit the real model or data: a layer or a column does not exist …
@@ -49,19 +58,20 @@ def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] 
     start = start_of(recipe.model)
     check_start(recipe, start)
     config = model_config(recipe.model, task, start)
-    data = data if data is not None else task.open_data(recipe, config)
+    data = data if data is not None else open_data(recipe if resumed is None else task.of_run(recipe, resumed), config, start)
+    of_weights = fit_vocabulary(recipe.model, config, data)
     lightning.seed_everything(recipe.seed, verbose=False)
     steps = total_steps(recipe, data)
     base = collective.from_rank_zero(lambda: _base(recipe, start))
     if shards is None:
-        dense, new = _starting_model(recipe, config, data, task, start)
+        dense, new, start = _starting_model(recipe, config, data, task, start, of_weights)
         model, cost, budget = _assemble(recipe, dense, steps, start, new)
     else:
         source, new = None, []
         if collective.rank() == 0:
             # A copy of the configuration, because compress changes it.
-            dense, new = _starting_model(recipe, copy.deepcopy(config), data, task, start)
-            source = _assemble(recipe, dense, steps, start, new)[0]
+            dense, new, left = _starting_model(recipe, copy.deepcopy(config), data, task, start, of_weights)
+            source = _assemble(recipe, dense, steps, left, new)[0]
         missing = new
         new = collective.from_rank_zero(lambda: missing)
         with zero3_init(shards):
@@ -69,6 +79,25 @@ def build(recipe: Recipe, data: Splits | None = None, shards: Mapping[str, Any] 
             model, cost, budget = _assemble(recipe, build_model(bare, config, data, task), steps, start, new, filled=False)
         broadcast_weights(model, source)
     return RunParts(recipe, data, model, cost, budget, steps, base)
+
+
+def open_data(recipe: Recipe, config: PretrainedConfig, start: Start | None, known: KnownClasses | None = None) -> Splits:
+    """The splits of a recipe; labels are mapped by name onto the classes of a trained model.
+
+    Args:
+        recipe: the recipe.
+        config: config of the model.
+        start: initial weights of a training run, whose classes count; None for random ones.
+        known: classes of the model that is evaluated; None takes those of ``start``.
+
+    Raises:
+        ValueError: the data cannot be opened, or have classes that the model lacks.
+    """
+    task = task_named(recipe.task)
+    known = known or known_classes(recipe, start, task.model_class(config.model_type))
+    data = task.open_data(recipe, config, known)
+    check_known(data.classes, known)
+    return data
 
 
 def _base(recipe: Recipe, start: Start | None) -> Base | None:
@@ -84,12 +113,17 @@ def _base(recipe: Recipe, start: Start | None) -> Base | None:
 
 
 def _starting_model(
-    recipe: Recipe, config: PretrainedConfig, data: Splits, task: type[Task], start: Start | None
-) -> tuple[PreTrainedModel, list[str]]:
-    """The dense model with its initial weights, and the names of the modules that these weights lack."""
+    recipe: Recipe, config: PretrainedConfig, data: Splits, task: type[Task], start: Start | None, of_weights: int | None
+) -> tuple[PreTrainedModel, list[str], Start | None]:
+    """The dense model with its initial weights, the names of the modules that these weights lack, and the start without replaced heads.
+
+    ``of_weights`` is the vocabulary of the weights if the config has another one.
+    """
     if start is None:
-        return build_model(recipe.model, config, data, task), []
+        return build_model(recipe.model, config, data, task), [], None
+    known = named_classes(config)
     task.fit_config(config, data)
+    entries = None if of_weights is None else set_vocabulary(config, of_weights)
     if start.weights is None:
         model = task.fresh_model(config, recipe.model.attention)
         lacking = load_state(model, start)
@@ -100,7 +134,16 @@ def _starting_model(
             loaded: Any = task.loaded_model(located, config, **options)
         model, report = loaded
         lacking = [str(item[0] if isinstance(item, tuple) else item) for key in ("missing_keys", "mismatched_keys") for item in report[key]]
-    return model, sorted({name.rpartition(".")[0] for name in lacking})
+    if entries is not None:
+        # New ones are drawn around the mean of the others.
+        model.resize_token_embeddings(entries)
+    if data.classes and has_head(start, type(model)) and (recipe.model.new_head or (known and known != named_classes(config))):
+        renewed = renew_heads(model)
+        lacking += [f"{name}.weight" for name in renewed]
+        if start.adapter is not None:
+            full = tuple(name for name in start.adapter.full if name not in renewed)
+            start = replace(start, adapter=replace(start.adapter, full=full))
+    return model, sorted({name.rpartition(".")[0] for name in lacking}), start
 
 
 def _assemble(
@@ -139,10 +182,12 @@ def model_config(recipe: ModelRecipe, task: type[Task], start: Start | None = No
         check_settings(model_type, recipe.settings, "model.settings")
         try:
             # transformers selects the head of some families by the architecture.
-            return AutoConfig.for_model(model_type, **{"architectures": [architecture], **settings})
+            config: PretrainedConfig = AutoConfig.for_model(model_type, **{"architectures": [architecture], **settings})
         except Exception as error:
             # transformers validates its configs with several exception types; all of them are errors in the recipe here.
             raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
+        check_size(config, "model.config")
+        return config
     if recipe.encoder_of is not None:
         return _of_task(_encoder_config(recipe), recipe, task)
     start = start_of(recipe) if start is None else start
@@ -162,6 +207,8 @@ def _of_task(config: PretrainedConfig, recipe: ModelRecipe, task: type[Task]) ->
     """The config of loaded weights with the recipe's settings and the task's architecture."""
     model_class = task.model_class(config.model_type)
     config = with_settings(config, recipe.settings, model_class)
+    # What the outputs are belongs to the task, whatever the checkpoint was saved with.
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     # The task's plain head, even if the checkpoint has another (distilled DeiT's second head takes no labels).
     config.architectures = [model_class.__name__]
     return config

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ...modules import registry
 from ...modules.checkpoints.adapter_folder import Adapter, read_adapter
 from ...modules.checkpoints.adapter_saving import stage_state
 from ...modules.checkpoints.adapters import config_of
-from ...modules.checkpoints.base_weights import weight_files
+from ...modules.checkpoints.base_weights import check_weights, weight_files
+from ...modules.checkpoints.foreign_config import load_config
 from ...modules.checkpoints.loading import find_adapter
 from ...modules.checkpoints.tensors import copy_all
 from ...modules.checkpoints.training_checkpoint import read_checkpoint
@@ -83,11 +84,16 @@ def start_of(model: ModelRecipe) -> Start | None:
             run.check_files(Path(weights))
     except (FileNotFoundError, DamagedFile) as error:
         raise ValueError(f"model.name = {model.name!r} cannot be loaded: {error}") from None
+    if path.exists() and model.revision is not None:
+        raise ValueError(
+            f"model.revision = {model.revision!r} is of a hub model, and model.name = {model.name!r} is a folder here: remove it"
+        )
+    check_weights(weights, model.revision)
     if (adapter := find_adapter(weights, model.revision)) is not None:
         return _of_adapter(model.name, read_adapter(adapter), run or RunFolder(adapter))
     try:
-        config = AutoConfig.from_pretrained(weights, revision=model.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        config = load_config(weights, model.revision)
+    except ValueError as error:
         hint = "" if path.exists() else "; a run can be a start only after it has ended"
         raise ValueError(f"model.name = {model.name!r} cannot be loaded: {str(error).splitlines()[0]}{hint}") from None
     return Start(model.name, config, weights, model.revision, _without_stages(config), run=run)

@@ -11,6 +11,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ...modules.backbones import families
 
+# What a checkpoint or a recipe has of these does not count.
+OF_TASK = (
+    "architectures", "id2label", "label2id", "num_labels", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+)  # fmt: skip
 DEPTH = "drop_path_rate"
 
 
@@ -26,6 +30,9 @@ def check_settings(model_type: str, settings: Iterable[str], key: str) -> None:
         ValueError: a setting is unknown. The message has the nearest name; for stochastic depth, the families that have it.
     """
     default = AutoConfig.for_model(model_type)
+    for name in settings:
+        if name in OF_TASK:
+            raise ValueError(f"{key}.{name} is set by the task and its data: remove it (data.num_labels is the number of classes)")
     _check_names(default, model_type, settings, key)
     tower = settings.get("vision_config") if isinstance(settings, Mapping) else None
     if isinstance(tower, Mapping):

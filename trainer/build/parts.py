@@ -39,4 +39,4 @@ class RunParts:
         """Loaders for this run."""
         data, trainer = self.recipe.data, self.recipe.trainer
         batches = self.total_steps * trainer.accumulate
-        return DataModule(self.data, data.batch_size, data.eval_batch_size, batches, data.workers, self.recipe.seed)
+        return DataModule(self.data, data.batch_size, data.eval_batch_size, batches, data.workers, self.recipe.seed, trainer.accumulate)

@@ -31,6 +31,12 @@ def check_lora(recipe: Recipe) -> None:
             f"{where} freezes the weights of model.name, which is not set: name a folder, run or hub model with trained weights, or set "
             "lora.mode=full"
         )
+    if recipe.model.resize_vocabulary:
+        raise RecipeError(
+            f"model.resize_vocabulary = true changes weights that {where} freezes: resize them once in Python, with "
+            "model.resize_token_embeddings(len(tokenizer)) and model.save_pretrained(FOLDER), set model.name=FOLDER and "
+            "lora.modules_to_save=[embed_tokens, lm_head]; or set lora.mode=full"
+        )
     if lora.mode == "routers" and recipe.compression is None:
         raise RecipeError(f"{where} trains routers, and the recipe has no compression: add compression.stages, or set lora.mode=lora")
     if recipe.trainer.ema is not None:
@@ -157,7 +163,7 @@ def _merge_in(model: PreTrainedModel, adapter: Adapter) -> None:
 
 
 def _copy_full(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Copies an adapter's fully trained modules whose shapes fit; a head for other classes stays new."""
+    """Copies an adapter's fully trained modules whose shapes fit, except those in ``new``."""
     state = model.state_dict()
     for module in adapter.full:
         tensors = {name: value for name, value in adapter.full_tensors.items() if name.startswith(f"{module}.")}

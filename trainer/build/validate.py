@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PretrainedConfig
 
 from ...modules.budget.budget import Budget
+from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.compatibility import check_deployable
 from ..distributed.strategies import check as check_strategy
+from ..errors import RecipeError
 from ..losses.distillation import check_teacher
 from ..recipe.schema import Recipe
 from ..tasks.base import task_named
-from .build import build_model, cost_model, model_config, total_steps
+from .build import build_model, cost_model, model_config, open_data, total_steps
+from .heads import trained_classes
 from .initial_weights import check_start, start_of
+from .opened_data import check_rows
 from .trainable import check_lora, parameter_counts, train_parts
+from .vocabulary import fit_vocabulary
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Checked:
         macs_ratio: MACs of the compressed forward ÷ dense; 1 for a dense recipe.
         memory_bytes: estimated training memory of one process: weights, gradients, AdamW, the weight average, a teacher, and the
             activations of a batch if the family has an adapter.
+        remarks: what to know of the data, one line each: classes without rows, bad rows within the allowed share.
     """
 
     parameters: int
@@ -44,10 +51,15 @@ class Checked:
     tokens: list[int]
     macs_ratio: float
     memory_bytes: int
+    remarks: list[str]
 
 
-def validate(recipe: Recipe) -> Checked:
+def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked:
     """Checks a recipe against its real config and data; weights are neither loaded nor initialised.
+
+    Args:
+        recipe: the recipe.
+        trained: config of the model that the recipe has trained, to evaluate it; None to train it.
 
     Raises:
         ValueError: the recipe is wrong; the message says what is allowed.
@@ -59,12 +71,13 @@ def validate(recipe: Recipe) -> Checked:
     start = start_of(recipe.model)
     check_start(recipe, start)
     config = model_config(recipe.model, task, start)
-    data = task.open_data(recipe, config)
+    data = open_data(recipe, config, start, None if trained is None else trained_classes(trained, "the trained model"))
+    fit_vocabulary(recipe.model, config, data)
     steps = total_steps(recipe, data)
     teacher = None
     if recipe.distillation is not None:
         teacher = check_teacher(recipe.distillation, recipe.model, config, data.classes)
-    with torch.device("meta"):
+    with settings_errors("the model cannot be built from model, lora and compression"), torch.device("meta"):
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:
@@ -75,14 +88,16 @@ def validate(recipe: Recipe) -> Checked:
             check_deployable(stage for stage in counted.stages if stage.adapter.causal)
         routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
         train_parts(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
-    cost = None if counted is None else counted()
+        cost = None if counted is None else counted()
+    # After the model, whose settings the rows must fit.
+    remarks = check_rows(recipe, data)
     counts = parameter_counts(model).values()
     parameters, trainable = (routers + sum(group[kind] for group in counts) for kind in ("total", "trainable"))
     # Weights; for trainable ones also gradients and two moments, and one more copy for an average.
     frozen = 0.5 if recipe.lora is not None and recipe.lora.quantize == "4bit" else 4
     weights = round(frozen * (parameters - trainable)) + trainable * (16 if recipe.trainer.ema is None else 20)
     if teacher is not None:
-        with torch.device("meta"):
+        with settings_errors("distillation.teacher cannot be built"), torch.device("meta"):
             weights += 4 * sum(p.numel() for p in AutoModelForImageClassification.from_config(teacher).parameters())
     activations = 0 if cost is None else cost.activation_bytes * recipe.data.batch_size // (2 if recipe.trainer.precision == "bf16" else 1)
     return Checked(
@@ -95,4 +110,16 @@ def validate(recipe: Recipe) -> Checked:
         tokens=[] if cost is None else [tokens.attention for tokens in cost.layers],
         macs_ratio=1.0 if cost is None else cost.macs_ratio,
         memory_bytes=weights + activations,
+        remarks=remarks,
     )
+
+
+def check_memory(checked: Checked, recipe: Recipe) -> None:
+    """Raises RecipeError if the weights alone exceed this machine's memory, where every run builds them, before they are allocated."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = checked.parameters * (0.5 if recipe.lora is not None and recipe.lora.quantize == "4bit" else 4)
+    if needed > memory:
+        raise RecipeError(
+            f"the model's {checked.parameters:,} parameters need {needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB: "
+            "make model.config smaller, or use a larger machine"
+        )

@@ -85,6 +85,7 @@ class StepLine(Callback):
         self.throughput = Throughput()
         self._bar: Progress | None = None
         self._began = 0.0
+        self._loss: Any = 0.0
         self._first_step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -106,22 +107,27 @@ class StepLine(Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.throughput.add(self.task.amount(batch) * trainer.world_size)
+        # The task's losses of a step's batches have their weights already.
+        self._loss = self._loss + outputs["task_loss"] / trainer.accumulate_grad_batches
         step = trainer.global_step
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not whole or (step % self.every and step != self.total_steps):
+        if not whole:
+            return
+        of_step, self._loss = self._loss, 0.0
+        if step % self.every and step != self.total_steps:
             return
         rate = self.throughput.read()
         routings = outputs["trace"].routings if outputs["trace"] is not None else {}
         counts = [count for routing in routings.values() for count in routing.counts()]
-        # Of the whole step: loss averaged over ranks, token counts summed before the division.
-        loss, *summed = collective.total([float(outputs["task_loss"]), *counts])
+        # The loss of the whole step, and the token counts of its last batch, summed over ranks before the division.
+        loss, *summed = collective.total([float(of_step), *counts])
         loss /= trainer.world_size
         scalars = {"train/loss": loss, f"train/{self.task.unit}_per_second": rate, "train/lr": trainer.optimizers[0].param_groups[0]["lr"]}
         keeps = []
         for (name, routing), kept, present in zip(routings.items(), summed[::2], summed[1::2], strict=True):
-            achieved = kept / max(1, present)
+            achieved = kept / present if present else 1.0
             scalars |= {f"{name}/keep_requested": routing.requested, f"{name}/keep_achieved": achieved}
             keeps.append(f"{achieved:.3f}")
             if routing.agreement is not None:

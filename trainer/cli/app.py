@@ -41,6 +41,11 @@ def recipes(
     from ..recipe.files import dump, load, shipped
     from ..recipe.listing import listed
 
+    with user_input():
+        if name is None and copy is not None:
+            raise ValueError(f"--copy {copy}: name the recipe to copy")
+        if name is not None and with_controls:
+            raise ValueError("--all is for the list of recipes: remove it, or the name")
     if name is None:
         found = listed(with_controls)
         emit(found, as_json)
@@ -97,6 +102,8 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
             highlight=False,
             soft_wrap=True,
         )
+        for line in item.remarks:
+            out.print(f"{name}: {line}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -114,6 +121,7 @@ def train(
         from ..recipe.files import load
 
         loaded = load(recipe, given)
+        from ..build.validate import check_memory
         from ..build.validate import validate as check
         from ..distributed.processes import leave
         from ..recipe.baselines import load_baselines
@@ -122,8 +130,10 @@ def train(
 
         if resume is not None and overwrite:
             raise ValueError("--resume continues a run, and --overwrite deletes it: give one of them")
+        if dry_run and (resume is not None or overwrite):
+            raise ValueError("--dry-run saves nothing, and neither resumes nor overwrites: remove --resume and --overwrite")
         for arm in [loaded, *load_baselines(loaded, given)]:
-            check(arm.recipe)
+            check_memory(check(arm.recipe), arm.recipe)
     with running():
         if dry_run:
             emit(rehearse(loaded, given, console(as_json)), as_json)
@@ -142,13 +152,19 @@ def evaluate(
     from rich.table import Table
 
     with user_input():
+        from ..evaluate import check_overrides
         from ..evaluate import evaluate as run
         from ..run_folder import RunFolder
 
+        check_overrides(overrides or [])
         recipe = RunFolder.open(target).read_recipe(overrides or [])
+        from ..build.initial_weights import start_of
         from ..build.validate import validate as check
+        from ..recipe.schema import ModelRecipe
 
-        check(recipe)
+        start = start_of(ModelRecipe(name=target))
+        assert start is not None
+        check(recipe, start.config)
     out = console(as_json)
     with running():
         result = run(target, recipe, out)
@@ -211,9 +227,10 @@ def inspect(
 ) -> None:
     """Show the tokens that every stage of a trained model keeps."""
     with user_input():
-        from ..evaluate import inspect_run
+        from ..evaluate import check_overrides, inspect_run
         from ..run_folder import RunFolder
 
+        check_overrides(overrides or [])
         kept = inspect_run(target, RunFolder.open(target).read_recipe(overrides or []), given, to)
     emit({"target": target, "written": str(to), "keep": dict(kept)}, as_json)
     shares = "  ".join(f"{name} {value:.3f}" for name, value in kept.items())
@@ -278,9 +295,10 @@ def bench(
         loaded = load(recipe, given)
         if loaded.recipe.compression is None:
             raise ValueError(f"{recipe} has no compression: bench compares compressed with dense steps")
+        from ..build.validate import check_memory
         from ..build.validate import validate as check
 
-        check(loaded.recipe)
+        check_memory(check(loaded.recipe), loaded.recipe)
     from ..measure.tables import bench_recipe
 
     with running():

@@ -68,12 +68,13 @@ def end(message: str, code: int, speaks: bool = True) -> typer.Exit:
 
 @contextlib.contextmanager
 def user_input() -> Iterator[None]:
-    """Converts errors in the user's input (ValueError, missing files or packages) to one message and exit code 2, without a traceback."""
+    """Converts errors in the user's input (ValueError, files that cannot be read, missing packages, sizes that do not fit into the memory)
+    to one message and exit code 2, without a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         # One process of each machine prints: a folder may be missing on one machine only.
-        raise end(f"error: {error}", WRONG_INPUT, first_process(of_machine=True)) from None
+        raise end(f"error: {error or 'there is not enough memory'}", WRONG_INPUT, first_process(of_machine=True)) from None
     except KeyboardInterrupt:
         raise end("stopped by SIGINT", 130, first_process(of_machine=True)) from None
 

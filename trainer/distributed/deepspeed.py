@@ -195,11 +195,11 @@ def _user_config(settings: TrainerRecipe) -> dict[str, Any]:
     if not isinstance(given, str):
         return given or {}
     path = Path(given)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise RecipeError(f"trainer.deepspeed = {given!r} does not exist: set it to the path of a DeepSpeed JSON, or to its content")
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"trainer.deepspeed = {given!r} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"trainer.deepspeed = {given!r} must be a JSON object, and is {type(content).__name__}")
@@ -222,7 +222,10 @@ def _refuse_recipe_keys(user: dict[str, Any], settings: TrainerRecipe) -> None:
             f"or set trainer.strategy=deepspeed_{stage}"
         )
     for key in _OFFLOAD.get(settings.offload, ()):
-        device = (zero.get(key) or {}).get("device", "cpu")
+        block = zero.get(key) or {}
+        if not isinstance(block, dict):
+            raise RecipeError(f"trainer.deepspeed: zero_optimization.{key} = {block!r} must be an object")
+        device = block.get("device", "cpu")
         if device != "cpu":
             raise RecipeError(
                 f"trainer.deepspeed sets zero_optimization.{key}.device = {device!r}, and trainer.offload = {settings.offload!r} means the "

@@ -41,9 +41,10 @@ class Format:
     """One file format of a trained model. Stateless, used as a class; its name is that of its file, with hyphens.
 
     Attributes:
-        tolerance: largest allowed difference between the answers of the export and of the original model.
+        tolerance: largest allowed difference between the logits of the export and of the original model, ÷ the largest logit.
         dtypes: dtypes that the weights can have.
         hugging_face: whether the folder is a transformers folder, which has the recipe and works with ``laconic evaluate``.
+        with_code: whether the folder may have Python code.
         without: packages that are blocked in the verifying process, to prove that the export does not need them.
         program: Python of the verifying process; defines ``load(folder)``, which returns a function from a batch's tensors by name to
             the answer's tensors by name.
@@ -53,6 +54,7 @@ class Format:
     tolerance: ClassVar[float] = 1e-5
     dtypes: ClassVar[tuple[str, ...]] = tuple(DTYPES)
     hugging_face: ClassVar[bool] = True
+    with_code: ClassVar[bool] = True
     without: ClassVar[tuple[str, ...]] = ()
     program: ClassVar[str]
     tensors: ClassVar[str] = "torch"
@@ -64,6 +66,11 @@ class Format:
     @classmethod
     def check(cls, source: ExportSource) -> None:
         """Raises RecipeError, with the reason, if this model cannot be written in the format. Called before writing."""
+
+    @classmethod
+    def reference(cls, source: ExportSource) -> PreTrainedModel:
+        """The model whose answers the export must give, as the export computes them."""
+        return source.model
 
     @classmethod
     def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,13 @@ from ..tasks.base import task_named
 from .base import Format, auto_class, base_name, compressed
 from .source import ExportSource, Settings
 
-# transformers' pipeline tag for each Auto class.
+_MARKUP = re.compile(r"([\\`*\[\]|])")
+# transformers' pipeline for each Auto class that it can run: its segmentation stretches a map of the cropped centre over the whole image,
+# and it has none for pretraining.
 _PIPELINES = {
     "AutoModelForImageClassification": "image-classification",
-    "AutoModelForSemanticSegmentation": "image-segmentation",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForCausalLM": "text-generation",
-    "AutoModelForPreTraining": "feature-extraction",
 }
 
 
@@ -30,24 +32,34 @@ def facts(source: ExportSource) -> dict[str, Any]:
     costs = cost_model(model, size=task.size(source.recipe))
     cost = None if costs is None else costs()
     is_compressed = compressed(model)
-    quality, keep = report.get("quality") or {}, report.get("keep") or {}
+    quality, keep, step_time, about_run = (_block(report, key) for key in ("quality", "keep", "step_time", "versions"))
+    achieved = _block(keep, "achieved")
     return {
         "task": source.recipe.task,
         "architecture": base_name(model),
         "base_model": source.recipe.model.name,
         "compressed": is_compressed,
         "metric": task.metric,
-        "quality": quality.get("compressed" if is_compressed else "dense"),
-        "dense_quality": quality.get("dense"),
+        "quality": _number(quality, "compressed" if is_compressed else "dense"),
+        "dense_quality": _number(quality, "dense"),
         "split": quality.get("split"),
-        "keep": {
-            name: {"requested": value, "achieved": (keep.get("achieved") or {}).get(name)}
-            for name, value in (cost.keep if cost else {}).items()
-        },
-        "macs_ratio": {"requested": cost.macs_ratio if cost else None, "achieved": report.get("macs_ratio")},
-        "step_speedup": (report.get("step_time") or {}).get("speedup"),
-        "cores": (report.get("versions") or {}).get("cores"),
+        "keep": {name: {"requested": value, "achieved": _number(achieved, name)} for name, value in (cost.keep if cost else {}).items()},
+        "macs_ratio": {"requested": cost.macs_ratio if cost else None, "achieved": _number(report, "macs_ratio")},
+        "step_speedup": _number(step_time, "speedup"),
+        "cores": about_run.get("cores"),
+        "grey": getattr(model.config, "num_channels", None) == 1,
     }
+
+
+def _block(report: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A block of a report; empty if it is missing or of another type, because a report may come from anywhere."""
+    block = report.get(key)
+    return block if isinstance(block, Mapping) else {}
+
+
+def _number(report: Mapping[str, Any], key: str) -> float | None:
+    value = report.get(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def write_card(source: ExportSource, form: type[Format], settings: Settings, about: Mapping[str, Any], usage: str, folder: Path) -> None:
@@ -111,7 +123,12 @@ def _rows(about: Mapping[str, Any], kind: str, settings: Settings) -> list[str]:
         speed = about["step_speedup"]
         rows.append(("training step", "not measured" if speed is None else f"{speed:.2f}× as fast as dense, on {about['cores']} cores"))
     rows.append(("format", f"{kind}, {settings.dtype}"))
-    return [f"| {name} | {value} |" for name, value in rows]
+    return [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
+
+
+def _cell(text: str) -> str:
+    """A text in one cell of a table, without a meaning in Markdown or HTML."""
+    return html.escape(_MARKUP.sub(r"\\\1", " ".join(text.split())), quote=False)
 
 
 def _pair(values: Mapping[str, float | None]) -> str:
@@ -122,6 +139,11 @@ def _pair(values: Mapping[str, float | None]) -> str:
 
 def _notes(kind: str, about: Mapping[str, Any]) -> list[str]:
     notes = ["`export.json` has sizes and hashes of all files, and the largest difference between the export's and the model's answers."]
+    if about["grey"]:
+        notes.append(
+            "The model takes grey images. The image processor of this folder converts to grey: "
+            "`AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)`, which a pipeline takes as `image_processor`."
+        )
     if kind == "standalone":
         notes.append("Without `trust_remote_code=True` transformers builds the dense class and reports the stages' weights as unexpected.")
     return notes

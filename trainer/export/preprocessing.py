@@ -9,21 +9,33 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from ...data.images.recipe import DRAWN, ImageRecipe
-from ...modules.checkpoints.whole_files import write_json
+from ...modules.checkpoints.whole_files import write_file, write_json
 from ..recipe.schema import Recipe
 from ..run_folder import PROCESSOR, TOKENIZER
 from ..tasks.base import task_named
 from ..tasks.base_image import ImageTask, image_input, with_normalisation
+from . import image_processing_grey
 from .source import ExportSource
 
 
-def save_preprocessing(source: ExportSource, folder: Path) -> None:
-    """Writes the image processor of an image task, and the tokenizer that is beside the weights."""
+def save_preprocessing(source: ExportSource, folder: Path, with_code: bool) -> None:
+    """Writes the image processor of an image task, and the tokenizer that is beside the weights.
+
+    Args:
+        source: the model.
+        folder: folder of the export.
+        with_code: the folder may have Python code, which the processor of a grey model needs.
+    """
     config: Any = source.model.config
     if issubclass(task_named(source.recipe.task), ImageTask):
-        write_json(folder / PROCESSOR, image_processor(source.recipe, config))
+        settings = image_processor(source.recipe, config)
+        if not with_code:
+            settings.pop("auto_map", None)
+        write_json(folder / PROCESSOR, settings)
+        if "auto_map" in settings:
+            write_file(folder / Path(image_processing_grey.__file__).name, Path(image_processing_grey.__file__).read_text("utf-8"))
     if (place := source.run.with_file(TOKENIZER)) is not None:
-        AutoTokenizer.from_pretrained(place).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(place, trust_remote_code=False).save_pretrained(folder)
 
 
 def image_processor(recipe: Recipe, config: Any) -> dict[str, Any]:
@@ -35,9 +47,11 @@ def image_processor(recipe: Recipe, config: Any) -> dict[str, Any]:
     assert data.std is not None
     # The embedded digits are numbers in [0, 1] already and are not normalised.
     normalised = data.name != DRAWN
+    # transformers cannot convert to grey: the export of a grey model carries a processor that does.
+    name = f"{image_processing_grey.__name__.rpartition('.')[2]}.{image_processing_grey.GreyImageProcessor.__name__}"
     return {
+        **({"auto_map": {"AutoImageProcessor": name}} if channels == 1 else {}),
         "image_processor_type": "ViTImageProcessor",
-        # transformers cannot convert to grey: for a grey model the caller converts colour images.
         "do_convert_rgb": channels == 3,
         "do_resize": True,
         "size": {"shortest_edge": size},

@@ -63,17 +63,27 @@ class ExportSource:
     inputs: Mapping[str, Tensor]
 
     @staticmethod
-    def open(folder: str) -> ExportSource:
-        """The model of a run folder or an export. Raises RecipeError if the folder has no trained model."""
+    def open(folder: str, whole: bool = False) -> ExportSource:
+        """The model of a run folder or an export.
+
+        Args:
+            folder: the folder.
+            whole: the inputs have the recipe's length, not only some tokens: a graph is fixed to the length of its inputs.
+
+        Raises:
+            RecipeError: the folder has no trained model.
+        """
         run = RunFolder.open(folder)
         recipe = run.read_recipe()
         model = load_model(run.trained()).eval()
+        task = task_named(recipe.task)
+        size = task.size(recipe)
         return ExportSource(
             run=run,
             recipe=recipe,
             model=model,
             report=run.read_report(),
-            inputs=task_named(recipe.task).probe(model.config),
+            inputs=task.probe(model.config, size if whole and isinstance(size, int) else None),
         )
 
     def batches(self) -> list[dict[str, Tensor]]:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 
+from ...modules.checkpoints.base_weights import check_weights
+from ...modules.checkpoints.foreign_config import load_config
 from ...modules.tokens.trace import Trace
 from ..build.initial_weights import start_of
 from ..recipe.schema import DistillationRecipe
@@ -123,13 +125,15 @@ def check_teacher(recipe: DistillationRecipe, model: Any, student: PretrainedCon
     name, revision = _source(recipe, model)
     given = f"distillation.teacher = {recipe.teacher!r}"
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+        config = load_config(name, revision)
+    except ValueError as error:
         raise ValueError(f"{given} cannot be loaded: {str(error).splitlines()[0]}") from None
     if getattr(config, "compression", None) is not None:
         raise ValueError(f"{given} is compressed, and a teacher must be dense: use the run of a recipe without compression")
     if not any(str(item).endswith("ForImageClassification") for item in config.architectures or []):
         raise ValueError(f"{given} is not an image classifier (its architecture is {config.architectures}): train one on these data first")
+    # What the outputs are belongs to the task, whatever the checkpoint was saved with.
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     _check_labels(given, config, classes)
     if recipe.hidden:
         for key in ("hidden_size", "patch_size", "image_size", "model_type"):
@@ -146,8 +150,9 @@ def load_teacher(recipe: DistillationRecipe, model: Any, student: PretrainedConf
     """The teacher with its weights. Raises ValueError if it does not fit, as ``check_teacher`` does."""
     config = check_teacher(recipe, model, student, classes)
     name, revision = _source(recipe, model)
+    check_weights(name, revision)
     teacher, report = AutoModelForImageClassification.from_pretrained(
-        name, revision=revision, config=config, dtype=torch.float32, output_loading_info=True
+        name, revision=revision, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     missing = sorted(map(str, report["missing_keys"]))
     if missing:

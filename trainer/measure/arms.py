@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...data.rows import collate
+from ...data.rows import collate, good_rows
 from ...modules.compress import decompress
 from ...modules.tokens.trace import Trace
 from ..build.parts import RunParts
@@ -24,7 +24,13 @@ def bench_models(parts: Mapping[str, RunParts], recipe: Recipe, console: Console
     first = next(iter(parts.values()))
     task = task_named(first.recipe.task)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [item for item in (first.data.train[index] for index in range(recipe.data.batch_size)) if "bad" not in item]
+    # A stream has no length; its bad rows are left out when it is read.
+    streamed = first.data.train_rows is None
+    rows = (
+        [first.data.train[index] for index in range(recipe.data.batch_size)]
+        if streamed
+        else good_rows(first.data.train, recipe.data.batch_size)
+    )
     whole = collate(rows)
     batch = {key: value.to(device) for key, value in whole.items() if isinstance(value, Tensor)}
     models = {name: copy.deepcopy(item.model).to(device) for name, item in parts.items()}

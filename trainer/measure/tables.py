@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ...modules.budget.budget import Budget
+from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.cost.cost import CostModel
 from ..build.build import build, build_model, model_config, total_steps
+from ..build.vocabulary import fit_vocabulary
 from ..errors import RecipeError
 from ..recipe.files import LoadedRecipe, load
 from ..run_folder import RunFolder, load_model
@@ -25,7 +27,8 @@ def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     task = task_named(recipe.task)
     config = model_config(recipe.model, task)
     data = task.open_data(recipe, config)
-    with torch.device("meta"):
+    fit_vocabulary(recipe.model, config, data)
+    with settings_errors("the model cannot be built from model, lora and compression"), torch.device("meta"):
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ...data.images.splits import ImageData
+from ...data.labels.classes import occurring_only
 from ...modules.tokens.labels import IGNORE_PIXEL
-from .quality import Quality
+from .quality import Quality, mean
 
 
 class MeanIoU(Quality):
@@ -52,7 +53,19 @@ class MeanIoU(Quality):
     @property
     def value(self) -> float:
         known = [value for value in self.per_class if value is not None]
-        return sum(known) / max(1, len(known))
+        return mean(sum(known), len(known), "labelled pixel")
+
+    @property
+    def _labelled(self) -> list[int]:
+        """Labelled pixels by class."""
+        return [] if self.confusion is None else self.confusion.sum(1).tolist()
 
     def details(self, data: ImageData) -> dict[str, Any]:
-        return {"iou": dict(zip(data.classes, self.per_class, strict=False))}
+        return {
+            "iou": dict(zip(data.classes, self.per_class, strict=False)),
+            "labels": dict(zip(data.classes, self._labelled, strict=False)),
+        }
+
+    def remarks(self, data: ImageData) -> list[str]:  # type: ignore[override]
+        line = occurring_only("mean_iou", data.classes, self._labelled)
+        return [] if line is None else [line]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...data.splits import Splits
 from ..losses.token_loss import TokenLoss
-from .quality import Quality
+from .quality import Quality, mean
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Perplexity(Quality):
     @property
     def loss(self) -> float:
         """Mean negative log-likelihood of a token, in nats."""
-        return self.nats / max(1, self.tokens)
+        return mean(self.nats, self.tokens, "predicted token")
 
     @property
     def value(self) -> float:

@@ -5,7 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...data.rows import BadRows
 from ...data.splits import Splits
+
+
+class NothingCounted(BadRows):
+    """A metric over no row at all; it has no value, above all not a perfect one."""
+
+
+def mean(total: float, number: float, of: str) -> float:
+    """``total`` ÷ ``number``. Raises NothingCounted if there was nothing to count.
+
+    Args:
+        total: sum of the values.
+        number: number of the values.
+        of: what was counted, for the message.
+    """
+    if not number:
+        raise NothingCounted(f"no {of} was counted, so the metric has no value: every row of the split is bad or without labels")
+    return total / number
 
 
 class Quality:
@@ -32,3 +50,7 @@ class Quality:
     def details(self, data: Splits) -> dict[str, Any]:
         """Further values of the report's ``quality`` block, JSON-able."""
         return {}
+
+    def remarks(self, data: Splits) -> list[str]:
+        """What to know of the value, one line each."""
+        return []

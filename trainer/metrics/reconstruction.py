@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .quality import Quality
+from .quality import Quality, mean
 
 
 @dataclass
@@ -31,4 +31,4 @@ class Reconstruction(Quality):
 
     @property
     def value(self) -> float:
-        return self.total / max(1, self.images)
+        return mean(self.total, self.images, "image")

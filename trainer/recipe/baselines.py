@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import RecipeError
 from .files import LoadedRecipe, load
+from .unread import OF_STAGES
 
 
 def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> list[LoadedRecipe]:
@@ -33,7 +34,7 @@ def _shared(override: str, dense: bool) -> bool:
     if path.split(".")[0] in ("baselines", "output"):
         return False
     if dense:
-        return not path.startswith(("compression", "budget", "distillation"))
+        return not path.startswith(("compression", "budget", "distillation")) and path not in OF_STAGES
     if path in ("compression", "compression.stages"):
         raise RecipeError(f"{path} cannot be overridden as a whole for control arms too: override single keys, or set baselines=[]")
     return not (path.startswith("compression.stages.") and path.split(".")[3:4] in (["scorer"], ["estimator"]))

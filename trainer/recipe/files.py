@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,9 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import RecipeError
 from .data_kinds import KINDS, elsewhere
+from .plain_yaml import parsed, read_file
 from .schema import Recipe
+from .unread import holds, unread
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -46,7 +49,8 @@ def find(name: str) -> Path:
     if name in known:
         return known[name]
     path = Path(name)
-    if path.is_file():
+    # Path.is_file raises for a name that is too long.
+    if os.path.isfile(path):
         return path
     if path.suffix in (".yaml", ".yml") or "/" in name:
         raise RecipeError(f"recipe file {name} does not exist")
@@ -66,14 +70,59 @@ def load(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         RecipeError: a key or value is wrong; the message has its full path and the nearest valid key.
     """
     path = find(name)
-    data = read(path)
-    for override in overrides:
-        apply_override(data, override)
-    return LoadedRecipe(path.stem, check(data, str(path.name)), name)
+    return LoadedRecipe(path.stem, _overridden(read(path), _parsed(path), overrides, path.name), name)
 
 
 def check(data: dict[str, Any], where: str) -> Recipe:
     """A recipe from plain data. Raises RecipeError."""
+    return _overridden(data, data, (), where)
+
+
+def _overridden(data: dict[str, Any], own: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
+    """The recipe of plain data with overrides.
+
+    A key that has no effect is refused if an override sets it, or the recipe itself although it has no effect there. A key of a base, or
+    one that loses its effect by an override (the size of drawn images, with ``data.name=imagefolder``), is left out instead.
+
+    Args:
+        data: the data, changed in place.
+        own: the part of the data that is not of a base.
+        overrides: ``key.path=value``.
+        where: name of the file, for messages.
+
+    Raises:
+        RecipeError: a key or value is wrong.
+    """
+    before = _lost_before(data) if overrides else None
+    for override in overrides:
+        apply_override(data, override)
+    recipe = _validated(data, where)
+    lost, given = unread(recipe), [override.partition("=")[0] for override in overrides]
+    for key, message in lost.items():
+        if any(_meets(key, path) for path in given) or (holds(own, key) and (before is None or key in before)):
+            raise RecipeError(f"{where}: {message}")
+        *blocks, name = key.split(".")
+        block = data
+        for part in blocks:
+            block = block[part]
+        del block[name]
+    return _validated(data, where) if lost else recipe
+
+
+def _lost_before(data: Mapping[str, Any]) -> set[str]:
+    """Keys without effect before overrides; empty if the recipe is not valid without them."""
+    try:
+        return set(unread(Recipe.model_validate(data)))
+    except ValidationError:
+        return set()
+
+
+def _meets(key: str, path: str) -> bool:
+    """True if an override of a path sets a key, or a part of it."""
+    return key == path or key.startswith(f"{path}.") or path.startswith(f"{key}.")
+
+
+def _validated(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -96,9 +145,7 @@ def read_recorded(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"{path} was written by another version of Laconic, or edited: {'; '.join(problems)}. Correct the file, or train again"
         ) from None
-    for override in overrides:
-        apply_override(data, override)
-    return check(data, str(path))
+    return _overridden(data, data, overrides, str(path))
 
 
 def dump(recipe: Recipe) -> str:
@@ -116,21 +163,22 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         RecipeError: a file does not exist or is not YAML, or the bases form a circle.
     """
+    path = path.resolve()
     if path in seen:
         raise RecipeError(f"{path.name}: its bases form a circle: {' → '.join(item.stem for item in (*seen, path))}")
     data = _parsed(path)
     base = data.pop("base", None)
     if base is None:
         return data
+    if not isinstance(base, str) or not base:
+        raise RecipeError(f"{path.name}: base = {base!r} must be the name of one recipe, or of a file beside this one without .yaml")
     beside = path.parent / f"{base}.yaml"
-    return merged(read(beside if beside.is_file() else find(str(base)), (*seen, path)), data)
+    return merged(read(beside if os.path.isfile(beside) else find(base), (*seen, path)), data)
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    data = read_file(path)
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise RecipeError(f"{path} must hold keys and values, and holds {type(data).__name__}")
     return data
@@ -148,30 +196,34 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Sets one ``key.path=value`` in plain data, in place. Raises RecipeError if it does not have that form."""
     path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise RecipeError(f"override {override!r} must be key.path=value, trainer.max_steps=100 for example")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not YAML") from None
-    here: Any = data
+    shown = f"override {_short(override)!r}"
     keys = path.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"{shown} must be key.path=value, trainer.max_steps=100 for example")
+    value = parsed(text, f"{shown}: the value is not YAML")
+    here: Any = data
     for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        if isinstance(here, list):
-            if not key.isdigit() or int(key) >= len(here):
-                raise RecipeError(
-                    f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(here)}, {key!r} is not an index of it"
-                )
-            index: Any = int(key)
-        else:
-            index = key
-        if last:
+        above = ".".join(keys[:depth])
+        if not isinstance(here, dict | list):
+            raise RecipeError(f"{shown}: {above} is {_short(repr(here))}, which has no keys: set {above} as a whole")
+        index = _index(here, key, f"{shown}: {above}") if isinstance(here, list) else key
+        if depth == len(keys) - 1:
             here[index] = value
         else:
-            if not isinstance(here, list) and not isinstance(here.get(index), dict | list):
-                here[index] = {}
+            if isinstance(here, dict) and here.get(key) is None:
+                here[key] = {}
             here = here[index]
+
+
+def _index(items: list[Any], key: str, where: str) -> int:
+    if key.isascii() and key.isdigit() and len(key) < 10 and int(key) < len(items):
+        return int(key)
+    raise RecipeError(f"{where} is a list of {len(items)}, {_short(key)!r} is not an index of it")
+
+
+def _short(text: str) -> str:
+    """A text that a message repeats: its beginning, if it is long."""
+    return text if len(text) <= 120 else f"{text[:120]} …"
 
 
 # Parts of pydantic's error paths that name a type instead of a key.

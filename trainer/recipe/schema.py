@@ -39,9 +39,13 @@ class ModelRecipe(Block):
     )
     encoder_routers: bool = Field(False, description="initialise stages with their weights in encoder_of")
     config: dict[str, Any] | None = Field(None, description="model_type and settings of a model with random weights")
+    resize_vocabulary: bool = Field(
+        False, description="give the embeddings of model.name as many entries as the tokenizer has, if it has more; new entries are random"
+    )
     settings: dict[str, Any] = Field(
         default_factory=dict, description="changes to the model's own config: hidden_dropout_prob, drop_path_rate if the family has it …"
     )
+    new_head: bool = Field(False, description="train a new head for the classes of the data in place of the one that model.name has")
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field("sdpa", description="attention implementation")
 
     @model_validator(mode="after")
@@ -52,8 +56,13 @@ class ModelRecipe(Block):
             )
         if self.encoder_routers and self.encoder_of is None:
             raise ValueError("model.encoder_routers = true needs model.encoder_of, which is not set: set it to a masked pretraining")
-        if self.config is not None and "model_type" not in self.config:
-            raise ValueError("model.config.model_type is missing: vit or deit, for example")
+        if self.new_head and self.name is None:
+            raise ValueError("model.new_head = true replaces the head of model.name, which is not set: remove model.new_head")
+        if self.resize_vocabulary and self.name is None:
+            raise ValueError("model.resize_vocabulary = true needs model.name, which is not set: with model.config set its vocab_size")
+        if self.config is not None and not isinstance(model_type := self.config.get("model_type"), str):
+            given = "is missing" if model_type is None else f"= {model_type!r} is no family of models"
+            raise ValueError(f"model.config.model_type {given}: vit or deit, for example")
         return self
 
 
@@ -167,7 +176,7 @@ class TrainerRecipe(Block):
     max_steps: Count | None = Field(None, description="optimizer steps; set this or max_epochs")
     max_epochs: Count | None = Field(None, description="passes over the training rows")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 keeps weights in fp32 and computes in bf16")
-    accumulate: Count = Field(1, description="batches per optimizer step")
+    accumulate: Count = Field(1, description="batches per optimizer step, whose tokens, pixels or rows weigh alike")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest norm of the gradient; 0 turns clipping off")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
@@ -234,11 +243,20 @@ def _data(value: Any, info: ValidationInfo) -> DataRecipe:
     return checked(task, value if isinstance(value, kind) else kind.model_validate(value))
 
 
+def _output(folder: str) -> str:
+    left = folder.replace("{recipe}", "").replace("{seed}", "")
+    if "{" in left or "}" in left:
+        raise ValueError(f"output = {folder!r}: only {{recipe}} and {{seed}} are replaced: remove other braces")
+    if not folder.strip() or "\0" in folder:
+        raise ValueError(f"output = {folder!r} must be the name of a folder, runs/{{recipe}} for example")
+    return folder
+
+
 class Recipe(Block):
     """One run."""
 
     task: Annotated[str, AfterValidator(_task)] = Field("image_classification", description="name of the task, a file of trainer/tasks")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of weights, data order, augmentation and all other draws")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="seed of weights, data order, augmentation and all other draws")
     model: ModelRecipe
     lora: LoraRecipe | None = Field(None, description="train few parameters on frozen weights; null trains everything")
     compression: Annotated[
@@ -254,7 +272,9 @@ class Recipe(Block):
     baselines: list[str] = Field(
         default_factory=list, description="control arms: recipes trained first on the same samples, for the report"
     )
-    output: str = Field("runs/{recipe}", description="folder of the run; {recipe} and {seed} are replaced")
+    output: Annotated[str, AfterValidator(_output)] = Field(
+        "runs/{recipe}", description="folder of the run; {recipe} and {seed} are replaced"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

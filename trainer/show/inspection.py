@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...modules.checkpoints.whole_files import write_file
 from ...modules.tokens.trace import Trace
 
 _STYLE = """
@@ -90,5 +91,5 @@ def inspect_text(model: Any, tokenizer: Any, text: str, limit: int, title: str, 
     model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, trace=trace)
     kept = {name: flags[0].tolist() for name, flags in kept_by_stage(trace).items()}
     requested = {name: routing.requested for name, routing in trace.routings.items()}
-    to.write_text(page(title, [tokenizer.decode([token]) for token in ids], kept, requested))
+    write_file(to, page(title, [tokenizer.decode([token]) for token in ids], kept, requested))
     return {name: sum(flags) / len(flags) for name, flags in kept.items()}

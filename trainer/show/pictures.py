@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.rows import collate
+from ...data.rows import collate, good_rows
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..build.parts import RunParts
@@ -92,7 +92,7 @@ def draw_arms(arms: Mapping[str, RunParts], path: Path) -> None:
     first = next(iter(arms.values()))
     task: Any = task_named(first.recipe.task)
     data = first.data
-    batch = collate([data.test[index] for index in range(PICTURED)])
+    batch = collate(good_rows(data.test, PICTURED))
     rows = []
     # The recipe itself first, its control arms below.
     for name, parts in reversed(compressed.items()):

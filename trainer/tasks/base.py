@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ...data.labels.classes import KnownClasses
 from ...data.splits import Splits
 from ...modules import registry
 from ...modules.tokens.trace import Trace
@@ -76,6 +77,7 @@ class Task:
             ignore_mismatched_sizes=True,
             # Whatever the checkpoint's dtype: trainer.precision decides what is computed in bf16.
             dtype=torch.float32,
+            trust_remote_code=False,
             **options,
         )
         return model
@@ -96,8 +98,17 @@ class Task:
         return recipe
 
     @classmethod
-    def open_data(cls, recipe: Recipe, config: PretrainedConfig) -> Splits:
-        """The splits of a recipe as inputs for the model of ``config``. Raises ValueError if they cannot be opened."""
+    def open_data(cls, recipe: Recipe, config: PretrainedConfig, known: KnownClasses | None = None) -> Splits:
+        """The splits of a recipe as inputs for the model of ``config``.
+
+        Args:
+            recipe: the recipe.
+            config: config of the model.
+            known: classes of the trained model that is evaluated or continues to train; None if it has none.
+
+        Raises:
+            ValueError: they cannot be opened, or have classes that the model lacks.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -136,8 +147,13 @@ class Task:
         raise NotImplementedError
 
     @classmethod
-    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
-        """PROBES rows of noise as inputs for the model of a config; exports are compared on their ``logits``."""
+    def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
+        """PROBES rows of noise as inputs for the model of a config; exports are compared on their ``logits``.
+
+        Args:
+            config: config of the model.
+            tokens: tokens of a row of text; None makes short rows.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -186,6 +202,22 @@ def give_labels(options: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
     trace: Trace | None = options.get("trace")
     if trace is not None:
         trace.labels = batch.get("labels")
+
+
+def fit_classes(config: PretrainedConfig, data: Splits) -> None:
+    """Sets everything in a config that belongs to the classes of the data, in place, whatever a checkpoint's config has.
+
+    Args:
+        config: config of the dense model.
+        data: splits with one label a row, or one a pixel.
+    """
+    if len(data.classes) < 2:
+        raise ValueError(f"the data have {len(data.classes)} class(es), and a classifier needs 2 or more: check the labels of the data")
+    inner: Any = config
+    inner.id2label = dict(enumerate(data.classes))
+    inner.label2id = {name: code for code, name in inner.id2label.items()}
+    # Otherwise transformers chooses the loss by the checkpoint's setting, or by the number of classes.
+    inner.problem_type = "single_label_classification"
 
 
 def names() -> Sequence[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
@@ -16,16 +16,22 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ...data.images.recipe import DRAWN, ImageRecipe
 from ...data.images.splits import ImageData
 from ...data.images.transform import ImageTransform
-from ...data.rows import collate
+from ...data.labels.classes import KnownClasses
+from ...data.rows import collate, good_rows
 from ...data.splits import Splits
 from ...modules.backbones import families
 from ...modules.backbones.vision import VisionModel
+from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.tokens.trace import Trace
+from ..build.heads import trained_classes
 from ..build.initial_weights import encoder_weights, start_of
 from ..build.parts import RunParts
 from ..recipe.schema import Recipe
 from ..show.pictures import PICTURED, draw_arms, overlays, save_kept_tokens
-from .base import PROBES, Task, give_labels
+from .base import PROBES, Task, fit_classes, give_labels
+
+# Largest side of an image, and number of channels.
+LARGEST = 65_536
 
 
 class ImageTask(Task):
@@ -37,16 +43,16 @@ class ImageTask(Task):
 
     @classmethod
     def resolved(cls, recipe: Recipe) -> Recipe:
-        return with_normalisation(recipe)
+        # The embedded digits are not normalised.
+        return recipe if recipe.data.name == DRAWN else with_normalisation(recipe)
 
     @classmethod
-    def open_data(cls, recipe: Recipe, config: PretrainedConfig) -> ImageData:
-        return _open_data(cls, recipe, config)
+    def open_data(cls, recipe: Recipe, config: PretrainedConfig, known: KnownClasses | None = None) -> ImageData:
+        return _open_data(cls, recipe, config, known)
 
     @classmethod
     def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
-        names = dict(enumerate(data.classes))
-        config.id2label, config.label2id = names, {name: code for code, name in names.items()}
+        fit_classes(config, data)
 
     @classmethod
     def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
@@ -69,7 +75,7 @@ class ImageTask(Task):
         return {"pixel_values": batch["pixel_values"]}
 
     @classmethod
-    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
+    def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
         size, channels = image_input(config)
         return {"pixel_values": torch.rand(PROBES, channels, size, size, generator=torch.Generator().manual_seed(0))}
 
@@ -85,8 +91,8 @@ class ImageTask(Task):
             )
         if to.suffix != ".png":
             raise ValueError(f"--to {to}: pictures of kept tokens need the suffix .png")
-        data = cls.open_data(cls.resolved(recipe), model.config)
-        batch = collate([data.test[index] for index in range(PICTURED)])
+        data = cls.open_data(cls.resolved(recipe), model.config, trained_classes(model.config, target))
+        batch = collate(good_rows(data.test, PICTURED))
         trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])
         with torch.no_grad():
             cls.forward(model, batch, trace=trace)
@@ -99,13 +105,14 @@ class ImageTask(Task):
         raise NotImplementedError
 
     @classmethod
-    def hub_data(cls, recipe: Any, transform: ImageTransform, seed: int) -> ImageData:
+    def hub_data(cls, recipe: Any, transform: ImageTransform, seed: int, known: KnownClasses | None) -> ImageData:
         """The splits of any data set of Hugging Face ``datasets``.
 
         Args:
             recipe: ``data`` block of the task's kind of data.
             transform: converts a decoded image to pixels.
             seed: seed of the augmentation.
+            known: classes of the trained model; None if it has none.
         """
         raise NotImplementedError
 
@@ -129,9 +136,14 @@ def image_input(config: Any) -> tuple[int, int]:
     """(side in pixels, channels) of a model's images. Raises ValueError if its images are not square."""
     adapter = families()[config.model_type]
     assert issubclass(adapter, VisionModel)
-    height, width, channels = adapter.image_input(config)
+    with settings_errors("model.config.image_size and num_channels"):
+        height, width, channels = adapter.image_input(config)
+    if not all(isinstance(value, int) and 0 < value <= LARGEST for value in (height, width, channels)):
+        raise ValueError(f"model.config: an image of {height} × {width} pixels and {channels} channels; each must be from 1 to {LARGEST:,}")
     if height != width:
         raise ValueError(f"model.config.image_size = {(height, width)}: images are cropped to squares, set one number")
+    if channels not in (1, 3):
+        raise ValueError(f"model.config.num_channels = {channels}: images have 3 channels (RGB) or 1 (grey), set one of them")
     return height, channels
 
 
@@ -143,21 +155,30 @@ def with_normalisation(recipe: Recipe) -> Recipe:
     start = start_of(recipe.model)
     weights = start.weights if start is not None else None if recipe.model.encoder_of is None else encoder_weights(recipe.model)
     if start is not None and start.run is not None and start.run.recipe.is_file():
-        before = yaml.safe_load(start.run.recipe.read_text()).get("data", {})
-        found = {f"image_{key}": before.get(key) for key in ("mean", "std")}
+        before = start.run.read_recipe().data
+        found = {f"image_{key}": getattr(before, key, None) for key in ("mean", "std")}
     elif weights is not None and (data.mean is None or data.std is None):
         try:
             found, _ = ImageProcessingMixin.get_image_processor_dict(weights, revision=recipe.model.revision)
         except OSError:
             # Weights without a processor, such as a model trained here from random weights.
             found = {}
+        _check_numbers(found, weights)
     half = [0.5]
     mean = data.mean if data.mean is not None else found.get("image_mean") or half
     std = data.std if data.std is not None else found.get("image_std") or half
     return recipe.model_copy(update={"data": data.model_copy(update={"mean": list(mean), "std": list(std)})})
 
 
-def _open_data(task: type[ImageTask], whole: Recipe, config: Any) -> ImageData:
+def _check_numbers(processor: Any, weights: str) -> None:
+    """Raises ValueError unless the mean and deviation in an image processor's file are lists of numbers."""
+    for key in ("image_mean", "image_std"):
+        values = processor.get(key) or []
+        if not isinstance(values, list) or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            raise ValueError(f"{weights}: {key} = {values!r} of its image processor must be a list of numbers: set data.mean and data.std")
+
+
+def _open_data(task: type[ImageTask], whole: Recipe, config: Any, known: KnownClasses | None) -> ImageData:
     """The splits of a recipe as inputs for the model of ``config``."""
     recipe, seed = with_normalisation(whole).data, whole.seed
     assert isinstance(recipe, ImageRecipe)
@@ -171,7 +192,7 @@ def _open_data(task: type[ImageTask], whole: Recipe, config: Any) -> ImageData:
             )
         return task.embedded_data(recipe, seed)
     mean, std = _per_channel(recipe.mean, channels), _per_channel(recipe.std, channels)
-    return task.hub_data(recipe, ImageTransform(size, channels, mean, std, **recipe.augmentations), seed)
+    return task.hub_data(recipe, ImageTransform(size, channels, mean, std, **recipe.augmentations), seed, known)
 
 
 def _per_channel(values: list[float], channels: int) -> tuple[float, ...]:

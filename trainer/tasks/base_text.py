@@ -83,18 +83,18 @@ class TextTask(Task):
         inner: Any = config.get_text_config()
         entries = len(text.tokenizer)
         if inner.vocab_size < entries:
+            cure = "model.resize_vocabulary=true" if config.name_or_path else f"model.config.vocab_size={entries} or more"
             raise ValueError(
-                f"the tokenizer has {entries} entries and the model {inner.vocab_size}: set model.config.vocab_size={entries} or more, "
-                "or data.tokenizer to the model's own"
+                f"the tokenizer has {entries} entries and the model {inner.vocab_size}: set {cure}, or data.tokenizer to the model's own"
             )
         longest = getattr(inner, "max_position_embeddings", None)
         if longest is not None and longest < text.length:
             raise ValueError(f"data.sequence_length = {text.length} is more than the model's max_position_embeddings = {longest}: lower it")
 
     @classmethod
-    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
+    def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
         size: int = config.get_text_config().vocab_size
-        return {"input_ids": torch.randint(size, (PROBES, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))}
+        return {"input_ids": torch.randint(size, (PROBES, tokens or _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))}
 
     @classmethod
     def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
@@ -114,4 +114,4 @@ class TextTask(Task):
         """The text of a file, or ``given`` itself if it is not the name of a file."""
         # A long text is not a file name, and asking the system about it would raise an error.
         path = Path(given) if len(given) < 255 and "\n" not in given else None
-        return path.read_text("utf-8", "replace") if path is not None and path.is_file() else given
+        return path.read_text("utf-8-sig", "replace") if path is not None and path.is_file() else given

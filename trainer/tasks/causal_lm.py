@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ...data.labels.classes import KnownClasses
 from ...data.splits import Splits
 from ...data.text.recipe import DocumentRecipe
 from ...data.text.splits import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
+from ...data.text.tokenizer import with_template
 from ..build.parts import RunParts
-from ..distributed import collective
 from ..losses.token_loss import TokenLoss, check_model, token_loss
 from ..metrics.perplexity import Perplexity
 from ..metrics.quality import Quality
 from ..recipe.schema import ModelRecipe, Recipe
+from ..run_folder import RunFolder
 from ..task_module import TaskModule
 from .base_text import TextTask
 
@@ -27,20 +29,12 @@ EMBEDDED = {"python_library": python_library, "python_functions": python_functio
 
 
 class CausalLMModule(TaskModule):
-    """Trains a language model; the loss of a step is the mean over the predicted tokens of all ranks."""
+    """Trains a language model."""
 
     def on_fit_start(self) -> None:
         # Compressed models are skipped: stages may need a real batch, and only supported families can have them.
         if not hasattr(self.model.config, "compression"):
             check_model(self.model)
-
-    def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
-        trace = self.training_trace(batch)
-        mean = self.task.loss(self.model, batch, **self.with_trace(trace))
-        # Ranks predict different numbers of tokens; the average of their gradients must be the gradient of the mean over all tokens.
-        predicted = collective.total([batch["predicted"]])[0] / collective.world_size()
-        loss = mean * (batch["predicted"] / max(1.0, predicted))
-        return self.total(loss, loss, trace)
 
 
 class CausalLM(TextTask):
@@ -71,6 +65,7 @@ class CausalLM(TextTask):
             # Whatever the checkpoint's dtype: trainer.precision decides what is computed in bf16.
             dtype=torch.float32,
             output_loading_info=True,
+            trust_remote_code=False,
             **options,
         )
         if missing := sorted(map(str, report["missing_keys"])):
@@ -78,7 +73,20 @@ class CausalLM(TextTask):
         return (model, report) if with_report else model
 
     @classmethod
-    def open_data(cls, recipe: Recipe, config: PretrainedConfig) -> TextData:
+    def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
+        found = super().of_run(recipe, run)
+        # The tokenizer of the run has the template already, and its file may be gone.
+        return found if found is recipe else found.model_copy(update={"data": found.data.model_copy(update={"chat_template": None})})
+
+    @classmethod
+    def tokenizer_of(cls, recipe: Recipe, config: PretrainedConfig) -> Callable[[Iterable[str] | None], Any]:
+        tokenizer, data = super().tokenizer_of(recipe, config), recipe.data
+        assert isinstance(data, DocumentRecipe)
+        template = data.chat_template
+        return tokenizer if template is None else lambda texts: with_template(tokenizer(texts), template)
+
+    @classmethod
+    def open_data(cls, recipe: Recipe, config: PretrainedConfig, known: KnownClasses | None = None) -> TextData:
         data = recipe.data
         assert isinstance(data, DocumentRecipe)
         settings = TextSettings(

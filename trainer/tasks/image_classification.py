@@ -15,6 +15,7 @@ from ...data.images.mixing import Mixing, soft_labels
 from ...data.images.recipe import ImageRecipe, LabelledImageRecipe
 from ...data.images.splits import ImageData, hub_images, scattered_digits
 from ...data.images.transform import ImageTransform
+from ...data.labels.classes import KnownClasses
 from ...modules.backbones import adapter_for, families
 from ..build.parts import RunParts
 from ..losses.distillation import Distillation, load_teacher
@@ -59,7 +60,7 @@ class ImageClassificationModule(TaskModule):
             out = self.model(pixel_values=pixels, labels=labels, **options)
             task_loss = out.loss
         distilled = self.distillation(task_loss, out, pixels, trace) if self.distillation is not None else None
-        return self.total(task_loss if distilled is None else distilled.total, task_loss, trace, distilled)
+        return self.total(batch, task_loss if distilled is None else distilled.total, task_loss, trace, distilled)
 
     def _prepared(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Pixels, and labels: int64 (B,), or float32 (B, classes) if mixed or smoothed."""
@@ -98,8 +99,8 @@ class ImageClassification(ImageTask):
         return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed)
 
     @classmethod
-    def hub_data(cls, recipe: LabelledImageRecipe, transform: ImageTransform, seed: int) -> ImageData:
-        return hub_images(recipe.source, recipe.splits, recipe.num_labels, transform, seed)
+    def hub_data(cls, recipe: LabelledImageRecipe, transform: ImageTransform, seed: int, known: KnownClasses | None) -> ImageData:
+        return hub_images(recipe.source, recipe.splits, recipe.num_labels, transform, seed, recipe.max_bad_fraction, known)
 
     @classmethod
     def module(cls, parts: RunParts) -> TaskModule:

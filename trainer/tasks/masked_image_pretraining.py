@@ -14,6 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel, ViTMAEForPreTraining
 from ...data.images.recipe import ImageRecipe
 from ...data.images.splits import ImageData, hub_images, scattered_digits
 from ...data.images.transform import ImageTransform
+from ...data.labels.classes import KnownClasses
+from ...data.splits import Splits
 from ...modules import registry
 from ...modules.backbones import adapter_for
 from ...modules.backbones.vision import pair
@@ -39,7 +41,7 @@ class MaskedImageModule(TaskModule):
         # Computed here, because the dense arm has no trace with the step.
         noise = masking_order(self.seed, self.global_step, batch["sample_ids"], patches_of(self.model.config))
         loss = self.model(pixel_values=pixels, noise=noise, **self.with_trace(trace)).loss
-        return self.total(loss, loss, trace)
+        return self.total(batch, loss, loss, trace)
 
 
 class MaskedImagePretraining(ImageTask):
@@ -86,8 +88,12 @@ class MaskedImagePretraining(ImageTask):
         return replace(scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed), classes=[])
 
     @classmethod
-    def hub_data(cls, recipe: ImageRecipe, transform: ImageTransform, seed: int) -> ImageData:
-        return hub_images(recipe.source, recipe.splits, None, transform, seed, labelled=False)
+    def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
+        config.id2label, config.label2id = {}, {}
+
+    @classmethod
+    def hub_data(cls, recipe: ImageRecipe, transform: ImageTransform, seed: int, known: KnownClasses | None) -> ImageData:
+        return hub_images(recipe.source, recipe.splits, None, transform, seed, recipe.max_bad_fraction, labelled=False)
 
     @classmethod
     def module(cls, parts: RunParts) -> TaskModule:
@@ -108,7 +114,7 @@ class MaskedImagePretraining(ImageTask):
         return {"pixel_values": batch["pixel_values"], "noise": noise}
 
     @classmethod
-    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
+    def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
         pixels = super().probe(config)
         return {**pixels, "noise": masking_order(_EVALUATION_SEED, 0, torch.arange(PROBES), patches_of(config))}
 

@@ -15,6 +15,7 @@ from ...data.images.masks import hub_masks
 from ...data.images.recipe import ImageRecipe, MaskRecipe
 from ...data.images.splits import ImageData, scattered_digits
 from ...data.images.transform import ImageTransform
+from ...data.labels.classes import KnownClasses
 from ...modules.backbones import adapter_for
 from ...modules.heads import own_models
 from ...modules.tokens.labels import IGNORE_PIXEL
@@ -53,7 +54,8 @@ class SemanticSegmentation(ImageTask):
         return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed, pixel_labels=True)
 
     @classmethod
-    def hub_data(cls, recipe: MaskRecipe, transform: ImageTransform, seed: int) -> ImageData:
+    def hub_data(cls, recipe: MaskRecipe, transform: ImageTransform, seed: int, known: KnownClasses | None) -> ImageData:
+        # Masks hold numbers, and the classes of such a model are numbers too: there are no names to compare.
         if recipe.num_labels is None or recipe.num_labels > IGNORE_PIXEL:
             raise ValueError(
                 f"data.num_labels = {recipe.num_labels} must be the number of classes in the masks, from 2 to {IGNORE_PIXEL}: finding it "

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from ...data.labels.classes import KnownClasses
 from ...data.splits import Splits
 from ...data.text.labelled import Columns, LabelledText, hub_labelled_text, passages
 from ...data.text.recipe import LabelledTextRecipe
@@ -20,7 +21,7 @@ from ..metrics.accuracy import Accuracy
 from ..metrics.quality import Quality
 from ..recipe.schema import Recipe
 from ..task_module import TaskModule
-from .base import give_labels
+from .base import fit_classes, give_labels
 from .base_text import TextTask
 
 
@@ -43,22 +44,25 @@ class TextClassification(TextTask):
         return model
 
     @classmethod
-    def open_data(cls, recipe: Recipe, config: PretrainedConfig) -> LabelledText:
+    def open_data(cls, recipe: Recipe, config: PretrainedConfig, known: KnownClasses | None = None) -> LabelledText:
         data = recipe.data
         assert isinstance(data, LabelledTextRecipe)
         tokenizer_of = cls.tokenizer_of(recipe, config)
         if data.name == "python_passages":
             return passages(data.train_samples, data.eval_samples, data.sequence_length, tokenizer_of, recipe.seed)
         columns = Columns(data.text_column, data.second_text_column, data.label_column, data.num_labels)
-        return hub_labelled_text(data.source, data.splits, columns, data.sequence_length, tokenizer_of, data.max_bad_fraction)
+        return hub_labelled_text(data.source, data.splits, columns, data.sequence_length, tokenizer_of, data.max_bad_fraction, known)
 
     @classmethod
     def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
         super().fit_config(config, data)
+        if getattr(config, "is_decoder", False):
+            raise ValueError(
+                "the config has is_decoder = true, with which a text is read from left to right only: set model.settings.is_decoder=false"
+            )
         assert isinstance(data, LabelledText)
         inner: Any = config
-        names = dict(enumerate(data.classes))
-        inner.id2label, inner.label2id = names, {name: code for code, name in names.items()}
+        fit_classes(config, data)
         if not config.name_or_path:
             # A new model uses the special tokens of its tokenizer instead of the family's default ones.
             for name in ("pad", "cls", "sep", "bos", "eos"):
@@ -87,11 +91,11 @@ class TextClassification(TextTask):
         return model(**{name: batch[name] for name in names}, **options)
 
     @classmethod
-    def probe(cls, config: PretrainedConfig) -> dict[str, Tensor]:
-        ids = super().probe(config)["input_ids"]
-        rows, tokens = ids.shape
-        lengths = torch.arange(tokens, tokens - rows, -1)
-        return {"input_ids": ids, "attention_mask": (torch.arange(tokens) < lengths[:, None]).long()}
+    def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
+        ids = super().probe(config, tokens)["input_ids"]
+        rows, longest = ids.shape
+        lengths = torch.arange(longest, longest - rows, -1)
+        return {"input_ids": ids, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
 
     @classmethod
     def held_out(cls, data: LabelledText) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ....modules.checkpoints.adapter_folder import read_adapter, write_adapter
+from ....modules.checkpoints.loading import from_pretrained
 from ...errors import RecipeError
 from ..base import ANSWER, Format
 from ..source import ExportSource, Settings
@@ -16,6 +17,7 @@ class AdapterFormat(Format):
     """Loads with ``laconic.from_pretrained``; plain PEFT loads its LoRA onto the plain base."""
 
     dtypes = ("fp32",)
+    with_code = False
     # In the clean process, plain PEFT must load every tensor of its file into the plain base, with equal values.
     program = f"""
 import json, os
@@ -44,6 +46,11 @@ def load(folder):
     def check(cls, source: ExportSource) -> None:
         if source.run.adapter is None:
             raise RecipeError(f"{source.run.path} trained all weights, or has no adapter: use --format merged")
+
+    @classmethod
+    def reference(cls, source: ExportSource) -> PreTrainedModel:
+        # Its LoRA is not merged: merging rounds the weights, and so gives other answers.
+        return source.model if source.run.adapter is None else from_pretrained(source.run.adapter)
 
     @classmethod
     def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:

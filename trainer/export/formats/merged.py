@@ -23,7 +23,7 @@ def load(folder):
     if stages:
         model = from_pretrained(folder)
     else:
-        model = whole(saved_class(folder).from_pretrained(folder, output_loading_info=True, use_safetensors=True))
+        model = whole(saved_class(folder).from_pretrained(folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False))
     return lambda batch: answer(model, batch)
 """
 

@@ -21,7 +21,7 @@ import json, os, transformers
 def load(folder):
     with open(os.path.join(folder, "config.json")) as file:
         kind = getattr(transformers, json.load(file)["architectures"][0])
-    model = whole(kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True))
+    model = whole(kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False))
     return lambda batch: answer(model, batch)
 """
 

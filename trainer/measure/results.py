@@ -1,0 +1,104 @@
+"""Results of trained arms, and the report of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..build.parts import RunParts
+from ..build.trainable import parameter_counts
+from ..callbacks.progress import Throughput
+from ..recipe.files import LoadedRecipe
+from ..task_module import TaskModule
+from .bench import Bench
+from .report import Arm, Report, versions, with_bench
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One arm after training."""
+
+    parts: RunParts
+    module: TaskModule
+    arm: Arm
+
+
+def arm_of(recipe: str, parts: RunParts, module: TaskModule, throughput: Throughput) -> Arm:
+    """The results of a trained arm, without its measured speed."""
+    cost = None if parts.cost is None else parts.cost()
+    return Arm(
+        recipe=recipe,
+        quality=module.quality.value,
+        details=_details(parts, module),
+        keep={"requested": {} if cost is None else dict(cost.keep), "achieved": module.achieved_keep},
+        macs_ratio=module.achieved_macs_ratio,
+        mean_token_fraction=1.0 if cost is None else cost.mean_token_fraction,
+        train_seconds=throughput.seconds,
+        per_second=throughput.mean,
+        train_macs_ratio=1.0 if cost is None else cost.macs_ratio if parts.budget is None else parts.budget.training_macs_ratio,
+        parameters=parameter_counts(parts.model),
+    )
+
+
+def ratio_of(arm: Arm, parts: RunParts) -> dict[str, Any]:
+    """Requested and achieved ratios for an adapter's manifest."""
+    requested = 1.0 if parts.cost is None else parts.cost().macs_ratio
+    return {"macs_ratio": {"requested": requested, "achieved": arm.macs_ratio}, "keep": dict(arm.keep)}
+
+
+def _details(parts: RunParts, module: TaskModule) -> dict[str, Any]:
+    """Values besides the metric: the task's own; for a causal model, the size of its cache and the results of non-causal evaluation."""
+    details = module.quality.details(parts.data)
+    if parts.cost is not None and (cost := parts.cost()).dense_kv_bytes:
+        tokens = cost.dense_tokens
+        details["kv_bytes_per_token"] = {"dense": cost.dense_kv_bytes / tokens, "compressed": cost.kv_bytes / tokens}
+    if module.ahead is not None:
+        details["lookahead"] = module.ahead.details(module.task.metric)
+    return details
+
+
+def report_of(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench | None) -> Report:
+    """The report of a run; the recipe itself is the last of its arms."""
+    name, main = list(arms.items())[-1]
+    arm = main.arm
+    others = {key: with_bench(trained.arm, key, measured) for key, trained in arms.items() if trained is not main}
+    times = measured.arms[name] if measured is not None and name in measured.arms else None
+    dense = arm.quality if name == "dense" else others["dense"].quality if "dense" in others else None
+    return Report(
+        recipe=loaded.name,
+        task=loaded.recipe.task,
+        quality={
+            "metric": main.module.task.metric,
+            "higher_is_better": main.module.task.higher_is_better,
+            "split": "test" if main.parts.data.has_test else "validation",
+            "dense": dense,
+            "compressed": None if name == "dense" else arm.quality,
+            **arm.details,
+        },
+        keep=arm.keep,
+        macs_ratio=arm.macs_ratio,
+        mean_token_fraction=arm.mean_token_fraction,
+        step_time={
+            "dense": measured.dense_seconds if measured else None,
+            "compressed": times.seconds if times else None,
+            "oracle": times.oracle_seconds if times else None,
+            "speedup": times.speedup.median if times else None,
+            "of_oracle": times.of_oracle.median if times else None,
+            "paired": measured.to_dict() if measured else None,
+        },
+        peak_memory={
+            "kind": measured.memory_kind if measured else None,
+            "dense": measured.memory["dense"] if measured else None,
+            "compressed": measured.memory.get(name) if measured and name != "dense" else None,
+        },
+        baselines={key: vars(other) for key, other in others.items()},
+        seed=loaded.recipe.seed,
+        train_seconds=arm.train_seconds,
+        train_macs_ratio=arm.train_macs_ratio,
+        throughput={"unit": main.module.task.unit, "per_second": arm.per_second},
+        parameters=arm.parameters,
+        bad_rows=main.module.bad_rows.summary(),
+        data=main.parts.data.facts,
+        versions=versions(),
+    )
