@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .backbones.model_adapter import ModelAdapter
 from .backbones.stack import Stack
-from .config import SITES, CompressionConfig, StageConfig
+from .config import SITES, CompressionConfig, StageConfig, restore_key
 from .cost.count_rules import COUNT_RULES
 from .stage import Stage
 from .tokens.ragged import ATTENTION
@@ -77,14 +77,16 @@ def some_stage(candidate: Candidate) -> None:
 
 
 def known_stack(candidate: Candidate) -> None:
-    known = candidate.stacks
-    names = ", ".join(repr(name) for name in known)
+    known, names = candidate.stacks, ", ".join(map(repr, candidate.stacks))
     for stage in candidate.config.stages:
+        where, reason = f"stage {stage.key!r}: stack = {stage.stack!r}", candidate.adapter.refused_stacks.get(stage.stack)
+        if reason is not None:
+            raise ValueError(f"{where} is not offered: {reason}")
         if stage.stack not in known:
-            raise ValueError(f"stage {stage.key!r}: stack = {stage.stack!r} does not exist in this model: its stacks are {names}")
+            raise ValueError(f"{where} does not exist in this model: its stacks are {names}")
     for stack in candidate.config.restores:
         if stack not in known:
-            raise ValueError(f"compression.restore.{stack}: there is no such stack in this model: its stacks are {names}")
+            raise ValueError(f"{restore_key(stack)}: there is no such stack in this model: its stacks are {names}")
 
 
 def offered_site(candidate: Candidate) -> None:
@@ -103,7 +105,7 @@ def offered_site(candidate: Candidate) -> None:
 
 def offered_scope(candidate: Candidate) -> None:
     for stage in candidate.config.stages:
-        scopes = candidate.stack(stage).adapter.scopes
+        scopes = candidate.stack(stage).scopes
         if stage.scope not in scopes:
             raise ValueError(
                 f"stage {stage.key!r}: scope = {stage.scope!r} is not offered by this backbone: it has {', '.join(scopes)} (prompt needs a "
@@ -159,8 +161,7 @@ def distinct_names(candidate: Candidate) -> None:
 
 def restore_after_shrinking(candidate: Candidate) -> None:
     for stack, restore in candidate.config.restores.items():
-        where = f"compression.restore{'.' if stack else ''}{stack}"
-        shrinking = [stage for stage in candidate.config.of_stack(stack) if not stage.bypass]
+        where, shrinking = restore_key(stack), [stage for stage in candidate.config.of_stack(stack) if not stage.bypass]
         if not shrinking:
             raise ValueError(f"{where} has no effect: no stage shortens the sequence")
         first = min(stage.layer + (stage.site == "between") for stage in shrinking)
@@ -189,7 +190,7 @@ def every_token_restored(candidate: Candidate) -> None:
         short = [stage.key for stage in candidate.config.left_short(name)]
         if reader is not None and short:
             raise ValueError(
-                f"compression.restore is needed: {reader}, and stages {', '.join(short)} remove tokens; give compression.restore = "
+                f"{restore_key(name)} is needed: {reader}, and stages {', '.join(short)} remove tokens; give {restore_key(name)} = "
                 f"{{layer: {len(stack.layers)}, by: unmerge}} (after the last layer), or 'by: rejoin', or stages around layers"
             )
 
@@ -286,10 +287,10 @@ def outputs_of_the_merger(candidate: Candidate) -> None:
 def readable_layer(candidate: Candidate) -> None:
     for stage in candidate.stages:
         where, adapter = f"stage {stage.config.key!r}", stage.adapter
-        if stage.scorer.reads_cls and adapter.no_cls_query is not None:
-            raise ValueError(
-                f"{where}: scorer {stage.config.part('scorer').name!r} needs the query of CLS, and {adapter.no_cls_query}; take 'learned'"
-            )
+        reads, scorer = stage.scorer, stage.config.part("scorer").name
+        for needed, of, missing in ((reads.reads_cls, "CLS", adapter.no_cls_query), (reads.reads_query, "a token", adapter.no_query)):
+            if needed and missing is not None:
+                raise ValueError(f"{where}: scorer {scorer!r} needs the query of {of}, and {missing}; take 'learned'")
         for kind, part in (("scorer", stage.scorer), ("merger", stage.merger)):
             if part.reads_keys and adapter.no_keys is not None:
                 name = stage.config.part(kind).name
@@ -327,7 +328,7 @@ def causal_shrinking(candidate: Candidate) -> None:
                 if restore is None or by != "rejoin" or restore.layer != layers:
                     raise ValueError(
                         f"{where}: scope {stage.config.scope!r} removes tokens, and the head answers at every place: give "
-                        f"compression.restore = {{layer: {layers}, by: rejoin}}"
+                        f"{restore_key(name)} = {{layer: {layers}, by: rejoin}}"
                     )
             elif stage.lookahead:
                 raise ValueError(

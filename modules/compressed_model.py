@@ -88,10 +88,12 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             there = stages_of(self)
             if unknown := named - there.keys():
                 raise ValueError(f"the trace names unknown stages {', '.join(sorted(unknown))}: the model has {', '.join(there)}")
-        flow, requested = trace.flow(), inputs.get("output_hidden_states")
-        # Hidden states that the model returns must have padded rows, not packed ones.
-        flow.keep_padded = bool(self.config.output_hidden_states if requested is None else requested) or flow.keep_padded
-        flow.under_head = flow.under_head or self.adapter.base(self) is not self
+        requested = inputs.get("output_hidden_states")
+        requested = bool(self.config.output_hidden_states if requested is None else requested)
+        for flow in (trace.flow(stack.name) for stack in self.adapter.stacks(self)):
+            # Hidden states that the model returns must have padded rows, not packed ones.
+            flow.keep_padded = requested or flow.keep_padded
+            flow.under_head = flow.under_head or self.adapter.base(self) is not self
         self.adapter.bind_inputs(self, trace, inputs)
         return trace
 

@@ -264,6 +264,11 @@ class CompressionConfig:
         return [stage for stage in self.of_stack(stack) if not stage.bypass and stage.layer >= end]
 
 
+def restore_key(stack: str) -> str:
+    """The key of a stack's restore, for messages."""
+    return f"compression.restore.{stack}" if stack else "compression.restore"
+
+
 def _restores(given: RestoreConfig | Mapping[str, Any] | None) -> dict[str, RestoreConfig]:
     if given is None:
         return {}
@@ -272,7 +277,7 @@ def _restores(given: RestoreConfig | Mapping[str, Any] | None) -> dict[str, Rest
     if not isinstance(given, Mapping):
         raise ValueError(f"compression.restore must have 'layer' and 'by', or a mapping of these by stack, not {given!r}")
     if given and all(isinstance(value, Mapping | RestoreConfig) for value in given.values()):
-        return {stack: _restore(value, f"compression.restore{'.' if stack else ''}{stack}") for stack, value in given.items()}
+        return {stack: _restore(value, restore_key(stack)) for stack, value in given.items()}
     return {"": _restore(given, "compression.restore")}
 
 

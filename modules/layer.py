@@ -69,7 +69,7 @@ class CompressedLayer(nn.Module):
             hidden_states = restore(hidden_states, flow, plan.restore_before)
         inputs = plan.adapter.begin_layer(self, flow.tokens, inputs)
         if (before := self._stage("before")) is not None:
-            hidden_states = self._shrink(before, hidden_states, trace)
+            hidden_states = self._shrink(before, hidden_states, trace, inputs)
         if self._stage("around", "around_attention", "between", "around_mlp") is None:
             hidden_states = self._whole(hidden_states, flow, inputs)
         else:
@@ -115,30 +115,32 @@ class CompressedLayer(nn.Module):
 
         present = flow.tokens.tokens_per_row
         if (around := self._stage("around")) is not None:
-            hidden_states, tokens = self._bypass(around, hidden_states, trace, whole)
+            hidden_states, tokens = self._bypass(around, hidden_states, trace, inputs, whole)
             flow.layer_tokens[plan.index] = RowTokens(present, tokens, tokens)
             return hidden_states
-        hidden_states, attended = self._bypass(self._stage("around_attention"), hidden_states, trace, attention)
+        hidden_states, attended = self._bypass(self._stage("around_attention"), hidden_states, trace, inputs, attention)
         if (between := self._stage("between")) is not None:
-            hidden_states = self._shrink(between, hidden_states, trace)
-        hidden_states, tokens = self._bypass(self._stage("around_mlp"), hidden_states, trace, mlp)
+            hidden_states = self._shrink(between, hidden_states, trace, inputs)
+        hidden_states, tokens = self._bypass(self._stage("around_mlp"), hidden_states, trace, inputs, mlp)
         flow.layer_tokens[plan.index] = RowTokens(present, attended, tokens)
         return hidden_states
 
-    def _bypass(self, stage: Stage | None, hidden_states: Tensor, trace: Trace, inner: Inner) -> tuple[Tensor, int | Tensor]:
+    def _bypass(
+        self, stage: Stage | None, hidden_states: Tensor, trace: Trace, inputs: dict[str, Any], inner: Inner
+    ) -> tuple[Tensor, int | Tensor]:
         """Output of ``inner`` for the selected tokens (all tokens if there is no stage), and the number of tokens processed per row."""
         if stage is None:
             state = trace.flow(self.plan.stack).tokens
             return inner(hidden_states, state), state.tokens_per_row
-        hidden_states = stage.around(hidden_states, self, trace, inner)
+        hidden_states = stage.around(hidden_states, self, trace, inner, inputs)
         routing = trace.routings[stage.config.key]
         return hidden_states, routing.kept + routing.state.protected_real
 
-    def _shrink(self, stage: Stage, hidden_states: Tensor, trace: Trace) -> Tensor:
+    def _shrink(self, stage: Stage, hidden_states: Tensor, trace: Trace, inputs: dict[str, Any]) -> Tensor:
         flow = trace.flow(self.plan.stack)
         if self.plan.notes_left:
             flow.left.append((hidden_states, flow.tokens))
-        shorter: Tensor = stage(hidden_states, self, trace)
+        shorter: Tensor = stage(hidden_states, self, trace, inputs)
         return shorter
 
     def _half(self, half: Any, *args: Any) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -42,6 +43,11 @@ class LayerView(Protocol):
     def cls_query_and_keys(self, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, float]:
         """Query of the first token (B, H, 1, D), keys of all tokens (B, H, M, D) and the attention scale of this layer."""
 
+    def query_and_keys(
+        self, layer: nn.Module, hidden_states: Tensor, slot: Tensor, state: TokenState, inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, float]:
+        """Query (B, H, 1, D) of the token at ``slot`` (B, 1), keys (B, G, M, D) of all tokens, with positions, and the attention scale."""
+
 
 @dataclass(frozen=True)
 class SiteInput:
@@ -55,6 +61,7 @@ class SiteInput:
         stage: index of the stage among the model's stages.
         layer: the layer that the site belongs to.
         adapter: adapter of that layer.
+        inputs: the keyword arguments of that layer, for the tokens before the first stage: positions, mask, cache.
     """
 
     hidden_states: Tensor
@@ -64,3 +71,4 @@ class SiteInput:
     stage: int
     layer: nn.Module
     adapter: LayerView
+    inputs: Mapping[str, Any] = field(default_factory=dict)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,12 +152,19 @@ class Stage(nn.Module):
         assert isinstance(count, int)
         return count
 
-    def forward(self, hidden_states: Tensor, layer: nn.Module, trace: Trace) -> Tensor:
-        """(B, M, C) -> (B, K, C). Sets the flow's TokenState and adds the stage's Routing to the trace."""
-        flow = trace.flow(self.config.stack)
+    def forward(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, inputs: Mapping[str, Any] | None = None) -> Tensor:
+        """(B, M, C) -> (B, K, C). Sets the flow's TokenState and adds the stage's Routing to the trace.
+
+        Args:
+            hidden_states: (B, M, C) current tokens.
+            layer: layer that the site belongs to.
+            trace: Trace of the forward.
+            inputs: the layer's keyword arguments, for parts that read them.
+        """
+        flow, site = trace.flow(self.config.stack), self._site(hidden_states, layer, trace, inputs)
         state, eligible = flow.tokens, self._eligible(trace, flow)
-        choice = self._choose(hidden_states, layer, trace, flow, eligible)
-        merged = self._merge(self._site(hidden_states, layer, trace, flow), choice, eligible)
+        choice = self._choose(site, eligible)
+        merged = self._merge(site, choice, eligible)
         # Counted on the merger's output, not computed by the count rule.
         left = merged.state if eligible is state else eligible.select(choice.decision.index, choice.decision.valid)
         self._record(trace, choice, eligible, left.present)
@@ -165,14 +173,16 @@ class Stage(nn.Module):
             flow.chunks = self._chunks(choice, merged, eligible)
         return merged.hidden_states
 
-    def around(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, inner: Inner) -> Tensor:
+    def around(
+        self, hidden_states: Tensor, layer: nn.Module, trace: Trace, inner: Inner, inputs: Mapping[str, Any] | None = None
+    ) -> Tensor:
         """Applies ``inner`` to the selected tokens of (B, M, C); the others bypass it (Mixture-of-Depths, arXiv 2404.02258).
 
         The output of ``inner`` is not multiplied by the score, so a pretrained layer is unchanged at the start.
         """
         flow = trace.flow(self.config.stack)
         state = self._eligible(trace, flow)
-        choice = self._choose(hidden_states, layer, trace, flow, state)
+        choice = self._choose(self._site(hidden_states, layer, trace, inputs), state)
         decision, estimate = choice.decision, choice.estimate
         inside = flow.tokens
         if estimate.key_bias is not None:
@@ -200,8 +210,9 @@ class Stage(nn.Module):
         requested."""
         return not self.training and not flow.keep_padded and not sharded(layer)
 
-    def _site(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, flow: Flow) -> SiteInput:
-        return SiteInput(hidden_states, flow.tokens, trace, flow, self.index, layer, self.adapter)
+    def _site(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, inputs: Mapping[str, Any] | None) -> SiteInput:
+        flow = trace.flow(self.config.stack)
+        return SiteInput(hidden_states, flow.tokens, trace, flow, self.index, layer, self.adapter, inputs or {})
 
     def _eligible(self, trace: Trace, flow: Flow) -> TokenState:
         """TokenState at the site, with tokens outside the stage's scope marked as protected."""
@@ -222,7 +233,8 @@ class Stage(nn.Module):
             probability = probability.clamp(1e-4, 1 - 1e-4).gather(1, decision.index)
         return Chunks(self.index, merged.hidden_states, decision, probability, choice.estimate.confidence)
 
-    def _choose(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, flow: Flow, state: TokenState) -> Choice:
+    def _choose(self, site: SiteInput, state: TokenState) -> Choice:
+        trace, flow = site.trace, site.flow
         requested = trace.keep.get(self.config.key)
         present: int | Tensor = state.present
         original = flow.original
@@ -235,7 +247,7 @@ class Stage(nn.Module):
             # The config gives a number of tokens: convert it to a fraction of this input.
             entering, kept = (float(n.sum()) if isinstance(n, Tensor) else float(n) for n in (present, count))
             keep = kept / max(entering, 1.0)
-        site = replace(self._site(hidden_states, layer, trace, flow), state=state)
+        site = replace(site, state=state)
         scored: Scored = self.scorer(site)
         request = self._request(keep, count, present, site)
         complete = self.config.scope in COMPLETE
@@ -253,7 +265,7 @@ class Stage(nn.Module):
         if decision is None:
             decision = self.selector(scored.scores, state, request)
         auxiliary = self.selector.auxiliary(decision, state, request)
-        estimate, skipped = Estimate(), self.bypass and decision.empty and self._may_skip(layer, flow)
+        estimate, skipped = Estimate(), self.bypass and decision.empty and self._may_skip(site.layer, flow)
         if self.estimator is not None and (self.training or self.estimator.in_evaluation) and not skipped:
             estimate = self.estimator(site, scored, decision)
         if self.training and auxiliary.loss is not None:

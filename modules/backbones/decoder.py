@@ -123,7 +123,8 @@ class Decoder(TextModel):
         requested, given = inputs.get("use_cache"), inputs.get("past_key_values")
         if requested is None and given is None:
             # No cache in training: it is unused, and transformers disables packed-document masking when one is given.
-            requested = bool(model.config.use_cache) and not model.training and _documents(trace, inputs) is None
+            settings: Any = cls.stack_config(model.config)
+            requested = bool(settings.use_cache) and not model.training and _documents(trace, inputs) is None
         if not requested and given is None:
             return {"use_cache": False}
         return {"use_cache": True if requested is None else requested, "past_key_values": routed_cache(model.config, given)}
@@ -131,7 +132,7 @@ class Decoder(TextModel):
     @classmethod
     def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
         super().bind_inputs(model, trace, inputs)
-        flow, tokens = trace.flow(), inputs.get("input_ids")
+        flow, tokens = trace.flow(cls.stack_name), inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         assert isinstance(tokens, Tensor)
         number = tokens.shape[1]
@@ -143,7 +144,7 @@ class Decoder(TextModel):
             real = mask[:, -number:].bool()
             flow.valid = None if bool(real.all()) else real
         elif isinstance(mask, Tensor):
-            seen = cls.layer_adapter.valid_tokens(mask)
+            seen = cls.layers_adapter(model.config).valid_tokens(mask)
             flow.valid = None if seen is None or bool(seen[:, -number:].all()) else seen[:, -number:]
         cache = inputs.get("past_key_values")
         flow.seen, flow.carry = (cache.get_seq_length(), cache.carry) if isinstance(cache, RoutedCache) else (0, None)

@@ -26,6 +26,7 @@ class LayerAdapter:
         lora_targets: suffixes of the names of linear layers that LoRA adapts by default; None means all linear layers.
         no_keys: reason why ``keys`` cannot be computed; None if it can.
         no_cls_query: reason why ``cls_query_and_keys`` cannot be computed; None if it can.
+        no_query: reason why ``query_and_keys`` cannot be computed; None if it can.
     """
 
     sites: ClassVar[tuple[str, ...]]
@@ -37,6 +38,7 @@ class LayerAdapter:
     lora_targets: ClassVar[tuple[str, ...] | None] = None
     no_keys: ClassVar[str | None] = None
     no_cls_query: ClassVar[str | None] = None
+    no_query: ClassVar[str | None] = "this backbone's adapter computes none"
 
     @classmethod
     def leading(cls, config: PretrainedConfig) -> int:
@@ -118,6 +120,24 @@ class LayerAdapter:
     @classmethod
     def cls_query_and_keys(cls, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, float]:
         """Query of the first token (B, H, 1, D), keys of all tokens (B, H, M, D) and the attention scale of this layer."""
+        raise NotImplementedError
+
+    @classmethod
+    def query_and_keys(
+        cls, layer: nn.Module, hidden_states: Tensor, slot: Tensor, state: TokenState, inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, float]:
+        """What the layer's attention computes from its input for one query of each row, norm and positions included.
+
+        Args:
+            layer: the layer.
+            hidden_states: (B, M, C) its input.
+            slot: (B, 1) int64, slot of the token whose query is computed.
+            state: TokenState of the M tokens.
+            inputs: the layer's keyword arguments, for the original tokens.
+
+        Returns:
+            (B, H, 1, D) query, (B, G, M, D) keys, of which each serves H / G heads, and the attention scale.
+        """
         raise NotImplementedError
 
     @classmethod

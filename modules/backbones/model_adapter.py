@@ -20,18 +20,22 @@ class ModelAdapter:
 
     Attributes:
         model_type: the family's ``config.model_type``; a class without one is a shared base class, not an adapter.
-        layer_adapter: adapter of the layers, in a family with one stack.
-        layers_at: name of the list of layers in ``base(model)``, with dots, in a family with one stack.
+        stack_name: name of the first stack: "" unless the models are composite.
+        layer_adapter: adapter of the first stack's layers, in a family in which all models have the same kind of layers.
+        layers_at: name of the first stack's list of layers in ``base(model)``, with dots.
         classes: names of the supported model classes.
         refused: names of the family's unsupported model classes, with the reason.
+        refused_stacks: names of stacks whose layers do not support stages, with the reason and what works instead.
         takes_attention_mask: the models' forward accepts an ``attention_mask`` for padded rows.
     """
 
     model_type: ClassVar[str]
+    stack_name: ClassVar[str] = ""
     layer_adapter: ClassVar[type[LayerAdapter]]
     layers_at: ClassVar[str] = "layers"
     classes: ClassVar[tuple[str, ...]]
     refused: ClassVar[Mapping[str, str]] = {}
+    refused_stacks: ClassVar[Mapping[str, str]] = {}
     takes_attention_mask: ClassVar[bool] = True
 
     @classmethod
@@ -53,7 +57,12 @@ class ModelAdapter:
     @classmethod
     def stacks(cls, model: PreTrainedModel) -> tuple[Stack, ...]:
         """The stacks of the model, in running order."""
-        return (Stack("", cls.layers(model), cls.layer_adapter, cls.stack_config(model.config)),)
+        return (Stack(cls.stack_name, cls.layers(model), cls.layers_adapter(model.config), cls.stack_config(model.config)),)
+
+    @classmethod
+    def layers_adapter(cls, config: Any) -> type[LayerAdapter]:
+        """Adapter of the first stack's layers, for a model's config."""
+        return cls.layer_adapter
 
     @classmethod
     def stack_config(cls, config: Any) -> PretrainedConfig:
@@ -106,8 +115,9 @@ class ModelAdapter:
     @classmethod
     def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
         """Stores on the flows the inputs that layers and parts need."""
-        flow = trace.flow()
-        flow.leading, flow.protected = cls.layer_adapter.leading(cls.stack_config(model.config)), trace.protected
+        flow = trace.flow(cls.stack_name)
+        flow.leading = cls.layers_adapter(model.config).leading(cls.stack_config(model.config))
+        flow.protected = trace.protected
 
     @classmethod
     def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:

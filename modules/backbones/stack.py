@@ -19,12 +19,19 @@ class Stack:
         layers: the layers, in order.
         adapter: adapter of the layers.
         config: configuration of the layers: the model's, or that of the sub-model that contains them.
+        visual: rows hold tokens of images or video among text; stages may touch these alone.
     """
 
     name: str
     layers: nn.ModuleList
     adapter: type[LayerAdapter]
     config: PretrainedConfig
+    visual: bool = False
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """Scopes that a stage of the stack may have."""
+        return ("visual",) if self.visual else self.adapter.scopes
 
     @property
     def attention(self) -> str:

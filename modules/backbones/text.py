@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,28 +90,32 @@ class TextModel(ModelAdapter):
     def shapes(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> dict[str, StackShape]:
         assert not isinstance(size, tuple)
         config: Any = model.config
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
         layers = {id(module) for module in cls.layers(model).modules()}
         outside = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in layers]
         head_macs, every = sum(module.in_features * module.out_features for module in outside), cls.reads_every_token(model)
         protected = cls.layer_adapter.leading(config)
-        shape = StackShape(
+        shape = cls.layers_shape(config, protected, (size or cls.default_tokens(config)) - protected)
+        return {"": replace(shape, head_macs=0 if every else head_macs, head_macs_per_token=head_macs if every else 0)}
+
+    @classmethod
+    def layers_shape(cls, config: Any, protected: int, routable: int) -> StackShape:
+        """StackShape of the layers alone, for rows of protected and routable tokens."""
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return StackShape(
             hidden=config.hidden_size,
             intermediate=cls.intermediate(config),
             layers=config.num_hidden_layers,
             heads=heads,
             protected=protected,
-            routable=(size or cls.default_tokens(config)) - protected,
+            routable=routable,
             embed_macs=0,
-            head_macs=0 if every else head_macs,
-            head_macs_per_token=head_macs if every else 0,
+            head_macs=0,
             query_width=heads * width,
             key_width=(getattr(config, "num_key_value_heads", None) or heads) * width,
             gated=cls.gated(config),
             windows=cls.windows(config),
         )
-        return {"": shape}
 
     @classmethod
     def intermediate(cls, config: Any) -> int:

@@ -181,16 +181,18 @@ class CostModel:
         for name in self._shown:
             flow, configured = trace.flow(name), self.shapes[name]
             original: Any = flow.original
-            shape = replace(configured, routable=max(1, round(_mean(original))))
+            whole: Any = flow.dense
+            shape = replace(configured, protected=round(_mean(whole - original)), routable=max(1, round(_mean(original))))
             layers = [LayerTokens(tokens.attention, tokens.mlp) for _, tokens in sorted(flow.layer_tokens.items())]  # type: ignore[arg-type]
             # The costs of the actual input, which may differ in size from the configured one.
-            whole, embedding = shape.protected + original, shape.embed_macs * (original / configured.routable - 1)
+            embedding = shape.embed_macs * (original / configured.routable - 1)
             total = total + shape.model_macs(layers, flow.tokens.tokens_per_row) + embedding  # type: ignore[arg-type]
             dense = dense + shape.model_macs([LayerTokens(whole, whole)] * shape.layers) + embedding
             for stage in self.stages:
                 if stage.config.stack == name:
                     routing = trace.routings[stage.config.key]
-                    total = total + stage.macs(shape, shape.protected + routing.present, shape.protected + routing.kept)  # type: ignore[arg-type]
+                    protected = routing.state.protected_real
+                    total = total + stage.macs(shape, protected + routing.present, protected + routing.kept)  # type: ignore[arg-type]
         return _mean(total) / _mean(dense)
 
     def _walk(self, stack: str, kept: Callable[[Stage, Any], Any]) -> _Walk:

@@ -42,6 +42,7 @@ class Scorer(nn.Module):
         count: count rule for stages that set none.
         reads_pixels: the scorer reads the model's input image.
         reads_cls: the scorer reads the CLS query of the site's layer.
+        reads_query: the scorer reads the query of any token, and keys, with the layer's positions.
     """
 
     estimator: ClassVar[str | None] = None
@@ -53,6 +54,7 @@ class Scorer(nn.Module):
     count: ClassVar[str] = "round"
     reads_pixels: ClassVar[bool] = False
     reads_cls: ClassVar[bool] = False
+    reads_query: ClassVar[bool] = False
 
     def __init__(self, spec: TokenSpec) -> None:
         super().__init__()

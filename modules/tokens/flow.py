@@ -76,6 +76,7 @@ class Flow:
     Attributes:
         state: TokenState of the current tokens; None before the first layer.
         original: routable tokens before the first stage, one int for every row or int64 (B,).
+        dense: real tokens before the first stage, protected tokens included, likewise.
         layer_tokens: real tokens that each layer processed, by layer index.
         packed: the current packing of the rows; None while rows are padded.
         left: hidden states (B, M, C) and TokenState before each shrinking stage, for a restore; empty without one.
@@ -97,6 +98,7 @@ class Flow:
     under_head: bool = False
     state: TokenState | None = None
     original: int | Tensor = 0
+    dense: int | Tensor = 0
     layer_tokens: dict[int, RowTokens] = field(default_factory=dict)
     packed: Packing | None = None
     left: list[tuple[Tensor, TokenState]] = field(default_factory=list)
@@ -116,7 +118,7 @@ class Flow:
                 state.rows, state.tokens, state.protected | self.protected, state.valid, state.position.device, state.document
             )
         self.state = state
-        self.original = state.present
+        self.original, self.dense = state.present, state.tokens_per_row
 
     def cells(self, state: TokenState) -> Tensor:
         """(B, M) int64 grid cell of each token; negative for the leading tokens, which have none."""

@@ -13,6 +13,7 @@ from .trace import Trace
 
 # Scopes that are complete before the first new token is generated: inside them a causal model may use non-causal decisions.
 COMPLETE = ("prompt", "visual")
+_PROMPT_GIVEN = "call the model with use_cache=True, or give Trace(labels=…) or Trace(prompt=…)"
 
 
 def in_scope(scope: str, trace: Trace, flow: Flow) -> TokenState:
@@ -54,10 +55,7 @@ def _prompt(trace: Trace, flow: Flow, state: TokenState) -> Tensor:
     elif flow.carry is not None:
         prompt = torch.full((state.rows, tokens), flow.seen == 0, device=state.position.device)
     else:
-        raise ValueError(
-            "scope 'prompt': nothing says which tokens are the prompt; call the model with use_cache=True, or give Trace(labels=…) or "
-            "Trace(prompt=…)"
-        )
+        raise ValueError(f"scope 'prompt': nothing says which tokens are the prompt; {_PROMPT_GIVEN}")
     return prompt & _has_a_next(prompt, flow)
 
 
@@ -80,3 +78,33 @@ def _has_a_next(prompt: Tensor, flow: Flow) -> Tensor:
     if flow.valid is not None:
         follows[:, :-1] &= flow.valid[:, 1:]
     return follows
+
+
+def last_of_prompt(trace: Trace, flow: Flow) -> Tensor:
+    """(B, 1) int64 original position of the token from which the first new token of each row is predicted.
+
+    With ``Trace.prompt``, the token after the prompt's tokens. With labels per token, the token before the first label that follows the
+    row's last visual token, so that every image is behind it. With a cache, and in rows without either, the last real token.
+
+    Raises:
+        ValueError: the forward does not define where the prompt ends. Its last token may be one of the answer.
+    """
+    state = flow.tokens
+    rows, tokens = state.source.shape
+    position = torch.arange(tokens, device=state.position.device)
+    real = torch.ones(rows, tokens, dtype=torch.bool, device=position.device) if flow.valid is None else flow.valid
+    last = torch.where(real, position, 0).amax(1, keepdim=True)
+    if trace.prompt is not None:
+        prompt = trace.prompt.to(position.device).bool()
+        return torch.where(
+            prompt.any(1, keepdim=True), torch.minimum(torch.where(prompt, position, 0).amax(1, keepdim=True) + 1, last), last
+        )
+    if trace.labels is None or trace.labels.shape != (rows, tokens):
+        if flow.carry is None:
+            raise ValueError(f"nothing says where the prompt ends, whose last token scores the others; {_PROMPT_GIVEN}")
+        return last
+    answered = (trace.labels.to(position.device) != IGNORE_TOKEN) & real
+    if flow.visual is not None:
+        answered = answered & (position > torch.where(flow.visual, position, -1).amax(1, keepdim=True))
+    first = torch.where(answered, position, tokens).amin(1, keepdim=True)
+    return torch.where(first < tokens, (first - 1).clamp(min=0), last)

@@ -101,7 +101,8 @@ class Trace:
         documents: (B, N) int64, document of each token in packed rows, counted from 0 in each row, -1 for padding. None: a causal model
             without a mask derives it from ``position_ids`` that restart.
         prompt: (B, N) bool, tokens that stages of scope ``prompt`` may touch. None takes the tokens before the first label, or with a
-            cache the tokens of the first forward, in both cases without the last one.
+            cache the tokens of the first forward, in both cases without the last one. The token after them is the query of scorer
+            ``last_query``.
         protected: (B, N) bool, tokens that no stage may touch, in addition to those that the model family protects; None without any.
 
     Set by the forward:
@@ -131,8 +132,9 @@ class Trace:
 
     @property
     def state(self) -> TokenState | None:
-        """TokenState after the forward of a model with one stack; None before the forward."""
-        return self.flow().state
+        """TokenState after the forward, of the last stack with stages; None before the forward."""
+        states = [flow.state for flow in self.flows.values() if flow.state is not None]
+        return states[-1] if states else None
 
     @property
     def auxiliary_loss(self) -> Tensor | None:

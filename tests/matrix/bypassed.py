@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic import Trace, stages_of
+from laconic.modules.backbones.stack import Stack
 from laconic.modules.tokens.trace import Routing
 
 from .case import stack_of
@@ -19,18 +20,33 @@ def masked_reference(model: PreTrainedModel, plain: PreTrainedModel, ids: Tensor
     """Logits of a dense model that computes every token in every layer; it is changed."""
     if method.restore is not None:
         return chunked_reference(model, plain, ids, trace)
-    routed = {int(name.rsplit("_", 1)[1]): routing.kept_mask for name, routing in trace.routings.items()}
-    weights = {int(name.rsplit("_", 1)[1]): _gate(stages_of(model)[name], routing) for name, routing in trace.routings.items()}
-    # Every token goes through every layer; who was not chosen is hidden as a key, and keeps what it was.
-    for index, layer in enumerate(stack_of(plain).layers):
-        if index in routed:
-            layer.register_forward_pre_hook(_hide(routed[index], method.site), with_kwargs=True)
-            _keep_as_it_was(layer, routed[index], weights[index], method.site, stack_of(plain).adapter)
-    logits: Tensor = plain(ids, use_cache=False, attention_mask=_causal(ids, plain)).logits
+    hide_and_keep(model, stack_of(plain), trace, method)
+    logits: Tensor = plain(ids, use_cache=False, attention_mask=causal_mask(ids, plain)).logits
     return logits
 
 
-def _causal(ids: Tensor, model: PreTrainedModel) -> Any:
+def hide_and_keep(model: PreTrainedModel, stack: Stack, trace: Trace, method: Method) -> None:
+    """Every token goes through every layer of a dense stack; who was not chosen is hidden as a key, and keeps what it was: in the layer of
+    the stage, or in all layers from it on where the stage takes tokens away."""
+    alive: Tensor | None = None
+    for index, layer in enumerate(stack.layers):
+        routing = next((one for name, one in trace.routings.items() if name.endswith(f"_{index}")), None)
+        weight: Tensor | float = 1.0
+        if routing is not None and method.bypass:
+            alive, weight = routing.kept_mask, _gate(stages_of(model)[routing.stage], routing)
+        elif routing is not None:
+            kept = routing.decision.kept_mask(routing.state.tokens)
+            places = routing.state.position.masked_fill(~kept, routing.state.source.shape[1])
+            alive = torch.zeros(len(kept), routing.state.source.shape[1] + 1, dtype=torch.bool).scatter(1, places, True)[:, :-1]
+        elif method.bypass:
+            alive = None
+        if alive is not None:
+            site = method.site if method.bypass else "around"
+            layer.register_forward_pre_hook(_hide(alive, site), with_kwargs=True)
+            _keep_as_it_was(layer, alive, weight, site, stack.adapter)
+
+
+def causal_mask(ids: Tensor, model: PreTrainedModel) -> Any:
     """The masks that a model makes by itself, written out, since SDPA's own leave nothing to hide keys in."""
     length = ids.shape[1]
     place = torch.arange(length)
@@ -124,5 +140,5 @@ def chunked_reference(model: PreTrainedModel, plain: PreTrainedModel, ids: Tenso
     for index in (1, 2):
         layers[index].register_forward_pre_hook(_hide(kept, "around"), with_kwargs=True)
     layers[3].register_forward_pre_hook(leave, with_kwargs=True)
-    logits: Tensor = plain(ids, use_cache=False, attention_mask=_causal(ids, plain)).logits
+    logits: Tensor = plain(ids, use_cache=False, attention_mask=causal_mask(ids, plain)).logits
     return logits

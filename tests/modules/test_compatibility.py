@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from laconic import CompressionConfig, StageConfig, compress
 from laconic.modules import compatibility
 from laconic.modules.compatibility import CONFIG_RULES, STAGE_RULES, Rule
-from tests.matrix import decoders, encoders, vision
+from tests.matrix import decoders, encoders, vision, visual
 from tests.modules import test_masked_images as masked_images
 
 Case = tuple[str | Callable[[], PreTrainedModel], list[dict[str, Any]], dict[str, Any] | None, str]
@@ -34,11 +34,12 @@ def _masked_lm() -> PreTrainedModel:
 
 
 def _dense(family: str) -> PreTrainedModel:
-    return next(kind.dense(family) for kind in (vision, encoders, decoders) if family in kind.FAMILIES)
+    return next(kind.dense(family) for kind in (vision, encoders, decoders, visual) if family in kind.FAMILIES)
 
 
 _POOL = {"tokens": 4, "keep": None, "scorer": "uniform_grid", "merger": {"name": "pool", "outputs": 4}}
 _PROMPT = {"scorer": "linear", "scope": "prompt"}
+_TEXT = {"stack": "text", "scope": "visual", "scorer": "last_query"}
 _CHUNKS: dict[str, Any] = {"scorer": "boundary", "selector": "gumbel"}
 _AROUND = {"site": "around"}
 END = {"layer": 4, "by": "rejoin"}
@@ -47,6 +48,16 @@ CASES: dict[str, list[Case]] = {
     "some_stage": [("vit", [], None, "compression.stages is empty: give at least one stage")],
     "known_stack": [
         ("vit", [{"stack": "text"}], None, "stage 'text.before_1': stack = 'text' does not exist in this model: its stacks are ''"),
+        ("llava", [_TEXT], END, "compression.restore: there is no such stack in this model: its stacks are 'text'"),
+        *(
+            (
+                "llava",
+                [{"stack": stack}],
+                None,
+                f"stack = '{stack}' is not offered: .*; put the stage into the language model, with stack = 'text'",
+            )
+            for stack in ("vision", "projector")
+        ),
         ("vit", [{}], {"text": {"layer": 2}}, "compression.restore.text: there is no such stack in this model: its stacks are ''"),
     ],
     "offered_site": [
@@ -142,6 +153,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "readable_layer": [
         ("modernbert", [{"scorer": "cls_attention"}], None, "needs the query of CLS, and .*; take 'learned'"),
+        ("gpt2", [_PROMPT | {"scorer": "last_query"}], END, "scorer 'last_query' needs the query of a token, and .*; take 'learned'"),
         ("modernbert", [{"scorer": "bipartite", "merger": "bipartite"}], None, "scorer 'bipartite' compares keys, and .*metric: tokens"),
     ],
     "attention_for_rows_of_unequal_length": [
@@ -155,6 +167,7 @@ CASES: dict[str, list[Case]] = {
             ("llama", [_PROMPT], restore, r"scope 'prompt' removes tokens, .* = \{layer: 4, by: rejoin\}")
             for restore in (None, {"layer": 3, "by": "rejoin"}, {"layer": 4, "by": "unmerge"})
         ),
+        ("llava", [_TEXT], None, r"scope 'visual' removes tokens, .* compression.restore.text = \{layer: 4, by: rejoin\}"),
         ("llama", [{"scorer": "linear"}], {"layer": 3, "by": "dechunk"}, "scorer 'linear' with selector 'top_k' is non-causal"),
         ("llama", [_CHUNKS], END, "the head of a causal model answers at every place: give .*by: dechunk"),
         ("llama", [_CHUNKS, _CHUNKS | {"layer": 2}], {"layer": 3, "by": "dechunk"}, "one stage makes chunks, and 2 were given"),

@@ -1,5 +1,5 @@
-"""DESIGN's invariants for images, text encoders and causal models: every method × every family. What one kind alone has is in
-test_vision.py, test_encoders.py and test_decoders.py."""
+"""DESIGN's invariants for images, text encoders, causal and vision-language models: every method × every family. What one kind alone has is
+in test_vision.py, test_encoders.py, test_decoders.py and test_vision_language.py."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from laconic.modules.compress import checkpoint_activations
 from laconic.modules.cost.count_rules import COUNT_RULES, StageCount
 from laconic.modules.tokens.trace import Routing
 from tests.clean import CleanProcesses
-from tests.matrix import Case, Method, decoders, encoders, stack_of, vision
+from tests.matrix import Case, Method, decoders, encoders, stack_of, vision, visual
 from tests.thin import thinned
 
 Pairs = list[tuple[str, Method]]
 SAMPLES = torch.tensor([11, 5, 42])
 
 
-def _cases(images: Pairs = vision.PAIRS, texts: Pairs = encoders.PAIRS, causal: Pairs = decoders.PAIRS) -> list[Case]:
+def _cases(
+    images: Pairs = vision.PAIRS, texts: Pairs = encoders.PAIRS, causal: Pairs = decoders.PAIRS, both: Pairs = visual.PAIRS
+) -> list[Case]:
     return [
         *(vision.ImageCase(*pair) for pair in images),
         *(encoders.TextCase(*pair) for pair in texts),
         *(decoders.CausalCase(*pair) for pair in causal),
+        *(visual.VisualCase(*pair) for pair in both),
     ]
 
 
@@ -38,7 +41,8 @@ CAUSAL = thinned(
     decoders.PAIRS, ["llama"], ("threshold", "gate_random", "gate_predictor_mlp", "gumbel", "threshold_attention", "chunk_mean")
 )
 TEXTS = thinned(encoders.PAIRS, ["bert"], ("learned", "fuse", "threshold"))
-OFTEN = {str(case) for case in _cases(IMAGES, TEXTS, CAUSAL)}
+VISUAL = thinned(visual.PAIRS, ["llava"], ("last_query", "around"))
+OFTEN = {str(case) for case in _cases(IMAGES, TEXTS, CAUSAL, VISUAL)}
 
 
 def param(case: Case, *more: str) -> Any:
@@ -88,7 +92,7 @@ def _close(ours: Tensor, expected: Tensor, **tolerances: float) -> bool:
     return True
 
 
-@over(_cases(IMAGES, causal=[pair for pair in decoders.PAIRS if pair[1].name == "threshold"]))
+@over(_cases(IMAGES, causal=[pair for pair in decoders.PAIRS if pair[1].name == "threshold"], both=VISUAL))
 def test_1_decompress_restores_the_original(case: Case) -> None:
     plain, model, batch = case.dense(), case.compressed(0.5, 0.5), case.inputs("whole")
     before = {name: value.clone() for name, value in plain.state_dict().items()}
@@ -109,7 +113,7 @@ def test_2_dropping_and_bypassing_equal_masking(case: Case) -> None:
     torch.testing.assert_close(answer, case.reference(model, case.dense(), trace), atol=2e-5, rtol=1e-4)
 
 
-@over(_cases(causal=[]))
+@over(_cases(causal=[], both=[]))
 def test_3_sizes_add_up_unless_tokens_are_dropped(case: Case) -> None:
     _, trace = case.traced(case.compressed(0.5, 0.6), case.inputs())
     assert trace.state is not None
@@ -120,7 +124,7 @@ def test_3_sizes_add_up_unless_tokens_are_dropped(case: Case) -> None:
         assert torch.equal((source == slot).sum(-1), trace.state.size[:, slot].long())
 
 
-@over(_cases(IMAGES, causal=CAUSAL))
+@over(_cases(IMAGES, causal=CAUSAL, both=[]))
 def test_4_protected_tokens_keep_their_place_and_order_is_preserved(case: Case) -> None:
     _, trace = case.traced(case.compressed(0.4, 0.4), case.inputs())
     prefix = case.about.prefix
@@ -154,7 +158,9 @@ def test_5_a_batch_whole_or_padded_equals_its_rows_alone(case: Case) -> None:
             for name, routing in own.routings.items():
                 among = trace.routings[name]
                 assert torch.equal(case.kept_of(routing, 0, inputs), case.kept_of(among, row, batch.inputs))
-                assert routing.achieved == pytest.approx(float(_rows(among.kept)[row]) / float(_rows(among.present)[row]))
+                kept, present = (int(_rows(count)[row]) for count in (among.kept, among.present))
+                # A row without routable tokens keeps all of them.
+                assert routing.achieved == pytest.approx(kept / present if present else 1.0)
 
 
 def _rows(count: int | Tensor, rows: int = 3) -> Tensor:
@@ -202,11 +208,12 @@ for name, how in json.loads(sys.argv[2]).items():
     save_file({"answer": answer.detach(), **made}, f"{root}/{name}/answer")
 """
 SAVED = {
-    "images": _cases(texts=[], causal=[]),
+    "images": _cases(texts=[], causal=[], both=[]),
     # Every method in a BERT; what ModernBERT adds has no weights.
-    "texts": _cases(images=[], texts=thinned(encoders.PAIRS, ["bert"], ["learned"]), causal=[]),
+    "texts": _cases(images=[], texts=thinned(encoders.PAIRS, ["bert"], ["learned"]), causal=[], both=[]),
     # Every family, and every method: what is saved does not depend on the pair.
-    "causal": _cases(images=[], texts=[], causal=thinned(decoders.PAIRS, ["llama"], ["predictor"])),
+    "causal": _cases(images=[], texts=[], causal=thinned(decoders.PAIRS, ["llama"], ["predictor"]), both=[]),
+    "both": _cases(images=[], texts=[], causal=[], both=VISUAL),
 }
 
 
@@ -237,6 +244,7 @@ COUNTED = _cases(
     thinned(vision.PAIRS, ["vit", "siglip", "vit_mae"], ["evidence_fuse"]),
     thinned(encoders.PAIRS, ["bert"], ["fuse"]),
     thinned(decoders.PAIRS, ["llama", "gemma3_text"], ["gate_predictor_mlp", "predictor"]),
+    both=[],
 )
 
 

@@ -1,6 +1,9 @@
-"""ORACLES 1: published costs of published methods, each as a row of parts on a real backbone; no weights are made."""
+"""ORACLES 1 and PRESETS 2: published costs of published methods, each as a row of parts on a real backbone; no weights are made."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
     ViTConfig,
@@ -122,3 +127,63 @@ def test_mixture_of_depths_at_half_capacity_leaves_a_quarter_of_the_attention_pr
     shape = _text_cost(BertForSequenceClassification, BertConfig(), 128, [StageConfig(layer=0, keep=1.0, scorer="random")]).shape
     products = [shape.layer_macs(LayerTokens(tokens, 0)) - 4 * tokens * 768**2 for tokens in (64, 128)]
     assert products[0] / products[1] == 0.25
+
+
+def _image_part(tokens: int, stages: list[StageConfig]) -> tuple[float, list[float]]:
+    """10¹² MACs of the layers of a Llama 7B over visual tokens alone, the convention of the papers, and the tokens of each layer."""
+    with torch.device("meta"):
+        cost = CostModel(LlavaForConditionalGeneration(LlavaConfig()), CompressionConfig(stages, {"text": {"layer": 32, "by": "rejoin"}}))
+    cost.shapes["text"] = replace(cost.shape, protected=0, routable=tokens)
+    layers = cost().layers
+    return sum(map(cost.shape.layer_macs, layers)) / 1e12, [layer.mlp for layer in layers]
+
+
+def _drops(layers: tuple[int, ...], keep: float) -> list[StageConfig]:
+    return [StageConfig(layer=layer, keep=keep, scorer="last_query", count="dynamicvit", stack="text", scope="visual") for layer in layers]
+
+
+@pytest.mark.parametrize(("tokens", "published"), [(576, 3.817), (2880, 20.825), (5184, 40.616), (2048, 14.362)])
+def test_the_dense_image_part_is_the_published_one(tokens: int, published: float) -> None:
+    macs, layers = _image_part(tokens, _drops((2,), 1.0))
+    assert layers == [tokens] * 32
+    assert macs == pytest.approx(published, abs=6e-4)
+
+
+def test_an_image_of_a_llava_of_7b_is_576_tokens() -> None:
+    with torch.device("meta"):
+        cost = CostModel(LlavaForConditionalGeneration(LlavaConfig()))
+    assert (cost.shape.routable, cost.shape.protected) == (576, 64)
+
+
+@pytest.mark.parametrize(("tokens", "published"), [(576, 2.007), (2880, 10.554)])
+def test_fastv_prunes_half_of_the_visual_tokens_before_layer_2(tokens: int, published: float) -> None:
+    macs, layers = _image_part(tokens, _drops((2,), 0.5))
+    assert layers == [tokens] * 2 + [tokens // 2] * 30
+    assert macs == pytest.approx(published, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layers", "keep", "published"),
+    [
+        (576, (8, 16, 24), 0.4, 1.538),
+        (576, (8, 16, 24), 0.5, 1.777),
+        (576, (8, 16, 24), 0.6, 2.060),
+        (576, (10, 20), 0.5, 2.134),
+        (576, (6, 12, 18, 24), 0.5, 1.391),
+        (2880, (8, 16, 24), 0.4, 8.217),
+        (2880, (8, 16, 24), 0.5, 9.465),
+        (2880, (8, 16, 24), 0.6, 10.980),
+        (5184, (8, 16, 24), 0.5, 18.076),
+        (2048, (8, 16, 24), 0.5, 6.582),
+    ],
+)
+def test_pyramiddrop_leaves_a_power_of_lambda_at_each_stage(tokens: int, layers: tuple[int, ...], keep: float, published: float) -> None:
+    macs, left = _image_part(tokens, _drops(layers, keep))
+    stages = [0, *layers, 32]
+    expected = [math.floor(tokens * keep**stage + 1e-9) for stage in range(len(layers) + 1)]
+    assert left == [count for stage, count in enumerate(expected) for _ in range(stages[stage + 1] - stages[stage])]
+    if (tokens, keep, len(layers)) == (576, 0.5, 3):
+        assert expected == [576, 288, 144, 72]
+        assert sum(left) / 32 == 270
+        assert 1 - sum(left) / 32 / 576 == 0.53125
+    assert macs == pytest.approx(published, abs=6e-4)
