@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -180,6 +180,10 @@ class VisualCase(Case):
 
     def labels(self, inputs: dict[str, Tensor]) -> Tensor:
         return labels(inputs["input_ids"])
+
+    def run(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], **kwargs: Any) -> Any:
+        # Labels say where the prompt ends, and training has no cache.
+        return super().run(model, inputs, **({"use_cache": False} if "labels" in kwargs else {}), **kwargs)
 
     def reference(self, model: PreTrainedModel, plain: PreTrainedModel, trace: Trace) -> Tensor:
         given, language = whole(), plain.model.language_model
