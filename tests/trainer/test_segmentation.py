@@ -103,6 +103,7 @@ def test_evaluate_counts_what_the_run_did_and_runs_the_controls_with_their_resto
     assert evaluate(merged, RunFolder.open(merged).read_recipe(), console)["variants"]["random"]["mean_iou"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_exports")
 def test_an_export_answers_in_a_clean_process_as_the_run_does(run: Path, tmp_path: Path) -> None:
     record = export(str(run), str(tmp_path / "export"))

@@ -103,6 +103,7 @@ def test_a_model_built_in_shards_has_the_weights_of_a_plain_one(two_ranks: Path)
     assert results_of(two_ranks)["same_first_weights"] is True
 
 
+@pytest.mark.slow
 def test_one_process_under_zero_3_learns_what_a_plain_one_does(tmp_path: Path, clean: CleanProcesses) -> None:
     for name, strategy in (("plain", "plain"), ("zero", "deepspeed_3")):
         folder = f"output={tmp_path / name}"
