@@ -152,7 +152,7 @@ def test_plain_is_the_backbone_where_every_token_passes_and_its_record_is_true(t
     record = export(str(run), str(tmp_path / "out"), "plain", Settings("bf16"))
     folder = tmp_path / "out"
     assert json.loads((folder / "export.json").read_text()) == json.loads(json.dumps(record))
-    assert {path.name for path in folder.iterdir()} - {"export.json"} == record["files"].keys()
+    assert {path.name for path in folder.iterdir()} - {"export.json", "README.md"} == record["files"].keys()
     for name, told in record["files"].items():
         content = (folder / name).read_bytes()
         assert told == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
