@@ -140,5 +140,9 @@ class DataModule(lightning.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _options(self) -> dict[str, Any]:
-        own = {"worker_init_fn": leave_to_parent} if self.workers else {}
-        return {"collate_fn": collate, "num_workers": self.workers, "persistent_workers": self.workers > 0, **own}
+        return {
+            "collate_fn": collate,
+            "num_workers": self.workers,
+            "persistent_workers": self.workers > 0,
+            "worker_init_fn": leave_to_parent,
+        }

@@ -185,24 +185,6 @@ class RunFolder:
             else:
                 path.unlink(missing_ok=True)
 
-    def check_files(self, weights: Path) -> None:
-        """Compares the files of the weights or adapter with the hashes that were written with them.
-
-        Raises:
-            DamagedFile: a file is missing or differs.
-            ValueError: the index of the weights lists a file outside the folder.
-        """
-        check_hashes(weights)
-        if not is_adapter(weights):
-            check_weights(weights)
-        record = weights / EXPORTED
-        if record.is_file():
-            try:
-                files = json.loads(record.read_text("utf-8"))["files"]
-            except (ValueError, KeyError, TypeError):
-                raise DamagedFile(f"{record} is damaged: export again") from None
-            compare(weights, files, EXPORTED)
-
     def read_recipe(self, overrides: Sequence[str] = ()) -> Recipe:
         """The recorded recipe, with overrides. Raises RecipeError if it does not fit this version, or an override is wrong."""
         return read_recorded(self.recipe, overrides)
@@ -218,6 +200,25 @@ class RunFolder:
         if not isinstance(report, dict):
             raise DamagedFile(f"{self.report} is damaged: it holds {type(report).__name__}; delete it, or train again")
         return report
+
+
+def check_files(weights: Path) -> None:
+    """Compares the files of the weights or adapter with the hashes that were written with them.
+
+    Raises:
+        DamagedFile: a file is missing or differs.
+        ValueError: the index of the weights lists a file outside the folder.
+    """
+    check_hashes(weights)
+    if not is_adapter(weights):
+        check_weights(weights)
+    record = weights / EXPORTED
+    if record.is_file():
+        try:
+            files = json.loads(record.read_text("utf-8"))["files"]
+        except (ValueError, KeyError, TypeError):
+            raise DamagedFile(f"{record} is damaged: export again") from None
+        compare(weights, files, EXPORTED)
 
 
 def located(name: str | Path, whole: bool = False) -> str:
@@ -252,7 +253,7 @@ def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs
     """
     place = located(folder)
     if Path(place).is_dir():
-        RunFolder.of(place).check_files(Path(place))
+        check_files(Path(place))
     return loading.from_pretrained(place, base, **kwargs)
 
 
@@ -267,7 +268,7 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     """
     place = Path(located(folder))
     if place.is_dir():
-        RunFolder.of(place).check_files(place)
+        check_files(place)
     if is_adapter(place):
         model = loading.from_pretrained(place)
         model = merge_lora(model) if hasattr(model, "peft_config") else model

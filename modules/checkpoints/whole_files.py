@@ -65,8 +65,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Args:
         folder: place of the folder. An existing one is replaced.
     """
-    partial = folder.with_name(f"{folder.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, older = (folder.with_name(f"{folder.name}{ending}{PARTIAL}") for ending in ("", ".older"))
+    for stale in (partial, older):
+        shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -74,11 +75,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            # Set aside whole: a kill while it is deleted would leave a part of it under its name.
+            os.replace(folder, older)
         os.replace(partial, folder)
     except BaseException:
+        if older.exists() and not folder.exists():
+            os.replace(older, folder)
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    shutil.rmtree(older, ignore_errors=True)
     _sync(folder.parent)
 
 

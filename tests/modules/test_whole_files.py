@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,6 +40,23 @@ def test_a_folder_takes_its_place_at_the_end_or_not_at_all(tmp_path: Path) -> No
     with whole_folder(folder) as partial:
         (partial / "weights").write_bytes(b"3")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"weights": b"3"}
+
+
+def test_a_kill_while_an_older_folder_is_deleted_leaves_the_new_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    with whole_folder(folder) as partial:
+        (partial / "weights").write_bytes(b"1")
+    delete = shutil.rmtree
+
+    def killed(path: Path, ignore_errors: bool) -> None:
+        if path.exists() and any(path.iterdir()):
+            raise KeyboardInterrupt
+        delete(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder) as partial:
+        (partial / "weights").write_bytes(b"2")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"weights": b"2"}
 
 
 def _written(folder: Path) -> Path:

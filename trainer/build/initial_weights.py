@@ -25,7 +25,7 @@ from ...modules.checkpoints.whole_files import DamagedFile
 from ...modules.config import CompressionConfig, StageConfig
 from ..errors import RecipeError
 from ..recipe.schema import ModelRecipe, Recipe
-from ..run_folder import RunFolder, located
+from ..run_folder import RunFolder, check_files, located
 
 PRETRAIN = "pretrain first, with laconic train mae_digits for example, or name another run folder, a folder of weights or a hub model"
 
@@ -81,7 +81,7 @@ def start_of(model: ModelRecipe) -> Start | None:
     try:
         weights = located(model.name)
         if run is not None:
-            run.check_files(Path(weights))
+            check_files(Path(weights))
     except (FileNotFoundError, DamagedFile) as error:
         raise ValueError(f"model.name = {model.name!r} cannot be loaded: {error}") from None
     if path.exists() and model.revision is not None:
@@ -109,7 +109,7 @@ def encoder_weights(model: ModelRecipe) -> str:
     try:
         weights = located(model.encoder_of, whole=True)
         if Path(weights).is_dir():
-            RunFolder.of(weights).check_files(Path(weights))
+            check_files(Path(weights))
         return weights
     except (FileNotFoundError, DamagedFile) as error:
         raise ValueError(f"model.encoder_of = {model.encoder_of!r}: {error}; {PRETRAIN}") from None

@@ -1,1 +1,1 @@
-"""Callbacks: the step line, TensorBoard scalars and pictures, random state of checkpoints, and the guard against NaN."""
+"""Callbacks: the step line, TensorBoard scalars and pictures, checkpoints and their random state, and the guard against NaN."""
