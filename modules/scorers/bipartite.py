@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..cost.shape import StackShape
+from ..precision import full_precision
 from ..site import SiteInput, TokenSpec
 from ..tokens.gather import compact, take
 from .base import Scored, Scorer
@@ -97,7 +98,8 @@ def best_partner(metric: Tensor, movable: Tensor, target: Tensor, widths: tuple[
     rows, tokens, _ = metric.shape
     slots = torch.arange(tokens, device=metric.device).expand(rows, -1)
     sources, targets = compact(movable, widths and widths[0]), compact(target, widths and widths[1])
-    products = take(metric, sources.index) @ take(metric, targets.index).transpose(1, 2)
+    with full_precision(metric.device):
+        products = take(metric, sources.index) @ take(metric, targets.index).transpose(1, 2)
     best, which = products.masked_fill(~targets.valid[:, None], -torch.inf).max(-1)
     partner = targets.index.gather(1, which)
     # Padding of the compact form is written to an extra slot after the last token.

@@ -274,6 +274,17 @@ def test_11_achieved_counts_equal_the_count_rule_of_each_row(case: Case, dtype: 
         assert torch.equal(_rows(getattr(trace.flow().layer_tokens[index], half)), tokens)
 
 
+@over(_cases(IMAGES, TEXTS, CAUSAL, VISUAL))
+def test_a_training_step_under_autocast_is_finite(case: Case) -> None:
+    model, inputs = case.compressed(0.5, 0.6).train(), case.inputs()
+    trace = Trace()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = case.loss(model, inputs, trace)
+    (loss if trace.auxiliary_loss is None else loss + trace.auxiliary_loss).backward()
+    assert torch.isfinite(loss)
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in _gradients(model, parts=True).values())
+
+
 def _wanted(case: Case, stage: Any, routing: Routing, present: Tensor, keep: float, count: StageCount) -> Tensor | None:
     """(B,) int64 tokens that leave a stage; None where the scores are not what is compared with a threshold."""
     method = case.method
