@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -17,9 +18,8 @@ from .state import TokenState
 # Named after the module: a standalone export has its own copy of this file, with its own Packing class.
 ATTENTION = f"{__name__.replace('.', '_')}_attention"
 
-# FLOPs that a device, or one CPU thread, computes in the time of one more attention call, forward and backward. The CPU value was
-# measured; the GPU value is an order of magnitude.
-_CALL = {"cpu": 6e6, "cuda": 5e9}
+# FLOPs that a CPU thread computes in the time of one more attention call, forward and backward; measured.
+_CALL = 6e6
 # FLOPs of a layer's matrices per token, forward and backward, divided by the squared width.
 _LAYER = 72
 # Maximum number of lengths at which a group may end: the search is quadratic in it.
@@ -47,28 +47,65 @@ class RowGroup:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """The layout of rows in one packed row of T tokens, short rows first.
+class RowSpans:
+    """Rows of any length behind each other, without padding.
 
-    Attention runs once per group of rows of equal length, on a (rows, tokens) view without a copy. If a group is too small to be worth a
-    call, its rows are padded and join the next group. Layers receive the Packing instead of the attention mask and pass it on to
-    ``packed_attention``, which transformers looks up by name.
+    Attributes:
+        starts: (B + 1,) int32, packed place of each row's first token, and T.
+        longest: largest number of tokens of a row.
+        valid: (B, M) bool, False for padding of the padded layout.
+        bias: (B, M) term added to the attention logits of each key of the padded layout; None if there is none.
+    """
+
+    starts: Tensor
+    longest: int
+    valid: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The layout of rows in one packed row of T tokens.
+
+    On a CPU short rows come first, and attention runs once per group of rows of equal length, on a (rows, tokens) view without a copy. If
+    a group is too small to be worth a call, its rows are padded and join the next group. On other devices a call costs more than padding:
+    attention runs once, by the kernel for rows of different lengths, or on padded rows where that kernel does not serve. Layers receive
+    the Packing instead of the attention mask and pass it on to ``packed_attention``, which transformers looks up by name.
 
     Attributes:
         rows: number B of rows.
         tokens: length M of the padded rows.
         slots: (T,) int64, flat slot in the padded (B·M) layout of each packed token.
-        groups: groups of rows of one length, in packed order.
+        groups: groups of rows of one length, in packed order; empty if ``spans`` are given.
+        spans: where rows begin; None if there are ``groups``.
     """
 
     rows: int
     tokens: int
     slots: Tensor
-    groups: tuple[RowGroup, ...]
+    groups: tuple[RowGroup, ...] = ()
+    spans: RowSpans | None = None
 
     @staticmethod
     def of(state: TokenState, hidden_states: Tensor) -> Packing:
         """The Packing of (B, M, C) tokens whose state has padding."""
+        return Packing.in_groups(state, hidden_states) if hidden_states.device.type == "cpu" else Packing.in_spans(state)
+
+    @staticmethod
+    def in_spans(state: TokenState) -> Packing:
+        """The Packing without any padding, rows in their order."""
+        valid = state.valid
+        assert valid is not None
+        rows, tokens = valid.shape
+        counts = valid.sum(-1)
+        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        return Packing(
+            rows, tokens, valid.flatten().nonzero().squeeze(-1), spans=RowSpans(starts, int(counts.max()), valid, state.logit_bias)
+        )
+
+    @staticmethod
+    def in_groups(state: TokenState, hidden_states: Tensor) -> Packing:
+        """The Packing with groups of rows of (B, M, C) tokens, short rows first."""
         valid, dtype = state.valid, hidden_states.dtype
         assert valid is not None
         rows, tokens = valid.shape
@@ -128,9 +165,7 @@ def group_sizes(lengths: Sequence[int], call: float) -> list[int]:
 
 def _call_in_tokens(hidden_states: Tensor) -> float:
     """Number of tokens that a layer processes in the time of one more attention call."""
-    kind, width = hidden_states.device.type, hidden_states.shape[-1]
-    flops = _CALL["cpu"] * torch.get_num_threads() if kind == "cpu" else _CALL["cuda"]
-    return flops / (_LAYER * width**2)
+    return _CALL * torch.get_num_threads() / (_LAYER * hidden_states.shape[-1] ** 2)
 
 
 def packed_attention(
@@ -148,6 +183,8 @@ def packed_attention(
     """
     if not isinstance(attention_mask, Packing):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask.spans is not None:
+        return _over_spans(module, query, key, value, attention_mask, attention_mask.spans, **kwargs), None
     groups, outputs = attention_mask.groups, []
     # One split, whose backward is one cat; separate slices would each allocate and add a gradient of the whole tensor.
     parts = [packed.squeeze(0).transpose(0, 1).split([group.size for group in groups]) for packed in (query, key, value)]  # type: ignore[no-untyped-call]
@@ -156,6 +193,40 @@ def packed_attention(
         output, _ = sdpa_attention_forward(module, *padded, group.mask, **kwargs)  # type: ignore[call-arg]
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def _over_spans(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, packing: Packing, spans: RowSpans, **kwargs: Any) -> Tensor:
+    """(1, H, T, D) -> (1, T, H, D)."""
+    if _by_kernel(query, key, value, spans, **kwargs):
+        starts, longest = spans.starts, spans.longest
+        query, key, value = (part.squeeze(0).transpose(0, 1).to(value.dtype) for part in (query, key, value))
+        attended = varlen_attn(query, key, value, starts, starts, longest, longest)
+        assert isinstance(attended, Tensor)
+        return attended.unsqueeze(0)
+
+    def pad(part: Tensor) -> Tensor:
+        _, heads, packed, width = part.shape
+        by_token = packing.unpack(part.transpose(1, 2).reshape(1, packed, heads * width))
+        return by_token.view(packing.rows, packing.tokens, heads, width).transpose(1, 2)
+
+    mask = torch.zeros_like(spans.valid, dtype=query.dtype) if spans.bias is None else spans.bias.to(query.dtype)
+    mask = mask.masked_fill(~spans.valid, torch.finfo(query.dtype).min)[:, None, None]
+    by_row, _ = sdpa_attention_forward(module, pad(query), pad(key), pad(value), mask, **kwargs)
+    return packing.pack(by_row.flatten(2)).view(1, -1, *by_row.shape[2:])
+
+
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, spans: RowSpans, **kwargs: Any) -> bool:
+    """Flash attention for rows of different lengths serves: half precision on CUDA, no bias, no dropout, the default scale."""
+    width, scale = query.shape[-1], kwargs.get("scaling")
+    return (
+        value.is_cuda
+        and value.dtype in (torch.bfloat16, torch.float16)
+        and spans.bias is None
+        and not kwargs.get("dropout")
+        and (scale is None or scale == width**-0.5)
+        and width % 8 == 0
+        and width <= 256
+    )
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laconic import Trace
+from laconic.modules.tokens.ragged import Packing, packed_attention
+from laconic.modules.tokens.state import TokenState
 from tests.matrix import Case, decoders, encoders, vision, visual
 
 if not torch.cuda.is_available():
@@ -110,3 +113,20 @@ def test_generation_with_a_cache_is_that_of_the_cpu(case: Case) -> None:
     there: Any = copy.deepcopy(model).cuda()
     cached = there.generate(**_on("cuda", inputs), **options)
     assert torch.equal(cached.cpu(), expected)
+
+
+def test_the_kernel_for_rows_of_different_lengths_agrees_with_padded_rows() -> None:
+    torch.manual_seed(0)
+    valid = torch.arange(40, device="cuda") < torch.tensor([[3], [40], [17], [1], [29]], device="cuda")
+    packing = Packing.in_spans(TokenState.initial(5, 40, 1, valid, valid.device))
+    assert packing.spans is not None
+    biased = replace(packing, spans=replace(packing.spans, bias=torch.zeros(valid.shape, device="cuda")))
+    tokens = torch.randn(3, 1, 2, int(valid.sum()), 16, device="cuda", dtype=torch.bfloat16)
+    module, results = torch.nn.Module(), []
+    for layout in (packing, biased):
+        given = tokens.clone().requires_grad_()
+        output, _ = packed_attention(module, *given, layout, is_causal=False)
+        output.float().square().sum().backward()
+        assert given.grad is not None
+        results.append((output.float(), given.grad.float()))
+    torch.testing.assert_close(results[0], results[1], atol=3e-2, rtol=3e-2)

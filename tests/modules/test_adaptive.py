@@ -82,9 +82,12 @@ def test_a_row_answers_alike_alone_and_among_others(packs: bool) -> None:
         assert own.routings["before_1"].kept.tolist() == [int(kept[row])]  # type: ignore[union-attr]
 
 
-def _calls_are(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of every length are a group of their own, or all rows are one."""
-    monkeypatch.setitem(ragged._CALL, "cpu", 0.0 if free else 1e12)
+def _calls_are(free: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of every length are a group of their own, or all rows are one; None: rows are spans, as on a GPU."""
+    if free is None:
+        monkeypatch.setattr(Packing, "of", staticmethod(lambda state, hidden_states: Packing.in_spans(state)))
+    else:
+        monkeypatch.setattr(ragged, "_CALL", 0.0 if free else 1e12)
 
 
 def test_layers_compute_no_filler_where_another_call_of_attention_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,13 +101,15 @@ def test_layers_compute_no_filler_where_another_call_of_attention_costs_nothing(
     assert seen == [(6, 37, 16), (1, first, 16), (1, second, 16), (1, second, 16)]
 
 
-@pytest.mark.parametrize("free", [True, False], ids=["even_groups", "one_group"])
-@pytest.mark.parametrize("merger", ["drop", "squeeze"])
-def test_packed_and_masked_forwards_agree_with_their_gradients(merger: str, free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("free", [True, False, None], ids=["even_groups", "one_group", "spans"])
+@pytest.mark.parametrize(("merger", "estimator"), [("drop", "key_bias"), ("squeeze", "key_bias"), ("drop", "straight_through")])
+def test_packed_and_masked_forwards_agree_with_their_gradients(
+    merger: str, estimator: str, free: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _calls_are(free, monkeypatch)
     results = []
     for implementation in ("sdpa", "eager"):
-        parts: dict[str, Any] = {"scorer": "learned", "selector": "threshold", "merger": merger, "estimator": "key_bias"}
+        parts: dict[str, Any] = {"scorer": "learned", "selector": "threshold", "merger": merger, "estimator": estimator}
         model = _model(implementation=implementation, **parts).train()
         trace = Trace()
         loss = model(pixel_values=images(40), labels=labels(40), trace=trace).loss
@@ -173,6 +178,16 @@ def test_packing_is_undone_by_unpacking_wherever_the_filler_is(free: bool, monke
     assert packed.pack(tokens).shape == (1, 8 if free else 12, 4)
     assert [group.mask is None for group in packed.groups] == ([True, True, True] if free else [False])
     assert torch.equal(packed.unpack(packed.pack(tokens))[valid], tokens[valid])
+
+
+def test_spans_have_no_padding_and_keep_the_order_of_rows() -> None:
+    valid = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [True, False, True]])
+    packed, tokens = Packing.in_spans(TokenState.initial(4, 3, 1, valid, valid.device)), torch.randn(4, 3, 4)
+    assert torch.equal(packed.pack(tokens)[0], tokens[valid])
+    assert torch.equal(packed.unpack(packed.pack(tokens))[valid], tokens[valid])
+    assert packed.spans is not None
+    assert packed.spans.starts.tolist() == [0, 2, 3, 6, 8]
+    assert packed.spans.longest == 3
 
 
 def test_groups_take_the_least_time_of_all_there_are() -> None:
