@@ -6,6 +6,7 @@ A compressed model is an instance of a generated subclass of its own class, and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from .backbones.stack import Stack
 from .compatibility import Candidate, check_config, check_stages
 from .config import PARTS, CompressionConfig, RestoreConfig
 from .decoding.generation import Generating
+from .decoding.kernels import kernels_for
 from .layer import CLASS_PREFIX, CompressedLayer, LayerPlan, base_class, compressed_layer_class
 from .stage import Stage, stages_of
 from .tokens.ragged import ATTENTION
@@ -118,7 +120,9 @@ def compressed_class(cls: Any) -> type[Any]:
         if added := self.adapter.added_inputs(self, trace, inputs):
             args, kwargs = (), inputs | added
         trace = self.bind_trace(trace, inputs | added)
-        return self.adapter.finish(self, cls.forward(self, *args, trace=trace, **kwargs), trace)
+        cache = (inputs | added).get("past_key_values")
+        with contextlib.nullcontext() if cache is None else kernels_for(cache):
+            return self.adapter.finish(self, cls.forward(self, *args, trace=trace, **kwargs), trace)
 
     # transformers recognises its own classes by the module name, and supports only those fully.
     attributes = {

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ..cost.shape import StackShape
 from ..site import SiteInput, TokenSpec
-from ..tokens.gather import take
+from ..tokens.gather import look_up, take
 from ..tokens.state import TokenState
 from .base import Scored, Scorer
 
@@ -65,7 +65,7 @@ def _before(keys: Tensor, inputs: SiteInput) -> tuple[Tensor, Tensor]:
     newest = _newest(state)
     before = functional.pad(newest[:, :-1], (1, 0), value=-1)
     here, at = before >= 0, before.clamp(min=0)
-    previous, known = take(keys, at), here
+    previous, known = look_up(keys, at), here
     if state.document is not None:
         known = known & (state.document.gather(1, at) == state.document)
     if carry is None:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ..precision import full_precision
 from .flow import Flow
-from .gather import take
+from .gather import look_up
 from .state import TokenState
 
 # Chunks per block in ``smooth``: one matrix product per block, and a sequential pass over blocks.
@@ -37,7 +37,7 @@ def dechunk(hidden_states: Tensor, flow: Flow) -> Tensor:
     some, at = newest >= 0, newest.clamp(min=0)
     if entering.document is not None:
         some = some & (entering.document.gather(1, at) == entering.document)
-    given = take(added, state.source.gather(1, at).clamp(min=0))
+    given = look_up(added, state.source.gather(1, at).clamp(min=0))
     none = torch.zeros_like(given[:, :1]) if carried is None else carried[:, None]
     given = torch.where(some.unsqueeze(-1), given, none)
     if flow.carry is not None:

@@ -52,6 +52,11 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     return taken.view(*index.shape, -1)
 
 
+def look_up(values: Tensor, index: Tensor) -> Tensor:
+    """``take`` for slots that may repeat in a row: backward sums the gradients of all copies of a token."""
+    return values.flatten(0, 1).index_select(0, _flat(index, values.shape[1])).view(*index.shape, -1)
+
+
 def take_out(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """(B, M, D) and (B, K) slots, each at most once per row, -> (B, K, D), and the full (B, M, D) tensor, only for ``put_back``."""
     if torch.is_grad_enabled() and values.requires_grad:

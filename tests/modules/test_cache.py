@@ -161,3 +161,16 @@ def test_continuous_batching_is_refused_by_name() -> None:
         model.generate_batch([[3, 4, 5]], max_new_tokens=2)
     with pytest.raises(ValueError, match="call generate"):
         model.init_continuous_batching()
+
+
+def test_steps_with_a_cache_leave_out_the_kernels_that_plan_for_every_shape() -> None:
+    model, enabled = compressed("llama", METHODS[1], 0.5, 0.5), torch.backends.cuda.cudnn_sdp_enabled
+    seen: list[bool] = []
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(enabled()))
+    assert enabled()
+    model(tokens(8), use_cache=False)
+    model(tokens(8), use_cache=True)
+    with pytest.raises(IndexError):
+        model(tokens(8) + 10**6, use_cache=True)
+    assert seen == [True, False]
+    assert enabled()

@@ -88,7 +88,13 @@ def test_dynamic_pooling_by_hand_down_and_up() -> None:
     # What is spread is what layers add: here the means themselves, to tokens that were 0.
     chunks = Chunks(0, torch.zeros(1, 2, 1), decision, None, None)
     flow = Flow(state=merged.state, left=[(torch.zeros(1, 6, 1), site.state)], chunks=chunks)
-    assert dechunk(merged.hidden_states, flow).flatten().tolist() == [0, 0, 2, 2, 4.5, 4.5]
+    updates = merged.hidden_states.requires_grad_()
+    spread = dechunk(updates, flow)
+    assert spread.flatten().tolist() == [0, 0, 2, 2, 4.5, 4.5]
+    # Each of the two tokens that a chunk is given to pulls on it.
+    spread.backward(torch.tensor([1.0, 2, 4, 8, 16, 32]).view(1, 6, 1))
+    assert updates.grad is not None
+    assert updates.grad.flatten().tolist() == [12, 48]
 
 
 def test_means_do_not_depend_on_where_a_forward_ends() -> None:

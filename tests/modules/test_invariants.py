@@ -3,6 +3,7 @@ in test_vision.py, test_encoders.py, test_decoders.py and test_vision_language.p
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from laconic import Trace, decompress, stages_of
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.cost.count_rules import COUNT_RULES, StageCount
+from laconic.modules.tokens import gather
 from laconic.modules.tokens.trace import Routing
 from tests.clean import CleanProcesses
 from tests.matrix import Case, Method, decoders, encoders, stack_of, vision, visual
@@ -283,6 +285,18 @@ def test_a_training_step_under_autocast_is_finite(case: Case) -> None:
     (loss if trace.auxiliary_loss is None else loss + trace.auxiliary_loss).backward()
     assert torch.isfinite(loss)
     assert all(bool(torch.isfinite(gradient).all()) for gradient in _gradients(model, parts=True).values())
+
+
+@over(_cases(IMAGES, TEXTS, CAUSAL, VISUAL))
+def test_no_slot_is_taken_twice_where_backward_copies(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Tensor] = []
+    for kind in (gather._Take, gather._TakeOut):
+        inner = kind.apply
+        monkeypatch.setattr(kind, "apply", functools.partial(lambda inner, values, flat: taken.append(flat) or inner(values, flat), inner))
+    trace = Trace()
+    case.loss(case.compressed(0.5, 0.6).train(), case.inputs(), trace)
+    assert taken
+    assert all(len(flat.unique()) == len(flat) for flat in taken)
 
 
 def _wanted(case: Case, stage: Any, routing: Routing, present: Tensor, keep: float, count: StageCount) -> Tensor | None:

@@ -80,6 +80,9 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
         if self.zero_stage_3:
             # Without an optimizer DeepSpeed refuses offload_optimizer.
             config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+            # Lightning moves the model to the CPU after training, and DeepSpeed moves back none whose weights are sharded already: its
+            # buffers and the small weights that every process holds would stay there.
+            model.to(self.root_device)
         remove_module_hooks(model)
         self.model, _ = self._engine(config, model, model_parameters=[])
 
