@@ -98,10 +98,11 @@ class Packing:
         assert valid is not None
         rows, tokens = valid.shape
         counts = valid.sum(-1)
+        # The only synchronisation with the device.
+        lengths: list[int] = counts.tolist()
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-        return Packing(
-            rows, tokens, valid.flatten().nonzero().squeeze(-1), spans=RowSpans(starts, int(counts.max()), valid, state.logit_bias)
-        )
+        slots = (~valid.flatten()).byte().sort(stable=True).indices[: sum(lengths)]
+        return Packing(rows, tokens, slots, spans=RowSpans(starts, max(lengths), valid, state.logit_bias))
 
     @staticmethod
     def in_groups(state: TokenState, hidden_states: Tensor) -> Packing:

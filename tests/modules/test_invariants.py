@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,20 @@ VISUAL = thinned(visual.PAIRS, ["llava"], ("last_query", "around"))
 OFTEN = {str(case) for case in _cases(IMAGES, TEXTS, CAUSAL, VISUAL)}
 
 
-def param(case: Case, *more: str) -> Any:
+# Every method in one family: for what no family changes.
+EVERY = _cases(
+    thinned(vision.PAIRS, ["vit"]), thinned(encoders.PAIRS, ["bert"]), thinned(decoders.PAIRS, ["llama"]), thinned(visual.PAIRS, ["llava"])
+)
+
+
+def param(case: Case, *more: str, often: Collection[str] = OFTEN) -> Any:
     """A case; slow if other cases show the same property in the same family and with the same method."""
-    return pytest.param(case, *more, id="-".join([str(case), *more]), marks=() if str(case) in OFTEN else pytest.mark.slow)
+    return pytest.param(case, *more, id="-".join([str(case), *more]), marks=() if str(case) in often else pytest.mark.slow)
 
 
-def over(cases: list[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [param(case) for case in cases])
+def over(cases: list[Case], often: list[Case] | None = None) -> pytest.MarkDecorator:
+    named = OFTEN if often is None else {str(case) for case in often}
+    return pytest.mark.parametrize("case", [param(case, often=named) for case in cases])
 
 
 def _gradients(model: PreTrainedModel, parts: bool = False) -> dict[str, Tensor]:
@@ -170,7 +178,7 @@ def _rows(count: int | Tensor, rows: int = 3) -> Tensor:
     return torch.as_tensor(count).expand(rows)
 
 
-@over(_cases())
+@over(_cases(), often=EVERY)
 def test_9_checkpointing_and_eager_give_the_same_loss_and_gradients(case: Case) -> None:
     results: list[tuple[Tensor, dict[str, Tensor]]] = []
     replay: dict[str, Any] = {}
@@ -276,7 +284,7 @@ def test_11_achieved_counts_equal_the_count_rule_of_each_row(case: Case, dtype: 
         assert torch.equal(_rows(getattr(trace.flow().layer_tokens[index], half)), tokens)
 
 
-@over(_cases(IMAGES, TEXTS, CAUSAL, VISUAL))
+@over(EVERY)
 def test_a_training_step_under_autocast_is_finite(case: Case) -> None:
     model, inputs = case.compressed(0.5, 0.6).train(), case.inputs()
     trace = Trace()
@@ -287,7 +295,7 @@ def test_a_training_step_under_autocast_is_finite(case: Case) -> None:
     assert all(bool(torch.isfinite(gradient).all()) for gradient in _gradients(model, parts=True).values())
 
 
-@over(_cases(IMAGES, TEXTS, CAUSAL, VISUAL))
+@over(EVERY)
 def test_no_slot_is_taken_twice_where_backward_copies(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Tensor] = []
     for kind in (gather._Take, gather._TakeOut):

@@ -18,8 +18,10 @@ from transformers.models.beit import modeling_beit
 
 from laconic import Trace, compress
 from laconic import modules as package
+from laconic.modules.tokens.ragged import Packing
 from tests import matrix
 from tests.matrix import decoders, encoders
+from tests.thin import thinned
 
 ROOT = Path(package.__file__ or "").resolve().parent
 
@@ -36,11 +38,20 @@ def _step(model: PreTrainedModel, inputs: dict[str, Tensor], labels: Tensor) -> 
     loss.backward()
 
 
+def pairs(every: list[tuple[str, Any]], often: list[tuple[str, Any]]) -> pytest.MarkDecorator:
+    """Families and methods; slow where others show the same."""
+    marked = [
+        pytest.param(family, method, id=f"{family}-{method.name}", marks=() if (family, method) in often else pytest.mark.slow)
+        for family, method in every
+    ]
+    return pytest.mark.parametrize(("family", "method"), marked)
+
+
 # Rows that keep different numbers have numbers that the host must know to lay out the next tensor.
 VISION = [(family, method) for family, method in matrix.PAIRS if not method.adaptive]
 
 
-@pytest.mark.parametrize(("family", "method"), VISION, ids=lambda value: getattr(value, "name", value))
+@pairs(VISION, often=thinned(VISION, ["vit"], ["learned", "tome"]))
 def test_a_training_step_on_images_asks_no_device(family: str, method: matrix.Method, monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers keeps the index of a window for all models of a process; one of this device would give others garbage.
     uncached = modeling_beit.BeitRelativePositionBias.generate_relative_position_index.__wrapped__
@@ -65,7 +76,7 @@ def test_a_training_step_on_texts_asks_no_device(family: str, method: matrix.Met
 CAUSAL = [(family, method) for family, method in decoders.PAIRS if not method.adaptive]
 
 
-@pytest.mark.parametrize(("family", "method"), CAUSAL, ids=lambda value: getattr(value, "name", value))
+@pairs(CAUSAL, often=thinned(CAUSAL, ["llama"], ["threshold", "gate_predictor_mlp"]))
 def test_a_training_step_of_a_language_model_asks_no_device(family: str, method: matrix.Method, monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers asks once a forward whether rows are packed, and whether they are padded, in dense models too.
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
@@ -110,20 +121,24 @@ def _synchronisations(step: Callable[[], None], monkeypatch: pytest.MonkeyPatch)
 
 
 # One row of adaptive counts costs what is listed here, for each of its two stages; docs/architecture.md has the same list.
+PACKS = "tokens/ragged.py:packing"
 PER_STAGE = {
-    "threshold": {"tokens/gather.py:compact": 2, "tokens/ragged.py:of": 2},
+    "threshold": {"tokens/gather.py:compact": 2, PACKS: 2},
     # Between the halves of layers: after the second stage no whole layer follows that rows would be packed for anew.
-    "gumbel": {"tokens/gather.py:compact": 2, "tokens/ragged.py:of": 1},
-    "threshold_fuse": {"tokens/gather.py:compact": 2, "stage.py:_request": 1, "tokens/ragged.py:of": 2},
+    "gumbel": {"tokens/gather.py:compact": 2, PACKS: 1},
+    "threshold_fuse": {"tokens/gather.py:compact": 2, "stage.py:_request": 1, PACKS: 2},
 }
 
 
+@pytest.mark.parametrize("gpu", [False, True], ids=["groups", "spans"])
 @pytest.mark.parametrize("name", PER_STAGE)
-def test_adaptive_counts_ask_the_device_only_where_it_is_listed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adaptive_counts_ask_the_device_only_where_it_is_listed(name: str, gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if gpu:
+        monkeypatch.setattr(Packing, "of", staticmethod(lambda state, hidden_states: Packing.in_spans(state)))
     method = next(method for method in matrix.METHODS if method.name == name)
     model = matrix.compressed("vit", method, 0.5, 0.6)
     found = _synchronisations(lambda: _step(model, {"pixel_values": matrix.images()}, matrix.labels()), monkeypatch)
-    assert found == PER_STAGE[name]
+    assert {place.replace("in_spans" if gpu else "in_groups", "packing"): number for place, number in found.items()} == PER_STAGE[name]
 
 
 def test_static_counts_ask_nothing_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
