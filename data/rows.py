@@ -7,6 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..modules.tokens.labels import IGNORE_TOKEN
+
+# What padding holds where 0 would mean something.
+_PADDING = {"labels": IGNORE_TOKEN, "turns": -1, "kinds": -1}
+
 
 class BadRow(NamedTuple):
     """A row that cannot be used for training. A tuple, because it is part of a batch, and Lightning rebuilds the containers in a batch.
@@ -86,20 +91,24 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of the good items, with ``bad``, the BadRow of each bad item, ``rows``, the number of data rows read for all items, and
     ``terms``, the number of values whose mean is the batch's loss.
 
-    Tensors are stacked, and padded with zeros at the end if their lengths differ; integers are summed. An item counts as one row unless
-    it has its own ``rows``, and as one term unless it has ``predicted``: a number of tokens or pixels.
+    Tensors are stacked, and padded at the end if their lengths differ; lists of tensors are joined and stacked; integers are summed. An
+    item counts as one row unless it has its own ``rows``, and as one term unless it has ``predicted``: a number of tokens or pixels.
     """
     good = [item for item in items if "bad" not in item]
     bad = [item["bad"] for item in items if "bad" in item]
     batch: dict[str, Any] = {}
     for key in good[0] if good else ():
         values = [item[key] for item in good]
-        batch[key] = sum(values) if isinstance(values[0], int) else _padded(values)
+        if isinstance(values[0], list):
+            # The images of all rows, in their order; a batch may have none.
+            batch |= {key: torch.stack([tensor for value in values for tensor in value])} if any(values) else {}
+        else:
+            batch[key] = sum(values) if isinstance(values[0], int) else _padded(values, _PADDING.get(key, 0))
     terms = sum(item.get("predicted", 1) for item in good)
     return batch | {"bad": bad, "rows": sum(item.get("rows", 1) for item in items), "terms": terms}
 
 
-def _padded(values: list[torch.Tensor]) -> torch.Tensor:
+def _padded(values: list[torch.Tensor], filler: int) -> torch.Tensor:
     if len({value.shape for value in values}) == 1:
         return torch.stack(values)
-    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
+    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filler)

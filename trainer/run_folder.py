@@ -26,7 +26,7 @@ MODEL, ADAPTER, RECIPE, ARMS, DATA = "model", "adapter", "recipe.yaml", "baselin
 # Facts of an export, with the hashes of its files.
 EXPORTED = "export.json"
 # Files of transformers beside the weights.
-TOKENIZER, PROCESSOR = "tokenizer_config.json", "preprocessor_config.json"
+TOKENIZER, PROCESSOR, PROCESSOR_OF_CHATS = "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,10 @@ class Encoder:
     def _with_prompt(self, row: Sequence[Any], beside: Mapping[str, Any]) -> Document:
         try:
             if not self.columns.paired:
-                return self._conversation(messages_of(row[0]), 0, beside)
+                return self.conversation(messages_of(row[0]), 0, beside)
             prompt, completion = row
             if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
-                return self._conversation(messages_of([*prompt, *completion]), len(prompt), beside)
+                return self.conversation(messages_of([*prompt, *completion]), len(prompt), beside)
         except WrongRow as wrong:
             return _bad(str(wrong))
         for name, text in (("prompt", prompt), ("completion", completion)):
@@ -90,7 +90,7 @@ class Encoder:
         completion_ids = self._ended(self.tokenizer(completion, add_special_tokens=False)["input_ids"])
         return self._cut([*prompt_ids, *completion_ids], [(len(prompt_ids), len(prompt_ids) + len(completion_ids))])
 
-    def _conversation(self, messages: list[dict[str, Any]], first: int, beside: Mapping[str, Any]) -> Document:
+    def conversation(self, messages: list[dict[str, Any]], first: int, beside: Mapping[str, Any]) -> Document:
         """A chat through the tokenizer's template; the assistant's answers from message ``first`` on are learned."""
         system = beside.get("system")
         if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":

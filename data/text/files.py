@@ -37,7 +37,7 @@ def named_faults(source: DataSource) -> Iterator[None]:
     except Exception as error:
         # datasets raises errors of many types.
         where = source.data_dir or source.data_files or "the hub"
-        fault = next(filter(None, map(fault_of, local_files(source))), None)
+        fault = next(filter(None, map(file_fault, local_files(source))), None)
         cause = str(error.__cause__ or error).splitlines() or [type(error).__name__]
         raise BrokenFile(f"data.name = {source.name!r} cannot be opened from {where}: {fault or cause[0]}") from None
 
@@ -75,7 +75,7 @@ def _patterns(files: Any) -> list[str]:
     return [name for item in (files.values() if isinstance(files, dict) else files or ()) for name in _patterns(item)]
 
 
-def fault_of(path: Path) -> str | None:
+def file_fault(path: Path) -> str | None:
     """What is wrong with a file of text: its encoding, or a line that is not JSON; None if nothing is found, or it is another file."""
     if path.suffix not in _TEXTS:
         return None

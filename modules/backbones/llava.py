@@ -89,6 +89,18 @@ class Llava(Decoder):
         }
 
     @classmethod
+    def image_tokens(cls, config: Any) -> int:
+        """Number of tokens that stand for one image."""
+        tower = config.vision_config
+        patches: int = (tower.image_size // tower.patch_size) ** 2
+        return patches + cls.class_tokens(config) - int(config.vision_feature_select_strategy == "default")
+
+    @classmethod
+    def class_tokens(cls, config: Any) -> int:
+        """Number of tokens of the tower that are no patches."""
+        return int(config.vision_config.model_type == ClipVision.model_type)
+
+    @classmethod
     def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
         super().bind_inputs(model, trace, inputs)
         flow = trace.flow(cls.stack_name)

@@ -9,7 +9,7 @@ import pytest
 
 from laconic.data.rows import collate
 from laconic.data.source import DataSource, SplitNames
-from laconic.data.text.files import BrokenFile, fault_of
+from laconic.data.text.files import BrokenFile, file_fault
 from laconic.data.text.splits import TextData, TextSettings, hub_text, streamed_text
 from tests.data.texts import SENTENCES, jsonl, small_tokenizer
 
@@ -51,10 +51,10 @@ def test_a_stream_that_breaks_later_says_so_too(tmp_path: Path) -> None:
 def test_whole_files_have_no_fault(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('[\n{"text": "a"},\n{"text": "b"}\n]\n')
     (tmp_path / "rows.jsonl").write_text(ROWS)
-    assert fault_of(tmp_path / "rows.json") is None
-    assert fault_of(tmp_path / "rows.jsonl") is None
+    assert file_fault(tmp_path / "rows.json") is None
+    assert file_fault(tmp_path / "rows.jsonl") is None
     (tmp_path / "rows.json").write_text('[\n{"text": "a"},\n{"text": \n')
-    assert str(fault_of(tmp_path / "rows.json")).endswith("rows.json, line 4: Expecting value")
+    assert str(file_fault(tmp_path / "rows.json")).endswith("rows.json, line 4: Expecting value")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from laconic.data.embedded.digit_questions import DigitQuestions
 from laconic.data.text.tokenizer import END, trained_tokenizer
 
 SENTENCES = [
@@ -45,3 +46,17 @@ def chats(number: int) -> list[dict[str, Any]]:
         }
         for index in range(number)
     ]
+
+
+def chats_about_images(folder: Path, number: int) -> str:
+    """A jsonl file of LLaVA's form, with the pictures in files beside it."""
+    folder.mkdir()
+    data, rows = DigitQuestions("train", number), []
+    for index in range(number):
+        row = data[index]
+        row["images"][0].save(folder / f"{index}.png")
+        said = [message["content"] for message in row["messages"]]
+        said[0] = "<image>\n" + said[0][1]["text"]
+        chat = [{"from": ("human", "gpt")[turn % 2], "value": text} for turn, text in enumerate(said)]
+        rows.append({"image": f"{index}.png", "conversations": chat})
+    return jsonl(folder / "chats.jsonl", rows)

@@ -44,6 +44,8 @@ _LEARNED, _LINEAR = ({"scorer": {"name": name, "detach": True}} for name in ("le
 METHODS = [
     VisualMethod("last_query", {"scorer": "last_query"}),
     VisualMethod("pyramiddrop", {"scorer": "last_query", "count": "dynamicvit"}),
+    VisualMethod("divprune", {"scorer": "diversity"}),
+    VisualMethod("dart", {"scorer": {"name": "pivots", "pivots": 3}}),
     VisualMethod("learned", _LEARNED),
     VisualMethod("learned_attached", {"scorer": "learned"}, detached=False),
     VisualMethod("threshold", {**_LEARNED, "selector": "threshold"}, adaptive=True),

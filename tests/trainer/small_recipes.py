@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 from laconic.trainer.build.build import build
 from laconic.trainer.recipe.files import load, shipped
 from tests.data.folders import image_folder
-from tests.data.texts import chats, jsonl, small_tokenizer
+from tests.data.texts import chats, chats_about_images, jsonl, small_tokenizer
 
 # What the name of a recipe ends with that is laid over another one as a control arm.
 ENDINGS = ("_dense", "_random", "_random_choice", "_uniform", "_energy", "_bipartite")
@@ -33,6 +33,8 @@ def small(name: str, folder: Path, quick: Sequence[str]) -> list[str]:
     """
     if name.startswith("llm_"):
         return _language_model(name, folder, quick)
+    if name.startswith("vlm_"):
+        return _vision_language(name, folder, quick)
     if name.startswith("text_"):
         return [*quick, "baselines=[]", "model.config.vocab_size=400", "data.sequence_length=48"]
     if name.startswith("mae_digits"):
@@ -98,3 +100,29 @@ def _language_model(name: str, folder: Path, quick: Sequence[str]) -> list[str]:
     budget = load(name).recipe.budget
     wider = ["budget.target=0.8"] if budget is not None and budget.measure == "macs_ratio" else []
     return [*kept, "baselines=[]", *small, *wider]
+
+
+def _vision_language(name: str, folder: Path, quick: Sequence[str]) -> list[str]:
+    shorter = [item for item in quick if not item.startswith(("model.config", "data.canvas"))]
+    if name == "vlm_finetune":
+        dense = build(load("vlm_digits_dense", _vision_language("vlm_digits_dense", folder, quick)).recipe)
+        dense.model.save_pretrained(folder / "vlm")
+        dense.data.save_beside(folder / "vlm")
+        stages = "[{layer: 1, stack: text, scope: visual, scorer: last_query, count: dynamicvit, keep: 0.5}]"
+        return [
+            *of_files(shorter),
+            f"model.name={folder / 'vlm'}",
+            f"data.data_files={chats_about_images(folder / 'rows', 16)}",
+            f"data.image_dir={folder / 'rows'}",
+            f"compression.stages={stages}",
+            "compression.restore.text.layer=2",
+            "trainer.max_epochs=null",
+        ]
+    sizes = ["hidden_size=16", "num_hidden_layers=2", "num_attention_heads=2", "intermediate_size=32"]
+    return [
+        *shorter,
+        "baselines=[]",
+        *(f"model.config.{part}.{size}" for part in ("vision_config", "text_config") for size in sizes),
+        "model.config.text_config.num_key_value_heads=2",
+        *([] if name.endswith("_dense") else ["compression.stages.0.layer=1", "compression.restore.text.layer=2"]),
+    ]

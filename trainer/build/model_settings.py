@@ -34,9 +34,13 @@ def check_settings(model_type: str, settings: Iterable[str], key: str) -> None:
         if name in OF_TASK:
             raise ValueError(f"{key}.{name} is set by the task and its data: remove it (data.num_labels is the number of classes)")
     _check_names(default, model_type, settings, key)
-    tower = settings.get("vision_config") if isinstance(settings, Mapping) else None
-    if isinstance(tower, Mapping):
-        _check_names(default.vision_config, f"{model_type}'s vision tower", tower, f"{key}.vision_config")
+    for name, part in (("vision_config", "vision tower"), ("text_config", "language model")):
+        inner = settings.get(name) if isinstance(settings, Mapping) else None
+        if isinstance(inner, Mapping):
+            kind = inner.get("model_type")
+            config = getattr(default, name) if kind is None else AutoConfig.for_model(kind)
+            own = {setting: value for setting, value in inner.items() if setting != "model_type"}
+            _check_names(config, f"{model_type}'s {part}", own, f"{key}.{name}")
 
 
 def _check_names(default: PretrainedConfig, owner: str, settings: Iterable[str], key: str) -> None:

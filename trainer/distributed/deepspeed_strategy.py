@@ -18,6 +18,9 @@ from . import collective
 from .deepspeed import join_deepspeed, set_accelerator, told_of_builds
 from .resume import MARKER, remove_checkpoint
 
+# Attribute of a model of transformers whose recording hooks are installed.
+_INSTALLED = "_output_capturing_hooks_installed"
+
 
 class LaconicDeepSpeed(DeepSpeedStrategy):
     """ZeRO in an existing process group.
@@ -83,7 +86,7 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
             # Lightning moves the model to the CPU after training, and DeepSpeed moves back none whose weights are sharded already: its
             # buffers and the small weights that every process holds would stay there.
             model.to(self.root_device)
-        remove_module_hooks(model)
+        remove_hooks(model)
         self.model, _ = self._engine(config, model, model_parameters=[])
 
     def teardown(self) -> None:
@@ -117,3 +120,15 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         stage: int = self.config["zero_optimization"]["stage"]
         return stage
+
+
+def remove_hooks(model: Module) -> None:
+    """Removes the hooks of an earlier engine, and all others.
+
+    transformers records hidden states by hooks, which it installs once: it is told to do so again, or the tower of a LLaVA would have
+    no features.
+    """
+    remove_module_hooks(model)
+    for module in model.modules():
+        if getattr(module, _INSTALLED, False):
+            setattr(module, _INSTALLED, False)

@@ -1,4 +1,4 @@
-"""Image processor or tokenizer of an export, in the files that transformers reads."""
+"""Image processor, tokenizer or processor of an export, in the files that transformers reads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 from PIL import Image
 from transformers import AutoTokenizer
 
+from ...data.chats.processor import load_processor
 from ...data.images.recipe import DRAWN, ImageRecipe
 from ...modules.checkpoints.whole_files import write_file, write_json
 from ..recipe.schema import Recipe
-from ..run_folder import PROCESSOR, TOKENIZER
+from ..run_folder import PROCESSOR, PROCESSOR_OF_CHATS, TOKENIZER
 from ..tasks.base import task_named
 from ..tasks.base_image import ImageTask, image_input, with_normalisation
 from . import image_processing_grey
@@ -19,7 +20,7 @@ from .source import ExportSource
 
 
 def save_preprocessing(source: ExportSource, folder: Path, with_code: bool) -> None:
-    """Writes the image processor of an image task, and the tokenizer that is beside the weights.
+    """Writes the image processor of an image task, and the processor or tokenizer that is beside the weights.
 
     Args:
         source: the model.
@@ -34,7 +35,9 @@ def save_preprocessing(source: ExportSource, folder: Path, with_code: bool) -> N
         write_json(folder / PROCESSOR, settings)
         if "auto_map" in settings:
             write_file(folder / Path(image_processing_grey.__file__).name, Path(image_processing_grey.__file__).read_text("utf-8"))
-    if (place := source.run.with_file(TOKENIZER)) is not None:
+    if (place := source.run.with_file(PROCESSOR_OF_CHATS)) is not None:
+        load_processor(str(place)).save_pretrained(folder)
+    elif (place := source.run.with_file(TOKENIZER)) is not None:
         AutoTokenizer.from_pretrained(place, trust_remote_code=False).save_pretrained(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from ...data.chats.recipe import ChatRecipe
 from ...data.images.recipe import LabelledImageRecipe, MaskRecipe, UnlabelledImageRecipe
 from ...data.recipe import DataRecipe
 from ...data.text.recipe import DocumentRecipe, LabelledTextRecipe
@@ -14,6 +15,7 @@ KINDS: Mapping[str, type[DataRecipe]] = {
     "masked_image_pretraining": UnlabelledImageRecipe,
     "semantic_segmentation": MaskRecipe,
     "text_classification": LabelledTextRecipe,
+    "vision_language": ChatRecipe,
 }
 
 

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
+from ...data.chats.recipe import ChatRecipe
 from ...data.images.recipe import DRAWN
 from ...data.source import OF_FILES
 from ...data.text.recipe import DocumentRecipe, TextRecipe
 from .schema import Recipe
 
-EMBEDDED = (DRAWN, "python_passages", *DocumentRecipe.embedded)
+EMBEDDED = (DRAWN, "python_passages", *DocumentRecipe.embedded, *ChatRecipe.embedded)
 # Data sets without bad rows.
-_GENERATED = (DRAWN, "python_passages")
+_GENERATED = (DRAWN, "python_passages", *ChatRecipe.embedded)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ TABLE = (
         "data.name = {r.data.name!r} comes with Laconic and reads no files: remove it, or set data.name to a type of files or a hub name",
     ),
     Unread(
-        _in("data", "image_column", "mask_column", "text_column", "second_text_column", "label_column", "num_labels", "ignore_index"),
+        (
+            *_in("data", "image_column", "image_dir", "mask_column", "text_column", "second_text_column", "chat_column", "label_column"),
+            *_in("data", "num_labels", "ignore_index"),
+        ),
         lambda r: r.data.name in EMBEDDED,
         "data.name = {r.data.name!r} comes with Laconic and has fixed columns and classes: remove it",
     ),
@@ -132,7 +136,7 @@ TABLE = (
     ),
     Unread(
         ("trainer.pictures",),
-        lambda r: isinstance(r.data, TextRecipe),
+        lambda r: isinstance(r.data, TextRecipe | ChatRecipe),
         "task = {r.task} has no images: remove it; laconic inspect shows the kept tokens of a text",
     ),
     Unread(

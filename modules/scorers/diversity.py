@@ -1,0 +1,43 @@
+"""Diversity scorer: tokens that are far from each other."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from ..cost.shape import StackShape
+from ..site import SiteInput
+from .base import Scored, Scorer
+
+
+class DiversityScorer(Scorer):
+    """Order in which a greedy search for the largest smallest distance takes the tokens (DivPrune, arXiv 2503.02175).
+
+    The distance of two tokens is 1 less the cosine of their hidden states. The first token is the one whose nearest other token is farthest;
+    each next one is farthest from those that were taken. Scores are 0, -1, -2 … in this order, so that any count keeps a solution of the
+    search. It is not trained, and takes one step a token.
+    """
+
+    lookahead = True
+
+    @torch.no_grad()
+    def forward(self, inputs: SiteInput) -> Scored:
+        state = inputs.state
+        routable, features = state.routable, functional.normalize(inputs.hidden_states.float(), dim=-1)
+        rows, tokens = routable.shape
+        distance = 1 - features @ features.transpose(1, 2)
+        own = torch.eye(tokens, dtype=torch.bool, device=distance.device)
+        nearest = distance.masked_fill(own | ~routable[:, None], torch.inf).amin(-1).masked_fill(~routable, -torch.inf)
+        scores = torch.zeros(rows, tokens, device=distance.device)
+        for step in range(tokens):
+            taken = nearest.argmax(-1, keepdim=True)
+            if step == 0:
+                nearest = torch.full_like(nearest, torch.inf).masked_fill(~routable, -torch.inf)
+            # In a row without a token left, a token that nothing reads gets a score.
+            scores.scatter_(1, taken, -float(step))
+            to_taken = distance.gather(1, taken.unsqueeze(-1).expand(-1, -1, tokens)).squeeze(1)
+            nearest = torch.minimum(nearest, to_taken).scatter(1, taken, -torch.inf)
+        return Scored(scores)
+
+    def macs(self, shape: StackShape, tokens: int) -> int:
+        return tokens**2 * shape.hidden

@@ -1,0 +1,50 @@
+"""Pivot scorer: tokens that repeat the fewest of a few pivot tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from ..cost.shape import StackShape
+from ..site import SiteInput, TokenSpec
+from .base import Scored, Scorer
+
+
+class PivotsScorer(Scorer):
+    """Pivots first, then in turn the token that is least similar to each of them (DART, arXiv 2502.11494).
+
+    Pivots are the tokens with the largest hidden states (the paper finds that it hardly matters which tokens are). Similarity is the cosine of
+    hidden states. It is not trained.
+
+    Args:
+        spec: the tokens to score.
+        pivots: number of pivots; at least 1.
+    """
+
+    lookahead = True
+
+    def __init__(self, spec: TokenSpec, pivots: int = 8) -> None:
+        super().__init__(spec)
+        if pivots < 1:
+            raise ValueError(f"pivots = {pivots} must be at least 1")
+        self.pivots = pivots
+
+    @torch.no_grad()
+    def forward(self, inputs: SiteInput) -> Scored:
+        state, hidden_states = inputs.state, inputs.hidden_states.float()
+        routable, tokens = state.routable, state.tokens
+        number = min(self.pivots, tokens)
+        # A stable sort, whose choice among equal norms does not depend on the batch.
+        norms = hidden_states.norm(dim=-1).masked_fill(~routable, -1)
+        pivots = norms.sort(dim=-1, descending=True, stable=True).indices[:, :number]
+        features = functional.normalize(hidden_states, dim=-1)
+        chosen = features.gather(1, pivots.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+        similarity = (chosen @ features.transpose(1, 2)).masked_fill(~routable[:, None], torch.inf)
+        # Place of every token in the list of each pivot, least similar first; lists take turns.
+        place = similarity.sort(dim=-1, stable=True).indices.argsort(dim=-1)
+        turn = place * number + torch.arange(number, device=place.device)[:, None]
+        scores = -turn.amin(1).float()
+        return Scored(scores.scatter(1, pivots, 1.0))
+
+    def macs(self, shape: StackShape, tokens: int) -> int:
+        return tokens * shape.hidden * (1 + min(self.pivots, tokens))

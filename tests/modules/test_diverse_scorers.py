@@ -1,0 +1,73 @@
+"""Scorers that compare tokens with each other, against naive searches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from laconic.modules.scorers.diversity import DiversityScorer
+from laconic.modules.scorers.pivots import PivotsScorer
+from laconic.modules.site import TokenSpec
+from laconic.modules.tokens.state import TokenState
+
+SPEC = TokenSpec(8, 0, causal=True)
+
+
+def _site(rows: int = 3, tokens: int = 14) -> Any:
+    """Two protected tokens in front, and rows with padding behind."""
+    hidden_states = torch.randn(rows, tokens, 8, generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(tokens) < torch.tensor([tokens, tokens - 5, 4])[:rows, None]
+    state = TokenState.initial(rows, tokens, 2, valid, hidden_states.device)
+    return SimpleNamespace(hidden_states=hidden_states, state=state)
+
+
+def _kept(scores: Tensor, routable: Tensor, count: int) -> set[int]:
+    return set(scores.masked_fill(~routable, -torch.inf).argsort(descending=True, stable=True)[:count].tolist())
+
+
+def _farthest(features: Tensor, candidates: list[int], count: int) -> set[int]:
+    distance = 1 - features @ features.T
+    first = max(candidates, key=lambda one: min((float(distance[one, other]) for other in candidates if other != one), default=0))
+    taken = [first]
+    while len(taken) < count:
+        left = [one for one in candidates if one not in taken]
+        taken.append(max(left, key=lambda one: min(float(distance[one, other]) for other in taken)))
+    return set(taken)
+
+
+def test_diversity_takes_tokens_as_the_greedy_max_min_search() -> None:
+    site = _site()
+    scores = DiversityScorer(SPEC)(site).scores
+    features = functional.normalize(site.hidden_states, dim=-1)
+    for row in range(3):
+        routable = site.state.routable[row]
+        candidates = routable.nonzero().flatten().tolist()
+        for count in range(1, len(candidates) + 1):
+            assert _kept(scores[row], routable, count) == _farthest(features[row], candidates, count)
+
+
+def test_pivots_add_in_turn_the_token_least_similar_to_each() -> None:
+    site = _site()
+    for number in (1, 3):
+        scores = PivotsScorer(SPEC, pivots=number)(site).scores
+        features = functional.normalize(site.hidden_states, dim=-1)
+        for row in range(3):
+            routable = site.state.routable[row]
+            candidates = routable.nonzero().flatten().tolist()
+            norms = site.hidden_states[row].norm(dim=-1)
+            pivots = sorted(candidates, key=lambda one: -float(norms[one]))[:number]
+            lists = [sorted(candidates, key=lambda one, pivot=pivot: float(features[row, pivot] @ features[row, one])) for pivot in pivots]
+            taken = list(pivots)
+            for place in range(len(candidates)):
+                for ranked in lists:
+                    if ranked[place] not in taken:
+                        taken.append(ranked[place])
+            for count in range(len(pivots), len(candidates) + 1):
+                assert _kept(scores[row], routable, count) == set(taken[:count])
+    with pytest.raises(ValueError, match="pivots = 0 must be at least 1"):
+        PivotsScorer(SPEC, pivots=0)

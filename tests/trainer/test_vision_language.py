@@ -1,0 +1,143 @@
+"""Vision-language models trained from a recipe: loss, metric, run, evaluation, export, and batches without an image."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies.deepspeed import remove_module_hooks
+from rich.console import Console
+from transformers import AutoProcessor
+
+import laconic
+from laconic import Trace
+from laconic.data.chats.splits import ChatData
+from laconic.data.embedded.digit_questions import DigitQuestions
+from laconic.data.rows import collate
+from laconic.modules.tokens.labels import IGNORE_TOKEN
+from laconic.trainer.build.build import build
+from laconic.trainer.distributed.deepspeed_strategy import remove_hooks
+from laconic.trainer.errors import RecipeError
+from laconic.trainer.evaluate import evaluate
+from laconic.trainer.export.export import export
+from laconic.trainer.losses.answer_loss import AnswerLoss, answer_loss
+from laconic.trainer.metrics.answers import AnswerAccuracy
+from laconic.trainer.recipe.files import load
+from laconic.trainer.run import train
+from laconic.trainer.run_folder import RunFolder
+from tests.trainer.small_recipes import small
+
+
+@pytest.fixture(scope="module")
+def parts() -> Any:
+    return build(load("vlm_digits", small("vlm_digits", Path(), QUICK)).recipe)
+
+
+QUICK = ["trainer.max_steps=2", "data.batch_size=4", "data.eval_batch_size=4", "data.train_samples=16", "data.eval_samples=6", "trainer.bench_rounds=0"]  # fmt: skip
+
+
+def _batch(parts: Any, rows: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
+    return collate([parts.data.train[row] for row in rows])
+
+
+def test_the_loss_is_that_of_transformers_with_its_gradient(parts: Any) -> None:
+    plain, batch = laconic.decompress(copy.deepcopy(parts.model)).train(), _batch(parts)
+    found = answer_loss(plain, batch)
+    found.mean.backward()
+    ours = {name: p.grad.clone() for name, p in plain.named_parameters() if p.grad is not None}
+    plain.zero_grad()
+    given = {key: batch[key] for key in ("input_ids", "attention_mask", "labels", "pixel_values")}
+    expected = plain(**given, use_cache=False).loss
+    expected.backward()
+    torch.testing.assert_close(found.mean, expected)
+    theirs = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys()
+    torch.testing.assert_close(ours, theirs)
+    assert len(found.right) == int((batch["labels"] != IGNORE_TOKEN).sum())
+
+
+def test_answers_are_right_as_a_whole_and_counted_by_kind() -> None:
+    # Row 0: two answers of 2 and 1 tokens; row 1: one answer of 2 tokens.
+    out = AnswerLoss(
+        torch.tensor(3.0),
+        torch.tensor([True, True, False, True, False]),
+        torch.tensor([0, 0, 0, 1, 1]),
+        torch.tensor([0, 0, 1, 0, 0]),
+    )
+    quality = AnswerAccuracy()
+    quality.add(out, {"kinds": torch.tensor([[1, 0], [1, -1]])})
+    assert (quality.right, quality.total) == ({-1: 0, 0: 0, 1: 1}, {-1: 0, 0: 1, 1: 2})
+    assert quality.value == pytest.approx(1 / 3)
+    other = AnswerAccuracy()
+    other.add(out, {"kinds": torch.tensor([[1, 0], [1, -1]])})
+    quality.merge(other)
+    assert quality.value == pytest.approx(1 / 3)
+    data = ChatData([], [], [], processor=None, length=8, kinds=("reading", "counting"))  # type: ignore[arg-type]
+    details = quality.details(data)
+    assert details["answers"] == {"reading": {"accuracy": 0.0, "answers": 2}, "counting": {"accuracy": 0.5, "answers": 4}}
+    assert details["loss"] == pytest.approx(0.6)
+    unnamed = AnswerAccuracy()
+    unnamed.add(out, {"kinds": torch.empty(2, 0, dtype=torch.long)})
+    assert unnamed.value == pytest.approx(1 / 3)
+
+
+def test_a_batch_without_an_image_trains_and_gives_the_tower_a_gradient_of_zero() -> None:
+    parts = build(load("vlm_digits", small("vlm_digits", Path(), QUICK)).recipe)
+    batch = _batch(parts)
+    placeholder = parts.model.config.image_token_id
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == placeholder, 5)
+    del batch["pixel_values"]
+    answer_loss(parts.model.train(), batch, trace=Trace()).mean.backward()
+    gradients = {name: p.grad for name, p in parts.model.named_parameters() if "vision_tower" in name or "projector" in name}
+    assert gradients
+    # Layers above the one whose features are read have none, in any batch.
+    lacking = {name for name, gradient in gradients.items() if gradient is None}
+    assert all("post_layernorm" in name for name in lacking), lacking
+    assert not any(bool(gradient.any()) for gradient in gradients.values() if gradient is not None)
+
+
+def test_a_run_is_reported_by_kind_evaluated_exported_and_answers(tmp_path: Path, console: Console) -> None:
+    overrides = [*small("vlm_digits", tmp_path, QUICK), f"output={tmp_path / 'run'}"]
+    report = train(load("vlm_digits", overrides), overrides, console)
+    assert report.quality["metric"] == "answer_accuracy"
+    assert report.keep["requested"] == {"text.before_1": 0.25}
+    assert report.keep["achieved"]["text.before_1"] == pytest.approx(0.25, abs=0.15)
+    again = evaluate(str(tmp_path / "run"), RunFolder.open(tmp_path / "run").read_recipe(), console)
+    assert again["variants"]["compressed"]["answer_accuracy"] == report.quality["compressed"]
+    assert export(str(tmp_path / "run"), str(tmp_path / "merged"))["max_abs_logit_diff"] == 0
+    model = laconic.from_pretrained(tmp_path / "merged")
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged", backend="pil")
+    row = DigitQuestions("test", 6)[0]
+    text = processor.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True)
+    given = processor(text=text, images=row["images"], return_tensors="pt")
+    made = model.generate(**given, max_new_tokens=4, do_sample=False)
+    assert made.shape[1] > given["input_ids"].shape[1]
+
+
+def test_hooks_that_a_strategy_removes_are_installed_again(parts: Any) -> None:
+    model, batch = laconic.decompress(copy.deepcopy(parts.model)).eval(), _batch(parts)
+    given = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        expected = model(**given).logits
+        remove_hooks(model)
+        assert torch.equal(model(**given).logits, expected)
+        # What is guarded against.
+        remove_module_hooks(model)
+        with pytest.raises((TypeError, AttributeError, IndexError, KeyError)):
+            model(**given)
+
+
+def test_what_does_not_belong_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data.image_dir = 'x' has no effect"):
+        load("vlm_digits", ["data.image_dir=x"])
+    with pytest.raises(RecipeError, match=r"data.canvas is for"):
+        load("vlm_digits", ["data.canvas={size: 32}"])
+    with pytest.raises(ValueError, match=r"bert is no vision-language model"):
+        build(load("vlm_digits_dense", ["model.config={model_type: bert}"]).recipe)
+    with pytest.raises(ValueError, match=r"vocab_size = 299 must be at least 300|entries and the model"):
+        build(load("vlm_digits_dense", ["model.config.text_config.vocab_size=300"]).recipe)
+    with pytest.raises(ValueError, match=r"data.processor is missing"):
+        build(load("vlm_digits_dense", ["data.name=json", "data.data_files=x.jsonl"]).recipe)

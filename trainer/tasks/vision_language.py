@@ -1,0 +1,187 @@
+"""Vision-language fine-tuning: answers to questions about images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from ...data.chats.processor import load_processor, made_processor
+from ...data.chats.recipe import ChatRecipe
+from ...data.chats.splits import ChatData, digit_questions, hub_chats
+from ...data.embedded.digit_questions import DigitQuestions
+from ...data.labels.classes import KnownClasses
+from ...data.splits import Splits
+from ...modules.backbones.llava import Llava
+from ..build.initial_weights import start_of
+from ..build.parts import RunParts
+from ..losses.answer_loss import AnswerLoss, answer_loss
+from ..metrics.answers import AnswerAccuracy
+from ..metrics.quality import Quality
+from ..recipe.schema import ModelRecipe, Recipe
+from ..run_folder import PROCESSOR_OF_CHATS, RunFolder
+from ..task_module import TaskModule
+from .base import PROBES, Task
+
+# Pictures whose questions a new tokenizer is trained on.
+_READ = 200
+_PROBE_TEXT = 16
+
+
+class VisionLanguage(Task):
+    """Learns the answers of chats about images, with a model of transformers that has an image tower, a projector and a language model."""
+
+    metric = "answer_accuracy"
+    quality: ClassVar[type[Quality]] = AnswerAccuracy
+    unit = "tokens"
+    item = "chats"
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        if recipe.distillation is not None:
+            raise ValueError(
+                f"distillation needs an image classifier as a teacher, and task = {recipe.task} has chats: remove distillation"
+            )
+        if recipe.model.encoder_of is not None:
+            raise ValueError(f"model.encoder_of is for images alone, and task = {recipe.task} has chats: set model.name or model.config")
+
+    @classmethod
+    def model_class(cls, model_type: str) -> type[PreTrainedModel]:
+        if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            raise ValueError(f"{model_type} is no vision-language model of transformers: use llava, for example")
+        model: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])
+        return model
+
+    @classmethod
+    def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig, **options: Any) -> Any:
+        with_report = options.pop("output_loading_info", False)
+        model, report = cls.model_class(config.model_type).from_pretrained(
+            recipe.name,
+            revision=recipe.revision,
+            config=config,
+            attn_implementation=recipe.attention,
+            # Whatever the checkpoint's dtype: trainer.precision decides what is computed in bf16.
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
+        )
+        if missing := sorted(map(str, report["missing_keys"])):
+            raise ValueError(f"model.name = {recipe.name!r} lacks the weights {', '.join(missing[:3])}: it is no {config.model_type}")
+        return (model, report) if with_report else model
+
+    @classmethod
+    def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
+        folder = run.with_file(PROCESSOR_OF_CHATS)
+        if folder is None:
+            return recipe
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"processor": str(folder)})})
+
+    @classmethod
+    def size(cls, recipe: Recipe) -> None:
+        return None
+
+    @classmethod
+    def open_data(cls, recipe: Recipe, config: PretrainedConfig, known: KnownClasses | None = None) -> ChatData:
+        data = recipe.data
+        assert isinstance(data, ChatRecipe)
+        processor = cls._processor(recipe, data, config)
+        if data.name in data.embedded:
+            return digit_questions(data.train_samples, data.eval_samples, _image_size(config), processor, data.sequence_length)
+        folder = Path(data.image_dir or "")
+        return hub_chats(data.source, data.splits, processor, data.sequence_length, data.chat_column, data.image_column, folder)
+
+    @classmethod
+    def _processor(cls, recipe: Recipe, data: ChatRecipe, config: PretrainedConfig) -> Any:
+        if data.processor is not None:
+            return load_processor(data.processor)
+        if (start := start_of(recipe.model)) is not None:
+            return load_processor(*start.beside(PROCESSOR_OF_CHATS))
+        if data.name not in data.embedded:
+            raise ValueError("data.processor is missing: a new model on your own chats needs the processor of its family")
+        inner: Any = config
+        tower = inner.vision_config
+        read = DigitQuestions("train", _READ, _image_size(config))
+        return made_processor(
+            [text for index in range(_READ) for text in _texts(read[index]["messages"])],
+            inner.get_text_config().vocab_size,
+            tower.image_size,
+            tower.patch_size,
+            inner.vision_feature_select_strategy,
+            Llava.class_tokens(config),
+        )
+
+    @classmethod
+    def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
+        assert isinstance(data, ChatData)
+        inner: Any = config
+        text: Any = config.get_text_config()
+        tokenizer, placeholder = data.tokenizer, data.tokenizer.convert_tokens_to_ids(data.processor.image_token)
+        if len(tokenizer) > text.vocab_size:
+            raise ValueError(
+                f"the processor's tokenizer has {len(tokenizer)} entries and the model {text.vocab_size}: set data.processor to the model's own"
+            )
+        if not config.name_or_path:
+            # A new model uses the special tokens of its processor instead of the family's default ones.
+            inner.image_token_id = placeholder
+            text.bos_token_id, text.eos_token_id, text.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        elif inner.image_token_id != placeholder:
+            raise ValueError(
+                f"the model's image_token_id is {inner.image_token_id}, and the processor's placeholder {data.processor.image_token!r} has "
+                f"the id {placeholder}: set data.processor to the model's own"
+            )
+
+    @classmethod
+    def module(cls, parts: RunParts) -> TaskModule:
+        return TaskModule(cls, parts)
+
+    @classmethod
+    def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
+        inner: Any = config
+        draws, tower = torch.Generator().manual_seed(0), inner.vision_config
+        ids = torch.randint(inner.get_text_config().vocab_size, (PROBES, _PROBE_TEXT), generator=draws)
+        ids = ids.masked_fill(ids == inner.image_token_id, 0)
+        image = ids.new_full((PROBES, Llava.image_tokens(config)), inner.image_token_id)
+        pixels = torch.randn(PROBES, tower.num_channels, tower.image_size, tower.image_size, generator=draws)
+        return {"input_ids": torch.cat([ids[:, :2], image, ids[:, 2:]], 1), "pixel_values": pixels}
+
+    @classmethod
+    def amount(cls, batch: Mapping[str, Any]) -> int:
+        tokens: int = batch["tokens"]
+        return tokens
+
+    @classmethod
+    def compile(cls, model: PreTrainedModel) -> None:
+        model.base_model.compile()
+
+    @classmethod
+    def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        return cls.forward(model, batch, **options).mean
+
+    @classmethod
+    def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> AnswerLoss:
+        return answer_loss(model, batch, **options)
+
+
+def _image_size(config: PretrainedConfig) -> int:
+    inner: Any = config
+    size: int = inner.vision_config.image_size
+    return size
+
+
+def _texts(messages: list[dict[str, Any]]) -> list[str]:
+    return [
+        text
+        for message in messages
+        for text in (
+            [message["content"]]
+            if isinstance(message["content"], str)
+            else [part["text"] for part in message["content"] if part["type"] == "text"]
+        )
+    ]
