@@ -29,12 +29,12 @@ def test_every_shipped_recipe_is_valid_and_runs_two_steps(name: str, tmp_path: P
     assert checked.steps == 2
     # Texts are of many lengths, and their target is met for the longest.
     adaptive = "adaptive" in name or name.startswith("text_") or (name.startswith("llm_") and loaded.recipe.compression is not None)
-    # Two steps hardly find a threshold; test_adaptive holds it to its target.
-    assert report.macs_ratio == pytest.approx(checked.macs_ratio, abs=0.15 if adaptive else 1e-6)
+    # Two steps hardly find a threshold; test_adaptive holds it to its target. The cost of a chat is that of its own text.
+    assert report.macs_ratio == pytest.approx(checked.macs_ratio, abs=0.15 if adaptive or name.startswith("vlm_") else 1e-6)
     if loaded.recipe.compression is not None:
         budget = loaded.recipe.budget
-        assert budget is not None
-        assert budget.measure == "keep" or report.macs_ratio <= budget.target + (0.15 if adaptive else 0)
+        assert budget is not None or all(stage.keep is not None for stage in loaded.recipe.compression.stages)
+        assert budget is None or budget.measure == "keep" or report.macs_ratio <= budget.target + (0.15 if adaptive else 0)
         for stage, keep in report.keep["requested"].items():
             # Half a token of the few that such small images have.
             assert report.keep["achieved"][stage] == pytest.approx(keep, abs=0.3 if adaptive else 0.5 / 7)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from laconic.trainer.recipe.unread import TABLE
 VALUES = {
     "data.data_dir": "/my/images", "data.data_files": "x.csv", "data.config": "en", "data.revision": "v1", "data.train_split": "a",
     "data.validation_split": "b", "data.test_split": "c", "data.validation_fraction": "0.3", "data.image_column": "img",
-    "data.mask_column": "m", "data.text_column": "t", "data.second_text_column": "u", "data.label_column": "y", "data.num_labels": "7",
+    "data.chat_column": "c", "data.image_dir": "d", "data.mask_column": "m", "data.text_column": "t", "data.second_text_column": "u", "data.label_column": "y", "data.num_labels": "7",
     "data.ignore_index": "9", "data.mean": "[0.4]", "data.std": "[0.4]", "data.max_bad_fraction": "0.1", "data.canvas.size": "64",
     "data.train_samples": "70", "data.eval_samples": "70", "data.mixing.switch": "0.3", "data.label_smoothing": "0.1",
     "model.revision": "v1", "distillation.revision": "v1", "distillation.temperature": "3", "distillation.teacher": "x",
@@ -30,7 +30,7 @@ TAUGHT = ["model.config=null", "model.name=runs/x", "distillation={teacher: runs
 # For every row of the table, in order: recipes and overrides under which its condition holds. Together they have all of its keys.
 CASES = [
     [("vit_digits", []), ("llm_pretrain", []), ("text_classify", []), ("llm_lora", [])],
-    [("vit_digits", []), ("llm_pretrain", []), ("text_classify", []), ("segment_digits", [])],
+    [("vit_digits", []), ("llm_pretrain", []), ("text_classify", []), ("segment_digits", []), ("vlm_digits", [])],
     [("vit_digits", []), ("segment_digits", [])],
     [("vit_digits", []), ("text_classify", [])],
     [("vit_digits", FILES)],
@@ -48,7 +48,7 @@ CASES = [
     [("vit_digits_dense", []), ("vit_digits", ["compression=null", "budget=null"])],
     [("vit_digits", []), ("vit_lora", ["lora={mode: routers}"]), ("vit_lora", ["lora={mode: full}"])],
     [("vit_digits", ["optimizer.schedule=constant"])],
-    [("llm_pretrain", []), ("text_classify", [])],
+    [("llm_pretrain", []), ("text_classify", []), ("vlm_digits", [])],
     [("vit_digits", [])],
     [("vit_digits", []), ("vit_digits", ["budget.schedule=constant"])],
     [("vit_digits", [])],
@@ -61,6 +61,7 @@ READ = [
     ("vit_digits", ["data.name=x/y"], ["data.config", "data.revision"]),
     ("segment_digits", FILES, ["data.mask_column", "data.ignore_index"]),
     ("text_classify", ["data.name=x/y"], ["data.text_column", "data.second_text_column"]),
+    ("vlm_finetune", ["data.data_files=x.json"], ["data.chat_column", "data.image_dir"]),
     ("vit_digits", ["model.config.image_size=64"], ["data.canvas.size", "data.train_samples", "data.eval_samples", "data.label_smoothing",
                                                     "optimizer.router_lr", "optimizer.router_weight_decay", "trainer.pictures",
                                                     "optimizer.final"]),
