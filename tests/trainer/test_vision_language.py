@@ -21,7 +21,7 @@ from laconic.modules.tokens.labels import IGNORE_TOKEN
 from laconic.trainer.build.build import build
 from laconic.trainer.distributed.deepspeed_strategy import remove_hooks
 from laconic.trainer.errors import RecipeError
-from laconic.trainer.evaluate import evaluate
+from laconic.trainer.evaluate import evaluate, inspect_run
 from laconic.trainer.export.export import export
 from laconic.trainer.losses.answer_loss import AnswerLoss, answer_loss
 from laconic.trainer.metrics.answers import AnswerAccuracy
@@ -107,6 +107,16 @@ def test_a_run_is_reported_by_kind_evaluated_exported_and_answers(tmp_path: Path
     assert report.keep["achieved"]["text.before_1"] == pytest.approx(0.25, abs=0.15)
     again = evaluate(str(tmp_path / "run"), RunFolder.open(tmp_path / "run").read_recipe(), console)
     assert again["variants"]["compressed"]["answer_accuracy"] == report.quality["compressed"]
+    assert (tmp_path / "run" / "kept_tokens.png").is_file()
+    recipe, picture = RunFolder.open(tmp_path / "run").read_recipe(), tmp_path / "kept.png"
+    assert inspect_run(str(tmp_path / "run"), recipe, None, picture) == report.keep["achieved"]
+    DigitQuestions("test", 6)[1]["images"][0].save(tmp_path / "a.png")
+    kept = inspect_run(str(tmp_path / "run"), recipe, f"{tmp_path / 'a.png'} Where is the 7?", tmp_path / "own.png")
+    assert kept == {"text.before_1": 0.25}
+    assert (tmp_path / "own.png").is_file()
+    for wrong, message in (("nowhere.png What?", "image file that does not exist"), (str(tmp_path / "a.png"), "and a question")):
+        with pytest.raises(ValueError, match=message):
+            inspect_run(str(tmp_path / "run"), recipe, wrong, tmp_path / "own.png")
     assert export(str(tmp_path / "run"), str(tmp_path / "merged"))["max_abs_logit_diff"] == 0
     model = laconic.from_pretrained(tmp_path / "merged")
     processor = AutoProcessor.from_pretrained(tmp_path / "merged", backend="pil")

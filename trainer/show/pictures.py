@@ -45,12 +45,43 @@ def overlays(trace: Trace, number: int) -> np.ndarray:
     """(number, height, width, 3) uint8: images with dropped patches darkened and tinted blue."""
     pixel_values = trace.flow().pixel_values
     assert pixel_values is not None
-    kept = kept_pixels(trace)[:number, :, :, None].cpu().numpy()
-    image = pixel_values[:number, :, : kept.shape[1], : kept.shape[2]].float().cpu()
+    return _darkened(pixel_values[:number], kept_pixels(trace)[:number])
+
+
+def _darkened(pixel_values: Tensor, kept: Tensor) -> np.ndarray:
+    """(n, height, width, 3) uint8: images (n, C, height or more, width or more), darkened where (n, height, width) ``kept`` is False."""
+    shown = kept[..., None].cpu().numpy()
+    image = pixel_values[:, :, : kept.shape[1], : kept.shape[2]].float().cpu()
     low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
     image = ((image - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     dropped = 0.3 * image + np.array([0.05, 0.08, 0.25])
-    return (np.where(kept, image, dropped).clip(0, 1) * 255).astype(np.uint8)
+    return (np.where(shown, image, dropped).clip(0, 1) * 255).astype(np.uint8)
+
+
+def visual_overlays(trace: Trace, stack: str, pixel_values: Tensor, grid: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Pictures of the visual tokens that each stage of a language model keeps.
+
+    Args:
+        trace: trace of a forward.
+        stack: name of the stack of the language model.
+        pixel_values: (images, C, height, width) of all rows, in their order.
+        grid: rows and columns of an image's visual tokens.
+
+    Returns:
+        (images, height, width, 3) uint8 by stage, dropped tokens darkened and tinted blue.
+    """
+    visual = trace.flow(stack).visual
+    assert visual is not None
+    down, across = (side // cells for side, cells in zip(pixel_values.shape[-2:], grid, strict=True))
+    found = {}
+    for stage, routing in trace.routings.items():
+        if not stage.startswith(f"{stack}."):
+            continue
+        kept = routing.decision.kept_mask(routing.state.tokens)
+        placed = torch.zeros_like(visual).scatter(1, routing.state.position, kept)
+        patches = placed[visual].view(-1, *grid)
+        found[stage] = _darkened(pixel_values, patches.repeat_interleave(down, 1).repeat_interleave(across, 2))
+    return found
 
 
 def save_kept_tokens(path: Path, rows: Sequence[tuple[str, np.ndarray]], titles: Sequence[str]) -> None:

@@ -12,13 +12,18 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from ...data.chats.messages import images_of
 from ...data.chats.processor import load_processor, made_processor
 from ...data.chats.recipe import ChatRecipe
 from ...data.chats.splits import ChatData, digit_questions, hub_chats
 from ...data.embedded.digit_questions import DigitQuestions
 from ...data.labels.classes import KnownClasses
+from ...data.rows import collate, good_rows
 from ...data.splits import Splits
+from ...data.text.conversations import WrongRow
 from ...modules.backbones.llava import Llava
+from ...modules.stage import stages_of
+from ...modules.tokens.trace import Trace
 from ..build.initial_weights import start_of
 from ..build.parts import RunParts
 from ..losses.answer_loss import AnswerLoss, answer_loss
@@ -26,6 +31,7 @@ from ..metrics.answers import AnswerAccuracy
 from ..metrics.quality import Quality
 from ..recipe.schema import ModelRecipe, Recipe
 from ..run_folder import PROCESSOR_OF_CHATS, RunFolder
+from ..show.pictures import PICTURED, save_kept_tokens, visual_overlays
 from ..task_module import TaskModule
 from .base import PROBES, Task
 
@@ -152,6 +158,52 @@ class VisionLanguage(Task):
         return {"input_ids": torch.cat([ids[:, :2], image, ids[:, 2:]], 1), "pixel_values": pixels}
 
     @classmethod
+    def draw(cls, arms: Mapping[str, RunParts], folder: Path) -> None:
+        compressed = {name: parts for name, parts in arms.items() if stages_of(parts.model)}
+        if not compressed:
+            return
+        rows = []
+        for name, parts in reversed(compressed.items()):
+            _, pictures, titles = cls._shown(parts.model.eval(), parts.data, parts.recipe.seed)
+            rows += [(f"{name}, {stage}", shown) for stage, shown in pictures.items()]
+        save_kept_tokens(RunFolder(folder).kept_tokens, rows, titles)
+
+    @classmethod
+    def _shown(cls, model: PreTrainedModel, data: Any, seed: int, given: str | None = None) -> tuple[Trace, dict[str, Any], list[str]]:
+        """Trace of a forward, pictures of the kept tokens by stage, and the title of each picture.
+
+        Args:
+            model: compressed model in evaluation mode.
+            data: splits with a processor; the first test rows are shown.
+            seed: seed of the draws.
+            given: file of a picture and a question that are shown instead.
+        """
+        tower: Any = model.config.vision_config
+        grid = (tower.image_size // tower.patch_size,) * 2
+        with torch.no_grad():
+            if given is None:
+                batch = collate(good_rows(data.test, PICTURED))
+                if "pixel_values" not in batch:
+                    raise ValueError("the first held-out rows have no image: give one with --input 'FILE QUESTION'")
+                trace = Trace(seed=seed, sample_ids=batch["sample_ids"])
+                titles = [""] * len(batch["pixel_values"])
+                cls.forward(model, batch, trace=trace)
+            else:
+                batch, question = _asked(data.processor, given)
+                trace, titles = Trace(seed=seed), [question]
+                # With a cache the last token of the forward is the end of the prompt.
+                model(**batch, use_cache=True, trace=trace)
+        return trace, visual_overlays(trace, Llava.stack_name, batch["pixel_values"], grid), titles
+
+    @classmethod
+    def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
+        if to.suffix != ".png":
+            raise ValueError(f"--to {to}: pictures of kept tokens need the suffix .png")
+        trace, pictures, titles = cls._shown(model, cls.open_data(recipe, model.config), recipe.seed, given)
+        save_kept_tokens(to, list(pictures.items()), titles)
+        return {name: routing.achieved for name, routing in trace.routings.items()}
+
+    @classmethod
     def amount(cls, batch: Mapping[str, Any]) -> int:
         tokens: int = batch["tokens"]
         return tokens
@@ -167,6 +219,21 @@ class VisionLanguage(Task):
     @classmethod
     def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> AnswerLoss:
         return answer_loss(model, batch, **options)
+
+
+def _asked(processor: Any, given: str) -> tuple[dict[str, Tensor], str]:
+    """Model inputs of a picture's file and a question, and the question. Raises ValueError if there is no such picture."""
+    name, _, question = given.partition(" ")
+    if not question.strip():
+        raise ValueError(f"--input {given!r}: give the file of a picture and a question, 'photo.png What is this?' for example")
+    try:
+        (image,) = images_of(name, [None], Path())
+    except WrongRow as wrong:
+        raise ValueError(f"--input {given!r}: {wrong}") from None
+    content = [{"type": "image"}, {"type": "text", "text": question.strip()}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    made = processor(text=text, images=[image], return_tensors="pt")
+    return {name: made[name] for name in ("input_ids", "attention_mask", "pixel_values")}, question.strip()
 
 
 def _image_size(config: PretrainedConfig) -> int:
