@@ -93,7 +93,10 @@ def _digest(rows: Any) -> str:
     digest = hashlib.sha256()
     for index in sorted({position * len(rows) // SAMPLED for position in range(SAMPLED)} if len(rows) else ()):
         for key, value in sorted(rows[index].items()):
-            if not isinstance(value, torch.Tensor):
+            if isinstance(value, list):
+                # Pixels of images.
+                digest.update(f"{key} {len(value)}".encode())
+            elif not isinstance(value, torch.Tensor):
                 digest.update(f"{key} {value}".encode())
             elif not value.is_floating_point():
                 digest.update(key.encode() + value.numpy().tobytes())

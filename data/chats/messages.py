@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,8 @@ from ..text.conversations import WrongRow, messages_of, without_none
 
 # Stands for an image in a message that is one text.
 PLACEHOLDER = "<image>"
-_ADDRESS = ("http://", "https://", "ftp://", "data:")
+_ADDRESS = ("http://", "https://", "ftp://")
+_INLINE = "data:image/"
 
 
 def chat_of(value: Any) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -106,17 +108,25 @@ def _image(value: Any, folder: Path) -> Image.Image:
         value = value["url"]
     if isinstance(value, bytes):
         value = {"bytes": value, "path": None}
-    if isinstance(value, str | os.PathLike):
-        if str(value).startswith(_ADDRESS):
-            raise WrongRow("image given as an address, which is not fetched: store the image in a file or in the row")
-        path = folder / value
-        if not path.is_file():
-            raise WrongRow("image file that does not exist")
-        value = {"path": str(path), "bytes": None}
     try:
+        if isinstance(value, str) and value.startswith(_INLINE):
+            value = {"bytes": base64.b64decode(value.partition(",")[2], validate=True), "path": None}
+        if isinstance(value, str | os.PathLike):
+            value = {"path": _file(str(value), folder), "bytes": None}
         return in_colours(decode(value), 3)
+    except WrongRow:
+        raise
     except Unusable as error:
         raise WrongRow(str(error)) from None
     except Exception as error:
         # Decoders raise exceptions of many types.
         raise WrongRow(f"undecodable image ({type(error).__name__})") from None
+
+
+def _file(name: str, folder: Path) -> str:
+    if name.startswith(_ADDRESS):
+        raise WrongRow("image given as an address, which is not fetched: store the image in a file or in the row")
+    path = folder / name
+    if not path.is_file():
+        raise WrongRow("image file that does not exist")
+    return str(path)

@@ -27,5 +27,8 @@ class ChatRecipe(DataRecipe):
     processor: str | None = Field(
         None, description="folder or hub name of the processor; null uses that of model.name, or makes one for a new model"
     )
+    chat_template: str | None = Field(
+        None, description="chat template in Jinja, a file or the text itself; null uses that of the processor. It is saved with it"
+    )
     batch_size: Annotated[int, Field(ge=1, le=2**53)] = Field(32, description="rows per step and process, before accumulation")
     eval_batch_size: Annotated[int, Field(ge=1, le=2**53)] = Field(64, description="rows per step in validation and test")

@@ -55,16 +55,18 @@ class ChatRows(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row: Mapping[str, Any] = self.rows[index % len(self)]
         try:
+            row: Mapping[str, Any] = self.rows[index % len(self)]
             messages, held = chat_of(row[self.columns.chat])
             column = None if self.columns.images is None else row[self.columns.images]
             item = self.encoder(messages, images_of(column, held, self.folder))
         except WrongRow as wrong:
             return {"bad": BadRow(index % len(self), str(wrong))}
+        except Exception as error:
+            # Images inside messages are decoded by the data set, whose decoders raise exceptions of many types.
+            return {"bad": BadRow(index % len(self), f"unreadable row ({type(error).__name__})")}
         kinds = torch.tensor([self.kinds.index(kind) for kind in row["kinds"]] if self.kinds else [])
-        # The first token has nothing to be predicted from, and the template puts none there that is learned.
-        predicted = int((item["turns"][1:] >= 0).sum())
+        predicted = int((item["turns"] >= 0).sum())
         return item | {
             "kinds": kinds.long(),
             "sample_ids": torch.tensor(index),

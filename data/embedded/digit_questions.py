@@ -1,8 +1,9 @@
 """Questions and answers about pictures of handwritten digits. Needs no network.
 
 A picture has two to four digits, all different, each somewhere in its own quarter, and a scrambled digit in half of the pictures with a
-free quarter. Most of it is empty, and which part matters depends on the question. The questions about one picture ask for different
-digits, so that no answer shows another. The digits are those of ``scattered_digits``: no digit is in two splits.
+free quarter. Most of it is empty, and which part matters depends on the question. Each picture has three questions: reading or locating
+of one digit, counting, and presence, which asks for another digit that is there as often as not, whatever the count, so that no answer shows
+another. The digits are those of ``scattered_digits``: no digit is in two splits.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ class DigitQuestions(Dataset[dict[str, Any]]):
         scale: pixels of a picture for each pixel of a digit.
         seed: seed of the data set.
 
-    An item has ``images``, a list of one RGB picture, ``messages``, one question of each of QUESTIONS with its answer in a random order,
-    and ``kinds``, the kind of each question.
+    An item has ``images``, a list of one RGB picture, ``messages``, three questions with their answers in a random order, and ``kinds``, the
+    kind of each question.
     """
 
     def __init__(self, split: str, length: int, size: int = 48, scale: int = 2, seed: int = 0) -> None:
         if split not in _SPLITS:
             raise ValueError(f"split = {split!r} must be one of {', '.join(_SPLITS)}")
         if size % 2 or size < 2 * DIGIT * scale:
-            raise ValueError(f"size = {size} must be even and at least {2 * DIGIT * scale}")
+            raise ValueError(
+                f"digit_questions: the image_size of the model's vision_config is {size}: it must be even and at least {2 * DIGIT * scale}"
+            )
         self.split, self.length, self.size, self.scale, self.seed = split, length, size, scale, seed
 
     def __len__(self) -> int:
@@ -60,7 +63,8 @@ class DigitQuestions(Dataset[dict[str, Any]]):
             scrambled = draws.permutation(images[draws.integers(len(labels))].ravel()).reshape(DIGIT, DIGIT)
             self._put(picture, scrambled, int(quarters[number]), draws)
         places = {digit: QUARTERS[quarter] for digit, quarter in zip(digits, quarters, strict=False)}
-        kinds = [QUESTIONS[kind] for kind in draws.permutation(len(QUESTIONS))]
+        asked = [("reading", "locating")[draws.integers(2)], "counting", "presence"]
+        kinds = [asked[kind] for kind in draws.permutation(len(asked))]
         messages: list[dict[str, Any]] = []
         for turn, kind in enumerate(kinds):
             question, answer = _asked(kind, places, draws)
@@ -77,15 +81,14 @@ class DigitQuestions(Dataset[dict[str, Any]]):
 
 def _asked(kind: str, places: dict[int, str], draws: np.random.Generator) -> tuple[str, str]:
     """A question of a kind about digits at these places, and its answer."""
-    read, sought, *more = places
+    one, other, *_ = places
     if kind == "reading":
-        return f"Which digit is at the {places[read]}?", str(read)
+        return f"Which digit is at the {places[one]}?", str(one)
     if kind == "counting":
         return "How many digits are there?", str(len(places))
     if kind == "locating":
-        return f"Where is the {sought}?", places[sought]
-    # Two of three pictures have a third digit: as often yes as no.
-    if more and draws.random() < 0.75:
-        return f"Is there a {more[0]}?", "yes"
-    others = [digit for digit in range(10) if digit not in places]
-    return f"Is there a {others[draws.integers(len(others))]}?", "no"
+        return f"Where is the {one}?", places[one]
+    if draws.random() < 0.5:
+        return f"Is there a {other}?", "yes"
+    absent = [digit for digit in range(10) if digit not in places]
+    return f"Is there a {absent[draws.integers(len(absent))]}?", "no"

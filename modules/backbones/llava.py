@@ -91,9 +91,13 @@ class Llava(Decoder):
     @classmethod
     def image_tokens(cls, config: Any) -> int:
         """Number of tokens that stand for one image."""
-        tower = config.vision_config
-        patches: int = (tower.image_size // tower.patch_size) ** 2
-        return patches + cls.class_tokens(config) - int(config.vision_feature_select_strategy == "default")
+        return cls.patches(config) + cls.class_tokens(config) - int(config.vision_feature_select_strategy == "default")
+
+    @classmethod
+    def patches(cls, config: Any) -> int:
+        """Number of patches of one image."""
+        number: int = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        return number
 
     @classmethod
     def class_tokens(cls, config: Any) -> int:

@@ -31,10 +31,11 @@ class DiversityScorer(Scorer):
         scores = torch.zeros(rows, tokens, device=distance.device)
         for step in range(tokens):
             taken = nearest.argmax(-1, keepdim=True)
+            # A row without a token left takes none.
+            left = nearest.gather(1, taken) > -torch.inf
+            scores.scatter_(1, taken, torch.where(left, -float(step), scores.gather(1, taken)))
             if step == 0:
                 nearest = torch.full_like(nearest, torch.inf).masked_fill(~routable, -torch.inf)
-            # In a row without a token left, a token that nothing reads gets a score.
-            scores.scatter_(1, taken, -float(step))
             to_taken = distance.gather(1, taken.unsqueeze(-1).expand(-1, -1, tokens)).squeeze(1)
             nearest = torch.minimum(nearest, to_taken).scatter(1, taken, -torch.inf)
         return Scored(scores)

@@ -44,7 +44,9 @@ class PivotsScorer(Scorer):
         place = similarity.sort(dim=-1, stable=True).indices.argsort(dim=-1)
         turn = place * number + torch.arange(number, device=place.device)[:, None]
         scores = -turn.amin(1).float()
-        return Scored(scores.scatter(1, pivots, 1.0))
+        # Where fewer tokens are kept than there are pivots, the largest of them.
+        first = torch.arange(number, 0, -1, device=scores.device, dtype=scores.dtype).expand_as(pivots)
+        return Scored(scores.scatter(1, pivots, first))
 
     def macs(self, shape: StackShape, tokens: int) -> int:
         return tokens * shape.hidden * (1 + min(self.pivots, tokens))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import copy
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 from laconic.data.chats.encoder import ChatEncoder
 from laconic.data.chats.messages import chat_of, images_of
 from laconic.data.chats.processor import load_processor, made_processor
 from laconic.data.chats.splits import ChatColumns, ChatRows, digit_questions, hub_chats
 from laconic.data.embedded.digit_questions import QUARTERS, QUESTIONS, DigitQuestions
+from laconic.data.embedded.scattered_digits import source_digits
 from laconic.data.rows import collate
 from laconic.data.source import DataSource, SplitNames
 from laconic.data.text.conversations import WrongRow
@@ -63,6 +68,15 @@ def _forms(folder: Path) -> dict[str, tuple[dict[str, Any], str | None]]:
         "llava as JSON": ({"chat": json.dumps(_asked("<image>\nWhat is this?", role="from", text="value")), "image": "a.png"}, "image"),
         "held by its part": ({"chat": _asked({"type": "image", "image": picture}, TEXT_PART)}, None),
         "path in its part": ({"chat": _asked({"type": "image", "path": "a.png"}, TEXT_PART)}, None),
+        "inline": (
+            {
+                "chat": _asked(
+                    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(_bytes(picture)).decode()}"}},
+                    TEXT_PART,
+                )
+            },
+            None,
+        ),
         "bytes": ({"chat": _asked(IMAGE_PART, TEXT_PART), "image": _bytes(picture)}, "image"),
         # Arrow adds the keys of other rows.
         "keys of None": (
@@ -107,6 +121,7 @@ WRONG: dict[str, tuple[Any, Any]] = {
     r"1 image placeholder\(s\) in the messages and 0 image\(s\)": (_asked(IMAGE_PART, TEXT_PART), None),
     "image file that does not exist": (_asked(IMAGE_PART, TEXT_PART), "nowhere.png"),
     "image given as an address, which is not fetched": (_asked({"type": "image", "url": "https://a.b/c.png"}, TEXT_PART), None),
+    "undecodable image .OSError": (_asked(IMAGE_PART, TEXT_PART), "iVBORw0KGgo" * 1000),
     "undecodable image": (_asked(IMAGE_PART, TEXT_PART), b"no picture"),
     "images both in the messages and in the image column": (_asked({"type": "image", "image": _picture(1)}, TEXT_PART), [_picture(1)]),
     "part of type 'video'": (_asked({"type": "video"}, TEXT_PART), None),
@@ -182,21 +197,100 @@ def test_a_saved_processor_reads_alike(processor: Any, tmp_path: Path) -> None:
 
 
 def test_digit_questions_depend_on_their_index_alone_and_answers_are_right() -> None:
-    data = DigitQuestions("train", 600)
-    again = DigitQuestions("train", 600)
-    yes = number = 0
-    for index in range(300):
+    data, again = DigitQuestions("train", 900), DigitQuestions("train", 900)
+    seen: Counter[tuple[str, str]] = Counter()
+    for index in range(900):
         row = data[index]
-        assert row["messages"] == again[index]["messages"]
-        assert np.array_equal(np.asarray(row["images"][0]), np.asarray(again[index]["images"][0]))
-        assert sorted(row["kinds"]) == sorted(QUESTIONS)
-        answers = dict(zip(row["kinds"], (message["content"] for message in row["messages"][1::2]), strict=True))
+        if index < 20:
+            assert row["messages"] == again[index]["messages"]
+            assert np.array_equal(np.asarray(row["images"][0]), np.asarray(again[index]["images"][0]))
+        assert set(row["kinds"]) in ({"reading", "counting", "presence"}, {"locating", "counting", "presence"})
+        asked = [
+            message["content"] if isinstance(message["content"], str) else message["content"][1]["text"] for message in row["messages"]
+        ]
+        questions, answers = (dict(zip(row["kinds"], asked[start::2], strict=True)) for start in (0, 1))
         picture = np.asarray(row["images"][0])[..., 0]
         lit = {name: bool(picture[24 * (place // 2) :, 24 * (place % 2) :][:24, :24].any()) for place, name in enumerate(QUARTERS)}
         # A scrambled digit lights a quarter too.
         assert sum(lit.values()) - int(answers["counting"]) in (0, 1)
-        assert lit[answers["locating"]]
-        yes, number = yes + (answers["presence"] == "yes"), number + 1
-    assert 0.4 < yes / number < 0.6
+        named = answers["locating"] if "locating" in answers else questions["reading"].removeprefix("Which digit is at the ")[:-1]
+        assert lit[named]
+        seen[answers["counting"], answers["presence"]] += 1
+    # Whatever the count, yes and no are alike frequent.
+    for count in "234":
+        yes, no = seen[count, "yes"], seen[count, "no"]
+        assert 0.4 < yes / (yes + no) < 0.6
+        assert yes + no > 200
+    assert set(QUESTIONS) == {"reading", "counting", "locating", "presence"}
     with pytest.raises(ValueError, match="split = 'dev' must be one of train, validation, test"):
         DigitQuestions("dev", 3)
+
+
+def test_a_digit_is_where_a_question_says() -> None:
+    data, (images, labels) = DigitQuestions("test", 200), source_digits("test")
+    checked = 0
+    for index in range(200):
+        row = data[index]
+        if "reading" not in row["kinds"]:
+            continue
+        turn = row["kinds"].index("reading")
+        content, answer = row["messages"][2 * turn]["content"], row["messages"][2 * turn + 1]["content"]
+        text = content if isinstance(content, str) else content[1]["text"]
+        place = QUARTERS.index(text.removeprefix("Which digit is at the ")[:-1])
+        quarter = np.asarray(row["images"][0])[..., 0][24 * (place // 2) :, 24 * (place % 2) :][:24, :24]
+        # The picture of some source digit of that number stands there, at twice its size.
+        windows = np.lib.stride_tricks.sliding_window_view(quarter, (16, 16))[..., ::2, ::2].reshape(-1, 64)
+        sources = (images[labels == int(answer)] * 255).round().astype(np.uint8).reshape(-1, 64)
+        assert {window.tobytes() for window in windows} & {source.tobytes() for source in sources}
+        checked += 1
+    assert checked > 60
+
+
+LLAVA = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{{ '\\n' }}{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def _sentencepiece(begin: bool) -> Any:
+    """A tokenizer that joins a space to the next word, as Llama's does, with or without a token in front of every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer: Any = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>", "<image>"]
+    words = ["USER: What is this? ASSISTANT: A square. USER: Really? ASSISTANT: Yes."] * 3
+    tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False))
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("begin", [True, False], ids=["bos", "no_bos"])
+def test_every_answer_is_learned_where_a_space_belongs_to_the_next_word(begin: bool, processor: Any) -> None:
+    tokenizer = _sentencepiece(begin)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    llava = LlavaProcessor(processor.image_processor, tokenizer, PATCH, "full", LLAVA, num_additional_image_tokens=0)
+    more = [{"role": "user", "content": [{"type": "text", "text": "Really?"}]}, {"role": "assistant", "content": "Yes."}]
+    messages, held = chat_of([*_asked(IMAGE_PART, TEXT_PART), *more])
+    item = ChatEncoder(llava, 200)(messages, images_of(_picture(1), held, Path()))
+    ids, turns = item["input_ids"], item["turns"]
+    assert [tokenizer.decode(ids[turns == turn]).strip() for turn in (0, 1)] == ["A square.", "Yes.</s>"]
+    # The tokenizer's own first token is there once.
+    assert (ids == tokenizer.bos_token_id).sum() == int(begin)
+    assert bool(ids[0] == tokenizer.bos_token_id) is begin
+
+
+def test_a_processor_that_cannot_serve_is_refused(processor: Any) -> None:
+    for template, message in ((None, "no chat template: set data.chat_template"), ("{{ messages[0]['content'] }}", "writes no <image>")):
+        other = copy.copy(processor)
+        other.chat_template, other.tokenizer = template, copy.copy(processor.tokenizer)
+        other.tokenizer.chat_template = None
+        with pytest.raises(ValueError, match=message):
+            ChatEncoder(other, 100)
+    endless = copy.copy(processor)
+    endless.tokenizer = copy.copy(processor.tokenizer)
+    endless.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="has no eos_token"):
+        ChatEncoder(endless, 100)

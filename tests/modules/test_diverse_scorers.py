@@ -18,11 +18,11 @@ from laconic.modules.tokens.state import TokenState
 SPEC = TokenSpec(8, 0, causal=True)
 
 
-def _site(rows: int = 3, tokens: int = 14) -> Any:
-    """Two protected tokens in front, and rows with padding behind."""
+def _site(protected: int, rows: int = 3, tokens: int = 14) -> Any:
+    """Protected tokens in front, and rows with padding behind."""
     hidden_states = torch.randn(rows, tokens, 8, generator=torch.Generator().manual_seed(0))
     valid = torch.arange(tokens) < torch.tensor([tokens, tokens - 5, 4])[:rows, None]
-    state = TokenState.initial(rows, tokens, 2, valid, hidden_states.device)
+    state = TokenState.initial(rows, tokens, protected, valid, hidden_states.device)
     return SimpleNamespace(hidden_states=hidden_states, state=state)
 
 
@@ -40,8 +40,9 @@ def _farthest(features: Tensor, candidates: list[int], count: int) -> set[int]:
     return set(taken)
 
 
-def test_diversity_takes_tokens_as_the_greedy_max_min_search() -> None:
-    site = _site()
+@pytest.mark.parametrize("protected", [0, 2])
+def test_diversity_takes_tokens_as_the_greedy_max_min_search(protected: int) -> None:
+    site = _site(protected)
     scores = DiversityScorer(SPEC)(site).scores
     features = functional.normalize(site.hidden_states, dim=-1)
     for row in range(3):
@@ -51,8 +52,9 @@ def test_diversity_takes_tokens_as_the_greedy_max_min_search() -> None:
             assert _kept(scores[row], routable, count) == _farthest(features[row], candidates, count)
 
 
-def test_pivots_add_in_turn_the_token_least_similar_to_each() -> None:
-    site = _site()
+@pytest.mark.parametrize("protected", [0, 2])
+def test_pivots_add_in_turn_the_token_least_similar_to_each(protected: int) -> None:
+    site = _site(protected)
     for number in (1, 3):
         scores = PivotsScorer(SPEC, pivots=number)(site).scores
         features = functional.normalize(site.hidden_states, dim=-1)
@@ -67,7 +69,7 @@ def test_pivots_add_in_turn_the_token_least_similar_to_each() -> None:
                 for ranked in lists:
                     if ranked[place] not in taken:
                         taken.append(ranked[place])
-            for count in range(len(pivots), len(candidates) + 1):
+            for count in range(1, len(candidates) + 1):
                 assert _kept(scores[row], routable, count) == set(taken[:count])
     with pytest.raises(ValueError, match="pivots = 0 must be at least 1"):
         PivotsScorer(SPEC, pivots=0)

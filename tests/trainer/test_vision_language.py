@@ -13,17 +13,18 @@ from rich.console import Console
 from transformers import AutoProcessor
 
 import laconic
-from laconic import Trace
+from laconic import Trace, stages_of
 from laconic.data.chats.splits import ChatData
 from laconic.data.embedded.digit_questions import DigitQuestions
 from laconic.data.rows import collate
 from laconic.modules.tokens.labels import IGNORE_TOKEN
 from laconic.trainer.build.build import build
+from laconic.trainer.distributed import collective
 from laconic.trainer.distributed.deepspeed_strategy import remove_hooks
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import evaluate, inspect_run
 from laconic.trainer.export.export import export
-from laconic.trainer.losses.answer_loss import AnswerLoss, answer_loss
+from laconic.trainer.losses.answer_loss import AnswerLoss, answer_loss, with_blank_image
 from laconic.trainer.metrics.answers import AnswerAccuracy
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
@@ -84,19 +85,44 @@ def test_answers_are_right_as_a_whole_and_counted_by_kind() -> None:
     assert unnamed.value == pytest.approx(1 / 3)
 
 
-def test_a_batch_without_an_image_trains_and_gives_the_tower_a_gradient_of_zero() -> None:
-    parts = build(load("vlm_digits", small("vlm_digits", Path(), QUICK)).recipe)
-    batch = _batch(parts)
-    placeholder = parts.model.config.image_token_id
-    batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == placeholder, 5)
-    del batch["pixel_values"]
-    answer_loss(parts.model.train(), batch, trace=Trace()).mean.backward()
-    gradients = {name: p.grad for name, p in parts.model.named_parameters() if "vision_tower" in name or "projector" in name}
-    assert gradients
-    # Layers above the one whose features are read have none, in any batch.
-    lacking = {name for name, gradient in gradients.items() if gradient is None}
-    assert all("post_layernorm" in name for name in lacking), lacking
-    assert not any(bool(gradient.any()) for gradient in gradients.values() if gradient is not None)
+def test_a_blank_image_changes_nothing_and_gives_the_tower_a_gradient_of_zero(parts: Any) -> None:
+    for model in (copy.deepcopy(parts.model), laconic.decompress(copy.deepcopy(parts.model))):
+        batch = _batch(parts)
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, 5)
+        del batch["pixel_values"]
+        traces = ({"trace": Trace()}, {"trace": Trace()}) if stages_of(model) else ({}, {})
+        expected = answer_loss(model.train(), batch, **traces[0])
+        filled = batch | with_blank_image(model, {key: batch[key] for key in ("input_ids", "attention_mask")})
+        found = answer_loss(model, filled, **traces[1])
+        torch.testing.assert_close(found.mean, expected.mean)
+        assert torch.equal(found.right, expected.right)
+        found.mean.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if "vision_tower" in name or "projector" in name}
+        # Layers above the one whose features are read have none, in any batch.
+        lacking = {name for name, gradient in gradients.items() if gradient is None}
+        assert all("post_layernorm" in name for name in lacking), lacking
+        assert not any(bool(gradient.any()) for gradient in gradients.values() if gradient is not None)
+
+
+def test_a_batch_without_an_image_calls_the_modules_of_one_with_images(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collective, "world_size", lambda: 2)
+    model, orders = copy.deepcopy(parts.model), []
+    for images in (True, False):
+        batch, order = _batch(parts), list[str]()
+        if not images:
+            batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, 5)
+            del batch["pixel_values"]
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name, order=order: order.append(name))
+            for name, module in model.named_modules()
+        ]
+        with torch.no_grad():
+            answer_loss(model.eval(), batch, trace=Trace())
+        for hook in hooks:
+            hook.remove()
+        orders.append(order)
+    assert any("vision_tower" in name for name in orders[0])
+    assert orders[0] == orders[1]
 
 
 def test_a_run_is_reported_by_kind_evaluated_exported_and_answers(tmp_path: Path, console: Console) -> None:
@@ -123,8 +149,21 @@ def test_a_run_is_reported_by_kind_evaluated_exported_and_answers(tmp_path: Path
     row = DigitQuestions("test", 6)[0]
     text = processor.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True)
     given = processor(text=text, images=row["images"], return_tensors="pt")
-    made = model.generate(**given, max_new_tokens=4, do_sample=False)
-    assert made.shape[1] > given["input_ids"].shape[1]
+    made = model.generate(**given, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    ids, mask = given["input_ids"], given["attention_mask"]
+    for _ in range(4):
+        # The prompt ends where it ended: what is generated is behind it.
+        prompt = torch.arange(ids.shape[1])[None] < given["input_ids"].shape[1]
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=given["pixel_values"],
+            use_cache=False,
+            trace=Trace(prompt=prompt, lookahead=True),
+        ).logits
+        logits[..., model.generation_config.eos_token_id] = -torch.inf
+        ids, mask = torch.cat([ids, logits[:, -1:].argmax(-1)], 1), torch.cat([mask, mask[:, :1]], 1)
+    assert torch.equal(made, ids)
 
 
 def test_hooks_that_a_strategy_removes_are_installed_again(parts: Any) -> None:
@@ -145,9 +184,13 @@ def test_what_does_not_belong_there_is_refused(tmp_path: Path) -> None:
         load("vlm_digits", ["data.image_dir=x"])
     with pytest.raises(RecipeError, match=r"data.canvas is for"):
         load("vlm_digits", ["data.canvas={size: 32}"])
-    with pytest.raises(ValueError, match=r"bert is no vision-language model"):
+    with pytest.raises(ValueError, match=r"bert is no supported vision-language model: use llava"):
         build(load("vlm_digits_dense", ["model.config={model_type: bert}"]).recipe)
     with pytest.raises(ValueError, match=r"vocab_size = 299 must be at least 300|entries and the model"):
         build(load("vlm_digits_dense", ["model.config.text_config.vocab_size=300"]).recipe)
+    with pytest.raises(ValueError, match=r"drops the first token of the tower.*vision_feature_select_strategy=full"):
+        build(load("vlm_digits_dense", ["model.config.vision_feature_select_strategy=default"]).recipe)
+    with pytest.raises(ValueError, match=r"the image_size of the model's vision_config is 24: it must be even and at least 32"):
+        build(load("vlm_digits_dense", ["model.config.vision_config.image_size=24"]).recipe)
     with pytest.raises(ValueError, match=r"data.processor is missing"):
         build(load("vlm_digits_dense", ["data.name=json", "data.data_files=x.jsonl"]).recipe)

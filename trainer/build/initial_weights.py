@@ -54,15 +54,19 @@ class Start:
     state: Mapping[str, Tensor] = field(default_factory=dict)
     run: RunFolder | None = None
 
-    def beside(self, file: str) -> tuple[str, str | None]:
+    def beside(self, file: str, key: str = "data.tokenizer") -> tuple[str, str | None]:
         """The nearest folder, or hub name and revision, with a tokenizer's or processor's file; by default that of the dense weights.
+
+        Args:
+            file: name of the file.
+            key: recipe key that names another source, for the message.
 
         Raises:
             ValueError: the start is a single-file checkpoint, and its unfinished run has no such file.
         """
         here = None if self.run is None else self.run.with_file(file)
         if here is None and self.weights is None:
-            raise ValueError(f"model.name = {self.name!r} is a checkpoint without {file}: set data.tokenizer")
+            raise ValueError(f"model.name = {self.name!r} is a checkpoint without {file}: set {key}")
         return (str(here), None) if here is not None else (str(self.weights), self.revision)
 
 

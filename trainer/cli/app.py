@@ -222,7 +222,12 @@ def inspect(
     target: Annotated[str, typer.Argument(help="run folder, or folder of an export")],
     to: Annotated[Path, typer.Option(help="file to write: .html for text, .png for images")],
     overrides: Overrides = None,
-    given: Annotated[str | None, typer.Option("--input", help="a text or its file; of a vision-language model, the file of a picture and a question; default: held-out data")] = None,
+    given: Annotated[
+        str | None,
+        typer.Option(
+            "--input", help="a text or its file; of a vision-language model, the file of a picture and a question; default: held-out data"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the tokens that every stage of a trained model keeps."""

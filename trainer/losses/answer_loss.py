@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ...modules.backbones.llava import Llava
 from ...modules.tokens.labels import IGNORE_TOKEN
+from ..distributed import collective
 from .token_loss import logits_of
 
 
@@ -49,32 +51,37 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any
     trace = options.get("trace")
     if trace is not None:
         trace.labels = labels
-    pixels = batch.get("pixel_values")
+    given = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values") if key in batch}
+    if "pixel_values" not in given and collective.world_size() > 1:
+        given = with_blank_image(model, given)
     base: Any = model.base_model
-    hidden_states = base(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-        **({} if pixels is None else {"pixel_values": pixels}),
-        **options,
-    ).last_hidden_state
+    hidden_states = base(**given, use_cache=False, **options).last_hidden_state[:, : labels.shape[1]]
     # Token i predicts token i + 1.
     following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_TOKEN)
     row, place = (following != IGNORE_TOKEN).nonzero(as_tuple=True)
     logits = logits_of(model, hidden_states[row, place])
     expected = following[row, place]
     total = functional.cross_entropy(logits, expected, reduction="sum")
-    if pixels is None and torch.is_grad_enabled():
-        total = total + _unused_tower(model, labels.device)
     return AnswerLoss(total, logits.argmax(-1) == expected, row, batch["turns"][row, place + 1])
 
 
-def _unused_tower(model: PreTrainedModel, device: torch.device) -> Tensor:
-    """0, with a gradient of 0 for tower and projector: where weights are sharded, ranks without an image must call them as others do."""
-    config: Any = model.config.vision_config
-    blank = torch.zeros(1, config.num_channels, config.image_size, config.image_size, device=device, dtype=model.dtype)
-    inner: Any = model
-    features = inner.get_image_features(pixel_values=blank)
-    found = features.pooler_output if hasattr(features, "pooler_output") else features
-    parts = found if isinstance(found, list | tuple) else [found]
-    return torch.stack([part.sum() for part in parts]).sum() * 0
+def with_blank_image(model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs of a batch without an image, with one blank image in padding behind the first row.
+
+    The image has no effect and a gradient of 0. Where weights are sharded, all processes must call the same modules in the same order,
+    and other processes have images.
+
+    Args:
+        model: dense or compressed LLaVA.
+        given: ``input_ids`` and ``attention_mask``, each (B, N).
+    """
+    config: Any = model.config
+    tower, ids = config.vision_config, given["input_ids"]
+    padding = ids.new_zeros(len(ids), Llava.image_tokens(config))
+    padding[0] = config.image_token_id
+    blank = torch.zeros(1, tower.num_channels, tower.image_size, tower.image_size, device=ids.device, dtype=model.dtype)
+    return {
+        "input_ids": torch.cat([ids, padding], 1),
+        "attention_mask": torch.cat([given["attention_mask"], torch.zeros_like(padding)], 1),
+        "pixel_values": blank,
+    }

@@ -136,8 +136,13 @@ TABLE = (
     ),
     Unread(
         ("trainer.pictures",),
-        lambda r: isinstance(r.data, TextRecipe | ChatRecipe),
+        lambda r: isinstance(r.data, TextRecipe),
         "task = {r.task} has no images: remove it; laconic inspect shows the kept tokens of a text",
+    ),
+    Unread(
+        ("trainer.pictures",),
+        lambda r: isinstance(r.data, ChatRecipe),
+        "task = {r.task} draws kept tokens at the end of a run only: remove it; laconic inspect draws them at any time",
     ),
     Unread(
         ("budget.ramp_until",),

@@ -58,14 +58,15 @@ def _darkened(pixel_values: Tensor, kept: Tensor) -> np.ndarray:
     return (np.where(shown, image, dropped).clip(0, 1) * 255).astype(np.uint8)
 
 
-def visual_overlays(trace: Trace, stack: str, pixel_values: Tensor, grid: tuple[int, int]) -> dict[str, np.ndarray]:
+def visual_overlays(trace: Trace, stack: str, pixel_values: Tensor, grid: tuple[int, int], leading: int) -> dict[str, np.ndarray]:
     """Pictures of the visual tokens that each stage of a language model keeps.
 
     Args:
         trace: trace of a forward.
         stack: name of the stack of the language model.
         pixel_values: (images, C, height, width) of all rows, in their order.
-        grid: rows and columns of an image's visual tokens.
+        grid: rows and columns of an image's patches.
+        leading: visual tokens of an image in front of its patches.
 
     Returns:
         (images, height, width, 3) uint8 by stage, dropped tokens darkened and tinted blue.
@@ -79,7 +80,7 @@ def visual_overlays(trace: Trace, stack: str, pixel_values: Tensor, grid: tuple[
             continue
         kept = routing.decision.kept_mask(routing.state.tokens)
         placed = torch.zeros_like(visual).scatter(1, routing.state.position, kept)
-        patches = placed[visual].view(-1, *grid)
+        patches = placed[visual].view(-1, leading + grid[0] * grid[1])[:, leading:].view(-1, *grid)
         found[stage] = _darkened(pixel_values, patches.repeat_interleave(down, 1).repeat_interleave(across, 2))
     return found
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import transformers
+from PIL import Image
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers import LlavaForConditionalGeneration, PretrainedConfig, PreTrainedModel
 
 from ...data.chats.messages import images_of
 from ...data.chats.processor import load_processor, made_processor
@@ -21,6 +20,7 @@ from ...data.labels.classes import KnownClasses
 from ...data.rows import collate, good_rows
 from ...data.splits import Splits
 from ...data.text.conversations import WrongRow
+from ...data.text.tokenizer import with_template
 from ...modules.backbones.llava import Llava
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
@@ -59,10 +59,9 @@ class VisionLanguage(Task):
 
     @classmethod
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:
-        if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-            raise ValueError(f"{model_type} is no vision-language model of transformers: use llava, for example")
-        model: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])
-        return model
+        if model_type != Llava.model_type:
+            raise ValueError(f"{model_type} is no supported vision-language model: use {Llava.model_type}")
+        return LlavaForConditionalGeneration
 
     @classmethod
     def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig, **options: Any) -> Any:
@@ -87,7 +86,9 @@ class VisionLanguage(Task):
         folder = run.with_file(PROCESSOR_OF_CHATS)
         if folder is None:
             return recipe
-        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"processor": str(folder)})})
+        # The processor of the run has the template already, and its file may be gone.
+        found = {"processor": str(folder), "chat_template": None}
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update=found)})
 
     @classmethod
     def size(cls, recipe: Recipe) -> None:
@@ -98,6 +99,8 @@ class VisionLanguage(Task):
         data = recipe.data
         assert isinstance(data, ChatRecipe)
         processor = cls._processor(recipe, data, config)
+        if data.chat_template is not None:
+            processor.chat_template = with_template(processor.tokenizer, data.chat_template).chat_template
         if data.name in data.embedded:
             return digit_questions(data.train_samples, data.eval_samples, _image_size(config), processor, data.sequence_length)
         folder = Path(data.image_dir or "")
@@ -108,7 +111,7 @@ class VisionLanguage(Task):
         if data.processor is not None:
             return load_processor(data.processor)
         if (start := start_of(recipe.model)) is not None:
-            return load_processor(*start.beside(PROCESSOR_OF_CHATS))
+            return load_processor(*start.beside(PROCESSOR_OF_CHATS, "data.processor"))
         if data.name not in data.embedded:
             raise ValueError("data.processor is missing: a new model on your own chats needs the processor of its family")
         inner: Any = config
@@ -141,6 +144,18 @@ class VisionLanguage(Task):
             raise ValueError(
                 f"the model's image_token_id is {inner.image_token_id}, and the processor's placeholder {data.processor.image_token!r} has "
                 f"the id {placeholder}: set data.processor to the model's own"
+            )
+        if Llava.image_tokens(config) < Llava.patches(config):
+            raise ValueError(
+                f"vision_feature_select_strategy = 'default' drops the first token of the tower, which is a patch in a "
+                f"{inner.vision_config.model_type}: set model.config.vision_feature_select_strategy=full"
+            )
+        side = inner.vision_config.image_size
+        made = data.processor(text=data.processor.image_token, images=[Image.new("RGB", (side, side))], add_special_tokens=False)
+        if len(made["input_ids"][0]) != Llava.image_tokens(config):
+            raise ValueError(
+                f"the processor makes {len(made['input_ids'][0])} tokens of an image, and the model {Llava.image_tokens(config)}: set "
+                "data.processor to the model's own"
             )
 
     @classmethod
@@ -179,7 +194,8 @@ class VisionLanguage(Task):
             given: file of a picture and a question that are shown instead.
         """
         tower: Any = model.config.vision_config
-        grid = (tower.image_size // tower.patch_size,) * 2
+        # The first token of an image is no patch where the model keeps the class token of its tower.
+        grid, leading = (tower.image_size // tower.patch_size,) * 2, Llava.image_tokens(model.config) - Llava.patches(model.config)
         with torch.no_grad():
             if given is None:
                 batch = collate(good_rows(data.test, PICTURED))
@@ -193,7 +209,7 @@ class VisionLanguage(Task):
                 trace, titles = Trace(seed=seed), [question]
                 # With a cache the last token of the forward is the end of the prompt.
                 model(**batch, use_cache=True, trace=trace)
-        return trace, visual_overlays(trace, Llava.stack_name, batch["pixel_values"], grid), titles
+        return trace, visual_overlays(trace, Llava.stack_name, batch["pixel_values"], grid, leading), titles
 
     @classmethod
     def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
@@ -223,17 +239,23 @@ class VisionLanguage(Task):
 
 def _asked(processor: Any, given: str) -> tuple[dict[str, Tensor], str]:
     """Model inputs of a picture's file and a question, and the question. Raises ValueError if there is no such picture."""
-    name, _, question = given.partition(" ")
-    if not question.strip():
+    words = given.split(" ")
+    # The longest beginning that is a file: names may have spaces.
+    names = [" ".join(words[:number]) for number in range(len(words), 0, -1)]
+    name = next((name for name in names if len(name) < 4096 and Path(name).is_file()), words[0])
+    question = given[len(name) :].strip()
+    if not question:
         raise ValueError(f"--input {given!r}: give the file of a picture and a question, 'photo.png What is this?' for example")
     try:
         (image,) = images_of(name, [None], Path())
     except WrongRow as wrong:
         raise ValueError(f"--input {given!r}: {wrong}") from None
-    content = [{"type": "image"}, {"type": "text", "text": question.strip()}]
+    content = [{"type": "image"}, {"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-    made = processor(text=text, images=[image], return_tensors="pt")
-    return {name: made[name] for name in ("input_ids", "attention_mask", "pixel_values")}, question.strip()
+    begin = processor.tokenizer.bos_token
+    special = begin is None or not text.startswith(begin)
+    made = processor(text=text, images=[image], return_tensors="pt", add_special_tokens=special)
+    return {name: made[name] for name in ("input_ids", "attention_mask", "pixel_values")}, question
 
 
 def _image_size(config: PretrainedConfig) -> int:
