@@ -104,7 +104,7 @@ def test_a_blank_image_changes_nothing_and_gives_the_tower_a_gradient_of_zero(pa
         assert not any(bool(gradient.any()) for gradient in gradients.values() if gradient is not None)
 
 
-def test_a_batch_without_an_image_calls_the_modules_of_one_with_images(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_without_an_image_calls_the_weights_of_one_with_images(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collective, "world_size", lambda: 2)
     model, orders = copy.deepcopy(parts.model), []
     for images in (True, False):
