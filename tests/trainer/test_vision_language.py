@@ -112,10 +112,9 @@ def test_a_batch_without_an_image_calls_the_weights_of_one_with_images(parts: An
         if not images:
             batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, 5)
             del batch["pixel_values"]
-        hooks = [
-            module.register_forward_pre_hook(lambda *_, name=name, order=order: order.append(name))
-            for name, module in model.named_modules()
-        ]
+        # Those whose weights are gathered.
+        weighted = [(name, module) for name, module in model.named_modules() if module._parameters]
+        hooks = [module.register_forward_pre_hook(lambda *_, name=name, order=order: order.append(name)) for name, module in weighted]
         with torch.no_grad():
             answer_loss(model.eval(), batch, trace=Trace())
         for hook in hooks:
