@@ -241,7 +241,7 @@ def _checkpoint(run: RunFolder, recipe: Recipe, resume: str | None, console: Con
     """The checkpoint to resume from, checked; without one, what an earlier run left is removed."""
     checkpoint, passed_over = find_checkpoint(run, resume)
     for fault in passed_over:
-        console.print(f"passed over: {fault}; resuming from {checkpoint}", soft_wrap=True)
+        console.print(f"passed over: {fault}; {f'resuming from {checkpoint}' if checkpoint else 'starting anew'}", soft_wrap=True)
     if checkpoint is None:
         if resume is not None and (run.model or run.adapter):
             raise RecipeError(f"{run.path} has a trained model and no checkpoint: its run has ended; --overwrite trains it anew")

@@ -80,6 +80,22 @@ def test_a_truncated_checkpoint_is_named_and_without_a_whole_one_the_cure_is_too
     assert checkpoint.exists()
 
 
+def test_a_run_that_ended_in_its_first_save_starts_anew_and_says_so(tmp_path: Path) -> None:
+    # A checkpoint of DeepSpeed is a folder, whose marker is written last.
+    first = tmp_path / "checkpoints" / "2.ckpt"
+    first.mkdir(parents=True)
+    (first / "half").write_bytes(b"half")
+    found, passed = find_checkpoint(RunFolder(tmp_path), "auto")
+    assert found is None
+    assert [fault.startswith(f"{first} is not complete, it has no complete.json") for fault in passed] == [True]
+    with pytest.raises(RecipeError, match=r"2.ckpt is not complete.*use auto"):
+        find_checkpoint(RunFolder(tmp_path), str(first))
+    # Two of them are no first save.
+    shutil.copytree(first, first.with_name("4.ckpt"))
+    with pytest.raises(RecipeError, match=r"has no whole checkpoint: .*4.ckpt is not complete.*2.ckpt is not complete.*--overwrite"):
+        find_checkpoint(RunFolder(tmp_path), "auto")
+
+
 def test_an_earlier_run_is_neither_overwritten_by_mistake_nor_mixed_with_a_new_one(
     run: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,8 @@ def find_checkpoint(run: RunFolder, resume: str | None) -> tuple[Path | None, li
         run: folder of the run.
         resume: path of a checkpoint, a file or a DeepSpeed folder; ``auto`` finds the newest whole one of the run; None finds none.
 
+    A run that ended while its first checkpoint was written has none: it starts anew.
+
     Raises:
         RecipeError: a named checkpoint does not exist or is damaged, or none of the run's checkpoints is whole.
     """
@@ -39,14 +41,15 @@ def find_checkpoint(run: RunFolder, resume: str | None) -> tuple[Path | None, li
         if (fault := fault_of(path)) is not None:
             raise RecipeError(f"--resume {resume}: {fault}; use auto, or another .ckpt of a run's checkpoints folder")
         return path, []
-    passed = []
-    for path in sorted(run.checkpoints.glob("*.ckpt"), key=_step, reverse=True):
+    passed: list[str] = []
+    found = sorted(run.checkpoints.glob("*.ckpt"), key=_step, reverse=True)
+    for path in found:
         if (fault := fault_of(path)) is None:
             return path, passed
         passed.append(fault)
-    if passed:
+    if passed and not (len(found) == 1 and found[0].is_dir() and not (found[0] / MARKER).is_file()):
         raise RecipeError(f"--resume auto: {run.path} has no whole checkpoint: {'; '.join(passed)}; start again with --overwrite")
-    return None, []
+    return None, passed
 
 
 def fault_of(checkpoint: Path) -> str | None:
