@@ -132,9 +132,8 @@ def test_another_number_of_processes_and_incomplete_folders_are_refused(two_rank
         train_arm(alone, "arm", run, console, resume="auto")
     folder = tmp_path / "checkpoints" / "2.ckpt"
     (folder / "checkpoint").mkdir(parents=True)
-    for resume in ("auto", str(folder)):
-        with pytest.raises(RecipeError, match=f"2.ckpt is not complete, it has no {MARKER}"):
-            find_checkpoint(RunFolder(tmp_path), resume)
+    with pytest.raises(RecipeError, match=f"2.ckpt is not complete, it has no {MARKER}"):
+        find_checkpoint(RunFolder(tmp_path), str(folder))
     (folder / MARKER).write_text("{}")
     with pytest.raises(RecipeError, match=f"{MARKER} is damaged"):
         find_checkpoint(RunFolder(tmp_path), "auto")
