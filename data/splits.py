@@ -19,6 +19,8 @@ from .rows import BadRowCount, collate
 
 # Rows of a split whose content is hashed.
 SAMPLED = 32
+# Longest wait for a batch from loader processes, in seconds.
+LOADER_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class DataModule(lightning.LightningDataModule):
         return {
             "collate_fn": collate,
             "num_workers": self.workers,
+            # A loader process that cannot write to shared memory sends nothing, not even its error.
+            "timeout": LOADER_SECONDS if self.workers else 0,
             "persistent_workers": self.workers > 0,
             "worker_init_fn": leave_to_parent,
         }
