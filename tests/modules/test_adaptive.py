@@ -148,7 +148,7 @@ def test_macs_of_a_forward_are_the_mean_over_its_rows() -> None:
     assert max(alone) - min(alone) > 0.01
 
 
-@pytest.mark.parametrize("regularizer", ["macs_squared", "ratio_mse"])
+@pytest.mark.parametrize("regularizer", ["macs_squared", pytest.param("ratio_mse", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("selector", ["gumbel", {"name": "threshold", "calibrate": False}], ids=["gumbel", "threshold"])
 def test_a_regularizer_holds_the_ratio_of_what_was_really_kept(regularizer: str, selector: Any) -> None:
     plain = dense("vit")

@@ -36,7 +36,7 @@ def test_a_step_of_generating_runs_a_layer_on_those_rows_alone_that_go_through_i
     assert 0 < min(seen) < 8
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
 def test_token_by_token_from_nothing(family: str, rows: int) -> None:
     # With one row a layer sees everything of a step or nothing, and it may be nothing at first.

@@ -152,7 +152,7 @@ def test_the_ratio_loss_by_hand() -> None:
 @pytest.mark.parametrize(
     "selector", ["threshold", {"name": "threshold", "calibrate": False}, "gumbel"], ids=["calibrated", "half", "gumbel"]
 )
-@pytest.mark.parametrize("merger", ["drop", "chunk_mean"])
+@pytest.mark.parametrize("merger", ["drop", pytest.param("chunk_mean", marks=pytest.mark.slow)])
 def test_training_holds_the_ratio_and_teaches_the_router(selector: Any, merger: str) -> None:
     stages = CompressionConfig([StageConfig(layer=1, scorer="boundary", selector=selector, merger=merger)], END)
     model = dense("llama")
