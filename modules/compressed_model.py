@@ -6,7 +6,6 @@ A compressed model is an instance of a generated subclass of its own class, and 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Sequence
@@ -120,8 +119,7 @@ def compressed_class(cls: Any) -> type[Any]:
         if added := self.adapter.added_inputs(self, trace, inputs):
             args, kwargs = (), inputs | added
         trace = self.bind_trace(trace, inputs | added)
-        cache = (inputs | added).get("past_key_values")
-        with contextlib.nullcontext() if cache is None else kernels_for(cache):
+        with kernels_for((inputs | added).get("past_key_values")):
             return self.adapter.finish(self, cls.forward(self, *args, trace=trace, **kwargs), trace)
 
     # transformers recognises its own classes by the module name, and supports only those fully.

@@ -46,10 +46,10 @@ def chat_of(value: Any) -> tuple[list[dict[str, Any]], list[Any]]:
         if not isinstance(content, list):
             (message,) = messages_of([given])
             parts = list(_of_text(message.get("content") or ""))
+            held += [None] * sum(part["type"] == "image" for part in parts)
         else:
             parts = [part for item in content for part in _of_part(item, held)]
             (message,) = messages_of([{**given, "content": ""}])
-        held += [None] * (sum(part["type"] == "image" for part in parts) if not isinstance(content, list) else 0)
         messages.append({**message, "content": parts})
     return messages, held
 

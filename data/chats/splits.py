@@ -142,7 +142,7 @@ def hub_chats(
     return ChatData(
         splits[0],
         splits[1],
-        splits[2] or splits[1],
+        splits[1] if splits[2] is None else splits[2],
         has_test=splits[2] is not None,
         notes=[note],
         processor=processor,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
-import torch
 import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -23,6 +22,7 @@ from ..metrics.quality import Quality
 from ..recipe.schema import ModelRecipe, Recipe
 from ..run_folder import RunFolder
 from ..task_module import TaskModule
+from .base import whole_weights
 from .base_text import TextTask
 
 EMBEDDED = {"python_library": python_library, "python_functions": python_functions}
@@ -56,21 +56,7 @@ class CausalLM(TextTask):
 
     @classmethod
     def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig, **options: Any) -> Any:
-        with_report = options.pop("output_loading_info", False)
-        model, report = cls.model_class(config.model_type).from_pretrained(
-            recipe.name,
-            revision=recipe.revision,
-            config=config,
-            attn_implementation=recipe.attention,
-            # Whatever the checkpoint's dtype: trainer.precision decides what is computed in bf16.
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **options,
-        )
-        if missing := sorted(map(str, report["missing_keys"])):
-            raise ValueError(f"model.name = {recipe.name!r} lacks the weights {', '.join(missing[:3])}: it is not a causal language model")
-        return (model, report) if with_report else model
+        return whole_weights(cls.model_class(config.model_type), recipe, config, "not a causal language model", **options)
 
     @classmethod
     def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:

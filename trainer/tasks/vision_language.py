@@ -33,7 +33,7 @@ from ..recipe.schema import ModelRecipe, Recipe
 from ..run_folder import PROCESSOR_OF_CHATS, RunFolder
 from ..show.pictures import PICTURED, save_kept_tokens, visual_overlays
 from ..task_module import TaskModule
-from .base import PROBES, Task
+from .base import PROBES, Task, whole_weights
 
 # Pictures whose questions a new tokenizer is trained on.
 _READ = 200
@@ -65,21 +65,7 @@ class VisionLanguage(Task):
 
     @classmethod
     def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig, **options: Any) -> Any:
-        with_report = options.pop("output_loading_info", False)
-        model, report = cls.model_class(config.model_type).from_pretrained(
-            recipe.name,
-            revision=recipe.revision,
-            config=config,
-            attn_implementation=recipe.attention,
-            # Whatever the checkpoint's dtype: trainer.precision decides what is computed in bf16.
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **options,
-        )
-        if missing := sorted(map(str, report["missing_keys"])):
-            raise ValueError(f"model.name = {recipe.name!r} lacks the weights {', '.join(missing[:3])}: it is no {config.model_type}")
-        return (model, report) if with_report else model
+        return whole_weights(cls.model_class(config.model_type), recipe, config, f"no {config.model_type}", **options)
 
     @classmethod
     def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
@@ -89,10 +75,6 @@ class VisionLanguage(Task):
         # The processor of the run has the template already, and its file may be gone.
         found = {"processor": str(folder), "chat_template": None}
         return recipe.model_copy(update={"data": recipe.data.model_copy(update=found)})
-
-    @classmethod
-    def size(cls, recipe: Recipe) -> None:
-        return None
 
     @classmethod
     def open_data(cls, recipe: Recipe, config: PretrainedConfig, known: KnownClasses | None = None) -> ChatData:
