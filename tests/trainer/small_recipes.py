@@ -112,7 +112,7 @@ def _vision_language(name: str, folder: Path, quick: Sequence[str]) -> list[str]
         return [
             *of_files(shorter),
             f"model.name={folder / 'vlm'}",
-            f"data.data_files={chats_about_images(folder / 'rows', 16)}",
+            f"data.data_files={chats_about_images(folder / 'rows', 24)}",
             f"data.image_dir={folder / 'rows'}",
             f"compression.stages={stages}",
             "compression.restore.text.layer=2",
