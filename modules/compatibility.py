@@ -79,11 +79,9 @@ def some_stage(candidate: Candidate) -> None:
 def known_stack(candidate: Candidate) -> None:
     known, names = candidate.stacks, ", ".join(map(repr, candidate.stacks))
     for stage in candidate.config.stages:
-        where, reason = f"stage {stage.key!r}: stack = {stage.stack!r}", candidate.adapter.refused_stacks.get(stage.stack)
-        if reason is not None:
-            raise ValueError(f"{where} is not offered: {reason}")
         if stage.stack not in known:
-            raise ValueError(f"{where} does not exist in this model: its stacks are {names}")
+            raise ValueError(f"stage {stage.key!r}: stack = {stage.stack!r} does not exist in this model: its stacks are {names}")
+    candidate.adapter.check_stacks(candidate.model, candidate.config.stacks)
     for stack in candidate.config.restores:
         if stack not in known:
             raise ValueError(f"{restore_key(stack)}: there is no such stack in this model: its stacks are {names}")

@@ -119,6 +119,8 @@ def compressed_class(cls: Any) -> type[Any]:
         if added := self.adapter.added_inputs(self, trace, inputs):
             args, kwargs = (), inputs | added
         trace = self.bind_trace(trace, inputs | added)
+        if encoded := self.adapter.encode(self, trace, inputs | added):
+            args, kwargs = (), inputs | added | encoded
         with kernels_for((inputs | added).get("past_key_values")):
             return self.adapter.finish(self, cls.forward(self, *args, trace=trace, **kwargs), trace)
 
@@ -160,7 +162,10 @@ def install(model: PreTrainedModel, config: CompressionConfig, stages: Sequence[
         for stage in own:
             at[stage.config.layer][stage.config.site] = stage
         packs = _packs(stack, own) and stack.attention in ("sdpa", ATTENTION)
-        for plan, layer in zip(_plans(stack, config.restores.get(stack.name), at, packs), stack.layers, strict=True):
+        restored = config.restores.get(stack.name) or adapter.implied_restore(stack, config)
+        # Causal layers have a cache that knows which tokens a layer processed, so they are compressed in any case.
+        dense = not own and not stack.adapter.causal and not adapter.begins_short(stack.name, config)
+        for plan, layer in zip(_plans(stack, restored, at, packs, dense), stack.layers, strict=True):
             plain: Any = type(layer)
             layer.__class__ = compressed_layer_class(plain)
             assert isinstance(layer, CompressedLayer)
@@ -209,9 +214,9 @@ def _packs(stack: Stack, stages: Any) -> bool:
     return adaptive and stack.adapter.packs(stack.config)
 
 
-def _plans(stack: Stack, restore: RestoreConfig | None, at: list[dict[str, Stage]], packs: bool) -> list[LayerPlan]:
+def _plans(stack: Stack, restore: RestoreConfig | None, at: list[dict[str, Stage]], packs: bool, dense: bool) -> list[LayerPlan]:
     """The LayerPlan of every layer of a stack, in order."""
-    last, dense = len(at) - 1, not any(at)
+    last = len(at) - 1
 
     def reads_rows(index: int) -> bool:
         return index > last or bool(at[index]) or (restore is not None and restore.layer == index)

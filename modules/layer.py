@@ -64,7 +64,7 @@ class CompressedLayer(nn.Module):
         inputs = dict(zip(plan.adapter.positional, args, strict=False)) | kwargs
         flow = trace.flow(plan.stack)
         if flow.state is None:
-            flow.begin(plan.adapter.begin(flow, hidden_states, inputs.get("attention_mask")))
+            hidden_states = flow.begin(plan.adapter.begin(flow, hidden_states, inputs.get("attention_mask")), hidden_states)
         if plan.restore_before is not None:
             hidden_states = restore(hidden_states, flow, plan.restore_before)
         inputs = plan.adapter.begin_layer(self, flow.tokens, inputs)

@@ -113,7 +113,7 @@ class Stage(nn.Module):
     @property
     def deployable(self) -> bool:
         """A causal model can run the stage token by token: no decision depends on tokens that are not generated yet."""
-        return self.whole or self.config.scope in COMPLETE or not self.lookahead
+        return not self.adapter.causal or self.whole or self.config.scope in COMPLETE or not self.lookahead
 
     @property
     def idle(self) -> bool:

@@ -54,7 +54,7 @@ def made_processor(texts: Iterable[str], entries: int, image_size: int, patch_si
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     size = {"height": image_size, "width": image_size}
     pixels = CLIPImageProcessorPil(
-        size=size, crop_size=size, do_center_crop=False, do_convert_rgb=True, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size=size, crop_size=size, do_center_crop=False, do_convert_rgb=True, image_mean=[0.0] * 3, image_std=[1.0] * 3
     )
     return LlavaProcessor(
         image_processor=pixels,

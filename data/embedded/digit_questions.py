@@ -1,9 +1,11 @@
 """Questions and answers about pictures of handwritten digits. Needs no network.
 
 A picture has two to four digits, all different, each somewhere in its own quarter, and a scrambled digit in half of the pictures with a
-free quarter. Most of it is empty, and which part matters depends on the question. Each picture has three questions: reading or locating
-of one digit, counting, and presence, which asks for another digit that is there as often as not, whatever the count, so that no answer shows
-another. The digits are those of ``scattered_digits``: no digit is in two splits.
+free quarter. Most of it is empty, and which part matters depends on the question. A chat about a picture asks for the number of digits
+first; then it has two digits read, or two located (one in a picture of two digits), and it asks whether another digit is there, as often as
+not whatever the count; in the end it has all quarters listed, or all digits
+named with their places. So an answer follows from none before it, except that a digit that was read or
+located is not at another place. The digits are those of ``scattered_digits``: no digit is in two splits.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .canvas import DIGIT
+from .canvas import DIGIT, PIECE
 from .scattered_digits import source_digits
 
-QUESTIONS = ("reading", "counting", "locating", "presence")
+QUESTIONS = ("reading", "counting", "locating", "presence", "listing", "naming")
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 _SPLITS = ("train", "validation", "test")
 _LEAST, _MOST = 2, 4
@@ -29,22 +31,22 @@ class DigitQuestions(Dataset[dict[str, Any]]):
     Args:
         split: ``train``, ``validation`` or ``test``.
         length: number of pictures.
-        size: height and width of a picture in pixels; a multiple of 2, at least 32.
-        scale: pixels of a picture for each pixel of a digit.
+        size: height and width of a picture in pixels; a multiple of 8, at least 16.
         seed: seed of the data set.
 
-    An item has ``images``, a list of one RGB picture, ``messages``, three questions with their answers in a random order, and ``kinds``, the
-    kind of each question.
+    An item has ``images``, a list of one RGB picture, ``messages``, four or five questions with their answers, and ``kinds``, the kind of
+    each question.
     """
 
-    def __init__(self, split: str, length: int, size: int = 48, scale: int = 2, seed: int = 0) -> None:
+    def __init__(self, split: str, length: int, size: int = 32, seed: int = 0) -> None:
         if split not in _SPLITS:
             raise ValueError(f"split = {split!r} must be one of {', '.join(_SPLITS)}")
-        if size % 2 or size < 2 * DIGIT * scale:
+        if size % (2 * PIECE) or size < 2 * DIGIT:
             raise ValueError(
-                f"digit_questions: the image_size of the model's vision_config is {size}: it must be even and at least {2 * DIGIT * scale}"
+                f"digit_questions: the image_size of the model's vision_config is {size}: it must be a multiple of {2 * PIECE}, at least "
+                f"{2 * DIGIT}"
             )
-        self.split, self.length, self.size, self.scale, self.seed = split, length, size, scale, seed
+        self.split, self.length, self.size, self.seed = split, length, size, seed
 
     def __len__(self) -> int:
         return self.length
@@ -63,32 +65,40 @@ class DigitQuestions(Dataset[dict[str, Any]]):
             scrambled = draws.permutation(images[draws.integers(len(labels))].ravel()).reshape(DIGIT, DIGIT)
             self._put(picture, scrambled, int(quarters[number]), draws)
         places = {digit: QUARTERS[quarter] for digit, quarter in zip(digits, quarters, strict=False)}
-        asked = [("reading", "locating")[draws.integers(2)], "counting", "presence"]
-        kinds = [asked[kind] for kind in draws.permutation(len(asked))]
+        one, *others = places
+        # Of two digits one is left for presence; of more, two are read or located.
+        found = [one, *others[: number - 2]][:2]
+        told = [("reading", "locating")[draws.integers(2)]] * len(found)
+        rest = [*zip(told, found, strict=True), ("presence", others[-1])]
+        asked = [("counting", one), *(rest[at] for at in draws.permutation(len(rest))), (("listing", "naming")[draws.integers(2)], one)]
         messages: list[dict[str, Any]] = []
-        for turn, kind in enumerate(kinds):
-            question, answer = _asked(kind, places, draws)
+        for turn, (kind, digit) in enumerate(asked):
+            question, answer = _asked(kind, digit, places, draws)
             content: Any = question if turn else [{"type": "image"}, {"type": "text", "text": question}]
             messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         grey = Image.fromarray((picture * 255).round().astype(np.uint8))
-        return {"images": [grey.convert("RGB")], "messages": messages, "kinds": kinds}
+        return {"images": [grey.convert("RGB")], "messages": messages, "kinds": [kind for kind, _ in asked]}
 
     def _put(self, picture: np.ndarray, digit: np.ndarray, quarter: int, draws: np.random.Generator) -> None:
-        half, large = self.size // 2, digit.repeat(self.scale, 0).repeat(self.scale, 1)
-        down, across = draws.integers(half - len(large) + 1, size=2) + half * np.array(divmod(quarter, 2))
-        picture[down : down + len(large), across : across + len(large)] = large
+        half = self.size // 2
+        down, across = PIECE * draws.integers((half - DIGIT) // PIECE + 1, size=2) + half * np.array(divmod(quarter, 2))
+        picture[down : down + DIGIT, across : across + DIGIT] = digit
 
 
-def _asked(kind: str, places: dict[int, str], draws: np.random.Generator) -> tuple[str, str]:
-    """A question of a kind about digits at these places, and its answer."""
-    one, other, *_ = places
+def _asked(kind: str, digit: int, places: dict[int, str], draws: np.random.Generator) -> tuple[str, str]:
+    """A question of a kind about one of the digits at these places, and its answer."""
     if kind == "reading":
-        return f"Which digit is at the {places[one]}?", str(one)
+        return f"Which digit is at the {places[digit]}?", str(digit)
     if kind == "counting":
         return "How many digits are there?", str(len(places))
+    if kind == "listing":
+        held = {quarter: str(one) for one, quarter in places.items()}
+        return "What is in each quarter?", " ".join(held.get(quarter, "-") for quarter in QUARTERS)
+    if kind == "naming":
+        return "Which digits are where?", ", ".join(f"{one} {places[one]}" for one in sorted(places))
     if kind == "locating":
-        return f"Where is the {one}?", places[one]
+        return f"Where is the {digit}?", places[digit]
     if draws.random() < 0.5:
-        return f"Is there a {other}?", "yes"
-    absent = [digit for digit in range(10) if digit not in places]
+        return f"Is there a {digit}?", "yes"
+    absent = [other for other in range(10) if other not in places]
     return f"Is there a {absent[draws.integers(len(absent))]}?", "no"

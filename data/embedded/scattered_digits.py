@@ -46,18 +46,21 @@ class ScatteredDigits(Dataset[dict[str, Tensor]]):
         canvas: size and content of an image.
         seed: seed of the data set.
         pixel_labels: label each pixel instead of each image.
+        channels: channels of an image, all the same.
 
-    An item has ``pixel_values`` (1, size, size) float32 in [0, 1], ``labels`` and ``sample_ids`` int64 scalars, and ``place``
+    An item has ``pixel_values`` (channels, size, size) float32 in [0, 1], ``labels`` and ``sample_ids`` int64 scalars, and ``place``
     int64 (2,): row and column of the digit's top left corner in pixels. With ``pixel_labels``, ``labels`` are (size, size) int64:
     the digit's class in its whole square of 8 × 8 pixels, and BACKGROUND elsewhere. The images are the same.
     """
 
     classes = tuple(str(digit) for digit in range(CLASSES))
 
-    def __init__(self, split: str, length: int, canvas: Canvas | None = None, seed: int = 0, pixel_labels: bool = False) -> None:
+    def __init__(
+        self, split: str, length: int, canvas: Canvas | None = None, seed: int = 0, pixel_labels: bool = False, channels: int = 1
+    ) -> None:
         if split not in _SPLITS:
             raise ValueError(f"split = {split!r} must be one of {', '.join(_SPLITS)}")
-        self.split, self.length, self.seed, self.pixel_labels = split, length, seed, pixel_labels
+        self.split, self.length, self.seed, self.pixel_labels, self.channels = split, length, seed, pixel_labels, channels
         self.canvas = canvas or Canvas()
 
     def __len__(self) -> int:
@@ -73,7 +76,7 @@ class ScatteredDigits(Dataset[dict[str, Tensor]]):
             labels = _pixel_labels(labels, places, self.canvas.size)
         rows = zip(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(places), indices, strict=True)
         return [
-            {"pixel_values": image[None], "labels": label, "place": place, "sample_ids": torch.tensor(index)}
+            {"pixel_values": image.expand(self.channels, -1, -1), "labels": label, "place": place, "sample_ids": torch.tensor(index)}
             for image, label, place, index in rows
         ]
 

@@ -26,14 +26,16 @@ class ImageData(Splits):
     channels: int = 3
 
 
-def scattered_digits(canvas: Canvas, train_samples: int, eval_samples: int, seed: int, pixel_labels: bool = False) -> ImageData:
+def scattered_digits(
+    canvas: Canvas, train_samples: int, eval_samples: int, seed: int, channels: int, pixel_labels: bool = False
+) -> ImageData:
     """Splits of the embedded digits; ``pixel_labels`` gives every pixel a class, with one more class for the background."""
     return ImageData(
-        train=ScatteredDigits("train", train_samples, canvas, seed, pixel_labels),
-        validation=ScatteredDigits("validation", eval_samples, canvas, pixel_labels=pixel_labels),
-        test=ScatteredDigits("test", eval_samples, canvas, pixel_labels=pixel_labels),
+        train=ScatteredDigits("train", train_samples, canvas, seed, pixel_labels, channels),
+        validation=ScatteredDigits("validation", eval_samples, canvas, 0, pixel_labels, channels),
+        test=ScatteredDigits("test", eval_samples, canvas, 0, pixel_labels, channels),
         classes=[*(str(digit) for digit in range(CLASSES)), *(["background"] if pixel_labels else [])],
-        channels=1,
+        channels=channels,
     )
 
 

@@ -41,6 +41,15 @@ class ClipVision(VisionModel):
     takes_attention_mask = False
 
     @classmethod
+    def embed(cls, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+        """(B, N, C) input of a tower's first layer."""
+        parts: Any = tower
+        hidden: Tensor = parts.embeddings(pixel_values)
+        # The misspelt name is transformers'.
+        norm = getattr(parts, "pre_layrnorm", None)
+        return hidden if norm is None else norm(hidden)
+
+    @classmethod
     def base(cls, model: PreTrainedModel) -> nn.Module:
         # transformers changed the declared base_model_prefix of these classes between versions.
         return getattr(model, "vision_model", model)

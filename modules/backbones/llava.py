@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..cost.shape import StackShape
+from ..site import TokenSpec
 from ..tokens.trace import Trace
 from .clip_vision_model import ClipVision
 from .decoder import Decoder
+from .image_features import image_features
 from .layer_adapter import LayerAdapter
 from .llama import Llama, Mistral, Qwen2, Qwen3
+from .projector import ProjectorLayers
 from .siglip_vision_model import SiglipVision
 from .stack import Stack
-from .vision import VisionModel
+from .vision import pair
 
 # Adapters of the supported language models and vision towers, by ``model_type``.
 LANGUAGE_MODELS: dict[str, type[Decoder]] = {adapter.model_type: adapter for adapter in (Llama, Mistral, Qwen2, Qwen3)}
-TOWERS: dict[str, type[VisionModel]] = {adapter.model_type: adapter for adapter in (ClipVision, SiglipVision)}
+TOWERS: dict[str, type[ClipVision]] = {adapter.model_type: adapter for adapter in (ClipVision, SiglipVision)}
 # Default number of text tokens beside one image: a question and its answer.
 _TEXT_TOKENS = 64
 _OTHERS = "put the stage into the language model, with stack = 'text' and scope = 'visual'"
+VISION, PROJECTOR = "vision", "projector"
 
 
 class Llava(Decoder):
-    """LLaVA models (arXiv 2304.08485). Stages are in the language model, and may touch the tokens of images; text is protected.
+    """LLaVA models (arXiv 2304.08485), with stages in the tower, at the projector and in the language model; text is protected.
 
     The visual tokens of a row are its placeholders. All of transformers' code outside the layers runs at full length, so that positions,
-    labels and the places in a cache are those of the whole row.
+    labels and the places in a cache are those of the whole row. Placeholders whose patch is gone are absent in the language model.
     """
 
     model_type = "llava"
     stack_name = "text"
     layers_at = "language_model.layers"
+    tower_at = "vision_tower"
     classes: ClassVar[tuple[str, ...]] = ("LlavaModel", "LlavaForConditionalGeneration")
-    refused_stacks: ClassVar[Mapping[str, str]] = {
-        "vision": f"stages in the vision tower of a LLaVA are not supported yet; {_OTHERS}",
-        "projector": f"stages at the projector of a LLaVA are not supported yet; {_OTHERS}",
-    }
+    feeds: ClassVar[Mapping[str, str]] = {VISION: PROJECTOR, PROJECTOR: "text"}
 
     @classmethod
     def check(cls, model: PreTrainedModel) -> None:
@@ -52,9 +56,44 @@ class Llava(Decoder):
                 raise ValueError(f"{key}.model_type = {kind!r} is not supported in a LLaVA: it must be one of {', '.join(known)}")
 
     @classmethod
+    def check_stacks(cls, model: PreTrainedModel, stacks: Collection[str]) -> None:
+        before = [stack for stack in (VISION, PROJECTOR) if stack in stacks]
+        if not before:
+            return
+        given: Any = model.config
+        where = f"stack = {before[0]!r} is not offered"
+        if not _takes_features(cls.base(model)):
+            raise ValueError(f"{where}: this version of transformers computes image features inside LLaVA's forward; {_OTHERS}")
+        if not isinstance(given.vision_feature_layer, int):
+            raise ValueError(
+                f"{where}: vision_feature_layer = {given.vision_feature_layer} joins features of several layers, whose tokens would differ; "
+                f"{_OTHERS}"
+            )
+        if given.vision_feature_select_strategy == "default" and not cls.class_tokens(given):
+            raise ValueError(f"{where}: vision_feature_select_strategy = 'default' drops the first patch of a tower without class token")
+
+    @classmethod
     def stacks(cls, model: PreTrainedModel) -> tuple[Stack, ...]:
-        (text,) = super().stacks(model)
-        return (replace(text, visual=True),)
+        tower, config = cls._tower(model), cls._tower(model).config
+        # Layers above the one whose output the projector reads have no effect.
+        layers = TOWERS[config.model_type].layers(tower)[: cls._feature_layers(model.config)]
+        projector = nn.ModuleList([cls.base(model).get_submodule("multi_modal_projector")])
+        return (
+            Stack(VISION, layers, TOWERS[config.model_type].layer_adapter, config),
+            Stack(PROJECTOR, projector, ProjectorLayers, config),
+            cls.main_stack(model),
+        )
+
+    @classmethod
+    def main_stack(cls, model: PreTrainedModel) -> Stack:
+        return replace(super().main_stack(model), visual=True)
+
+    @classmethod
+    def token_spec(cls, model: PreTrainedModel, stack: Stack) -> TokenSpec:
+        if stack.name == cls.stack_name:
+            return super().token_spec(model, stack)
+        spec = TOWERS[stack.config.model_type].token_spec(cls._tower(model), stack)
+        return replace(spec, family=cls.model_type, has_cls=spec.has_cls and stack.name == VISION)
 
     @classmethod
     def layers_adapter(cls, config: Any) -> type[LayerAdapter]:
@@ -67,25 +106,36 @@ class Llava(Decoder):
 
     @classmethod
     def shapes(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> dict[str, StackShape]:
-        """The language model, for rows of one image and text. Tower and projector, which run dense, count as the embedding of the image.
+        """Tower, projector and language model, for rows of one image and text.
 
         Args:
             model: dense or compressed model.
             size: number of text tokens beside the image, 64 by default; or (height, width) of the image in pixels.
         """
-        config, base = model.config, cls.base(model)
-        tower: Any = base.get_submodule("vision_tower")
+        config, base, tower = model.config, cls.base(model), cls._tower(model)
         seen = TOWERS[tower.config.model_type].shapes(tower, size if isinstance(size, tuple) else None)[""]
-        visual = seen.protected + seen.routable - (config.vision_feature_select_strategy == "default")
-        projector = _linear_macs(base.get_submodule("multi_modal_projector"))
+        skipped = int(config.vision_feature_select_strategy == "default")
+        visual = seen.protected + seen.routable - skipped
         text = size if isinstance(size, int) else _TEXT_TOKENS
         shape = LANGUAGE_MODELS[config.text_config.model_type].layers_shape(config.text_config, text, visual)
+        head = 0 if base is model else _linear_macs(model.get_submodule("lm_head"))
+        # The tower's own head does not run, nor do layers behind the features in a compressed model.
+        layers = cls._feature_layers(config) if cls._runs_tower(model) else seen.layers
+        unread = (seen.layers - layers) * seen.layer_macs(seen.dense_layers()[0])
         return {
-            cls.stack_name: replace(
-                shape,
-                embed_macs=round(seen.model_macs(seen.dense_layers())) + visual * projector,
-                head_macs_per_token=0 if base is model else _linear_macs(model.get_submodule("lm_head")),
-            )
+            VISION: replace(seen, layers=layers, head_macs=0, head_macs_per_token=0, dense_only_macs=unread),
+            PROJECTOR: StackShape(
+                hidden=seen.hidden,
+                intermediate=0,
+                layers=1,
+                heads=1,
+                protected=0,
+                routable=visual,
+                embed_macs=0,
+                head_macs=0,
+                macs_per_token=_linear_macs(base.get_submodule("multi_modal_projector")),
+            ),
+            cls.stack_name: replace(shape, head_macs_per_token=head),
         }
 
     @classmethod
@@ -110,6 +160,89 @@ class Llava(Decoder):
         flow = trace.flow(cls.stack_name)
         flow.visual = _placeholders(model, inputs)
         flow.protected = ~flow.visual if flow.protected is None else ~flow.visual | flow.protected
+        if isinstance(pixel_values := inputs.get("pixel_values"), Tensor):
+            cls._bind_images(model, trace, pixel_values)
+
+    @classmethod
+    def _bind_images(cls, model: PreTrainedModel, trace: Trace, pixel_values: Tensor) -> None:
+        down, across = pair(cls._tower(model).config.patch_size)
+        trace.flow(VISION).leading = cls.class_tokens(model.config)
+        trace.flow(PROJECTOR).leading = cls.image_tokens(model.config) - cls.patches(model.config)
+        for flow in (trace.flow(VISION), trace.flow(PROJECTOR)):
+            flow.pixel_values = pixel_values
+            flow.grid = (pixel_values.shape[-2] // down, pixel_values.shape[-1] // across)
+
+    @classmethod
+    def encode(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        # The base is called by the model with a head, with the same trace.
+        if cls.base(model) is not model or not cls._runs_tower(model):
+            return {}
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None:
+            features = torch.cat(list(encoded.pooler_output))
+        elif isinstance(inputs.get("pixel_values"), Tensor):
+            for key in ("vision_feature_layer", "vision_feature_select_strategy"):
+                if (given := inputs.get(key)) is not None and given != getattr(model.config, key):
+                    raise ValueError(f"{key} = {given!r} in a forward: a compressed LLaVA uses that of its config")
+            features = cls._features(model, trace, inputs["pixel_values"]).flatten(0, 1)
+        else:
+            return {}
+        if cls._shortens(model):
+            flow = trace.flow(cls.stack_name)
+            visual, gone = flow.visual, features[:, 0].isnan()
+            assert visual is not None
+            flow.absent = torch.zeros_like(visual).masked_scatter(visual, gone)
+            features = features.masked_fill(gone[:, None], 0.0)
+        return {"pixel_values": None, "mm_encoder_outputs": {"image": _encoded([features])}}
+
+    @classmethod
+    def encoded_images(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        pixel_values, base = inputs.get("pixel_values"), cls.base(model)
+        if not isinstance(pixel_values, Tensor) or not cls._runs_tower(model):
+            return None
+        assert isinstance(base, PreTrainedModel)
+        trace = Trace()
+        cls._bind_images(base, trace, pixel_values)
+        return {"image": _encoded(list(cls._features(base, trace, pixel_values)))}
+
+    @classmethod
+    def _features(cls, base: PreTrainedModel, trace: Trace, pixel_values: Tensor) -> Tensor:
+        """(images, placeholders, C), from the tower and the projector with their stages; NaN for patches that are gone."""
+        vision, projector, _ = cls.stacks(base)
+        hidden_states = TOWERS[vision.config.model_type].embed(cls._tower(base), pixel_values)
+        skipped = int(base.config.vision_feature_select_strategy == "default")
+        return image_features(hidden_states, vision, projector.layers[0], skipped, trace)
+
+    @classmethod
+    def _runs_tower(cls, model: PreTrainedModel) -> bool:
+        """True if the compressed model calls the tower's layers itself. transformers runs all of them, and reads features by hooks."""
+        return _takes_features(cls.base(model)) and isinstance(model.config.vision_feature_layer, int)
+
+    @classmethod
+    def _shortens(cls, model: PreTrainedModel) -> bool:
+        """True if a stage of the tower or the projector removes visual tokens."""
+        layers: Any = [layer for stack in cls.stacks(model) if stack.name != cls.stack_name for layer in stack.layers]
+        return any(not stage.bypass for layer in layers if not layer.plan.dense for stage in layer._modules.get("stages", {}).values())
+
+    @classmethod
+    def rows_ratio(cls, trace: Trace, stack: str) -> float:
+        flow = trace.flow(cls.stack_name)
+        if stack == cls.stack_name or flow.visual is None:
+            return 1.0
+        images = trace.flow(VISION).pixel_values
+        return 0.0 if images is None else len(images) / len(flow.visual)
+
+    @classmethod
+    def _tower(cls, model: PreTrainedModel) -> Any:
+        return cls.base(model).get_submodule(cls.tower_at)
+
+    @classmethod
+    def _feature_layers(cls, config: Any) -> int:
+        """Number of the tower's layers that run until its features are read."""
+        layer, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+        if not isinstance(layer, int):
+            return int(layers)
+        return int(layer if layer >= 0 else layers + 1 + layer)
 
 
 def _placeholders(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
@@ -134,6 +267,19 @@ def _placeholders(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     return of_embeds
 
 
+def _encoded(features: list[Tensor]) -> Any:
+    """Features by image, in the form that transformers hands on."""
+    output: Any = BaseModelOutputWithPooling()
+    output.pooler_output = features
+    return output
+
+
+def _takes_features(base: nn.Module) -> bool:
+    """True if this version of transformers takes features that were computed beforehand."""
+    return "mm_encoder_outputs" in inspect.signature(type(base).forward).parameters
+
+
 def _linear_macs(module: nn.Module) -> int:
-    """MACs for one token of all linear layers of a module."""
-    return sum(part.in_features * part.out_features for part in module.modules() if isinstance(part, nn.Linear))
+    """MACs for one token of all linear layers of a module, without those of its stages."""
+    own = [part for name, part in module.named_modules() if not name.startswith("stages.")]
+    return sum(part.in_features * part.out_features for part in own if isinstance(part, nn.Linear))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..config import CompressionConfig, RestoreConfig
 from ..cost.shape import StackShape
 from ..site import TokenSpec
 from ..tokens.trace import Trace
@@ -20,22 +21,24 @@ class ModelAdapter:
 
     Attributes:
         model_type: the family's ``config.model_type``; a class without one is a shared base class, not an adapter.
-        stack_name: name of the first stack: "" unless the models are composite.
-        layer_adapter: adapter of the first stack's layers, in a family in which all models have the same kind of layers.
-        layers_at: name of the first stack's list of layers in ``base(model)``, with dots.
+        stack_name: name of the main stack: "" unless the models are composite.
+        feeds: in a composite model, the stack that the tokens leaving a stack enter, by name.
+        layer_adapter: adapter of the main stack's layers, in a family in which all models have the same kind of layers.
+        layers_at: name of the main stack's list of layers in ``base(model)``, with dots.
         classes: names of the supported model classes.
         refused: names of the family's unsupported model classes, with the reason.
-        refused_stacks: names of stacks whose layers do not support stages, with the reason and what works instead.
+        tower_at: name of the vision tower in ``base(model)``, with dots; None in a family without one beside its layers.
         takes_attention_mask: the models' forward accepts an ``attention_mask`` for padded rows.
     """
 
     model_type: ClassVar[str]
     stack_name: ClassVar[str] = ""
+    feeds: ClassVar[Mapping[str, str]] = {}
     layer_adapter: ClassVar[type[LayerAdapter]]
     layers_at: ClassVar[str] = "layers"
     classes: ClassVar[tuple[str, ...]]
     refused: ClassVar[Mapping[str, str]] = {}
-    refused_stacks: ClassVar[Mapping[str, str]] = {}
+    tower_at: ClassVar[str | None] = None
     takes_attention_mask: ClassVar[bool] = True
 
     @classmethod
@@ -48,8 +51,12 @@ class ModelAdapter:
         """Raises ValueError, with the cure, if this model cannot be compressed. Called before the model is changed."""
 
     @classmethod
+    def check_stacks(cls, model: PreTrainedModel, stacks: Collection[str]) -> None:
+        """Raises ValueError, with the cure, if this model cannot have stages in these stacks."""
+
+    @classmethod
     def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
-        """The transformer layers of the first stack, in order."""
+        """The transformer layers of the main stack, in order."""
         layers = cls.base(model).get_submodule(cls.layers_at)
         assert isinstance(layers, nn.ModuleList)
         return layers
@@ -57,16 +64,21 @@ class ModelAdapter:
     @classmethod
     def stacks(cls, model: PreTrainedModel) -> tuple[Stack, ...]:
         """The stacks of the model, in running order."""
-        return (Stack(cls.stack_name, cls.layers(model), cls.layers_adapter(model.config), cls.stack_config(model.config)),)
+        return (cls.main_stack(model),)
+
+    @classmethod
+    def main_stack(cls, model: PreTrainedModel) -> Stack:
+        """The stack that the head reads from, in a composite model that of the language model."""
+        return Stack(cls.stack_name, cls.layers(model), cls.layers_adapter(model.config), cls.stack_config(model.config))
 
     @classmethod
     def layers_adapter(cls, config: Any) -> type[LayerAdapter]:
-        """Adapter of the first stack's layers, for a model's config."""
+        """Adapter of the main stack's layers, for a model's config."""
         return cls.layer_adapter
 
     @classmethod
     def stack_config(cls, config: Any) -> PretrainedConfig:
-        """Configuration of the first stack's layers."""
+        """Configuration of the main stack's layers."""
         settings: PretrainedConfig = config
         return settings
 
@@ -118,6 +130,43 @@ class ModelAdapter:
         flow = trace.flow(cls.stack_name)
         flow.leading = cls.layers_adapter(model.config).leading(cls.stack_config(model.config))
         flow.protected = trace.protected
+
+    @classmethod
+    def encode(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs earlier stacks of a composite model before the model's own forward, and returns the inputs that replace theirs.
+
+        Args:
+            model: the compressed model, or its base.
+            trace: the trace of the forward, with the inputs on its flows.
+            inputs: inputs of the forward, by name.
+        """
+        return {}
+
+    @classmethod
+    def encoded_images(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """``mm_encoder_outputs`` for ``generate``, which computes them before the first forward; None leaves them to transformers.
+
+        Args:
+            model: the compressed model.
+            inputs: keyword arguments of ``generate``.
+        """
+        return None
+
+    @classmethod
+    def begins_short(cls, stack: str, config: CompressionConfig) -> bool:
+        """True if stages in earlier stacks remove tokens of a stack."""
+        before = [name for name, fed in cls.feeds.items() if fed == stack]
+        return any(any(not stage.bypass for stage in config.of_stack(name)) or cls.begins_short(name, config) for name in before)
+
+    @classmethod
+    def implied_restore(cls, stack: Stack, config: CompressionConfig) -> RestoreConfig | None:
+        """The restore of a stack that a config leaves out although the head reads all tokens of the model: it begins with fewer."""
+        return RestoreConfig(len(stack.layers), "rejoin") if stack.name == cls.stack_name and cls.begins_short(stack.name, config) else None
+
+    @classmethod
+    def rows_ratio(cls, trace: Trace, stack: str) -> float:
+        """Rows of a stack for each row of the model in a forward: images a row, for the tower of a vision-language model."""
+        return 1.0
 
     @classmethod
     def finish(cls, model: PreTrainedModel, outputs: Any, trace: Trace) -> Any:

@@ -91,14 +91,9 @@ def is_lora(name: str) -> bool:
     return any(part.startswith("lora_") for part in name.split("."))
 
 
-def layers_of(model: PreTrainedModel) -> list[nn.ModuleList]:
-    """The layers of the model's stacks that support stages."""
-    return [stack.layers for stack in adapter_of(model).stacks(model) if stack.adapter.sites]
-
-
 def outside_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers outside the transformer layers: heads, poolers."""
-    inside = {id(module) for layers in layers_of(model) for module in layers.modules()}
+    """Names of the linear layers outside the transformer layers of the main stack: heads, poolers, a vision tower."""
+    inside = {id(module) for module in adapter_of(model).layers(model).modules()}
     return [name for name, module in model.named_modules() if isinstance(module, _LINEAR) and id(module) not in inside]
 
 
@@ -114,12 +109,10 @@ def lora_targets(model: PreTrainedModel, targets: str | Iterable[str] | None) ->
     free = {name: module for name, module in known.items() if not any(_inside(name, router) for router in routers)}
     linear = [name for name, module in free.items() if isinstance(module, _LINEAR)]
     if targets is None:
-        found: list[str] = []
-        for stack in (stack for stack in adapter_of(model).stacks(model) if stack.adapter.sites):
-            layers = next(name for name, module in model.named_modules() if module is stack.layers)
-            ends = stack.adapter.lora_targets
-            found += [name for name in linear if _inside(name, layers) and (ends is None or _matches(name, ends))]
-        return found
+        stack = adapter_of(model).main_stack(model)
+        layers = next(name for name, module in model.named_modules() if module is stack.layers)
+        ends = stack.adapter.lora_targets
+        return [name for name in linear if _inside(name, layers) and (ends is None or _matches(name, ends))]
     if targets == ALL_LINEAR:
         # All linear layers of the base model, if the model has a head besides it.
         base = adapter_of(model).base(model)

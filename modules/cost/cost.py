@@ -94,31 +94,30 @@ class CostModel:
             filled = config.with_keep({stage.key: 1.0 for stage in config.stages if stage.free})
             self.stages = build_stages(model, filled, adapter)
         self._restores = {} if config is None else {stack: restore.layer for stack, restore in config.restores.items()}
+        if config is not None:
+            implied = {stack.name: adapter.implied_restore(stack, config) for stack in adapter.stacks(model)}
+            self._restores = {name: where.layer for name, where in implied.items() if where is not None} | self._restores
         self._causal = {stack.name for stack in adapter.stacks(model) if stack.adapter.causal}
         self.shapes: dict[str, StackShape] = adapter.shapes(model, size)
-        # Without stages, the first stack is reported.
-        self._shown = [name for name in self.shapes if any(stage.config.stack == name for stage in self.stages)] or [
-            next(iter(self.shapes))
-        ]
+        self._adapter = adapter
+        # The main stack is reported without stages too, if an earlier one shortens it or if no stack has stages.
+        staged = {stage.config.stack for stage in self.stages}
+        fed = {adapter.feeds[name] for name in staged if name in adapter.feeds}
+        self._shown = [name for name in self.shapes if name in staged | fed | self._fed_by(fed)] or [adapter.stack_name]
 
     @property
     def shape(self) -> StackShape:
-        """StackShape of the first stack with stages, or of a dense model's first stack."""
+        """StackShape of the first stack that is reported."""
         return self.shapes[self._shown[0]]
-
-    @property
-    def fixed_macs(self) -> float:
-        """MACs of the stacks without stages, in a model that has stages."""
-        return sum(shape.model_macs(shape.dense_layers()) for name, shape in self.shapes.items() if name not in self._shown)
 
     def __call__(self, keep: Mapping[str, float] | None = None) -> Cost:
         """The Cost with the given keep by stage name; other stages use their own."""
         requested = keep or {}
 
-        def kept(stage: Stage, present: float) -> float:
-            return stage.expected(present, self.shapes[stage.config.stack].routable, requested.get(stage.config.key))
+        def kept(stage: Stage, present: float, entering: float) -> float:
+            return stage.expected(present, entering, requested.get(stage.config.key))
 
-        walks = {name: self._walk(name, kept) for name in self.shapes}
+        walks = self._walks(kept)
         macs, dense_macs, activations, dense_activations, cached, dense_cached = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         tokens: dict[str, tuple[LayerTokens, ...]] = {}
         stage_macs: dict[str, float] = {}
@@ -126,7 +125,8 @@ class CostModel:
             walk, dense = walks[name], shape.dense_layers()
             layers = tokens[name] = tuple(LayerTokens(shape.protected + attention, shape.protected + mlp) for attention, mlp in walk.layers)
             macs += shape.model_macs(layers, shape.protected + walk.leaving) + sum(walk.stage_macs.values())
-            dense_macs += shape.model_macs(dense)
+            dense_macs += shape.model_macs(dense) + shape.dense_only_macs
+            macs += 0.0 if self.stages else shape.dense_only_macs
             activations += shape.activation_bytes(layers)
             dense_activations += shape.activation_bytes(dense)
             stage_macs |= walk.stage_macs
@@ -161,52 +161,83 @@ class CostModel:
             keep: scalar tensor by stage name; other stages use their own keep or number.
         """
 
-        def kept(stage: Stage, present: Any) -> Any:
+        def kept(stage: Stage, present: Any, entering: Any) -> Any:
             given = keep.get(stage.config.key)
-            return stage.expected(float(present), self.shapes[stage.config.stack].routable) if given is None else present * given
+            return stage.expected(float(present), float(entering)) if given is None else present * given
 
         macs: Any = 0.0
+        walks = self._walks(kept)
         for name, shape in self.shapes.items():
-            walk = self._walk(name, kept)
+            walk = walks[name]
             layers = [LayerTokens(shape.protected + attention, shape.protected + mlp) for attention, mlp in walk.layers]
             macs = macs + shape.model_macs(layers, shape.protected + walk.leaving) + sum(walk.stage_macs.values())
-        ratio = macs / sum(shape.model_macs(shape.dense_layers()) for shape in self.shapes.values())
+        ratio = macs / sum(shape.model_macs(shape.dense_layers()) + shape.dense_only_macs for shape in self.shapes.values())
         assert isinstance(ratio, Tensor)
         return ratio
 
     def achieved(self, trace: Trace) -> float:
         """Achieved ``macs_ratio`` of a forward: MACs of its rows, each with its own token counts, ÷ their MACs in the dense model."""
-        total: Any = self.fixed_macs
-        dense: Any = self.fixed_macs
-        for name in self._shown:
-            flow, configured = trace.flow(name), self.shapes[name]
-            original: Any = flow.original
-            whole: Any = flow.dense
-            shape = replace(configured, protected=round(_mean(whole - original)), routable=max(1, round(_mean(original))))
-            layers = [LayerTokens(tokens.attention, tokens.mlp) for _, tokens in sorted(flow.layer_tokens.items())]  # type: ignore[arg-type]
-            # The costs of the actual input, which may differ in size from the configured one.
-            embedding = shape.embed_macs * (original / configured.routable - 1)
-            total = total + shape.model_macs(layers, flow.tokens.tokens_per_row) + embedding  # type: ignore[arg-type]
-            dense = dense + shape.model_macs([LayerTokens(whole, whole)] * shape.layers) + embedding
-            for stage in self.stages:
-                if stage.config.stack == name:
-                    routing = trace.routings[stage.config.key]
-                    protected = routing.state.protected_real
-                    total = total + stage.macs(shape, protected + routing.present, protected + routing.kept)  # type: ignore[arg-type]
-        return _mean(total) / _mean(dense)
+        total, dense = 0.0, 0.0
+        for name, configured in self.shapes.items():
+            rows = self._adapter.rows_ratio(trace, name)
+            dense += rows * configured.dense_only_macs
+            if name not in self._shown or not rows:
+                total, dense = (value + rows * configured.model_macs(configured.dense_layers()) for value in (total, dense))
+                continue
+            compressed, whole = self._achieved(name, trace)
+            total, dense = total + rows * compressed, dense + rows * whole
+        return total / dense
 
-    def _walk(self, stack: str, kept: Callable[[Stage, Any], Any]) -> _Walk:
-        """Visits a stack's sites in running order; ``kept`` returns how many of the present routable tokens a stage keeps or processes."""
+    def _achieved(self, name: str, trace: Trace) -> tuple[float, float]:
+        """Mean MACs of a row of a stack in a forward, and those in the dense model."""
+        flow, configured = trace.flow(name), self.shapes[name]
+        original: Any = flow.original + flow.gone
+        whole: Any = flow.dense
+        shape = replace(configured, protected=round(_mean(whole - original)), routable=max(1, round(_mean(original))))
+        layers = [LayerTokens(tokens.attention, tokens.mlp) for _, tokens in sorted(flow.layer_tokens.items())]  # type: ignore[arg-type]
+        # The costs of the actual input, which may differ in size from the configured one.
+        embedding = shape.embed_macs * (original / configured.routable - 1)
+        total: Any = shape.model_macs(layers, flow.tokens.tokens_per_row) + embedding  # type: ignore[arg-type]
+        dense: Any = shape.model_macs([LayerTokens(whole, whole)] * shape.layers) + embedding
+        for stage in self.stages:
+            if stage.config.stack == name:
+                routing = trace.routings[stage.config.key]
+                protected = routing.state.protected_real
+                total = total + stage.macs(shape, protected + routing.present, protected + routing.kept)  # type: ignore[arg-type]
+        return _mean(total), _mean(dense)
+
+    def _fed_by(self, names: set[str]) -> set[str]:
+        """The stacks after these ones, through which their tokens go."""
+        after = {self._adapter.feeds[name] for name in names if name in self._adapter.feeds}
+        return after | self._fed_by(after) if after else after
+
+    def _walks(self, kept: Callable[[Stage, Any, Any], Any]) -> dict[str, _Walk]:
+        """The walk of every stack; the tokens that leave one enter the stack that it feeds.
+
+        Args:
+            kept: number of tokens that a stage keeps or processes, of the routable tokens present and of those that entered the stack.
+        """
+        walks: dict[str, _Walk] = {}
+        entering: dict[str, Any] = {}
+        for name, shape in self.shapes.items():
+            walks[name] = self._walk(name, kept, entering.get(name, shape.routable))
+            if (fed := self._adapter.feeds.get(name)) is not None:
+                # What leaves is a part of what would leave the dense stack; the stacks may differ in their protected tokens.
+                entering[fed] = walks[name].leaving + self.shapes[fed].routable - shape.routable
+        return walks
+
+    def _walk(self, stack: str, kept: Callable[[Stage, Any, Any], Any], begin: Any) -> _Walk:
+        """Visits a stack's sites in running order, from ``begin`` routable tokens on."""
         shape, restore = self.shapes[stack], self._restores.get(stack)
         at = {(stage.config.layer, stage.config.site): stage for stage in self.stages if stage.config.stack == stack}
-        present: Any = shape.routable
+        present: Any = begin
         walk = _Walk([], {}, {}, {}, present)
 
         def visit(layer: int, site: str, entering: Any) -> Any:
             stage = at.get((layer, site))
             if stage is None:
                 return entering
-            leaving = kept(stage, entering)
+            leaving = kept(stage, entering, begin)
             walk.stage_macs[stage.config.key] = stage.macs(shape, shape.protected + entering, shape.protected + leaving)
             walk.present[stage.config.key], walk.kept[stage.config.key] = entering, leaving
             return leaving

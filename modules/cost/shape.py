@@ -40,6 +40,9 @@ class StackShape:
         query_width: width of all queries of a token; None means C.
         key_width: width of all keys of a token, and of all values; None means C. Smaller if heads share them.
         gated: the MLP has three matrices instead of two.
+        macs_per_token: MACs of each layer for every token of its MLP, in place of attention and MLP, if it is a map of each token alone;
+            None in a transformer layer.
+        dense_only_macs: MACs per row that the dense model spends and a compressed one does not, such as layers whose output nothing reads.
         windows: attention window of each layer in tokens, None for full attention; empty means full attention in all layers.
     """
 
@@ -55,7 +58,14 @@ class StackShape:
     query_width: int | None = None
     key_width: int | None = None
     gated: bool = False
+    macs_per_token: int | None = None
+    dense_only_macs: float = 0.0
     windows: tuple[int | None, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per row at the configured input size, protected ones included."""
+        return self.protected + self.routable
 
     def layer_macs(self, tokens: LayerTokens, window: int | None = None) -> float:
         """MACs of one layer: 4NC² + 2N²C with N tokens in attention, plus 2N'C·I with N' tokens in the MLP of hidden width I.
@@ -63,14 +73,15 @@ class StackShape:
         If heads share keys, 2NC(Q + K) + 2N²Q for widths Q and K; with a gate, 3N'C·I. A causal mask does not halve the square: published
         counts use the full square. A sliding ``window`` counts its fraction of the square.
         """
+        if self.macs_per_token is not None:
+            return tokens.mlp * self.macs_per_token
         attention = tokens.attention
         queries = self.hidden if self.query_width is None else self.query_width
         keys = self.hidden if self.key_width is None else self.key_width
         projections, products = 2 * attention * self.hidden * (queries + keys), 2 * attention**2 * queries
         if window is not None:
             # If a layer processes a part of the tokens, its window contains the same part of its tokens.
-            whole = self.protected + self.routable
-            products = products * min(1.0, window / whole)
+            products = products * min(1.0, window / self.tokens)
         return projections + products + (3 if self.gated else 2) * tokens.mlp * self.hidden * self.intermediate
 
     def kv_bytes(self, layers: Sequence[LayerTokens], bytes_per_value: int = 4) -> float:

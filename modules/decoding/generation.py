@@ -36,6 +36,13 @@ class Generating:
             "layer: call generate() with a batch that is padded on the left"
         )
 
+    def _prepare_multimodal_encoder_kwargs_for_generation(self: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        encoded = self.adapter.encoded_images(self, model_kwargs)
+        if encoded is None:
+            prepared: dict[str, Any] = super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)  # type: ignore[misc]
+            return prepared
+        return {key: value for key, value in model_kwargs.items() if key != "pixel_values"} | {"mm_encoder_outputs": encoded}
+
     def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if isinstance(model_kwargs.get("past_key_values"), Cache):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .decision import Decision
+from .gather import compact, take
 from .ragged import Packing
 from .state import TokenState
 
@@ -62,6 +63,7 @@ class Flow:
         valid: (B, N) bool, False for padding; None if there is no padding, or if the layers' mask marks it.
         documents: (B, N) int64, document of each token in packed rows, -1 for padding; None if a row is one document.
         visual: (B, N) bool, tokens that come from images or video; None in a model without them.
+        absent: (B, N) bool, tokens that an earlier stack removed: no layer of this stack processes them; None if none was removed.
         pixel_values: (B, channels, height, width) the model's input, for parts that read pixels; None otherwise.
         grid: number of patches (down, across) of the input; None if there is no grid.
         places: (B, N) int64, for each original token its place in the grid plus ``leading``; None if the place is the token's position.
@@ -75,8 +77,9 @@ class Flow:
 
     Attributes:
         state: TokenState of the current tokens; None before the first layer.
-        original: routable tokens before the first stage, one int for every row or int64 (B,).
-        dense: real tokens before the first stage, protected tokens included, likewise.
+        original: routable tokens before the first stage, without absent ones, one int for every row or int64 (B,).
+        gone: number of absent tokens, likewise.
+        dense: real tokens of the dense model, protected and absent ones included, likewise.
         layer_tokens: real tokens that each layer processed, by layer index.
         packed: the current packing of the rows; None while rows are padded.
         left: hidden states (B, M, C) and TokenState before each shrinking stage, for a restore; empty without one.
@@ -89,6 +92,7 @@ class Flow:
     valid: Tensor | None = None
     documents: Tensor | None = None
     visual: Tensor | None = None
+    absent: Tensor | None = None
     pixel_values: Tensor | None = None
     grid: tuple[int, int] | None = None
     places: Tensor | None = None
@@ -98,6 +102,7 @@ class Flow:
     under_head: bool = False
     state: TokenState | None = None
     original: int | Tensor = 0
+    gone: int | Tensor = 0
     dense: int | Tensor = 0
     layer_tokens: dict[int, RowTokens] = field(default_factory=dict)
     packed: Packing | None = None
@@ -111,14 +116,30 @@ class Flow:
         assert self.state is not None
         return self.state
 
-    def begin(self, state: TokenState) -> None:
-        """Sets the initial TokenState; called once, before the first layer."""
+    def begin(self, state: TokenState, hidden_states: Tensor) -> Tensor:
+        """Sets the initial TokenState; called once, before the first layer.
+
+        Args:
+            state: TokenState of all tokens.
+            hidden_states: (B, N, C) input of the first layer.
+
+        Returns:
+            (B, M, C), the tokens that are not absent.
+        """
         if self.protected is not None:
             state = TokenState.initial(
                 state.rows, state.tokens, state.protected | self.protected, state.valid, state.position.device, state.document
             )
-        self.state = state
-        self.original, self.dense = state.present, state.tokens_per_row
+        self.dense = state.tokens_per_row
+        if self.absent is not None:
+            gone = self.absent if state.valid is None else self.absent & state.valid
+            present = compact(~gone if state.valid is None else ~gone & state.valid)
+            self.gone = gone.sum(-1)
+            # A later restore gives these tokens their places again.
+            self.left.append((hidden_states, state))
+            hidden_states, state = take(hidden_states, present.index), state.select(present.index, present.valid)
+        self.state, self.original = state, state.present
+        return hidden_states
 
     def cells(self, state: TokenState) -> Tensor:
         """(B, M) int64 grid cell of each token; negative for the leading tokens, which have none."""

@@ -150,7 +150,7 @@ def test_a_batch_joins_images_and_pads_texts(processor: Any) -> None:
     items = [encoded[index] for index in range(3)]
     batch = collate([*items, {"bad": (3, "x")}])
     assert batch["pixel_values"].shape == (3, 3, SIZE, SIZE)
-    assert [round(float(image.mean()), 3) for image in batch["pixel_values"]] == [round(value / 127.5 - 1, 3) for value in (1, 2, 3)]
+    assert [round(float(image.mean()), 3) for image in batch["pixel_values"]] == [round(value / 255, 3) for value in (1, 2, 3)]
     length = max(len(item["input_ids"]) for item in items)
     assert batch["input_ids"].shape == batch["labels"].shape == (3, length)
     short = len(items[0]["input_ids"])
@@ -196,7 +196,18 @@ def test_a_saved_processor_reads_alike(processor: Any, tmp_path: Path) -> None:
         load_processor("/nowhere/x")
 
 
-def test_digit_questions_depend_on_their_index_alone_and_answers_are_right() -> None:
+def _turns(row: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Kind, question and answer of each turn."""
+    texts = [message["content"] if isinstance(message["content"], str) else message["content"][1]["text"] for message in row["messages"]]
+    return list(zip(row["kinds"], texts[::2], texts[1::2], strict=True))
+
+
+def _quarter(picture: Any, place: int) -> np.ndarray:
+    half = np.asarray(picture).shape[0] // 2
+    return np.asarray(picture)[..., 0][half * (place // 2) :, half * (place % 2) :][:half, :half]
+
+
+def test_digit_questions_depend_on_their_index_alone_and_answers_agree_with_the_listing() -> None:
     data, again = DigitQuestions("train", 900), DigitQuestions("train", 900)
     seen: Counter[tuple[str, str]] = Counter()
     for index in range(900):
@@ -204,24 +215,41 @@ def test_digit_questions_depend_on_their_index_alone_and_answers_are_right() -> 
         if index < 20:
             assert row["messages"] == again[index]["messages"]
             assert np.array_equal(np.asarray(row["images"][0]), np.asarray(again[index]["images"][0]))
-        assert set(row["kinds"]) in ({"reading", "counting", "presence"}, {"locating", "counting", "presence"})
-        asked = [
-            message["content"] if isinstance(message["content"], str) else message["content"][1]["text"] for message in row["messages"]
-        ]
-        questions, answers = (dict(zip(row["kinds"], asked[start::2], strict=True)) for start in (0, 1))
-        picture = np.asarray(row["images"][0])[..., 0]
-        lit = {name: bool(picture[24 * (place // 2) :, 24 * (place % 2) :][:24, :24].any()) for place, name in enumerate(QUARTERS)}
+        turns = _turns(row)
+        assert turns[0][0] == "counting"
+        if turns[-1][0] == "listing":
+            listed = dict(zip(QUARTERS, turns[-1][2].split(), strict=True))
+        else:
+            assert turns[-1][0] == "naming"
+            named = {part[2:]: part[0] for part in turns[-1][2].split(", ")}
+            assert list(named.values()) == sorted(named.values())
+            listed = {name: named.get(name, "-") for name in QUARTERS}
+        count = sum(digit != "-" for digit in listed.values())
+        assert turns[0][2] == str(count)
+        lit = {name: bool(_quarter(row["images"][0], place).any()) for place, name in enumerate(QUARTERS)}
+        assert all(lit[name] for name, digit in listed.items() if digit != "-")
         # A scrambled digit lights a quarter too.
-        assert sum(lit.values()) - int(answers["counting"]) in (0, 1)
-        named = answers["locating"] if "locating" in answers else questions["reading"].removeprefix("Which digit is at the ")[:-1]
-        assert lit[named]
-        seen[answers["counting"], answers["presence"]] += 1
+        assert sum(lit.values()) - count in (0, 1)
+        found = [(kind, question, answer) for kind, question, answer in turns if kind in ("reading", "locating")]
+        assert len(found) == min(2, count - 1)
+        assert len({kind for kind, _, _ in found}) == 1
+        told = set()
+        for kind, question, answer in found:
+            digit = answer if kind == "reading" else question.removeprefix("Where is the ")[:-1]
+            place = answer if kind == "locating" else question.removeprefix("Which digit is at the ")[:-1]
+            assert listed[place] == digit
+            told.add(digit)
+        ((_, question, answer),) = [turn for turn in turns if turn[0] == "presence"]
+        digit = question.removeprefix("Is there a ")[:-1]
+        assert (answer == "yes") == (digit in listed.values())
+        assert digit not in told
+        seen[str(count), answer] += 1
     # Whatever the count, yes and no are alike frequent.
     for count in "234":
         yes, no = seen[count, "yes"], seen[count, "no"]
         assert 0.4 < yes / (yes + no) < 0.6
         assert yes + no > 200
-    assert set(QUESTIONS) == {"reading", "counting", "locating", "presence"}
+    assert set(QUESTIONS) == {"reading", "counting", "locating", "presence", "listing", "naming"}
     with pytest.raises(ValueError, match="split = 'dev' must be one of train, validation, test"):
         DigitQuestions("dev", 3)
 
@@ -231,17 +259,14 @@ def test_a_digit_is_where_a_question_says() -> None:
     checked = 0
     for index in range(200):
         row = data[index]
-        if "reading" not in row["kinds"]:
-            continue
-        turn = row["kinds"].index("reading")
-        content, answer = row["messages"][2 * turn]["content"], row["messages"][2 * turn + 1]["content"]
-        text = content if isinstance(content, str) else content[1]["text"]
-        place = QUARTERS.index(text.removeprefix("Which digit is at the ")[:-1])
-        quarter = np.asarray(row["images"][0])[..., 0][24 * (place // 2) :, 24 * (place % 2) :][:24, :24]
-        # The picture of some source digit of that number stands there, at twice its size.
-        windows = np.lib.stride_tricks.sliding_window_view(quarter, (16, 16))[..., ::2, ::2].reshape(-1, 64)
-        sources = (images[labels == int(answer)] * 255).round().astype(np.uint8).reshape(-1, 64)
-        assert {window.tobytes() for window in windows} & {source.tobytes() for source in sources}
+        for kind, question, answer in _turns(row):
+            if kind != "reading":
+                continue
+            quarter = _quarter(row["images"][0], QUARTERS.index(question.removeprefix("Which digit is at the ")[:-1]))
+            # The picture of some source digit of that number stands there, in cells of four pixels.
+            windows = np.lib.stride_tricks.sliding_window_view(quarter, (8, 8))[::4, ::4].reshape(-1, 64)
+            sources = (images[labels == int(answer)] * 255).round().astype(np.uint8).reshape(-1, 64)
+            assert {window.tobytes() for window in windows} & {source.tobytes() for source in sources}
         checked += 1
     assert checked > 60
 

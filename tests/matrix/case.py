@@ -168,7 +168,7 @@ def settle(model: PreTrainedModel) -> None:
 
 def stack_of(model: PreTrainedModel) -> Stack:
     """The first stack of a model, dense or compressed: its layers and their adapter."""
-    return adapter_of(model).stacks(model)[0]
+    return adapter_of(model).main_stack(model)
 
 
 def traced_outputs(

@@ -78,7 +78,7 @@ PAIRS: list[tuple[str, Method]] = [(family, method) for family in FAMILIES for m
 def dense(family: str = "llava", **settings: Any) -> LlavaForConditionalGeneration:
     """A tiny random model in evaluation mode. What reads images is not tiny, so that answers depend on them."""
     torch.manual_seed(1)
-    attention, about = settings.pop("attn_implementation", "sdpa"), FAMILIES[family].settings
+    attention, about = settings.pop("attn_implementation", "sdpa"), FAMILIES[family].settings | settings.pop("vision", {})
     config = AutoConfig.for_model(
         "llava",
         vision_config=about.get("vision_config", {**_TOWER, "model_type": "clip_vision_model"}),

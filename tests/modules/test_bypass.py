@@ -44,7 +44,7 @@ def test_a_weight_of_one_half_is_half_of_what_the_block_added() -> None:
     model = compress(dense("llama"), CompressionConfig([StageConfig(layer=1, site="around", scorer="linear", keep=0.5)])).train()
     (stage,) = stages_of(model).values()
     trace = Trace()
-    trace.flow().begin(_state(1, 4))
+    trace.flow().begin(_state(1, 4), torch.zeros(1, 4, 1))
 
     class Half(nn.Module):
         def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:

@@ -71,7 +71,7 @@ def test_bipartite_matching_never_takes_away_more_than_half(tokens: int, removed
     model = compress(plain, CompressionConfig([stage]))
     trace = Trace()
     hidden = torch.randn(2, tokens, 16)
-    trace.flow().begin(TokenState.initial(2, tokens, 1, None, hidden.device))
+    trace.flow().begin(TokenState.initial(2, tokens, 1, None, hidden.device), hidden)
     out = model.vit.layers[1].stages["before"](hidden, model.vit.layers[1], trace)
     assert out.shape[1] == tokens - min(removed, (tokens - 1) // 2)
 
@@ -148,7 +148,7 @@ def test_size_weighted_sums_are_conserved_over_two_stages(parts: dict[str, str])
     model = compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.6, **parts), StageConfig(layer=2, keep=0.6, **parts)]))
     layers = model.vit.layers
     hidden, trace = torch.randn(3, 37, 16), _with_images()
-    trace.flow().begin(TokenState.initial(3, 37, 1, None, hidden.device))
+    trace.flow().begin(TokenState.initial(3, 37, 1, None, hidden.device), hidden)
     once = layers[1].stages["before"](hidden, layers[1], trace)
     twice = layers[2].stages["before"](once, layers[2], trace)
     assert trace.state is not None

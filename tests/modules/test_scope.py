@@ -37,7 +37,7 @@ def _prompt(labels: Tensor | None = None, **noted: Any) -> Tensor:
     """(1, N) which tokens the prompt is, by the caller's labels and by what the model noted of its input."""
     trace, flow = Trace(labels=labels), Flow(**noted)
     number = 6 if labels is None else labels.shape[1]
-    flow.begin(TokenState.initial(1, number, 0, flow.valid, torch.device("cpu")))
+    flow.begin(TokenState.initial(1, number, 0, flow.valid, torch.device("cpu")), torch.zeros(1, number, 1))
     return in_scope("prompt", trace, flow).routable.int()
 
 

@@ -139,7 +139,7 @@ def test_last_query_of_a_shortened_row_meets_the_keys_that_are_left() -> None:
 
 def _last(visual: list[int], marks: Tensor | None = None, **given: Any) -> list[int]:
     flow = Flow(carry={} if marks is None else None, visual=torch.tensor([[at in visual for at in range(8)]]), **given)
-    flow.begin(TokenState.initial(1, 8, 0, flow.valid, torch.device("cpu")))
+    flow.begin(TokenState.initial(1, 8, 0, flow.valid, torch.device("cpu")), torch.zeros(1, 8, 1))
     return last_of_prompt(Trace(labels=marks), flow)[0].tolist()
 
 
@@ -153,7 +153,7 @@ def test_the_last_token_of_the_prompt_is_that_before_the_first_label_behind_the_
     assert _last([1, 7], torch.tensor([[no, no, no, 5, no, no, no, no]])) == [7]
     prompt = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0]])
     flow = Flow(visual=torch.zeros(1, 8, dtype=torch.bool))
-    flow.begin(TokenState.initial(1, 8, 0, None, torch.device("cpu")))
+    flow.begin(TokenState.initial(1, 8, 0, None, torch.device("cpu")), torch.zeros(1, 8, 1))
     assert last_of_prompt(Trace(prompt=prompt), flow)[0].tolist() == [4]
     with pytest.raises(ValueError, match="nothing says where the prompt ends.*use_cache=True, or give Trace.labels=….* or Trace.prompt=…"):
         last_of_prompt(Trace(), flow)
@@ -348,6 +348,8 @@ def test_achieved_macs_count_the_images_and_the_text_of_the_batch() -> None:
     ]
     dense_layers = [replace(tokens, attention=text + 18, mlp=text + 18) for tokens in shape.dense_layers()]
     scorer = stages_of(model)["text.before_1"].macs(shape, text + 18, text + 9)
-    images = shape.embed_macs
-    expected = (shape.model_macs(left, text + 18) + images + scorer) / (shape.model_macs(dense_layers) + images)
+    # Two images a row; the dense model runs a layer of the tower that nothing reads.
+    images = 2 * sum(cost.shapes[name].model_macs(cost.shapes[name].dense_layers()) for name in ("vision", "projector"))
+    unread = 2 * cost.shapes["vision"].dense_only_macs
+    expected = (shape.model_macs(left, text + 18) + images + scorer) / (shape.model_macs(dense_layers) + images + unread)
     assert cost.achieved(trace) == pytest.approx(expected, rel=1e-9)

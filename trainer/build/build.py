@@ -35,6 +35,7 @@ from .heads import check_known, has_head, known_classes, named_classes, renew_he
 from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load_stages, load_state, start_of
 from .model_settings import check_settings, with_settings
 from .parts import RunParts
+from .tower import load_tower, tower_config
 from .trainable import quantization, train_parts
 from .vocabulary import fit_vocabulary, set_vocabulary
 
@@ -180,6 +181,8 @@ def model_config(recipe: ModelRecipe, task: type[Task], start: Start | None = No
         architecture = task.model_class(model_type).__name__
         check_settings(model_type, {key: value for key, value in recipe.config.items() if key != "model_type"}, "model.config")
         check_settings(model_type, recipe.settings, "model.settings")
+        if recipe.tower_of is not None:
+            settings["vision_config"] = tower_config(recipe).to_dict()
         try:
             # transformers selects the head of some families by the architecture.
             config: PretrainedConfig = AutoConfig.for_model(model_type, **{"architectures": [architecture], **settings})
@@ -222,6 +225,9 @@ def build_model(recipe: ModelRecipe, config: PretrainedConfig, data: Splits, tas
     model = task.fresh_model(config, recipe.attention)
     if recipe.config is None and recipe.encoder_of is not None:
         load_encoder(model, encoder_weights(recipe), recipe.revision)
+    # An empty config stands for that of ``config``, for a model whose weights do not matter.
+    if recipe.tower_of is not None and recipe.config:
+        load_tower(model, recipe)
     return model
 
 

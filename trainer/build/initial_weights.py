@@ -104,19 +104,29 @@ def start_of(model: ModelRecipe) -> Start | None:
 
 
 def encoder_weights(model: ModelRecipe) -> str:
-    """Folder or hub name of the weights that ``model.encoder_of`` refers to.
+    """Folder or hub name of the weights that ``model.encoder_of`` refers to. Raises ValueError if the folder has no weights."""
+    assert model.encoder_of is not None
+    return weights_of("model.encoder_of", model.encoder_of, PRETRAIN)
+
+
+def weights_of(key: str, name: str, cure: str) -> str:
+    """Folder or hub name of the whole weights that a key of a recipe refers to.
+
+    Args:
+        key: the key.
+        name: its value: a run folder, a folder of weights or a hub name.
+        cure: end of the message if the folder has no weights.
 
     Raises:
         ValueError: the folder has no weights.
     """
-    assert model.encoder_of is not None
     try:
-        weights = located(model.encoder_of, whole=True)
+        weights = located(name, whole=True)
         if Path(weights).is_dir():
             check_files(Path(weights))
         return weights
     except (FileNotFoundError, DamagedFile) as error:
-        raise ValueError(f"model.encoder_of = {model.encoder_of!r}: {error}; {PRETRAIN}") from None
+        raise ValueError(f"{key} = {name!r}: {error}; {cure}") from None
 
 
 def check_start(recipe: Recipe, start: Start | None) -> None:

@@ -242,7 +242,7 @@ def inspect(
     console(as_json).print(f"written: {to}; achieved keep by stage: {shares}", highlight=False, soft_wrap=True)
 
 
-COST_COLUMNS = ("layer", "stages", "tokens", "tokens in MLP", "MACs", "MACs dense", "of stages")
+COST_COLUMNS = ("stack", "layer", "stages", "tokens", "tokens in MLP", "MACs", "MACs dense", "of stages")
 
 
 @app.command()
@@ -263,11 +263,13 @@ def cost(
         result = cost_of_recipe(recipe, overrides or []) if recipe is not None else cost_of_model(str(model))
     emit(result, as_json)
     table = Table(title=f"one row: macs_ratio {result['macs_ratio']:.4f}, mean token fraction {result['mean_token_fraction']:.4f}")
-    for column in COST_COLUMNS:
-        table.add_column(column, justify="left" if column == "stages" else "right")
+    composite = any(row["stack"] for row in result["layers"])
+    for column in COST_COLUMNS[not composite :]:
+        table.add_column(column, justify="left" if column in ("stack", "stages") else "right")
     for row in result["layers"]:
+        items = list(row.values())[not composite :]
         table.add_row(
-            *(f"{item:,.1f}" if isinstance(item, float) else f"{item:,}" if isinstance(item, int) else item or "" for item in row.values())
+            *(f"{item:,.1f}" if isinstance(item, float) else f"{item:,}" if isinstance(item, int) else item or "" for item in items)
         )
     out = console(as_json)
     out.print(table)
@@ -277,7 +279,7 @@ def cost(
         highlight=False,
     )
     if result["kv_bytes"]:
-        tokens = result["layers"][0]["tokens"]
+        tokens = result["layers"][-1]["tokens"]
         out.print(
             f"keys and values in a cache about {result['kv_bytes'] / tokens:,.0f} bytes a token, dense "
             f"{result['dense_kv_bytes'] / tokens:,.0f}, in float32",

@@ -69,6 +69,9 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
 
         # Lightning would pass on the device's index, which a CPU device does not have.
         arguments = argparse.Namespace(device_rank=self.local_rank)
+        # DeepSpeed would cache the bf16 copies of weights for a whole forward. A copy that was made when a layer's weights were read for
+        # the first time, by a scorer for example, would give its gradient only after ZeRO-3 has freed the weight.
+        model.register_forward_pre_hook(_without_copies)
         with told_of_builds():
             engine, optimizer, *_ = deepspeed.initialize(args=arguments, config=config, model=model, dist_init_required=False, **settings)
         return engine, optimizer
@@ -120,6 +123,10 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         stage: int = self.config["zero_optimization"]["stage"]
         return stage
+
+
+def _without_copies(model: Module, inputs: Any) -> None:
+    torch.set_autocast_cache_enabled(False)
 
 
 def remove_hooks(model: Module) -> None:

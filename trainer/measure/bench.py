@@ -172,7 +172,7 @@ def sliced(model: PreTrainedModel, tokens: Mapping[int, RowTokens], final: int |
         final: tokens after the last layer; None uses those of its MLP.
     """
     adapter = adapter_of(model)
-    stack = adapter.stacks(model)[0]
+    stack = adapter.main_stack(model)
     layers = stack.layers
     present = [_mean(tokens[index].present) for index in range(len(layers))]
     removed = _Removed()
@@ -275,7 +275,7 @@ def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor], forward: Callab
     with torch.no_grad():
         forward(model.eval(), batch, trace=trace)
     model.train(training)
-    flow = trace.flow(adapter_of(model).stacks(model)[0].name)
+    flow = trace.flow(adapter_of(model).stack_name)
     return dict(flow.layer_tokens), _mean(flow.tokens.tokens_per_row)
 
 

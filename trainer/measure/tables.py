@@ -11,7 +11,8 @@ from rich.table import Table
 
 from ...modules.budget.budget import Budget
 from ...modules.checkpoints.foreign_config import settings_errors
-from ...modules.cost.cost import CostModel
+from ...modules.cost.cost import Cost, CostModel
+from ...modules.cost.shape import StackShape
 from ..build.build import build, build_model, model_config, total_steps
 from ..build.vocabulary import fit_vocabulary
 from ..errors import RecipeError
@@ -52,35 +53,42 @@ def cost_of_model(folder: str) -> dict[str, Any]:
 
 
 def _rows(model: CostModel) -> dict[str, Any]:
-    cost, shape = model(), model.shape
-    windows, whole = shape.windows or (None,) * shape.layers, shape.dense_layers()
-    at: dict[int, list[str]] = {}
-    for stage in model.stages:
-        at.setdefault(stage.config.layer, []).append(stage.config.key)
+    cost = model()
     return {
         "macs": cost.macs,
         "dense_macs": cost.dense_macs,
         "macs_ratio": cost.macs_ratio,
         "mean_token_fraction": cost.mean_token_fraction,
-        "embed_macs": shape.embed_macs,
-        "head_macs": shape.head_macs + round(model.fixed_macs + shape.head_macs_per_token * (shape.protected + shape.routable)),
+        "embed_macs": sum(shape.embed_macs for shape in model.shapes.values()),
+        "head_macs": round(sum(shape.head_macs + shape.head_macs_per_token * shape.tokens for shape in model.shapes.values())),
         "activation_bytes": cost.activation_bytes,
         "dense_activation_bytes": cost.dense_activation_bytes,
         "kv_bytes": cost.kv_bytes,
         "dense_kv_bytes": cost.dense_kv_bytes,
-        "layers": [
-            {
-                "layer": str(index),
-                "stage": ", ".join(at.get(index, [])) or None,
-                "tokens": tokens.attention,
-                "mlp_tokens": tokens.mlp,
-                "macs": shape.layer_macs(tokens, windows[index]),
-                "dense_macs": shape.layer_macs(whole[index], windows[index]),
-                "stage_macs": sum(cost.stage_macs[name] for name in at.get(index, [])),
-            }
-            for index, tokens in enumerate(cost.layers)
-        ],
+        "layers": [row for name, shape in model.shapes.items() for row in _layers(name, shape, model, cost)],
     }
+
+
+def _layers(stack: str, shape: StackShape, model: CostModel, cost: Cost) -> list[dict[str, Any]]:
+    """A row for each layer of a stack."""
+    windows, whole = shape.windows or (None,) * shape.layers, shape.dense_layers()
+    at: dict[int, list[str]] = {}
+    for stage in model.stages:
+        if stage.config.stack == stack:
+            at.setdefault(stage.config.layer, []).append(stage.config.key)
+    return [
+        {
+            "stack": stack or None,
+            "layer": str(index),
+            "stage": ", ".join(at.get(index, [])) or None,
+            "tokens": tokens.attention,
+            "mlp_tokens": tokens.mlp,
+            "macs": shape.layer_macs(tokens, windows[index]),
+            "dense_macs": shape.layer_macs(whole[index], windows[index]),
+            "stage_macs": sum(cost.stage_macs[name] for name in at.get(index, [])),
+        }
+        for index, tokens in enumerate(cost.stacks.get(stack, whole))
+    ]
 
 
 def bench_recipe(loaded: LoadedRecipe, console: Console) -> dict[str, Any]:

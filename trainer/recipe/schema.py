@@ -39,6 +39,10 @@ class ModelRecipe(Block):
     )
     encoder_routers: bool = Field(False, description="initialise stages with their weights in encoder_of")
     config: dict[str, Any] | None = Field(None, description="model_type and settings of a model with random weights")
+    tower_of: str | None = Field(
+        None,
+        description="image model whose vision tower a new vision-language model takes, sizes and weights: a run, a folder or a hub name",
+    )
     resize_vocabulary: bool = Field(
         False, description="give the embeddings of model.name as many entries as the tokenizer has, if it has more; new entries are random"
     )
@@ -56,6 +60,8 @@ class ModelRecipe(Block):
             )
         if self.encoder_routers and self.encoder_of is None:
             raise ValueError("model.encoder_routers = true needs model.encoder_of, which is not set: set it to a masked pretraining")
+        if self.tower_of is not None and self.config is None:
+            raise ValueError("model.tower_of is for a new model, and model.config is not set: remove model.tower_of, or set model.config")
         if self.new_head and self.name is None:
             raise ValueError("model.new_head = true replaces the head of model.name, which is not set: remove model.new_head")
         if self.resize_vocabulary and self.name is None:

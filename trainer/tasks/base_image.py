@@ -101,8 +101,8 @@ class ImageTask(Task):
         return {name: routing.achieved for name, routing in trace.routings.items()}
 
     @classmethod
-    def embedded_data(cls, recipe: ImageRecipe, seed: int) -> ImageData:
-        """The splits of ``scattered_digits``."""
+    def embedded_data(cls, recipe: ImageRecipe, seed: int, channels: int) -> ImageData:
+        """The splits of ``scattered_digits``, with 1 channel or 3."""
         raise NotImplementedError
 
     @classmethod
@@ -187,11 +187,9 @@ def _open_data(task: type[ImageTask], whole: Recipe, config: Any, known: KnownCl
     assert recipe.std is not None
     size, channels = image_input(config)
     if recipe.name == DRAWN:
-        if (size, channels) != (recipe.canvas.size, 1):
-            raise ValueError(
-                f"data.canvas.size = {recipe.canvas.size} with 1 channel does not fit model.config: image_size = {size}, num_channels = {channels}"
-            )
-        return task.embedded_data(recipe, seed)
+        if size != recipe.canvas.size:
+            raise ValueError(f"data.canvas.size = {recipe.canvas.size} does not fit model.config: image_size = {size}")
+        return task.embedded_data(recipe, seed, channels)
     mean, std = _per_channel(recipe.mean, channels), _per_channel(recipe.std, channels)
     return task.hub_data(recipe, ImageTransform(size, channels, mean, std, **recipe.augmentations), seed, known)
 

@@ -95,8 +95,8 @@ class ImageClassification(ImageTask):
         return model
 
     @classmethod
-    def embedded_data(cls, recipe: ImageRecipe, seed: int) -> ImageData:
-        return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed)
+    def embedded_data(cls, recipe: ImageRecipe, seed: int, channels: int) -> ImageData:
+        return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed, channels)
 
     @classmethod
     def hub_data(cls, recipe: LabelledImageRecipe, transform: ImageTransform, seed: int, known: KnownClasses | None) -> ImageData:

@@ -83,9 +83,9 @@ class MaskedImagePretraining(ImageTask):
         return model
 
     @classmethod
-    def embedded_data(cls, recipe: ImageRecipe, seed: int) -> ImageData:
+    def embedded_data(cls, recipe: ImageRecipe, seed: int, channels: int) -> ImageData:
         # The labels are ignored.
-        return replace(scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed), classes=[])
+        return replace(scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed, channels), classes=[])
 
     @classmethod
     def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:

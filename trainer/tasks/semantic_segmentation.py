@@ -50,8 +50,8 @@ class SemanticSegmentation(ImageTask):
         return heads[model_type]
 
     @classmethod
-    def embedded_data(cls, recipe: ImageRecipe, seed: int) -> ImageData:
-        return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed, pixel_labels=True)
+    def embedded_data(cls, recipe: ImageRecipe, seed: int, channels: int) -> ImageData:
+        return scattered_digits(recipe.canvas, recipe.train_samples, recipe.eval_samples, seed, channels, pixel_labels=True)
 
     @classmethod
     def hub_data(cls, recipe: MaskRecipe, transform: ImageTransform, seed: int, known: KnownClasses | None) -> ImageData:

@@ -1,0 +1,55 @@
+"""Image features of a LLaVA whose tower or projector has stages.
+
+transformers gives the tower no keyword arguments, reads its features by hooks, and needs one feature for each placeholder. So the tower's
+layers and the projector are called here, and the features of patches that are gone are NaN: in this form transformers can repeat features for
+beams and cut them into chunks. The forward takes these patches out of the language model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..tokens.state import TokenState
+from ..tokens.trace import Trace
+from .stack import Stack
+
+
+def image_features(hidden_states: Tensor, vision: Stack, projector: nn.Module, skipped: int, trace: Trace) -> Tensor:
+    """Runs the layers of a tower and the projector, with their stages.
+
+    Args:
+        hidden_states: (I, N, C) input of the tower's first layer, for I images.
+        vision: stack of the tower's layers, up to the one whose output the projector reads.
+        projector: maps each token to the width of the language model.
+        skipped: tokens at the start that the projector does not read: 1 for a class token that is not used, else 0.
+        trace: trace of the forward; the flows ``vision`` and ``projector`` have their inputs.
+
+    Returns:
+        (I, N - skipped, width) features in the order of the placeholders, NaN for patches that are gone.
+    """
+    images, tokens, _ = hidden_states.shape
+    for layer in vision.layers:
+        hidden_states = layer(hidden_states, None, trace=trace)
+    state = trace.flow(vision.name).state or TokenState.initial(images, tokens, skipped, None, hidden_states.device)
+    # The class token is protected, so it is the first one still.
+    position = state.position[:, skipped:] - skipped
+    valid = None if state.valid is None else state.valid[:, skipped:]
+    flow = trace.flow("projector")
+    flow.valid, flow.places = valid, None if state.whole else position
+    calls: Any = projector
+    values: Tensor = calls(hidden_states[:, skipped:], trace=trace)
+    patches = tokens - skipped
+    if flow.state is not None:
+        # In the dense model the projector has all tokens.
+        flow.gone, flow.dense = patches - flow.original, patches
+    if flow.state is not None and not flow.state.whole:
+        position, valid = position.gather(1, flow.state.position), flow.state.valid
+    elif state.whole:
+        return values
+    # Padding is written to one more place, which is cut off.
+    place = position if valid is None else position.masked_fill(~valid, patches)
+    full = values.new_full((images, patches + 1, values.shape[-1]), math.nan)
+    return full.scatter(1, place.unsqueeze(-1).expand_as(values), values)[:, :-1]

@@ -1,0 +1,39 @@
+"""Adapter for the projector of a vision-language model, as a stack of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ..tokens.flow import Flow
+from ..tokens.state import TokenState
+from .layer_adapter import LayerAdapter
+
+_NO_ATTENTION = "a projector has no attention"
+
+
+class ProjectorLayers(LayerAdapter):
+    """A projector that maps each token alone. A stage before it chooses among the tower's features, once for all later layers."""
+
+    sites: ClassVar[tuple[str, ...]] = ("before",)
+    positional: ClassVar[tuple[str, ...]] = ()
+    no_keys = _NO_ATTENTION
+    no_cls_query = _NO_ATTENTION
+    no_query = _NO_ATTENTION
+
+    @classmethod
+    def leading(cls, config: PretrainedConfig) -> int:
+        return 0
+
+    @classmethod
+    def begin(cls, flow: Flow, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
+        rows, tokens, _ = hidden_states.shape
+        return TokenState.initial(rows, tokens, 0, flow.valid, hidden_states.device)
+
+    @classmethod
+    def layer_inputs(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,248 @@
+"""Stages in the tower and at the projector of a vision-language model: the language model has fewer visual tokens from its first layer on."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from laconic import CompressionConfig, StageConfig, Trace, compress, decompress, from_pretrained
+from laconic.modules.compress import checkpoint_activations
+from laconic.modules.cost.cost import CostModel
+from laconic.modules.decoding.cache import RoutedCache
+from tests.matrix.bypassed import causal_mask
+from tests.matrix.decoders import spread
+from tests.matrix.visual import FAMILIES, LAYERS, LENGTH, PLACEHOLDER, VISUAL, batch, dense, labels, pixels, row, whole
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+_LAST = {"stack": "text", "layer": 1, "scope": "visual", "scorer": "last_query", "keep": 0.5}
+# Stages by name; keep 0.5 unless they say otherwise.
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "projector_learned": [{"stack": "projector", "layer": 0, "scorer": {"name": "learned", "detach": True}}],
+    "projector_random": [{"stack": "projector", "layer": 0, "scorer": "random"}],
+    "projector_divprune": [{"stack": "projector", "layer": 0, "scorer": "diversity"}],
+    "projector_squeeze": [{"stack": "projector", "layer": 0, "scorer": "random", "merger": {"name": "squeeze", "metric": "tokens"}}],
+    "tower_learned": [{"stack": "vision", "layer": 1, "scorer": {"name": "learned", "detach": True}}],
+    "tower_tome": [{"stack": "vision", "layer": 1, "scorer": "bipartite", "merger": "bipartite"}],
+    "tower_around": [{"stack": "vision", "layer": 1, "site": "around", "scorer": "random"}],
+    "tower_threshold": [{"stack": "vision", "layer": 1, "scorer": {"name": "linear", "detach": True}, "selector": "threshold"}],
+    "all": [
+        {"stack": "vision", "layer": 1, "scorer": "random", "keep": 0.7},
+        {"stack": "projector", "layer": 0, "scorer": "random", "keep": 0.7},
+        {**_LAST, "layer": 2},
+    ],
+}
+
+
+def _dense(family: str = "llava", **settings: Any) -> PreTrainedModel:
+    """A model whose tower has three layers, of which the last is not read."""
+    about = FAMILIES[family].settings
+    tower = {**about.get("vision_config", dense().config.vision_config.to_dict()), "num_hidden_layers": 3}
+    return dense(family, vision={"vision_config": tower}, **settings)
+
+
+def _model(name: str, keep: float | None = None, family: str = "llava", **settings: Any) -> PreTrainedModel:
+    stages = [StageConfig(**{"keep": 0.5, **stage, **({} if keep is None else {"keep": keep})}) for stage in METHODS[name]]
+    restore = {"text": {"layer": LAYERS, "by": "rejoin"}} if any(stage.stack == "text" for stage in stages) else None
+    return spread(compress(_dense(family, **settings), CompressionConfig(stages, restore)))
+
+
+def _run(model: PreTrainedModel, inputs: dict[str, Tensor], **given: Any) -> tuple[Tensor, Trace]:
+    trace = Trace(**given)
+    return model(**inputs, trace=trace, use_cache=True).logits, trace
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_qwen3"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "tower_tome"])
+def test_keep_1_is_the_dense_model_bit_for_bit_loss_and_gradients(family: str, name: str) -> None:
+    given = whole()
+    answers = labels(given["input_ids"])
+    model, plain = _model(name, 1.0, family), _dense(family)
+    losses = []
+    for each in (model, plain):
+        options = {"trace": Trace(labels=answers)} if each is model else {}
+        losses.append(each(**given, labels=answers, use_cache=False, **options).loss)
+        losses[-1].backward()
+    assert torch.equal(losses[0], losses[1])
+    ours = {key: value.grad for key, value in model.named_parameters() if ".stages." not in key}
+    for key, value in plain.named_parameters():
+        assert (ours[key] is None and value.grad is None) or torch.equal(ours[key], value.grad), key
+
+
+def _features(plain: PreTrainedModel, trace: Trace) -> tuple[Tensor, Tensor]:
+    """(images, VISUAL, C) features of all patches, and (images, VISUAL) those that are left, by masks alone."""
+    tower, given = copy.deepcopy(plain.model.vision_tower), whole()["pixel_values"]
+    skipped = int(plain.config.vision_feature_select_strategy == "default")
+    hidden = tower.embeddings(given)
+    hidden = tower.pre_layrnorm(hidden) if hasattr(tower, "pre_layrnorm") else hidden
+    seen = torch.ones(hidden.shape[:2], dtype=torch.bool)
+    for index, layer in enumerate(tower.encoder.layers[:-1]):
+        routing = trace.routings.get(f"vision.before_{index}")
+        if routing is not None:
+            seen = _left(routing.state.position, routing.kept_mask, seen)
+        hidden = layer(hidden, torch.zeros(len(seen), 1, 1, seen.shape[1]).masked_fill(~seen[:, None, None], -1e30))
+    features, seen = plain.model.multi_modal_projector(hidden[:, skipped:]), seen[:, skipped:]
+    routing = trace.routings.get("projector.before_0")
+    if routing is not None:
+        positions = seen.nonzero()[:, 1].view(len(seen), -1).gather(1, routing.state.position)
+        seen = _left(positions, routing.kept_mask, seen)
+    return features, seen
+
+
+def _left(position: Tensor, kept: Tensor, seen: Tensor) -> Tensor:
+    return torch.zeros_like(seen).scatter(1, position, kept) & seen
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_mistral", "llava_qwen2"])
+@pytest.mark.parametrize("name", ["projector_learned", "projector_divprune", "tower_learned", "tower_threshold", "all"])
+def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str, name: str) -> None:
+    given, model, plain = whole(), _model(name, family=family, sliding_window=None), _dense(family, sliding_window=None)
+    logits, trace = _run(model, given)
+    with torch.no_grad():
+        features, seen = _features(plain, trace)
+        ids, language = given["input_ids"], plain.model.language_model
+        embeds = language.embed_tokens(ids)
+        visual = ids == PLACEHOLDER
+        embeds[visual] = features.flatten(0, 1)
+        hidden = ~torch.zeros_like(visual).masked_scatter(visual, ~seen)
+        mask = causal_mask(ids, language)
+        rotary = language.rotary_emb(embeds, torch.arange(LENGTH)[None])
+        for index, layer in enumerate(language.layers):
+            routing = trace.routings.get(f"text.before_{index}")
+            if routing is not None:
+                here = torch.zeros_like(hidden).scatter(1, routing.state.position, routing.kept_mask)
+                hidden = hidden & here
+            both = mask["full_attention"] if isinstance(mask, dict) else mask
+            embeds = layer(embeds, attention_mask=both & hidden[:, None, None], position_embeddings=rotary)
+        expected = plain.lm_head(language.norm(embeds))
+    assert 0 < int(seen.sum()) < seen.numel()
+    words = ~visual
+    torch.testing.assert_close(logits[words], expected[words], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "name", ["projector_learned", "projector_squeeze", "tower_learned", "tower_tome", "tower_threshold", "tower_around", "all"]
+)
+def test_a_batch_of_mixed_rows_is_each_row_alone_and_decoding_equals_one_forward(name: str) -> None:
+    model, given = _model(name), batch(left=True)
+    mask = given["attention_mask"]
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    ids = torch.arange(3)
+    logits, trace = _run(model, {**given, "position_ids": position}, sample_ids=ids)
+    # Draws of a tower are those of its images.
+    drawn = any(stage.get("scorer") == "random" for stage in METHODS[name])
+    for number in range(0 if drawn else 3):
+        alone = model(**row(number)).logits[0]
+        torch.testing.assert_close(logits[number, -alone.shape[0] :], alone, **CLOSE)
+    cache, parts = RoutedCache(model.config), []
+    for start, stop in ((0, 22), (22, 23), (23, LENGTH)):
+        images = {"pixel_values": given["pixel_values"]} if start == 0 else {}
+        out = model(
+            given["input_ids"][:, start:stop], attention_mask=mask[:, :stop], position_ids=position[:, start:stop],
+            past_key_values=cache, trace=Trace(sample_ids=ids), **images,
+        )  # fmt: skip
+        assert out.past_key_values.get_seq_length() == stop
+        parts.append(out.logits)
+    if "last_query" not in str(METHODS[name]):
+        torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], logits[mask.bool()], **CLOSE)
+    gone = 0 if name == "tower_around" else int(torch.as_tensor(trace.flow("text").gone).sum())
+    assert (gone > 0) == (name != "tower_around")
+    assert cache.tokens_stored()[0] == 3 * LENGTH - int((mask == 0).sum()) - gone if gone else True
+
+
+@pytest.mark.parametrize("name", ["projector_learned", "tower_learned", "tower_tome", "all"])
+def test_generation_of_a_batch_is_that_of_each_row_with_beams_and_a_second_turn(name: str) -> None:
+    model, given = _model(name), batch(left=True)
+    how: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    made = model.generate(**given, **how)
+    for number in range(3):
+        alone = model.generate(**row(number), **how)
+        assert torch.equal(alone[0, -5:], made[number, -5:]) or "random" in str(METHODS[name])
+    assert model.generate(**given, num_beams=3, **how).shape == made.shape
+    cache, first = RoutedCache(model.config), row(0)
+    model(**first, past_key_values=cache)
+    stored = cache.tokens_stored()
+    ids = torch.cat([torch.tensor([[5]]), torch.full((1, VISUAL), PLACEHOLDER), torch.tensor([[6, 7, 8]])], 1)
+    out = model(ids, pixel_values=pixels(1, 5), past_key_values=cache)
+    assert out.logits.shape[1] == ids.shape[1]
+    assert cache.get_seq_length() == first["input_ids"].shape[1] + ids.shape[1]
+    assert all(after - before < ids.shape[1] for before, after in zip(stored, cache.tokens_stored(), strict=True))
+
+
+def test_beams_of_rows_with_several_images_see_their_own() -> None:
+    model = _model("projector_learned", 0.6)
+    one, how = row(1), {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
+    both = batch(left=True, rows=(1, 0))
+    assert torch.equal(model.generate(**both, **how)[0, -3:], model.generate(**one, **how)[0, -3:])
+
+
+@pytest.mark.parametrize("name", ["projector_learned", "tower_learned", "all"])
+def test_gradient_checkpointing_changes_no_gradient_and_routers_learn(name: str) -> None:
+    given = whole()
+    answers, found = labels(given["input_ids"]), []
+    for checkpoint in (False, True):
+        model = _model(name).train()
+        if checkpoint:
+            checkpoint_activations(model)
+        model(**given, labels=answers, trace=Trace(labels=answers, seed=3), use_cache=False).loss.backward()
+        found.append({key: value.grad for key, value in model.named_parameters() if value.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(found[0][key], found[1][key], atol=1e-6) for key in found[0])
+    assert bool(found[0]["model.multi_modal_projector.linear_1.weight"].any())
+    if "learned" in name:
+        assert any(bool(value.any()) for key, value in found[0].items() if ".scorer." in key)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_it_is_saved_loaded_and_taken_back(name: str, tmp_path: Path) -> None:
+    given, model = whole(), _model(name)
+    trace = {"seed": 1, "sample_ids": torch.arange(3)}
+    expected = _run(model, given, **trace)[0]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(_run(from_pretrained(tmp_path), given, **trace)[0], expected)
+    plain = decompress(model)
+    assert type(plain) is type(dense())
+    assert not any("stages" in key for key in plain.state_dict())
+
+
+@pytest.mark.parametrize("name", ["projector_learned", "tower_learned"])
+@pytest.mark.parametrize("family", ["llava", "llava_qwen2"])
+def test_analytic_macs_of_all_stacks_equal_a_counter(family: str, name: str) -> None:
+    how = {"attn_implementation": "eager", "sliding_window": None}
+    METHODS["counted"] = [{**stage, "selector": {"name": "top_k", "bucket": 1}} for stage in METHODS[name]]
+    model, given = _model("counted", family=family, **how), row(0)
+    del METHODS["counted"]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _, trace = _run(model, given)
+    cost = CostModel(model, size=given["input_ids"].shape[1] - VISUAL)
+    counted = counter.get_total_flops() / 2
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _dense(family, **how)(**given, use_cache=False)
+    assert cost().dense_macs == pytest.approx(counter.get_total_flops() / 2, rel=2e-4)
+    assert cost().macs == pytest.approx(counted, rel=0.012)
+    assert cost.achieved(trace) == pytest.approx(cost().macs_ratio, rel=1e-6)
+
+
+def test_text_alone_and_images_given_as_features_are_served() -> None:
+    model = _model("projector_learned")
+    torch.testing.assert_close(model(**row(2)).logits, _dense()(**row(2)).logits, **CLOSE)
+
+
+def test_what_cannot_shorten_a_tower_is_refused_with_what_can() -> None:
+    model = dense("llava_qwen2")
+    model.config.vision_feature_layer = [0, -1]
+    with pytest.raises(ValueError, match=r"stack = 'vision' is not offered: vision_feature_layer = \[0, -1\] joins .* stack = 'text'"):
+        compress(model, CompressionConfig([StageConfig(layer=0, keep=0.5, scorer="random", stack="vision")]))
+    model.config.vision_feature_layer, model.config.vision_feature_select_strategy = -1, "default"
+    with pytest.raises(ValueError, match="stack = 'projector' is not offered: .*drops the first patch of a tower without class token"):
+        compress(model, CompressionConfig([StageConfig(layer=0, keep=0.5, scorer="random", stack="projector")]))
+    with pytest.raises(ValueError, match="compares keys, and a projector has no attention: take .*metric: tokens"):
+        compress(dense(), CompressionConfig([StageConfig(layer=0, keep=0.5, scorer="bipartite", stack="projector")]))
+    with pytest.raises(ValueError, match="vision_feature_layer = -1 in a forward: a compressed LLaVA uses that of its config"):
+        _model("projector_learned")(**whole(), vision_feature_layer=-1)
