@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 
 from .backbones.model_adapter import ModelAdapter
 from .backbones.stack import Stack
-from .config import SITES, CompressionConfig, StageConfig, restore_key
+from .config import COMPLETE, SITES, CompressionConfig, StageConfig, restore_key
 from .cost.count_rules import COUNT_RULES
 from .stage import Stage
 from .tokens.ragged import ATTENTION
-from .tokens.scope import COMPLETE
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def valid_keep(candidate: Candidate) -> None:
 
 
 def one_stage_a_site(candidate: Candidate) -> None:
-    seen: set[tuple[str, str, int]] = set()
+    seen: set[tuple[str, str, int | float]] = set()
     for stage in candidate.config.stages:
         place = (stage.stack, stage.site, stage.layer)
         if place in seen:
@@ -160,6 +159,8 @@ def distinct_names(candidate: Candidate) -> None:
 def restore_after_shrinking(candidate: Candidate) -> None:
     for stack, restore in candidate.config.restores.items():
         where, shrinking = restore_key(stack), [stage for stage in candidate.config.of_stack(stack) if not stage.bypass]
+        if not shrinking and candidate.adapter.begins_short(stack, candidate.config):
+            continue
         if not shrinking:
             raise ValueError(f"{where} has no effect: no stage shortens the sequence")
         first = min(stage.layer + (stage.site == "between") for stage in shrinking)
@@ -315,6 +316,13 @@ def causal_shrinking(candidate: Candidate) -> None:
             if by == "dechunk":
                 raise ValueError("compression.restore.by = 'dechunk' is for chunks of causal models; take unmerge or rejoin")
             continue
+        complete = [stage for stage in shrinking if stage.config.scope in COMPLETE]
+        at_end = restore is not None and by == "rejoin" and restore.layer == layers
+        if (complete or candidate.adapter.begins_short(name, candidate.config)) and not at_end:
+            raise ValueError(
+                f"{restore_key(name)}: tokens of a prompt or an image are removed, and the head answers at every place, so that only "
+                f"{{layer: {layers}, by: rejoin}} is possible: leave it out, or give that"
+            )
         for stage in shrinking:
             where = f"stage {stage.config.key!r}"
             scorer, selector, merger = (stage.config.part(kind).name for kind in ("scorer", "selector", "merger"))
@@ -323,11 +331,6 @@ def causal_shrinking(candidate: Candidate) -> None:
             if stage.config.scope in COMPLETE:
                 if not stage.merger.drops:
                     raise ValueError(f"{where}: scope {stage.config.scope!r} goes with merger 'drop', not {merger!r}")
-                if restore is None or by != "rejoin" or restore.layer != layers:
-                    raise ValueError(
-                        f"{where}: scope {stage.config.scope!r} removes tokens, and the head answers at every place: give "
-                        f"{restore_key(name)} = {{layer: {layers}, by: rejoin}}"
-                    )
             elif stage.lookahead:
                 raise ValueError(
                     f"{where}: scorer {scorer!r} with selector {selector!r} is non-causal: earlier tokens would depend on later ones; "
@@ -336,8 +339,7 @@ def causal_shrinking(candidate: Candidate) -> None:
             elif by != "dechunk":
                 raise ValueError(
                     f"{where}: the head of a causal model answers at every place: give compression.restore = {{layer: j, by: dechunk}}, "
-                    f"j up to {layers}, which gives each token the layers' output for its chunk; or take scope 'prompt' with "
-                    f"{{layer: {layers}, by: rejoin}}"
+                    f"j up to {layers}, which gives each token the layers' output for its chunk; or take scope 'prompt'"
                 )
             elif len(shrinking) > 1:
                 raise ValueError(f"{where}: only one stage makes chunks, and {len(shrinking)} were given: leave one of them")

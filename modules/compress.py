@@ -32,6 +32,7 @@ def compress(model: Model, config: CompressionConfig) -> Model:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"compress needs a transformers model, not {type(model).__name__}")
     adapter = adapter_of(model)
+    config = adapter.resolved(config, model.config)
     stages = build_stages(model, config, adapter)
     reference = next(model.parameters())
     for stage in stages:

@@ -160,9 +160,9 @@ def install(model: PreTrainedModel, config: CompressionConfig, stages: Sequence[
         own = [stage for stage in stages if stage.config.stack == stack.name]
         at: list[dict[str, Stage]] = [{} for _ in stack.layers]
         for stage in own:
-            at[stage.config.layer][stage.config.site] = stage
+            at[int(stage.config.layer)][stage.config.site] = stage
         packs = _packs(stack, own) and stack.attention in ("sdpa", ATTENTION)
-        restored = config.restores.get(stack.name) or adapter.implied_restore(stack, config)
+        restored = config.restores.get(stack.name)
         # Causal layers have a cache that knows which tokens a layer processed, so they are compressed in any case.
         dense = not own and not stack.adapter.causal and not adapter.begins_short(stack.name, config)
         for plan, layer in zip(_plans(stack, restored, at, packs, dense), stack.layers, strict=True):

@@ -19,6 +19,8 @@ SITES = (*SHRINKING, *BYPASS)
 _ORDER = {site: index for index, site in enumerate(("before", "around", "around_attention", "between", "around_mlp"))}
 # Sets of tokens that a stage may touch.
 SCOPES = ("all", "prompt", "visual")
+# Scopes that are complete before the first new token is generated: inside them a causal model may use non-causal decisions.
+COMPLETE = ("prompt", "visual")
 RESTORE = ("unmerge", "rejoin", "dechunk")
 PARTS = ("scorer", "selector", "merger", "estimator")
 _NAME = re.compile(r"[\w.\-]{1,100}")
@@ -101,7 +103,7 @@ class StageConfig:
     """One stage: a router (scorer and selector) and a merger at a site.
 
     Attributes:
-        layer: index of the layer that the site belongs to, from 0.
+        layer: index of the layer that the site belongs to, from 0; or a fraction between 0 and 1 of the stack's layers, rounded down.
         keep: fraction in (0, 1]; None leaves it to the budget. At a shrinking site, routable tokens leaving ÷ entering; at a bypass
             site, routable tokens processed ÷ present (the capacity of Mixture-of-Depths). Only tokens in ``scope`` are routable.
         tokens: number of routable tokens kept, at any input size; replaces ``keep``.
@@ -117,7 +119,7 @@ class StageConfig:
         name: name in logs and reports; None builds it from stack, site and layer.
     """
 
-    layer: int
+    layer: int | float
     keep: float | None = None
     tokens: int | None = None
     site: str = "before"
@@ -138,13 +140,20 @@ class StageConfig:
             raise ValueError(f"compression.stages[].keep = {self.keep!r} must be a number in (0, 1]")
         if self.tokens is not None and (isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1):
             raise ValueError(f"compression.stages[].tokens = {self.tokens!r} must be an integer of at least 1")
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int):
-            raise ValueError(f"compression.stages[].layer = {self.layer!r} must be an integer, the index of a layer from 0")
+        if isinstance(self.layer, bool) or not (isinstance(self.layer, int) or (isinstance(self.layer, float) and 0 < self.layer < 1)):
+            raise ValueError(
+                f"compression.stages[].layer = {self.layer!r} must be an integer, the index of a layer from 0, or a fraction of the layers "
+                "between 0 and 1"
+            )
         _check_texts(self)
         if self.scope not in SCOPES:
             raise ValueError(f"compression.stages[].scope = {self.scope!r} must be one of {', '.join(SCOPES)}")
         if self.name is None:
-            object.__setattr__(self, "name", f"{self.stack}{'.' if self.stack else ''}{self.site}_{self.layer}")
+            object.__setattr__(self, "name", self._default_name)
+
+    @property
+    def _default_name(self) -> str:
+        return f"{self.stack}{'.' if self.stack else ''}{self.site}_{self.layer}"
 
     @property
     def key(self) -> str:
@@ -161,6 +170,13 @@ class StageConfig:
     def free(self) -> bool:
         """Neither ``keep`` nor ``tokens`` is set: a budget must set ``keep``."""
         return self.keep is None and self.tokens is None
+
+    def at_depth(self, layers: int) -> StageConfig:
+        """The stage in a stack of so many layers, with an index in place of a fraction."""
+        if isinstance(self.layer, int):
+            return self
+        # A third of six layers is the second, although 1 / 3 in decimals is a little less.
+        return replace(self, layer=int(self.layer * layers + 0.01), name=None if self.name == self._default_name else self.name)
 
     def part(self, kind: str) -> PartConfig:
         """The stage's part of a kind: ``scorer``, ``selector``, ``merger`` or ``estimator``."""
@@ -252,6 +268,10 @@ class CompressionConfig:
     def with_stages(self, stages: Iterable[StageConfig]) -> CompressionConfig:
         """A copy with other stages."""
         return CompressionConfig(stages, self.restores or None)
+
+    def with_restores(self, restores: Mapping[str, RestoreConfig]) -> CompressionConfig:
+        """A copy with other restores."""
+        return CompressionConfig(self.stages, restores or None)
 
     def with_keep(self, keep: Mapping[str, float]) -> CompressionConfig:
         """A copy in which the named stages have the given keep."""

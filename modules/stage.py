@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import registry
 from .backbones.layer_adapter import LayerAdapter
-from .config import PartConfig, StageConfig
+from .config import COMPLETE, PartConfig, StageConfig
 from .cost.count_rules import COUNT_RULES, StageCount, at_least_half
 from .cost.shape import StackShape
 from .estimators.base import Estimate, Estimator
@@ -24,7 +24,7 @@ from .tokens.dechunk import smoothing_macs
 from .tokens.decision import Decision
 from .tokens.draws import uniform
 from .tokens.flow import Chunks, Flow
-from .tokens.scope import COMPLETE, in_scope
+from .tokens.scope import in_scope
 from .tokens.state import TokenState
 from .tokens.trace import Routing, Trace
 

@@ -19,12 +19,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..data.rows import BadRowCount, BadRows, collate
 from ..data.splits import Splits
 from ..modules.compress import compress, decompress
-from ..modules.config import CompressionConfig, PartConfig
+from ..modules.config import COMPLETE, CompressionConfig, PartConfig
 from ..modules.cost.cost import CostModel
 from ..modules.decoding.generation import can_look_ahead
 from ..modules.stage import stages_of
 from ..modules.tokens.keep_count import KeepCount
-from ..modules.tokens.scope import COMPLETE
 from ..modules.tokens.trace import Trace
 from .build.build import cost_model, model_config, open_data
 from .build.heads import trained_classes

@@ -85,6 +85,10 @@ class Llava(Decoder):
         )
 
     @classmethod
+    def depths(cls, config: PretrainedConfig) -> dict[str, int]:
+        return {VISION: cls._feature_layers(config), PROJECTOR: 1, **super().depths(config)}
+
+    @classmethod
     def main_stack(cls, model: PreTrainedModel) -> Stack:
         return replace(super().main_stack(model), visual=True)
 

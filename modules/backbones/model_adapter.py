@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..config import CompressionConfig, RestoreConfig
+from ..config import COMPLETE, CompressionConfig, RestoreConfig
 from ..cost.shape import StackShape
 from ..site import TokenSpec
 from ..tokens.trace import Trace
@@ -159,9 +159,30 @@ class ModelAdapter:
         return any(any(not stage.bypass for stage in config.of_stack(name)) or cls.begins_short(name, config) for name in before)
 
     @classmethod
-    def implied_restore(cls, stack: Stack, config: CompressionConfig) -> RestoreConfig | None:
-        """The restore of a stack that a config leaves out although the head reads all tokens of the model: it begins with fewer."""
-        return RestoreConfig(len(stack.layers), "rejoin") if stack.name == cls.stack_name and cls.begins_short(stack.name, config) else None
+    def depths(cls, config: PretrainedConfig) -> dict[str, int]:
+        """Number of layers of each stack that supports stages, for a model's config."""
+        settings: Any = cls.stack_config(config)
+        return {cls.stack_name: settings.num_hidden_layers}
+
+    @classmethod
+    def resolved(cls, compression: CompressionConfig, config: PretrainedConfig) -> CompressionConfig:
+        """Stages with indices of layers in place of fractions, and with the restore that a causal model needs but that is not given.
+
+        Where prompt or visual tokens are removed, or a stack before the language model removed them, only a restore by ``rejoin`` after
+        the last layer is possible.
+
+        Args:
+            compression: stages of a config or recipe.
+            config: config of the model.
+        """
+        depths = cls.depths(config)
+        # Stages of unknown stacks stay as they are, to be refused by name.
+        stages = [stage.at_depth(depths[stage.stack]) if stage.stack in depths else stage for stage in compression.stages]
+        compression, main = compression.with_stages(stages), cls.stack_name
+        shortened = any(not stage.bypass and stage.scope in COMPLETE for stage in compression.of_stack(main))
+        if main in compression.restores or not cls.layers_adapter(config).causal or not (shortened or cls.begins_short(main, compression)):
+            return compression
+        return compression.with_restores({**compression.restores, main: RestoreConfig(depths[main], "rejoin")})
 
     @classmethod
     def rows_ratio(cls, trace: Trace, stack: str) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import registry
+from ..backbones import adapter_of
 from ..compatibility import check_held
 from ..config import CompressionConfig, PartConfig
 from ..cost.cost import CostModel
@@ -71,6 +72,7 @@ class Budget:
         self.config = config
         self.total_steps = total_steps
         self.seed = seed
+        compression = adapter_of(model).resolved(compression, model.config)
         self.free = [stage.key for stage in compression.stages if stage.free]
         if not self.free:
             raise ValueError("budget.target has nothing to decide: every stage has a keep of its own; leave it out of one of them")

@@ -90,13 +90,11 @@ class CostModel:
             config = CompressionConfig.from_dict(model.config.compression)
             self.stages = list(stages_of(model).values())
         elif config is not None:
+            config = adapter.resolved(config, model.config)
             # Stages whose keep a budget will set keep everything for now.
             filled = config.with_keep({stage.key: 1.0 for stage in config.stages if stage.free})
             self.stages = build_stages(model, filled, adapter)
         self._restores = {} if config is None else {stack: restore.layer for stack, restore in config.restores.items()}
-        if config is not None:
-            implied = {stack.name: adapter.implied_restore(stack, config) for stack in adapter.stacks(model)}
-            self._restores = {name: where.layer for name, where in implied.items() if where is not None} | self._restores
         self._causal = {stack.name for stack in adapter.stacks(model) if stack.adapter.causal}
         self.shapes: dict[str, StackShape] = adapter.shapes(model, size)
         self._adapter = adapter

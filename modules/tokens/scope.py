@@ -11,8 +11,6 @@ from .labels import IGNORE_TOKEN
 from .state import TokenState
 from .trace import Trace
 
-# Scopes that are complete before the first new token is generated: inside them a causal model may use non-causal decisions.
-COMPLETE = ("prompt", "visual")
 _PROMPT_GIVEN = "call the model with use_cache=True, or give Trace(labels=…) or Trace(prompt=…)"
 
 

@@ -155,10 +155,14 @@ CASES: dict[str, list[Case]] = {
         ("llama", [_CHUNKS | {"merger": "squeeze"}], {"layer": 3, "by": "dechunk"}, "merger 'squeeze' may mix later tokens into earlier"),
         ("llama", [_PROMPT | {"merger": "chunk_mean"}], END, "scope 'prompt' goes with merger 'drop', not 'chunk_mean'"),
         *(
-            ("llama", [_PROMPT], restore, r"scope 'prompt' removes tokens, .* = \{layer: 4, by: rejoin\}")
-            for restore in (None, {"layer": 3, "by": "rejoin"}, {"layer": 4, "by": "unmerge"})
+            (name, [stage], restore, rf"compression.restore{of}: tokens .* only \{{layer: 4, by: rejoin\}} is possible: leave it out")
+            for name, stage, of, wrap in (
+                ("llama", _PROMPT, "", lambda where: where),
+                ("llava", _TEXT, ".text", lambda where: {"text": where}),
+                ("llava", {"layer": 0, "stack": "projector", "scorer": "random"}, ".text", lambda where: {"text": where}),
+            )
+            for restore in map(wrap, ({"layer": 3, "by": "rejoin"}, {"layer": 4, "by": "unmerge"}))
         ),
-        ("llava", [_TEXT], None, r"scope 'visual' removes tokens, .* compression.restore.text = \{layer: 4, by: rejoin\}"),
         ("llama", [{"scorer": "linear"}], {"layer": 3, "by": "dechunk"}, "scorer 'linear' with selector 'top_k' is non-causal"),
         ("llama", [_CHUNKS], END, "the head of a causal model answers at every place: give .*by: dechunk"),
         ("llama", [_CHUNKS, _CHUNKS | {"layer": 2}], {"layer": 3, "by": "dechunk"}, "one stage makes chunks, and 2 were given"),
@@ -200,3 +204,18 @@ def test_a_rule_asks_for_properties_and_no_case_is_of_a_rule_that_is_gone() -> N
         r"(==|!=|\bin\b) *\(?[\"'](learned|bipartite|evidence|top_k|threshold|gumbel|drop|pool|gate|token_labels)[\"']", source
     )
     assert "isinstance(stage.s" not in source
+
+
+def test_a_restore_that_alone_is_possible_may_be_left_out_and_fractions_of_the_depth_become_layers() -> None:
+    model = compress(_dense("llama"), CompressionConfig([StageConfig(**(_PROMPT | {"layer": 0.5, "keep": 0.5}))]))
+    assert model.config.compression["restore"] == END
+    assert [(stage["layer"], stage["name"]) for stage in model.config.compression["stages"]] == [(2, "before_2")]
+    given = CompressionConfig(
+        [{"layer": [1 / 3, 0.5, 0.75], "stack": "text", "scope": "visual", "scorer": "random", "keep": 0.5, "name": None}]
+    )
+    assert [stage.layer for stage in compress(_dense("llava"), given).adapter.resolved(given, _dense("llava").config).stages] == [1, 2, 3]
+    named = StageConfig(layer=0.5, keep=0.5, name="middle").at_depth(4)
+    assert (named.layer, named.key) == (2, "middle")
+    for wrong in (0.0, 1.0, 1.5, -0.5, True, "2"):
+        with pytest.raises(ValueError, match=r"compression.stages\[\].layer = .* a fraction of the layers between 0 and 1"):
+            StageConfig(layer=wrong, keep=0.5)

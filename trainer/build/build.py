@@ -57,8 +57,9 @@ def build(
     task = task_named(recipe.task)
     task.check(recipe)
     start = start_of(recipe.model)
-    check_start(recipe, start)
     config = model_config(recipe.model, task, start)
+    recipe = located_stages(recipe, config)
+    check_start(recipe, start)
     data = data if data is not None else open_data(recipe if resumed is None else task.of_run(recipe, resumed), config, start)
     of_weights = fit_vocabulary(recipe.model, config, data)
     lightning.seed_everything(recipe.seed, verbose=False)
@@ -80,6 +81,14 @@ def build(
             model, cost, budget = _assemble(recipe, build_model(bare, config, data, task), steps, start, new, filled=False)
         broadcast_weights(model, source)
     return RunParts(recipe, data, model, cost, budget, steps, base)
+
+
+def located_stages(recipe: Recipe, config: PretrainedConfig) -> Recipe:
+    """The recipe with the layers and restores of its stages as they are in a model of a config."""
+    adapter = families().get(config.model_type)
+    if recipe.compression is None or adapter is None:
+        return recipe
+    return recipe.model_copy(update={"compression": adapter.resolved(recipe.compression, config)})
 
 
 def open_data(recipe: Recipe, config: PretrainedConfig, start: Start | None, known: KnownClasses | None = None) -> Splits:

@@ -16,7 +16,7 @@ from ..errors import RecipeError
 from ..losses.distillation import check_teacher
 from ..recipe.schema import Recipe
 from ..tasks.base import task_named
-from .build import build_model, cost_model, model_config, open_data, total_steps
+from .build import build_model, cost_model, located_stages, model_config, open_data, total_steps
 from .heads import trained_classes
 from .initial_weights import check_start, start_of
 from .opened_data import check_rows
@@ -69,8 +69,9 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked
     task = task_named(recipe.task)
     task.check(recipe)
     start = start_of(recipe.model)
-    check_start(recipe, start)
     config = model_config(recipe.model, task, start)
+    recipe = located_stages(recipe, config)
+    check_start(recipe, start)
     data = open_data(recipe, config, start, None if trained is None else trained_classes(trained, "the trained model"))
     fit_vocabulary(recipe.model, config, data)
     steps = total_steps(recipe, data)

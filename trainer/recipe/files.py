@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import RecipeError
 from .data_kinds import KINDS, elsewhere
+from .methods import method_of, replaces_stages
 from .plain_yaml import parsed, read_file
 from .schema import Recipe
 from .unread import holds, unread
@@ -95,7 +96,14 @@ def _overridden(data: dict[str, Any], own: dict[str, Any], overrides: Sequence[s
     """
     before = _lost_before(data) if overrides else None
     for override in overrides:
+        if override.startswith("compression.method="):
+            data["compression"] = {}
         apply_override(data, override)
+    if method := method_of(data):
+        # What the recipe itself says goes before the method's own settings, but its stages are those of the method.
+        whole = merged(method, {key: value for key, value in data.items() if key != "compression"})
+        data.clear()
+        data.update(whole)
     recipe = _validated(data, where)
     lost, given = unread(recipe), [override.partition("=")[0] for override in overrides]
     for key, message in lost.items():
@@ -173,7 +181,10 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str) or not base:
         raise RecipeError(f"{path.name}: base = {base!r} must be the name of one recipe, or of a file beside this one without .yaml")
     beside = path.parent / f"{base}.yaml"
-    return merged(read(beside if os.path.isfile(beside) else find(base), (*seen, path)), data)
+    under = read(beside if os.path.isfile(beside) else find(base), (*seen, path))
+    if replaces_stages(under.get("compression"), data.get("compression")):
+        del under["compression"]
+    return merged(under, data)
 
 
 def _parsed(path: Path) -> dict[str, Any]:

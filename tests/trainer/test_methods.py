@@ -1,0 +1,70 @@
+"""Methods by name: each is the stages of a file, in any recipe for vision-language models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from laconic.trainer.build.validate import validate
+from laconic.trainer.errors import RecipeError
+from laconic.trainer.measure.tables import cost_of_recipe
+from laconic.trainer.recipe.files import load
+from laconic.trainer.recipe.methods import methods
+from tests.trainer.conftest import QUICK
+from tests.trainer.small_recipes import small
+
+
+def _of(name: str, *overrides: str) -> list[str]:
+    kept = [item for item in small("vlm_digits_dense", Path(), QUICK) if "compression" not in item]
+    return [*kept, "model.config.text_config.num_hidden_layers=4", f"compression.method={name}", *overrides]
+
+
+@pytest.mark.parametrize("name", list(methods()))
+def test_a_method_is_valid_in_a_recipe_and_says_what_it_is(name: str) -> None:
+    first = methods()[name].read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert validate(load("vlm_digits_dense", _of(name)).recipe).macs_ratio < 1
+
+
+def test_settings_of_a_method_go_to_all_of_its_stages_and_fractions_are_of_the_depth() -> None:
+    recipe = load("vlm_digits_dense", _of("pyramiddrop", "compression.keep=0.6")).recipe
+    assert recipe.compression is not None
+    assert [(stage.layer, stage.keep) for stage in recipe.compression.stages] == [(0.25, 0.6), (0.5, 0.6), (0.75, 0.6)]
+    rows = cost_of_recipe("vlm_digits_dense", _of("pyramiddrop"))["layers"]
+    # 64 visual tokens beside 64 of text: int(64 · 0.5^s).
+    assert [row["tokens"] - 64 for row in rows if row["stack"] == "text"] == [64, 32, 16, 8]
+    recipe = load("vlm_digits_dense", _of("divprune", "compression.tokens=9")).recipe
+    assert recipe.compression is not None
+    assert [(stage.tokens, stage.keep) for stage in recipe.compression.stages] == [(9, None)]
+
+
+def test_a_method_replaces_the_stages_of_a_recipe_and_the_other_way_round(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: vlm_digits\ncompression: {method: fastv, keep: 0.3}\noptimizer: {router_lr: 3.0e-3}\n")
+    recipe = load(str(tmp_path / "mine.yaml")).recipe
+    assert recipe.compression is not None
+    assert [(stage.key, stage.keep) for stage in recipe.compression.stages] == [("text.before_2", 0.3)]
+    (tmp_path / "other.yaml").write_text(
+        "base: mine\ncompression:\n  stages:\n    - {layer: 0, stack: projector, scorer: random, keep: 0.5}\n"
+    )
+    other = load(str(tmp_path / "other.yaml")).recipe
+    assert other.compression is not None
+    assert [stage.key for stage in other.compression.stages] == ["projector.before_0"]
+    # The method's own settings give way to the recipe's.
+    (tmp_path / "third.yaml").write_text("base: vlm_digits_dense\ncompression: {method: learned}\noptimizer: {router_lr: 3.0e-3}\n")
+    assert load(str(tmp_path / "third.yaml")).recipe.optimizer.router_lr == 3e-3
+    assert load("vlm_digits_dense", ["compression.method=learned"]).recipe.optimizer.router_lr == 1e-2
+
+
+def test_wrong_names_and_settings_are_refused_with_what_there_is() -> None:
+    for overrides, message in (
+        (
+            ["compression.method=pyramid_drop"],
+            r"compression.method = 'pyramid_drop' is no method: the methods are .*did you mean pyramiddrop",
+        ),
+        (["compression.method=fastv", "compression.ratio=0.5"], "compression.ratio is no setting of a method: there are layer, keep"),
+        (["compression.method=fastv", "compression.stages=[]"], "has stages of its own: remove compression.stages"),
+        (["compression.method=fastv", "compression.keep=2"], "keep = 2"),
+    ):
+        with pytest.raises((RecipeError, ValueError), match=message):
+            validate(load("vlm_digits_dense", [*_of("fastv")[:-1], *overrides]).recipe)
