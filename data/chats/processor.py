@@ -37,6 +37,15 @@ def load_processor(source: str, revision: str | None = None) -> Any:
     return processor
 
 
+def with_image_size(processor: Any, side: int) -> None:
+    """Gives a processor the image size of the model, in place: the model's weights are right, and a processor is often of another one."""
+    images = processor.image_processor
+    for name in ("size", "crop_size"):
+        size = getattr(images, name, None)
+        if size is not None:
+            setattr(images, name, type(size)(**dict.fromkeys((key for key, value in dict(size).items() if value is not None), side)))
+
+
 def made_processor(texts: Iterable[str], entries: int, image_size: int, patch_size: int, strategy: str, class_tokens: int) -> Any:
     """A LLaVA processor for a new model.
 

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from ..embedded.question_kinds import QUESTIONS
 from ..recipe import DataRecipe
 
 
@@ -18,6 +19,9 @@ class ChatRecipe(DataRecipe):
 
     name: str = Field("digit_questions", description="digit_questions (comes with Laconic), json, parquet, or a hub name")
     data_dir: str | None = Field(None, description="folder of the files")
+    kinds: list[str] = Field(
+        list(QUESTIONS), description="kinds of questions that digit_questions asks: reading, counting, locating, presence, listing, naming"
+    )
     chat_column: str | None = Field(None, description="column with the chats; null uses messages, conversations or conversation")
     image_column: str | None = Field(None, description="column with the image or the images of a row; null uses images or image")
     image_dir: str | None = Field(None, description="folder that the paths of images in rows start from; null is the current one")

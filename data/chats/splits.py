@@ -98,19 +98,19 @@ class ChatData(Splits):
         self.processor.save_pretrained(folder)
 
 
-def digit_questions(train_rows: int, eval_rows: int, size: int, processor: Any, length: int) -> ChatData:
+def digit_questions(train_rows: int, eval_rows: int, processor: Any, length: int, kinds: Sequence[str] = QUESTIONS) -> ChatData:
     """Splits of the embedded questions about digits.
 
     Args:
         train_rows: number of training pictures.
         eval_rows: number of validation pictures, and of test pictures.
-        size: height and width of a picture in pixels.
         processor: processor of the model.
         length: largest number of tokens of a row.
+        kinds: kinds of questions that are asked.
     """
     encoder, columns = ChatEncoder(processor, length), ChatColumns("messages", "images")
     train, validation, test = (
-        ChatRows(DigitQuestions(split, rows, size), columns, encoder, Path(), QUESTIONS)
+        ChatRows(DigitQuestions(split, rows, kinds=kinds), columns, encoder, Path(), QUESTIONS)
         for split, rows in (("train", train_rows), ("validation", eval_rows), ("test", eval_rows))
     )
     return ChatData(train, validation, test, processor=processor, length=length, kinds=QUESTIONS)

@@ -10,6 +10,7 @@ located is not at another place. The digits are those of ``scattered_digits``: n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .canvas import DIGIT, PIECE
+from .question_kinds import QUESTIONS
 from .scattered_digits import source_digits
 
-QUESTIONS = ("reading", "counting", "locating", "presence", "listing", "naming")
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 _SPLITS = ("train", "validation", "test")
 _LEAST, _MOST = 2, 4
@@ -33,12 +34,13 @@ class DigitQuestions(Dataset[dict[str, Any]]):
         length: number of pictures.
         size: height and width of a picture in pixels; a multiple of 8, at least 16.
         seed: seed of the data set.
+        kinds: kinds of questions that are asked; by default all.
 
     An item has ``images``, a list of one RGB picture, ``messages``, four or five questions with their answers, and ``kinds``, the kind of
     each question.
     """
 
-    def __init__(self, split: str, length: int, size: int = 32, seed: int = 0) -> None:
+    def __init__(self, split: str, length: int, size: int = 32, seed: int = 0, kinds: Sequence[str] = QUESTIONS) -> None:
         if split not in _SPLITS:
             raise ValueError(f"split = {split!r} must be one of {', '.join(_SPLITS)}")
         if size % (2 * PIECE) or size < 2 * DIGIT:
@@ -46,7 +48,9 @@ class DigitQuestions(Dataset[dict[str, Any]]):
                 f"digit_questions: the image_size of the model's vision_config is {size}: it must be a multiple of {2 * PIECE}, at least "
                 f"{2 * DIGIT}"
             )
-        self.split, self.length, self.size, self.seed = split, length, size, seed
+        if not kinds or set(kinds) - set(QUESTIONS):
+            raise ValueError(f"data.kinds = {list(kinds)} must be some of {', '.join(QUESTIONS)}")
+        self.split, self.length, self.size, self.seed, self.kinds = split, length, size, seed, frozenset(kinds)
 
     def __len__(self) -> int:
         return self.length
@@ -68,9 +72,10 @@ class DigitQuestions(Dataset[dict[str, Any]]):
         one, *others = places
         # Of two digits one is left for presence; of more, two are read or located.
         found = [one, *others[: number - 2]][:2]
-        told = [("reading", "locating")[draws.integers(2)]] * len(found)
+        told = [self._either(("reading", "locating"), draws)] * len(found)
         rest = [*zip(told, found, strict=True), ("presence", others[-1])]
-        asked = [("counting", one), *(rest[at] for at in draws.permutation(len(rest))), (("listing", "naming")[draws.integers(2)], one)]
+        asked = [("counting", one), *(rest[at] for at in draws.permutation(len(rest))), (self._either(("listing", "naming"), draws), one)]
+        asked = [(kind, digit) for kind, digit in asked if kind in self.kinds]
         messages: list[dict[str, Any]] = []
         for turn, (kind, digit) in enumerate(asked):
             question, answer = _asked(kind, digit, places, draws)
@@ -78,6 +83,11 @@ class DigitQuestions(Dataset[dict[str, Any]]):
             messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         grey = Image.fromarray((picture * 255).round().astype(np.uint8))
         return {"images": [grey.convert("RGB")], "messages": messages, "kinds": [kind for kind, _ in asked]}
+
+    def _either(self, kinds: tuple[str, str], draws: np.random.Generator) -> str:
+        """One of two kinds, one that is asked if there is one."""
+        drawn = kinds[draws.integers(2)]
+        return drawn if drawn in self.kinds else kinds[kinds[0] == drawn]
 
     def _put(self, picture: np.ndarray, digit: np.ndarray, quarter: int, draws: np.random.Generator) -> None:
         half = self.size // 2

@@ -186,9 +186,9 @@ def test_data_sets_of_files_are_read_with_their_images(processor: Any, tmp_path:
 
 
 def test_a_saved_processor_reads_alike(processor: Any, tmp_path: Path) -> None:
-    data = digit_questions(4, 2, SIZE * 2, processor, 400)
+    data = digit_questions(4, 2, processor, 400)
     data.save_beside(tmp_path)
-    again = digit_questions(4, 2, SIZE * 2, load_processor(str(tmp_path)), 400)
+    again = digit_questions(4, 2, load_processor(str(tmp_path)), 400)
     for key, value in data.train[1].items():
         other = again.train[1][key]
         assert torch.equal(torch.stack(value), torch.stack(other)) if key == "pixel_values" else (torch.as_tensor(value) == other).all()

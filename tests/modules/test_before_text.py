@@ -28,6 +28,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "projector_random": [{"stack": "projector", "layer": 0, "scorer": "random"}],
     "projector_divprune": [{"stack": "projector", "layer": 0, "scorer": "diversity"}],
     "projector_squeeze": [{"stack": "projector", "layer": 0, "scorer": "random", "merger": {"name": "squeeze", "metric": "tokens"}}],
+    "projector_pooled": [{"stack": "projector", "layer": 0, "scorer": "uniform_grid", "merger": "nearest"}],
     "tower_learned": [{"stack": "vision", "layer": 1, "scorer": {"name": "learned", "detach": True}}],
     "tower_tome": [{"stack": "vision", "layer": 1, "scorer": "bipartite", "merger": "bipartite"}],
     "tower_around": [{"stack": "vision", "layer": 1, "site": "around", "scorer": "random"}],

@@ -139,8 +139,23 @@ def _with_images() -> Trace:
 MERGES = {
     "bipartite": {"scorer": "bipartite", "merger": "bipartite"},
     "squeeze": {"scorer": "patch_energy", "merger": "squeeze"},
+    "nearest": {"scorer": "patch_energy", "merger": "nearest"},
     "fuse": {"scorer": "patch_energy", "merger": "fuse"},
 }
+
+
+def test_nearest_on_a_uniform_grid_is_average_pooling() -> None:
+    hidden, trace = torch.randn(2, 37, 16), _with_images()
+    trace.flow().grid = (6, 6)
+    model = compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.25, scorer="uniform_grid", merger="nearest")]))
+    # A grid of 4 × 4, of which a quarter is every second row and column.
+    hidden, trace.flow().grid = hidden[:, :17], (4, 4)
+    trace.flow().begin(TokenState.initial(2, 17, 1, None, hidden.device), hidden)
+    layer = model.vit.layers[1]
+    pooled = layer.stages["before"](hidden, layer, trace)
+    squares = torch.nn.functional.avg_pool2d(hidden[:, 1:].view(2, 4, 4, 16).permute(0, 3, 1, 2), 2)
+    torch.testing.assert_close(pooled[:, 1:], squares.flatten(2).transpose(1, 2))
+    assert torch.equal(pooled[:, 0], hidden[:, 0])
 
 
 @pytest.mark.parametrize("parts", MERGES.values(), ids=MERGES)

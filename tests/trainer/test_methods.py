@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
+from laconic.trainer.evaluate import evaluate
 from laconic.trainer.measure.tables import cost_of_recipe
 from laconic.trainer.recipe.files import load
 from laconic.trainer.recipe.methods import methods
+from laconic.trainer.run import silent, train
+from laconic.trainer.run_folder import RunFolder, load_model
 from tests.trainer.conftest import QUICK
 from tests.trainer.small_recipes import small
 
@@ -20,11 +25,39 @@ def _of(name: str, *overrides: str) -> list[str]:
     return [*kept, "model.config.text_config.num_hidden_layers=4", f"compression.method={name}", *overrides]
 
 
-@pytest.mark.parametrize("name", list(methods()))
+@pytest.mark.parametrize("name", [name for name in methods() if name != "downsampled"])
 def test_a_method_is_valid_in_a_recipe_and_says_what_it_is(name: str) -> None:
     first = methods()[name].read_text().splitlines()[0]
     assert first.startswith("# ")
     assert validate(load("vlm_digits_dense", _of(name)).recipe).macs_ratio < 1
+
+
+def test_down_sampled_images_have_a_quarter_of_the_tokens_in_all_layers_and_what_was_trained_stays(tmp_path: Path) -> None:
+    overrides = [item for item in small("vlm_finetune", tmp_path, QUICK) if "compression" not in item]
+    whole = build(load("vlm_finetune", [*overrides, "compression=null"]).recipe)
+    half = build(load("vlm_finetune", [*overrides, "compression.method=downsampled"]).recipe)
+    tower, own = half.model.model.vision_tower.embeddings, whole.model.model.vision_tower.embeddings
+    assert half.model.config.vision_config.image_size == tower.image_size == 16
+    grid = own.position_embedding.weight.view(1, 8, 8, -1).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(grid, size=(4, 4), mode="bicubic", align_corners=False).flatten(2)[0].T
+    torch.testing.assert_close(tower.position_embedding.weight, expected)
+    assert torch.equal(tower.patch_embedding.weight, own.patch_embedding.weight)
+    row, before = half.data.train[0], whole.data.train[0]
+    assert row["pixel_values"][0].shape[-1] == 16
+    images = len(before["pixel_values"])
+    assert len(before["input_ids"]) - len(row["input_ids"]) == images * (64 - 16)
+    given = [*overrides, "compression.method=downsampled", "trainer.max_steps=1", "baselines=[]", f"output={tmp_path / 'run'}"]
+    train(load("vlm_finetune", given), given, silent())
+    assert load_model(tmp_path / "run").config.vision_config.image_size == 16
+    again = evaluate(str(tmp_path / "run"), RunFolder.open(tmp_path / "run").read_recipe(), silent())
+    assert 0 <= again["variants"]["dense"]["answer_accuracy"] <= 1
+    with pytest.raises(RecipeError, match="has no stages, and compression.keep is one of a stage: remove it"):
+        load("vlm_finetune", [*overrides, "compression.method=downsampled", "compression.keep=0.5"])
+    for wrong, message in (("0.01", "not one patch of 4 pixels is left of images of 32"), ("3", "less than or equal to 2")):
+        with pytest.raises((RecipeError, ValueError), match=message):
+            build(load("vlm_finetune", [*overrides, "compression=null", f"model.image_scale={wrong}"]).recipe)
+    with pytest.raises(RecipeError, match="model.image_scale changes the image size of model.name, which is not set"):
+        load("vlm_digits_dense", ["model.image_scale=0.5"])
 
 
 def test_settings_of_a_method_go_to_all_of_its_stages_and_fractions_are_of_the_depth() -> None:

@@ -189,7 +189,7 @@ def test_what_does_not_belong_there_is_refused(tmp_path: Path) -> None:
         build(load("vlm_digits_dense", ["model.config.text_config.vocab_size=300"]).recipe)
     with pytest.raises(ValueError, match=r"drops the first token of the tower.*vision_feature_select_strategy=full"):
         build(load("vlm_digits_dense", ["model.config.vision_feature_select_strategy=default"]).recipe)
-    with pytest.raises(ValueError, match=r"the image_size of the model's vision_config is 20: it must be a multiple of 8, at least 16"):
-        build(load("vlm_digits_dense", ["model.config.vision_config.image_size=20"]).recipe)
+    with pytest.raises(ValueError, match=r"data.kinds = \['spelling'\] must be some of reading, counting"):
+        build(load("vlm_digits_dense", ["data.kinds=[spelling]"]).recipe)
     with pytest.raises(ValueError, match=r"data.processor is missing"):
         build(load("vlm_digits_dense", ["data.name=json", "data.data_files=x.jsonl"]).recipe)

@@ -32,6 +32,7 @@ from ..recipe.schema import ModelRecipe, Recipe
 from ..run_folder import RunFolder
 from ..tasks.base import Task, task_named
 from .heads import check_known, has_head, known_classes, named_classes, renew_heads
+from .image_size import scale_images
 from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load_stages, load_state, start_of
 from .model_settings import check_settings, with_settings
 from .parts import RunParts
@@ -223,6 +224,7 @@ def _of_task(config: PretrainedConfig, recipe: ModelRecipe, task: type[Task]) ->
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     # The task's plain head, even if the checkpoint has another (distilled DeiT's second head takes no labels).
     config.architectures = [model_class.__name__]
+    scale_images(recipe, config)
     return config
 
 

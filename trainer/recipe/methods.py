@@ -58,6 +58,12 @@ def method_of(data: Mapping[str, Any]) -> dict[str, Any]:
             raise RecipeError(f"compression.{key} is no setting of a method: there are {', '.join(_SETTINGS)} and restore")
     method: dict[str, Any] = read_file(known[name])
     settings = {key: value for key, value in given.items() if key in _SETTINGS}
+    if "compression" not in method:
+        if settings:
+            raise RecipeError(
+                f"compression.method = {name!r} has no stages, and compression.{next(iter(settings))} is one of a stage: remove it"
+            )
+        return {**method, "compression": None}
     if "tokens" in settings:
         settings["keep"] = None
     stages = [{**stage, **settings} for stage in method["compression"]["stages"]]

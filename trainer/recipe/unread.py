@@ -70,6 +70,11 @@ TABLE = (
         "data.name = {r.data.name!r} is read as a whole: remove it; data.train_split takes a part of a split, train[:1000] for example",
     ),
     Unread(
+        ("data.kinds",),
+        lambda r: r.data.name not in ChatRecipe.embedded,
+        "it is for digit_questions, and data.name = {r.data.name!r}: remove it",
+    ),
+    Unread(
         ("data.eval_samples",),
         lambda r: r.data.name not in EMBEDDED and not getattr(r.data, "streaming", False),
         "data.name = {r.data.name!r} is read as a whole: remove it; data.validation_split and data.validation_fraction choose the rows",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PretrainedConfig, PreTrainedModel
 
 from ...data.chats.messages import images_of
-from ...data.chats.processor import load_processor, made_processor
+from ...data.chats.processor import load_processor, made_processor, with_image_size
 from ...data.chats.recipe import ChatRecipe
 from ...data.chats.splits import ChatData, digit_questions, hub_chats
 from ...data.embedded.digit_questions import DigitQuestions
@@ -22,8 +22,10 @@ from ...data.splits import Splits
 from ...data.text.conversations import WrongRow
 from ...data.text.tokenizer import with_template
 from ...modules.backbones.llava import Llava
+from ...modules.checkpoints.foreign_config import load_config
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
+from ..build.image_size import load_at_own_size
 from ..build.initial_weights import start_of
 from ..build.parts import RunParts
 from ..losses.answer_loss import AnswerLoss, answer_loss
@@ -65,7 +67,13 @@ class VisionLanguage(Task):
 
     @classmethod
     def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig, **options: Any) -> Any:
-        return whole_weights(cls.model_class(config.model_type), recipe, config, f"no {config.model_type}", **options)
+        def load(of: PretrainedConfig) -> Any:
+            return whole_weights(cls.model_class(config.model_type), recipe, of, f"no {config.model_type}", **options)
+
+        if recipe.image_scale == 1:
+            return load(config)
+        assert recipe.name is not None
+        return load_at_own_size(load, config, _image_size(load_config(recipe.name, recipe.revision)))
 
     @classmethod
     def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
@@ -81,10 +89,11 @@ class VisionLanguage(Task):
         data = recipe.data
         assert isinstance(data, ChatRecipe)
         processor = cls._processor(recipe, data, config)
+        with_image_size(processor, _image_size(config))
         if data.chat_template is not None:
             processor.chat_template = with_template(processor.tokenizer, data.chat_template).chat_template
         if data.name in data.embedded:
-            return digit_questions(data.train_samples, data.eval_samples, _image_size(config), processor, data.sequence_length)
+            return digit_questions(data.train_samples, data.eval_samples, processor, data.sequence_length, data.kinds)
         folder = Path(data.image_dir or "")
         return hub_chats(data.source, data.splits, processor, data.sequence_length, data.chat_column, data.image_column, folder)
 
@@ -98,7 +107,7 @@ class VisionLanguage(Task):
             raise ValueError("data.processor is missing: a new model on your own chats needs the processor of its family")
         inner: Any = config
         tower = inner.vision_config
-        read = DigitQuestions("train", _READ, _image_size(config))
+        read = DigitQuestions("train", _READ)
         return made_processor(
             [text for index in range(_READ) for text in _texts(read[index]["messages"])],
             inner.get_text_config().vocab_size,

@@ -1,0 +1,41 @@
+"""Nearest merger: merges every removed token into the kept token that is nearest in the image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cost.shape import StackShape
+from ..scorers.base import Scored
+from ..site import SiteInput
+from ..tokens.decision import Decision
+from .base import Merged, Merger, merge_into
+
+
+class NearestMerger(Merger):
+    """Merges each token that is not kept into the kept token nearest to it in the patch grid, weighted by size.
+
+    With scorer ``uniform_grid`` and keep 1/4, 1/16 … this is average pooling of the grid in squares, as in M3 (arXiv 2405.17430). Of kept
+    tokens that are equally near, the first one in reading order takes the token. Without a grid, distance is that of positions.
+    """
+
+    def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
+        state, grid = inputs.state, inputs.flow.grid
+        if decision.keeps_all(state):
+            return Merged(inputs.hidden_states, state)
+        place = inputs.flow.cells(state)
+        down, across = (place, torch.zeros_like(place)) if grid is None else (place // grid[1], place % grid[1])
+        # (B, M, K) squared distances to the kept tokens, to real and routable ones only.
+        distance = sum((values[:, :, None] - values.gather(1, decision.index)[:, None]).square() for values in (down, across))
+        assert isinstance(distance, Tensor)
+        stays = state.routable.gather(1, decision.index)
+        if decision.valid is not None:
+            stays = stays & decision.valid
+        far = torch.iinfo(distance.dtype).max
+        # argmin takes any of several equal ones: the slot decides.
+        first = torch.arange(stays.shape[1], device=stays.device)
+        order = (distance * stays.shape[1] + first).masked_fill(~stays[:, None], far)
+        return merge_into(inputs, decision, decision.index.gather(1, order.argmin(-1)), proportional=False)
+
+    def macs(self, shape: StackShape, tokens: int, kept: int) -> int:
+        return (tokens - kept) * shape.hidden
