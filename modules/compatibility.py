@@ -80,7 +80,7 @@ def known_stack(candidate: Candidate) -> None:
     for stage in candidate.config.stages:
         if stage.stack not in known:
             raise ValueError(f"stage {stage.key!r}: stack = {stage.stack!r} does not exist in this model: its stacks are {names}")
-    candidate.adapter.check_stacks(candidate.model, candidate.config.stacks)
+    candidate.adapter.check_stages(candidate.model, candidate.config)
     for stack in candidate.config.restores:
         if stack not in known:
             raise ValueError(f"{restore_key(stack)}: there is no such stack in this model: its stacks are {names}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,29 +11,25 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..config import CompressionConfig
 from ..cost.shape import StackShape
 from ..site import TokenSpec
 from ..tokens.trace import Trace
 from .clip_vision_model import ClipVision
-from .decoder import Decoder
 from .image_features import image_features
-from .layer_adapter import LayerAdapter
-from .llama import Llama, Mistral, Qwen2, Qwen3
+from .multimodal import TEXT_TOKENS, Multimodal, linear_macs, takes_features
 from .projector import ProjectorLayers
 from .siglip_vision_model import SiglipVision
 from .stack import Stack
 from .vision import pair
 
-# Adapters of the supported language models and vision towers, by ``model_type``.
-LANGUAGE_MODELS: dict[str, type[Decoder]] = {adapter.model_type: adapter for adapter in (Llama, Mistral, Qwen2, Qwen3)}
+# Adapters of the supported vision towers, by ``model_type``.
 TOWERS: dict[str, type[ClipVision]] = {adapter.model_type: adapter for adapter in (ClipVision, SiglipVision)}
-# Default number of text tokens beside one image: a question and its answer.
-_TEXT_TOKENS = 64
 _OTHERS = "put the stage into the language model, with stack = 'text' and scope = 'visual'"
 VISION, PROJECTOR = "vision", "projector"
 
 
-class Llava(Decoder):
+class Llava(Multimodal):
     """LLaVA models (arXiv 2304.08485), with stages in the tower, at the projector and in the language model; text is protected.
 
     The visual tokens of a row are its placeholders. All of transformers' code outside the layers runs at full length, so that positions,
@@ -42,27 +37,25 @@ class Llava(Decoder):
     """
 
     model_type = "llava"
-    stack_name = "text"
-    layers_at = "language_model.layers"
+    blocks_at = "vision_tower.encoder.layers"
+    towers = TOWERS
     tower_at = "vision_tower"
     classes: ClassVar[tuple[str, ...]] = ("LlavaModel", "LlavaForConditionalGeneration")
     feeds: ClassVar[Mapping[str, str]] = {VISION: PROJECTOR, PROJECTOR: "text"}
 
     @classmethod
-    def check(cls, model: PreTrainedModel) -> None:
-        config: Any = model.config
-        for key, known in (("text_config", LANGUAGE_MODELS), ("vision_config", TOWERS)):
-            if (kind := getattr(config, key).model_type) not in known:
-                raise ValueError(f"{key}.model_type = {kind!r} is not supported in a LLaVA: it must be one of {', '.join(known)}")
+    def needs_features(cls) -> bool:
+        # Stages in the language model work with any version.
+        return False
 
     @classmethod
-    def check_stacks(cls, model: PreTrainedModel, stacks: Collection[str]) -> None:
-        before = [stack for stack in (VISION, PROJECTOR) if stack in stacks]
+    def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
+        before = [stack for stack in (VISION, PROJECTOR) if stack in config.stacks]
         if not before:
             return
         given: Any = model.config
         where = f"stack = {before[0]!r} is not offered"
-        if not _takes_features(cls.base(model)):
+        if not takes_features(cls.base(model)):
             raise ValueError(f"{where}: this version of transformers computes image features inside LLaVA's forward; {_OTHERS}")
         if not isinstance(given.vision_feature_layer, int):
             raise ValueError(
@@ -89,24 +82,11 @@ class Llava(Decoder):
         return {VISION: cls._feature_layers(config), PROJECTOR: 1, **super().depths(config)}
 
     @classmethod
-    def main_stack(cls, model: PreTrainedModel) -> Stack:
-        return replace(super().main_stack(model), visual=True)
-
-    @classmethod
     def token_spec(cls, model: PreTrainedModel, stack: Stack) -> TokenSpec:
         if stack.name == cls.stack_name:
             return super().token_spec(model, stack)
         spec = TOWERS[stack.config.model_type].token_spec(cls._tower(model), stack)
         return replace(spec, family=cls.model_type, has_cls=spec.has_cls and stack.name == VISION)
-
-    @classmethod
-    def layers_adapter(cls, config: Any) -> type[LayerAdapter]:
-        return LANGUAGE_MODELS[config.text_config.model_type].layer_adapter
-
-    @classmethod
-    def stack_config(cls, config: Any) -> PretrainedConfig:
-        settings: PretrainedConfig = config.text_config
-        return settings
 
     @classmethod
     def shapes(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> dict[str, StackShape]:
@@ -120,9 +100,9 @@ class Llava(Decoder):
         seen = TOWERS[tower.config.model_type].shapes(tower, size if isinstance(size, tuple) else None)[""]
         skipped = int(config.vision_feature_select_strategy == "default")
         visual = seen.protected + seen.routable - skipped
-        text = size if isinstance(size, int) else _TEXT_TOKENS
-        shape = LANGUAGE_MODELS[config.text_config.model_type].layers_shape(config.text_config, text, visual)
-        head = 0 if base is model else _linear_macs(model.get_submodule("lm_head"))
+        text = size if isinstance(size, int) else TEXT_TOKENS
+        shape = cls.languages[config.text_config.model_type].layers_shape(config.text_config, text, visual)
+        head = 0 if base is model else linear_macs(model.get_submodule("lm_head"))
         # The tower's own head does not run, nor do layers behind the features in a compressed model.
         layers = cls._feature_layers(config) if cls._runs_tower(model) else seen.layers
         unread = (seen.layers - layers) * seen.layer_macs(seen.dense_layers()[0])
@@ -137,7 +117,7 @@ class Llava(Decoder):
                 routable=visual,
                 embed_macs=0,
                 head_macs=0,
-                macs_per_token=_linear_macs(base.get_submodule("multi_modal_projector")),
+                macs_per_token=linear_macs(base.get_submodule("multi_modal_projector")),
             ),
             cls.stack_name: replace(shape, head_macs_per_token=head),
         }
@@ -161,9 +141,6 @@ class Llava(Decoder):
     @classmethod
     def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
         super().bind_inputs(model, trace, inputs)
-        flow = trace.flow(cls.stack_name)
-        flow.visual = _placeholders(model, inputs)
-        flow.protected = ~flow.visual if flow.protected is None else ~flow.visual | flow.protected
         if isinstance(pixel_values := inputs.get("pixel_values"), Tensor):
             cls._bind_images(model, trace, pixel_values)
 
@@ -220,7 +197,7 @@ class Llava(Decoder):
     @classmethod
     def _runs_tower(cls, model: PreTrainedModel) -> bool:
         """True if the compressed model calls the tower's layers itself. transformers runs all of them, and reads features by hooks."""
-        return _takes_features(cls.base(model)) and isinstance(model.config.vision_feature_layer, int)
+        return takes_features(cls.base(model)) and isinstance(model.config.vision_feature_layer, int)
 
     @classmethod
     def _shortens(cls, model: PreTrainedModel) -> bool:
@@ -249,41 +226,8 @@ class Llava(Decoder):
         return int(layer if layer >= 0 else layers + 1 + layer)
 
 
-def _placeholders(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
-    """(B, N) bool: the tokens that features of images replace.
-
-    Raises:
-        ValueError: the inputs do not tell which tokens these are.
-    """
-    config: Any = model.config
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if isinstance(ids, Tensor):
-        of_ids: Tensor = ids == config.image_token_id
-        return of_ids
-    assert isinstance(embeds, Tensor)
-    if inputs.get("pixel_values") is None and not inputs.get("mm_encoder_outputs"):
-        raise ValueError(
-            "inputs_embeds without pixel_values: the places of visual tokens are unknown; call the model with input_ids, or with "
-            "inputs_embeds that hold the embedding of image_token_id at these places, and pixel_values"
-        )
-    placeholder: Tensor = model.get_input_embeddings()(torch.full((), config.image_token_id, dtype=torch.long, device=embeds.device))
-    of_embeds: Tensor = (embeds == placeholder).all(-1)
-    return of_embeds
-
-
 def _encoded(features: list[Tensor]) -> Any:
     """Features by image, in the form that transformers hands on."""
     output: Any = BaseModelOutputWithPooling()
     output.pooler_output = features
     return output
-
-
-def _takes_features(base: nn.Module) -> bool:
-    """True if this version of transformers takes features that were computed beforehand."""
-    return "mm_encoder_outputs" in inspect.signature(type(base).forward).parameters
-
-
-def _linear_macs(module: nn.Module) -> int:
-    """MACs for one token of all linear layers of a module, without those of its stages."""
-    own = [part for name, part in module.named_modules() if not name.startswith("stages.")]
-    return sum(part.in_features * part.out_features for part in own if isinstance(part, nn.Linear))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -51,8 +51,8 @@ class ModelAdapter:
         """Raises ValueError, with the cure, if this model cannot be compressed. Called before the model is changed."""
 
     @classmethod
-    def check_stacks(cls, model: PreTrainedModel, stacks: Collection[str]) -> None:
-        """Raises ValueError, with the cure, if this model cannot have stages in these stacks."""
+    def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
+        """Raises ValueError, with the cure, if this model cannot have stages in these stacks, or at these layers."""
 
     @classmethod
     def layers(cls, model: PreTrainedModel) -> nn.ModuleList:

@@ -307,7 +307,7 @@ def test_a_budget_finds_keeps_and_training_meets_it() -> None:
 def test_an_unknown_language_model_or_tower_is_refused_by_name(key: str) -> None:
     model = dense()
     getattr(model.config, key).model_type = "other"
-    with pytest.raises(ValueError, match=rf"{key}.model_type = 'other' is not supported in a LLaVA: it must be one of "):
+    with pytest.raises(ValueError, match=rf"{key}.model_type = 'other' is not supported in a llava: it must be one of "):
         compress(model, BY_NAME["learned"].config(0.5))
 
 

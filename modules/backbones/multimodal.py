@@ -1,0 +1,197 @@
+"""Base class of the adapters for vision-language models: features of images take the places of placeholder tokens in a language model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..config import CompressionConfig
+from ..cost.shape import StackShape
+from ..tokens.trace import Trace
+from .decoder import Decoder
+from .gemma import Gemma3Text
+from .layer_adapter import LayerAdapter
+from .llama import Llama, Mistral, Qwen2, Qwen3
+from .stack import Stack
+
+# Adapters of the supported language models, by ``model_type``.
+LANGUAGE_MODELS: dict[str, type[Decoder]] = {adapter.model_type: adapter for adapter in (Llama, Mistral, Qwen2, Qwen3, Gemma3Text)}
+# Default number of text tokens beside one image: a question and its answer.
+TEXT_TOKENS = 64
+_KINDS = ("image", "video")
+
+
+class Multimodal(Decoder):
+    """Vision-language models with stages in the language model, which may touch visual tokens; text is protected.
+
+    The visual tokens of a row are its placeholders. All of transformers' code outside the layers runs at full length, so that positions,
+    labels and the places in a cache are those of the whole row.
+
+    Attributes:
+        blocks_at: name of the tower's list of layers in ``base(model)``, with dots.
+        languages: adapters of the supported language models, by ``model_type``.
+        towers: supported ``model_type`` of the tower; None supports all.
+    """
+
+    stack_name = "text"
+    layers_at = "language_model.layers"
+    blocks_at: ClassVar[str]
+    languages: ClassVar[Mapping[str, type[Decoder]]] = LANGUAGE_MODELS
+    towers: ClassVar[Collection[str] | None] = None
+
+    @classmethod
+    def check(cls, model: PreTrainedModel) -> None:
+        config: Any = model.config
+        for key, known in (("text_config", cls.languages), ("vision_config", cls.towers)):
+            kind = getattr(config, key).model_type
+            if known is not None and kind not in known:
+                raise ValueError(
+                    f"{key}.model_type = {kind!r} is not supported in a {cls.model_type}: it must be one of {', '.join(known)}"
+                )
+        if cls.needs_features() and not takes_features(cls.base(model)):
+            raise ValueError(
+                f"{cls.model_type} needs a version of transformers whose forward takes mm_encoder_outputs, 5.23 for example: upgrade it"
+            )
+
+    @classmethod
+    def needs_features(cls) -> bool:
+        """True if features of images must be computed before the model's forward."""
+        return True
+
+    @classmethod
+    def main_stack(cls, model: PreTrainedModel) -> Stack:
+        return replace(super().main_stack(model), visual=True)
+
+    @classmethod
+    def layers_adapter(cls, config: Any) -> type[LayerAdapter]:
+        return cls.languages[config.text_config.model_type].layer_adapter
+
+    @classmethod
+    def stack_config(cls, config: Any) -> PretrainedConfig:
+        settings: PretrainedConfig = config.text_config
+        return settings
+
+    @classmethod
+    def shapes(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> dict[str, StackShape]:
+        """The language model, for rows of one image and text. The tower counts as the embedding of the image.
+
+        Args:
+            model: dense or compressed model.
+            size: number of text tokens beside the image, 64 by default; or (height, width) of the image in pixels.
+        """
+        config, base = model.config, cls.base(model)
+        visual, macs = cls.image_cost(base, config, size if isinstance(size, tuple) else None)
+        text = size if isinstance(size, int) else TEXT_TOKENS
+        shape = cls.languages[config.text_config.model_type].layers_shape(config.text_config, text, visual)
+        head = 0 if base is model else linear_macs(model.get_submodule("lm_head"))
+        return {cls.stack_name: replace(shape, embed_macs=round(macs), head_macs_per_token=head)}
+
+    @classmethod
+    def image_cost(cls, base: nn.Module, config: Any, size: tuple[int, int] | None) -> tuple[int, float]:
+        """Visual tokens of one image, and MACs of the tower and the projector for it.
+
+        Args:
+            base: model without its head.
+            config: config of the model.
+            size: (height, width) of the image in pixels; None means the family's usual size.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def placeholder_ids(cls, config: Any) -> list[int]:
+        """Ids of the tokens that features of images and videos replace."""
+        found = (getattr(config, f"{kind}_token_id", None) for kind in _KINDS)
+        return [number for number in found if number is not None]
+
+    @classmethod
+    def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
+        super().bind_inputs(model, trace, inputs)
+        flow = trace.flow(cls.stack_name)
+        flow.visual = cls._placeholders(model, inputs)
+        flow.protected = ~flow.visual if flow.protected is None else ~flow.visual | flow.protected
+
+    @classmethod
+    def encode(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Features of images and videos, by the model's own functions, which get no trace."""
+        # The base is called by the model with a head, with the same trace.
+        if cls.base(model) is not model:
+            return {}
+        given, used, encoded = inputs.get("mm_encoder_outputs") or {}, set[str](), dict[str, Any]()
+        for kind in _KINDS:
+            function = getattr(model, f"get_{kind}_features", None)
+            pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
+            if function is None or inputs.get(pixels) is None:
+                continue
+            names = [name for name in inspect.signature(function).parameters if inputs.get(name) is not None]
+            encoded[kind] = function(**{name: inputs[name] for name in names}, return_dict=True)
+            used.add(pixels)
+        if not encoded and not given:
+            return {}
+        encoded = {**given, **encoded}
+        cls.protect(model, trace, encoded)
+        return {**dict.fromkeys(used), "mm_encoder_outputs": encoded}
+
+    @classmethod
+    def protect(cls, model: PreTrainedModel, trace: Trace, encoded: Mapping[str, Any]) -> None:
+        """Marks placeholders that no stage may touch, such as the ends of lines, on the flow of the language model."""
+
+    @classmethod
+    def _placeholders(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """(B, N) bool: the tokens that features of images replace.
+
+        Raises:
+            ValueError: the inputs do not tell which tokens these are.
+        """
+        config: Any = model.config
+        numbers = cls.placeholder_ids(config)
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        if isinstance(ids, Tensor):
+            return torch.isin(ids, torch.tensor(numbers, device=ids.device))
+        assert isinstance(embeds, Tensor)
+        if not any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")) and not inputs.get(
+            "mm_encoder_outputs"
+        ):
+            raise ValueError(
+                "inputs_embeds without pixel_values: the places of visual tokens are unknown; call the model with input_ids, or with "
+                "inputs_embeds that hold the embedding of image_token_id at these places, and pixel_values"
+            )
+        placeholders: Tensor = model.get_input_embeddings()(torch.tensor(numbers, device=embeds.device))
+        return (embeds[..., None, :] == placeholders).all(-1).any(-1)
+
+
+def takes_features(base: nn.Module) -> bool:
+    """True if this version of transformers takes features that were computed beforehand."""
+    return "mm_encoder_outputs" in inspect.signature(type(base).forward).parameters
+
+
+def linear_macs(module: nn.Module) -> int:
+    """MACs for one token of all linear layers of a module, without those of its stages."""
+    own = [part for name, part in module.named_modules() if not name.startswith("stages.")]
+    return sum(part.in_features * part.out_features for part in own if isinstance(part, nn.Linear))
+
+
+def tower_macs(tower: nn.Module, blocks: nn.ModuleList, patches: int, width: int, share: float = 1.0) -> float:
+    """MACs of a tower's patch embedding and layers for one image; what is behind the layers is not counted.
+
+    Args:
+        tower: the tower.
+        blocks: its layers.
+        patches: number of tokens in the layers.
+        width: width of all queries of a token.
+        share: mean over layers of the part of the square of attention that is computed, below 1 with windows.
+    """
+    embedding = sum(part.weight.numel() for part in tower.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
+    return patches * (embedding + linear_macs(blocks)) + len(blocks) * share * 2 * patches**2 * width
+
+
+def check_no_early_drop(config: CompressionConfig, first: int, reason: str) -> None:
+    """Raises ValueError if a stage removes tokens before layer ``first`` of the language model."""
+    early = [stage.key for stage in config.of_stack(Multimodal.stack_name) if not stage.bypass and stage.layer < first]
+    if early:
+        raise ValueError(f"stages {', '.join(early)} remove tokens before layer {first}, and {reason}: take layer {first} or a later one")
