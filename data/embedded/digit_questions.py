@@ -96,19 +96,22 @@ class DigitQuestions(Dataset[dict[str, Any]]):
 
 
 def _asked(kind: str, digit: int, places: dict[int, str], draws: np.random.Generator) -> tuple[str, str]:
-    """A question of a kind about one of the digits at these places, and its answer."""
+    """A question of a kind about one of the digits at these places, and its answer.
+
+    No space is before a digit, so that a tokenizer has one token for it in questions and answers.
+    """
     if kind == "reading":
         return f"Which digit is at the {places[digit]}?", str(digit)
     if kind == "counting":
         return "How many digits are there?", str(len(places))
     if kind == "listing":
         held = {quarter: str(one) for one, quarter in places.items()}
-        return "What is in each quarter?", " ".join(held.get(quarter, "-") for quarter in QUARTERS)
+        return "What is in each quarter?", ",".join(held.get(quarter, "-") for quarter in QUARTERS)
     if kind == "naming":
-        return "Which digits are where?", ", ".join(f"{one} {places[one]}" for one in sorted(places))
+        return "Which digits are where?", "\n".join(f"{one} {places[one]}" for one in sorted(places))
     if kind == "locating":
-        return f"Where is the {digit}?", places[digit]
+        return f'Where is the "{digit}"?', places[digit]
     if draws.random() < 0.5:
-        return f"Is there a {digit}?", "yes"
+        return f'Is there a "{digit}"?', "yes"
     absent = [other for other in range(10) if other not in places]
-    return f"Is there a {absent[draws.integers(len(absent))]}?", "no"
+    return f'Is there a "{absent[draws.integers(len(absent))]}"?', "no"

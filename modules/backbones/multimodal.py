@@ -104,16 +104,16 @@ class Multimodal(Decoder):
         raise NotImplementedError
 
     @classmethod
-    def placeholder_ids(cls, config: Any) -> list[int]:
+    def placeholder_ids(cls, config: Any, kinds: Collection[str] = _KINDS) -> list[int]:
         """Ids of the tokens that features of images and videos replace."""
-        found = (getattr(config, f"{kind}_token_id", None) for kind in _KINDS)
+        found = (getattr(config, f"{kind}_token_id", None) for kind in kinds)
         return [number for number in found if number is not None]
 
     @classmethod
     def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
         super().bind_inputs(model, trace, inputs)
         flow = trace.flow(cls.stack_name)
-        flow.visual = cls._placeholders(model, inputs)
+        flow.visual = cls.placeholders(model, inputs)
         flow.protected = ~flow.visual if flow.protected is None else ~flow.visual | flow.protected
 
     @classmethod
@@ -134,22 +134,29 @@ class Multimodal(Decoder):
         if not encoded and not given:
             return {}
         encoded = {**given, **encoded}
-        cls.protect(model, trace, encoded)
+        cls.protect(model, trace, inputs, encoded)
         return {**dict.fromkeys(used), "mm_encoder_outputs": encoded}
 
     @classmethod
-    def protect(cls, model: PreTrainedModel, trace: Trace, encoded: Mapping[str, Any]) -> None:
-        """Marks placeholders that no stage may touch, such as the ends of lines, on the flow of the language model."""
+    def protect(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any], encoded: Mapping[str, Any]) -> None:
+        """Marks placeholders that no stage may touch, such as the ends of lines, on the flow of the language model.
+
+        Args:
+            model: base of the compressed model.
+            trace: trace of the forward.
+            inputs: inputs of the forward.
+            encoded: output of the tower and the projector by kind, ``image`` and ``video``.
+        """
 
     @classmethod
-    def _placeholders(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
-        """(B, N) bool: the tokens that features of images replace.
+    def placeholders(cls, model: PreTrainedModel, inputs: Mapping[str, Any], kinds: Collection[str] = _KINDS) -> Tensor:
+        """(B, N) bool: the tokens that features of images and videos replace.
 
         Raises:
             ValueError: the inputs do not tell which tokens these are.
         """
         config: Any = model.config
-        numbers = cls.placeholder_ids(config)
+        numbers = cls.placeholder_ids(config, kinds)
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if isinstance(ids, Tensor):
             return torch.isin(ids, torch.tensor(numbers, device=ids.device))
@@ -176,18 +183,18 @@ def linear_macs(module: nn.Module) -> int:
     return sum(part.in_features * part.out_features for part in own if isinstance(part, nn.Linear))
 
 
-def tower_macs(tower: nn.Module, blocks: nn.ModuleList, patches: int, width: int, share: float = 1.0) -> float:
+def tower_macs(tower: nn.Module, blocks: nn.Module, patches: int, width: int, share: float = 1.0) -> float:
     """MACs of a tower's patch embedding and layers for one image; what is behind the layers is not counted.
 
     Args:
         tower: the tower.
-        blocks: its layers.
+        blocks: its list of layers.
         patches: number of tokens in the layers.
         width: width of all queries of a token.
         share: mean over layers of the part of the square of attention that is computed, below 1 with windows.
     """
     embedding = sum(part.weight.numel() for part in tower.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
-    return patches * (embedding + linear_macs(blocks)) + len(blocks) * share * 2 * patches**2 * width
+    return patches * (embedding + linear_macs(blocks)) + len(list(blocks.children())) * share * 2 * patches**2 * width
 
 
 def check_no_early_drop(config: CompressionConfig, first: int, reason: str) -> None:

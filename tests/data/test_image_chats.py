@@ -218,10 +218,10 @@ def test_digit_questions_depend_on_their_index_alone_and_answers_agree_with_the_
         turns = _turns(row)
         assert turns[0][0] == "counting"
         if turns[-1][0] == "listing":
-            listed = dict(zip(QUARTERS, turns[-1][2].split(), strict=True))
+            listed = dict(zip(QUARTERS, turns[-1][2].split(","), strict=True))
         else:
             assert turns[-1][0] == "naming"
-            named = {part[2:]: part[0] for part in turns[-1][2].split(", ")}
+            named = {part[2:]: part[0] for part in turns[-1][2].split("\n")}
             assert list(named.values()) == sorted(named.values())
             listed = {name: named.get(name, "-") for name in QUARTERS}
         count = sum(digit != "-" for digit in listed.values())
@@ -235,12 +235,12 @@ def test_digit_questions_depend_on_their_index_alone_and_answers_agree_with_the_
         assert len({kind for kind, _, _ in found}) == 1
         told = set()
         for kind, question, answer in found:
-            digit = answer if kind == "reading" else question.removeprefix("Where is the ")[:-1]
+            digit = answer if kind == "reading" else question.split('"')[1]
             place = answer if kind == "locating" else question.removeprefix("Which digit is at the ")[:-1]
             assert listed[place] == digit
             told.add(digit)
         ((_, question, answer),) = [turn for turn in turns if turn[0] == "presence"]
-        digit = question.removeprefix("Is there a ")[:-1]
+        digit = question.split('"')[1]
         assert (answer == "yes") == (digit in listed.values())
         assert digit not in told
         seen[str(count), answer] += 1

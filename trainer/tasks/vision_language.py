@@ -260,8 +260,9 @@ def _texts(messages: list[dict[str, Any]]) -> list[str]:
         text
         for message in messages
         for text in (
-            [message["content"]]
+            # Roles are in every chat, and few tokens are to be spent on them.
+            [message["role"], message["content"]]
             if isinstance(message["content"], str)
-            else [part["text"] for part in message["content"] if part["type"] == "text"]
+            else [message["role"], *(part["text"] for part in message["content"] if part["type"] == "text")]
         )
     ]

@@ -1,0 +1,168 @@
+"""Vision-language families beside LLaVA: stages in the language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from laconic import CompressionConfig, StageConfig, Trace, compress, decompress, from_pretrained
+from laconic.modules.cost.cost import CostModel
+from laconic.modules.decoding.cache import RoutedCache
+from tests.matrix.decoders import spread
+from tests.matrix.image_text import FAMILIES, IMAGES, PLACEHOLDER, batch, dense, row
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+METHODS: dict[str, dict[str, Any]] = {
+    "random": {"scorer": "random"},
+    "learned": {"scorer": {"name": "learned", "detach": True}},
+    "last_query": {"scorer": "last_query", "count": "dynamicvit"},
+    "around": {"scorer": {"name": "linear", "detach": True}, "site": "around"},
+}
+
+
+def _pairs() -> list[tuple[str, str]]:
+    return [(family, name) for family in FAMILIES for name in METHODS if not (family == "gemma3" and name == "last_query")]
+
+
+def _model(family: str, name: str, keep: float = 0.5, layers: tuple[int, ...] = (1, 2), **settings: Any) -> PreTrainedModel:
+    stages = [StageConfig(layer=layer, keep=keep, stack="text", scope="visual", **METHODS[name]) for layer in layers]
+    return spread(compress(dense(family, **settings), CompressionConfig(stages)))
+
+
+def _given(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in inputs.items() if key != "images"}
+
+
+def _labels(ids: Tensor) -> Tensor:
+    place = torch.arange(ids.shape[1])
+    last = torch.where(ids == PLACEHOLDER, place, 0).amax(1, keepdim=True)
+    return ids.masked_fill((place <= last + 1) | (ids == 0), -100)
+
+
+@pytest.mark.parametrize(("family", "name"), _pairs())
+def test_keep_1_is_the_dense_model_bit_for_bit_loss_and_gradients(family: str, name: str) -> None:
+    given = batch(family)
+    answers, losses = _labels(given["input_ids"]), []
+    model, plain = _model(family, name, 1.0), dense(family)
+    for each in (model, plain):
+        trace = {"trace": Trace(labels=answers)} if each is model else {}
+        losses.append(each(**given, labels=answers, use_cache=False, **trace).loss)
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    ours = {key: value.grad for key, value in model.named_parameters() if ".stages." not in key}
+    for key, value in plain.named_parameters():
+        assert (ours[key] is None and value.grad is None) or torch.equal(ours[key], value.grad), key
+
+
+@pytest.mark.parametrize(("family", "name"), [pair for pair in _pairs() if pair[1] in ("random", "last_query")])
+def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str, name: str) -> None:
+    given, model, plain = _given(row(family, 1)), _model(family, name), dense(family)
+    trace = Trace()
+    logits = model(**given, trace=trace, use_cache=True).logits
+    hidden = torch.ones_like(given["input_ids"], dtype=torch.bool)
+    for index, layer in enumerate(_layers(plain)):
+        routing = trace.routings.get(f"text.before_{index}")
+        if routing is not None:
+            hidden = torch.zeros_like(hidden).scatter(1, routing.state.position, routing.kept_mask) & hidden
+
+        def masked(_: Any, args: Any, kwargs: dict[str, Any], seen: Tensor = hidden) -> Any:
+            length = seen.shape[1]
+            mask = kwargs.get("attention_mask")
+            mask = torch.ones(1, 1, length, length).tril().bool() if mask is None else mask > -1 if mask.is_floating_point() else mask
+            return args, kwargs | {"attention_mask": mask & seen[:, None, None]}
+
+        layer.register_forward_pre_hook(masked, with_kwargs=True)
+    expected = plain(**given, use_cache=False).logits
+    words = given["input_ids"] != PLACEHOLDER
+    assert int(hidden.sum()) < hidden.numel() - FAMILIES[family].tokens
+    torch.testing.assert_close(logits[words], expected[words], **CLOSE)
+
+
+def _layers(model: PreTrainedModel) -> Any:
+    inner: Any = model.model
+    return (inner.language_model if hasattr(inner, "language_model") else inner.text_model).layers
+
+
+@pytest.mark.parametrize(("family", "name"), _pairs())
+def test_a_mixed_batch_is_each_row_alone_and_decoding_equals_one_forward(family: str, name: str) -> None:
+    model, given = _model(family, name), batch(family)
+    how: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    made = model.generate(**given, **how)
+    counts = {}
+    for number in range(3):
+        if name != "random":
+            assert torch.equal(model.generate(**_given(row(family, number)), **how)[0, -4:], made[number, -4:])
+        trace = Trace()
+        model(**_given(row(family, number)), trace=trace, use_cache=True)
+        counts[number] = [routing.counts() for routing in trace.routings.values()]
+    visual = _routable(family)
+    assert [counts[number][0][1] for number in range(3)] == [images * visual for images in IMAGES]
+    one = _given(row(family, 0))
+    prompt = torch.arange(one["input_ids"].shape[1])[None] < one["input_ids"].shape[1] - 4
+    whole = model(**one, trace=Trace(prompt=prompt), use_cache=False).logits
+    cache, split = RoutedCache(model.config), one["input_ids"].shape[1] - 3
+    first = {key: value[:, :split] if value.shape[:2] == one["input_ids"].shape else value for key, value in one.items()}
+    parts = [model(**first, past_key_values=cache, use_cache=True).logits]
+    assert cache.get_seq_length() == split
+    for at in range(split, one["input_ids"].shape[1]):
+        ids = one["input_ids"][:, at : at + 1]
+        more = {key: torch.zeros_like(ids) for key in ("token_type_ids", "mm_token_type_ids") if key in one}
+        parts.append(model(ids, past_key_values=cache, use_cache=True, **more).logits)
+    if not family.startswith("qwen"):
+        # Positions of these follow the attention mask, which generate keeps.
+        torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
+    assert model.generate(**given, num_beams=2, **how).shape == made.shape
+
+
+def _routable(family: str) -> int:
+    """Visual tokens of an image that a stage may touch: not the ends of lines."""
+    return FAMILIES[family].tokens - (3 if family.startswith("llava") else 0)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_it_is_saved_loaded_taken_back_and_trained_with_checkpointing(family: str, tmp_path: Path) -> None:
+    given, model = _given(batch(family)), _model(family, "learned")
+    answers = _labels(given["input_ids"])
+    expected = model(**given, use_cache=True).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(**given, use_cache=True).logits, expected)
+    model.train()
+    model(**given, labels=answers, trace=Trace(labels=answers), use_cache=False).loss.backward()
+    assert any(bool(p.grad.any()) for name, p in model.named_parameters() if ".scorer." in name and p.grad is not None)
+    assert type(decompress(model.eval())) is type(dense(family))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_analytic_macs_are_those_of_a_counter(family: str) -> None:
+    model, given = _model(family, "random", attn_implementation="eager"), _given(row(family, 0))
+    # 64 tokens beside the visual ones, to which the ends of lines do not belong.
+    words = 64 - (given["input_ids"].shape[1] - _routable(family))
+    longer = {key: torch.nn.functional.pad(value, (0, words), value=3 * (key == "input_ids")) if value.shape == given["input_ids"].shape else value
+              for key, value in given.items()}  # fmt: skip
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        dense(family, attn_implementation="eager")(**longer, use_cache=False)
+    cost = CostModel(model, size=(24, 24))
+    assert cost.shapes["text"].routable == _routable(family)
+    assert cost().dense_macs == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+    trace = Trace()
+    model(**longer, trace=trace, use_cache=True)
+    assert cost.achieved(trace) == pytest.approx(cost().macs_ratio, rel=0.02)
+
+
+def test_deepstack_keeps_all_visual_tokens_until_its_last_layer() -> None:
+    with pytest.raises(
+        ValueError, match="stages text.before_0 remove tokens before layer 1, and DeepStack adds .*: take layer 1 or a later one"
+    ):
+        _model("qwen3_vl", "random", layers=(0,))
+    assert _model("qwen3_vl", "around", layers=(0,)) is not None
+
+
+def test_a_tower_of_these_families_has_no_stages_yet() -> None:
+    with pytest.raises(ValueError, match="stack = 'vision' does not exist in this model: its stacks are 'text'"):
+        compress(dense("qwen2_5_vl"), CompressionConfig([StageConfig(layer=0, keep=0.5, stack="vision")]))
