@@ -119,7 +119,7 @@ FAMILIES = {
         _alone,
     ),
     "gemma3": ImageTextFamily(
-        "gemma3", _SIGLIP, {**TEXT, "model_type": "gemma3_text", "sliding_window": 64, "head_dim": 8}, 9, _typed, {"mm_tokens_per_image": 9}
+        "gemma3", _SIGLIP, {**TEXT, "model_type": "gemma3_text", "sliding_window": 128, "head_dim": 8}, 9, _typed, {"mm_tokens_per_image": 9}
     ),
 }  # fmt: skip
 
