@@ -23,6 +23,16 @@ def of_files(quick: Sequence[str]) -> list[str]:
     return [item for item in quick if not item.startswith(("data.train_samples", "data.eval_samples"))]
 
 
+# A random tower in place of one that was trained before.
+OWN_TOWER = [
+    "model.tower_of=null",
+    *(
+        f"model.config.vision_config.{setting}"
+        for setting in ("model_type=siglip_vision_model", "image_size=32", "patch_size=4", "vision_use_head=false")
+    ),
+]
+
+
 def small(name: str, folder: Path, quick: Sequence[str]) -> list[str]:
     """Overrides of a shipped recipe.
 
@@ -104,25 +114,28 @@ def _language_model(name: str, folder: Path, quick: Sequence[str]) -> list[str]:
 
 def _vision_language(name: str, folder: Path, quick: Sequence[str]) -> list[str]:
     shorter = [item for item in quick if not item.startswith(("model.config", "data.canvas"))]
-    if name == "vlm_finetune":
-        dense = build(load("vlm_digits_dense", _vision_language("vlm_digits_dense", folder, quick)).recipe)
+    sizes = ["hidden_size=16", "num_hidden_layers=2", "num_attention_heads=2", "intermediate_size=32"]
+    if name == "vlm_digits_tower":
+        return [*shorter, *(f"model.config.vision_config.{size}" for size in sizes)]
+    if name == "vlm_digits_base":
+        return [
+            *shorter,
+            *OWN_TOWER,
+            *(f"model.config.{part}.{size}" for part in ("vision_config", "text_config") for size in sizes),
+            "model.config.text_config.num_key_value_heads=2",
+        ]
+    if not (folder / "vlm").is_dir():
+        dense = build(load("vlm_digits_base", _vision_language("vlm_digits_base", folder, quick)).recipe)
         dense.model.save_pretrained(folder / "vlm")
         dense.data.save_beside(folder / "vlm")
-        stages = "[{layer: 1, stack: text, scope: visual, scorer: last_query, count: dynamicvit, keep: 0.5}]"
-        return [
-            *of_files(shorter),
-            f"model.name={folder / 'vlm'}",
-            f"data.data_files={chats_about_images(folder / 'rows', 24)}",
-            f"data.image_dir={folder / 'rows'}",
-            f"compression.stages={stages}",
-            "compression.restore.text.layer=2",
-            "trainer.max_epochs=null",
-        ]
-    sizes = ["hidden_size=16", "num_hidden_layers=2", "num_attention_heads=2", "intermediate_size=32"]
+    if name != "vlm_finetune":
+        return [*shorter, "baselines=[]", f"model.name={folder / 'vlm'}"]
     return [
-        *shorter,
-        "baselines=[]",
-        *(f"model.config.{part}.{size}" for part in ("vision_config", "text_config") for size in sizes),
-        "model.config.text_config.num_key_value_heads=2",
-        *([] if name.endswith("_dense") else ["compression.stages.0.layer=1", "compression.restore.text.layer=2"]),
+        *of_files(shorter),
+        f"model.name={folder / 'vlm'}",
+        f"data.data_files={chats_about_images(folder / 'rows', 24)}",
+        f"data.image_dir={folder / 'rows'}",
+        # In two layers, halves of the depth alone are a layer.
+        "compression.layer=0.5",
+        "trainer.max_epochs=null",
     ]

@@ -21,7 +21,7 @@ from tests.trainer.small_recipes import small
 
 
 def _of(name: str, *overrides: str) -> list[str]:
-    kept = [item for item in small("vlm_digits_dense", Path(), QUICK) if "compression" not in item]
+    kept = [item for item in small("vlm_digits_base", Path(), QUICK) if "compression" not in item]
     return [*kept, "model.config.text_config.num_hidden_layers=4", f"compression.method={name}", *overrides]
 
 
@@ -29,7 +29,7 @@ def _of(name: str, *overrides: str) -> list[str]:
 def test_a_method_is_valid_in_a_recipe_and_says_what_it_is(name: str) -> None:
     first = methods()[name].read_text().splitlines()[0]
     assert first.startswith("# ")
-    assert validate(load("vlm_digits_dense", _of(name)).recipe).macs_ratio < 1
+    assert validate(load("vlm_digits_base", _of(name)).recipe).macs_ratio < 1
 
 
 def test_down_sampled_images_have_a_quarter_of_the_tokens_in_all_layers_and_what_was_trained_stays(tmp_path: Path) -> None:
@@ -57,17 +57,17 @@ def test_down_sampled_images_have_a_quarter_of_the_tokens_in_all_layers_and_what
         with pytest.raises((RecipeError, ValueError), match=message):
             build(load("vlm_finetune", [*overrides, "compression=null", f"model.image_scale={wrong}"]).recipe)
     with pytest.raises(RecipeError, match="model.image_scale changes the image size of model.name, which is not set"):
-        load("vlm_digits_dense", ["model.image_scale=0.5"])
+        load("vlm_digits_base", ["model.image_scale=0.5"])
 
 
 def test_settings_of_a_method_go_to_all_of_its_stages_and_fractions_are_of_the_depth() -> None:
-    recipe = load("vlm_digits_dense", _of("pyramiddrop", "compression.keep=0.6")).recipe
+    recipe = load("vlm_digits_base", _of("pyramiddrop", "compression.keep=0.6")).recipe
     assert recipe.compression is not None
     assert [(stage.layer, stage.keep) for stage in recipe.compression.stages] == [(0.25, 0.6), (0.5, 0.6), (0.75, 0.6)]
-    rows = cost_of_recipe("vlm_digits_dense", _of("pyramiddrop"))["layers"]
+    rows = cost_of_recipe("vlm_digits_base", _of("pyramiddrop"))["layers"]
     # 64 visual tokens beside 64 of text: int(64 · 0.5^s).
     assert [row["tokens"] - 64 for row in rows if row["stack"] == "text"] == [64, 32, 16, 8]
-    recipe = load("vlm_digits_dense", _of("divprune", "compression.tokens=9")).recipe
+    recipe = load("vlm_digits_base", _of("divprune", "compression.tokens=9")).recipe
     assert recipe.compression is not None
     assert [(stage.tokens, stage.keep) for stage in recipe.compression.stages] == [(9, None)]
 
@@ -84,9 +84,9 @@ def test_a_method_replaces_the_stages_of_a_recipe_and_the_other_way_round(tmp_pa
     assert other.compression is not None
     assert [stage.key for stage in other.compression.stages] == ["projector.before_0"]
     # The method's own settings give way to the recipe's.
-    (tmp_path / "third.yaml").write_text("base: vlm_digits_dense\ncompression: {method: learned}\noptimizer: {router_lr: 3.0e-3}\n")
+    (tmp_path / "third.yaml").write_text("base: vlm_digits_base\ncompression: {method: learned}\noptimizer: {router_lr: 3.0e-3}\n")
     assert load(str(tmp_path / "third.yaml")).recipe.optimizer.router_lr == 3e-3
-    assert load("vlm_digits_dense", ["compression.method=learned"]).recipe.optimizer.router_lr == 1e-2
+    assert load("vlm_digits_base", ["compression.method=learned"]).recipe.optimizer.router_lr == 1e-2
 
 
 def test_wrong_names_and_settings_are_refused_with_what_there_is() -> None:
@@ -100,4 +100,4 @@ def test_wrong_names_and_settings_are_refused_with_what_there_is() -> None:
         (["compression.method=fastv", "compression.keep=2"], "keep = 2"),
     ):
         with pytest.raises((RecipeError, ValueError), match=message):
-            validate(load("vlm_digits_dense", [*_of("fastv")[:-1], *overrides]).recipe)
+            validate(load("vlm_digits_base", [*_of("fastv")[:-1], *overrides]).recipe)

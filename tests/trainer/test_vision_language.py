@@ -19,6 +19,7 @@ from laconic.data.embedded.digit_questions import DigitQuestions
 from laconic.data.rows import collate
 from laconic.modules.tokens.labels import IGNORE_TOKEN
 from laconic.trainer.build.build import build
+from laconic.trainer.build.validate import validate
 from laconic.trainer.distributed import collective
 from laconic.trainer.distributed.deepspeed_strategy import remove_hooks
 from laconic.trainer.errors import RecipeError
@@ -28,13 +29,13 @@ from laconic.trainer.losses.answer_loss import AnswerLoss, answer_loss, with_bla
 from laconic.trainer.metrics.answers import AnswerAccuracy
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
-from laconic.trainer.run_folder import RunFolder
-from tests.trainer.small_recipes import small
+from laconic.trainer.run_folder import RunFolder, load_model
+from tests.trainer.small_recipes import OWN_TOWER, small
 
 
 @pytest.fixture(scope="module")
-def parts() -> Any:
-    return build(load("vlm_digits", small("vlm_digits", Path(), QUICK)).recipe)
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return build(load("vlm_digits", small("vlm_digits", tmp_path_factory.mktemp("start"), QUICK)).recipe)
 
 
 QUICK = ["trainer.max_steps=2", "data.batch_size=4", "data.eval_batch_size=4", "data.train_samples=16", "data.eval_samples=6", "trainer.bench_rounds=0"]  # fmt: skip
@@ -184,12 +185,40 @@ def test_what_does_not_belong_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"data.canvas is for"):
         load("vlm_digits", ["data.canvas={size: 32}"])
     with pytest.raises(ValueError, match=r"bert is no supported vision-language model: use llava"):
-        build(load("vlm_digits_dense", ["model.config={model_type: bert}"]).recipe)
+        build(load("vlm_digits_base", ["model.tower_of=null", "model.config={model_type: bert}"]).recipe)
     with pytest.raises(ValueError, match=r"vocab_size = 299 must be at least 300|entries and the model"):
-        build(load("vlm_digits_dense", ["model.config.text_config.vocab_size=300"]).recipe)
+        build(load("vlm_digits_base", [*OWN_TOWER, "model.config.text_config.vocab_size=300"]).recipe)
     with pytest.raises(ValueError, match=r"drops the first token of the tower.*vision_feature_select_strategy=full"):
-        build(load("vlm_digits_dense", ["model.config.vision_feature_select_strategy=default"]).recipe)
+        build(load("vlm_digits_base", [*OWN_TOWER, "model.config.vision_feature_select_strategy=default"]).recipe)
     with pytest.raises(ValueError, match=r"data.kinds = \['spelling'\] must be some of reading, counting"):
-        build(load("vlm_digits_dense", ["data.kinds=[spelling]"]).recipe)
+        build(load("vlm_digits_base", [*OWN_TOWER, "data.kinds=[spelling]"]).recipe)
     with pytest.raises(ValueError, match=r"data.processor is missing"):
-        build(load("vlm_digits_dense", ["data.name=json", "data.data_files=x.jsonl"]).recipe)
+        build(load("vlm_digits_base", [*OWN_TOWER, "data.name=json", "data.data_files=x.jsonl"]).recipe)
+
+
+def test_a_tower_that_was_trained_before_becomes_that_of_a_new_model(tmp_path: Path, console: Console) -> None:
+    overrides = [*small("vlm_digits_tower", tmp_path, QUICK), f"output={tmp_path / 'tower'}"]
+    train(load("vlm_digits_tower", overrides), overrides, console)
+    sizes = [item for item in small("vlm_digits_base", tmp_path, QUICK) if "vision_config" not in item and "tower_of" not in item]
+    given = [*sizes, f"model.tower_of={tmp_path / 'tower'}"]
+    made, classifier = build(load("vlm_digits_base", given).recipe).model, load_model(tmp_path / "tower")
+    theirs = {
+        name.removeprefix("vision_model."): value for name, value in classifier.state_dict().items() if name.startswith("vision_model.")
+    }
+    ours = made.model.vision_tower.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert validate(load("vlm_digits_base", given).recipe).macs_ratio == 1
+    for wrong, message in (
+        (
+            [*given, "model.config.vision_config.hidden_size=16"],
+            "model.tower_of = .* decides the vision tower, and so does model.config.vision_config",
+        ),
+        ([*sizes, f"model.tower_of={tmp_path / 'nowhere'}"], "model.tower_of = .*nowhere"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(load("vlm_digits_base", wrong).recipe)
+    with pytest.raises(RecipeError, match="model.tower_of is for a new model, and model.config is not set"):
+        load("vlm_finetune", ["model.tower_of=x", "data.data_files=x.json"])
+    with pytest.raises(ValueError, match="model.tower_of = 'x' is for vision-language models, and model.config.model_type = 'vit'"):
+        build(load("vit_digits_dense", ["model.tower_of=x"]).recipe)

@@ -13,6 +13,7 @@ from ...modules.checkpoints.adapters import quietly
 from ...modules.checkpoints.base_weights import check_weights
 from ...modules.checkpoints.foreign_config import load_config
 from ...modules.checkpoints.tensors import copy_all
+from ...modules.checkpoints.whole_files import DamagedFile
 from ..recipe.schema import ModelRecipe
 from .initial_weights import weights_of
 
@@ -32,7 +33,10 @@ def tower_config(recipe: ModelRecipe) -> PretrainedConfig:
         raise ValueError(f"{given} is for vision-language models, and model.config.model_type = {model_type!r}: remove it")
     if "vision_config" in recipe.config:
         raise ValueError(f"{given} decides the vision tower, and so does model.config.vision_config: remove one of them")
-    config: Any = load_config(_weights(recipe))
+    try:
+        config: Any = load_config(_weights(recipe))
+    except DamagedFile as error:
+        raise ValueError(f"{given}: {error}") from None
     tower: PretrainedConfig = getattr(config, "vision_config", config)
     if tower.model_type not in TOWERS:
         raise ValueError(f"{given} is a {config.model_type}, which has no vision tower of type {' or '.join(TOWERS)}: name another model")
