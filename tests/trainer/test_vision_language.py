@@ -87,7 +87,12 @@ def test_answers_are_right_as_a_whole_and_counted_by_kind() -> None:
 
 
 def test_a_blank_image_changes_nothing_and_gives_the_tower_a_gradient_of_zero(parts: Any) -> None:
-    for model in (copy.deepcopy(parts.model), laconic.decompress(copy.deepcopy(parts.model))):
+    plain = laconic.decompress(copy.deepcopy(parts.model))
+    before = [
+        laconic.compress(copy.deepcopy(plain), laconic.CompressionConfig([laconic.StageConfig(layer=0, keep=0.5, stack=stack)]))
+        for stack in ("projector", "vision")
+    ]
+    for model in (copy.deepcopy(parts.model), plain, *before):
         batch = _batch(parts)
         batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, 5)
         del batch["pixel_values"]
