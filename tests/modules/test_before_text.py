@@ -20,6 +20,17 @@ from tests.matrix.bypassed import causal_mask
 from tests.matrix.decoders import spread
 from tests.matrix.visual import FAMILIES, LAYERS, LENGTH, PLACEHOLDER, VISUAL, batch, dense, labels, pixels, row, whole
 
+
+def _of(names: Any, *families: str) -> list[Any]:
+    """Cases, of which three methods in one family run by default."""
+    default = ("projector_learned", "tower_learned", "all")
+    return [
+        pytest.param(*(family, name)[not families :], marks=[] if name in default and family == "llava" else pytest.mark.slow)
+        for family in families or ("llava",)
+        for name in names
+    ]
+
+
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 _LAST = {"stack": "text", "layer": 1, "scope": "visual", "scorer": "last_query", "keep": 0.5}
 # Stages by name; keep 0.5 unless they say otherwise.
@@ -59,8 +70,7 @@ def _run(model: PreTrainedModel, inputs: dict[str, Tensor], **given: Any) -> tup
     return model(**inputs, trace=trace, use_cache=True).logits, trace
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_qwen3"])
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "tower_tome"])
+@pytest.mark.parametrize(("family", "name"), _of([name for name in METHODS if name != "tower_tome"], "llava", "llava_qwen3"))
 def test_keep_1_is_the_dense_model_bit_for_bit_loss_and_gradients(family: str, name: str) -> None:
     given = whole()
     answers = labels(given["input_ids"])
@@ -100,8 +110,10 @@ def _left(position: Tensor, kept: Tensor, seen: Tensor) -> Tensor:
     return torch.zeros_like(seen).scatter(1, position, kept) & seen
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_mistral", "llava_qwen2"])
-@pytest.mark.parametrize("name", ["projector_learned", "projector_divprune", "tower_learned", "tower_threshold", "all"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    _of(["projector_learned", "projector_divprune", "tower_learned", "tower_threshold", "all"], "llava", "llava_mistral", "llava_qwen2"),
+)
 def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str, name: str) -> None:
     given, model, plain = whole(), _model(name, family=family, sliding_window=None), _dense(family, sliding_window=None)
     logits, trace = _run(model, given)
@@ -128,7 +140,7 @@ def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str, name: s
 
 
 @pytest.mark.parametrize(
-    "name", ["projector_learned", "projector_squeeze", "tower_learned", "tower_tome", "tower_threshold", "tower_around", "all"]
+    "name", _of(["projector_learned", "projector_squeeze", "tower_learned", "tower_tome", "tower_threshold", "tower_around", "all"])
 )
 def test_a_batch_of_mixed_rows_is_each_row_alone_and_decoding_equals_one_forward(name: str) -> None:
     model, given = _model(name), batch(left=True)
@@ -157,7 +169,7 @@ def test_a_batch_of_mixed_rows_is_each_row_alone_and_decoding_equals_one_forward
     assert cache.tokens_stored()[0] == 3 * LENGTH - int((mask == 0).sum()) - gone if gone else True
 
 
-@pytest.mark.parametrize("name", ["projector_learned", "tower_learned", "tower_tome", "all"])
+@pytest.mark.parametrize("name", _of(["projector_learned", "tower_learned", "tower_tome", "all"]))
 def test_generation_of_a_batch_is_that_of_each_row_with_beams_and_a_second_turn(name: str) -> None:
     model, given = _model(name), batch(left=True)
     how: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
@@ -183,7 +195,7 @@ def test_beams_of_rows_with_several_images_see_their_own() -> None:
     assert torch.equal(model.generate(**both, **how)[0, -3:], model.generate(**one, **how)[0, -3:])
 
 
-@pytest.mark.parametrize("name", ["projector_learned", "tower_learned", "all"])
+@pytest.mark.parametrize("name", _of(["projector_learned", "tower_learned", "all"]))
 def test_gradient_checkpointing_changes_no_gradient_and_routers_learn(name: str) -> None:
     given = whole()
     answers, found = labels(given["input_ids"]), []
@@ -200,7 +212,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_routers_learn(name: str)
         assert any(bool(value.any()) for key, value in found[0].items() if ".scorer." in key)
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", _of(list(METHODS)))
 def test_it_is_saved_loaded_and_taken_back(name: str, tmp_path: Path) -> None:
     given, model = whole(), _model(name)
     trace = {"seed": 1, "sample_ids": torch.arange(3)}
@@ -212,8 +224,7 @@ def test_it_is_saved_loaded_and_taken_back(name: str, tmp_path: Path) -> None:
     assert not any("stages" in key for key in plain.state_dict())
 
 
-@pytest.mark.parametrize("name", ["projector_learned", "tower_learned"])
-@pytest.mark.parametrize("family", ["llava", "llava_qwen2"])
+@pytest.mark.parametrize(("family", "name"), _of(["projector_learned", "tower_learned"], "llava", "llava_qwen2"))
 def test_analytic_macs_of_all_stacks_equal_a_counter(family: str, name: str) -> None:
     how = {"attn_implementation": "eager", "sliding_window": None}
     METHODS["counted"] = [{**stage, "selector": {"name": "top_k", "bucket": 1}} for stage in METHODS[name]]

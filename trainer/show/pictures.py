@@ -58,29 +58,35 @@ def _darkened(pixel_values: Tensor, kept: Tensor) -> np.ndarray:
     return (np.where(shown, image, dropped).clip(0, 1) * 255).astype(np.uint8)
 
 
-def visual_overlays(trace: Trace, stack: str, pixel_values: Tensor, grid: tuple[int, int], leading: int) -> dict[str, np.ndarray]:
-    """Pictures of the visual tokens that each stage of a language model keeps.
+def visual_overlays(
+    trace: Trace, stacks: Mapping[str, str], pixel_values: Tensor, grid: tuple[int, int], leading: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """Pictures of the visual tokens that each stage of a vision-language model keeps.
 
     Args:
         trace: trace of a forward.
-        stack: name of the stack of the language model.
+        stacks: stack of each stage, by the stage's name.
         pixel_values: (images, C, height, width) of all rows, in their order.
         grid: rows and columns of an image's patches.
-        leading: visual tokens of an image in front of its patches.
+        leading: by stack, tokens of an image in front of its patches.
 
     Returns:
         (images, height, width, 3) uint8 by stage, dropped tokens darkened and tinted blue.
     """
-    visual = trace.flow(stack).visual
-    assert visual is not None
     down, across = (side // cells for side, cells in zip(pixel_values.shape[-2:], grid, strict=True))
     found = {}
     for stage, routing in trace.routings.items():
-        if not stage.startswith(f"{stack}."):
-            continue
+        flow, first, position = trace.flow(stacks[stage]), leading[stacks[stage]], routing.state.position
         kept = routing.decision.kept_mask(routing.state.tokens)
-        placed = torch.zeros_like(visual).scatter(1, routing.state.position, kept)
-        patches = placed[visual].view(-1, leading + grid[0] * grid[1])[:, leading:].view(-1, *grid)
+        if routing.state.valid is not None:
+            kept = kept & routing.state.valid
+        if flow.visual is None:
+            # Rows are images: of the tower, or of what it has left for the projector.
+            place = position if flow.places is None else flow.places.gather(1, position)
+            placed = kept.new_zeros(len(kept), first + grid[0] * grid[1]).scatter(1, place, kept)
+        else:
+            placed = torch.zeros_like(flow.visual).scatter(1, position, kept)[flow.visual]
+        patches = placed.view(-1, first + grid[0] * grid[1])[:, first:].view(-1, *grid)
         found[stage] = _darkened(pixel_values, patches.repeat_interleave(down, 1).repeat_interleave(across, 2))
     return found
 

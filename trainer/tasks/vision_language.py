@@ -21,7 +21,7 @@ from ...data.rows import collate, good_rows
 from ...data.splits import Splits
 from ...data.text.conversations import WrongRow
 from ...data.text.tokenizer import with_template
-from ...modules.backbones.llava import Llava
+from ...modules.backbones.llava import PROJECTOR, VISION, Llava
 from ...modules.checkpoints.foreign_config import load_config
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
@@ -187,6 +187,8 @@ class VisionLanguage(Task):
         tower: Any = model.config.vision_config
         # The first token of an image is no patch where the model keeps the class token of its tower.
         grid, leading = (tower.image_size // tower.patch_size,) * 2, Llava.image_tokens(model.config) - Llava.patches(model.config)
+        before = {VISION: Llava.class_tokens(model.config), PROJECTOR: leading, Llava.stack_name: leading}
+        stacks = {name: stage.config.stack for name, stage in stages_of(model).items()}
         with torch.no_grad():
             if given is None:
                 batch = collate(good_rows(data.test, PICTURED))
@@ -200,7 +202,7 @@ class VisionLanguage(Task):
                 trace, titles = Trace(seed=seed), [question]
                 # With a cache the last token of the forward is the end of the prompt.
                 model(**batch, use_cache=True, trace=trace)
-        return trace, visual_overlays(trace, Llava.stack_name, batch["pixel_values"], grid, leading), titles
+        return trace, visual_overlays(trace, stacks, batch["pixel_values"], grid, before), titles
 
     @classmethod
     def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
