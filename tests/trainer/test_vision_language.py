@@ -30,6 +30,7 @@ from laconic.trainer.metrics.answers import AnswerAccuracy
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
 from laconic.trainer.run_folder import RunFolder, load_model
+from laconic.trainer.tasks.vision_language import VisionLanguage
 from tests.trainer.small_recipes import OWN_TOWER, small
 
 
@@ -227,3 +228,37 @@ def test_a_tower_that_was_trained_before_becomes_that_of_a_new_model(tmp_path: P
         load("vlm_finetune", ["model.tower_of=x", "data.data_files=x.json"])
     with pytest.raises(ValueError, match="model.tower_of = 'x' is for vision-language models, and model.config.model_type = 'vit'"):
         build(load("vit_digits_dense", ["model.tower_of=x"]).recipe)
+
+
+def test_the_model_with_all_tokens_teaches_itself_with_few(tmp_path: Path, console: Console) -> None:
+    given = [*small("vlm_digits", tmp_path, QUICK), "distillation={teacher: self, weight: 0.7, temperature: 1}"]
+    parts = build(load("vlm_digits", given).recipe)
+    module, batch = VisionLanguage.module(parts), _batch(parts)
+    module.model.train()
+    found = module.losses(batch)
+    assert module.model.training
+    few = answer_loss(parts.model, batch, trace=Trace(sample_ids=batch["sample_ids"]))
+    plain = answer_loss(laconic.decompress(copy.deepcopy(parts.model)), batch)
+    expected = (plain.logits.softmax(-1) * (plain.logits.log_softmax(-1) - few.logits.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(found["distillation"].answers, expected.detach(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found["distillation"].total, 0.3 * few.mean + 0.7 * expected)
+    # No gradient flows through the teacher.
+    found["distillation"].total.backward()
+    ours = parts.model.lm_head.weight.grad.clone()
+    parts.model.zero_grad()
+    again = answer_loss(parts.model, batch, trace=Trace(sample_ids=batch["sample_ids"]))
+    constant = plain.logits.detach()
+    (0.3 * again.mean + 0.7 * (constant.softmax(-1) * (constant.log_softmax(-1) - again.logits.log_softmax(-1))).sum(-1).mean()).backward()
+    torch.testing.assert_close(ours, parts.model.lm_head.weight.grad)
+    run = [*given, f"output={tmp_path / 'run'}"]
+    assert validate(load("vlm_digits", run).recipe).macs_ratio < 1
+    train(load("vlm_digits", run), run, console)
+    for wrong, message in (
+        (["distillation={teacher: dense_self}"], "distillation.teacher = 'dense_self' is for image classifiers, .*: set teacher to self"),
+        (["distillation={teacher: self, hidden: 1}"], "distillation.hidden = 1.0 is for image classifiers"),
+        (["distillation={teacher: self}", "compression=null"], "is the model with more tokens, and the recipe has no compression"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(load("vlm_digits", [*small("vlm_digits", tmp_path, QUICK), *wrong]).recipe)
+    with pytest.raises(ValueError, match="distillation.teacher = 'self' is for chats about images: use dense_self"):
+        validate(load("vit_digits", ["distillation={teacher: self}"]).recipe)

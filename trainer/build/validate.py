@@ -13,7 +13,7 @@ from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.compatibility import check_deployable
 from ..distributed.strategies import check as check_strategy
 from ..errors import RecipeError
-from ..losses.distillation import check_teacher
+from ..losses.distillation import ITSELF, check_teacher
 from ..recipe.schema import Recipe
 from ..tasks.base import task_named
 from .build import build_model, cost_model, located_stages, model_config, open_data, total_steps
@@ -76,7 +76,7 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked
     fit_vocabulary(recipe.model, config, data)
     steps = total_steps(recipe, data)
     teacher = None
-    if recipe.distillation is not None:
+    if recipe.distillation is not None and recipe.distillation.teacher != ITSELF:
         teacher = check_teacher(recipe.distillation, recipe.model, config, data.classes)
     with settings_errors("the model cannot be built from model, lora and compression"), torch.device("meta"):
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)

@@ -68,7 +68,7 @@ def check(recipe: Recipe) -> None:
             f"trainer.ema = {settings.ema} is not supported with {settings.strategy}, which keeps its own copy of the weights: "
             "set trainer.ema=null, or trainer.strategy=plain"
         )
-    if stage == 3 and recipe.distillation is not None:
+    if stage == 3 and recipe.distillation is not None and recipe.distillation.teacher != "self":
         raise RecipeError(
             "distillation is not supported with deepspeed_3, which would partition the teacher too: remove distillation, "
             "or set trainer.strategy=deepspeed_2"

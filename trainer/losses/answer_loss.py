@@ -23,12 +23,14 @@ class AnswerLoss:
 
     Attributes:
         total: scalar float32, sum of the tokens' negative log-likelihoods in nats, with gradient.
+        logits: (P, vocabulary) answers of the model.
         right: (P,) bool, the token is the most likely one.
         row: (P,) int64, row of each token.
         turn: (P,) int64, number of its answer in the row.
     """
 
     total: Tensor
+    logits: Tensor
     right: Tensor
     row: Tensor
     turn: Tensor
@@ -62,7 +64,7 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any
     logits = logits_of(model, hidden_states[row, place])
     expected = following[row, place]
     total = functional.cross_entropy(logits, expected, reduction="sum")
-    return AnswerLoss(total, logits.argmax(-1) == expected, row, batch["turns"][row, place + 1])
+    return AnswerLoss(total, logits, logits.argmax(-1) == expected, row, batch["turns"][row, place + 1])
 
 
 def with_blank_image(model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ from ..recipe.schema import DistillationRecipe
 from ..run_folder import located
 
 SELF = "dense_self"
+# The trained model itself, with more of its tokens.
+ITSELF = "self"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,19 @@ class DistillationLoss:
     total: Tensor
     answers: Tensor
     hidden: Tensor | None
+
+
+def learn_from_itself(recipe: DistillationRecipe, task_loss: Tensor, logits: Tensor, teacher_logits: Tensor) -> DistillationLoss:
+    """The loss of a step in which the model with more tokens teaches the model with fewer (as in EPIC, NeurIPS 2025).
+
+    Args:
+        recipe: weight and temperature.
+        task_loss: loss of the labels.
+        logits: (P, classes) of the P predicted tokens.
+        teacher_logits: (P, classes) of the same tokens, without gradient.
+    """
+    answers = distillation_loss(logits, teacher_logits, recipe.temperature)
+    return DistillationLoss((1 - recipe.weight) * task_loss + recipe.weight * answers, answers.detach(), None)
 
 
 class Distillation:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import RecipeError
 from .files import LoadedRecipe, load
+from .methods import SETTINGS
 from .unread import OF_STAGES
 
 
@@ -35,7 +36,8 @@ def _shared(override: str, dense: bool) -> bool:
         return False
     if dense:
         return not path.startswith(("compression", "budget", "distillation")) and path not in OF_STAGES
-    if path in ("compression", "compression.stages"):
+    # A method and its settings define an arm too.
+    if path in ("compression", "compression.stages") or (path.startswith("compression.") and path.split(".")[1] in SETTINGS):
         raise RecipeError(f"{path} cannot be overridden as a whole for control arms too: override single keys, or set baselines=[]")
     return not (path.startswith("compression.stages.") and path.split(".")[3:4] in (["scorer"], ["estimator"]))
 

@@ -13,8 +13,8 @@ from ..errors import RecipeError
 from .plain_yaml import read_file
 
 _FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "methods"
-# Settings of all stages of a method that a recipe may change.
-_SETTINGS = tuple(item.name for item in fields(StageConfig) if item.name != "name")
+# The method, and settings of all of its stages that a recipe may change.
+SETTINGS = ("method", *(item.name for item in fields(StageConfig) if item.name != "name"))
 
 
 def methods() -> dict[str, Path]:
@@ -54,10 +54,10 @@ def method_of(data: Mapping[str, Any]) -> dict[str, Any]:
     if "stages" in given:
         raise RecipeError(f"compression.method = {name!r} has stages of its own: remove compression.stages, or the method")
     for key in given:
-        if key not in (*_SETTINGS, "method", "restore"):
-            raise RecipeError(f"compression.{key} is no setting of a method: there are {', '.join(_SETTINGS)} and restore")
+        if key not in (*SETTINGS, "restore"):
+            raise RecipeError(f"compression.{key} is no setting of a method: there are {', '.join(SETTINGS[1:])} and restore")
     method: dict[str, Any] = read_file(known[name])
-    settings = {key: value for key, value in given.items() if key in _SETTINGS}
+    settings = {key: value for key, value in given.items() if key in SETTINGS[1:]}
     if "compression" not in method:
         if settings:
             raise RecipeError(

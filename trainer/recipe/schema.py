@@ -146,9 +146,10 @@ class DistillationRecipe(Block):
     """Distillation from a dense teacher."""
 
     teacher: str = Field(
-        description="dense_self (model.name without stages), a run folder, a folder of weights, or a hub name: "
-        "any dense image classifier of transformers with the same labels"
+        description="for images dense_self (model.name without stages), a run folder, a folder of weights, or a hub name: any dense image "
+        "classifier of transformers with the same labels; for chats about images self, the trained model with more of its tokens"
     )
+    keep: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="keep of every stage in the teacher self; 1 is the dense model")
     revision: str | None = Field(None, description="branch, tag or commit of a hub teacher")
     weight: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="weight of the teacher's answers; the labels have the rest")
     temperature: Annotated[float, Field(gt=0)] = Field(2.0, description="softens both answers; their loss is × its square")

@@ -111,8 +111,13 @@ TABLE = (
     ),
     Unread(
         ("distillation.revision",),
-        lambda r: r.distillation is not None and r.distillation.teacher == "dense_self",
-        "distillation.teacher = 'dense_self' has the revision of model.name: remove it",
+        lambda r: r.distillation is not None and r.distillation.teacher in ("dense_self", "self"),
+        "distillation.teacher = {r.distillation.teacher!r} has the revision of model.name: remove it",
+    ),
+    Unread(
+        ("distillation.keep",),
+        lambda r: r.distillation is not None and r.distillation.teacher != "self",
+        "distillation.teacher = {r.distillation.teacher!r} is dense, and only the teacher self has a keep: remove it",
     ),
     Unread(
         ("distillation.temperature",),

@@ -18,9 +18,10 @@ from ...data.images.transform import ImageTransform
 from ...data.labels.classes import KnownClasses
 from ...modules.backbones import adapter_for, families
 from ..build.parts import RunParts
-from ..losses.distillation import Distillation, load_teacher
+from ..losses.distillation import ITSELF, Distillation, load_teacher
 from ..metrics.accuracy import Accuracy
 from ..metrics.quality import Quality
+from ..recipe.schema import Recipe
 from ..task_module import TaskModule
 from .base import Task
 from .base_image import ImageTask
@@ -79,6 +80,11 @@ class ImageClassification(ImageTask):
 
     metric = "accuracy"
     quality: ClassVar[type[Quality]] = Accuracy
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        if recipe.distillation is not None and recipe.distillation.teacher == ITSELF:
+            raise ValueError("distillation.teacher = 'self' is for chats about images: use dense_self, or name a run")
 
     @classmethod
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:

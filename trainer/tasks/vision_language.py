@@ -29,6 +29,7 @@ from ..build.image_size import load_at_own_size
 from ..build.initial_weights import start_of
 from ..build.parts import RunParts
 from ..losses.answer_loss import AnswerLoss, answer_loss
+from ..losses.distillation import ITSELF, learn_from_itself
 from ..metrics.answers import AnswerAccuracy
 from ..metrics.quality import Quality
 from ..recipe.schema import ModelRecipe, Recipe
@@ -42,6 +43,29 @@ _READ = 200
 _PROBE_TEXT = 16
 
 
+class VisionLanguageModule(TaskModule):
+    """Trains on answers, and on those of the model itself with more tokens if the recipe has a teacher."""
+
+    def __init__(self, task: type[Task], parts: RunParts) -> None:
+        super().__init__(task, parts)
+        self.teacher = parts.recipe.distillation
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
+        teacher, trace = self.teacher, self.training_trace(batch)
+        if teacher is None or trace is None:
+            return super().losses(batch)
+        keep = dict.fromkeys(stages_of(self.model), teacher.keep)
+        more = Trace(step=trace.step, seed=trace.seed, sample_ids=trace.sample_ids, keep=keep, lookahead=True)
+        # In evaluation mode thresholds do not follow the teacher's scores.
+        self.model.eval()
+        with torch.no_grad():
+            expected = answer_loss(self.model, batch, trace=more)
+        self.model.train()
+        found = answer_loss(self.model, batch, trace=trace)
+        distilled = learn_from_itself(teacher, found.mean, found.logits, expected.logits)
+        return self.total(batch, distilled.total, found.mean, trace, distilled)
+
+
 class VisionLanguage(Task):
     """Learns the answers of chats about images, with a model of transformers that has an image tower, a projector and a language model."""
 
@@ -52,9 +76,15 @@ class VisionLanguage(Task):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        if recipe.distillation is not None:
+        teacher = recipe.distillation
+        if teacher is not None and (teacher.teacher != ITSELF or teacher.hidden):
+            what = f"hidden = {teacher.hidden}" if teacher.teacher == ITSELF else f"teacher = {teacher.teacher!r}"
             raise ValueError(
-                f"distillation needs an image classifier as a teacher, and task = {recipe.task} has chats: remove distillation"
+                f"distillation.{what} is for image classifiers, and task = {recipe.task} has chats: set teacher to self, hidden to 0"
+            )
+        if teacher is not None and recipe.compression is None:
+            raise ValueError(
+                "distillation.teacher = 'self' is the model with more tokens, and the recipe has no compression: remove distillation"
             )
         if recipe.model.encoder_of is not None:
             raise ValueError(f"model.encoder_of is for images alone, and task = {recipe.task} has chats: set model.name or model.config")
@@ -151,7 +181,7 @@ class VisionLanguage(Task):
 
     @classmethod
     def module(cls, parts: RunParts) -> TaskModule:
-        return TaskModule(cls, parts)
+        return VisionLanguageModule(cls, parts)
 
     @classmethod
     def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
