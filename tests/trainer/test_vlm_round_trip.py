@@ -39,6 +39,7 @@ def test_an_adapter_merged_weights_and_a_folder_without_laconic_give_the_same_an
     overrides = [*small("vlm_digits", tmp_path, QUICK), *stages, "lora={r: 4}", f"output={tmp_path / 'run'}"]
     train(load("vlm_digits", overrides), overrides, console)
     assert (tmp_path / "run" / "adapter").is_dir()
+    assert (tmp_path / "run" / "kept_tokens.png").is_file()
     for form in ("merged", "standalone"):
         export(str(tmp_path / "run"), str(tmp_path / form), form)
     processor = AutoProcessor.from_pretrained(tmp_path / "merged", backend="pil")
