@@ -115,7 +115,7 @@ def existing_layer(candidate: Candidate) -> None:
         layers = len(candidate.stack(stage).layers)
         if not 0 <= stage.layer < layers:
             raise ValueError(
-                f"stage {stage.key!r}: layer = {stage.layer!r} must be an integer from 0 to {layers - 1}, the backbone has {layers} layers"
+                f"stage {stage.key!r}: layer = {stage.layer!r} must be an integer from 0 to {layers - 1}, {stage.stack or 'the backbone'} has {layers} layers"
             )
 
 

@@ -259,7 +259,9 @@ class Stage(nn.Module):
                 "decisions in evaluation"
             )
         decision = trace.replay.get(self.config.key)
-        if decision is None and complete and (keep >= 1 or bool((torch.as_tensor(count) >= torch.as_tensor(present)).all())):
+        # A threshold decides for each token: that few tokens are there does not keep them.
+        enough = present * 0 if self.selector.adaptive else count
+        if decision is None and complete and (keep >= 1 or bool((torch.as_tensor(enough) >= torch.as_tensor(present)).all())):
             # The scope has no tokens, as in every generation step after the first, or all of them are kept: no selection is needed.
             decision = everything(state)
         if decision is None:

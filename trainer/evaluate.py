@@ -64,7 +64,9 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     task = task_named(recipe.task)
-    config = model_config(recipe.model, task) if recipe.model.config is not None else model.config
+    # A tower that was trained before may be gone.
+    fresh = recipe.model.config is not None and recipe.model.tower_of is None
+    config = model_config(recipe.model, task) if fresh else model.config
     data = _open_data(task.of_run(recipe, run), config, model, target)
     loader = DataLoader(data.test, batch_size=recipe.data.eval_batch_size, collate_fn=collate, num_workers=recipe.data.workers)
     results: dict[str, Any] = {}
@@ -200,7 +202,7 @@ def _evaluate(
             seconds.append(time.perf_counter() - start)
         quality.add(out, batch)
         if compressed and cost is not None:
-            kept.add(trace, cost.achieved(trace))
+            kept.add(trace, cost.achieved(trace), len(batch["sample_ids"]))
     return Evaluated(
         quality=quality.value,
         keep=kept.achieved,

@@ -150,7 +150,7 @@ class TaskModule(lightning.LightningModule):
         if counted:
             self.quality.add(out, batch)
             if trace is not None and self.cost is not None:
-                self._kept.add(trace, self.cost.achieved(trace))
+                self._kept.add(trace, self.cost.achieved(trace), len(batch["sample_ids"]))
         return {"trace": trace}
 
     def on_validation_epoch_end(self) -> None:

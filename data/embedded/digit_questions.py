@@ -44,10 +44,7 @@ class DigitQuestions(Dataset[dict[str, Any]]):
         if split not in _SPLITS:
             raise ValueError(f"split = {split!r} must be one of {', '.join(_SPLITS)}")
         if size % (2 * PIECE) or size < 2 * DIGIT:
-            raise ValueError(
-                f"digit_questions: the image_size of the model's vision_config is {size}: it must be a multiple of {2 * PIECE}, at least "
-                f"{2 * DIGIT}"
-            )
+            raise ValueError(f"size = {size} must be a multiple of {2 * PIECE}, at least {2 * DIGIT}")
         if not kinds or set(kinds) - set(QUESTIONS):
             raise ValueError(f"data.kinds = {list(kinds)} must be some of {', '.join(QUESTIONS)}")
         self.split, self.length, self.size, self.seed, self.kinds = split, length, size, seed, frozenset(kinds)

@@ -1,15 +1,14 @@
 """Image features of a LLaVA whose tower or projector has stages.
 
 transformers gives the tower no keyword arguments, reads its features by hooks, and needs one feature for each placeholder. So the tower's
-layers and the projector are called here, and the features of patches that are gone are NaN: in this form transformers can repeat features for
-beams and cut them into chunks. The forward takes these patches out of the language model.
+layers and the projector are called here. The forward takes patches that are gone out of the language model.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..tokens.state import TokenState
@@ -17,7 +16,7 @@ from ..tokens.trace import Trace
 from .stack import Stack
 
 
-def image_features(hidden_states: Tensor, vision: Stack, projector: nn.Module, skipped: int, trace: Trace) -> Tensor:
+def image_features(hidden_states: Tensor, vision: Stack, projector: nn.Module, skipped: int, trace: Trace) -> tuple[Tensor, Tensor]:
     """Runs the layers of a tower and the projector, with their stages.
 
     Args:
@@ -28,7 +27,8 @@ def image_features(hidden_states: Tensor, vision: Stack, projector: nn.Module, s
         trace: trace of the forward; the flows ``vision`` and ``projector`` have their inputs.
 
     Returns:
-        (I, N - skipped, width) features in the order of the placeholders, NaN for patches that are gone.
+        (I, N - skipped, width) features in the order of the placeholders, zeros for patches that are gone, and (I, N - skipped) bool, True
+        for these.
     """
     images, tokens, _ = hidden_states.shape
     for layer in vision.layers:
@@ -48,8 +48,9 @@ def image_features(hidden_states: Tensor, vision: Stack, projector: nn.Module, s
     if flow.state is not None and not flow.state.whole:
         position, valid = position.gather(1, flow.state.position), flow.state.valid
     elif state.whole:
-        return values
+        return values, torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)
     # Padding is written to one more place, which is cut off.
     place = position if valid is None else position.masked_fill(~valid, patches)
-    full = values.new_full((images, patches + 1, values.shape[-1]), math.nan)
-    return full.scatter(1, place.unsqueeze(-1).expand_as(values), values)[:, :-1]
+    full = values.new_zeros(images, patches + 1, values.shape[-1]).scatter(1, place.unsqueeze(-1).expand_as(values), values)
+    gone = torch.ones(images, patches + 1, dtype=torch.bool, device=values.device).scatter(1, place, False)
+    return full[:, :-1], gone[:, :-1]

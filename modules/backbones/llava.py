@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -99,9 +100,10 @@ class Llava(Multimodal):
         config, base, tower = model.config, cls.base(model), cls._tower(model)
         seen = TOWERS[tower.config.model_type].shapes(tower, size if isinstance(size, tuple) else None)[""]
         skipped = int(config.vision_feature_select_strategy == "default")
-        visual = seen.protected + seen.routable - skipped
+        leading = max(0, seen.protected - skipped)
+        visual = seen.routable - max(0, skipped - seen.protected)
         text = size if isinstance(size, int) else TEXT_TOKENS
-        shape = cls.languages[config.text_config.model_type].layers_shape(config.text_config, text, visual)
+        shape = cls.languages[config.text_config.model_type].layers_shape(config.text_config, text + leading, visual)
         head = 0 if base is model else linear_macs(model.get_submodule("lm_head"))
         # The tower's own head does not run, nor do layers behind the features in a compressed model.
         layers = cls._feature_layers(config) if cls._runs_tower(model) else seen.layers
@@ -113,7 +115,7 @@ class Llava(Multimodal):
                 intermediate=0,
                 layers=1,
                 heads=1,
-                protected=0,
+                protected=leading,
                 routable=visual,
                 embed_macs=0,
                 head_macs=0,
@@ -134,6 +136,11 @@ class Llava(Multimodal):
         return number
 
     @classmethod
+    def leading_tokens(cls, config: Any) -> int:
+        """Number of visual tokens of an image that are no patches and that no stage may touch: 1 if the class token is used."""
+        return max(0, cls.image_tokens(config) - cls.patches(config))
+
+    @classmethod
     def class_tokens(cls, config: Any) -> int:
         """Number of tokens of the tower that are no patches."""
         return int(config.vision_config.model_type == ClipVision.model_type)
@@ -141,6 +148,13 @@ class Llava(Multimodal):
     @classmethod
     def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:
         super().bind_inputs(model, trace, inputs)
+        flow, leading = trace.flow(cls.stack_name), cls.leading_tokens(model.config)
+        if leading:
+            assert flow.visual is not None
+            assert flow.protected is not None
+            # Placeholders are those of one image after the other.
+            number = (flow.visual.flatten().cumsum(0) - 1).view_as(flow.visual) % cls.image_tokens(model.config)
+            flow.protected = flow.protected | (number < leading)
         if isinstance(pixel_values := inputs.get("pixel_values"), Tensor):
             cls._bind_images(model, trace, pixel_values)
 
@@ -148,7 +162,7 @@ class Llava(Multimodal):
     def _bind_images(cls, model: PreTrainedModel, trace: Trace, pixel_values: Tensor) -> None:
         down, across = pair(cls._tower(model).config.patch_size)
         trace.flow(VISION).leading = cls.class_tokens(model.config)
-        trace.flow(PROJECTOR).leading = cls.image_tokens(model.config) - cls.patches(model.config)
+        trace.flow(PROJECTOR).leading = cls.leading_tokens(model.config)
         for flow in (trace.flow(VISION), trace.flow(PROJECTOR)):
             flow.pixel_values = pixel_values
             flow.grid = (pixel_values.shape[-2] // down, pixel_values.shape[-1] // across)
@@ -161,19 +175,19 @@ class Llava(Multimodal):
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
             features = torch.cat(list(encoded.pooler_output))
+            gone = features.isnan().all(-1)
+            features = features.masked_fill(gone[:, None], 0.0)
         elif isinstance(inputs.get("pixel_values"), Tensor):
             for key in ("vision_feature_layer", "vision_feature_select_strategy"):
                 if (given := inputs.get(key)) is not None and given != getattr(model.config, key):
                     raise ValueError(f"{key} = {given!r} in a forward: a compressed LLaVA uses that of its config")
-            features = cls._features(model, trace, inputs["pixel_values"]).flatten(0, 1)
+            features, gone = (part.flatten(0, 1) for part in cls._features(model, trace, inputs["pixel_values"]))
         else:
             return {}
         if cls._shortens(model):
             flow = trace.flow(cls.stack_name)
-            visual, gone = flow.visual, features[:, 0].isnan()
-            assert visual is not None
-            flow.absent = torch.zeros_like(visual).masked_scatter(visual, gone)
-            features = features.masked_fill(gone[:, None], 0.0)
+            assert flow.visual is not None
+            flow.absent = torch.zeros_like(flow.visual).masked_scatter(flow.visual, gone)
         return {"pixel_values": None, "mm_encoder_outputs": {"image": _encoded([features])}}
 
     @classmethod
@@ -184,11 +198,13 @@ class Llava(Multimodal):
         assert isinstance(base, PreTrainedModel)
         trace = Trace()
         cls._bind_images(base, trace, pixel_values)
-        return {"image": _encoded(list(cls._features(base, trace, pixel_values)))}
+        features, gone = cls._features(base, trace, pixel_values)
+        # In this form transformers can repeat features for beams and cut them into chunks.
+        return {"image": _encoded(list(features.masked_fill(gone[..., None], math.nan)))}
 
     @classmethod
-    def _features(cls, base: PreTrainedModel, trace: Trace, pixel_values: Tensor) -> Tensor:
-        """(images, placeholders, C), from the tower and the projector with their stages; NaN for patches that are gone."""
+    def _features(cls, base: PreTrainedModel, trace: Trace, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Features by the tower and the projector with their stages: the result of ``image_features``."""
         vision, projector, _ = cls.stacks(base)
         hidden_states = TOWERS[vision.config.model_type].embed(cls._tower(base), pixel_values)
         skipped = int(base.config.vision_feature_select_strategy == "default")

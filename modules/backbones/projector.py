@@ -32,7 +32,7 @@ class ProjectorLayers(LayerAdapter):
     @classmethod
     def begin(cls, flow: Flow, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
         rows, tokens, _ = hidden_states.shape
-        return TokenState.initial(rows, tokens, 0, flow.valid, hidden_states.device)
+        return TokenState.initial(rows, tokens, flow.leading, flow.valid, hidden_states.device)
 
     @classmethod
     def layer_inputs(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:

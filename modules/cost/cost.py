@@ -108,6 +108,11 @@ class CostModel:
         """StackShape of the first stack that is reported."""
         return self.shapes[self._shown[0]]
 
+    @property
+    def main(self) -> StackShape:
+        """StackShape of the main stack, from which the head reads."""
+        return self.shapes[self._adapter.stack_name]
+
     def __call__(self, keep: Mapping[str, float] | None = None) -> Cost:
         """The Cost with the given keep by stage name; other stages use their own."""
         requested = keep or {}

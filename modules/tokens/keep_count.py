@@ -21,14 +21,14 @@ class KeepCount:
     macs: float = 0.0
     rows: int = 0
 
-    def add(self, trace: Trace, macs_ratio: float) -> None:
+    def add(self, trace: Trace, macs_ratio: float, rows: int) -> None:
         """Adds the counts of one forward.
 
         Args:
-            trace: Trace of the forward.
+            trace: Trace of the forward. Without an image no stage of a tower or projector has run.
             macs_ratio: mean over its rows, the result of ``CostModel.achieved``.
+            rows: rows of the batch; a stage of a tower has images instead.
         """
-        rows = next(len(routing.scores) for routing in trace.routings.values())
         self.merge(KeepCount({name: routing.counts() for name, routing in trace.routings.items()}, macs_ratio * rows, rows))
 
     def clear(self) -> None:

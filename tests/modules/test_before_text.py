@@ -258,3 +258,45 @@ def test_what_cannot_shorten_a_tower_is_refused_with_what_can() -> None:
         compress(dense(), CompressionConfig([StageConfig(layer=0, keep=0.5, scorer="bipartite", stack="projector")]))
     with pytest.raises(ValueError, match="vision_feature_layer = -1 in a forward: a compressed LLaVA uses that of its config"):
         _model("projector_learned")(**whole(), vision_feature_layer=-1)
+
+
+def test_a_class_token_that_the_projector_reads_is_protected() -> None:
+    model = dense(vision={"vision_feature_select_strategy": "full"})
+    model.config.vision_feature_select_strategy = "full"
+    tokens = VISUAL + 1
+    ids = torch.randint(2, PLACEHOLDER, (2, 1 + tokens + 4), generator=torch.Generator().manual_seed(0))
+    ids[:, 1 : 1 + tokens] = PLACEHOLDER
+    given = {"input_ids": ids, "pixel_values": pixels(2)}
+    stages = [
+        StageConfig(layer=0, keep=0.3, stack="projector", scorer="uniform_grid", merger="nearest"),
+        StageConfig(layer=1, keep=0.5, stack="text", scope="visual", scorer="random"),
+    ]
+    trace = Trace()
+    compress(model, CompressionConfig(stages))(**given, trace=trace)
+    first, second = trace.routings.values()
+    assert first.counts() == (2 * 3, 2 * VISUAL)
+    assert bool(first.state.protected[:, 0].all())
+    # Only itself stands for the class token.
+    state = trace.flow("projector").tokens
+    assert bool(((state.source == state.source[:, :1]).sum(-1) == 1).all())
+    assert second.counts() == (2 * 2, 2 * 3)
+    assert CostModel(model, size=5).shapes["text"].routable == VISUAL
+
+
+def test_broken_weights_are_no_patches_that_are_gone() -> None:
+    model = _model("projector_learned")
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[0].mlp.fc1.bias[0] = torch.nan
+    assert bool(model(**whole()).logits.isnan().any())
+
+
+def test_a_row_of_one_token_is_decided_as_in_a_batch() -> None:
+    stages = [
+        StageConfig(layer=0, keep=0.5, stack="projector", scorer={"name": "linear"}, selector="threshold"),
+        StageConfig(layer=1, keep=0.5, stack="text", scope="visual", scorer={"name": "linear"}, selector="threshold"),
+    ]
+    model, given = spread(compress(_dense(), CompressionConfig(stages))), batch(left=True)
+    logits = model(**given, position_ids=(given["attention_mask"].cumsum(-1) - 1).clamp(min=0)).logits
+    for number in range(3):
+        alone = model(**row(number)).logits[0]
+        torch.testing.assert_close(logits[number, -alone.shape[0] :], alone, **CLOSE)

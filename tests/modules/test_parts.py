@@ -144,10 +144,13 @@ def test_achieved_keep_is_summed_before_dividing() -> None:
     mask[:, -30:] = 0
     long, short = traced(model, images(3))[1], traced(model, images(1), attention_mask=mask)[1]
     count, cost = KeepCount(), CostModel(model)
-    count.add(long, cost.achieved(long))
-    count.add(short, cost.achieved(short))
+    count.add(long, cost.achieved(long), 3)
+    count.add(short, cost.achieved(short), 1)
     assert count.macs_ratio == pytest.approx((3 * cost.achieved(long) + cost.achieved(short)) / 4)
     assert count.achieved["before_1"] == pytest.approx((3 * 18 + 3) / (3 * 36 + 6))
+    # Rows of text, in a model whose stages are in its tower.
+    count.add(Trace(), 1.0, 4)
+    assert count.macs_ratio == pytest.approx((3 * cost.achieved(long) + cost.achieved(short) + 4) / 8)
 
 
 WRONG = [
@@ -173,7 +176,7 @@ WRONG = [
     ({"scorer": "lerned"}, r"scorer 'lerned' does not exist: the scorers are .*; did you mean 'learned'\?"),
     ({"scorer": {"name": "learned", "hiden": 3}}, r"scorer 'learned' has no option 'hiden'"),
     ({"scorer": {"name": "learned", "width": 0}}, r"width = 0 must be at least 1"),
-    ({"merger": "mean"}, r"merger 'mean' does not exist: the mergers are bipartite, chunk_mean, drop, fuse, pool, squeeze"),
+    ({"merger": "mean"}, r"merger 'mean' does not exist: the mergers are bipartite, chunk_mean, drop, fuse, nearest, pool, squeeze"),
     ({"count": "ceil"}, r"count = 'ceil' is no count rule: there are round, dynamicvit, evit"),
 ]
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from laconic.trainer.build.build import build
+from laconic.trainer.build.trainable import check_lora
 from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import evaluate
 from laconic.trainer.measure.tables import cost_of_recipe
+from laconic.trainer.recipe.baselines import load_baselines
 from laconic.trainer.recipe.files import load
 from laconic.trainer.recipe.methods import methods
 from laconic.trainer.run import silent, train
@@ -101,3 +103,30 @@ def test_wrong_names_and_settings_are_refused_with_what_there_is() -> None:
     ):
         with pytest.raises((RecipeError, ValueError), match=message):
             validate(load("vlm_digits_base", [*_of("fastv")[:-1], *overrides]).recipe)
+
+
+def test_overrides_of_a_method_may_come_in_any_order_and_stages_replace_a_method() -> None:
+    for given in (["compression.keep=0.7", "compression.method=fastv"], ["compression.method=fastv", "compression.keep=0.7"]):
+        recipe = load("vlm_digits", [*given, "baselines=[]"]).recipe
+        assert recipe.compression is not None
+        assert [stage.keep for stage in recipe.compression.stages] == [0.7]
+    stages = "compression.stages=[{layer: 0, stack: projector, scorer: random, keep: 0.5}]"
+    recipe = load("vlm_finetune", ["data.data_files=x.json", stages]).recipe
+    assert recipe.compression is not None
+    assert [stage.key for stage in recipe.compression.stages] == ["projector.before_0"]
+    with pytest.raises(RecipeError, match="compression.method = null: set compression=null for a dense model"):
+        load("vlm_finetune", ["data.data_files=x.json", "compression.method=null"])
+    # A recipe's own key without effect is refused, whatever the overrides.
+    with pytest.raises(RecipeError, match="data.kinds = .* has no effect"):
+        load("vlm_finetune", ["data.data_files=x.json", "data.kinds=[reading]", "compression.keep=0.3"])
+
+
+def test_control_arms_with_stages_of_their_own_and_adapters_on_resized_models_are_refused_with_the_cure(tmp_path: Path) -> None:
+    given = ["compression.method=fastv"]
+    with pytest.raises(
+        RecipeError, match=r"compression.method is of the recipe, and its control arms have stages of their own: set baselines="
+    ):
+        load_baselines(load("vlm_digits", given), given)
+    overrides = [*small("vlm_lora", tmp_path, QUICK), "compression.method=downsampled"]
+    with pytest.raises(RecipeError, match="model.image_scale = 0.5 changes position embeddings, which lora.mode = 'lora' freezes"):
+        check_lora(load("vlm_lora", overrides).recipe)

@@ -66,6 +66,7 @@ def test_answers_are_right_as_a_whole_and_counted_by_kind() -> None:
     # Row 0: two answers of 2 and 1 tokens; row 1: one answer of 2 tokens.
     out = AnswerLoss(
         torch.tensor(3.0),
+        torch.zeros(5, 2),
         torch.tensor([True, True, False, True, False]),
         torch.tensor([0, 0, 0, 1, 1]),
         torch.tensor([0, 0, 1, 0, 0]),
@@ -226,7 +227,7 @@ def test_a_tower_that_was_trained_before_becomes_that_of_a_new_model(tmp_path: P
             build(load("vlm_digits_base", wrong).recipe)
     with pytest.raises(RecipeError, match="model.tower_of is for a new model, and model.config is not set"):
         load("vlm_finetune", ["model.tower_of=x", "data.data_files=x.json"])
-    with pytest.raises(ValueError, match="model.tower_of = 'x' is for vision-language models, and model.config.model_type = 'vit'"):
+    with pytest.raises(ValueError, match="model.tower_of = 'x' is for LLaVA, and model.config.model_type = 'vit'"):
         build(load("vit_digits_dense", ["model.tower_of=x"]).recipe)
 
 

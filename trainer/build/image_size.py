@@ -24,7 +24,7 @@ def scale_images(recipe: ModelRecipe, config: PretrainedConfig) -> None:
         return
     where, adapter = f"model.image_scale = {recipe.image_scale}", families().get(config.model_type)
     if adapter is None or adapter.tower_at is None:
-        raise ValueError(f"{where} is for vision-language models, and {config.model_type} is none: remove it")
+        raise ValueError(f"{where} is for LLaVA, and the model is a {config.model_type}: remove it")
     given: Any = config
     tower = given.vision_config
     patches = round(tower.image_size / tower.patch_size * recipe.image_scale)

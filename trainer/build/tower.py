@@ -17,6 +17,8 @@ from ...modules.checkpoints.whole_files import DamagedFile
 from ..recipe.schema import ModelRecipe
 from .initial_weights import weights_of
 
+# Models that hold a tower under the names that its own class has.
+_IMAGE_MODELS = ("clip", "siglip")
 _TRAIN = "train one first, with laconic train vlm_digits_tower for example, or name another run folder, folder of weights or hub model"
 
 
@@ -30,16 +32,18 @@ def tower_config(recipe: ModelRecipe) -> PretrainedConfig:
     given, model_type = f"model.tower_of = {recipe.tower_of!r}", recipe.config["model_type"]
     adapter = families().get(model_type)
     if adapter is None or adapter.tower_at is None:
-        raise ValueError(f"{given} is for vision-language models, and model.config.model_type = {model_type!r}: remove it")
+        raise ValueError(f"{given} is for LLaVA, and model.config.model_type = {model_type!r}: remove it")
     if "vision_config" in recipe.config:
         raise ValueError(f"{given} decides the vision tower, and so does model.config.vision_config: remove one of them")
     try:
         config: Any = load_config(_weights(recipe))
     except DamagedFile as error:
-        raise ValueError(f"{given}: {error}") from None
+        raise ValueError(f"{given}: {error}; {_TRAIN}") from None
     tower: PretrainedConfig = getattr(config, "vision_config", config)
-    if tower.model_type not in TOWERS:
-        raise ValueError(f"{given} is a {config.model_type}, which has no vision tower of type {' or '.join(TOWERS)}: name another model")
+    if tower.model_type not in TOWERS or config.model_type not in (*_IMAGE_MODELS, *TOWERS):
+        raise ValueError(
+            f"{given} is a {config.model_type}, and a tower comes from a {', '.join((*_IMAGE_MODELS, *TOWERS))}: name such a model"
+        )
     return tower
 
 

@@ -37,6 +37,11 @@ def check_lora(recipe: Recipe) -> None:
             "model.resize_token_embeddings(len(tokenizer)) and model.save_pretrained(FOLDER), set model.name=FOLDER and "
             "lora.modules_to_save=[embed_tokens, lm_head]; or set lora.mode=full"
         )
+    if recipe.model.image_scale != 1:
+        raise RecipeError(
+            f"model.image_scale = {recipe.model.image_scale} changes position embeddings, which {where} freezes and an adapter does not hold: "
+            "train with lora.mode=full, or resize the model once, with a run of lora.mode=full and trainer.max_steps=1"
+        )
     if lora.mode == "routers" and recipe.compression is None:
         raise RecipeError(f"{where} trains routers, and the recipe has no compression: add compression.stages, or set lora.mode=lora")
     if recipe.trainer.ema is not None:

@@ -279,7 +279,7 @@ def cost(
         highlight=False,
     )
     if result["kv_bytes"]:
-        tokens = result["layers"][-1]["tokens"]
+        tokens = result["tokens"]
         out.print(
             f"keys and values in a cache about {result['kv_bytes'] / tokens:,.0f} bytes a token, dense "
             f"{result['dense_kv_bytes'] / tokens:,.0f}, in float32",

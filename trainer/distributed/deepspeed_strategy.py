@@ -72,6 +72,7 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
         # DeepSpeed would cache the bf16 copies of weights for a whole forward. A copy that was made when a layer's weights were read for
         # the first time, by a scorer for example, would give its gradient only after ZeRO-3 has freed the weight.
         model.register_forward_pre_hook(_without_copies)
+        model.register_forward_hook(_with_copies, always_call=True)
         with told_of_builds():
             engine, optimizer, *_ = deepspeed.initialize(args=arguments, config=config, model=model, dist_init_required=False, **settings)
         return engine, optimizer
@@ -127,6 +128,10 @@ class LaconicDeepSpeed(DeepSpeedStrategy):
 
 def _without_copies(model: Module, inputs: Any) -> None:
     torch.set_autocast_cache_enabled(False)
+
+
+def _with_copies(model: Module, inputs: Any, output: Any) -> None:
+    torch.set_autocast_cache_enabled(True)
 
 
 def remove_hooks(model: Module) -> None:

@@ -164,7 +164,7 @@ def bench(
 
 
 def sliced(model: PreTrainedModel, tokens: Mapping[int, RowTokens], final: int | None = None) -> PreTrainedModel:
-    """The oracle: a dense model whose layers process as many tokens, by plain slicing ``x[:, :k]``.
+    """The oracle: a dense model whose layers process as many tokens, by plain slicing ``x[:, :k]``. Only the main stack is sliced.
 
     Args:
         model: dense model; changed in place.

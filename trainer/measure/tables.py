@@ -55,6 +55,7 @@ def cost_of_model(folder: str) -> dict[str, Any]:
 def _rows(model: CostModel) -> dict[str, Any]:
     cost = model()
     return {
+        "tokens": model.main.tokens,
         "macs": cost.macs,
         "dense_macs": cost.dense_macs,
         "macs_ratio": cost.macs_ratio,

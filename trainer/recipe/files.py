@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import RecipeError
 from .data_kinds import KINDS, elsewhere
-from .methods import method_of, replaces_stages
+from .methods import merged, replaces_stages, with_method
 from .plain_yaml import parsed, read_file
 from .schema import Recipe
 from .unread import holds, unread
@@ -94,16 +94,17 @@ def _overridden(data: dict[str, Any], own: dict[str, Any], overrides: Sequence[s
     Raises:
         RecipeError: a key or value is wrong.
     """
-    before = _lost_before(data) if overrides else None
-    for override in overrides:
-        if override.startswith("compression.method="):
+    before = _lost_before(with_method(data)) if overrides else None
+    # A method, or stages in place of it, come first: the other overrides are about them.
+    first = [override for override in overrides if override.startswith(("compression.method=", "compression.stages="))]
+    for override in first:
+        if override.startswith("compression.method=") or replaces_stages(data.get("compression"), {"stages": []}):
             data["compression"] = {}
+    for override in [*first, *(override for override in overrides if override not in first)]:
         apply_override(data, override)
-    if method := method_of(data):
-        # What the recipe itself says goes before the method's own settings, but its stages are those of the method.
-        whole = merged(method, {key: value for key, value in data.items() if key != "compression"})
-        data.clear()
-        data.update(whole)
+    whole = with_method(data)
+    data.clear()
+    data.update(whole)
     recipe = _validated(data, where)
     lost, given = unread(recipe), [override.partition("=")[0] for override in overrides]
     for key, message in lost.items():
@@ -193,15 +194,6 @@ def _parsed(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise RecipeError(f"{path} must hold keys and values, and holds {type(data).__name__}")
     return data
-
-
-def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested plain data updated with other data, block by block; a list is replaced as a whole."""
-    whole = dict(under)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(whole.get(key), dict)
-        whole[key] = merged(whole[key], value) if both else value
-    return whole
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:

@@ -29,7 +29,26 @@ def replaces_stages(under: Any, over: Any) -> bool:
     return "method" in over or ("stages" in over and "method" in under)
 
 
-def method_of(data: Mapping[str, Any]) -> dict[str, Any]:
+def with_method(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data of a recipe with the stages of the method that it names, if it does.
+
+    What the recipe itself says goes before the method's own settings.
+    """
+    if not (method := _method_of(data)):
+        return dict(data)
+    return merged(method, {key: value for key, value in data.items() if key != "compression"})
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain data updated with other data, block by block; a list is replaced as a whole."""
+    whole = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(whole.get(key), dict)
+        whole[key] = merged(whole[key], value) if both else value
+    return whole
+
+
+def _method_of(data: Mapping[str, Any]) -> dict[str, Any]:
     """The blocks of the method that the data of a recipe names in ``compression.method``, with its changes; empty if there is none.
 
     A change of a setting applies to all stages of the method; ``layer`` then is that of each, so that a method of several stages takes a list
@@ -45,6 +64,8 @@ def method_of(data: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(given, dict) or "method" not in given:
         return {}
     name, known = given["method"], methods()
+    if name is None:
+        raise RecipeError("compression.method = null: set compression=null for a dense model, or name a method")
     if name not in known:
         near = difflib.get_close_matches(str(name), list(known), 1)
         raise RecipeError(

@@ -216,7 +216,7 @@ class VisionLanguage(Task):
         """
         tower: Any = model.config.vision_config
         # The first token of an image is no patch where the model keeps the class token of its tower.
-        grid, leading = (tower.image_size // tower.patch_size,) * 2, Llava.image_tokens(model.config) - Llava.patches(model.config)
+        grid, leading = (tower.image_size // tower.patch_size,) * 2, Llava.leading_tokens(model.config)
         before = {VISION: Llava.class_tokens(model.config), PROJECTOR: leading, Llava.stack_name: leading}
         stacks = {name: stage.config.stack for name, stage in stages_of(model).items()}
         with torch.no_grad():
