@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 # Where positions have three axes, and where a mask looks both ways; the others run behind --all.
-_DEFAULT = (("qwen3_vl", "learned"), ("qwen3_vl", "around"), ("gemma3", "random"), ("llava_next", "last_query"))
+_DEFAULT = (("qwen3_vl", "last_query"), ("gemma3", "random"))
 
 
 def _pairs(*names: str) -> list[Any]:

@@ -27,13 +27,19 @@ def _of(name: str, *overrides: str) -> list[str]:
     return [*kept, "model.config.text_config.num_hidden_layers=4", f"compression.method={name}", *overrides]
 
 
-@pytest.mark.parametrize("name", [name for name in methods() if name != "downsampled"])
+_DEFAULT = ("learned", "pooled")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in _DEFAULT else pytest.mark.slow) for name in methods() if name != "downsampled"]
+)
 def test_a_method_is_valid_in_a_recipe_and_says_what_it_is(name: str) -> None:
     first = methods()[name].read_text().splitlines()[0]
     assert first.startswith("# ")
     assert validate(load("vlm_digits_base", _of(name)).recipe).macs_ratio < 1
 
 
+@pytest.mark.slow
 def test_down_sampled_images_have_a_quarter_of_the_tokens_in_all_layers_and_what_was_trained_stays(tmp_path: Path) -> None:
     overrides = [item for item in small("vlm_finetune", tmp_path, QUICK) if "compression" not in item]
     whole = build(load("vlm_finetune", [*overrides, "compression=null"]).recipe)

@@ -20,7 +20,11 @@ from tests.trainer.small_recipes import CONTROLS, small
 pytestmark = pytest.mark.usefixtures("few_passages")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in CONTROLS else name for name in shipped()])
+# Control arms, and models whose kind another recipe runs.
+_SLOW = (*CONTROLS, "vlm_digits_base", "vlm_lora")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in shipped()])
 def test_every_shipped_recipe_is_valid_and_runs_two_steps(name: str, tmp_path: Path, quick: list[str], console: Console) -> None:
     overrides = small(name, tmp_path, quick)
     loaded = load(name, overrides)

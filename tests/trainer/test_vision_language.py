@@ -203,6 +203,7 @@ def test_what_does_not_belong_there_is_refused(tmp_path: Path) -> None:
         build(load("vlm_digits_base", [*OWN_TOWER, "data.name=json", "data.data_files=x.jsonl"]).recipe)
 
 
+@pytest.mark.slow
 def test_a_tower_that_was_trained_before_becomes_that_of_a_new_model(tmp_path: Path, console: Console) -> None:
     overrides = [*small("vlm_digits_tower", tmp_path, QUICK), f"output={tmp_path / 'tower'}"]
     train(load("vlm_digits_tower", overrides), overrides, console)
