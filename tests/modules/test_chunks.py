@@ -263,7 +263,7 @@ _REFUSED = {
     r"is non-causal.*boundary": ([{"scorer": "linear", "selector": "top_k"}], END),
     r"one stage makes chunks, and 2 were given": ([_BOUNDARY, _BOUNDARY | {"layer": 2}], END),
     r"merger 'squeeze' may mix later tokens.*chunk_mean": ([_BOUNDARY | {"merger": "squeeze"}], END),
-    r"scope 'prompt'.*\{layer: 4, by: rejoin\}": ([{"scorer": "linear", "scope": "prompt"}], END),
+    r"tokens of a prompt .*\{layer: 4, by: rejoin\}": ([{"scorer": "linear", "scope": "prompt"}], END),
     r"scope 'prompt' goes with merger 'drop'": (
         [{"scorer": "linear", "scope": "prompt", "merger": "chunk_mean"}],
         {"layer": 4, "by": "rejoin"},

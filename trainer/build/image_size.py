@@ -68,6 +68,6 @@ def _resize(tower: Any, side: int) -> None:
         # transformers reads only the shape of the embeddings that it is given.
         new: Tensor = parts.interpolate_pos_encoding(old.new_empty(1, patches + class_tokens, old.shape[1]), side, side)[0]
     parts.image_size, parts.num_patches, parts.num_positions = side, patches, len(new)
-    parts.position_embedding = nn.Embedding.from_pretrained(new.clone(), freeze=False)
+    parts.position_embedding = nn.Embedding(*new.shape, _weight=new.clone())
     parts.position_ids = torch.arange(len(new), device=old.device).expand(1, -1)
     parts.config.image_size = side

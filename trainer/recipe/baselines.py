@@ -36,8 +36,10 @@ def _shared(override: str, dense: bool) -> bool:
         return False
     if dense:
         return not path.startswith(("compression", "budget", "distillation")) and path not in OF_STAGES
+    if path in ("compression", "compression.stages"):
+        raise RecipeError(f"{path} cannot be overridden as a whole for control arms too: override single keys, or set baselines=[]")
     # A method and its settings define an arm too.
-    if path in ("compression", "compression.stages") or (path.startswith("compression.") and path.split(".")[1] in SETTINGS):
+    if path.startswith("compression.") and path.split(".")[1] in SETTINGS:
         raise RecipeError(
             f"{path} is of the recipe, and its control arms have stages of their own: set baselines=[], and train them as recipes"
         )
