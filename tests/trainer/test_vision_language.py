@@ -136,8 +136,8 @@ def test_a_run_is_reported_by_kind_evaluated_exported_and_answers(tmp_path: Path
     overrides = [*small("vlm_digits", tmp_path, QUICK), f"output={tmp_path / 'run'}"]
     report = train(load("vlm_digits", overrides), overrides, console)
     assert report.quality["metric"] == "answer_accuracy"
-    assert report.keep["requested"] == {"text.before_1": 0.25}
-    assert report.keep["achieved"]["text.before_1"] == pytest.approx(0.25, abs=0.15)
+    assert report.keep["requested"] == {"projector.before_0": 0.25}
+    assert report.keep["achieved"]["projector.before_0"] == pytest.approx(0.25, abs=0.15)
     again = evaluate(str(tmp_path / "run"), RunFolder.open(tmp_path / "run").read_recipe(), console)
     assert again["variants"]["compressed"]["answer_accuracy"] == report.quality["compressed"]
     assert (tmp_path / "run" / "kept_tokens.png").is_file()
@@ -145,7 +145,7 @@ def test_a_run_is_reported_by_kind_evaluated_exported_and_answers(tmp_path: Path
     assert inspect_run(str(tmp_path / "run"), recipe, None, picture) == report.keep["achieved"]
     DigitQuestions("test", 6)[1]["images"][0].save(tmp_path / "a.png")
     kept = inspect_run(str(tmp_path / "run"), recipe, f"{tmp_path / 'a.png'} Where is the 7?", tmp_path / "own.png")
-    assert kept == {"text.before_1": 0.25}
+    assert kept == {"projector.before_0": 0.25}
     assert (tmp_path / "own.png").is_file()
     for wrong, message in (("nowhere.png What?", "image file that does not exist"), (str(tmp_path / "a.png"), "and a question")):
         with pytest.raises(ValueError, match=message):
