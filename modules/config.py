@@ -175,7 +175,7 @@ class StageConfig:
         """The stage in a stack of so many layers, with an index in place of a fraction."""
         if isinstance(self.layer, int):
             return self
-        # A third of six layers is the second, although 1 / 3 in decimals is a little less.
+        # A third of six layers is layer 2, although 0.333 of them is a little less.
         return replace(self, layer=int(self.layer * layers + 0.01), name=None if self.name == self._default_name else self.name)
 
     def part(self, kind: str) -> PartConfig:

@@ -12,7 +12,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..config import BYPASS
 from ..decoding.cache import LayerEntry, LayerView, RoutedCache, routed_cache
 from ..site import TokenSpec
-from ..tokens.flow import Flow
 from ..tokens.gather import take
 from ..tokens.state import TokenState
 from ..tokens.trace import Trace
@@ -38,12 +37,6 @@ class DecoderLayers(TextLayers):
     @classmethod
     def leading(cls, config: PretrainedConfig) -> int:
         return 0
-
-    @classmethod
-    def begin(cls, flow: Flow, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
-        rows, tokens, _ = hidden_states.shape
-        documents = None if flow.documents is None else flow.documents.clamp(min=0)
-        return TokenState.initial(rows, tokens, flow.leading, flow.valid, hidden_states.device, documents)
 
     @classmethod
     def begin_layer(cls, layer: nn.Module, state: TokenState, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
 
+from .decoder import Decoder
+from .gemma import Gemma3Text
 from .multimodal import Multimodal, tower_macs
 
 
@@ -13,6 +16,7 @@ class Gemma3(Multimodal):
     """Gemma 3 models with images. A layer's mask, causal but for the tokens of an image, is gathered on both of its axes."""
 
     model_type = "gemma3"
+    languages: ClassVar[Mapping[str, type[Decoder]]] = {Gemma3Text.model_type: Gemma3Text}
     blocks_at = "vision_tower.encoder.layers"
     classes: ClassVar[tuple[str, ...]] = ("Gemma3Model", "Gemma3ForConditionalGeneration")
 

@@ -21,6 +21,7 @@ class LayerAdapter:
         scopes: scopes that the layers offer, a subset of SCOPES.
         attentions: attention implementations that work with stages; None means any.
         masks_in_layers: layers add a full-length bias to their mask; under compression ``layer_mask`` adds it for the current tokens.
+        padding_on_flow: the model adapter marks padding on the flow; if False, the layers' mask does.
         causal: the output at a token does not depend on later tokens.
         positional: names of the layers' positional arguments, after the hidden states.
         lora_targets: suffixes of the names of linear layers that LoRA adapts by default; None means all linear layers.
@@ -33,6 +34,7 @@ class LayerAdapter:
     scopes: ClassVar[tuple[str, ...]] = ("all",)
     attentions: ClassVar[tuple[str, ...] | None] = None
     masks_in_layers: ClassVar[bool] = False
+    padding_on_flow: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     positional: ClassVar[tuple[str, ...]] = ("attention_mask",)
     lora_targets: ClassVar[tuple[str, ...] | None] = None
@@ -67,7 +69,9 @@ class LayerAdapter:
     def begin(cls, flow: Flow, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
         """TokenState before the first stage, from the input and the mask of the first layer."""
         rows, tokens, _ = hidden_states.shape
-        return TokenState.initial(rows, tokens, flow.leading, cls.valid_tokens(attention_mask), hidden_states.device)
+        valid = flow.valid if cls.padding_on_flow else cls.valid_tokens(attention_mask)
+        documents = None if flow.documents is None else flow.documents.clamp(min=0)
+        return TokenState.initial(rows, tokens, flow.leading, valid, hidden_states.device, documents)
 
     @classmethod
     def begin_layer(cls, layer: nn.Module, state: TokenState, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -38,16 +38,12 @@ class Llava(Multimodal):
     """
 
     model_type = "llava"
-    blocks_at = "vision_tower.encoder.layers"
     towers = TOWERS
+    # Stages in the language model work with any version of transformers.
+    needs_features = False
     tower_at = "vision_tower"
     classes: ClassVar[tuple[str, ...]] = ("LlavaModel", "LlavaForConditionalGeneration")
     feeds: ClassVar[Mapping[str, str]] = {VISION: PROJECTOR, PROJECTOR: "text"}
-
-    @classmethod
-    def needs_features(cls) -> bool:
-        # Stages in the language model work with any version.
-        return False
 
     @classmethod
     def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:

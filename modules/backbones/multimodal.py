@@ -15,13 +15,12 @@ from ..config import CompressionConfig
 from ..cost.shape import StackShape
 from ..tokens.trace import Trace
 from .decoder import Decoder
-from .gemma import Gemma3Text
 from .layer_adapter import LayerAdapter
 from .llama import Llama, Mistral, Qwen2, Qwen3
 from .stack import Stack
 
 # Adapters of the supported language models, by ``model_type``.
-LANGUAGE_MODELS: dict[str, type[Decoder]] = {adapter.model_type: adapter for adapter in (Llama, Mistral, Qwen2, Qwen3, Gemma3Text)}
+LANGUAGE_MODELS: dict[str, type[Decoder]] = {adapter.model_type: adapter for adapter in (Llama, Mistral, Qwen2, Qwen3)}
 # Default number of text tokens beside one image: a question and its answer.
 TEXT_TOKENS = 64
 _KINDS = ("image", "video")
@@ -37,6 +36,7 @@ class Multimodal(Decoder):
         blocks_at: name of the tower's list of layers in ``base(model)``, with dots.
         languages: adapters of the supported language models, by ``model_type``.
         towers: supported ``model_type`` of the tower; None supports all.
+        needs_features: features of images must be computed before the model's forward.
     """
 
     stack_name = "text"
@@ -44,6 +44,7 @@ class Multimodal(Decoder):
     blocks_at: ClassVar[str]
     languages: ClassVar[Mapping[str, type[Decoder]]] = LANGUAGE_MODELS
     towers: ClassVar[Collection[str] | None] = None
+    needs_features: ClassVar[bool] = True
 
     @classmethod
     def check(cls, model: PreTrainedModel) -> None:
@@ -54,15 +55,10 @@ class Multimodal(Decoder):
                 raise ValueError(
                     f"{key}.model_type = {kind!r} is not supported in a {cls.model_type}: it must be one of {', '.join(known)}"
                 )
-        if cls.needs_features() and not takes_features(cls.base(model)):
+        if cls.needs_features and not takes_features(cls.base(model)):
             raise ValueError(
                 f"{cls.model_type} needs a version of transformers whose forward takes mm_encoder_outputs, 5.23 for example: upgrade it"
             )
-
-    @classmethod
-    def needs_features(cls) -> bool:
-        """True if features of images must be computed before the model's forward."""
-        return True
 
     @classmethod
     def main_stack(cls, model: PreTrainedModel) -> Stack:
@@ -159,7 +155,11 @@ class Multimodal(Decoder):
         numbers = cls.placeholder_ids(config, kinds)
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if isinstance(ids, Tensor):
-            return torch.isin(ids, torch.tensor(numbers, device=ids.device))
+            # Without a tensor of the ids, whose copy to the device the host would wait for.
+            of_ids = torch.zeros_like(ids, dtype=torch.bool)
+            for number in numbers:
+                of_ids = of_ids | (ids == number)
+            return of_ids
         assert isinstance(embeds, Tensor)
         if not any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")) and not inputs.get(
             "mm_encoder_outputs"

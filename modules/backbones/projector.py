@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig
 
-from ..tokens.flow import Flow
 from ..tokens.state import TokenState
 from .layer_adapter import LayerAdapter
 
@@ -20,6 +19,7 @@ class ProjectorLayers(LayerAdapter):
     """A projector that maps each token alone. A stage before it chooses among the tower's features, once for all later layers."""
 
     sites: ClassVar[tuple[str, ...]] = ("before",)
+    padding_on_flow = True
     positional: ClassVar[tuple[str, ...]] = ()
     no_keys = _NO_ATTENTION
     no_cls_query = _NO_ATTENTION
@@ -28,11 +28,6 @@ class ProjectorLayers(LayerAdapter):
     @classmethod
     def leading(cls, config: PretrainedConfig) -> int:
         return 0
-
-    @classmethod
-    def begin(cls, flow: Flow, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
-        rows, tokens, _ = hidden_states.shape
-        return TokenState.initial(rows, tokens, flow.leading, flow.valid, hidden_states.device)
 
     @classmethod
     def layer_inputs(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class TextLayers(LayerAdapter):
     """Layers over rows of text tokens, which may receive positions from the model and may use a sliding window."""
 
     attentions = ("sdpa", "eager")
+    padding_on_flow = True
 
     @classmethod
     def gather_inputs(cls, inputs: Mapping[str, Any], position: Tensor) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config import SITES
 from ..site import TokenSpec
-from ..tokens.flow import Flow
 from ..tokens.gather import take
 from ..tokens.state import TokenState
 from ..tokens.trace import Trace
@@ -29,11 +28,6 @@ class TextEncoderLayers(TextLayers):
     @classmethod
     def leading(cls, config: PretrainedConfig) -> int:
         return 1
-
-    @classmethod
-    def begin(cls, flow: Flow, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenState:
-        rows, tokens, _ = hidden_states.shape
-        return TokenState.initial(rows, tokens, flow.leading, flow.valid, hidden_states.device)
 
     @classmethod
     def layer_inputs(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
