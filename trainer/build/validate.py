@@ -13,8 +13,8 @@ from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.compatibility import check_deployable
 from ..distributed.strategies import check as check_strategy
 from ..errors import RecipeError
-from ..losses.distillation import ITSELF, check_teacher
-from ..recipe.schema import Recipe
+from ..losses.distillation import check_teacher
+from ..recipe.schema import ITSELF, Recipe
 from ..tasks.base import task_named
 from .build import build_model, cost_model, located_stages, model_config, open_data, total_steps
 from .heads import trained_classes

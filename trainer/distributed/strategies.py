@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import distributed
 
 from ..errors import RecipeError
-from ..recipe.schema import Recipe, TrainerRecipe
+from ..recipe.schema import ITSELF, Recipe, TrainerRecipe
 from .deepspeed import check_deepspeed, deepspeed_config, stage_of
 from .deepspeed_strategy import LaconicDeepSpeed
 from .processes import check_environment, local_processes
@@ -68,7 +68,7 @@ def check(recipe: Recipe) -> None:
             f"trainer.ema = {settings.ema} is not supported with {settings.strategy}, which keeps its own copy of the weights: "
             "set trainer.ema=null, or trainer.strategy=plain"
         )
-    if stage == 3 and recipe.distillation is not None and recipe.distillation.teacher != "self":
+    if stage == 3 and recipe.distillation is not None and recipe.distillation.teacher != ITSELF:
         raise RecipeError(
             "distillation is not supported with deepspeed_3, which would partition the teacher too: remove distillation, "
             "or set trainer.strategy=deepspeed_2"

@@ -19,8 +19,6 @@ from ..recipe.schema import DistillationRecipe
 from ..run_folder import located
 
 SELF = "dense_self"
-# The trained model itself, with more of its tokens.
-ITSELF = "self"
 
 
 @dataclass(frozen=True)

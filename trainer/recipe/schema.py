@@ -24,6 +24,8 @@ from .data_kinds import KINDS, checked
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+# The teacher that is the trained model itself, with more of its tokens.
+ITSELF = "self"
 Positive = Annotated[float, Field(gt=0)]
 
 

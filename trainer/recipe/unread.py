@@ -10,7 +10,7 @@ from ...data.chats.recipe import ChatRecipe
 from ...data.images.recipe import DRAWN
 from ...data.source import OF_FILES
 from ...data.text.recipe import DocumentRecipe, TextRecipe
-from .schema import Recipe
+from .schema import ITSELF, Recipe
 
 EMBEDDED = (DRAWN, "python_passages", *DocumentRecipe.embedded, *ChatRecipe.embedded)
 # Data sets without bad rows.
@@ -111,12 +111,12 @@ TABLE = (
     ),
     Unread(
         ("distillation.revision",),
-        lambda r: r.distillation is not None and r.distillation.teacher in ("dense_self", "self"),
+        lambda r: r.distillation is not None and r.distillation.teacher in ("dense_self", ITSELF),
         "distillation.teacher = {r.distillation.teacher!r} has the revision of model.name: remove it",
     ),
     Unread(
         ("distillation.keep",),
-        lambda r: r.distillation is not None and r.distillation.teacher != "self",
+        lambda r: r.distillation is not None and r.distillation.teacher != ITSELF,
         "distillation.teacher = {r.distillation.teacher!r} is dense, and only the teacher self has a keep: remove it",
     ),
     Unread(

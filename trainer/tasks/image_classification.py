@@ -18,10 +18,10 @@ from ...data.images.transform import ImageTransform
 from ...data.labels.classes import KnownClasses
 from ...modules.backbones import adapter_for, families
 from ..build.parts import RunParts
-from ..losses.distillation import ITSELF, Distillation, load_teacher
+from ..losses.distillation import Distillation, load_teacher
 from ..metrics.accuracy import Accuracy
 from ..metrics.quality import Quality
-from ..recipe.schema import Recipe
+from ..recipe.schema import ITSELF, Recipe
 from ..task_module import TaskModule
 from .base import Task
 from .base_image import ImageTask

@@ -29,10 +29,10 @@ from ..build.image_size import load_at_own_size
 from ..build.initial_weights import start_of
 from ..build.parts import RunParts
 from ..losses.answer_loss import AnswerLoss, answer_loss
-from ..losses.distillation import ITSELF, learn_from_itself
+from ..losses.distillation import learn_from_itself
 from ..metrics.answers import AnswerAccuracy
 from ..metrics.quality import Quality
-from ..recipe.schema import ModelRecipe, Recipe
+from ..recipe.schema import ITSELF, ModelRecipe, Recipe
 from ..run_folder import PROCESSOR_OF_CHATS, RunFolder
 from ..show.pictures import PICTURED, save_kept_tokens, visual_overlays
 from ..task_module import TaskModule
