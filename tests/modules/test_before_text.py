@@ -22,8 +22,8 @@ from tests.matrix.visual import FAMILIES, LAYERS, LENGTH, PLACEHOLDER, VISUAL, b
 
 
 def _of(names: Any, *families: str) -> list[Any]:
-    """Cases, of which three methods in one family run by default."""
-    default = ("projector_learned", "tower_learned", "all")
+    """Cases, of which two methods in one family run by default."""
+    default = ("tower_learned", "all")
     return [
         pytest.param(*(family, name)[not families :], marks=[] if name in default and family == "llava" else pytest.mark.slow)
         for family in families or ("llava",)

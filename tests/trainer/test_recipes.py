@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("few_passages")
 
 
 # Control arms, and models whose kind another recipe runs.
-_SLOW = (*CONTROLS, "vlm_digits_base", "vlm_lora")
+_SLOW = (*CONTROLS, "vlm_digits_tower", "vlm_digits_base", "vlm_lora")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in shipped()])
