@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .backbones.model_adapter import ModelAdapter
 from .backbones.stack import Stack
-from .config import COMPLETE, SITES, CompressionConfig, StageConfig, restore_key
+from .config import BYPASS, COMPLETE, SITES, CompressionConfig, StageConfig, restore_key
 from .cost.count_rules import COUNT_RULES
 from .stage import Stage
 from .tokens.ragged import ATTENTION
@@ -126,8 +126,9 @@ def valid_keep(candidate: Candidate) -> None:
             raise ValueError(f"{where}: give either keep or tokens, not both")
         if stage.free:
             raise ValueError(f"{where}: keep is not set: give the fraction of tokens kept, in (0, 1], or use a budget")
-        if stage.keep is not None and not 0 < stage.keep <= 1:
-            raise ValueError(f"{where}: keep = {stage.keep} must be in (0, 1]: the fraction that is kept, not removed")
+        if stage.keep is not None and not 0 < stage.keep <= 1 and not stage.left_out:
+            hint = f"; keep = 0 leaves a layer out, at site {' or '.join(BYPASS)}" if stage.keep == 0 else ""
+            raise ValueError(f"{where}: keep = {stage.keep} must be in (0, 1]: the fraction that is kept, not removed{hint}")
         if stage.count is not None and stage.count not in COUNT_RULES:
             raise ValueError(f"{where}: count = {stage.count!r} is no count rule: there are {', '.join(COUNT_RULES)}")
 

@@ -1,4 +1,4 @@
-"""compress(model, config) and decompress(model): the only functions that edit a model."""
+"""compress(model, config), decompress(model) and without_skipped(model): the only functions that edit a model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .backbones import adapter_of
 from .compressed_model import CompressedModel, become, build_stages, compressed_class, install, uninstall
 from .config import CompressionConfig
 from .layer import base_class
+from .stage import skipped_layers, stages_of
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -55,6 +56,36 @@ def decompress(model: Model) -> Model:
     uninstall(model, model.adapter)
     model.__class__ = base_class(type(model))
     del model.config.compression
+    return model
+
+
+def only_skips(model: PreTrainedModel) -> bool:
+    """True if all that the stages of a model do is to leave whole layers out, in a model whose only stack these layers are."""
+    skipped = skipped_layers(model)
+    return bool(skipped) and len(skipped) == len(stages_of(model)) and len(adapter_of(model).stacks(model)) == 1
+
+
+def without_skipped(model: PreTrainedModel) -> PreTrainedModel:
+    """The ordinary, shallower model that gives the same answers, in place: its stages and the layers that they leave out are removed.
+
+    Args:
+        model: a compressed model for which ``only_skips`` holds.
+    """
+    removed = {int(stage.config.layer) for stage in stages_of(model).values()}
+    model = decompress(model)
+    layers = adapter_of(model).layers(model)
+    for index in sorted(removed, reverse=True):
+        del layers[index]
+    config: Any = model.config
+    if (kinds := getattr(config, "layer_types", None)) is not None:
+        config.layer_types = [kind for index, kind in enumerate(kinds) if index not in removed]
+    config.num_hidden_layers = len(layers)
+    for index, layer in enumerate(layers):
+        # The place of the layer's keys and values in a cache.
+        parts: Any = layer.modules()
+        for module in parts:
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
     return model
 
 

@@ -106,6 +106,8 @@ class StageConfig:
         layer: index of the layer that the site belongs to, from 0; or a fraction between 0 and 1 of the stack's layers, rounded down.
         keep: fraction in (0, 1]; None leaves it to the budget. At a shrinking site, routable tokens leaving ÷ entering; at a bypass
             site, routable tokens processed ÷ present (the capacity of Mixture-of-Depths). Only tokens in ``scope`` are routable.
+            At a bypass site 0 leaves the layer or its half out: no token of the scope is processed, with scope ``all`` no token at all.
+            Such a stage has no parts.
         tokens: number of routable tokens kept, at any input size; replaces ``keep``.
         site: position at the layer. ``before`` the layer and ``between`` its attention and its MLP shorten the sequence for all later
             layers. ``around`` the layer, ``around_attention`` and ``around_mlp`` process only the selected tokens in the layer or its half.
@@ -150,6 +152,16 @@ class StageConfig:
             raise ValueError(f"compression.stages[].scope = {self.scope!r} must be one of {', '.join(SCOPES)}")
         if self.name is None:
             object.__setattr__(self, "name", self._default_name)
+        if self.left_out:
+            self._check_left_out()
+
+    def _check_left_out(self) -> None:
+        for kind in PARTS:
+            if getattr(self, kind) != type(self).__dataclass_fields__[kind].default:
+                raise ValueError(
+                    f"compression.stages[].{kind} = {getattr(self, kind).name!r} has no effect where keep = 0 leaves the layer out: "
+                    "remove it, or give keep in (0, 1]"
+                )
 
     @property
     def _default_name(self) -> str:
@@ -165,6 +177,11 @@ class StageConfig:
     def bypass(self) -> bool:
         """Tokens that are not selected bypass the layer or its half and stay in the sequence."""
         return self.site in BYPASS
+
+    @property
+    def left_out(self) -> bool:
+        """No token of the scope is processed: a static stage, without parts."""
+        return self.keep == 0 and self.bypass
 
     @property
     def free(self) -> bool:

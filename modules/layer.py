@@ -133,8 +133,7 @@ class CompressedLayer(nn.Module):
             state = trace.flow(self.plan.stack).tokens
             return inner(hidden_states, state), state.tokens_per_row
         hidden_states = stage.around(hidden_states, self, trace, inner, inputs)
-        routing = trace.routings[stage.config.key]
-        return hidden_states, routing.kept + routing.state.protected_real
+        return hidden_states, stage.processed(trace)
 
     def _shrink(self, stage: Stage, hidden_states: Tensor, trace: Trace, inputs: dict[str, Any]) -> Tensor:
         flow = trace.flow(self.plan.stack)

@@ -15,6 +15,7 @@ from .config import COMPLETE, PartConfig, StageConfig
 from .cost.count_rules import COUNT_RULES, StageCount, at_least_half
 from .cost.shape import StackShape
 from .estimators.base import Estimate, Estimator
+from .left_out import NoScores, NoTokens, no_decision
 from .mergers.base import Merged, Merger
 from .scorers.base import Scored, Scorer
 from .selectors.base import Request, Selector, everything
@@ -79,8 +80,8 @@ class Stage(nn.Module):
         self.place = index if place is None else place
         self.adapter = adapter
         try:
-            self.scorer: Scorer = registry.build("scorer", config.part("scorer"), spec)
-            self.selector: Selector = registry.build("selector", config.part("selector"), spec)
+            self.scorer: Scorer = NoScores(spec) if config.left_out else registry.build("scorer", config.part("scorer"), spec)
+            self.selector: Selector = NoTokens(spec) if config.left_out else registry.build("selector", config.part("selector"), spec)
             self.merger: Merger = registry.build("merger", config.part("merger"), spec)
             self.estimator: Estimator | None = self._build_estimator()
         except ValueError as error:
@@ -99,6 +100,11 @@ class Stage(nn.Module):
     def bypass(self) -> bool:
         """Tokens that are not selected bypass the layer or its half; the sequence keeps its length."""
         return self.config.bypass
+
+    @property
+    def skips(self) -> bool:
+        """The layer or its half is left out for every token, protected ones included."""
+        return self.config.left_out and self.config.scope == "all"
 
     @property
     def chunks(self) -> bool:
@@ -134,6 +140,8 @@ class Stage(nn.Module):
             keep: replaces the stage's own ``keep`` or ``tokens``; None uses these.
         """
         requested = self.config.keep if keep is None else keep
+        if requested == 0:
+            return present * 0
         if keep is None and self.config.tokens is not None:
             fixed = self.config.tokens
             count = torch.clamp(present, max=fixed) if isinstance(present, Tensor) else min(present, fixed)
@@ -182,6 +190,10 @@ class Stage(nn.Module):
         """
         flow = trace.flow(self.config.stack)
         state = self._eligible(trace, flow)
+        if self._skipped(trace):
+            scores = torch.zeros(state.position.shape, device=hidden_states.device)
+            self._record(trace, Choice(Scored(scores), no_decision(state), Estimate(), 0.0, False, None, True), state, 0)
+            return hidden_states
         choice = self._choose(self._site(hidden_states, layer, trace, inputs), state)
         decision, estimate = choice.decision, choice.estimate
         inside = flow.tokens
@@ -204,6 +216,14 @@ class Stage(nn.Module):
             scale = estimate.scale.masked_fill(~state.routable, 1.0) if protects else estimate.scale
             after = before.to(after.dtype).lerp(after, through.of(scale).unsqueeze(-1).to(after.dtype))
         return through.put_back(rest, before, after)
+
+    def processed(self, trace: Trace) -> int | Tensor:
+        """Tokens per row that the layer or its half has processed in a forward, protected ones included."""
+        routing = trace.routings[self.config.key]
+        return 0 if self._skipped(trace) else routing.kept + routing.state.protected_real
+
+    def _skipped(self, trace: Trace) -> bool:
+        return self.skips and trace.keep.get(self.config.key, 0.0) == 0
 
     def _may_skip(self, layer: nn.Module, flow: Flow) -> bool:
         """True if the layer can be skipped for rows with no selected token: evaluation only, weights not sharded, hidden states not
@@ -338,3 +358,10 @@ def sharded(layer: nn.Module) -> bool:
 def stages_of(model: nn.Module) -> dict[str, Stage]:
     """The stages of a compressed model by name, in running order."""
     return {module.config.key: module for module in model.modules() if isinstance(module, Stage)}
+
+
+def skipped_layers(model: nn.Module) -> list[str]:
+    """Names of the layers of a compressed model that a stage leaves out for every token: their weights have no effect."""
+    around = {id(stage) for stage in stages_of(model).values() if stage.skips and stage.config.site == "around"}
+    # A stage is in the ModuleDict ``stages`` of its layer.
+    return [name.rsplit(".", 2)[0] for name, module in model.named_modules() if id(module) in around]

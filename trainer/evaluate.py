@@ -88,7 +88,8 @@ def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
         if can_look_ahead(model):
             measure("look-ahead", model, lookahead=True)
         gated = any(stage.estimator is not None and stage.estimator.in_evaluation for stage in stages_of(model).values())
-        for scorer in task.controls:
+        # Without a stage that chooses tokens there is nothing to compare with.
+        for scorer in task.controls if any(not stage.config.left_out for stage in stages_of(model).values()) else ():
             control = _with_scorer(model, scorer, kept).eval()
             # Gates are a part of the weights: they are kept, and the control only decides which tokens are selected.
             if gated:
@@ -146,6 +147,9 @@ def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float])
     built, stages = stages_of(model), []
     for stage in config.stages:
         trained = built[stage.key]
+        if stage.left_out:
+            stages.append(stage)
+            continue
         # In a causal model the selection must not depend on later tokens, unless the scope is complete before generation.
         by_threshold = trained.adapter.causal and stage.scope not in COMPLETE
         stages.append(
@@ -159,7 +163,7 @@ def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float])
                 count=None if by_threshold else "round",
             )
         )
-    fixed = [stage.key for stage in stages if stage.tokens is not None]
+    fixed = [stage.key for stage in stages if stage.tokens is not None or stage.left_out]
     # 0 is not a valid keep, so a stage that kept nothing gets a tiny one.
     given = config.with_stages(stages).with_keep({key: max(keep, 1e-6) for key, keep in kept.items() if key not in fixed})
     variant = compress(decompress(copy.deepcopy(model)), given).to(model.device)

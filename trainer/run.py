@@ -175,10 +175,10 @@ def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -
 
 
 def _arm_name(arm: LoadedRecipe) -> str:
-    """``dense``, or the names of the scorers."""
+    """``dense``, or the names of the scorers; ``static`` for layers that are left out."""
     if arm.recipe.compression is None:
         return "dense"
-    return "+".join(sorted({stage.part("scorer").name for stage in arm.recipe.compression.stages}))
+    return "+".join(sorted({"static" if stage.left_out else stage.part("scorer").name for stage in arm.recipe.compression.stages}))
 
 
 def train_arm(

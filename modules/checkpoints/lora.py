@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..backbones import adapter_of
-from ..stage import Stage
+from ..stage import Stage, skipped_layers
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -111,8 +111,9 @@ def lora_targets(model: PreTrainedModel, targets: str | Iterable[str] | None) ->
     if targets is None:
         stack = adapter_of(model).main_stack(model)
         layers = next(name for name, module in model.named_modules() if module is stack.layers)
-        ends = stack.adapter.lora_targets
-        return [name for name in linear if _inside(name, layers) and (ends is None or _matches(name, ends))]
+        ends, skipped = stack.adapter.lora_targets, skipped_layers(model)
+        run = [name for name in linear if _inside(name, layers) and not any(_inside(name, layer) for layer in skipped)]
+        return [name for name in run if ends is None or _matches(name, ends)]
     if targets == ALL_LINEAR:
         # All linear layers of the base model, if the model has a head besides it.
         base = adapter_of(model).base(model)

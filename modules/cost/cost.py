@@ -243,7 +243,8 @@ class CostModel:
             leaving = kept(stage, entering, begin)
             walk.stage_macs[stage.config.key] = stage.macs(shape, shape.protected + entering, shape.protected + leaving)
             walk.present[stage.config.key], walk.kept[stage.config.key] = entering, leaving
-            return leaving
+            # Protected tokens are added to the result.
+            return -shape.protected if stage.skips and leaving == 0 else leaving
 
         for layer in range(shape.layers):
             if layer == restore:

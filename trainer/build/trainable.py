@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...modules.checkpoints.adapter_folder import Adapter
 from ...modules.checkpoints.lora import add_lora, full_modules, is_lora, lora_state, merge_lora, outside_layers, train_only
 from ...modules.checkpoints.tensors import copy_all
-from ...modules.stage import stages_of
+from ...modules.stage import skipped_layers, stages_of
 from ..distributed.deepspeed import stage_of
 from ..distributed.zero3 import shape_of
 from ..errors import RecipeError
@@ -44,6 +44,8 @@ def check_lora(recipe: Recipe) -> None:
         )
     if lora.mode == "routers" and recipe.compression is None:
         raise RecipeError(f"{where} trains routers, and the recipe has no compression: add compression.stages, or set lora.mode=lora")
+    if lora.mode == "routers" and recipe.compression is not None and all(stage.left_out for stage in recipe.compression.stages):
+        raise RecipeError(f"{where} trains routers, and all stages have keep = 0, which need none: set lora.mode=lora")
     if recipe.trainer.ema is not None:
         raise RecipeError(f"trainer.ema = {recipe.trainer.ema} averages all weights, and {where} trains few of them: set trainer.ema=null")
     if recipe.optimizer.layer_decay is not None:
@@ -107,7 +109,15 @@ def train_parts(recipe: LoraRecipe | None, model: PreTrainedModel, new: Iterable
         if adapter is not None and filled:
             _merge_in(model, adapter)
             _copy_full(model, adapter)
-        return
+    else:
+        _train_few(recipe, model, new, adapter, filled)
+    for name in skipped_layers(model):
+        # No gradient reaches them: an optimizer would hold states for nothing, and several processes would wait for their gradients.
+        model.get_submodule(name).requires_grad_(False)
+
+
+def _train_few(recipe: LoraRecipe, model: PreTrainedModel, new: Iterable[str], adapter: Adapter | None, filled: bool) -> None:
+    """Freezes the base, and adds LoRA if the recipe has it."""
     full = full_modules(model, dict.fromkeys([*new, *recipe.modules_to_save, *(adapter.full if adapter is not None else ())]))
     if recipe.mode == "routers":
         train_only(model, full)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...modules.compatibility import check_deployable
-from ...modules.compress import decompress
+from ...modules.compress import decompress, only_skips, without_skipped
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..errors import RecipeError
@@ -93,12 +93,12 @@ class ExportSource:
 
     @torch.no_grad()
     def left_out(self) -> list[str]:
-        """Effects of stages on the tokens in evaluation, one entry each; empty if the backbone alone gives the same answers.
+        """Effects of stages on the tokens in evaluation, one entry each; empty if the backbone, or some of its layers, gives the same answers.
 
         Found from the trace of a forward, not from the names of parts.
         """
         stages = stages_of(self.model)
-        if not stages:
+        if not stages or only_skips(self.model):
             return []
         trace = Trace()
         self.model(**self.batches()[0], trace=trace)
@@ -114,7 +114,12 @@ class ExportSource:
         return effects
 
     def backbone(self) -> PreTrainedModel:
-        """The model without stages if they have no effect in evaluation, otherwise unchanged. Removes them in place."""
+        """The model without stages if they have no effect in evaluation, or without the layers that they leave out; otherwise unchanged.
+
+        Removes them in place.
+        """
+        if only_skips(self.model):
+            return without_skipped(self.model)
         return decompress(self.model) if stages_of(self.model) and not self.left_out() else self.model
 
 

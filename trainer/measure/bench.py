@@ -257,6 +257,8 @@ class _SlicedLayer(nn.Module):
 
 def _through(hidden_states: Tensor, tokens: int, inner: Callable[[Tensor], Tensor]) -> Tensor:
     """Processes the first tokens by a part of a layer; the others bypass it."""
+    if tokens == 0:
+        return hidden_states
     if tokens == hidden_states.shape[1]:
         return inner(hidden_states)
     return torch.cat([inner(hidden_states[:, :tokens]), hidden_states[:, tokens:]], 1)

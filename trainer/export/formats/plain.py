@@ -12,7 +12,10 @@ from ..source import ExportSource, Settings
 
 
 class Plain(Format):
-    """The backbone alone. Correct if every stage keeps all tokens in evaluation, as after a schedule that ended at full length."""
+    """The backbone alone. Correct if every stage keeps all tokens in evaluation, as after a schedule that ended at full length.
+
+    If all that the stages do is to leave whole layers out, it is the backbone without these layers.
+    """
 
     without = ("laconic",)
     program = f"""
@@ -35,8 +38,8 @@ def load(folder):
         if effects := source.left_out():
             raise RecipeError(
                 f"--format plain: {', '.join(effects)} in evaluation, so a model without routers would give other answers. The "
-                "format is for training that ends at full length (budget.target = 1 with budget.start below it); use standalone, which "
-                "does not need Laconic either"
+                "format is for training that ends at full length (budget.target = 1 with budget.start below it), or for stages around whole "
+                "layers with keep = 0; use standalone, which does not need Laconic either"
             )
 
     @classmethod
