@@ -94,3 +94,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     # transformers 5.17 has only the older name, which later versions deprecate.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    if hasattr(model, "_require_grads_hook"):
+        # For the reentrant kind alone: it makes the embeddings' outputs need a gradient, so that frozen layers would run backward.
+        disable: Any = model.disable_input_require_grads
+        disable()

@@ -20,6 +20,7 @@ from ..modules.compress import checkpoint_activations, decompress
 from ..modules.stage import stages_of
 from .build.build import build
 from .build.lightning_trainer import lightning_trainer, quiet
+from .build.part_rates import described, groups_of, parts_of, rates_of
 from .build.parts import RunParts
 from .build.trainable import parameter_counts
 from .callbacks.checkpoints import Checkpoints
@@ -291,7 +292,7 @@ def _describe(parts: RunParts, name: str, log: RunLog) -> None:
     recipe, cost = parts.recipe, None if parts.cost is None else parts.cost()
     counts = parameter_counts(parts.model)
     total, trainable = (sum(group[kind] for group in counts.values()) for kind in ("total", "trainable"))
-    groups = "; ".join(f"{name} {group['trainable']:,} of {group['total']:,}" for name, group in counts.items() if group["total"])
+    groups = described(counts, rates_of(groups_of(parts.model, recipe.optimizer)) if parts_of(parts.model) else {})
     processes = processes_of(recipe.trainer)
     spread = f" on {processes} processes with {recipe.trainer.strategy}" if processes > 1 or stage_of(recipe.trainer) else ""
     log.line(

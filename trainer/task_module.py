@@ -16,7 +16,8 @@ from ..modules.checkpoints.training_checkpoint import KEY, STATE_PREFIX, about, 
 from ..modules.decoding.generation import can_look_ahead
 from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.trace import Trace
-from .build.optimization import learning_rate_schedule, parameter_groups
+from .build.optimization import learning_rate_schedule
+from .build.part_rates import groups_of
 from .build.parts import RunParts
 from .distributed import collective
 from .distributed.zero3 import kept_names, save_trained
@@ -232,16 +233,7 @@ class TaskModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         recipe = self.optimizer_recipe
-        groups = parameter_groups(
-            self.model,
-            recipe.lr,
-            recipe.router_lr,
-            recipe.weight_decay,
-            recipe.layer_decay,
-            recipe.lora_lr,
-            recipe.router_weight_decay,
-            recipe.lora_weight_decay,
-        )
+        groups = groups_of(self.model, recipe)
         # Lightning cannot clip the gradients of a fused optimizer under autocast.
         fused = self.trainer.precision == "32-true"
         optimizer = torch.optim.AdamW(groups, betas=recipe.betas, fused=fused)

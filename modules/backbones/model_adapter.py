@@ -23,6 +23,7 @@ class ModelAdapter:
         model_type: the family's ``config.model_type``; a class without one is a shared base class, not an adapter.
         stack_name: name of the main stack: "" unless the models are composite.
         feeds: in a composite model, the stack that the tokens leaving a stack enter, by name.
+        parts_at: in a composite model, names of the modules and parameters in ``base(model)`` of every part but the main one, by its name.
         layer_adapter: adapter of the main stack's layers, in a family in which all models have the same kind of layers.
         layers_at: name of the main stack's list of layers in ``base(model)``, with dots.
         classes: names of the supported model classes.
@@ -34,6 +35,7 @@ class ModelAdapter:
     model_type: ClassVar[str]
     stack_name: ClassVar[str] = ""
     feeds: ClassVar[Mapping[str, str]] = {}
+    parts_at: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     layer_adapter: ClassVar[type[LayerAdapter]]
     layers_at: ClassVar[str] = "layers"
     classes: ClassVar[tuple[str, ...]]
@@ -81,6 +83,18 @@ class ModelAdapter:
         """Configuration of the main stack's layers."""
         settings: PretrainedConfig = config
         return settings
+
+    @classmethod
+    def parts(cls, model: PreTrainedModel) -> dict[str, str]:
+        """Part of the model that each parameter belongs to, by the parameter's name: ``stack_name`` for the main stack, embeddings and head."""
+        base = cls.base(model)
+        before = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
+        # Parts may lie in one another, the merger in the tower of a Qwen2-VL: the longest name decides.
+        places = sorted(((f"{before}{place}", part) for part, own in cls.parts_at.items() for place in own), key=lambda at: -len(at[0]))
+        return {
+            name: next((part for place, part in places if name == place or name.startswith(f"{place}.")), cls.stack_name)
+            for name, _ in model.named_parameters()
+        }
 
     @classmethod
     def set_attention(cls, model: PreTrainedModel, stack: Stack, implementation: str) -> None:

@@ -41,6 +41,11 @@ class Multimodal(Decoder):
 
     stack_name = "text"
     layers_at = "language_model.layers"
+    # The learned token at the end of a line, of the families with tiles, is as wide as the projector's output.
+    parts_at: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision": ("vision_tower",),
+        "projector": ("multi_modal_projector", "image_newline"),
+    }
     blocks_at: ClassVar[str]
     languages: ClassVar[Mapping[str, type[Decoder]]] = LANGUAGE_MODELS
     towers: ClassVar[Collection[str] | None] = None

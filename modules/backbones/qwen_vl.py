@@ -27,6 +27,10 @@ class QwenVL(Multimodal):
     """What these families have in common: a tower that runs all images as one row, and a merger of squares of patches."""
 
     blocks_at = "visual.blocks"
+    parts_at: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision": ("visual",),
+        "projector": ("visual.merger", "visual.deepstack_merger_list"),
+    }
 
     @classmethod
     def image_cost(cls, base: nn.Module, config: Any, size: tuple[int, int] | None) -> tuple[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -15,6 +16,7 @@ class SmolVLM(Multimodal):
     model_type = "smolvlm"
     layers_at = "text_model.layers"
     blocks_at = "vision_model.encoder.layers"
+    parts_at: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vision_model",), "projector": ("connector",)}
     classes: ClassVar[tuple[str, ...]] = ("SmolVLMModel", "SmolVLMForConditionalGeneration")
 
     @classmethod

@@ -129,6 +129,31 @@ def lora_targets(model: PreTrainedModel, targets: str | Iterable[str] | None) ->
     return [name for name in free if _matches(name, requested)]
 
 
+def targets_in(model: PreTrainedModel, parts: Iterable[str], targets: str | Iterable[str] | None = None) -> list[str]:
+    """Exact names of the modules that LoRA adapts in parts of a composite model, in the model's order.
+
+    Args:
+        model: model of several parts.
+        parts: names of parts: ``vision``, ``projector``, ``text``.
+        targets: as for ``lora_targets``, of which those in the parts are taken; None takes every linear layer that runs.
+
+    Raises:
+        ValueError: a part has no such module.
+    """
+    adapter, found = adapter_of(model), list[str]()
+    of_module = {name.rpartition(".")[0]: part for name, part in adapter.parts(model).items()}
+    # A tower's layers behind the one that the projector reads do not run.
+    stacks = {stack.name: {id(module) for module in stack.layers.modules()} for stack in adapter.stacks(model)}
+    for part in parts:
+        names = [name for name in lora_targets(model, targets or ALL_LINEAR) if of_module.get(name) == part]
+        if targets is None and part in stacks:
+            names = [name for name in names if id(model.get_submodule(name)) in stacks[part]]
+        if not names:
+            raise ValueError(f"lora.parts names {part!r}, where no module is that LoRA could adapt: set lora.targets, or remove the part")
+        found += names
+    return [name for name, _ in model.named_modules() if name in found]
+
+
 def full_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Exact names of the modules for names or name suffixes, and of modules that share their weights.
 

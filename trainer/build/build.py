@@ -35,6 +35,7 @@ from .heads import check_known, has_head, known_classes, named_classes, renew_he
 from .image_size import scale_images
 from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load_stages, load_state, start_of
 from .model_settings import check_settings, with_settings
+from .part_rates import check_part_lr, freeze_parts
 from .parts import RunParts
 from .tower import load_tower, tower_config
 from .trainable import quantization, train_parts
@@ -60,6 +61,7 @@ def build(
     start = start_of(recipe.model)
     config = model_config(recipe.model, task, start)
     recipe = located_stages(recipe, config)
+    check_part_lr(recipe, config)
     check_start(recipe, start)
     data = data if data is not None else open_data(recipe if resumed is None else task.of_run(recipe, resumed), config, start)
     of_weights = fit_vocabulary(recipe.model, config, data)
@@ -178,6 +180,7 @@ def _assemble(
     # Counted without LoRA: merged LoRA adds no MACs.
     cost = cost_model(model, size=size)
     train_parts(recipe.lora, model, new, start.adapter if start is not None else None, filled)
+    freeze_parts(recipe, model)
     if recipe.trainer.gradient_checkpointing:
         checkpoint_activations(model)
     return model, cost, budget

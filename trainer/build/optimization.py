@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -26,8 +26,9 @@ def parameter_groups(
     lora_lr: float | None = None,
     router_weight_decay: float | None = None,
     lora_weight_decay: float | None = None,
+    part_lr: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: backbone, routers and LoRA, each with and without weight decay.
+    """Groups for an optimizer: backbone (or its parts), routers and LoRA, each with and without weight decay.
 
     Args:
         model: compressed or dense model.
@@ -39,6 +40,8 @@ def parameter_groups(
         lora_lr: learning rate of LoRA's parameters; None uses ``lr``.
         router_weight_decay: weight decay of routers' matrices; None uses ``weight_decay``.
         lora_weight_decay: weight decay of LoRA's matrices; None uses ``weight_decay``.
+        part_lr: learning rate of parts of a composite model (``vision``, ``projector``, ``text``), and of LoRA in them; routers keep
+            their rate. Each of these parts has groups of its name, and LoRA in it of the name ``lora_PART``.
 
     Returns:
         Groups with ``params``, ``lr``, ``weight_decay`` and ``name``; empty groups and frozen parameters are left out.
@@ -48,6 +51,7 @@ def parameter_groups(
     depths = {} if layer_decay is None else layer_depths(model)
     rates = {"router": lr if router_lr is None else router_lr, "lora": lr if lora_lr is None else lora_lr}
     decays = {"router": router_weight_decay, "lora": lora_weight_decay}
+    parts = adapter_of(model).parts(model) if part_lr and isinstance(model, PreTrainedModel) else {}
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -55,10 +59,13 @@ def parameter_groups(
         kind = "router" if id(parameter) in of_stages else "lora" if is_lora(name) else "backbone"
         plain = len(shape_of(parameter)) < 2 or "embedding" in name.rsplit(".", 1)[-1] or name.endswith("_token")
         depth = depths.get(id(parameter), 0) if kind == "backbone" else 0
-        key = (f"{kind}_{depth}_below" if depth else kind) + ("_no_decay" if plain else "")
+        key = f"{kind}_{depth}_below" if depth else kind
         rate = rates.get(kind, lr * (layer_decay or 1.0) ** depth)
+        if part_lr and kind != "router" and (part := parts.get(name, "")) in part_lr:
+            key, rate = part if kind == "backbone" else f"{kind}_{part}", part_lr[part]
         given = decays.get(kind)
         decay = 0.0 if plain else weight_decay if given is None else given
+        key += "_no_decay" if plain else ""
         group = groups.setdefault(key, {"name": key, "params": [], "lr": rate, "weight_decay": decay})
         group["params"].append(parameter)
     if not depths:

@@ -11,13 +11,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...modules.checkpoints.adapter_folder import Adapter
-from ...modules.checkpoints.lora import add_lora, full_modules, is_lora, lora_state, merge_lora, outside_layers, train_only
+from ...modules.checkpoints.lora import add_lora, full_modules, is_lora, lora_state, merge_lora, outside_layers, targets_in, train_only
 from ...modules.checkpoints.tensors import copy_all
 from ...modules.stage import skipped_layers, stages_of
 from ..distributed.deepspeed import stage_of
 from ..distributed.zero3 import shape_of
 from ..errors import RecipeError
 from ..recipe.schema import LoraRecipe, Recipe
+from .part_rates import parts_of
 
 
 def check_lora(recipe: Recipe) -> None:
@@ -122,7 +123,10 @@ def _train_few(recipe: LoraRecipe, model: PreTrainedModel, new: Iterable[str], a
     if recipe.mode == "routers":
         train_only(model, full)
     else:
-        add_lora(model, recipe.peft(full))
+        config = recipe.peft(full)
+        if recipe.parts is not None:
+            config.target_modules = set(targets_in(model, recipe.parts, recipe.targets))
+        add_lora(model, config)
         if adapter is not None and adapter.lora_config is not None:
             check_same_lora(model, adapter)
             if filled:
@@ -153,11 +157,13 @@ def check_same_lora(model: PreTrainedModel, adapter: Adapter) -> None:
 
 
 def parameter_counts(model: PreTrainedModel) -> dict[str, dict[str, int]]:
-    """``total`` and ``trainable`` parameters of ``lora``, ``routers`` and the ``rest``; of whole parameters, even if partitioned."""
+    """``total`` and ``trainable`` parameters of ``lora``, ``routers`` and the ``rest``, which in a model of several parts are these parts
+    by name; of whole parameters, even if partitioned."""
     of_stages = {id(parameter) for stage in stages_of(model).values() for parameter in stage.parameters()}
-    counts = {group: {"total": 0, "trainable": 0} for group in ("lora", "routers", "rest")}
+    parts = parts_of(model)
+    counts = {group: {"total": 0, "trainable": 0} for group in ("lora", "routers", *(dict.fromkeys(parts.values()) or ["rest"]))}
     for name, parameter in model.named_parameters():
-        group = "routers" if id(parameter) in of_stages else "lora" if is_lora(name) else "rest"
+        group = "routers" if id(parameter) in of_stages else "lora" if is_lora(name) else parts.get(name, "rest")
         # A byte stores two 4-bit weights.
         size = shape_of(parameter).numel() * (2 if parameter.dtype == torch.uint8 else 1)
         counts[group]["total"] += size

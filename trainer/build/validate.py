@@ -20,6 +20,7 @@ from .build import build_model, cost_model, located_stages, model_config, open_d
 from .heads import trained_classes
 from .initial_weights import check_start, start_of
 from .opened_data import check_rows
+from .part_rates import check_part_lr, freeze_parts, groups_of, part_names, rates_of
 from .trainable import check_lora, parameter_counts, train_parts
 from .vocabulary import fit_vocabulary
 
@@ -40,6 +41,8 @@ class Checked:
         memory_bytes: estimated training memory of one process: weights, gradients, AdamW, the weight average, a teacher, and the
             activations of a batch if the family has an adapter.
         remarks: what to know of the data, one line each: classes without rows, bad rows within the allowed share.
+        groups: ``total`` and ``trainable`` parameters of each part, of LoRA and of routers; empty for a model of one part.
+        rates: peak learning rate by group of the optimizer.
     """
 
     parameters: int
@@ -52,6 +55,8 @@ class Checked:
     macs_ratio: float
     memory_bytes: int
     remarks: list[str]
+    groups: dict[str, dict[str, int]]
+    rates: dict[str, float]
 
 
 def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked:
@@ -71,6 +76,7 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked
     start = start_of(recipe.model)
     config = model_config(recipe.model, task, start)
     recipe = located_stages(recipe, config)
+    check_part_lr(recipe, config)
     check_start(recipe, start)
     data = open_data(recipe, config, start, None if trained is None else trained_classes(trained, "the trained model"))
     fit_vocabulary(recipe.model, config, data)
@@ -89,11 +95,13 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked
             check_deployable(stage for stage in counted.stages if stage.adapter.causal)
         routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
         train_parts(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
+        freeze_parts(recipe, model)
         cost = None if counted is None else counted()
     # After the model, whose settings the rows must fit.
     remarks = check_rows(recipe, data)
-    counts = parameter_counts(model).values()
-    parameters, trainable = (routers + sum(group[kind] for group in counts) for kind in ("total", "trainable"))
+    counts = parameter_counts(model)
+    counts["routers"] = dict.fromkeys(("total", "trainable"), routers)
+    parameters, trainable = (sum(group[kind] for group in counts.values()) for kind in ("total", "trainable"))
     # Weights; for trainable ones also gradients and two moments, and one more copy for an average.
     frozen = 0.5 if recipe.lora is not None and recipe.lora.quantize == "4bit" else 4
     weights = round(frozen * (parameters - trainable)) + trainable * (16 if recipe.trainer.ema is None else 20)
@@ -112,6 +120,9 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked
         macs_ratio=1.0 if cost is None else cost.macs_ratio,
         memory_bytes=weights + activations,
         remarks=remarks,
+        groups=counts if part_names(config.model_type) else {},
+        rates=rates_of(groups_of(model, recipe.optimizer))
+        | ({"router": recipe.optimizer.router_lr or recipe.optimizer.lr} if routers else {}),
     )
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..build.part_rates import rates_of
 from ..distributed import collective
 from ..tasks.base import Task
 
@@ -124,7 +125,10 @@ class StepLine(Callback):
         # The loss of the whole step, and the token counts of its last batch, summed over ranks before the division.
         loss, *summed = collective.total([float(of_step), *counts])
         loss /= trainer.world_size
-        scalars = {"train/loss": loss, f"train/{self.task.unit}_per_second": rate, "train/lr": trainer.optimizers[0].param_groups[0]["lr"]}
+        groups = trainer.optimizers[0].param_groups
+        scalars = {"train/loss": loss, f"train/{self.task.unit}_per_second": rate, "train/lr": groups[0]["lr"]}
+        rates = rates_of(groups)
+        scalars |= {f"train/lr_{name}": rate for name, rate in rates.items() if len(rates) > 1}
         keeps = []
         for (name, routing), kept, present in zip(routings.items(), summed[::2], summed[1::2], strict=True):
             achieved = kept / present if present else 1.0

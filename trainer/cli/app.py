@@ -79,6 +79,7 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
         from ..recipe.files import load
 
         loaded = load(recipe, overrides or [])
+        from ..build.part_rates import described
         from ..build.validate import validate as check
         from ..recipe.baselines import load_baselines
 
@@ -102,6 +103,8 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
             highlight=False,
             soft_wrap=True,
         )
+        if item.groups:
+            out.print(f"{name}: {described(item.groups, item.rates)}", highlight=False, soft_wrap=True)
         for line in item.remarks:
             out.print(f"{name}: {line}", highlight=False, soft_wrap=True)
 

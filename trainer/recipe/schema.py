@@ -94,6 +94,11 @@ class LoraRecipe(Block):
         description="modules that get LoRA: names or ends of names, a regular expression, or all-linear; null uses the family's default, "
         "every linear map of its layers; routers are never included",
     )
+    parts: list[str] | None = Field(
+        None,
+        description="parts of a model of several parts that get LoRA (vision, projector, text), at their targets or at every linear map; "
+        "null is text, or where targets say",
+    )
     rslora: bool = Field(False, description="rank-stabilised scale (2312.03732)")
     dora: bool = Field(False, description="separate magnitude and direction (2402.09353)")
     rank_pattern: dict[str, Count] = Field(default_factory=dict, description="r by ends of module names or regular expressions")
@@ -172,6 +177,11 @@ class OptimizerRecipe(Block):
     lora_weight_decay: Annotated[float, Field(ge=0)] | None = Field(
         None, description="weight decay of LoRA's matrices; null uses weight_decay"
     )
+    part_lr: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="peak learning rate by part of a model of several parts (vision, projector, text), of LoRA in it too; 0 freezes the "
+        "part; other parts use lr, routers router_lr",
+    )
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="factor on lr from each layer to the one below; head 1, embeddings lowest, routers keep router_lr; null: one lr"
     )
@@ -182,6 +192,14 @@ class OptimizerRecipe(Block):
     warmup: Fraction = Field(0.05, description="fraction of training in which the learning rate rises from 0")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="schedule after the warm-up")
     final: Fraction = Field(0.0, description="final learning rate, as a fraction of the peak")
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> OptimizerRecipe:
+        if self.part_lr and self.layer_decay is not None:
+            raise ValueError(
+                f"optimizer.part_lr and optimizer.layer_decay = {self.layer_decay} both decide the learning rate of a layer: remove one"
+            )
+        return self
 
 
 class TrainerRecipe(Block):
