@@ -36,6 +36,7 @@ from .distributed.signals import StopSignals
 from .distributed.strategies import needs_group, processes_of, resolved
 from .distributed.zero3 import save_trained
 from .errors import RecipeError
+from .measure.answers import write_answers
 from .measure.arms import bench_models, print_claims
 from .measure.bench import Bench
 from .measure.report import Report, table, with_bench
@@ -225,6 +226,8 @@ def train_arm(
                 output.line(f"bad rows{f' of the {count.split} data' if count.split else ''}: {count.summary()}")
         for remark in module.quality.remarks(parts.data):
             output.line(remark)
+    if collective.rank() == 0 and (answers := module.quality.answered(parts.data)):
+        write_answers(run.answers, answers)
     arm = arm_of(loaded.name, parts, module, line.throughput)
     stages = list(stages_of(parts.model).values())
     if parts.base is None and stages and all(stage.idle for stage in stages):

@@ -95,6 +95,11 @@ class RunFolder:
         return self.path / "kept_tokens.png"
 
     @property
+    def answers(self) -> Path:
+        """The single answers on held-out data, one a line."""
+        return self.path / "answers.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints, each a file or folder ``*.ckpt``."""
         return self.path / "checkpoints"
@@ -174,7 +179,7 @@ class RunFolder:
         self.report.unlink(missing_ok=True)
         for name in (MODEL, ADAPTER, DATA, self.checkpoints.name, "tensorboard", *([ARMS] if arms else [])):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for path in (self.recipe, self.log, self.kept_tokens):
+        for path in (self.recipe, self.log, self.kept_tokens, self.answers):
             path.unlink(missing_ok=True)
 
     def remove_partial(self) -> None:

@@ -26,6 +26,7 @@ from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import evaluate, inspect_run
 from laconic.trainer.export.export import export
 from laconic.trainer.losses.answer_loss import AnswerLoss, answer_loss, with_blank_image
+from laconic.trainer.measure.answers import read_answers
 from laconic.trainer.metrics.answers import AnswerAccuracy
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train
@@ -72,11 +73,11 @@ def test_answers_are_right_as_a_whole_and_counted_by_kind() -> None:
         torch.tensor([0, 0, 1, 0, 0]),
     )
     quality = AnswerAccuracy()
-    quality.add(out, {"kinds": torch.tensor([[1, 0], [1, -1]])})
+    quality.add(out, {"kinds": torch.tensor([[1, 0], [1, -1]]), "sample_ids": torch.arange(2)})
     assert (quality.right, quality.total) == ({-1: 0, 0: 0, 1: 1}, {-1: 0, 0: 1, 1: 2})
     assert quality.value == pytest.approx(1 / 3)
     other = AnswerAccuracy()
-    other.add(out, {"kinds": torch.tensor([[1, 0], [1, -1]])})
+    other.add(out, {"kinds": torch.tensor([[1, 0], [1, -1]]), "sample_ids": torch.arange(2)})
     quality.merge(other)
     assert quality.value == pytest.approx(1 / 3)
     data = ChatData([], [], [], processor=None, length=8, kinds=("reading", "counting"))  # type: ignore[arg-type]
@@ -84,7 +85,7 @@ def test_answers_are_right_as_a_whole_and_counted_by_kind() -> None:
     assert details["answers"] == {"reading": {"accuracy": 0.0, "answers": 2}, "counting": {"accuracy": 0.5, "answers": 4}}
     assert details["loss"] == pytest.approx(0.6)
     unnamed = AnswerAccuracy()
-    unnamed.add(out, {"kinds": torch.empty(2, 0, dtype=torch.long)})
+    unnamed.add(out, {"kinds": torch.empty(2, 0, dtype=torch.long), "sample_ids": torch.arange(2)})
     assert unnamed.value == pytest.approx(1 / 3)
 
 
@@ -140,6 +141,8 @@ def test_a_run_is_reported_by_kind_evaluated_exported_and_answers(tmp_path: Path
     assert report.keep["achieved"]["projector.before_0"] == pytest.approx(0.25, abs=0.15)
     again = evaluate(str(tmp_path / "run"), RunFolder.open(tmp_path / "run").read_recipe(), console)
     assert again["variants"]["compressed"]["answer_accuracy"] == report.quality["compressed"]
+    answers = read_answers(tmp_path / "run").values()
+    assert sum(answer.right for answer in answers) / len(answers) == report.quality["compressed"]
     assert (tmp_path / "run" / "kept_tokens.png").is_file()
     recipe, picture = RunFolder.open(tmp_path / "run").read_recipe(), tmp_path / "kept.png"
     assert inspect_run(str(tmp_path / "run"), recipe, None, picture) == report.keep["achieved"]

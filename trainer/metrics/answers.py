@@ -11,7 +11,7 @@ import torch
 
 from ...data.splits import Splits
 from ..losses.answer_loss import AnswerLoss
-from .quality import Quality, mean
+from .quality import Answered, Quality, mean
 
 # Kind of answers whose kind is unknown.
 UNNAMED = -1
@@ -27,12 +27,14 @@ class AnswerAccuracy(Quality):
         tokens: number of them.
         right: right answers by number of their kind.
         total: answers by number of their kind.
+        answers: row, turn, number of the kind, whether it is right, and the model's own tokens of each answer.
     """
 
     nats: float = 0.0
     tokens: int = 0
     right: dict[int, int] = field(default_factory=dict)
     total: dict[int, int] = field(default_factory=dict)
+    answers: list[tuple[int, int, int, bool, tuple[int, ...]]] = field(default_factory=list)
 
     def add(self, out: AnswerLoss, batch: Mapping[str, Any]) -> None:
         self.nats, self.tokens = self.nats + float(out.total.detach()), self.tokens + len(out.right)
@@ -43,12 +45,24 @@ class AnswerAccuracy(Quality):
         asked = torch.zeros(number, dtype=torch.bool, device=answer.device).index_fill(0, answer, True)
         wrong = torch.zeros(number, dtype=torch.bool, device=answer.device).index_fill(0, answer[~out.right], True)
         named = kinds if kinds.shape[-1] else torch.full((len(kinds), turns), UNNAMED, device=answer.device)
+        self._note(out, batch, named)
         for kind in named.unique().tolist():
             of_kind = asked & (named[:, :turns] == kind).flatten()
             self.total[kind] = self.total.get(kind, 0) + int(of_kind.sum())
             self.right[kind] = self.right.get(kind, 0) + int((of_kind & ~wrong).sum())
 
+    def _note(self, out: AnswerLoss, batch: Mapping[str, Any], named: torch.Tensor) -> None:
+        """Notes the answers of a batch one by one; the learned tokens are in the order of rows and turns."""
+        rows = batch["sample_ids"].tolist()
+        found: dict[tuple[int, int], tuple[bool, list[int]]] = {}
+        for row, turn, right, token in zip(*(part.tolist() for part in (out.row, out.turn, out.right, out.logits.argmax(-1))), strict=True):
+            good, tokens = found.get((row, turn), (True, []))
+            found[row, turn] = good and right, [*tokens, token]
+        kinds = named.tolist()
+        self.answers += [(rows[row], turn, kinds[row][turn], good, tuple(tokens)) for (row, turn), (good, tokens) in found.items()]
+
     def merge(self, other: AnswerAccuracy) -> None:
+        self.answers += other.answers
         self.nats, self.tokens = self.nats + other.nats, self.tokens + other.tokens
         for kind, number in other.total.items():
             self.total[kind] = self.total.get(kind, 0) + number
@@ -67,3 +81,9 @@ class AnswerAccuracy(Quality):
         }
         nats = mean(self.nats, self.tokens, "learned token")
         return {"loss": nats, "perplexity": math.exp(min(nats, 700.0)), "answers": by_kind}
+
+    def answered(self, data: Splits) -> list[Answered]:
+        names = getattr(data, "kinds", ())
+        return sorted(
+            Answered(row, turn, names[kind] if kind >= 0 else "", right, tokens) for row, turn, kind, right, tokens in self.answers
+        )

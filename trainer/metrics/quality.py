@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ...data.rows import BadRows
 from ...data.splits import Splits
+
+
+@dataclass(frozen=True, order=True)
+class Answered:
+    """One answer of an evaluation, so that two models can be compared answer by answer.
+
+    Attributes:
+        row: number of the row in its split.
+        turn: number of the answer in the row.
+        kind: kind of the question; empty if the data have none.
+        right: the answer is right.
+        tokens: the model's own answer: the most likely tokens, each given the right ones before it.
+    """
+
+    row: int
+    turn: int
+    kind: str
+    right: bool
+    tokens: tuple[int, ...]
 
 
 class NothingCounted(BadRows):
@@ -53,4 +73,8 @@ class Quality:
 
     def remarks(self, data: Splits) -> list[str]:
         """What to know of the value, one line each."""
+        return []
+
+    def answered(self, data: Splits) -> list[Answered]:
+        """The single answers, by row and turn; empty for metrics of other outputs."""
         return []
