@@ -6,24 +6,36 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..tokens.trace import Trace
-from .llava import TOWERS
-from .multimodal import Multimodal, linear_macs, tower_macs
+from .before_text import OTHERS, Images
+from .llava import LlavaTower
 
 # Tiles of the cost model's default image: the whole image and four parts of it.
 _TILES = 5
 
 
-class LlavaNext(Multimodal):
-    """LLaVA-NeXT models. The learned token at the end of a line of patches is protected: it tells the lines apart."""
+class LlavaNext(LlavaTower):
+    """LLaVA-NeXT models. Each tile of an image is a row of the tower.
+
+    The learned token at the end of a line of patches is protected: it tells the lines apart. Patches of the tiles' padding, which the language
+    model of the dense model does not get, are tokens of the tower like others; the projector and the language model count none of them.
+    """
 
     model_type = "llava_next"
-    blocks_at = "vision_tower.encoder.layers"
-    towers = TOWERS
     classes: ClassVar[tuple[str, ...]] = ("LlavaNextModel", "LlavaNextForConditionalGeneration")
+
+    @classmethod
+    def not_before_text(cls, model: PreTrainedModel) -> str | None:
+        config: Any = model.config
+        if cls.leading_tokens(config):
+            return (
+                f"vision_feature_select_strategy = {config.vision_feature_select_strategy!r} puts the class token among the lines of patches; "
+                f"{OTHERS}"
+            )
+        return super().not_before_text(model)
 
     @classmethod
     def protect(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any], encoded: Mapping[str, Any]) -> None:
@@ -36,20 +48,102 @@ class LlavaNext(Multimodal):
             flow.protected = flow.protected | torch.zeros_like(flow.protected).masked_scatter(cls.placeholders(model, inputs, [kind]), ends)
 
     @classmethod
-    def image_cost(cls, base: nn.Module, config: Any, size: tuple[int, int] | None) -> tuple[int, float]:
-        vision = config.vision_config
-        side = vision.image_size // vision.patch_size
+    def images(cls, base: PreTrainedModel, trace: Trace, kind: str, inputs: Mapping[str, Any]) -> Images:
+        given: Tensor = inputs["pixel_values"]
+        tiles, patches = cls.tiles_of(base, inputs), cls.patches(base.config)
+        # Images have the largest number of tiles of any; those behind an image's own are padding.
+        pixel_values = torch.cat([part[:number] for part, number in zip(given, tiles, strict=True)]) if given.ndim == 5 else given
+        places = cls.places(base, tiles, inputs) if cls.staged(base) else None
+        unused = None if places is None else cls.unused(places, sum(tiles), patches)
+        features, gone = cls.rows_of(base, trace, pixel_values, inputs, None if unused is None else unused.to(given.device))
+        packed = cls.packed(base, torch.split(features, tiles), base.get_parameter("image_newline"), inputs)
+        if gone is None or places is None:
+            return Images(packed, None)
+        marks = torch.cat([gone.flatten(), gone.new_zeros(1)])
+        return Images(packed, [marks[place.to(marks.device)] for place in places])
+
+    @classmethod
+    def places(cls, base: PreTrainedModel, tiles: list[int], inputs: Mapping[str, Any]) -> list[Tensor]:
+        """For each image (T,) int64, the patch of each placeholder, counted over the patches of all tiles; their number at the end of a line.
+
+        Raises:
+            ValueError: an image is interpolated.
+        """
+        patches = cls.patches(base.config)
+        number = torch.arange(sum(tiles) * patches, dtype=torch.float64).view(-1, patches, 1)
+        # transformers' own function orders the numbers and their squares in place of features; -1 is the end of a line.
+        packed = cls.packed(base, torch.split(torch.cat([number, number.square()], -1), tiles), torch.tensor([-1.0, 1.0]), inputs)
+        if any(bool((part[:, 0].square() != part[:, 1]).any()) for part in packed):
+            # The square of a mean of several numbers is less than the mean of their squares.
+            raise ValueError(
+                f"an image of {max(tiles) - 1} tiles is interpolated to fewer patches by {cls.model_type}, and stages before the language model "
+                f"would leave holes in it: give the processor smaller images or fewer image_grid_pinpoints, or {OTHERS}"
+            )
+        return [part[:, 0].long() % (number.numel() + 1) for part in packed]
+
+    @classmethod
+    def unused(cls, places: list[Tensor], tiles: int, patches: int) -> Tensor | None:
+        """(tiles, patches) bool, patches of padding, which have no placeholder; None without any."""
+        unused = torch.ones(tiles * patches + 1, dtype=torch.bool).scatter(0, torch.cat(places), False)[:-1]
+        return unused.view(tiles, patches) if bool(unused.any()) else None
+
+    @classmethod
+    def tiles_of(cls, base: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int]:
+        """Number of tiles of each image, the whole image included."""
+        # Imported here: versions of transformers in which these models have no stages lack the function.
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config: Any = base.config
+        side = config.vision_config.image_size
+        return [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in inputs["image_sizes"]]
+
+    @classmethod
+    def packed(cls, base: Any, rows: Any, newline: Tensor, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """What transformers makes of the (tiles, patches, C) rows of each image: one line of patches after the other, without padding."""
+        strategy = base.config.vision_feature_select_strategy
+        made: list[Tensor] = base.pack_image_features(
+            rows, inputs["image_sizes"], vision_feature_select_strategy=strategy, image_newline=newline
+        )[0]
+        return made
+
+    @classmethod
+    def tile_size(cls, config: Any, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        return None
+
+    @classmethod
+    def tiles(cls, config: Any, size: tuple[int, int] | None) -> int:
         # Tiles are of one size, whatever the image's.
-        tiles = _TILES if size is None else 1 + (-(-size[0] // vision.image_size)) * (-(-size[1] // vision.image_size))
-        patches = side**2
-        in_tower = patches + TOWERS[vision.model_type].layer_adapter.leading(vision)
-        projector = linear_macs(base.get_submodule("multi_modal_projector"))
-        tower = tower_macs(base.get_submodule("vision_tower"), base.get_submodule(cls.blocks_at), in_tower, vision.hidden_size)
-        return tiles * patches, tiles * (tower + patches * projector)
+        side = config.vision_config.image_size
+        return _TILES if size is None else 1 + (-(-size[0] // side)) * (-(-size[1] // side))
 
 
 class LlavaOnevision(LlavaNext):
-    """LLaVA-OneVision models, for images and videos."""
+    """LLaVA-OneVision models, for images and videos. Stages before the language model are for images that are not interpolated."""
 
     model_type = "llava_onevision"
     classes: ClassVar[tuple[str, ...]] = ("LlavaOnevisionModel", "LlavaOnevisionForConditionalGeneration")
+
+    @classmethod
+    def leaves_to_model(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
+        given = inputs.get("mm_encoder_outputs") or {}
+        if inputs.get("pixel_values_videos") is None and given.get("video") is None:
+            return False
+        if cls.staged(model):
+            raise ValueError(
+                "the frames of a video are interpolated to a quarter of their patches, and stages before the language model would leave "
+                f"holes in them; {OTHERS}"
+            )
+        return True
+
+    @classmethod
+    def tiles_of(cls, base: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int]:
+        # An image in a row with others is not cut into tiles.
+        number = inputs.get("batch_num_images")
+        alone = [True] * len(inputs["image_sizes"]) if number is None else [one == 1 for one in number for _ in range(one)]
+        return [tiles if cut else 1 for tiles, cut in zip(super().tiles_of(base, inputs), alone, strict=True)]
+
+    @classmethod
+    def packed(cls, base: Any, rows: Any, newline: Tensor, inputs: Mapping[str, Any]) -> list[Tensor]:
+        ratio = base.config.vision_aspect_ratio
+        made: list[Tensor] = base.pack_image_features(rows, inputs["image_sizes"], image_newline=newline, vision_aspect_ratio=ratio)[0]
+        return made

@@ -23,7 +23,8 @@ from .stack import Stack
 LANGUAGE_MODELS: dict[str, type[Decoder]] = {adapter.model_type: adapter for adapter in (Llama, Mistral, Qwen2, Qwen3)}
 # Default number of text tokens beside one image: a question and its answer.
 TEXT_TOKENS = 64
-_KINDS = ("image", "video")
+# Input of each kind of visual tokens.
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class Multimodal(Decoder):
@@ -105,7 +106,7 @@ class Multimodal(Decoder):
         raise NotImplementedError
 
     @classmethod
-    def placeholder_ids(cls, config: Any, kinds: Collection[str] = _KINDS) -> list[int]:
+    def placeholder_ids(cls, config: Any, kinds: Collection[str] = tuple(PIXELS)) -> list[int]:
         """Ids of the tokens that features of images and videos replace."""
         found = (getattr(config, f"{kind}_token_id", None) for kind in kinds)
         return [number for number in found if number is not None]
@@ -124,9 +125,8 @@ class Multimodal(Decoder):
         if cls.base(model) is not model:
             return {}
         given, used, encoded = inputs.get("mm_encoder_outputs") or {}, set[str](), dict[str, Any]()
-        for kind in _KINDS:
+        for kind, pixels in PIXELS.items():
             function = getattr(model, f"get_{kind}_features", None)
-            pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
             if function is None or inputs.get(pixels) is None:
                 continue
             names = [name for name in inspect.signature(function).parameters if inputs.get(name) is not None]
@@ -150,7 +150,7 @@ class Multimodal(Decoder):
         """
 
     @classmethod
-    def placeholders(cls, model: PreTrainedModel, inputs: Mapping[str, Any], kinds: Collection[str] = _KINDS) -> Tensor:
+    def placeholders(cls, model: PreTrainedModel, inputs: Mapping[str, Any], kinds: Collection[str] = tuple(PIXELS)) -> Tensor:
         """(B, N) bool: the tokens that features of images and videos replace.
 
         Raises:
@@ -166,9 +166,7 @@ class Multimodal(Decoder):
                 of_ids = of_ids | (ids == number)
             return of_ids
         assert isinstance(embeds, Tensor)
-        if not any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")) and not inputs.get(
-            "mm_encoder_outputs"
-        ):
+        if not any(inputs.get(name) is not None for name in PIXELS.values()) and not inputs.get("mm_encoder_outputs"):
             raise ValueError(
                 "inputs_embeds without pixel_values: the places of visual tokens are unknown; call the model with input_ids, or with "
                 "inputs_embeds that hold the embedding of image_token_id at these places, and pixel_values"

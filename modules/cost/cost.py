@@ -127,12 +127,12 @@ class CostModel:
         for name, shape in self.shapes.items():
             walk, dense = walks[name], shape.dense_layers()
             layers = tokens[name] = tuple(LayerTokens(shape.protected + attention, shape.protected + mlp) for attention, mlp in walk.layers)
-            macs += shape.model_macs(layers, shape.protected + walk.leaving) + sum(walk.stage_macs.values())
-            dense_macs += shape.model_macs(dense) + shape.dense_only_macs
-            macs += 0.0 if self.stages else shape.dense_only_macs
-            activations += shape.activation_bytes(layers)
-            dense_activations += shape.activation_bytes(dense)
-            stage_macs |= walk.stage_macs
+            macs += shape.rows * (shape.model_macs(layers, shape.protected + walk.leaving) + sum(walk.stage_macs.values()))
+            dense_macs += shape.rows * (shape.model_macs(dense) + shape.dense_only_macs)
+            macs += 0.0 if self.stages else shape.rows * shape.dense_only_macs
+            activations += shape.rows * shape.activation_bytes(layers)
+            dense_activations += shape.rows * shape.activation_bytes(dense)
+            stage_macs |= {stage: shape.rows * value for stage, value in walk.stage_macs.items()}
             if name in self._causal:
                 cached += shape.kv_bytes(layers)
                 dense_cached += shape.kv_bytes(dense)
@@ -173,8 +173,8 @@ class CostModel:
         for name, shape in self.shapes.items():
             walk = walks[name]
             layers = [LayerTokens(shape.protected + attention, shape.protected + mlp) for attention, mlp in walk.layers]
-            macs = macs + shape.model_macs(layers, shape.protected + walk.leaving) + sum(walk.stage_macs.values())
-        ratio = macs / sum(shape.model_macs(shape.dense_layers()) + shape.dense_only_macs for shape in self.shapes.values())
+            macs = macs + shape.rows * (shape.model_macs(layers, shape.protected + walk.leaving) + sum(walk.stage_macs.values()))
+        ratio = macs / sum(shape.rows * (shape.model_macs(shape.dense_layers()) + shape.dense_only_macs) for shape in self.shapes.values())
         assert isinstance(ratio, Tensor)
         return ratio
 
@@ -226,7 +226,8 @@ class CostModel:
             walks[name] = self._walk(name, kept, entering.get(name, shape.routable))
             if (fed := self._adapter.feeds.get(name)) is not None:
                 # What leaves is a part of what would leave the dense stack; the stacks may differ in their protected tokens.
-                entering[fed] = walks[name].leaving + self.shapes[fed].routable - shape.routable
+                rows = shape.rows / self.shapes[fed].rows
+                entering[fed] = rows * (walks[name].leaving - shape.routable) + self.shapes[fed].routable
         return walks
 
     def _walk(self, stack: str, kept: Callable[[Stage, Any, Any], Any], begin: Any) -> _Walk:

@@ -43,6 +43,7 @@ class StackShape:
         macs_per_token: MACs of each layer for every token of its MLP, in place of attention and MLP, if it is a map of each token alone;
             None in a transformer layer.
         dense_only_macs: MACs per row that the dense model spends and a compressed one does not, such as layers whose output nothing reads.
+        rows: rows of the stack for each row of the model, such as the tiles of an image in a tower.
         windows: attention window of each layer in tokens, None for full attention; empty means full attention in all layers.
     """
 
@@ -60,6 +61,7 @@ class StackShape:
     gated: bool = False
     macs_per_token: int | None = None
     dense_only_macs: float = 0.0
+    rows: float = 1.0
     windows: tuple[int | None, ...] = ()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -41,7 +42,10 @@ class Generating:
         if encoded is None:
             prepared: dict[str, Any] = super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)  # type: ignore[misc]
             return prepared
-        return {key: value for key, value in model_kwargs.items() if key != "pixel_values"} | {"mm_encoder_outputs": encoded}
+        # As transformers does: inputs that only the features need would be repeated for beams.
+        functions = (getattr(self.base_model, f"get_{kind}_features", None) for kind in encoded)
+        used = {name for function in functions if function is not None for name in inspect.signature(function).parameters}
+        return {key: value for key, value in model_kwargs.items() if key not in used} | {"mm_encoder_outputs": encoded}
 
     def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]

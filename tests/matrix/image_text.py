@@ -37,6 +37,8 @@ class ImageTextFamily:
         tokens: visual tokens of one image.
         inputs: inputs of the model for images (I, 3, SIDE, SIDE) and ids (B, N).
         settings: other settings.
+        patches: tokens of a row of the tower.
+        lines: visual tokens of one image that end a line, which are protected.
     """
 
     model_type: str
@@ -45,6 +47,13 @@ class ImageTextFamily:
     tokens: int
     inputs: Callable[[Tensor, Tensor], dict[str, Tensor]]
     settings: dict[str, Any] = field(default_factory=dict)
+    patches: int = 36
+    lines: int = 0
+
+    @property
+    def routable(self) -> int:
+        """Visual tokens of one image that a stage may touch."""
+        return self.tokens - self.lines
 
 
 def _patches(images: Tensor, ids: Tensor) -> dict[str, Tensor]:
@@ -86,9 +95,9 @@ def _typed(images: Tensor, ids: Tensor) -> dict[str, Tensor]:
 _NEXT = {"image_grid_pinpoints": [[SIDE, SIDE]], "vision_feature_select_strategy": "full", "vision_feature_layer": -1}
 _COARSE = {**_SIGLIP, "patch_size": 8}
 FAMILIES = {
-    "llava_next": ImageTextFamily("llava_next", _COARSE, {**TEXT, "model_type": "llama"}, 21, _tiles, _NEXT),
+    "llava_next": ImageTextFamily("llava_next", _COARSE, {**TEXT, "model_type": "llama"}, 21, _tiles, _NEXT, 9, 3),
     "llava_onevision": ImageTextFamily(
-        "llava_onevision", _COARSE, {**TEXT, "model_type": "qwen2"}, 21, _tiles, {**_NEXT, "vision_aspect_ratio": "anyres_max_9"}
+        "llava_onevision", _COARSE, {**TEXT, "model_type": "qwen2"}, 21, _tiles, {**_NEXT, "vision_aspect_ratio": "anyres_max_9"}, 9, 3
     ),
     "qwen2_vl": ImageTextFamily(
         "qwen2_vl", {**_QWEN, "embed_dim": 16, "hidden_size": 16, "mlp_ratio": 2}, {**_QWEN_TEXT, "model_type": "qwen2_vl_text"}, 9, _patches

@@ -256,7 +256,7 @@ def test_what_cannot_shorten_a_tower_is_refused_with_what_can() -> None:
         compress(model, CompressionConfig([StageConfig(layer=0, keep=0.5, scorer="random", stack="projector")]))
     with pytest.raises(ValueError, match="compares keys, and a projector has no attention: take .*metric: tokens"):
         compress(dense(), CompressionConfig([StageConfig(layer=0, keep=0.5, scorer="bipartite", stack="projector")]))
-    with pytest.raises(ValueError, match="vision_feature_layer = -1 in a forward: a compressed LLaVA uses that of its config"):
+    with pytest.raises(ValueError, match="vision_feature_layer = -1 in a forward: a compressed llava uses that of its config"):
         _model("projector_learned")(**whole(), vision_feature_layer=-1)
 
 

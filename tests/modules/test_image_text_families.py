@@ -111,7 +111,7 @@ def test_a_mixed_batch_is_each_row_alone_and_decoding_equals_one_forward(family:
         trace = Trace()
         model(**_given(row(family, number)), trace=trace, use_cache=True)
         counts[number] = [routing.counts() for routing in trace.routings.values()]
-    visual = _routable(family)
+    visual = FAMILIES[family].routable
     assert [counts[number][0][1] for number in range(3)] == [images * visual for images in IMAGES]
     one = _given(row(family, 0))
     prompt = torch.arange(one["input_ids"].shape[1])[None] < one["input_ids"].shape[1] - 4
@@ -128,11 +128,6 @@ def test_a_mixed_batch_is_each_row_alone_and_decoding_equals_one_forward(family:
         # Positions of these follow the attention mask, which generate keeps.
         torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
     assert model.generate(**given, num_beams=2, **how).shape == made.shape
-
-
-def _routable(family: str) -> int:
-    """Visual tokens of an image that a stage may touch: not the ends of lines."""
-    return FAMILIES[family].tokens - (3 if family.startswith("llava") else 0)
 
 
 @pytest.mark.parametrize("family", _families())
@@ -152,13 +147,13 @@ def test_it_is_saved_loaded_taken_back_and_trained_with_checkpointing(family: st
 def test_analytic_macs_are_those_of_a_counter(family: str) -> None:
     model, given = _model(family, "random", attn_implementation="eager"), _given(row(family, 0))
     # 64 tokens beside the visual ones, to which the ends of lines do not belong.
-    words = 64 - (given["input_ids"].shape[1] - _routable(family))
+    words = 64 - (given["input_ids"].shape[1] - FAMILIES[family].routable)
     longer = {key: torch.nn.functional.pad(value, (0, words), value=3 * (key == "input_ids")) if value.shape == given["input_ids"].shape else value
               for key, value in given.items()}  # fmt: skip
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         dense(family, attn_implementation="eager")(**longer, use_cache=False)
     cost = CostModel(model, size=(24, 24))
-    assert cost.shapes["text"].routable == _routable(family)
+    assert cost.shapes["text"].routable == FAMILIES[family].routable
     assert cost().dense_macs == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
     trace = Trace()
     model(**longer, trace=trace, use_cache=True)

@@ -1,0 +1,230 @@
+"""Stages in the tower and at the projector of vision-language families beside LLaVA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from laconic import CompressionConfig, StageConfig, Trace, compress, decompress, from_pretrained
+from laconic.modules.compress import checkpoint_activations
+from laconic.modules.cost.cost import CostModel
+from tests.matrix.decoders import spread
+from tests.matrix.image_text import FAMILIES, IMAGES, PLACEHOLDER, SIDE, batch, dense, row
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+_LEARNED = {"name": "learned", "detach": True}
+# Stages by name; keep 0.5 unless they say otherwise.
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "projector": [{"stack": "projector", "layer": 0, "scorer": _LEARNED}],
+    "tower": [{"stack": "vision", "layer": 1, "scorer": _LEARNED}],
+    "merged": [{"stack": "projector", "layer": 0, "scorer": "uniform_grid", "merger": "nearest"}],
+    "all": [
+        {"stack": "vision", "layer": 1, "scorer": "uniform_grid", "keep": 0.7},
+        {"stack": "projector", "layer": 0, "scorer": _LEARNED, "keep": 0.7},
+        {"stack": "text", "layer": 2, "scope": "visual", "scorer": "last_query"},
+    ],
+}
+STAGED = ("llava_next", "llava_onevision")
+_DEFAULT = ("llava_next",)
+
+
+def _of(*names: str) -> list[Any]:
+    return [
+        pytest.param(family, name, marks=[] if family in _DEFAULT and name == "all" else pytest.mark.slow)
+        for family in STAGED
+        for name in names
+    ]
+
+
+def _model(family: str, name: str, keep: float | None = None, **settings: Any) -> PreTrainedModel:
+    stages = [StageConfig(**{"keep": 0.5, **stage, **({} if keep is None else {"keep": keep})}) for stage in METHODS[name]]
+    return spread(compress(dense(family, **settings), CompressionConfig(stages)))
+
+
+def _given(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in inputs.items() if key != "images"}
+
+
+def _labels(ids: Tensor) -> Tensor:
+    place = torch.arange(ids.shape[1])
+    last = torch.where(ids == PLACEHOLDER, place, 0).amax(1, keepdim=True)
+    return ids.masked_fill((place <= last + 1) | (ids == 0), -100)
+
+
+@pytest.mark.parametrize(("family", "name"), _of("projector", "tower", "all"))
+def test_keep_1_is_the_dense_model_bit_for_bit_loss_and_gradients(family: str, name: str) -> None:
+    given = batch(family)
+    answers, losses = _labels(given["input_ids"]), []
+    model, plain = _model(family, name, 1.0), dense(family)
+    for each in (model, plain):
+        trace = {"trace": Trace(labels=answers)} if each is model else {}
+        losses.append(each(**given, labels=answers, use_cache=False, **trace).loss)
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    ours = {key: value.grad for key, value in model.named_parameters() if ".stages." not in key}
+    for key, value in plain.named_parameters():
+        assert (ours[key] is None and value.grad is None) or torch.equal(ours[key], value.grad), key
+
+
+def _attend_to_seen(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """Attention to the tokens that ``module.seen`` gives, for one call after the other."""
+    seen = module.seen.pop(0)
+    return sdpa_attention_forward(module, query, key, value, seen[:, None, None], **kwargs)
+
+
+AttentionInterface.register("seen", _attend_to_seen)
+
+
+@pytest.mark.parametrize(("family", "name"), _of("projector", "tower", "all"))
+def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str, name: str) -> None:
+    given, model, plain = _given(row(family, 1)), _model(family, name), dense(family)
+    trace = Trace()
+    logits = model(**given, trace=trace, use_cache=True).logits
+    inner: Any = plain.model
+    tower = inner.vision_tower
+    tower.config._attn_implementation = "seen"
+    seen: Tensor | None = None
+    for index, layer in enumerate(tower.encoder.layers):
+        routing = trace.routings.get(f"vision.before_{index}")
+        if seen is None:
+            flow = trace.flow("vision")
+            seen = torch.ones(flow.rows, FAMILIES[family].patches, dtype=torch.bool)
+        if routing is not None:
+            seen = torch.zeros_like(seen).scatter(1, routing.state.position, routing.kept_mask) & seen
+        layer.self_attn.seen = [seen]
+    hidden = torch.ones_like(given["input_ids"], dtype=torch.bool)
+    absent = trace.flow("text").absent
+    assert absent is not None
+    for index, layer in enumerate(_layers(plain)):
+        hidden = hidden & ~absent
+        routing = trace.routings.get(f"text.before_{index}")
+        if routing is not None:
+            hidden = torch.zeros_like(hidden).scatter(1, routing.state.position, routing.kept_mask) & hidden
+
+        def masked(_: Any, args: Any, kwargs: dict[str, Any], seen: Tensor = hidden) -> Any:
+            length = seen.shape[1]
+            mask = kwargs.get("attention_mask")
+            mask = torch.ones(1, 1, length, length).tril().bool() if mask is None else mask > -1 if mask.is_floating_point() else mask
+            return args, kwargs | {"attention_mask": mask & seen[:, None, None]}
+
+        layer.register_forward_pre_hook(masked, with_kwargs=True)
+    expected = plain(**given, use_cache=False).logits
+    words = given["input_ids"] != PLACEHOLDER
+    torch.testing.assert_close(logits[words], expected[words], **CLOSE)
+
+
+def _layers(model: PreTrainedModel) -> Any:
+    inner: Any = model.model
+    return (inner.language_model if hasattr(inner, "language_model") else inner.text_model).layers
+
+
+@pytest.mark.parametrize(("family", "name"), _of("all", "merged"))
+def test_a_mixed_batch_is_each_row_alone_and_generation_equals_recomputing(family: str, name: str) -> None:
+    model, given = _model(family, name), batch(family)
+    how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    made = model.generate(**given, **how)
+    for number in range(3):
+        one = _given(row(family, number))
+        alone = model.generate(**one, **how)
+        assert torch.equal(alone.sequences[0, -3:], made.sequences[number, -3:])
+        for ours, theirs in zip(alone.logits, made.logits, strict=True):
+            torch.testing.assert_close(ours[0], theirs[number], **CLOSE)
+        trace = Trace()
+        model(**one, trace=trace, use_cache=True)
+        assert IMAGES[number] == 0 or int(torch.as_tensor(trace.flow("text").gone).sum()) > 0
+    one, beams = _given(row(family, 1)), {**how, "num_beams": 2}
+    both = model.generate(**batch(family, (1, 0)), **beams).sequences
+    assert torch.equal(both[0, -3:], model.generate(**one, **beams).sequences[0, -3:])
+    # Recomputed without a cache: nothing says where the prompt ends, so that the last token of the prompt is given.
+    prompt = torch.ones_like(one["input_ids"], dtype=torch.bool)
+    prompt[:, -1] = False
+    logits = model(**one, trace=Trace(prompt=prompt), use_cache=False).logits
+    torch.testing.assert_close(logits[:, -1], model.generate(**one, **how).logits[0], **CLOSE)
+
+
+@pytest.mark.parametrize(("family", "name"), _of("all"))
+def test_it_is_saved_loaded_taken_back_and_trained_with_checkpointing(family: str, name: str, tmp_path: Any) -> None:
+    given, model = _given(batch(family)), _model(family, name)
+    answers, found = _labels(given["input_ids"]), []
+    expected = model(**given, use_cache=True).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(**given, use_cache=True).logits, expected)
+    model.train()
+    for checkpoint in (False, True):
+        if checkpoint:
+            checkpoint_activations(model)
+        model.zero_grad()
+        model(**given, labels=answers, trace=Trace(labels=answers, seed=3), use_cache=False).loss.backward()
+        found.append({key: value.grad for key, value in model.named_parameters() if value.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(found[0][key], found[1][key], atol=1e-6) for key in found[0])
+    assert any(bool(value.any()) for key, value in found[0].items() if ".scorer." in key)
+    assert any(bool(value.any()) for key, value in found[0].items() if "vision" in key or "visual" in key)
+    assert type(decompress(model.eval())) is type(dense(family))
+
+
+@pytest.mark.parametrize(("family", "name"), _of("all"))
+def test_analytic_macs_of_all_stacks_equal_a_counter(family: str, name: str) -> None:
+    how, given = {"attn_implementation": "eager"}, _given(row(family, 0))
+    words = 64 - (given["input_ids"].shape[1] - FAMILIES[family].routable)
+    longer = {key: torch.nn.functional.pad(value, (0, words), value=3 * (key == "input_ids")) if value.shape == given["input_ids"].shape else value
+              for key, value in given.items()}  # fmt: skip
+    METHODS["counted"] = [{**stage, "selector": {"name": "top_k", "bucket": 1}} for stage in METHODS[name]]
+    model, trace = _model(family, "counted", **how), Trace()
+    del METHODS["counted"]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**longer, trace=trace, use_cache=True)
+    cost, counted = CostModel(model, size=(SIDE, SIDE)), counter.get_total_flops() / 2
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        dense(family, **how)(**longer, use_cache=False)
+    assert cost().dense_macs == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+    assert cost().macs == pytest.approx(counted, rel=0.01)
+    assert cost.achieved(trace) == pytest.approx(cost().macs_ratio, rel=0.02)
+
+
+def test_padding_of_tiles_is_neither_kept_nor_gone_and_features_go_to_their_places() -> None:
+    plain, model = dense("llava_next"), _model("llava_next", "projector")
+    for each in (plain, model):
+        each.config.image_grid_pinpoints = each.model.config.image_grid_pinpoints = [[SIDE, 2 * SIDE]]
+    # The whole image, and two tiles whose first and last lines are padding; the second image fills its tiles.
+    images = torch.randn(2, 3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    given = {"pixel_values": images, "image_sizes": torch.tensor([[8, 2 * SIDE], [SIDE, 2 * SIDE]])}
+    expected = plain.model.get_image_features(**given).pooler_output
+    assert [len(part) for part in expected] == [9 + 6 + 1, 9 + 18 + 3]
+    ids = torch.full((1, sum(map(len, expected)) + 1), PLACEHOLDER)
+    ids[:, -1] = 3
+    trace = Trace()
+    model(ids, **given, trace=trace)
+    routing = trace.routings["projector.before_0"]
+    assert torch.as_tensor(routing.present).tolist() == [9, 3, 3, 9, 9, 9]
+    assert torch.as_tensor(routing.kept).tolist() == [5, 2, 2, 5, 5, 5]
+    assert int(torch.as_tensor(trace.flow("text").gone)) == 15 + 27 - 24
+    marked = model.adapter.encoded_images(model, given)["image"].pooler_output
+    for ours, theirs in zip(marked, expected, strict=True):
+        here = ~ours.isnan().all(-1)
+        torch.testing.assert_close(ours[here], theirs[here], **CLOSE)
+        ends = (theirs == plain.model.image_newline).all(-1)
+        assert bool(here[ends].all())
+    assert [int((~part.isnan().all(-1)).sum()) for part in marked] == [9 + 1, 15 + 3]
+
+
+def test_images_and_videos_that_are_interpolated_are_refused_with_what_works() -> None:
+    model = _model("llava_onevision", "projector")
+    given = _given(row("llava_onevision", 0))
+    for each in (model.config, model.model.config):
+        each.image_grid_pinpoints, each.vision_aspect_ratio = [[SIDE, 2 * SIDE]], "anyres_max_1"
+    images = given["pixel_values"].repeat(1, 2, 1, 1, 1)[:, :3]
+    with pytest.raises(ValueError, match="an image of 2 tiles is interpolated to fewer patches by llava_onevision.*stack = 'text'"):
+        model(given["input_ids"], pixel_values=images, image_sizes=torch.tensor([[SIDE, 2 * SIDE]]))
+    with pytest.raises(ValueError, match="the frames of a video are interpolated to a quarter .*stack = 'text'"):
+        model(torch.full((1, 6), 46), pixel_values_videos=torch.randn(1, 1, 3, SIDE, SIDE))
+    plain, text = dense("llava_onevision"), {"stack": "text", "layer": 1, "scope": "visual", "scorer": "random", "keep": 1.0}
+    video = {"input_ids": torch.tensor([[2, *[46] * 5, 4]]), "pixel_values_videos": torch.randn(1, 1, 3, SIDE, SIDE)}
+    expected = plain(**video).logits
+    assert torch.equal(compress(plain, CompressionConfig([StageConfig(**text)]))(**video).logits, expected)
