@@ -52,15 +52,20 @@ class Evaluated:
     remarks: Sequence[str]
 
 
-def evaluate(target: str, recipe: Recipe, console: Console) -> dict[str, Any]:
+def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None = None) -> dict[str, Any]:
     """Quality and speed of the weights in ``target``: as trained, dense, and with as many tokens selected by each control scorer.
+
+    Args:
+        target: run, export, or any folder or hub name of a model.
+        recipe: recipe of its task and data.
+        console: console for progress.
+        weights: folder or hub name of the weights; None takes those of the run or export ``target``.
 
     The controls use the same weights without retraining, so they show the value of the router's selection at inference; models
     trained with a control are in the report's ``baselines``. A gate (``estimator: gate``) is kept for the controls and removed with the
     stages for the dense variant.
     """
-    run = RunFolder.open(target)
-    model = load_model(run.trained())
+    run, model = RunFolder.of(target), load_model(weights or RunFolder.open(target).trained())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     task = task_named(recipe.task)
@@ -112,14 +117,6 @@ def _open_data(recipe: Recipe, config: PretrainedConfig, model: PreTrainedModel,
         raise
     except ValueError as error:
         raise RecipeError(str(error)) from None
-
-
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Raises RecipeError for an override of a key that is not read when a trained model is evaluated or inspected."""
-    for override in overrides:
-        path = override.partition("=")[0]
-        if path != "seed" and path.split(".")[0] != "data":
-            raise RecipeError(f"{path} has no effect on a trained model: override data.* or seed here, and other keys in laconic train")
 
 
 def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Mapping[str, float]:

@@ -170,5 +170,5 @@ def test_an_encoder_that_is_none_is_refused_by_validate(tmp_path: Path, quick: l
     ):
         with pytest.raises(ValueError, match=message):
             validate(load("mae_digits_finetune", finetuning(quick, folder)).recipe)
-    with pytest.raises(RecipeError, match="set one of model.name .*, model.config .* or model.encoder_of"):
+    with pytest.raises(RecipeError, match="set one of model.name .*, model.gguf_file .*, model.config .* or model.encoder_of"):
         load("mae_digits_finetune", ["model.name=x"])

@@ -95,7 +95,7 @@ MISTAKES = [
     (["compression.stages.3.keep=0.3"], r"compression.stages is a list of 1, '3' is not an index of it"),
     (["compression.stages.0.keep=0.3"], r"budget.target has no effect"),
     (["budget=null"], r"stages before_0 have no keep and there is no budget"),
-    (["model.name=x"], r"set one of model.name .*, model.config .* or model.encoder_of"),
+    (["model.name=x"], r"set one of model.name .*, model.gguf_file .*, model.config .* or model.encoder_of"),
     (["task=image_clasification"], r"task 'image_clasification' does not exist: .*did you mean 'image_classification'"),
     (["seed"], r"override 'seed' must be key.path=value"),
 ]

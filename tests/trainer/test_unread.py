@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from laconic.trainer.build.plain_recipe import check_overrides
 from laconic.trainer.errors import RecipeError
-from laconic.trainer.evaluate import check_overrides
 from laconic.trainer.recipe.files import check, dump, load, read_recorded, shipped
 from laconic.trainer.recipe.plain_yaml import parsed
 from laconic.trainer.recipe.unread import TABLE

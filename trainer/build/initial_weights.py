@@ -26,6 +26,7 @@ from ...modules.config import CompressionConfig, StageConfig
 from ..errors import RecipeError
 from ..recipe.schema import ModelRecipe, Recipe
 from ..run_folder import RunFolder, check_files, located
+from .gguf import ordinary_folder
 
 PRETRAIN = "pretrain first, with laconic train mae_digits for example, or name another run folder, a folder of weights or a hub model"
 
@@ -71,11 +72,13 @@ class Start:
 
 
 def start_of(model: ModelRecipe) -> Start | None:
-    """The start that a recipe's ``model.name`` refers to; None if the recipe has no name.
+    """The start that a recipe's ``model.name`` or ``model.gguf_file`` refers to; None if the recipe has neither.
 
     Raises:
         ValueError: the weights cannot be loaded or are damaged.
     """
+    if model.gguf_file is not None:
+        model = model.model_copy(update={"name": ordinary_folder(model.gguf_file)})
     if model.name is None:
         return None
     path = Path(model.name)

@@ -27,7 +27,7 @@ def check_lora(recipe: Recipe) -> None:
     if lora is None or not lora.freezes:
         return
     where = f"lora.mode = {lora.mode!r}"
-    if recipe.model.name is None:
+    if not recipe.model.has_weights:
         raise RecipeError(
             f"{where} freezes the weights of model.name, which is not set: name a folder, run or hub model with trained weights, or set "
             "lora.mode=full"

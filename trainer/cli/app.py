@@ -149,28 +149,27 @@ def train(
 
 @app.command()
 def evaluate(
-    target: Annotated[str, typer.Argument(help="run folder, or folder of an export")], overrides: Overrides = None, as_json: Json = False
+    target: Annotated[str, typer.Argument(help="run, export, or any folder, hub name or .gguf file of a model")],
+    overrides: Overrides = None,
+    as_json: Json = False,
 ) -> None:
-    """Quality, achieved ratios and latency of a run, the dense model and simpler methods with as many tokens."""
+    """Quality, achieved ratios and latency of a run, the dense model and simpler methods with as many tokens; quality of any model."""
     from rich.table import Table
 
     with user_input():
-        from ..evaluate import check_overrides
-        from ..evaluate import evaluate as run
-        from ..run_folder import RunFolder
-
-        check_overrides(overrides or [])
-        recipe = RunFolder.open(target).read_recipe(overrides or [])
         from ..build.initial_weights import start_of
+        from ..build.plain_recipe import recipe_of
         from ..build.validate import validate as check
+        from ..evaluate import evaluate as run
         from ..recipe.schema import ModelRecipe
 
-        start = start_of(ModelRecipe(name=target))
+        recipe, weights = recipe_of(target, overrides or [])
+        start = start_of(ModelRecipe(name=weights))
         assert start is not None
         check(recipe, start.config)
     out = console(as_json)
     with running():
-        result = run(target, recipe, out)
+        result = run(target, recipe, out, weights)
     emit(result, as_json)
     table = Table(title=f"{target}: the same weights, {result['split']} split")
     metric = result["metric"]
@@ -263,7 +262,8 @@ def inspect(
 ) -> None:
     """Show the tokens that every stage of a trained model keeps."""
     with user_input():
-        from ..evaluate import check_overrides, inspect_run
+        from ..build.plain_recipe import check_overrides
+        from ..evaluate import inspect_run
         from ..run_folder import RunFolder
 
         check_overrides(overrides or [])

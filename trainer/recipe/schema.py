@@ -35,6 +35,11 @@ class ModelRecipe(Block):
     name: str | None = Field(
         None, description="hub name or local folder of weights, a run folder, a checkpoint or an adapter, from which training continues"
     )
+    gguf_file: str | None = Field(
+        None,
+        description="path of a GGUF file of a causal language model, or PACKAGE:FILE for one in a Python package: its weights, dequantised "
+        "once into the cache",
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     encoder_of: str | None = Field(
         None, description="run of masked_image_pretraining, folder or hub name of a vit_mae: its encoder becomes a vit with a new head"
@@ -59,9 +64,10 @@ class ModelRecipe(Block):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelRecipe:
-        if sum(source is not None for source in (self.name, self.config, self.encoder_of)) != 1:
+        if sum(source is not None for source in (self.name, self.gguf_file, self.config, self.encoder_of)) != 1:
             raise ValueError(
-                "set one of model.name (a folder or hub name), model.config (random weights) or model.encoder_of (a masked pretraining)"
+                "set one of model.name (a folder or hub name), model.gguf_file (a GGUF file), model.config (random weights) or "
+                "model.encoder_of (a masked pretraining)"
             )
         if self.encoder_routers and self.encoder_of is None:
             raise ValueError("model.encoder_routers = true needs model.encoder_of, which is not set: set it to a masked pretraining")
@@ -71,12 +77,17 @@ class ModelRecipe(Block):
             raise ValueError("model.image_scale changes the image size of model.name, which is not set: set the size in model.config")
         if self.new_head and self.name is None:
             raise ValueError("model.new_head = true replaces the head of model.name, which is not set: remove model.new_head")
-        if self.resize_vocabulary and self.name is None:
+        if self.resize_vocabulary and not self.has_weights:
             raise ValueError("model.resize_vocabulary = true needs model.name, which is not set: with model.config set its vocab_size")
         if self.config is not None and not isinstance(model_type := self.config.get("model_type"), str):
             given = "is missing" if model_type is None else f"= {model_type!r} is no family of models"
             raise ValueError(f"model.config.model_type {given}: vit or deit, for example")
         return self
+
+    @property
+    def has_weights(self) -> bool:
+        """The whole model starts from weights, of ``name`` or ``gguf_file``."""
+        return self.name is not None or self.gguf_file is not None
 
 
 class LoraRecipe(Block):
