@@ -268,6 +268,9 @@ def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:
     """True if a training step leaves parameters without gradient, found on a step of one row; DDP needs to know."""
     if stage_of(parts.recipe.trainer) or collective.world_size() == 1:
         return False
+    if parts.recipe.training_keep is not None:
+        # A step with all tokens trains no router.
+        return True
     rows = parts.data.train_rows
     row = next((item for item in (parts.data.train[index] for index in range(rows if rows is not None else 1)) if "bad" not in item), None)
     if row is None:

@@ -14,6 +14,7 @@ from ..data.rows import BadRow, BadRowCount, BadRows
 from ..modules.budget.budget import Budget
 from ..modules.checkpoints.training_checkpoint import KEY, STATE_PREFIX, about, of_same_model
 from ..modules.decoding.generation import can_look_ahead
+from ..modules.stage import stages_of
 from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.trace import Trace
 from .build.optimization import learning_rate_schedule
@@ -22,6 +23,8 @@ from .build.parts import RunParts
 from .distributed import collective
 from .distributed.zero3 import kept_names, save_trained
 from .errors import RecipeError
+from .losses.distillation import DistillationLoss
+from .losses.teachers import teacher_of
 from .metrics.lookahead import LookAhead
 from .metrics.quality import Quality
 from .recipe.schema import OptimizerRecipe
@@ -32,7 +35,7 @@ _DATA, _ROWS = "data", "bad_rows"
 
 
 class TaskModule(lightning.LightningModule):
-    """Trains a dense or compressed model. A task's own module overrides ``losses``.
+    """Trains a dense or compressed model. A task's own module overrides ``losses`` or ``prepared``.
 
     Args:
         task: task to train.
@@ -49,6 +52,8 @@ class TaskModule(lightning.LightningModule):
         self.budget: Budget | None = parts.budget
         self.cost = parts.cost
         self.seed = recipe.seed
+        self.training_keep = recipe.training_keep
+        self.teacher = teacher_of(parts)
         self.base = parts.base
         self.save_beside = parts.data.save_beside
         self.data_record = parts.data.record
@@ -78,12 +83,20 @@ class TaskModule(lightning.LightningModule):
             ``loss`` with gradient, the task's own ``task_loss``, ``trace`` (or None), ``budget`` (a BudgetLoss or None) and
             ``distillation`` (a DistillationLoss or None).
         """
-        trace = self.training_trace(batch)
-        task_loss = self.task.loss(self.model, batch, **self.with_trace(trace))
-        return self.total(batch, task_loss, task_loss, trace)
+        batch, trace = self.prepared(batch), self.training_trace(batch)
+        taught = None if self.teacher is None else self.teacher(self.task, self.model, batch, trace)
+        if self.teacher is None or taught is None:
+            task_loss = self.task.loss(self.model, batch, **self.with_trace(trace))
+            return self.total(batch, task_loss, task_loss, trace)
+        learned = self.task.learn(self.model, batch, taught, self.teacher.recipe, **self.with_trace(trace))
+        return self.total(batch, learned.total, learned.labels, trace, learned)
+
+    def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch that a step learns from; teacher and student get the same one."""
+        return batch
 
     def total(
-        self, batch: dict[str, Any], loss: Tensor, task_loss: Tensor, trace: Trace | None, distillation: Any = None
+        self, batch: dict[str, Any], loss: Tensor, task_loss: Tensor, trace: Trace | None, distillation: DistillationLoss | None = None
     ) -> dict[str, Any]:
         """The result of ``losses``: ``loss`` plus the budget's loss, or without a budget plus the estimators' auxiliary loss.
 
@@ -106,7 +119,11 @@ class TaskModule(lightning.LightningModule):
             return None
         if self.budget is not None:
             return self.budget.trace(self.global_step, batch["sample_ids"])
-        return Trace(step=self.global_step, seed=self.seed, sample_ids=batch["sample_ids"])
+        trace = Trace(step=self.global_step, seed=self.seed, sample_ids=batch["sample_ids"])
+        if self.training_keep is not None:
+            drawn = self.training_keep.keep(self.global_step, self.total_steps, self.seed)
+            trace.keep = dict.fromkeys(stages_of(self.model), drawn)
+        return trace
 
     @staticmethod
     def with_trace(trace: Trace | None) -> dict[str, Trace]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from ..cost.shape import StackShape
@@ -48,5 +51,7 @@ class PivotsScorer(Scorer):
         first = torch.arange(number, 0, -1, device=scores.device, dtype=scores.dtype).expand_as(pivots)
         return Scored(scores.scatter(1, pivots, first))
 
-    def macs(self, shape: StackShape, tokens: int) -> int:
-        return tokens * shape.hidden * (1 + min(self.pivots, tokens))
+    def macs(self, shape: StackShape, tokens: Any) -> Any:
+        # Rows of unequal length have a tensor of counts.
+        pivots = tokens.clamp(max=self.pivots) if isinstance(tokens, Tensor) else min(self.pivots, tokens)
+        return tokens * shape.hidden * (1 + pivots)

@@ -235,7 +235,7 @@ def test_the_module_weighs_its_loss_by_the_tokens_of_all_ranks(tiny: list[str], 
     [
         (["data.augmentation=flip"], r"data.augmentation is for images .*, and task = causal_lm has text without labels: remove it"),
         (["data.canvas.size=40"], r"data.canvas is for images"),
-        (["distillation={teacher: dense_self}"], "distillation needs an image classifier as a teacher"),
+        (["distillation={teacher: dense_self}"], "is for image classifiers, and task = causal_lm"),
         (
             ["data.name=scattered_digits"],
             r"data.name = 'scattered_digits' is for images .*: use python_library, python_functions, text, json",

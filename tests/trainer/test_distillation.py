@@ -15,11 +15,13 @@ from laconic import Trace
 from laconic.modules.compress import checkpoint_activations
 from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
-from laconic.trainer.losses.distillation import Distillation, DistillationRecipe, distillation_loss, hidden_loss, load_teacher
+from laconic.trainer.losses.distillation import DistillationRecipe, divergence, hidden_loss
+from laconic.trainer.losses.teachers import GivenTeacher, load_teacher
 from laconic.trainer.recipe.files import load
 from laconic.trainer.recipe.schema import ModelRecipe
 from laconic.trainer.run import train_arm
 from laconic.trainer.tasks.base import task_named
+from laconic.trainer.tasks.image_classification import ImageClassification
 from tests.matrix import CLASSES, METHODS, compressed, dense, images, labels
 
 NAMES = [f"LABEL_{code}" for code in range(CLASSES)]
@@ -32,21 +34,24 @@ def _recipe(**settings: object) -> DistillationRecipe:
 def test_the_loss_is_hintons() -> None:
     student, teacher, temperature = torch.randn(3, 5), torch.randn(3, 5), 3.0
     target = (teacher / temperature).softmax(-1)
-    expected = (target * (target.log() - (student / temperature).log_softmax(-1))).sum(-1).mean() * 9
-    torch.testing.assert_close(distillation_loss(student, teacher, temperature), expected)
-    assert float(distillation_loss(teacher + 1, teacher, temperature)) == pytest.approx(0, abs=1e-6)
+    expected = (target * (target.log() - (student / temperature).log_softmax(-1))).sum(-1) * 9
+    torch.testing.assert_close(divergence(student, teacher, temperature), expected)
+    torch.testing.assert_close(divergence(teacher, student, temperature, reverse=True), expected)
+    assert float(divergence(teacher + 1, teacher, temperature).abs().max()) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("hidden", [0.0, 0.7])
 def test_only_the_student_gets_gradients_and_the_parts_add_up(hidden: float) -> None:
     student = compressed("vit", METHODS[0], 0.5, 0.6).train()
     teacher = dense("vit").train()
-    distillation = Distillation(teacher, _recipe(weight=0.25, temperature=2.0, hidden=hidden))
+    recipe = _recipe(weight=0.25, temperature=2.0, hidden=hidden)
+    given = GivenTeacher(teacher, recipe)
     assert not teacher.training
-    trace = Trace()
-    out = student(pixel_values=images(), labels=labels(), trace=trace, **distillation.student_options)
-    loss = distillation(out.loss, out, images(), trace)
-    parts = 0.75 * out.loss + 0.25 * loss.answers + hidden * (loss.hidden if loss.hidden is not None else 0)
+    batch, trace = {"pixel_values": images(), "labels": labels()}, Trace()
+    taught = given(ImageClassification, student, batch, trace)
+    assert taught is not None
+    loss = ImageClassification.learn(student, batch, taught, recipe, trace=trace)
+    parts = 0.75 * loss.labels + 0.25 * loss.answers + hidden * (loss.hidden if loss.hidden is not None else 0)
     torch.testing.assert_close(loss.total, parts)
     loss.total.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -76,11 +81,11 @@ def test_the_teacher_is_no_part_of_the_task(tmp_path: Path, quick: list[str]) ->
     recipe = load("vit_digits", [*overrides, f"distillation.teacher={tmp_path / 'teacher'}"]).recipe
     parts = build(recipe)
     task = task_named(parts.recipe.task).module(parts)
-    assert task.distillation is not None
+    assert isinstance(task.teacher, GivenTeacher)
     own = {id(parameter) for parameter in task.parameters()}
-    assert not own & {id(parameter) for parameter in task.distillation.teacher.parameters()}
+    assert not own & {id(parameter) for parameter in task.teacher.model.parameters()}
     assert all(name.startswith("model.") for name in task.state_dict())
-    assert copy.deepcopy(task).distillation is task.distillation
+    assert copy.deepcopy(task).teacher is task.teacher
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -131,7 +136,7 @@ def test_dense_self_is_the_loaded_model_without_stages(tmp_path: Path) -> None:
     model = ModelRecipe.model_validate({"name": str(tmp_path / "model")})
     loaded = load_teacher(_recipe(teacher="dense_self"), model, dense("vit").config, NAMES)
     with torch.no_grad():
-        torch.testing.assert_close(loaded.teacher(images()).logits, dense("vit")(images()).logits)
+        torch.testing.assert_close(loaded.model(images()).logits, dense("vit")(images()).logits)
 
 
 def test_loading_a_teacher_moves_no_draw(tmp_path: Path) -> None:
@@ -147,10 +152,10 @@ def test_gradient_checkpointing_changes_nothing_about_matched_tokens() -> None:
         student = compressed("vit", METHODS[0], 0.5, 0.6).train()
         if recompute:
             checkpoint_activations(student)
-        distillation = Distillation(dense("vit"), _recipe(hidden=1.0))
-        trace = Trace()
-        out = student(pixel_values=images(), labels=labels(), trace=trace, **distillation.student_options)
-        total = distillation(out.loss, out, images(), trace).total
+        recipe, batch, trace = _recipe(hidden=1.0), {"pixel_values": images(), "labels": labels()}, Trace()
+        taught = GivenTeacher(dense("vit"), recipe)(ImageClassification, student, batch, trace)
+        assert taught is not None
+        total = ImageClassification.learn(student, batch, taught, recipe, trace=trace).total
         total.backward()
         totals.append((total.detach(), student.vit.embeddings.cls_token.grad))
     assert torch.equal(totals[0][0], totals[1][0])

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from laconic.modules.tokens.labels import IGNORE_TOKEN
-from laconic.trainer.losses.token_loss import TokenLoss, check_model, token_loss
+from laconic.trainer.losses.distillation import divergence
+from laconic.trainer.losses.token_loss import TokenLoss, check_model, loss_of, read, token_loss
 from laconic.trainer.metrics.perplexity import Perplexity
 
 VOCAB, ROWS, LENGTH = 97, 3, 24
@@ -135,3 +136,25 @@ def test_perplexity_sums_tokens_of_all_batches_and_ranks_before_it_divides() -> 
     assert ranks[0].details(None) == {  # type: ignore[arg-type]
         "loss": 1.5, "bits_per_byte": pytest.approx(18 / math.log(2) / 32), "tokens": 12, "bytes": 32,
     }  # fmt: skip
+
+
+def test_the_divergence_from_a_teacher_in_parts_is_that_of_all_logits_with_its_gradients() -> None:
+    model, (ids, labels, positions) = _model("gemma2"), _batch()
+    teacher = torch.randn(ROWS * LENGTH, SHARED["hidden_size"])
+    with torch.no_grad():
+        expected = model.lm_head(teacher).float()
+        expected = (0.05 * torch.tanh(expected / 0.05)).view(ROWS, LENGTH, -1)[:, :-1]
+    there = labels[:, 1:] != IGNORE_TOKEN
+    own = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, :-1]
+    apart = divergence(own[there], expected[there], 0.5).sum()
+    apart.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    for most in (2 * VOCAB * LENGTH * ROWS, VOCAB * 7):
+        model.zero_grad()
+        given = read(model, ids, labels, positions)
+        found = loss_of(model, given, teacher, lambda logits, other: divergence(logits, other, 0.5), whole=most, part=most)
+        torch.testing.assert_close(found.apart, apart, atol=1e-4, rtol=1e-4)
+        assert found.apart is not None
+        found.apart.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4, rtol=1e-3, msg=name)

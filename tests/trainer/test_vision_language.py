@@ -258,12 +258,3 @@ def test_the_model_with_all_tokens_teaches_itself_with_few(tmp_path: Path, conso
     run = [*given, f"output={tmp_path / 'run'}"]
     assert validate(load("vlm_digits", run).recipe).macs_ratio < 1
     train(load("vlm_digits", run), run, console)
-    for wrong, message in (
-        (["distillation={teacher: dense_self}"], "distillation.teacher = 'dense_self' is for image classifiers, .*: set teacher to self"),
-        (["distillation={teacher: self, hidden: 1}"], "distillation.hidden = 1.0 is for image classifiers"),
-        (["distillation={teacher: self}", "compression=null"], "is the model with more tokens, and the recipe has no compression"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build(load("vlm_digits", [*small("vlm_digits", tmp_path, QUICK), *wrong]).recipe)
-    with pytest.raises(ValueError, match="distillation.teacher = 'self' is for chats about images: use dense_self"):
-        validate(load("vit_digits", ["distillation={teacher: self}"]).recipe)

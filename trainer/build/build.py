@@ -34,6 +34,7 @@ from ..tasks.base import Task, task_named
 from .heads import check_known, has_head, known_classes, named_classes, renew_heads
 from .image_size import scale_images
 from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load_stages, load_state, start_of
+from .keeps import check_keeps
 from .model_settings import check_settings, with_settings
 from .part_rates import check_part_lr, freeze_parts
 from .parts import RunParts
@@ -173,6 +174,7 @@ def _assemble(
         model = compress(model, compression)
         if budget is None:
             check_held(stages_of(model).values(), regularized=False)
+        check_keeps(recipe, stages_of(model).values())
         if recipe.model.encoder_routers and filled:
             load_routers(model, encoder_weights(recipe.model), recipe.model.revision)
         if start is not None and filled:

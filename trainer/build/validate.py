@@ -13,12 +13,13 @@ from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.compatibility import check_deployable
 from ..distributed.strategies import check as check_strategy
 from ..errors import RecipeError
-from ..losses.distillation import check_teacher
+from ..losses.teachers import check_teacher
 from ..recipe.schema import ITSELF, Recipe
 from ..tasks.base import task_named
 from .build import build_model, cost_model, located_stages, model_config, open_data, total_steps
 from .heads import trained_classes
 from .initial_weights import check_start, start_of
+from .keeps import check_keeps
 from .opened_data import check_rows
 from .part_rates import check_part_lr, freeze_parts, groups_of, part_names, rates_of
 from .trainable import check_lora, parameter_counts, train_parts
@@ -93,6 +94,7 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked
         if counted is not None:
             # Checked here, because evaluation would find it only after training.
             check_deployable(stage for stage in counted.stages if stage.adapter.causal)
+            check_keeps(recipe, counted.stages)
         routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
         train_parts(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
         freeze_parts(recipe, model)

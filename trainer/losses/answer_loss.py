@@ -23,6 +23,7 @@ class AnswerLoss:
 
     Attributes:
         total: scalar float32, sum of the tokens' negative log-likelihoods in nats, with gradient.
+        hidden_states: (P, C) what the head reads.
         logits: (P, vocabulary) answers of the model.
         right: (P,) bool, the token is the most likely one.
         row: (P,) int64, row of each token.
@@ -30,6 +31,7 @@ class AnswerLoss:
     """
 
     total: Tensor
+    hidden_states: Tensor
     logits: Tensor
     right: Tensor
     row: Tensor
@@ -61,10 +63,11 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any
     # Token i predicts token i + 1.
     following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_TOKEN)
     row, place = (following != IGNORE_TOKEN).nonzero(as_tuple=True)
-    logits = logits_of(model, hidden_states[row, place])
+    read = hidden_states[row, place]
+    logits = logits_of(model, read)
     expected = following[row, place]
     total = functional.cross_entropy(logits, expected, reduction="sum")
-    return AnswerLoss(total, logits, logits.argmax(-1) == expected, row, batch["turns"][row, place + 1])
+    return AnswerLoss(total, read, logits, logits.argmax(-1) == expected, row, batch["turns"][row, place + 1])
 
 
 def with_blank_image(model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

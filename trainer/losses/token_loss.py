@@ -6,6 +6,7 @@ gradient. Here the head processes a part of the tokens at a time, and backward r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +29,34 @@ class TokenLoss:
     Attributes:
         total: scalar float32, sum of the tokens' negative log-likelihoods in nats, with gradient.
         count: scalar int64, number of predicted tokens.
+        apart: scalar float32, sum of the tokens' divergences from a teacher, with gradient; None without a teacher.
     """
 
     total: Tensor
     count: Tensor
+    apart: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
         """Scalar: mean loss of a token; 0 if no token is predicted."""
         return self.total / self.count.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the head of a language model reads, and what it is to predict there.
+
+    Attributes:
+        hidden_states: (B · N, C) last hidden states of the base model.
+        following: (B · N,) int64 next tokens, IGNORE_TOKEN where none is predicted.
+    """
+
+    hidden_states: Tensor
+    following: Tensor
+
+
+# (P, entries) logits of student and teacher -> (P,) how far they are apart.
+Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 def token_loss(
@@ -62,28 +82,69 @@ def token_loss(
         part: number of logits in memory at once if the total exceeds ``whole``.
         options: arguments of the base model's forward: ``trace`` of a compressed model.
     """
+    return loss_of(model, read(model, input_ids, labels, position_ids, documents, **options), whole=whole, part=part)
+
+
+def read(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    labels: Tensor,
+    position_ids: Tensor | None = None,
+    documents: Tensor | None = None,
+    **options: Any,
+) -> Read:
+    """The forward of the base model. Arguments as of ``token_loss``."""
     trace = options.get("trace")
     if trace is not None:
         trace.labels, trace.documents = labels, documents
     base: Any = model.base_model
     hidden_states = base(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options).last_hidden_state
     # Token i predicts token i + 1. Shifting the labels copies less than shifting the hidden states.
-    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_TOKEN).flatten()
-    flat = hidden_states.flatten(0, 1)
+    return Read(hidden_states.flatten(0, 1), functional.pad(labels[:, 1:], (0, 1), value=IGNORE_TOKEN).flatten())
+
+
+def loss_of(
+    model: PreTrainedModel,
+    found: Read,
+    taught: Tensor | None = None,
+    divergence: Divergence | None = None,
+    whole: int = WHOLE,
+    part: int = PART,
+) -> TokenLoss:
+    """The loss of what a base model gave, and how far its answers are from a teacher's.
+
+    Args:
+        model: model with the head.
+        found: output of its base model.
+        taught: (B · N, C) what the head of the same model read in the teacher's forward; None without a teacher.
+        divergence: of the answers, if there is a teacher.
+        whole: largest number of logits in memory at once.
+        part: number of logits in memory at once if the total exceeds ``whole``.
+    """
+    flat, following = found.hidden_states, found.following
     # From shapes alone, so that every rank calls the head equally often.
-    entries = model.config.get_text_config().vocab_size
+    entries = model.config.get_text_config().vocab_size * (1 if taught is None else 2)
     fits = len(flat) * entries <= whole
     step = len(flat) if fits else max(1, part // entries)
     losses = []
     for start in range(0, len(flat), step):
-        given = model, flat[start : start + step], following[start : start + step]
+        at = slice(start, start + step)
+        given = model, flat[at], following[at], None if taught is None else taught[at], divergence
         again = not fits and torch.is_grad_enabled()
         losses.append(checkpoint(_part, *given, use_reentrant=False) if again else _part(*given))
-    return TokenLoss(torch.stack(losses).sum(), (following != IGNORE_TOKEN).sum())
+    total, apart = torch.stack(losses).sum(0)
+    return TokenLoss(total, (following != IGNORE_TOKEN).sum(), None if taught is None else apart)
 
 
-def _part(model: PreTrainedModel, hidden_states: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(logits_of(model, hidden_states), labels, ignore_index=IGNORE_TOKEN, reduction="sum")
+def _part(model: PreTrainedModel, hidden_states: Tensor, labels: Tensor, taught: Tensor | None, divergence: Divergence | None) -> Tensor:
+    """(2,) loss and divergence of a part, summed over its tokens."""
+    logits = logits_of(model, hidden_states)
+    loss = functional.cross_entropy(logits, labels, ignore_index=IGNORE_TOKEN, reduction="sum")
+    if taught is None or divergence is None:
+        return torch.stack([loss, torch.zeros_like(loss)])
+    with torch.no_grad():
+        expected = logits_of(model, taught)
+    return torch.stack([loss, divergence(logits, expected).masked_fill(labels == IGNORE_TOKEN, 0.0).sum()])
 
 
 def logits_of(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Arm:
         mean_token_fraction: mean over the held-out rows.
         train_seconds: seconds of training steps, with loading.
         per_second: images or tokens per second, by the task's unit, over ``train_seconds``; None if nothing was trained.
-        train_macs_ratio: mean over the training steps, from the budget's schedule.
+        train_macs_ratio: mean over the training steps, from the budget's schedule or the drawn keeps.
         step_seconds: median time of a training step; None if not measured.
         speedup: dense ÷ this arm, from pairs; None if not measured.
         of_oracle: oracle ÷ this arm, from pairs; None if not measured.

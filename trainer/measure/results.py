@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...modules.cost.cost import Cost
 from ..build.parts import RunParts
 from ..build.trainable import parameter_counts
 from ..callbacks.progress import Throughput
@@ -36,9 +37,22 @@ def arm_of(recipe: str, parts: RunParts, module: TaskModule, throughput: Through
         mean_token_fraction=1.0 if cost is None else cost.mean_token_fraction,
         train_seconds=throughput.seconds,
         per_second=throughput.mean,
-        train_macs_ratio=1.0 if cost is None else cost.macs_ratio if parts.budget is None else parts.budget.training_macs_ratio,
+        train_macs_ratio=1.0 if cost is None else _training_ratio(parts, cost),
         parameters=parameter_counts(parts.model),
     )
+
+
+def _training_ratio(parts: RunParts, cost: Cost) -> float:
+    """Mean ``macs_ratio`` of the student's forward in training."""
+    if parts.budget is not None:
+        return parts.budget.training_macs_ratio
+    drawn = parts.recipe.training_keep
+    if drawn is None:
+        return cost.macs_ratio
+    assert parts.cost is not None
+    steps = range(0, parts.total_steps, max(1, parts.total_steps // 200))
+    keeps = [drawn.keep(step, parts.total_steps, parts.recipe.seed) for step in steps]
+    return sum(parts.cost(dict.fromkeys(cost.keep, keep)).macs_ratio for keep in keeps) / len(keeps)
 
 
 def ratio_of(arm: Arm, parts: RunParts) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> list[Loade
         for key in ("task", "seed", "model", "data"):
             _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
         if arm.recipe.compression is not None:
-            for key in ("distillation", "lora"):
+            for key in ("distillation", "lora", "training_keep"):
                 _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
         for key in ("max_steps", "max_epochs", "accumulate", "precision", "devices", "num_nodes"):
             _require_equal(loaded, arm, f"trainer.{key}", getattr(loaded.recipe.trainer, key), getattr(arm.recipe.trainer, key))
@@ -35,7 +35,7 @@ def _shared(override: str, dense: bool) -> bool:
     if path.split(".")[0] in ("baselines", "output"):
         return False
     if dense:
-        return not path.startswith(("compression", "budget", "distillation")) and path not in OF_STAGES
+        return not path.startswith(("compression", "budget", "distillation", "training_keep")) and path not in OF_STAGES
     if path in ("compression", "compression.stages"):
         raise RecipeError(f"{path} cannot be overridden as a whole for control arms too: override single keys, or set baselines=[]")
     # A method and its settings define an arm too.

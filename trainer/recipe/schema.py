@@ -18,6 +18,7 @@ from pydantic import (
 from ...data.recipe import Block, Count, DataRecipe, Fraction
 from ...modules import registry
 from ...modules.budget.config import BudgetConfig
+from ...modules.budget.drawn_keep import DrawnKeep
 from ...modules.config import CompressionConfig
 from .data_kinds import KINDS, checked
 
@@ -160,20 +161,40 @@ class LoraRecipe(Block):
         return LoraConfig(**settings)
 
 
+class MilderRecipe(Block):
+    """How many more tokens the teacher self keeps than the student, as a difference of their keeps that moves on a straight line."""
+
+    start: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="difference at step 0")
+    end: Annotated[float, Field(ge=0, lt=1)] = Field(0.3, description="difference at the last step")
+
+
 class DistillationRecipe(Block):
-    """Distillation from a dense teacher."""
+    """Distillation from a dense teacher, or from the model itself with other keeps."""
 
     teacher: str = Field(
-        description="for images dense_self (model.name without stages), a run folder, a folder of weights, or a hub name: any dense image "
-        "classifier of transformers with the same labels; for chats about images self, the trained model with more of its tokens"
+        description="self: the trained model with more of its tokens, in every task with labels. In image classification also dense_self "
+        "(model.name without stages), a run folder, a folder of weights, or a hub name: any dense classifier with the same labels"
     )
-    keep: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="keep of every stage in the teacher self; 1 is the dense model")
+    keep: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="keep of every stage in the teacher self; 1 is the dense model. Steps in which the student has this keep have no teacher",
+    )
+    milder: MilderRecipe | None = Field(None, description="keep of the teacher self as that of the student plus a difference (EPIC)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub teacher")
-    weight: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="weight of the teacher's answers; the labels have the rest")
+    weight: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="weight of the teacher's answers")
+    labels: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="weight of the labels; null is 1 - weight")
     temperature: Annotated[float, Field(gt=0)] = Field(2.0, description="softens both answers; their loss is × its square")
+    reverse: bool = Field(False, description="KL(student ‖ teacher) in place of KL(teacher ‖ student)")
     hidden: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="weight of matching the remaining tokens of the last layer; needs a teacher of the same width and grid"
+        0.0,
+        description="weight of matching the remaining tokens of the last layer, in language models those before a label; needs a teacher of "
+        "the same width and grid, with all tokens",
     )
+
+    @property
+    def label_weight(self) -> float:
+        """Weight of the labels' loss."""
+        return 1 - self.weight if self.labels is None else self.labels
 
 
 class OptimizerRecipe(Block):
@@ -306,7 +327,10 @@ class Recipe(Block):
         CompressionConfig | None, PlainValidator(_compression), PlainSerializer(lambda config: None if config is None else config.to_dict())
     ] = Field(None, description="stages; null trains the dense model")
     budget: Annotated[BudgetConfig | None, BeforeValidator(_no_removed_fraction)] = Field(None, description="allowed cost of the model")
-    distillation: DistillationRecipe | None = Field(None, description="learn from a frozen dense teacher too")
+    training_keep: DrawnKeep | None = Field(
+        None, description="keep of every stage drawn anew for each training step; evaluation and the saved model have the stages' own"
+    )
+    distillation: DistillationRecipe | None = Field(None, description="learn from a teacher too")
     data: Annotated[SerializeAsAny[DataRecipe], PlainValidator(_data)] = Field(
         default_factory=dict, validate_default=True, description="training data; the keys depend on the task's kind of data"
     )
@@ -323,6 +347,12 @@ class Recipe(Block):
     def _consistent(self) -> Recipe:
         if self.model.encoder_routers and self.compression is None:
             raise ValueError("model.encoder_routers = true needs compression.stages that use these routers; add them, or remove the key")
+        if self.training_keep is not None and (self.compression is None or self.budget is not None):
+            raise ValueError(
+                "training_keep is the keep of stages, and compression is not set: remove it, or add compression.stages"
+                if self.compression is None
+                else "training_keep and budget both set the keep of a training step: remove one of them"
+            )
         open_stages = [stage.key for stage in self.compression.stages if stage.free] if self.compression else []
         if self.compression is None and self.budget is not None:
             raise ValueError("budget is set but compression is not: a dense model has no budget; add compression.stages")

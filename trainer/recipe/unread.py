@@ -101,8 +101,8 @@ TABLE = (
     ),
     Unread(
         ("data.label_smoothing",),
-        lambda r: r.distillation is not None and r.distillation.weight == 1,
-        "distillation.weight = 1 leaves no weight to the labels: remove it, or lower distillation.weight",
+        lambda r: r.distillation is not None and r.distillation.label_weight == 0,
+        "distillation leaves no weight to the labels: remove it, lower distillation.weight, or set distillation.labels",
     ),
     Unread(
         ("model.revision",),
@@ -115,12 +115,17 @@ TABLE = (
         "distillation.teacher = {r.distillation.teacher!r} has the revision of model.name: remove it",
     ),
     Unread(
-        ("distillation.keep",),
+        _in("distillation", "keep", "milder"),
         lambda r: r.distillation is not None and r.distillation.teacher != ITSELF,
         "distillation.teacher = {r.distillation.teacher!r} is dense, and only the teacher self has a keep: remove it",
     ),
     Unread(
-        ("distillation.temperature",),
+        ("distillation.keep",),
+        lambda r: r.distillation is not None and r.distillation.milder is not None,
+        "distillation.milder is set, which is a difference from the student's keep: remove one of the two",
+    ),
+    Unread(
+        _in("distillation", "temperature", "reverse"),
         lambda r: r.distillation is not None and r.distillation.weight == 0,
         "distillation.weight = 0 leaves no weight to the teacher's answers: remove it, or set distillation.weight above 0",
     ),

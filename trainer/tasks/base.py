@@ -16,8 +16,9 @@ from ...data.splits import Splits
 from ...modules import registry
 from ...modules.tokens.trace import Trace
 from ..build.parts import RunParts
+from ..losses.distillation import DistillationLoss, Taught
 from ..metrics.quality import Quality
-from ..recipe.schema import ModelRecipe, Recipe
+from ..recipe.schema import ITSELF, DistillationRecipe, ModelRecipe, Recipe
 from ..run_folder import RunFolder
 
 PROBES = 8
@@ -147,6 +148,33 @@ class Task:
         raise NotImplementedError
 
     @classmethod
+    def teach(cls, model: PreTrainedModel, batch: Mapping[str, Any], recipe: DistillationRecipe, **options: Any) -> Taught:
+        """What a model says about a batch as a teacher, in a task with labels.
+
+        Args:
+            model: the teacher, in evaluation mode and without gradient.
+            batch: batch on the student's device.
+            recipe: the ``distillation`` block.
+            options: arguments of the model's forward.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def learn(
+        cls, model: PreTrainedModel, batch: Mapping[str, Any], taught: Taught, recipe: DistillationRecipe, **options: Any
+    ) -> DistillationLoss:
+        """The loss of a forward that learns from labels and from a teacher.
+
+        Args:
+            model: the student.
+            batch: batch on its device.
+            taught: what ``teach`` gave for the batch.
+            recipe: the ``distillation`` block.
+            options: arguments of the model's forward.
+        """
+        raise NotImplementedError
+
+    @classmethod
     def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
         """PROBES rows of noise as inputs for the model of a config; exports are compared on their ``logits``.
 
@@ -220,6 +248,24 @@ def whole_weights(model_class: type[PreTrainedModel], recipe: ModelRecipe, confi
     if missing := sorted(map(str, report["missing_keys"])):
         raise ValueError(f"model.name = {recipe.name!r} lacks the weights {', '.join(missing[:3])}: it is {otherwise}")
     return (model, report) if with_report else model
+
+
+def check_teacher_itself(recipe: Recipe) -> None:
+    """Raises ValueError unless the teacher of a recipe, if it has one, is the model itself, and there is something to learn from it."""
+    teacher = recipe.distillation
+    if teacher is None:
+        return
+    if teacher.teacher != ITSELF:
+        raise ValueError(f"distillation.teacher = {teacher.teacher!r} is for image classifiers, and task = {recipe.task}: set it to self")
+    if recipe.compression is None:
+        raise ValueError(
+            "distillation.teacher = 'self' is the model with more tokens, and the recipe has no compression: remove distillation"
+        )
+    if teacher.hidden and (teacher.keep < 1 or teacher.milder is not None):
+        raise ValueError(
+            f"distillation.hidden = {teacher.hidden} compares with every token of the teacher, which has fewer by "
+            f"{'keep' if teacher.milder is None else 'milder'}: set distillation.hidden=0, or remove distillation.keep and milder"
+        )
 
 
 def give_labels(options: Mapping[str, Any], batch: Mapping[str, Any]) -> None:

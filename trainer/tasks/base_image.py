@@ -29,13 +29,14 @@ from ..build.parts import RunParts
 from ..recipe.schema import Recipe
 from ..run_folder import RunFolder
 from ..show.pictures import PICTURED, draw_arms, overlays, save_kept_tokens
-from .base import PROBES, Task, fit_classes, give_labels
+from .base import PROBES, fit_classes, give_labels
+from .base_logits import LogitsTask
 
 # Largest side of an image, and number of channels.
 LARGEST = 65_536
 
 
-class ImageTask(Task):
+class ImageTask(LogitsTask):
     """A task whose model input is ``pixel_values``."""
 
     unit: ClassVar[str] = "images"
@@ -56,10 +57,10 @@ class ImageTask(Task):
         fit_classes(config, data)
 
     @classmethod
-    def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
+    def step(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> tuple[Tensor, Any]:
         give_labels(options, batch)
-        loss: Tensor = model(**cls.step_inputs(batch, model.config), **options).loss
-        return loss
+        out = model(**cls.step_inputs(batch, model.config), **options)
+        return out.loss, out
 
     @classmethod
     def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Any:

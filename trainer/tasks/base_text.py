@@ -17,7 +17,7 @@ from ..build.initial_weights import start_of
 from ..recipe.schema import Recipe
 from ..run_folder import TOKENIZER, RunFolder
 from ..show.inspection import inspect_text
-from .base import PROBES, Task
+from .base import PROBES, Task, check_teacher_itself
 
 _PROBE_TOKENS = 32
 
@@ -35,8 +35,7 @@ class TextTask(Task):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        if recipe.distillation is not None:
-            raise ValueError(f"distillation needs an image classifier as a teacher, and task = {recipe.task} has text: remove distillation")
+        check_teacher_itself(recipe)
         if recipe.model.encoder_of is not None:
             raise ValueError(f"model.encoder_of is for images, and task = {recipe.task} has text: set model.name or model.config")
 

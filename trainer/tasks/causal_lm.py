@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import transformers
@@ -15,11 +16,13 @@ from ...data.splits import Splits
 from ...data.text.recipe import DocumentRecipe
 from ...data.text.splits import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
 from ...data.text.tokenizer import with_template
+from ...modules.tokens.labels import IGNORE_TOKEN
 from ..build.parts import RunParts
-from ..losses.token_loss import TokenLoss, check_model, token_loss
+from ..losses.distillation import DistillationLoss, Taught, divergence, token_difference, weighted
+from ..losses.token_loss import Read, TokenLoss, check_model, loss_of, read
 from ..metrics.perplexity import Perplexity
 from ..metrics.quality import Quality
-from ..recipe.schema import ModelRecipe, Recipe
+from ..recipe.schema import DistillationRecipe, ModelRecipe, Recipe
 from ..run_folder import RunFolder
 from ..task_module import TaskModule
 from .base import whole_weights
@@ -119,7 +122,30 @@ class CausalLM(TextTask):
 
     @classmethod
     def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> TokenLoss:
-        return token_loss(model, batch["input_ids"], batch["labels"], batch["position_ids"], _apart(batch["documents"]), **options)
+        return loss_of(model, cls._read(model, batch, **options))
+
+    @classmethod
+    def _read(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Read:
+        return read(model, batch["input_ids"], batch["labels"], batch["position_ids"], _apart(batch["documents"]), **options)
+
+    @classmethod
+    def teach(cls, model: PreTrainedModel, batch: Mapping[str, Any], recipe: DistillationRecipe, **options: Any) -> Taught:
+        found = cls._read(model, batch, **options).hidden_states
+        return Taught(found, found if recipe.hidden else None)
+
+    @classmethod
+    def learn(
+        cls, model: PreTrainedModel, batch: Mapping[str, Any], taught: Taught, recipe: DistillationRecipe, **options: Any
+    ) -> DistillationLoss:
+        found = cls._read(model, batch, **options)
+        apart = partial(divergence, temperature=recipe.temperature, reverse=recipe.reverse)
+        loss = loss_of(model, found, taught.answers, apart)
+        number, hidden = loss.count.clamp(min=1), None
+        if taught.tokens is not None:
+            difference = token_difference(found.hidden_states, taught.tokens)
+            hidden = difference.masked_fill(found.following == IGNORE_TOKEN, 0.0).sum() / number
+        assert loss.apart is not None
+        return weighted(recipe, loss.mean, loss.apart / number, hidden)
 
 
 def _apart(documents: Tensor) -> Tensor | None:

@@ -18,12 +18,11 @@ from ...data.images.transform import ImageTransform
 from ...data.labels.classes import KnownClasses
 from ...modules.backbones import adapter_for, families
 from ..build.parts import RunParts
-from ..losses.distillation import Distillation, load_teacher
 from ..metrics.accuracy import Accuracy
 from ..metrics.quality import Quality
 from ..recipe.schema import ITSELF, Recipe
 from ..task_module import TaskModule
-from .base import Task
+from .base import Task, check_teacher_itself, give_labels
 from .base_image import ImageTask
 
 _CLASSIFIER_FOR = {
@@ -34,45 +33,26 @@ _CLASSIFIER_FOR = {
 
 
 class ImageClassificationModule(TaskModule):
-    """Trains a classifier; mixing, label smoothing and a teacher if the recipe has them."""
+    """Trains a classifier, on mixed images and smoothed labels if the recipe has them."""
 
     def __init__(self, task: type[Task], parts: RunParts) -> None:
         super().__init__(task, parts)
         recipe, data = parts.recipe, parts.recipe.data
         assert isinstance(data, LabelledImageRecipe)
-        mixing, teacher = data.mixing, recipe.distillation
+        mixing = data.mixing
         self.mixing = None if mixing is None else Mixing(**mixing.model_dump(), seed=recipe.seed)
         self.label_smoothing = data.label_smoothing
-        self.distillation: Distillation | None = (
-            None if teacher is None else load_teacher(teacher, recipe.model, parts.model.config, parts.data.classes)
-        )
 
-    def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
-        trace = self.training_trace(batch)
-        pixels, labels = self._prepared(batch)
-        if trace is not None:
-            trace.labels = labels
-        options = self.with_trace(trace) | (self.distillation.student_options if self.distillation is not None else {})
-        if labels.is_floating_point():
-            # transformers' models accept integer labels only.
-            out = self.model(pixel_values=pixels, **options)
-            task_loss = functional.cross_entropy(out.logits.float(), labels)
-        else:
-            out = self.model(pixel_values=pixels, labels=labels, **options)
-            task_loss = out.loss
-        distilled = self.distillation(task_loss, out, pixels, trace) if self.distillation is not None else None
-        return self.total(batch, task_loss if distilled is None else distilled.total, task_loss, trace, distilled)
-
-    def _prepared(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Pixels, and labels: int64 (B,), or float32 (B, classes) if mixed or smoothed."""
+    def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with mixed images if they are mixed, and with float32 (B, classes) labels if they are mixed or smoothed."""
         pixels, labels = batch["pixel_values"], batch["labels"]
         if self.mixing is None and not self.label_smoothing:
-            return pixels, labels
+            return batch
         labels = soft_labels(labels, self.model.config.num_labels, self.label_smoothing)
         if self.mixing is None:
-            return pixels, labels
+            return {**batch, "labels": labels}
         mixed = self.mixing(pixels, labels, self.global_step, batch["sample_ids"])
-        return mixed.pixel_values, mixed.labels
+        return {**batch, "pixel_values": mixed.pixel_values, "labels": mixed.labels}
 
 
 class ImageClassification(ImageTask):
@@ -84,7 +64,7 @@ class ImageClassification(ImageTask):
     @classmethod
     def check(cls, recipe: Recipe) -> None:
         if recipe.distillation is not None and recipe.distillation.teacher == ITSELF:
-            raise ValueError("distillation.teacher = 'self' is for chats about images: use dense_self, or name a run")
+            check_teacher_itself(recipe)
 
     @classmethod
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:
@@ -99,6 +79,15 @@ class ImageClassification(ImageTask):
         adapter_for(model_type, name)
         model: type[PreTrainedModel] = getattr(transformers, name)
         return model
+
+    @classmethod
+    def step(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> tuple[Tensor, Any]:
+        if not batch["labels"].is_floating_point():
+            return super().step(model, batch, **options)
+        # transformers' models accept integer labels only.
+        give_labels(options, batch)
+        out = model(pixel_values=batch["pixel_values"], **options)
+        return functional.cross_entropy(out.logits.float(), batch["labels"]), out
 
     @classmethod
     def embedded_data(cls, recipe: ImageRecipe, seed: int, channels: int) -> ImageData:

@@ -55,7 +55,10 @@ class MaskedImagePretraining(ImageTask):
     @classmethod
     def check(cls, recipe: Recipe) -> None:
         if recipe.distillation is not None:
-            raise ValueError("distillation is for tasks with labels, and masked_image_pretraining has none: remove distillation")
+            raise ValueError(
+                "distillation is for tasks with labels, and masked_image_pretraining learns the pixels themselves, which no teacher knows "
+                "better: remove distillation"
+            )
         for stage in recipe.compression.stages if recipe.compression is not None else ():
             if registry.part_class("scorer", stage.part("scorer")).answers_task:
                 raise ValueError(

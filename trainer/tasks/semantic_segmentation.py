@@ -24,6 +24,7 @@ from ..metrics.mean_iou import MeanIoU
 from ..metrics.quality import Quality
 from ..recipe.schema import Recipe
 from ..task_module import TaskModule
+from .base import check_teacher_itself
 from .base_image import ImageTask
 
 
@@ -35,10 +36,11 @@ class SemanticSegmentation(ImageTask):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        if recipe.distillation is not None:
-            raise ValueError(
-                "distillation needs a teacher with one class an image, and task = semantic_segmentation has one a pixel: remove distillation"
-            )
+        check_teacher_itself(recipe)
+
+    @classmethod
+    def at_labels(cls, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        return logits.movedim(1, -1)[batch["labels"] != IGNORE_PIXEL]
 
     @classmethod
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:

@@ -22,10 +22,11 @@ from ..metrics.quality import Quality
 from ..recipe.schema import Recipe
 from ..task_module import TaskModule
 from .base import fit_classes, give_labels
+from .base_logits import LogitsTask
 from .base_text import TextTask
 
 
-class TextClassification(TextTask):
+class TextClassification(LogitsTask, TextTask):
     """One label a text, with any family that has a sequence classifier in transformers; stages need a family with an adapter."""
 
     metric = "accuracy"
@@ -78,10 +79,10 @@ class TextClassification(TextTask):
         return int(batch["attention_mask"].sum())
 
     @classmethod
-    def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
+    def step(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> tuple[Tensor, Any]:
         give_labels(options, batch)
-        loss: Tensor = cls.forward(model, batch, labels=batch["labels"], **options).loss
-        return loss
+        out = cls.forward(model, batch, labels=batch["labels"], **options)
+        return out.loss, out
 
     @classmethod
     def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Any:

@@ -29,41 +29,18 @@ from ..build.image_size import load_at_own_size
 from ..build.initial_weights import start_of
 from ..build.parts import RunParts
 from ..losses.answer_loss import AnswerLoss, answer_loss
-from ..losses.distillation import learn_from_itself
+from ..losses.distillation import DistillationLoss, Taught, distillation_loss, mean, token_difference, weighted
 from ..metrics.answers import AnswerAccuracy
 from ..metrics.quality import Quality
-from ..recipe.schema import ITSELF, ModelRecipe, Recipe
+from ..recipe.schema import DistillationRecipe, ModelRecipe, Recipe
 from ..run_folder import PROCESSOR_OF_CHATS, RunFolder
 from ..show.pictures import PICTURED, save_kept_tokens, visual_overlays
 from ..task_module import TaskModule
-from .base import PROBES, Task, whole_weights
+from .base import PROBES, Task, check_teacher_itself, whole_weights
 
 # Pictures whose questions a new tokenizer is trained on.
 _READ = 200
 _PROBE_TEXT = 16
-
-
-class VisionLanguageModule(TaskModule):
-    """Trains on answers, and on those of the model itself with more tokens if the recipe has a teacher."""
-
-    def __init__(self, task: type[Task], parts: RunParts) -> None:
-        super().__init__(task, parts)
-        self.teacher = parts.recipe.distillation
-
-    def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
-        teacher, trace = self.teacher, self.training_trace(batch)
-        if teacher is None or trace is None:
-            return super().losses(batch)
-        keep = dict.fromkeys(stages_of(self.model), teacher.keep)
-        more = Trace(step=trace.step, seed=trace.seed, sample_ids=trace.sample_ids, keep=keep, lookahead=True)
-        # In evaluation mode thresholds do not follow the teacher's scores.
-        self.model.eval()
-        with torch.no_grad():
-            expected = answer_loss(self.model, batch, trace=more)
-        self.model.train()
-        found = answer_loss(self.model, batch, trace=trace)
-        distilled = learn_from_itself(teacher, found.mean, found.logits, expected.logits)
-        return self.total(batch, distilled.total, found.mean, trace, distilled)
 
 
 class VisionLanguage(Task):
@@ -76,16 +53,7 @@ class VisionLanguage(Task):
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
-        teacher = recipe.distillation
-        if teacher is not None and (teacher.teacher != ITSELF or teacher.hidden):
-            what = f"hidden = {teacher.hidden}" if teacher.teacher == ITSELF else f"teacher = {teacher.teacher!r}"
-            raise ValueError(
-                f"distillation.{what} is for image classifiers, and task = {recipe.task} has chats: set teacher to self, hidden to 0"
-            )
-        if teacher is not None and recipe.compression is None:
-            raise ValueError(
-                "distillation.teacher = 'self' is the model with more tokens, and the recipe has no compression: remove distillation"
-            )
+        check_teacher_itself(recipe)
         if recipe.model.encoder_of is not None:
             raise ValueError(f"model.encoder_of is for images alone, and task = {recipe.task} has chats: set model.name or model.config")
 
@@ -181,7 +149,7 @@ class VisionLanguage(Task):
 
     @classmethod
     def module(cls, parts: RunParts) -> TaskModule:
-        return VisionLanguageModule(cls, parts)
+        return TaskModule(cls, parts)
 
     @classmethod
     def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
@@ -258,6 +226,19 @@ class VisionLanguage(Task):
     @classmethod
     def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> AnswerLoss:
         return answer_loss(model, batch, **options)
+
+    @classmethod
+    def teach(cls, model: PreTrainedModel, batch: Mapping[str, Any], recipe: DistillationRecipe, **options: Any) -> Taught:
+        found = answer_loss(model, batch, **options)
+        return Taught(found.logits, found.hidden_states if recipe.hidden else None)
+
+    @classmethod
+    def learn(
+        cls, model: PreTrainedModel, batch: Mapping[str, Any], taught: Taught, recipe: DistillationRecipe, **options: Any
+    ) -> DistillationLoss:
+        found = answer_loss(model, batch, **options)
+        hidden = None if taught.tokens is None else mean(token_difference(found.hidden_states, taught.tokens))
+        return weighted(recipe, found.mean, distillation_loss(found.logits, taught.answers, recipe), hidden)
 
 
 def _asked(processor: Any, given: str) -> tuple[dict[str, Tensor], str]:

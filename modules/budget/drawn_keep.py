@@ -1,0 +1,76 @@
+"""DrawnKeep: the keep of every stage in a training step, drawn anew for each step, so that one set of weights serves many ratios."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from .schedules import linear, progress
+
+
+@dataclass(frozen=True)
+class DrawnKeep:
+    """The keep of every stage in a training step: one of some values, or uniform between two.
+
+    The draw is a function of seed and step: the same on every rank, in every batch of an accumulated step, and after resuming.
+
+    Attributes:
+        choices: values that are equally likely (M3, arXiv 2405.17430, draws scales); empty for a uniform draw.
+        lowest: lower end of a uniform draw.
+        highest: upper end of a uniform draw.
+        start: lower end at step 0, from which it moves to ``lowest`` on a straight line; None has ``lowest`` from the first step.
+        until: fraction of training at which ``lowest`` is reached.
+        full: probability of a step with all tokens, whatever else is drawn.
+    """
+
+    choices: tuple[float, ...] = ()
+    lowest: float | None = None
+    highest: float = 1.0
+    start: float | None = None
+    until: float = 1.0
+    full: float = 0.0
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 - read by pydantic where a recipe holds one
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "choices", tuple(self.choices))
+        if bool(self.choices) == (self.lowest is not None):
+            raise ValueError("training_keep: give either choices, a list of keeps, or lowest, the smallest keep of a uniform draw")
+        keeps = {"lowest": self.lowest, "highest": self.highest, "start": self.start} | {
+            f"choices[{i}]": k for i, k in enumerate(self.choices)
+        }
+        for name, value in keeps.items():
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"training_keep.{name} = {value} must be in (0, 1]: the fraction that is kept, not removed")
+        if self.choices and (self.highest != 1 or self.start is not None or self.until != 1):
+            raise ValueError(
+                "training_keep: highest, start and until are of a uniform draw: remove them, or give lowest in place of choices"
+            )
+        for name in ("lowest", "start"):
+            value = getattr(self, name)
+            if value is not None and value > self.highest:
+                raise ValueError(f"training_keep.{name} = {value} must be at most highest, {self.highest}")
+        if self.until != 1 and self.start is None:
+            raise ValueError(f"training_keep.until = {self.until} is where the way from start ends, and start is not set: set it")
+        for name in ("until", "full"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"training_keep.{name} = {getattr(self, name)} must be in [0, 1]")
+
+    def bounds(self, step: int, total_steps: int) -> tuple[float, float]:
+        """Lower and upper end of the uniform draw at a step."""
+        assert self.lowest is not None
+        start = self.lowest if self.start is None else self.start
+        return linear(start, self.lowest, progress(step, self.until, total_steps)), self.highest
+
+    def keep(self, step: int, total_steps: int, seed: int) -> float:
+        """The keep of every stage at a step of training.
+
+        Args:
+            step: optimizer step.
+            total_steps: number of optimizer steps.
+            seed: seed of the run.
+        """
+        draws = random.Random(f"{seed} {step}")
+        if draws.random() < self.full:
+            return 1.0
+        return draws.choice(self.choices) if self.choices else draws.uniform(*self.bounds(step, total_steps))
