@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer
 
 from ..modules.budget.budget import Budget
+from ..modules.budget.schedules import progress
 from ..modules.cost.cost import CostModel
 from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.trace import Trace
@@ -55,6 +56,7 @@ class BudgetMixin:
             trace = self.budget.trace(step, sample_ids)
         else:
             trace = Trace(step=step if training else 0, seed=host.args.seed, sample_ids=sample_ids)
+            trace.progress = progress(step, 1.0, host.state.max_steps) if training else 1.0
         # The Trainer may remove the labels from the inputs and compute the loss itself; estimators need them in any case.
         trace.labels = inputs.get("labels")
         parent: Any = super()

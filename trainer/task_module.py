@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..data.rows import BadRow, BadRowCount, BadRows
 from ..modules.budget.budget import Budget
+from ..modules.budget.schedules import progress
 from ..modules.checkpoints.training_checkpoint import KEY, STATE_PREFIX, about, of_same_model
 from ..modules.decoding.generation import can_look_ahead
 from ..modules.stage import stages_of
@@ -119,7 +120,8 @@ class TaskModule(lightning.LightningModule):
             return None
         if self.budget is not None:
             return self.budget.trace(self.global_step, batch["sample_ids"])
-        trace = Trace(step=self.global_step, seed=self.seed, sample_ids=batch["sample_ids"])
+        done = progress(self.global_step, 1.0, self.total_steps)
+        trace = Trace(step=self.global_step, seed=self.seed, sample_ids=batch["sample_ids"], progress=done)
         if self.training_keep is not None:
             drawn = self.training_keep.keep(self.global_step, self.total_steps, self.seed)
             trace.keep = dict.fromkeys(stages_of(self.model), drawn)

@@ -149,7 +149,8 @@ class Budget:
         """
         noise = self.config.noise * (1 - progress(step, self.config.noise_until, self.total_steps))
         keep = self.keep(step) if self.target(step) != self.config.target else {}
-        return Trace(step=step, seed=self.seed, sample_ids=sample_ids, labels=labels, noise=noise, keep=keep)
+        done = progress(step, 1.0, self.total_steps)
+        return Trace(step=step, seed=self.seed, sample_ids=sample_ids, labels=labels, noise=noise, progress=done, keep=keep)
 
     def loss(self, trace: Trace, step: int, over_ranks: Callable[[Tensor], Tensor] | None = None) -> BudgetLoss:
         """The loss for the routings of one forward.

@@ -14,10 +14,11 @@ from ..tokens.decision import Decision
 
 @dataclass(frozen=True)
 class Estimate:
-    """Gradient paths to the scorer. In training they do not change the forward's values; an estimator that runs in evaluation may.
+    """Gradient paths to the scorer. Most do not change the forward's values; an estimator that runs in evaluation may, and ``soft_top_k``
+    does in training alone.
 
     Attributes:
-        scale: (B, M) factor with value 1 on the kept tokens; at a bypass site, on the layer's update. None for no factor.
+        scale: (B, M) factor on the kept tokens, mostly of value 1; at a bypass site, on the layer's update. None for no factor.
         key_bias: (B, M) bias with value 0 on the attention logits of each key in all later layers; None for no bias.
         confidence: (B, M) factor with value 1 on the update that each token gets in a restore by ``dechunk``; None for no factor.
         loss: scalar to add to the task's loss, already weighted; None without one.

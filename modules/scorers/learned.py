@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from ..cost.shape import StackShape
 from ..precision import Float32Linear
 from ..site import SiteInput, TokenSpec
-from ..tokens.state import TokenState
+from ..tokens.means import mean_of_routable
 from .base import Scored, Scorer
 
 
@@ -42,21 +42,10 @@ class LearnedScorer(Scorer):
     def forward(self, inputs: SiteInput) -> Scored:
         tokens = inputs.hidden_states.detach() if self.detach else inputs.hidden_states
         local, everywhere = functional.gelu(self.local_global(self.norm(tokens))).chunk(2, dim=-1)
-        mean = _mean(everywhere, inputs.state)
+        mean = mean_of_routable(everywhere, inputs.state)
         # A linear layer over the concatenated local and global features, without repeating the mean for every token.
         mixed = functional.gelu(self.mix_local(local) + self.mix_global(mean))
         return Scored(self.score(mixed).squeeze(-1))
 
     def macs(self, shape: StackShape, tokens: int) -> int:
         return tokens * (shape.hidden * 2 * self.width + self.width**2 + self.width) + self.width**2
-
-
-def _mean(values: Tensor, state: TokenState) -> Tensor:
-    """(B, M, D) -> (B, 1, D) mean over the routable tokens; in packed rows (B, M, D), the mean of each token's own document."""
-    if state.document is None:
-        routable = state.routable.unsqueeze(1).to(values.dtype)
-        return (routable @ values) / routable.sum(-1, keepdim=True).clamp(min=1)
-    number = state.present_by_document
-    owner = state.document.unsqueeze(-1).expand_as(values)
-    total = values.new_zeros(*number.shape, values.shape[-1]).scatter_add(1, owner, values * state.routable.unsqueeze(-1))
-    return (total / number.clamp(min=1).unsqueeze(-1)).gather(1, owner)

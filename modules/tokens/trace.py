@@ -92,6 +92,7 @@ class Trace:
         sample_ids: (B,) int64 identity of each row, so that a row has the same draws on any number of ranks; None numbers the rows of
             the batch.
         noise: strength of the exploration noise on trained scores, 0 in evaluation.
+        progress: share of training that is done, for parts that change over it; 1 in evaluation.
         keep: requested keep by stage name, which replaces the stages' own; for schedules.
         labels: labels for estimators: (B,) int64 or (B, classes) probabilities per row; (B, N) int64 per token of a language model;
             (B, N, classes) per original token, zeros for a token without a label; or (B, height, width) int64 per pixel. The labels that
@@ -116,6 +117,7 @@ class Trace:
     seed: int = 0
     sample_ids: Tensor | None = None
     noise: float | Tensor = 0.0
+    progress: float | Tensor = 1.0
     keep: Mapping[str, float] = field(default_factory=dict)
     labels: Tensor | None = None
     replay: Mapping[str, Decision] = field(default_factory=dict)

@@ -29,7 +29,13 @@ ROWS = ((17, 1), (24, 2), (9, 0))
 
 @dataclass(frozen=True)
 class VisualMethod(Method):
-    """A method whose stages touch the visual tokens of the language model."""
+    """A method whose stages touch the visual tokens of the language model.
+
+    Attributes:
+        once: it runs over one family, since nothing of it depends on the family.
+    """
+
+    once: bool = False
 
     def config(self, *keeps: float, layers: tuple[int, ...] = (1, 2)) -> CompressionConfig:
         stages = [
@@ -47,6 +53,7 @@ METHODS = [
     VisualMethod("divprune", {"scorer": "diversity"}),
     VisualMethod("dart", {"scorer": {"name": "pivots", "pivots": 3}}),
     VisualMethod("learned", _LEARNED),
+    VisualMethod("vision_selector", {"scorer": {"name": "self_attention", "detach": True}}, once=True),
     VisualMethod("learned_attached", {"scorer": "learned"}, detached=False),
     VisualMethod("threshold", {**_LEARNED, "selector": "threshold"}, adaptive=True),
     VisualMethod("random", {"scorer": "random"}, positional=True),
@@ -72,7 +79,7 @@ FAMILIES = {
     "llava_qwen2": Family(_FULL, model_type="qwen2"),
     "llava_qwen3": Family({**_FULL, "text_config": {"head_dim": 8}}, model_type="qwen3"),
 }
-PAIRS: list[tuple[str, Method]] = [(family, method) for family in FAMILIES for method in METHODS]
+PAIRS: list[tuple[str, Method]] = [(family, method) for family in FAMILIES for method in METHODS if family == "llava" or not method.once]
 
 
 def dense(family: str = "llava", **settings: Any) -> LlavaForConditionalGeneration:

@@ -36,6 +36,7 @@ _LAST = {"stack": "text", "layer": 1, "scope": "visual", "scorer": "last_query",
 # Stages by name; keep 0.5 unless they say otherwise.
 METHODS: dict[str, list[dict[str, Any]]] = {
     "projector_learned": [{"stack": "projector", "layer": 0, "scorer": {"name": "learned", "detach": True}}],
+    "projector_vision_selector": [{"stack": "projector", "layer": 0, "scorer": {"name": "self_attention", "detach": True}}],
     "projector_random": [{"stack": "projector", "layer": 0, "scorer": "random"}],
     "projector_divprune": [{"stack": "projector", "layer": 0, "scorer": "diversity"}],
     "projector_squeeze": [{"stack": "projector", "layer": 0, "scorer": "random", "merger": {"name": "squeeze", "metric": "tokens"}}],
@@ -195,7 +196,7 @@ def test_beams_of_rows_with_several_images_see_their_own() -> None:
     assert torch.equal(model.generate(**both, **how)[0, -3:], model.generate(**one, **how)[0, -3:])
 
 
-@pytest.mark.parametrize("name", _of(["projector_learned", "tower_learned", "all"]))
+@pytest.mark.parametrize("name", _of(["projector_learned", "projector_vision_selector", "tower_learned", "all"]))
 def test_gradient_checkpointing_changes_no_gradient_and_routers_learn(name: str) -> None:
     given = whole()
     answers, found = labels(given["input_ids"]), []
@@ -208,7 +209,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_routers_learn(name: str)
     assert found[0].keys() == found[1].keys()
     assert all(torch.allclose(found[0][key], found[1][key], atol=1e-6) for key in found[0])
     assert bool(found[0]["model.multi_modal_projector.linear_1.weight"].any())
-    if "learned" in name:
+    if "learned" in name or "selector" in name:
         assert any(bool(value.any()) for key, value in found[0].items() if ".scorer." in key)
 
 
@@ -224,7 +225,9 @@ def test_it_is_saved_loaded_and_taken_back(name: str, tmp_path: Path) -> None:
     assert not any("stages" in key for key in plain.state_dict())
 
 
-@pytest.mark.parametrize(("family", "name"), _of(["projector_learned", "tower_learned"], "llava", "llava_qwen2"))
+@pytest.mark.parametrize(
+    ("family", "name"), _of(["projector_learned", "projector_vision_selector", "tower_learned"], "llava", "llava_qwen2")
+)
 def test_analytic_macs_of_all_stacks_equal_a_counter(family: str, name: str) -> None:
     how = {"attn_implementation": "eager", "sliding_window": None}
     METHODS["counted"] = [{**stage, "selector": {"name": "top_k", "bucket": 1}} for stage in METHODS[name]]
