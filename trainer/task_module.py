@@ -124,7 +124,7 @@ class TaskModule(lightning.LightningModule):
         trace = Trace(step=self.global_step, seed=self.seed, sample_ids=batch["sample_ids"], progress=done)
         if self.training_keep is not None:
             drawn = self.training_keep.keep(self.global_step, self.total_steps, self.seed)
-            trace.keep = dict.fromkeys(stages_of(self.model), drawn)
+            trace.keep = {name: drawn for name, stage in stages_of(self.model).items() if not stage.config.left_out}
         return trace
 
     @staticmethod

@@ -102,6 +102,11 @@ def test_epics_range_and_gap_half_way_through_training() -> None:
     for step, gap in ((0, 0.05), (500, 0.175), (1000, 0.3)):
         assert teacher.keeps({"a": 0.4}, step) == pytest.approx({"a": 0.4 + gap})
     assert teacher.keeps({"a": 0.9}, 500) == {"a": 1.0}
+    # A layer that is left out stays so, except in the dense teacher.
+    static = SelfTeacher(teacher.recipe, {"a": 0.5, "b": 0.0}, 1000)
+    assert static.keeps({}, 0) == pytest.approx({"a": 0.55, "b": 0.0})
+    whole = DistillationRecipe.model_validate({"teacher": "self"})
+    assert SelfTeacher(whole, {"a": 0.5, "b": 0.0}, 1000).keeps({}, 0) == {"a": 1.0, "b": 1.0}
     # A student with all tokens has nothing to learn from itself.
     assert teacher.keeps({"a": 1.0}, 500) is None
 

@@ -76,10 +76,13 @@ class SelfTeacher:
             step: optimizer step.
         """
         student = {name: requested.get(name, keep) for name, keep in self.own.items()}
-        milder, teacher = self.recipe.milder, dict.fromkeys(student, self.recipe.keep)
-        if milder is not None:
-            gap = linear(milder.start, milder.end, progress(step, 1.0, self.total_steps))
-            teacher = {name: min(1.0, keep + gap) for name, keep in student.items() if keep is not None}
+        milder, dense = self.recipe.milder, self.recipe.milder is None and self.recipe.keep == 1
+        gap = 0.0 if milder is None else linear(milder.start, milder.end, progress(step, 1.0, self.total_steps))
+        teacher = {
+            # Layers that are left out are so in every teacher but the dense one.
+            name: 0.0 if keep == 0 and not dense else self.recipe.keep if milder is None or keep is None else min(1.0, keep + gap)
+            for name, keep in student.items()
+        }
         return None if teacher == student else teacher
 
     def __call__(self, task: Any, student: PreTrainedModel, batch: Mapping[str, Any], trace: Trace | None) -> Taught | None:
