@@ -95,7 +95,9 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             # Hidden states that the model returns must have padded rows, not packed ones.
             flow.keep_padded = requested or flow.keep_padded
             flow.under_head = flow.under_head or self.adapter.base(self) is not self
-        self.adapter.bind_inputs(self, trace, inputs)
+        if self.adapter.base(self) is self:
+            # A model with a head calls its base with the same trace.
+            self.adapter.bind_inputs(self, trace, inputs)
         return trace
 
 

@@ -266,7 +266,7 @@ class Stage(nn.Module):
         if keep is None:
             # The config gives a number of tokens: convert it to a fraction of this input.
             entering, kept = (float(n.sum()) if isinstance(n, Tensor) else float(n) for n in (present, count))
-            keep = kept / max(entering, 1.0)
+            keep = kept / entering if entering else 1.0
         site = replace(site, state=state)
         scored: Scored = self.scorer(site)
         request = self._request(keep, count, present, site)
@@ -279,9 +279,10 @@ class Stage(nn.Module):
                 "decisions in evaluation"
             )
         decision = trace.replay.get(self.config.key)
-        # A threshold decides for each token: that few tokens are there does not keep them.
+        # A threshold decides for each token, whatever their number; in training it also compares the scores of all processes.
         enough = present * 0 if self.selector.adaptive else count
-        if decision is None and complete and (keep >= 1 or bool((torch.as_tensor(enough) >= torch.as_tensor(present)).all())):
+        waits = self.selector.adaptive and self.training
+        if decision is None and complete and (keep >= 1 or not (waits or bool((torch.as_tensor(enough) < torch.as_tensor(present)).any()))):
             # The scope has no tokens, as in every generation step after the first, or all of them are kept: no selection is needed.
             decision = everything(state)
         if decision is None:

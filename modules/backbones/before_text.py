@@ -135,7 +135,8 @@ class BeforeText(Multimodal):
     def token_spec(cls, model: PreTrainedModel, stack: Stack) -> TokenSpec:
         if stack.name == cls.stack_name:
             return super().token_spec(model, stack)
-        return cls.patch_spec(model, stack)
+        # As in the language model.
+        return replace(cls.patch_spec(model, stack), classes=0)
 
     @classmethod
     def patch_spec(cls, model: PreTrainedModel, stack: Stack) -> TokenSpec:
@@ -263,4 +264,4 @@ class BeforeText(Multimodal):
         flow = trace.flow(cls.stack_name)
         if stack == cls.stack_name or flow.visual is None:
             return 1.0
-        return trace.flow(VISION).rows / len(flow.visual)
+        return 0.0 if trace.blank else trace.flow(VISION).rows / len(flow.visual)

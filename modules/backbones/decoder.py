@@ -114,6 +114,12 @@ class Decoder(TextModel):
     @classmethod
     def added_inputs(cls, model: PreTrainedModel, trace: Trace | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
         requested, given = inputs.get("use_cache"), inputs.get("past_key_values")
+        recomputed = model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in cls.layers(model))
+        if recomputed and (requested or given is not None):
+            # As in transformers' layers: a layer that runs again in backward would store its keys twice.
+            if given is not None and given.get_seq_length():
+                raise ValueError("past_key_values with tokens, in training with gradient checkpointing: leave one of them out")
+            return {"use_cache": False, "past_key_values": None}
         if requested is None and given is None:
             # No cache in training: it is unused, and transformers disables packed-document masking when one is given.
             settings: Any = cls.stack_config(model.config)

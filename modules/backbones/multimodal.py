@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config import CompressionConfig
 from ..cost.shape import StackShape
+from ..site import TokenSpec
 from ..tokens.trace import Trace
 from .decoder import Decoder
 from .layer_adapter import LayerAdapter
@@ -71,6 +72,11 @@ class Multimodal(Decoder):
         return replace(super().main_stack(model), visual=True)
 
     @classmethod
+    def token_spec(cls, model: PreTrainedModel, stack: Stack) -> TokenSpec:
+        # An answer is no label of a visual token.
+        return replace(super().token_spec(model, stack), classes=0)
+
+    @classmethod
     def layers_adapter(cls, config: Any) -> type[LayerAdapter]:
         return cls.languages[config.text_config.model_type].layer_adapter
 
@@ -116,6 +122,8 @@ class Multimodal(Decoder):
         super().bind_inputs(model, trace, inputs)
         flow = trace.flow(cls.stack_name)
         flow.visual = cls.placeholders(model, inputs)
+        for stack in cls.feeds:
+            trace.flow(stack).blank = trace.blank
         flow.protected = ~flow.visual if flow.protected is None else ~flow.visual | flow.protected
 
     @classmethod

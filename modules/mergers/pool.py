@@ -56,7 +56,8 @@ class PoolMerger(Merger):
         # An original token belongs to the output with the largest share of its current token; a protected token to itself.
         slots = torch.arange(decision.index.shape[1], device=hidden_states.device).expand_as(decision.index)
         belongs = torch.zeros_like(state.position).scatter(1, decision.index, slots)
-        belongs = belongs.scatter(1, pooled, made.gather(1, shares.argmax(-1)))
+        if made.shape[1]:
+            belongs = belongs.scatter(1, pooled, made.gather(1, shares.argmax(-1)))
         gone = state.source < 0
         places = made.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
         return Merged(

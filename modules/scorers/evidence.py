@@ -43,6 +43,11 @@ class EvidenceScorer(Scorer):
             raise ValueError(f"scorer 'evidence': reads = {reads!r} must be tokens or pixels")
         if reads == "pixels" and not spec.patch_values:
             raise ValueError("scorer 'evidence': reads = 'pixels' needs a backbone whose tokens are image patches")
+        if not spec.classes:
+            raise ValueError(
+                "scorer 'evidence' learns the label of the task from each token, and questions about images have no label for a token: "
+                "take scorer 'learned'"
+            )
         self.reads = reads
         self.width = width or max(32, spec.hidden_size // 2)
         self.classes = spec.classes

@@ -109,16 +109,20 @@ class ThresholdSelector(Selector):
         return self
 
     def follow(self, scores: Tensor, routable: Tensor, keep: float) -> Tensor:
-        """The threshold that keeps the fraction ``keep`` of the routable (B, M) scores, mean over ranks; updates the moving average."""
+        """The threshold that keeps the fraction ``keep`` of the routable (B, M) scores, mean over the ranks that have such scores; updates
+        the moving average."""
         order = scores.masked_fill(~routable, float("-inf")).flatten().sort(descending=True).values
         present = routable.sum()
         # The index must stay within the routable tokens: the -inf of other tokens would spoil the moving average.
         kept = (present * keep).round().long().clamp(max=present - 1).clamp(min=0)
-        fitting = torch.where(present > 0, order.gather(0, kept[None]).squeeze(0), self.threshold.to(order.dtype))
+        some = present > 0
+        fitting = torch.stack([torch.where(some, order.gather(0, kept[None]).squeeze(0), 0.0), some.to(order.dtype)])
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(fitting)
-            fitting = fitting / distributed.get_world_size()
+        total, ranks = fitting.to(self.threshold.dtype)
+        # Without a routable token on any rank the threshold stays.
+        fitting = torch.where(ranks > 0, total / ranks.clamp(min=1), self.threshold)
         rate = torch.where(self.batches == 0, 1.0, self.rate)
-        self.threshold.lerp_(fitting.to(self.threshold.dtype), rate.to(self.threshold.dtype))
-        self.batches.add_(1).clamp_(max=1)
+        self.threshold.lerp_(fitting, rate.to(self.threshold.dtype))
+        self.batches.add_(ranks > 0).clamp_(max=1)
         return fitting

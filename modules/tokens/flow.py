@@ -71,6 +71,7 @@ class Flow:
         rows: number of rows of the stack, for the cost; images or tiles in a tower, 0 without an image.
         seen: number of tokens in the cache before those of this forward.
         carry: (B, …) tensors by name, data of stages about each row's earlier tokens, stored in the cache; None without a cache.
+        blank: the rows stand for nothing: no stage touches their tokens.
         keep_padded: rows of different lengths stay padded and are not packed, because the layers' hidden states were requested.
         under_head: the base model runs inside a model with a head.
 
@@ -100,6 +101,7 @@ class Flow:
     rows: int = 0
     seen: int = 0
     carry: dict[str, Tensor] | None = None
+    blank: bool = False
     keep_padded: bool = False
     under_head: bool = False
     state: TokenState | None = None
@@ -132,6 +134,8 @@ class Flow:
             state = TokenState.initial(
                 state.rows, state.tokens, state.protected | self.protected, state.valid, state.position.device, state.document
             )
+        if self.blank:
+            state = TokenState.initial(state.rows, state.tokens, state.tokens, state.valid, state.position.device, state.document)
         self.dense = state.tokens_per_row
         if self.absent is not None:
             gone = self.absent if state.valid is None else self.absent & state.valid

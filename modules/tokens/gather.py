@@ -49,7 +49,7 @@ def take(values: Tensor, index: Tensor) -> Tensor:
         taken: Tensor = _Take.apply(values, flat)  # type: ignore[no-untyped-call]
     else:
         taken = values.flatten(0, 1).index_select(0, flat)
-    return taken.view(*index.shape, -1)
+    return taken.view(*index.shape, values.shape[-1])
 
 
 def look_up(values: Tensor, index: Tensor) -> Tensor:

@@ -105,6 +105,8 @@ class Trace:
             cache the tokens of the first forward, in both cases without the last one. The token after them is the query of scorer
             ``last_query``.
         protected: (B, N) bool, tokens that no stage may touch, in addition to those that the model family protects; None without any.
+        blank: the images of this forward are in padding, so that all processes call the same modules: stages before the language model
+            keep all of their tokens and count none.
 
     Set by the forward:
 
@@ -125,6 +127,7 @@ class Trace:
     documents: Tensor | None = None
     prompt: Tensor | None = None
     protected: Tensor | None = None
+    blank: bool = False
     routings: dict[str, Routing] = field(default_factory=dict)
     flows: dict[str, Flow] = field(default_factory=dict)
 

@@ -61,6 +61,21 @@ def test_the_threshold_follows_the_scores_of_the_batch() -> None:
     assert float(selector.threshold) == before
 
 
+@pytest.mark.parametrize(
+    ("own", "other", "expected"), [(0, (0.25, 1), 0.25), (3, (0.25, 1), (0.5 + 0.25) / 2), (3, (0, 0), 0.5), (0, (0, 0), 7.0)]
+)
+def test_a_process_without_a_routable_token_pulls_no_threshold(
+    own: int, other: tuple[float, int], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(torch.tensor(other)))
+    selector = ThresholdSelector(SPEC)
+    selector.threshold.fill_(7)
+    found = selector.follow(torch.tensor([[9.0, 0.5, 0.1]]), torch.arange(3)[None] < own, 0.34)
+    assert float(found) == float(selector.threshold) == expected
+    assert bool(selector.batches) == bool(own or other[1])
+
+
 def test_gumbel_noise_makes_a_stay_as_likely_as_its_score_says() -> None:
     scores = torch.full((1, 20_001), 0.7)
     state = TokenState.initial(1, 20_001, 1, None, scores.device)

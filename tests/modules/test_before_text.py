@@ -303,3 +303,44 @@ def test_a_row_of_one_token_is_decided_as_in_a_batch() -> None:
     for number in range(3):
         alone = model(**row(number)).logits[0]
         torch.testing.assert_close(logits[number, -alone.shape[0] :], alone, **CLOSE)
+
+
+_ODD: dict[str, list[dict[str, Any]]] = {
+    "fuse": [{"stack": "vision", "layer": 0, "scorer": "cls_attention", "count": "evit", "merger": "fuse"}],
+    "pool": [
+        {"stack": "vision", "layer": 0, "scorer": "uniform_grid", "merger": {"name": "pool", "outputs": 4}, "tokens": 4, "keep": None}
+    ],
+    "predictor": [{"stack": "vision", "layer": 1, "scorer": "learned", "selector": "predictor"}],
+    "gate": [{"stack": "vision", "layer": 1, "site": "around", "scorer": "learned", "selector": "threshold", "estimator": "gate"}],
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in ("tower_threshold", "all", "predictor") else pytest.mark.slow) for name in (*METHODS, *_ODD)])  # fmt: skip
+def test_a_blank_image_counts_for_nothing_and_moves_no_threshold_and_no_router(name: str) -> None:
+    stages = [StageConfig(**{"keep": 0.5, **stage}) for stage in (METHODS | _ODD)[name]]
+    model = compress(_dense(), CompressionConfig(stages)).train()
+    words, blank = row(2)["input_ids"], torch.full((1, VISUAL), PLACEHOLDER)
+    given = {
+        "input_ids": torch.cat([words, blank], 1),
+        "attention_mask": torch.cat([torch.ones_like(words), torch.zeros_like(blank)], 1),
+        "pixel_values": torch.zeros(1, 3, 12, 12),
+    }
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    trace = Trace(labels=given["input_ids"].masked_fill(given["input_ids"] == PLACEHOLDER, -100), blank=True)
+    logits = model(**given, trace=trace, use_cache=False).logits[:, : words.shape[1]]
+    torch.testing.assert_close(logits, _dense()(words).logits, **CLOSE)
+    assert [routing.counts() for routing in trace.routings.values()] == [(0, 0)] * len(stages)
+    alone = Trace(labels=words)
+    model(words, trace=alone, use_cache=False)
+    assert CostModel(model).achieved(trace) == CostModel(model).achieved(alone)
+    (logits.logsumexp(-1).sum() + torch.as_tensor(trace.auxiliary_loss or 0.0)).backward()
+    assert all(torch.equal(value, buffers[key]) for key, value in model.named_buffers())
+    # Routers take part, so that all processes have gradients of the same parameters, and these are 0.
+    routers = [value.grad for key, value in model.named_parameters() if ".stages." in key]
+    assert not any(bool(gradient.any()) for gradient in routers if gradient is not None)
+
+
+def test_evidence_is_refused_since_no_visual_token_has_a_label() -> None:
+    for stack, scope in (("vision", "all"), ("projector", "all"), ("text", "visual")):
+        with pytest.raises(ValueError, match="'evidence' learns the label of the task .*: take scorer 'learned'"):
+            compress(dense(), CompressionConfig([StageConfig(layer=0, keep=0.5, scorer="evidence", stack=stack, scope=scope)]))

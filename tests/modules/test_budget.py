@@ -11,9 +11,13 @@ import torch
 from laconic import CompressionConfig, StageConfig, Trace, compress
 from laconic.modules.budget.budget import Budget
 from laconic.modules.budget.config import BudgetConfig
+from laconic.modules.budget.regularizers.base import mean_over
 from laconic.modules.budget.schedules import cosine, linear, progress, staircase
 from laconic.modules.cost.cost import Cost, CostModel
 from laconic.modules.cost.count_rules import tokens_kept
+from laconic.modules.selectors.base import everything
+from laconic.modules.tokens.state import TokenState
+from laconic.modules.tokens.trace import Routing
 from tests.matrix import dense, images, labels
 
 STAGES = CompressionConfig([StageConfig(layer=1), StageConfig(layer=2)])
@@ -180,6 +184,38 @@ def test_macs_squared_is_0_at_the_target_and_pulls_towards_it() -> None:
     assert above == pytest.approx(expected, rel=1e-4)
     assert gradient > 0
     assert _loss(budget, _logit(0.3))[1] < 0
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("name", ["ratio_mse", "macs_squared", "h_net"])
+def test_rows_without_a_routable_token_do_not_count_in_a_regulariser(name: str, adaptive: bool) -> None:
+    budget = _budget(measure="keep", target=0.5, regularizer=name)
+
+    def routing(*present: int) -> Routing:
+        protected = torch.arange(8) >= torch.tensor(present)[:, None]
+        state = TokenState.initial(len(present), 8, protected, torch.ones_like(protected), torch.device("cpu"))
+        scores = torch.full(state.position.shape, 1.0)
+        kept = torch.tensor(present) // 4
+        return Routing("before_1", scores, True, everything(state), state, 0.5, torch.tensor(present), kept, False, adaptive)
+
+    def loss(of: Routing) -> float:
+        assert budget.regularizer is not None
+        return float(budget.regularizer([of], None, budget.cost))
+
+    expected = loss(routing(8, 4))
+    assert expected > 0.01
+    assert loss(routing(8, 0, 4, 0)) == pytest.approx(expected)
+
+
+def test_a_mean_over_processes_is_that_of_all_their_counted_rows() -> None:
+    values, counted = torch.tensor([1.0, 9.0, 3.0], requires_grad=True), torch.tensor([True, False, True])
+    for other, expected in (((0.0, 0.0), 2.0), ((8.0, 2.0), 3.0)):
+        mean = mean_over(values, counted, lambda value, other=other: value + (torch.tensor(other) - value.detach()) / 2)  # type: ignore[misc]
+        assert float(mean) == pytest.approx(expected)
+        (gradient,) = torch.autograd.grad(mean, values)
+        # Gradients are averaged over the two processes afterwards.
+        torch.testing.assert_close(gradient, counted * 2 / (2 + other[1]))
+    assert float(mean_over(values, counted & False, None)) == 0
 
 
 def test_the_regulariser_ramps_up() -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from laconic import RoutedCache, Trace
+from laconic.modules.compress import checkpoint_activations
 from tests.matrix import Method
 from tests.matrix.decoders import FAMILIES, METHODS, SHRINKING, compressed, dense, tokens
 
@@ -174,3 +175,21 @@ def test_steps_with_a_cache_leave_out_the_kernels_that_plan_for_every_shape() ->
         model(tokens(8) + 10**6, use_cache=True)
     assert seen == [True, False]
     assert enabled()
+
+
+@pytest.mark.parametrize("name", ["threshold_attention", "threshold"])
+def test_a_cache_requested_in_training_with_checkpointing_changes_no_gradient(name: str) -> None:
+    method, found = next(method for method in METHODS if method.name == name), []
+    for requested in (False, True):
+        model = compressed("mistral", method, 0.5, 0.5).train()
+        checkpoint_activations(model)
+        out = model(tokens(), labels=tokens(), use_cache=requested, trace=Trace(seed=3))
+        out.loss.backward()
+        assert out.past_key_values is None
+        found.append({key: value.grad for key, value in model.named_parameters() if value.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+    full = RoutedCache(model.config)
+    model.eval()(tokens()[:, :4], past_key_values=full, use_cache=True)
+    with pytest.raises(ValueError, match="past_key_values with tokens, in training with gradient checkpointing"):
+        model.train()(tokens()[:, 4:], past_key_values=full)

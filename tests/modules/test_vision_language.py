@@ -353,3 +353,10 @@ def test_achieved_macs_count_the_images_and_the_text_of_the_batch() -> None:
     unread = 2 * cost.shapes["vision"].dense_only_macs
     expected = (shape.model_macs(left, text + 18) + images + scorer) / (shape.model_macs(dense_layers) + images + unread)
     assert cost.achieved(trace) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_inputs_of_a_forward_are_bound_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain, times = _model(), type(_model()).adapter.bind_inputs, []
+    monkeypatch.setattr(model.adapter, "bind_inputs", lambda *given: times.append(given[0]) or plain(*given))
+    _run(model, whole())
+    assert times == [model.model]

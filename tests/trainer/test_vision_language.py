@@ -125,7 +125,8 @@ def test_a_batch_without_an_image_calls_the_weights_of_one_with_images(parts: An
         weighted = [(name, module) for name, module in model.named_modules() if module._parameters]
         hooks = [module.register_forward_pre_hook(lambda *_, name=name, order=order: order.append(name)) for name, module in weighted]
         with torch.no_grad():
-            answer_loss(model.eval(), batch, trace=Trace())
+            answer_loss(model.eval(), batch, trace=(trace := Trace()))
+        assert [routing.counts()[1] > 0 for routing in trace.routings.values()] == [images]
         for hook in hooks:
             hook.remove()
         orders.append(order)

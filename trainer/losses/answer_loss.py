@@ -58,11 +58,13 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any
     given = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values") if key in batch}
     if "pixel_values" not in given and collective.world_size() > 1:
         given = with_blank_image(model, given)
-    base: Any = model.base_model
-    hidden_states = base(**given, use_cache=False, **options).last_hidden_state[:, : labels.shape[1]]
-    # Token i predicts token i + 1.
+        if trace is not None:
+            trace.blank = True
+    # Token i predicts token i + 1. Before the forward, whose end the host would wait for here.
     following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_TOKEN)
     row, place = (following != IGNORE_TOKEN).nonzero(as_tuple=True)
+    base: Any = model.base_model
+    hidden_states = base(**given, use_cache=False, **options).last_hidden_state[:, : labels.shape[1]]
     read = hidden_states[row, place]
     logits = logits_of(model, read)
     expected = following[row, place]

@@ -12,6 +12,21 @@ from ...cost.cost import CostModel
 from ...tokens.trace import Routing
 
 
+def mean_over(values: Tensor, counted: Tensor, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Scalar: mean over the counted rows of all processes, 0 without any, with this process's gradient.
+
+    Args:
+        values: (B,) or (B, M).
+        counted: bool, of the same shape: the values to count. Rows of text in a batch of images have no routable token.
+        over_ranks: mean over processes; None with one process.
+    """
+    both = torch.stack([(values * counted).sum(), counted.sum().to(values.dtype)])
+    total, number = both if over_ranks is None else over_ranks(both)
+    # The mean of a number over processes may be below 1.
+    mean: Tensor = total / number.detach().clamp(min=torch.finfo(number.dtype).tiny)
+    return mean
+
+
 def soft_keep(routing: Routing) -> Tensor:
     """(B,) mean keep probability over the routable tokens of each row, with gradient.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...tokens.trace import Routing
-from .base import StageRegularizer
+from .base import StageRegularizer, mean_over
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,8 @@ class HNet(StageRegularizer):
     def of_stage(self, routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
         probabilities, routable = routing.soft, routing.routable
         assert probabilities is not None
-        present = routable.sum().clamp(min=1)
-        soft = (probabilities * routable).sum() / present
-        hard = (routing.kept_mask & routable).sum() / present
-        if over_ranks is not None:
-            # Average before the product: the mean of products differs from the product of means.
-            soft, hard = over_ranks(soft), over_ranks(hard)
+        # Average before the product: the mean of products differs from the product of means.
+        soft, hard = (mean_over(values, routable, over_ranks) for values in (probabilities, routing.kept_mask.to(probabilities.dtype)))
         return ratio_loss(hard.detach(), soft, routing.requested)
 
 

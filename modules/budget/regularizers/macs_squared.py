@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...cost.cost import CostModel
 from ...tokens.trace import Routing
-from .base import Regularizer, soft_keep
+from .base import Regularizer, mean_over, soft_keep
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,6 @@ class MacsSquared(Regularizer):
         requested = {routing.stage: routing.requested for routing in routings}
         if target is None:
             target = cost(requested).macs_ratio
-        keeps = {routing.stage: soft_keep(routing).mean() for routing in routings}
-        if over_ranks is not None:
-            keeps = {stage: over_ranks(keep) for stage, keep in keeps.items()}
+        keeps = {routing.stage: mean_over(soft_keep(routing), routing.routable.any(-1), over_ranks) for routing in routings}
         soft = cost.soft_macs_ratio(keeps)
         return (soft - torch.as_tensor(target, dtype=soft.dtype, device=soft.device)).square()
