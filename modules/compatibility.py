@@ -6,52 +6,14 @@ never their names, so it holds for parts of other packages too. All rules run be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-from transformers import PreTrainedModel
-
-from .backbones.model_adapter import ModelAdapter
-from .backbones.stack import Stack
-from .config import BYPASS, COMPLETE, SITES, CompressionConfig, StageConfig, restore_key
+from .config import BYPASS, COMPLETE, SITES, restore_key
 from .cost.count_rules import COUNT_RULES
+from .rules.candidate import Candidate, Rule
+from .rules.towers import layers_without_mask, whole_units
 from .stage import Stage
 from .tokens.ragged import ATTENTION
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model and the compression to apply to it.
-
-    Attributes:
-        model: the dense model, or a compressed one under construction.
-        adapter: adapter of the model's family.
-        config: the stages and restores.
-        stages: the built stages; empty in ``check_config``.
-    """
-
-    model: PreTrainedModel
-    adapter: type[ModelAdapter]
-    config: CompressionConfig
-    stages: Sequence[Stage] = ()
-
-    @property
-    def stacks(self) -> dict[str, Stack]:
-        """The model's stacks, by name."""
-        return {stack.name: stack for stack in self.adapter.stacks(self.model)}
-
-    def stack(self, stage: Stage | StageConfig) -> Stack:
-        """The stack of a stage."""
-        return self.stacks[(stage.config if isinstance(stage, Stage) else stage).stack]
-
-    def last_layer(self, stage: Stage) -> int:
-        """First layer index after the stage's shortened sequence: the next restore, or else the number of layers of the stack."""
-        where = self.config.restores.get(stage.config.stack)
-        layers = len(self.stack(stage).layers)
-        return where.layer if where is not None and where.layer > stage.config.layer else layers
-
-
-Rule = Callable[[Candidate], None]
 
 
 def check_config(candidate: Candidate) -> None:
@@ -369,6 +331,8 @@ STAGE_RULES: tuple[Rule, ...] = (
     outputs_of_the_merger,
     readable_layer,
     attention_for_rows_of_unequal_length,
+    layers_without_mask,
+    whole_units,
     causal_shrinking,
 )
 

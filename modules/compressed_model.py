@@ -18,11 +18,12 @@ from transformers import GenerationMixin, PreTrainedModel
 from .backbones import adapter_for
 from .backbones.model_adapter import ModelAdapter
 from .backbones.stack import Stack
-from .compatibility import Candidate, check_config, check_stages
+from .compatibility import check_config, check_stages
 from .config import PARTS, CompressionConfig, RestoreConfig
 from .decoding.generation import Generating
 from .decoding.kernels import kernels_for
 from .layer import CLASS_PREFIX, CompressedLayer, LayerPlan, base_class, compressed_layer_class
+from .rules.candidate import Candidate
 from .stage import Stage, stages_of
 from .tokens.ragged import ATTENTION
 from .tokens.trace import Trace

@@ -92,7 +92,7 @@ class CompressedLayer(nn.Module):
             inputs = inputs | {"attention_mask": flow.packed}
         else:
             inputs = plan.adapter.layer_inputs(self, state, hidden_states.dtype, inputs)
-        hidden_states = super().__call__(hidden_states, **inputs)
+        hidden_states = plan.adapter.call(super().__call__, hidden_states, inputs)
         if flow.packed is not None and plan.unpacks:
             hidden_states, flow.packed = flow.packed.unpack(hidden_states), None
         return hidden_states
@@ -103,7 +103,7 @@ class CompressedLayer(nn.Module):
         call = super().__call__
 
         def whole(tokens: Tensor, of: TokenState) -> Tensor:
-            output: Tensor = call(tokens, **plan.adapter.layer_inputs(self, of, tokens.dtype, inputs))
+            output: Tensor = plan.adapter.call(call, tokens, plan.adapter.layer_inputs(self, of, tokens.dtype, inputs))
             return output
 
         def attention(tokens: Tensor, of: TokenState) -> Tensor:

@@ -24,6 +24,7 @@ class TokenSpec:
         has_cls: the first token is a CLS token, which the task head reads.
         family: name of the model family, for error messages.
         causal: the model is causal: the output at a token does not depend on later tokens.
+        unit: tokens that a later layer joins into one, so that a stage keeps or removes them together; 1 for none.
     """
 
     hidden_size: int
@@ -32,6 +33,7 @@ class TokenSpec:
     has_cls: bool = False
     family: str = "this backbone"
     causal: bool = False
+    unit: int = 1
 
 
 class LayerView(Protocol):

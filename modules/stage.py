@@ -18,7 +18,7 @@ from .estimators.base import Estimate, Estimator
 from .left_out import NoScores, NoTokens, no_decision
 from .mergers.base import Merged, Merger
 from .scorers.base import Scored, Scorer
-from .selectors.base import Request, Selector, everything
+from .selectors.base import Auxiliary, Request, Selector, everything
 from .site import SiteInput, TokenSpec
 from .tokens.bypass import passing
 from .tokens.dechunk import smoothing_macs
@@ -28,6 +28,7 @@ from .tokens.flow import Chunks, Flow
 from .tokens.scope import in_scope
 from .tokens.state import TokenState
 from .tokens.trace import Routing, Trace
+from .tokens.units import Units
 
 # Offset of the draw index: selector noise must not repeat the draws of a random scorer.
 _NOISE = 1 << 20
@@ -79,6 +80,8 @@ class Stage(nn.Module):
         self.index = index
         self.place = index if place is None else place
         self.adapter = adapter
+        # Tokens that stay or leave together; at a bypass site each is processed or not by itself.
+        self.unit = 1 if config.bypass else spec.unit
         try:
             self.scorer: Scorer = NoScores(spec) if config.left_out else registry.build("scorer", config.part("scorer"), spec)
             self.selector: Selector = NoTokens(spec) if config.left_out else registry.build("selector", config.part("selector"), spec)
@@ -139,11 +142,15 @@ class Stage(nn.Module):
             original: routable tokens before the first stage.
             keep: replaces the stage's own ``keep`` or ``tokens``; None uses these.
         """
+        return self.unit * self._count(present // self.unit, original // self.unit, keep)
+
+    def _count(self, present: int | Tensor, original: int | Tensor, keep: float | None = None) -> int | Tensor:
+        """``count`` in units."""
         requested = self.config.keep if keep is None else keep
         if requested == 0:
             return present * 0
         if keep is None and self.config.tokens is not None:
-            fixed = self.config.tokens
+            fixed = max(1, self.config.tokens // self.unit)
             count = torch.clamp(present, max=fixed) if isinstance(present, Tensor) else min(present, fixed)
         else:
             assert requested is not None
@@ -256,12 +263,15 @@ class Stage(nn.Module):
     def _choose(self, site: SiteInput, state: TokenState) -> Choice:
         trace, flow = site.trace, site.flow
         requested = trace.keep.get(self.config.key)
-        present: int | Tensor = state.present
-        original = flow.original
+        units = self._units(state, flow)
+        # The tokens among which the selector chooses.
+        choices = state if units is None else units.state
+        present: int | Tensor = choices.present
+        original = flow.original // self.unit
         if state.document is not None:
             # Each document has its own count, as if it were alone in the row.
             present = original = state.present_by_document
-        count = self.count(present, original, requested)
+        count = self._count(present, original, requested)
         keep = self.config.keep if requested is None else requested
         if keep is None:
             # The config gives a number of tokens: convert it to a fraction of this input.
@@ -269,7 +279,12 @@ class Stage(nn.Module):
             keep = kept / entering if entering else 1.0
         site = replace(site, state=state)
         scored: Scored = self.scorer(site)
-        request = self._request(keep, count, present, site)
+        if units is not None:
+            mean = units.mean(scored.scores)
+            scored = replace(scored, scores=units.spread(mean))
+        request = self._request(
+            keep, count, present, site if units is None else replace(site, state=choices, hidden_states=units.mean(site.hidden_states))
+        )
         complete = self.config.scope in COMPLETE
         noncausal = self.scorer.lookahead or self.selector.is_noncausal(request)
         if noncausal and self.adapter.causal and not complete and not self.training and not trace.lookahead and keep < 1:
@@ -285,15 +300,28 @@ class Stage(nn.Module):
         if decision is None and complete and (keep >= 1 or not (waits or bool((torch.as_tensor(enough) < torch.as_tensor(present)).any()))):
             # The scope has no tokens, as in every generation step after the first, or all of them are kept: no selection is needed.
             decision = everything(state)
-        if decision is None:
-            decision = self.selector(scored.scores, state, request)
-        auxiliary = self.selector.auxiliary(decision, state, request)
+        auxiliary = Auxiliary()
+        if units is None:
+            if decision is None:
+                decision = self.selector(scored.scores, state, request)
+            auxiliary = self.selector.auxiliary(decision, state, request)
+        elif decision is None:
+            chosen = self.selector(mean, choices, request)
+            auxiliary = self.selector.auxiliary(chosen, choices, request)
+            decision = everything(state) if chosen.everything else units.tokens_of(chosen, state)
         estimate, skipped = Estimate(), self.bypass and decision.empty and self._may_skip(site.layer, flow)
         if self.estimator is not None and (self.training or self.estimator.in_evaluation) and not skipped:
             estimate = self.estimator(site, scored, decision)
         if self.training and auxiliary.loss is not None:
             estimate = replace(estimate, loss=auxiliary.loss if estimate.loss is None else estimate.loss + auxiliary.loss)
         return Choice(scored, decision, estimate, keep, noncausal, auxiliary.agreement, skipped)
+
+    def _units(self, state: TokenState, flow: Flow) -> Units | None:
+        """The units of the tokens at the site; None if each token stays or leaves by itself."""
+        if self.unit == 1:
+            return None
+        assert flow.units is not None
+        return Units.of(state, flow.units, self.unit, flow.leading)
 
     def _request(self, keep: float, count: int | Tensor, present: int | Tensor, site: SiteInput) -> Request:
         state, trace = site.state, site.trace

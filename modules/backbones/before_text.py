@@ -155,7 +155,7 @@ class BeforeText(Multimodal):
         seen = cls.tower_shape(model, size if isinstance(size, tuple) else None)
         read = cls.projector_shape(model, seen)
         text = size if isinstance(size, int) else TEXT_TOKENS
-        leading, visual = (round(number * read.rows) for number in (read.protected, read.routable))
+        leading, visual = (round(number * read.rows / read.joined) for number in (read.protected, read.routable))
         shape = cls.languages[config.text_config.model_type].layers_shape(config.text_config, text + leading, visual)
         head = 0 if base is model else linear_macs(model.get_submodule("lm_head"))
         return {VISION: seen, PROJECTOR: read, cls.stack_name: replace(shape, head_macs_per_token=head)}
@@ -175,6 +175,11 @@ class BeforeText(Multimodal):
             macs_per_token=linear_macs(cls.base(model).get_submodule(cls.projector_at)),
             rows=seen.rows,
         )
+
+    @classmethod
+    def joining(cls, shape: StackShape, unit: int) -> StackShape:
+        """StackShape of a projector that joins units of so many patches, of one that maps each patch."""
+        return replace(shape, macs_per_token=(shape.macs_per_token or 0) / unit, joined=unit)
 
     @classmethod
     def runs_tower(cls, model: PreTrainedModel) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +28,8 @@ class LayerAdapter:
         no_keys: reason why ``keys`` cannot be computed; None if it can.
         no_cls_query: reason why ``cls_query_and_keys`` cannot be computed; None if it can.
         no_query: reason why ``query_and_keys`` cannot be computed; None if it can.
+        no_key_bias: reason why nothing can be added to the attention logits of keys; None if it can.
+        no_padding: reason why rows cannot have different numbers of tokens; None if they can.
     """
 
     sites: ClassVar[tuple[str, ...]]
@@ -41,6 +43,8 @@ class LayerAdapter:
     no_keys: ClassVar[str | None] = None
     no_cls_query: ClassVar[str | None] = None
     no_query: ClassVar[str | None] = "this backbone's adapter computes none"
+    no_key_bias: ClassVar[str | None] = None
+    no_padding: ClassVar[str | None] = None
 
     @classmethod
     def leading(cls, config: PretrainedConfig) -> int:
@@ -90,6 +94,17 @@ class LayerAdapter:
         """
         others = {name: value for name, value in inputs.items() if name != "attention_mask"}
         return others | {"attention_mask": cls.layer_mask(layer, inputs.get("attention_mask"), state, dtype, **others)}
+
+    @classmethod
+    def call(cls, forward: Callable[..., Any], hidden_states: Tensor, inputs: Mapping[str, Any]) -> Any:
+        """Output of a whole layer.
+
+        Args:
+            forward: the layer's own call.
+            hidden_states: (B, M, C).
+            inputs: result of ``layer_inputs``.
+        """
+        return forward(hidden_states, **inputs)
 
     @classmethod
     def slice_inputs(cls, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..site import TokenSpec
 from ..tokens.trace import Trace
 from .before_text import OTHERS, PROJECTOR, VISION, BeforeText, Images
 from .clip_vision_model import ClipVision
-from .image_features import image_features
+from .image_features import RowFeatures, TowerInput, image_features
 from .layer_adapter import LayerAdapter
 from .multimodal import takes_features
 from .siglip_vision_model import SiglipVision
@@ -128,15 +128,15 @@ class LlavaTower(BeforeText):
     @classmethod
     def rows_of(
         cls, base: PreTrainedModel, trace: Trace, pixel_values: Tensor, inputs: Mapping[str, Any], unused: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Features of each row of the tower, and which patches are gone: the result of ``image_features``."""
+    ) -> RowFeatures:
+        """Features of each row of the tower."""
         for key in ("vision_feature_layer", "vision_feature_select_strategy"):
             if (given := inputs.get(key)) is not None and given != getattr(base.config, key):
                 raise ValueError(f"{key} = {given!r} in a forward: a compressed {cls.model_type} uses that of its config")
         cls.bind_images(base, trace, pixel_values)
         vision, projector, _ = cls.stacks(base)
         hidden_states = TOWERS[vision.config.model_type].embed(cls.tower(base), pixel_values)
-        return image_features(hidden_states, vision, projector.layers[0], cls.skipped(base.config), trace, unused)
+        return image_features(TowerInput(hidden_states, cls.skipped(base.config), unused=unused), vision, projector, trace)
 
     @classmethod
     def runs_tower(cls, model: PreTrainedModel) -> bool:
@@ -176,5 +176,5 @@ class Llava(LlavaTower):
 
     @classmethod
     def images(cls, base: PreTrainedModel, trace: Trace, kind: str, inputs: Mapping[str, Any]) -> Images:
-        features, gone = cls.rows_of(base, trace, inputs["pixel_values"], inputs)
-        return Images(list(features), None if gone is None else list(gone))
+        made = cls.rows_of(base, trace, inputs["pixel_values"], inputs)
+        return Images(list(made.values), None if made.gone is None else list(made.gone))

@@ -55,11 +55,11 @@ class LlavaNext(LlavaTower):
         pixel_values = torch.cat([part[:number] for part, number in zip(given, tiles, strict=True)]) if given.ndim == 5 else given
         places = cls.places(base, tiles, inputs) if cls.staged(base) else None
         unused = None if places is None else cls.unused(places, sum(tiles), patches)
-        features, gone = cls.rows_of(base, trace, pixel_values, inputs, None if unused is None else unused.to(given.device))
-        packed = cls.packed(base, torch.split(features, tiles), base.get_parameter("image_newline"), inputs)
-        if gone is None or places is None:
+        made = cls.rows_of(base, trace, pixel_values, inputs, None if unused is None else unused.to(given.device))
+        packed = cls.packed(base, torch.split(made.values, tiles), base.get_parameter("image_newline"), inputs)
+        if made.gone is None or places is None:
             return Images(packed, None)
-        marks = torch.cat([gone.flatten(), gone.new_zeros(1)])
+        marks = torch.cat([made.gone.flatten(), made.gone.new_zeros(1)])
         return Images(packed, [marks[place.to(marks.device)] for place in places])
 
     @classmethod

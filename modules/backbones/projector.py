@@ -1,15 +1,17 @@
-"""Adapter for the projector of a vision-language model, as a stack of one layer."""
+"""Adapters for the projector of a vision-language model, as a stack of one layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ..tokens.gather import take
 from ..tokens.state import TokenState
+from ..tokens.units import Units
 from .layer_adapter import LayerAdapter
 
 _NO_ATTENTION = "a projector has no attention"
@@ -24,6 +26,7 @@ class ProjectorLayers(LayerAdapter):
     no_keys = _NO_ATTENTION
     no_cls_query = _NO_ATTENTION
     no_query = _NO_ATTENTION
+    no_key_bias = _NO_ATTENTION
 
     @classmethod
     def leading(cls, config: PretrainedConfig) -> int:
@@ -32,3 +35,16 @@ class ProjectorLayers(LayerAdapter):
     @classmethod
     def layer_inputs(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {}
+
+
+class JoiningProjector(ProjectorLayers):
+    """A projector that maps squares of patches alone: the values of a square's patches, one after the other, are one token."""
+
+    @classmethod
+    def layer_inputs(cls, layer: nn.Module, state: TokenState, dtype: torch.dtype, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"units": Units.of(state, inputs["units"], inputs["unit"])}
+
+    @classmethod
+    def call(cls, forward: Callable[..., Any], hidden_states: Tensor, inputs: Mapping[str, Any]) -> Any:
+        units: Units = inputs["units"]
+        return forward(take(hidden_states, units.order).reshape(len(hidden_states), -1, units.size * hidden_states.shape[-1]))

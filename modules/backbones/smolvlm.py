@@ -5,32 +5,58 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor
 
-from .multimodal import Multimodal, linear_macs, tower_macs
+from .before_text import OTHERS
+from .grid_tower import GridTower
 
 
-class SmolVLM(Multimodal):
-    """SmolVLM models. Text tokens around each tile tell where it was; they are protected as all text."""
+class SmolVLM(GridTower):
+    """SmolVLM models. Text tokens around each tile tell where it was; they are protected as all text. Each tile is a row of the tower.
+
+    Attributes:
+        reads_blank: where all images are blank, the tower reads the first of them.
+    """
 
     model_type = "smolvlm"
     layers_at = "text_model.layers"
+    vision_at = "vision_model"
     blocks_at = "vision_model.encoder.layers"
-    parts_at: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vision_model",), "projector": ("connector",)}
+    projector_at = "connector.modality_projection"
+    reads_blank: ClassVar[bool] = True
     classes: ClassVar[tuple[str, ...]] = ("SmolVLMModel", "SmolVLMForConditionalGeneration")
 
     @classmethod
-    def image_cost(cls, base: nn.Module, config: Any, size: tuple[int, int] | None) -> tuple[int, float]:
-        vision = config.vision_config
-        height, width = size or (vision.image_size, vision.image_size)
-        patches = (height // vision.patch_size) * (width // vision.patch_size)
-        visual = patches // config.scale_factor**2
-        tower = tower_macs(base.get_submodule("vision_model"), base.get_submodule(cls.blocks_at), patches, vision.hidden_size)
-        return visual, tower + visual * linear_macs(base.get_submodule("connector"))
+    def side(cls, config: Any) -> int:
+        return int(config.scale_factor)
+
+    @classmethod
+    def rows(cls, base: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
+        given, mask = inputs["pixel_values"], inputs.get("pixel_attention_mask")
+        images = given.flatten(0, 1)
+        # transformers fills up the rows of a batch with blank images.
+        real = (images != 0).flatten(1).any(1)
+        if cls.reads_blank:
+            real[0] |= ~real.any()
+        if mask is not None and not bool(mask.flatten(0, 1)[real].all()):
+            raise ValueError(
+                "pixel_attention_mask hides a part of an image, whose patches stages before the language model would count: give the "
+                f"processor do_image_splitting = True, which makes tiles of one size, or {OTHERS}"
+            )
+        return images[real], real.view(given.shape[:2]).sum(1).tolist()
+
+    @classmethod
+    def embed(cls, tower: Any, pixel_values: Tensor) -> Tensor:
+        patch = tower.config.patch_size
+        every = pixel_values.new_ones(len(pixel_values), *(side // patch for side in pixel_values.shape[-2:]), dtype=torch.bool)
+        hidden: Tensor = tower.embeddings(pixel_values=pixel_values, patch_attention_mask=every)
+        return hidden
 
 
 class Idefics3(SmolVLM):
     """Idefics3 models."""
 
     model_type = "idefics3"
+    reads_blank = False
     classes: ClassVar[tuple[str, ...]] = ("Idefics3Model", "Idefics3ForConditionalGeneration")

@@ -226,8 +226,8 @@ class CostModel:
             walks[name] = self._walk(name, kept, entering.get(name, shape.routable))
             if (fed := self._adapter.feeds.get(name)) is not None:
                 # What leaves is a part of what would leave the dense stack; the stacks may differ in their protected tokens.
-                rows = shape.rows / self.shapes[fed].rows
-                entering[fed] = rows * (walks[name].leaving - shape.routable) + self.shapes[fed].routable
+                share = shape.rows / (shape.joined * self.shapes[fed].rows)
+                entering[fed] = share * (walks[name].leaving - shape.routable) + self.shapes[fed].routable
         return walks
 
     def _walk(self, stack: str, kept: Callable[[Stage, Any, Any], Any], begin: Any) -> _Walk:

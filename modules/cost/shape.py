@@ -44,6 +44,7 @@ class StackShape:
             None in a transformer layer.
         dense_only_macs: MACs per row that the dense model spends and a compressed one does not, such as layers whose output nothing reads.
         rows: rows of the stack for each row of the model, such as the tiles of an image in a tower.
+        joined: tokens that the next stack reads as one.
         windows: attention window of each layer in tokens, None for full attention; empty means full attention in all layers.
     """
 
@@ -59,9 +60,10 @@ class StackShape:
     query_width: int | None = None
     key_width: int | None = None
     gated: bool = False
-    macs_per_token: int | None = None
+    macs_per_token: float | None = None
     dense_only_macs: float = 0.0
     rows: float = 1.0
+    joined: int = 1
     windows: tuple[int | None, ...] = ()
 
     @property

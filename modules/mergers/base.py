@@ -41,6 +41,7 @@ class Merger(nn.Module):
         needs_partner: the merger needs ``Scored.partner`` of a matching scorer.
         causal: a token after the merger depends on no later token.
         drops: removed tokens are dropped, not merged.
+        proportional: in later layers, log(size) is added to the attention logits of each key.
     """
 
     extra: ClassVar[int] = 0
@@ -48,6 +49,7 @@ class Merger(nn.Module):
     needs_partner: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     drops: ClassVar[bool] = False
+    proportional: bool = False
 
     def __init__(self, spec: TokenSpec) -> None:
         super().__init__()

@@ -68,6 +68,7 @@ class Flow:
         grid: number of patches (down, across) of the input; None if there is no grid.
         places: (B, N) int64, for each original token its place in the grid plus ``leading``; None if the place is the token's position.
             Models that shuffle their patches set it.
+        units: (B or 1, N) int64, unit of each original token, counted from 0, -1 for leading tokens; None if tokens are not joined later.
         rows: number of rows of the stack, for the cost; images or tiles in a tower, 0 without an image.
         seen: number of tokens in the cache before those of this forward.
         carry: (B, …) tensors by name, data of stages about each row's earlier tokens, stored in the cache; None without a cache.
@@ -98,6 +99,7 @@ class Flow:
     pixel_values: Tensor | None = None
     grid: tuple[int, int] | None = None
     places: Tensor | None = None
+    units: Tensor | None = None
     rows: int = 0
     seen: int = 0
     carry: dict[str, Tensor] | None = None

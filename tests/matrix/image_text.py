@@ -126,6 +126,7 @@ FAMILIES = {
         {**TEXT, "model_type": "qwen2"},
         9,
         _alone,
+        patches=37,
     ),
     "gemma3": ImageTextFamily(
         "gemma3", _SIGLIP, {**TEXT, "model_type": "gemma3_text", "sliding_window": 128, "head_dim": 8}, 9, _typed, {"mm_tokens_per_image": 9}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,13 +25,17 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "projector": [{"stack": "projector", "layer": 0, "scorer": _LEARNED}],
     "tower": [{"stack": "vision", "layer": 1, "scorer": _LEARNED}],
     "merged": [{"stack": "projector", "layer": 0, "scorer": "uniform_grid", "merger": "nearest"}],
+    "adaptive": [
+        {"stack": "vision", "layer": 1, "scorer": "evidence", "selector": "threshold", "merger": "squeeze"},
+        {"stack": "projector", "layer": 0, "scorer": {"name": "linear", "detach": True}, "selector": "threshold"},
+    ],
     "all": [
         {"stack": "vision", "layer": 1, "scorer": "uniform_grid", "keep": 0.7},
         {"stack": "projector", "layer": 0, "scorer": _LEARNED, "keep": 0.7},
         {"stack": "text", "layer": 2, "scope": "visual", "scorer": "last_query"},
     ],
 }
-STAGED = ("llava_next", "llava_onevision")
+STAGED = ("llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl", "gemma3")
 _DEFAULT = ("llava_next",)
 
 
@@ -44,6 +49,8 @@ def _of(*names: str) -> list[Any]:
 
 def _model(family: str, name: str, keep: float | None = None, **settings: Any) -> PreTrainedModel:
     stages = [StageConfig(**{"keep": 0.5, **stage, **({} if keep is None else {"keep": keep})}) for stage in METHODS[name]]
+    if family == "gemma3":
+        stages = [replace(stage, scorer=_LEARNED) if stage.part("scorer").name == "last_query" else stage for stage in stages]
     return spread(compress(dense(family, **settings), CompressionConfig(stages)))
 
 
@@ -87,17 +94,17 @@ def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str, name: s
     trace = Trace()
     logits = model(**given, trace=trace, use_cache=True).logits
     inner: Any = plain.model
-    tower = inner.vision_tower
+    tower = inner.get_submodule(model.adapter.vision_at)
     tower.config._attn_implementation = "seen"
     seen: Tensor | None = None
-    for index, layer in enumerate(tower.encoder.layers):
+    for index, layer in enumerate(inner.get_submodule(model.adapter.blocks_at)):
         routing = trace.routings.get(f"vision.before_{index}")
         if seen is None:
             flow = trace.flow("vision")
             seen = torch.ones(flow.rows, FAMILIES[family].patches, dtype=torch.bool)
         if routing is not None:
             seen = torch.zeros_like(seen).scatter(1, routing.state.position, routing.kept_mask) & seen
-        layer.self_attn.seen = [seen]
+        (layer.self_attn if hasattr(layer, "self_attn") else layer.attention).seen = [seen]
     hidden = torch.ones_like(given["input_ids"], dtype=torch.bool)
     absent = trace.flow("text").absent
     assert absent is not None
@@ -124,7 +131,7 @@ def _layers(model: PreTrainedModel) -> Any:
     return (inner.language_model if hasattr(inner, "language_model") else inner.text_model).layers
 
 
-@pytest.mark.parametrize(("family", "name"), _of("all", "merged"))
+@pytest.mark.parametrize(("family", "name"), [*_of("all", "merged"), pytest.param("smolvlm", "adaptive", marks=pytest.mark.slow)])
 def test_a_mixed_batch_is_each_row_alone_and_generation_equals_recomputing(family: str, name: str) -> None:
     model, given = _model(family, name), batch(family)
     how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -228,3 +235,31 @@ def test_images_and_videos_that_are_interpolated_are_refused_with_what_works() -
     video = {"input_ids": torch.tensor([[2, *[46] * 5, 4]]), "pixel_values_videos": torch.randn(1, 1, 3, SIDE, SIDE)}
     expected = plain(**video).logits
     assert torch.equal(compress(plain, CompressionConfig([StageConfig(**text)]))(**video).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["tower", "projector", "adaptive"])
+def test_patches_that_are_joined_behind_the_tower_stay_or_leave_together(name: str) -> None:
+    model, trace = _model("smolvlm", name), Trace()
+    given = _given(row("smolvlm", 1))
+    model(**given, trace=trace)
+    for routing in trace.routings.values():
+        state, kept = routing.state, routing.kept_mask
+        numbers = trace.flow(routing.stage.split(".")[0]).units
+        assert numbers is not None
+        unit = numbers.expand(state.rows, -1).gather(1, state.position)
+        for image in range(2):
+            # Nine squares of four patches, of which half stay, rounded up.
+            here = torch.bincount(unit[image][kept[image]], minlength=9)
+            assert set(here.tolist()) <= {0, 4}
+            assert name == "adaptive" or here.tolist().count(4) == 5
+        scores = torch.stack([routing.scores[0][unit[0] == one] for one in unit[0].unique()])
+        assert torch.equal(scores, scores[:, :1].expand_as(scores))
+    assert int(torch.as_tensor(trace.flow("text").gone).sum()) == 18 - int(kept.sum()) // 4
+
+
+def test_images_with_padding_are_refused_with_what_works() -> None:
+    model, given = _model("smolvlm", "projector"), _given(row("smolvlm", 0))
+    hidden = torch.ones(1, 1, SIDE, SIDE, dtype=torch.bool)
+    hidden[..., 12:] = False
+    with pytest.raises(ValueError, match="pixel_attention_mask hides a part of an image.*do_image_splitting = True.*stack = 'text'"):
+        model(**given, pixel_attention_mask=hidden)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from laconic import CompressionConfig, StageConfig, compress
 from laconic.modules import compatibility
 from laconic.modules.compatibility import CONFIG_RULES, STAGE_RULES, Rule
-from tests.matrix import decoders, encoders, vision, visual
+from tests.matrix import decoders, encoders, image_text, vision, visual
 from tests.modules import test_masked_images as masked_images
 
 Case = tuple[str | Callable[[], PreTrainedModel], list[dict[str, Any]], dict[str, Any] | None, str]
@@ -33,8 +33,11 @@ def _masked_lm() -> PreTrainedModel:
     return AutoModelForMaskedLM.from_config(AutoConfig.for_model(**{**encoders.dense("bert").config.to_dict(), "architectures": None}))
 
 
+_TOWER = {"stack": "vision", "layer": 1, "scorer": "linear"}
+
+
 def _dense(family: str) -> PreTrainedModel:
-    return next(kind.dense(family) for kind in (vision, encoders, decoders, visual) if family in kind.FAMILIES)
+    return next(kind.dense(family) for kind in (vision, encoders, decoders, visual, image_text) if family in kind.FAMILIES)
 
 
 _POOL = {"tokens": 4, "keep": None, "scorer": "uniform_grid", "merger": {"name": "pool", "outputs": 4}}
@@ -149,6 +152,25 @@ CASES: dict[str, list[Case]] = {
     ],
     "attention_for_rows_of_unequal_length": [
         (_flash("vit"), [{"selector": "threshold"}], None, "selector 'threshold' makes rows of different lengths, which attention 'flash")
+    ],
+    "layers_without_mask": [
+        (
+            "internvl",
+            [_TOWER | {"estimator": "key_bias"}],
+            None,
+            "estimator = 'key_bias' weighs keys, and layers of an InternVL's tower take no mask",
+        ),
+        ("internvl", [_TOWER | {"merger": {"name": "squeeze", "proportional": True}}], None, "merger with proportional = true weighs keys"),
+        ("internvl", [_TOWER | {"selector": "threshold"}], None, "'threshold' makes rows of different lengths, .*no mask: take 'top_k'"),
+    ],
+    "whole_units": [
+        (
+            "smolvlm",
+            [_TOWER | {"scorer": "bipartite", "merger": "bipartite"}],
+            None,
+            "4 patches are joined .*, and scorer 'bipartite' .*'squeeze'",
+        ),
+        ("smolvlm", [_TOWER | {"merger": "fuse"}], None, "merger 'fuse' makes tokens that are no patches: take 'drop'"),
     ],
     "causal_shrinking": [
         ("vit", [{}], {"layer": 4, "by": "dechunk"}, "compression.restore.by = 'dechunk' is for chunks of causal models"),

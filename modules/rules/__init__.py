@@ -1,0 +1,1 @@
+"""Rules of compatibility, and what they check."""
