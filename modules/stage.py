@@ -27,7 +27,7 @@ from .tokens.draws import uniform
 from .tokens.flow import Chunks, Flow
 from .tokens.scope import in_scope
 from .tokens.state import TokenState
-from .tokens.trace import Routing, Trace
+from .tokens.trace import Routing, Trace, Update
 from .tokens.units import Units
 
 # Offset of the draw index: selector noise must not repeat the draws of a random scorer.
@@ -218,6 +218,8 @@ class Stage(nn.Module):
             kept = part.present if decision.rows is None or decision.valid is None else decision.valid.sum(-1)
         self._record(trace, choice, state, kept)
         after = inner(before, part)
+        if trace.updates:
+            trace.routings[self.config.key] = replace(trace.routings[self.config.key], update=Update.of(before, after, part.valid))
         if estimate.scale is not None:
             protects = state.counts is None or state.counts.protected
             scale = estimate.scale.masked_fill(~state.routable, 1.0) if protects else estimate.scale

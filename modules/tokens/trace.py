@@ -17,6 +17,34 @@ from .state import TokenState
 
 
 @dataclass(frozen=True)
+class Update:
+    """What a layer or its half changed in the K tokens of each row that it processed, before an estimator scales the change.
+
+    Attributes:
+        size: (B, K) float32, norm of the change ÷ norm of the token before it.
+        cosine: (B, K) float32, cosine of the token before and after it.
+        valid: (B, K) bool, False for padding; None without padding.
+    """
+
+    size: Tensor
+    cosine: Tensor
+    valid: Tensor | None
+
+    @staticmethod
+    def of(before: Tensor, after: Tensor, valid: Tensor | None) -> Update:
+        """The update from (B, K, C) tokens to (B, K, C), without gradient."""
+        old, new = before.detach().float(), after.detach().float()
+        size = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-12)
+        return Update(size, torch.cosine_similarity(old, new, dim=-1), valid)
+
+    def mean(self) -> tuple[float, float]:
+        """Mean size and mean cosine over all real tokens."""
+        weight = torch.ones_like(self.size) if self.valid is None else self.valid.float()
+        size, cosine = ((value * weight).sum() / weight.sum().clamp(min=1) for value in (self.size, self.cosine))
+        return float(size), float(cosine)
+
+
+@dataclass(frozen=True)
 class Routing:
     """The result of one stage in one forward. Regularisers, meters, callbacks and pictures read it.
 
@@ -35,6 +63,7 @@ class Routing:
         auxiliary_loss: scalar that estimator and selector add to the task's loss in training; None without one.
         agreement: scalar, fraction of the routable tokens for which a causal predictor and the non-causal decision agree; None if either
             is missing.
+        update: what the layer changed in the tokens that it processed; None unless ``Trace.updates`` requests it.
     """
 
     stage: str
@@ -50,6 +79,7 @@ class Routing:
     bypass: bool = False
     auxiliary_loss: Tensor | None = None
     agreement: Tensor | None = None
+    update: Update | None = None
 
     @property
     def soft(self) -> Tensor | None:
@@ -107,6 +137,7 @@ class Trace:
         protected: (B, N) bool, tokens that no stage may touch, in addition to those that the model family protects; None without any.
         blank: the images of this forward are in padding, so that all processes call the same modules: stages before the language model
             keep all of their tokens and count none.
+        updates: bypass stages record what their layer changes, ``Routing.update``.
 
     Set by the forward:
 
@@ -128,6 +159,7 @@ class Trace:
     prompt: Tensor | None = None
     protected: Tensor | None = None
     blank: bool = False
+    updates: bool = False
     routings: dict[str, Routing] = field(default_factory=dict)
     flows: dict[str, Flow] = field(default_factory=dict)
 

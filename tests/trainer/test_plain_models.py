@@ -29,7 +29,7 @@ def _folder(path: Path, compressed: bool) -> Path:
     return path
 
 
-@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("compressed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_plain_folder_is_evaluated_on_the_data_that_are_named(tmp_path: Path, console: Console, compressed: bool) -> None:
     folder, rows = (
         _folder(tmp_path / "model", compressed),

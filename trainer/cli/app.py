@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .output import console, emit, keep_stdout_clean, running, user_input
+from .probe import probe
 
 app = typer.Typer(
     name="laconic",
@@ -16,6 +17,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.command()(probe)
 
 RecipeName = Annotated[str, typer.Argument(help="name of a shipped recipe, or path of a YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="overrides, key.path=value")]

@@ -1,0 +1,1 @@
+"""Which layers of a model can be left out or see fewer tokens, by measured loss."""

@@ -1,0 +1,122 @@
+"""Plans from a probe, written as a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...modules.checkpoints.whole_files import write_file
+from ...modules.config import COMPLETE, StageConfig
+from ...modules.registry import part_class
+from ..errors import RecipeError
+from ..recipe.files import apply_override, check, find, read
+from ..recipe.schema import Recipe
+from .overlay import overlay, planned
+from .part import Part
+from .plan import greedy
+from .probe import Probe
+
+# Recipes for fine-tuning, by task.
+BASES = {"causal_lm": "llm_finetune", "image_classification": "vit_image_folder", "text_classification": "text_classify"}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Settings of a plan.
+
+    Attributes:
+        target: largest ``macs_ratio``, in (0, 1).
+        overlay: file of the recipe.
+        base: recipe below it; None chooses by the task.
+        halves: parts may be halves of layers.
+        keeps: shares of the tokens that a layer may process, each in (0, 1).
+        scorer: scorer of these layers.
+    """
+
+    target: float
+    overlay: Path
+    base: str | None
+    halves: bool
+    keeps: tuple[float, ...]
+    scorer: str
+
+    @staticmethod
+    def of(plan: str, path: Path, base: str | None, halves: bool, keeps: str, scorer: str) -> PlanOptions:
+        """The options as the command line has them. Raises RecipeError."""
+        measure, equals, value = plan.partition("=")
+        target = _share(value)
+        if measure != "macs_ratio" or not equals or target is None:
+            raise RecipeError(f"--plan {plan} must be macs_ratio=SHARE, with a share between 0 and 1: macs_ratio=0.8 for example")
+        shares = [_share(item) for item in keeps.split(",") if item.strip()]
+        if None in shares:
+            raise RecipeError(f"--keeps {keeps} must be shares between 0 and 1, divided by commas: 0.75,0.5 for example; '' for none")
+        return PlanOptions(target, path, base, halves, tuple(share for share in shares if share is not None), scorer)
+
+
+def _share(text: str) -> float | None:
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    return share if 0 < share < 1 else None
+
+
+def check_plan(probe: Probe, options: PlanOptions) -> None:
+    """Raises RecipeError if there can be no such plan."""
+    if probe.meter.config is not None:
+        raise RecipeError("--plan is for a dense model, and this one has stages of its own: plan for the model that it was trained from")
+    find(base_of(probe, options))
+    # Unknown scorers are named before anything is measured.
+    stage_of(probe, Part(0, "around", 0.5), options)
+
+
+def base_of(probe: Probe, options: PlanOptions) -> str:
+    """Name of the recipe below the plan's."""
+    task = str(probe.record.settings["task"])
+    return options.base or BASES[task]
+
+
+def stage_of(probe: Probe, part: Part, options: PlanOptions) -> StageConfig:
+    """The stage of a part in the recipe: one with a gate where a causal model's router is trained."""
+    causal = probe.stack.adapter.causal and probe.scope not in COMPLETE
+    stage = part.stage(probe.stack, probe.scope, options.scorer)
+    trained = part_class("scorer", stage.part("scorer")).estimator is not None
+    return part.stage(probe.stack, probe.scope, options.scorer, estimator="gate" if causal and trained else None)
+
+
+def write_plan(probe: Probe, options: PlanOptions, recipe: Recipe, overrides: Sequence[str]) -> None:
+    """Plans by measured loss, with random tokens where a layer processes some, and writes the recipe and the record."""
+    sites = [part for part in probe.parts if options.halves or part.site == "around"]
+    some = [Part(part.layer, part.site, keep) for part in probe.parts if part.site == "around" for keep in options.keeps]
+
+    def cost(parts: Sequence[Part]) -> float:
+        return probe.meter.macs_ratio([stage_of(probe, part, options) for part in parts])
+
+    try:
+        steps = greedy([*sites, *some], options.target, lambda parts: probe.measure(parts).loss, cost)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    for step in steps:
+        probe.console.print(f"chosen: {step.part.key}, loss {step.loss:.4f}, macs_ratio {step.macs_ratio:.4f}", highlight=False)
+    stages = [stage_of(probe, part, options) for part in planned(steps)]
+    dense = probe.meter.whole.loss
+    remark = (
+        f"Written by laconic probe {probe.record.settings['model']}: loss {dense:.4f} → {steps[-1].loss:.4f} on {probe.meter.answers:,} answers "
+        f"at macs_ratio {steps[-1].macs_ratio:.4f}, untrained, with random tokens where keep is above 0."
+    )
+    blocks: dict[str, Any] = {
+        "model": {"name": recipe.model.name} if recipe.model.gguf_file is None else {"name": None, "gguf_file": recipe.model.gguf_file}
+    }
+    for override in overrides:
+        apply_override(blocks, override)
+    text = overlay(base_of(probe, options), blocks, stages, remark)
+    options.overlay.parent.mkdir(parents=True, exist_ok=True)
+    write_file(options.overlay, text)
+    check(read(options.overlay), str(options.overlay))
+    probe.record.plan = {
+        "target": options.target, "macs_ratio": steps[-1].macs_ratio, "loss": steps[-1].loss, "keeps": options.keeps, "halves": options.halves,
+        "steps": [asdict(step) | {"part": step.part.key} for step in steps],
+    }  # fmt: skip
+    probe.record.write()

@@ -1,0 +1,145 @@
+"""``laconic probe``: what each layer and half of a layer is worth, by the loss without it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ...modules.backbones import adapter_of
+from ...modules.backbones.stack import Stack
+from ..build.build import open_data
+from ..build.heads import trained_classes
+from ..errors import RecipeError
+from ..recipe.schema import Recipe
+from ..run_folder import RunFolder, load_model
+from ..tasks.base import Task, task_named
+from .meter import Measured, Meter, batches_of
+from .part import SITES, Part, offered, state_key
+from .record import Record
+
+HALF = 0.5
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a probe.
+
+    Attributes:
+        rows: training rows that are measured.
+        batch_size: rows of a forward.
+        scope: scope of the stages; None takes the first that the stack offers, all tokens or the visual ones.
+    """
+
+    rows: int = 16
+    batch_size: int = 4
+    scope: str | None = None
+
+
+class Probe:
+    """Measures the parts of a model's main stack.
+
+    Args:
+        target: the model, for the record.
+        recipe: recipe of its task and data.
+        weights: folder or hub name of the weights.
+        options: settings.
+        to: JSON file of the measurements; an existing one is continued.
+        console: console for progress.
+
+    Raises:
+        RecipeError: the model cannot be probed, or the file belongs to another probe.
+    """
+
+    def __init__(self, target: str, recipe: Recipe, weights: str, options: Options, to: Path, console: Console) -> None:
+        task, model = task_named(recipe.task), load_model(weights)
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.stack: Stack = adapter_of(model).main_stack(model)
+        self.scope = options.scope or self.stack.scopes[0]
+        if self.scope not in self.stack.scopes:
+            raise RecipeError(f"--scope {self.scope} is not offered by this model: it has {', '.join(self.stack.scopes)}")
+        settings = {
+            "model": target,
+            "task": recipe.task,
+            "data": recipe.data.model_dump(mode="json", exclude={"workers", "batch_size", "eval_batch_size"}),
+            "seed": recipe.seed,
+            "rows": options.rows,
+            "scope": self.scope,
+        }
+        self.record, self.console = Record(to, settings), console
+        if task.teach.__func__ is Task.teach.__func__:  # type: ignore[attr-defined]
+            raise RecipeError(f"task = {recipe.task} has no labels by which a layer could be measured: probe a model of another task")
+        data = open_data(task.of_run(recipe, RunFolder.of(weights)), model.config, None, trained_classes(model.config, target))
+        self.meter = Meter(model, task, batches_of(data, options.rows, options.batch_size), task.size(recipe), recipe.seed)
+        own = () if self.meter.config is None else self.meter.config.of_stack(self.stack.name)
+        self.parts = offered(self.stack, [int(stage.layer) for stage in own])
+        self._done, self._began = 0, time.monotonic()
+        self.record.add("", self.meter.whole)
+
+    def measure(self, parts: Sequence[Part], left: int | None = None) -> Measured:
+        """Loss and change of answers with these parts, from the record if they are in it.
+
+        Args:
+            parts: the parts, at most one around a layer.
+            left: number of measurements after this one, for the progress; None if it is unknown.
+        """
+        key = state_key(parts)
+        if key not in self.record.measured:
+            found = self.meter([part.stage(self.stack, self.scope) for part in parts])
+            self.record.add(key, found)
+            self._done += 1
+            ahead = "" if left is None else f"; {left} left, about {(time.monotonic() - self._began) / self._done * left:.0f} s"
+            shown = key if len(parts) < 2 else f"{len(parts)} parts"
+            self.console.print(f"{shown}: loss {found.loss:.4f} ({found.loss - self.meter.whole.loss:+.4f}){ahead}", highlight=False)
+        return self.record.measured[key]
+
+    def run(self) -> None:
+        """Measures every part left out, every layer with a random half of its tokens, and what each part changes in a token."""
+        halves = [Part(part.layer, part.site, HALF) for part in self.parts if part.site == "around"]
+        todo = [part for part in [*self.parts, *halves] if part.key not in self.record.measured]
+        for number, part in enumerate(todo):
+            self.measure([part], len(todo) - number - 1)
+        if not self.record.updates:
+            for sites in (("around",), ("around_attention", "around_mlp")):
+                stages = [Part(part.layer, part.site, 1.0).stage(self.stack, self.scope) for part in self.parts if part.site in sites]
+                if stages:
+                    self.record.updates |= self.meter.updates(stages)
+            self.record.write()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a layer: rise of the loss without each part and with a random half of the tokens, and updates of the layer."""
+        dense = self.meter.whole.loss
+        rows: dict[int, dict[str, Any]] = {}
+        for part in self.parts:
+            row = rows.setdefault(part.layer, {"layer": part.layer})
+            found = self.record.measured[part.key]
+            row[SITES[part.site]] = found.loss - dense
+            if part.site == "around":
+                prefix = f"{self.stack.name}." if self.stack.name else ""
+                size, influence = self.record.updates.get(f"{prefix}around_{part.layer}", (float("nan"), float("nan")))
+                half = self.record.measured[Part(part.layer, part.site, HALF).key].loss - dense
+                row |= {"random half": half, "logit change": found.change, "block influence": influence, "update": size}
+        return list(rows.values())
+
+    def table(self) -> Table:
+        """The rows as a table."""
+        rows = self.rows()
+        what = f"{self.meter.answers:,} answers, loss {self.meter.whole.loss:.4f}, scope {self.scope}"
+        table = Table(title=f"{self.record.settings['model']}: rise of the loss in nats without each part ({what})")
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        for column in columns:
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(
+                *(
+                    f"{value}" if isinstance(value := row.get(key), int) else f"{value:+.4f}" if value is not None else "–"
+                    for key in columns
+                )
+            )
+        return table
