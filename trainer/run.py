@@ -125,7 +125,9 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
     baselines = load_baselines(loaded, overrides)
     arms: dict[str, Trained] = {}
     data: Splits | None = None
-    for arm in [*baselines, loaded]:
+    for note in baselines.notes:
+        console.print(note, highlight=False, soft_wrap=True)
+    for arm in [*baselines.arms, loaded]:
         main = arm is loaded
         name = _arm_name(arm)
         if name in arms or (not main and name == _arm_name(loaded)):
@@ -161,7 +163,7 @@ def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -
     """Builds every arm and runs one training step of each, without saving anything, to find errors before a long run."""
     quiet()
     result: dict[str, Any] = {}
-    for arm in [*load_baselines(loaded, overrides), loaded]:
+    for arm in [*load_baselines(loaded, overrides).arms, loaded]:
         parts = build(arm.recipe)
         module = task_named(parts.recipe.task).module(parts)
         rows = [parts.data.train[index] for index in range(arm.recipe.data.batch_size)]
@@ -200,7 +202,7 @@ def train_arm(
     stage = stage_of(recipe.trainer)
     shards = deepspeed_config(recipe.trainer, recipe.data.batch_size) if stage == 3 else None
     parts = build(recipe, data, shards, None if checkpoint is None else RunFolder.of(checkpoint))
-    collective.from_rank_zero(lambda: _open_folder(run, recipe, parts.data))
+    collective.from_rank_zero(lambda: _open_folder(run, recipe, parts))
     with (run.log if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w", encoding="utf-8") as log:
         output = RunLog(console, log)
         _describe(parts, name, output)
@@ -256,12 +258,17 @@ def _checkpoint(run: RunFolder, recipe: Recipe, resume: str | None, console: Con
     return checkpoint
 
 
-def _open_folder(run: RunFolder, recipe: Recipe, data: Splits) -> None:
+def _open_folder(run: RunFolder, recipe: Recipe, parts: RunParts) -> None:
     write_file(run.recipe, dump(recipe))
     if not run.data.is_dir():
         with whole_folder(run.data) as partial:
-            data.save_beside(partial)
-            write_json(partial / "data.json", data.record)
+            parts.data.save_beside(partial)
+            write_json(partial / "data.json", parts.data.record)
+            if recipe.model.tower_of is not None:
+                config: Any = parts.model.config
+                # Without the name that it was loaded by, which is no setting.
+                settings = {name: value for name, value in config.vision_config.to_diff_dict().items() if not name.startswith("_")}
+                write_json(partial / run.tower.name, settings)
 
 
 def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:

@@ -152,6 +152,11 @@ class RunFolder:
         """What belongs to the run's data, written at its start: the tokenizer, and ``data.json``, the names of the classes and hashes."""
         return self.path / DATA
 
+    @property
+    def tower(self) -> Path:
+        """Config of the vision tower that the run took from ``model.tower_of``, whose folder may be gone when the run goes on."""
+        return self.data / "tower.json"
+
     def written(self, base: Base | None) -> Path:
         """Folder that weights are written to: ``adapter/`` on frozen weights, otherwise ``model/``."""
         return self.path / (MODEL if base is None else ADAPTER)

@@ -246,7 +246,7 @@ def test_pixels_are_normalised_as_in_the_run_that_goes_on(runs: Path, tmp_path: 
 
 def test_control_arms_have_the_same_lora(runs: Path) -> None:
     overrides = [item for item in _overrides(runs, "x") if not item.startswith("baselines")]
-    dense, random = load_baselines(load("vit_lora", overrides), overrides)
+    dense, random = load_baselines(load("vit_lora", overrides), overrides).arms
     assert dense.recipe.compression is None
     assert dense.recipe.lora == random.recipe.lora == load("vit_lora", overrides).recipe.lora
 

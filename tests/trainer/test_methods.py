@@ -129,12 +129,26 @@ def test_overrides_of_a_method_may_come_in_any_order_and_stages_replace_a_method
         load("vlm_finetune", ["data.data_files=x.json", "data.kinds=[reading]", "compression.keep=0.3"])
 
 
-def test_control_arms_with_stages_of_their_own_and_adapters_on_resized_models_are_refused_with_the_cure(tmp_path: Path) -> None:
-    given = ["compression.method=fastv"]
-    with pytest.raises(
-        RecipeError, match=r"compression.method is of the recipe, and its control arms have stages of their own: set baselines="
-    ):
-        load_baselines(load("vlm_digits", given), given)
+@pytest.mark.parametrize(
+    ("given", "arms", "reasons"),
+    [
+        (["compression.method=fastv"], ["vlm_digits_dense"], ["stages of its own"]),
+        (["compression.method=fastv", "compression.keep=0.3"], ["vlm_digits_dense"], ["stages of its own"]),
+        (["compression.method=downsampled"], [], ["its model is another one", "stages of its own"]),
+        (["compression=null"], [], ["it is the recipe itself", "stages of its own"]),
+        (["optimizer.lr=1"], ["vlm_digits_dense", "vlm_digits_random"], []),
+    ],
+)
+def test_other_stages_leave_out_the_control_arms_that_are_not_comparable(given: list[str], arms: list[str], reasons: list[str]) -> None:
+    found = load_baselines(load("vlm_digits", given), given)
+    assert [arm.name for arm in found.arms] == arms
+    assert len(found.notes) == len(reasons)
+    for note, reason in zip(found.notes, reasons, strict=True):
+        assert "is left out, because compression" in note
+        assert reason in note
+
+
+def test_adapters_on_resized_models_are_refused_with_the_cure(tmp_path: Path) -> None:
     overrides = [*small("vlm_lora", tmp_path, QUICK), "compression.method=downsampled"]
     with pytest.raises(RecipeError, match="model.image_scale = 0.5 changes position embeddings, which lora.mode = 'lora' freezes"):
         check_lora(load("vlm_lora", overrides).recipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +260,22 @@ def test_the_model_with_all_tokens_teaches_itself_with_few(tmp_path: Path, conso
     run = [*given, f"output={tmp_path / 'run'}"]
     assert validate(load("vlm_digits", run).recipe).macs_ratio < 1
     train(load("vlm_digits", run), run, console)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_the_folder_of_its_tower_is_gone(parts: Any, tmp_path: Path, console: Console) -> None:
+    parts.model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    sizes = [item for item in small("vlm_digits_base", tmp_path, QUICK) if "vision_config" not in item and "tower_of" not in item]
+    given = [*sizes, f"model.tower_of={tmp_path / 'tower'}"]
+    run = RunFolder(tmp_path / "run")
+    loaded = load("vlm_digits_base", [*given, f"output={run.path}"])
+    expected = train(loaded, given, console)
+    # As if it had been killed before it saved the model.
+    run.report.unlink()
+    for folder in (run.path / "model", tmp_path / "tower"):
+        shutil.rmtree(folder)
+    assert validate(loaded.recipe, resumed=run).steps == 2
+    found = train(loaded, given, console, resume="auto")
+    assert found.quality == expected.quality
+    with pytest.raises(ValueError, match="model.tower_of = .*tower"):
+        validate(loaded.recipe)

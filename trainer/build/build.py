@@ -38,7 +38,7 @@ from .keeps import check_keeps
 from .model_settings import check_settings, with_settings
 from .part_rates import check_part_lr, freeze_parts
 from .parts import RunParts
-from .tower import load_tower, tower_config
+from .tower import load_tower, tower_config, with_own_tower
 from .trainable import quantization, train_parts
 from .vocabulary import fit_vocabulary, set_vocabulary
 
@@ -59,6 +59,7 @@ def build(
     """
     task = task_named(recipe.task)
     task.check(recipe)
+    recipe = recipe.model_copy(update={"model": with_own_tower(recipe.model, resumed)})
     start = start_of(recipe.model)
     config = model_config(recipe.model, task, start)
     recipe = located_stages(recipe, config)

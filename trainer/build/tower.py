@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ...modules.checkpoints.foreign_config import load_config
 from ...modules.checkpoints.tensors import copy_all
 from ...modules.checkpoints.whole_files import DamagedFile
 from ..recipe.schema import ModelRecipe
+from ..run_folder import RunFolder
 from .initial_weights import weights_of
 
 # Models that hold a tower under the names that its own class has.
@@ -45,6 +47,20 @@ def tower_config(recipe: ModelRecipe) -> PretrainedConfig:
             f"{given} is a {config.model_type}, and a tower comes from a {', '.join((*_IMAGE_MODELS, *TOWERS))}: name such a model"
         )
     return tower
+
+
+def with_own_tower(model: ModelRecipe, run: RunFolder | None) -> ModelRecipe:
+    """The ``model`` block of a run that goes on: the vision tower is that which the run recorded, and its weights are in the checkpoint.
+
+    Args:
+        model: the recipe's block.
+        run: the run that goes on; None for a new one.
+    """
+    if model.tower_of is None or run is None or not run.tower.is_file():
+        return model
+    assert model.config is not None
+    recorded = json.loads(run.tower.read_text("utf-8"))
+    return model.model_copy(update={"tower_of": None, "config": {**model.config, "vision_config": recorded}})
 
 
 def load_tower(model: PreTrainedModel, recipe: ModelRecipe) -> None:

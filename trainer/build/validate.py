@@ -15,6 +15,7 @@ from ..distributed.strategies import check as check_strategy
 from ..errors import RecipeError
 from ..losses.teachers import check_teacher
 from ..recipe.schema import ITSELF, Recipe
+from ..run_folder import RunFolder
 from ..tasks.base import task_named
 from .build import build_model, cost_model, located_stages, model_config, open_data, total_steps
 from .heads import trained_classes
@@ -22,6 +23,7 @@ from .initial_weights import check_start, start_of
 from .keeps import check_keeps
 from .opened_data import check_rows
 from .part_rates import check_part_lr, freeze_parts, groups_of, part_names, rates_of
+from .tower import with_own_tower
 from .trainable import check_lora, parameter_counts, train_parts
 from .vocabulary import fit_vocabulary
 
@@ -60,12 +62,13 @@ class Checked:
     rates: dict[str, float]
 
 
-def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked:
+def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: RunFolder | None = None) -> Checked:
     """Checks a recipe against its real config and data; weights are neither loaded nor initialised.
 
     Args:
         recipe: the recipe.
         trained: config of the model that the recipe has trained, to evaluate it; None to train it.
+        resumed: run that goes on, if it was started; None for a new run.
 
     Raises:
         ValueError: the recipe is wrong; the message says what is allowed.
@@ -74,6 +77,7 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None) -> Checked
     check_lora(recipe)
     task = task_named(recipe.task)
     task.check(recipe)
+    recipe = recipe.model_copy(update={"model": with_own_tower(recipe.model, resumed)})
     start = start_of(recipe.model)
     config = model_config(recipe.model, task, start)
     recipe = located_stages(recipe, config)

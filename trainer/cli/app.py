@@ -87,10 +87,13 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
         from ..recipe.baselines import load_baselines
 
         checked = {loaded.name: check(loaded.recipe)}
-        for arm in load_baselines(loaded, overrides or []):
+        baselines = load_baselines(loaded, overrides or [])
+        for arm in baselines.arms:
             checked[arm.name] = check(arm.recipe)
     emit({name: asdict(item) for name, item in checked.items()}, as_json)
     out = console(as_json)
+    for note in baselines.notes:
+        out.print(note, highlight=False, soft_wrap=True)
     for name, item in checked.items():
         keep = "  ".join(f"{stage} keep {value:.4f}" for stage, value in item.keep.items())
         out.print(
@@ -131,15 +134,18 @@ def train(
         from ..build.validate import validate as check
         from ..distributed.processes import leave
         from ..recipe.baselines import load_baselines
-        from ..run import rehearse
+        from ..run import output_folder, rehearse
         from ..run import train as run
+        from ..run_folder import RunFolder
 
         if resume is not None and overwrite:
             raise ValueError("--resume continues a run, and --overwrite deletes it: give one of them")
         if dry_run and (resume is not None or overwrite):
             raise ValueError("--dry-run saves nothing, and neither resumes nor overwrites: remove --resume and --overwrite")
-        for arm in [loaded, *load_baselines(loaded, given)]:
-            check_memory(check(arm.recipe), arm.recipe)
+        folder = RunFolder(output_folder(loaded))
+        for arm in [loaded, *load_baselines(loaded, given).arms]:
+            begun = None if resume is None else folder if arm is loaded else folder.arm(arm.name)
+            check_memory(check(arm.recipe, resumed=begun), arm.recipe)
     with running():
         if dry_run:
             emit(rehearse(loaded, given, console(as_json)), as_json)

@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RecipeError
 from .files import LoadedRecipe, load
 from .methods import SETTINGS
+from .schema import Recipe
 from .unread import OF_STAGES
 
 
-def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> list[LoadedRecipe]:
-    """The control arms, with the overrides that apply to them. A dense arm has no compression to override, and no teacher, because it is
-    what the teacher would be."""
-    arms = []
+@dataclass(frozen=True)
+class Baselines:
+    """Control arms of a run.
+
+    Attributes:
+        arms: the recipes, in the order of their training.
+        notes: why an arm is left out, one line each.
+    """
+
+    arms: list[LoadedRecipe]
+    notes: list[str]
+
+
+def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> Baselines:
+    """The control arms, with the overrides that apply to them.
+
+    A dense arm has no compression to override, and no teacher, because it is what the teacher would be. Overrides that put other stages
+    into the recipe leave out the arms that they make incomparable: arms with stages of their own, those of another model, and for a dense
+    recipe the dense ones.
+
+    Raises:
+        RecipeError: an arm is not comparable with the recipe as it is written.
+    """
+    arms, notes = [], []
+    other = next((path for path in (item.partition("=")[0] for item in overrides) if _defines(path)), None)
     for name in loaded.recipe.baselines:
         dense = load(name).recipe.compression is None
         arm = load(name, [item for item in overrides if _shared(item, dense)])
+        if other is not None and (reason := _incomparable(loaded.recipe, arm.recipe)) is not None:
+            notes.append(f"control arm {name} is left out, because {other} is set: {reason}")
+            continue
         for key in ("task", "seed", "model", "data"):
             _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
         if arm.recipe.compression is not None:
@@ -26,23 +52,30 @@ def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> list[Loade
         for key in ("max_steps", "max_epochs", "accumulate", "precision", "devices", "num_nodes"):
             _require_equal(loaded, arm, f"trainer.{key}", getattr(loaded.recipe.trainer, key), getattr(arm.recipe.trainer, key))
         arms.append(arm)
-    return arms
+    return Baselines(arms, notes)
+
+
+def _incomparable(main: Recipe, arm: Recipe) -> str | None:
+    """Why an arm says nothing about a recipe whose stages were replaced by others; None if it does."""
+    if arm.compression is not None:
+        return "it has stages of its own; train it as a recipe"
+    if arm.model != main.model:
+        return "its model is another one"
+    return "it is the recipe itself" if main.compression is None else None
+
+
+def _defines(path: str) -> bool:
+    """True if an override puts other stages into a recipe, or changes a setting of all stages of its method."""
+    return path in ("compression", "compression.stages") or (path.startswith("compression.") and path.split(".")[1] in SETTINGS)
 
 
 def _shared(override: str, dense: bool) -> bool:
     """True if an override of the main recipe also applies to control arms: keys that define an arm are not shared."""
     path = override.partition("=")[0]
-    if path.split(".")[0] in ("baselines", "output"):
+    if path.split(".")[0] in ("baselines", "output") or _defines(path):
         return False
     if dense:
         return not path.startswith(("compression", "budget", "distillation", "training_keep")) and path not in OF_STAGES
-    if path in ("compression", "compression.stages"):
-        raise RecipeError(f"{path} cannot be overridden as a whole for control arms too: override single keys, or set baselines=[]")
-    # A method and its settings define an arm too.
-    if path.startswith("compression.") and path.split(".")[1] in SETTINGS:
-        raise RecipeError(
-            f"{path} is of the recipe, and its control arms have stages of their own: set baselines=[], and train them as recipes"
-        )
     return not (path.startswith("compression.stages.") and path.split(".")[3:4] in (["scorer"], ["estimator"]))
 
 
