@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -91,17 +92,18 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of the good items, with ``bad``, the BadRow of each bad item, ``rows``, the number of data rows read for all items, and
     ``terms``, the number of values whose mean is the batch's loss.
 
-    Tensors are stacked, and padded at the end if their lengths differ; lists of tensors are joined and stacked; integers are summed. An
-    item counts as one row unless it has its own ``rows``, and as one term unless it has ``predicted``: a number of tokens or pixels.
+    Tensors are stacked, and padded at the end if their lengths differ; integers are summed. Tensors of a mapping, what describes the images
+    of a row, are joined by name along their first dimension, the others padded with zeros; a batch may have none. An item counts as one
+    row unless it has its own ``rows``, and as one term unless it has ``predicted``: a number of tokens or pixels.
     """
     good = [item for item in items if "bad" not in item]
     bad = [item["bad"] for item in items if "bad" in item]
     batch: dict[str, Any] = {}
     for key in good[0] if good else ():
         values = [item[key] for item in good]
-        if isinstance(values[0], list):
-            # The images of all rows, in their order; a batch may have none.
-            batch |= {key: torch.stack([tensor for value in values for tensor in value])} if any(values) else {}
+        if isinstance(values[0], Mapping):
+            names = dict.fromkeys(name for value in values for name in value)
+            batch |= {name: _joined([value[name] for value in values if name in value]) for name in names}
         else:
             batch[key] = sum(values) if isinstance(values[0], int) else _padded(values, _PADDING.get(key, 0))
     terms = sum(item.get("predicted", 1) for item in good)
@@ -112,3 +114,14 @@ def _padded(values: list[torch.Tensor], filler: int) -> torch.Tensor:
     if len({value.shape for value in values}) == 1:
         return torch.stack(values)
     return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filler)
+
+
+def _joined(values: list[torch.Tensor]) -> torch.Tensor:
+    """(sum of first sizes, …): tensors one after the other, each other dimension as large as the largest, filled with zeros."""
+    largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    found = values[0].new_zeros(sum(len(value) for value in values), *largest)
+    start = 0
+    for value in values:
+        found[(slice(start, start + len(value)), *(slice(size) for size in value.shape[1:]))] = value
+        start += len(value)
+    return found

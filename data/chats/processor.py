@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..text.tokenizer import trained_tokenizer
+from .without_videos import load_without_videos
 
 IMAGE = "<image>"
 # Text parts and images in their order; an answer ends with the end-of-text token.
@@ -20,16 +21,21 @@ _TEMPLATE = (
 
 
 def load_processor(source: str, revision: str | None = None) -> Any:
-    """The processor of a folder or hub name, with image processing by Pillow, as training and export use it.
+    """The processor of a folder or hub name, with image processing by Pillow, as training and export use it, and without a part for videos.
 
     Raises:
-        ValueError: there is none, or it has no image processor and tokenizer.
+        ValueError: there is none, a package that it needs is missing, or it has no image processor and tokenizer.
     """
     from transformers import AutoProcessor
 
+    how = {"trust_remote_code": False, "backend": "pil"}
     try:
-        processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False, backend="pil")
-    except (OSError, ValueError, ImportError) as error:
+        processor = load_without_videos(source, revision, **how) or AutoProcessor.from_pretrained(source, revision=revision, **how)
+    except ImportError as error:
+        raise ValueError(
+            f"the processor of {source!r} needs a package that is not installed: {' '.join(str(error).split())[:300]}"
+        ) from None
+    except (OSError, ValueError) as error:
         hint = "" if os.path.isdir(source) else " (a folder of that name does not exist)"
         raise ValueError(f"no processor in {source!r}{hint}: set data.processor to a folder or hub name: {str(error)[:300]}") from None
     if getattr(processor, "tokenizer", None) is None:

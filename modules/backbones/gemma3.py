@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from .decoder import Decoder
 from .gemma import Gemma3Text
 from .grid_tower import GridTower
 from .projector import JoiningProjector
+from .tiles import Tile
 
 
 class PoolingProjector(JoiningProjector):
@@ -50,7 +52,18 @@ class Gemma3(GridTower):
     languages: ClassVar[Mapping[str, type[Decoder]]] = {Gemma3Text.model_type: Gemma3Text}
     blocks_at = "vision_tower.encoder.layers"
     projector_layers = PoolingProjector
+    types_at = "token_type_ids"
     classes: ClassVar[tuple[str, ...]] = ("Gemma3Model", "Gemma3ForConditionalGeneration")
+
+    @classmethod
+    def plain_images(cls, config: Any, number: int) -> dict[str, Tensor]:
+        vision = config.vision_config
+        return {"pixel_values": torch.zeros(number, vision.num_channels, vision.image_size, vision.image_size)}
+
+    @classmethod
+    def pictures(cls, config: Any, inputs: Mapping[str, Tensor]) -> list[Tile]:
+        side = math.isqrt(config.mm_tokens_per_image)
+        return [Tile(pixels, side, side) for pixels in inputs.get("pixel_values", ())]
 
     @classmethod
     def side(cls, config: Any) -> int:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from ..tokens.state import TokenState
 from .before_text import OTHERS
 from .grid_tower import GridTower
-from .vision import VisionLayers
+from .tiles import Tile
+from .vision import VisionLayers, pair
 
 _NO_MASK = "layers of an InternVL's tower take no mask"
 
@@ -84,3 +85,16 @@ class InternVL(GridTower):
         output = super().encoded(features)
         output.pooler_output = torch.stack(list(features))
         return output
+
+    @classmethod
+    def plain_images(cls, config: Any, number: int) -> dict[str, Tensor]:
+        return {"pixel_values": torch.zeros(number, config.vision_config.num_channels, *pair(config.vision_config.image_size))}
+
+    @classmethod
+    def pictures(cls, config: Any, inputs: Mapping[str, Tensor]) -> list[Tile]:
+        down, across = pair(config.vision_config.patch_size)
+        share = config.downsample_ratio
+        return [
+            Tile(pixels, round(pixels.shape[-2] // down * share), round(pixels.shape[-1] // across * share))
+            for pixels in inputs.get("pixel_values", ())
+        ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,7 @@ from .layer_adapter import LayerAdapter
 from .multimodal import takes_features
 from .siglip_vision_model import SiglipVision
 from .stack import Stack
+from .tiles import Tile
 from .vision import pair
 
 # Adapters of the supported vision towers, by ``model_type``.
@@ -93,6 +95,16 @@ class LlavaTower(BeforeText):
     def skipped(cls, config: Any) -> int:
         """Number of tokens at the start of a tower's row that the projector does not read."""
         return int(config.vision_feature_select_strategy == "default")
+
+    @classmethod
+    def plain_images(cls, config: Any, number: int) -> dict[str, Tensor]:
+        tower = config.vision_config
+        return {"pixel_values": torch.zeros(number, tower.num_channels, tower.image_size, tower.image_size)}
+
+    @classmethod
+    def pictures(cls, config: Any, inputs: Mapping[str, Tensor]) -> list[Tile]:
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        return [Tile(pixels, side, side, cls.leading_tokens(config)) for pixels in inputs.get("pixel_values", ())]
 
     @classmethod
     def image_tokens(cls, config: Any) -> int:

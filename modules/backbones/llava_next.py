@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from ..tokens.trace import Trace
 from .before_text import OTHERS, Images
 from .llava import LlavaTower
+from .tiles import Tile
 
 # Tiles of the cost model's default image: the whole image and four parts of it.
 _TILES = 5
+# Functions of transformers without types.
+_parts_of: Any = get_anyres_image_grid_shape
+_unpadded: Any = unpad_image
 
 
 class LlavaNext(LlavaTower):
@@ -25,6 +31,7 @@ class LlavaNext(LlavaTower):
     """
 
     model_type = "llava_next"
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
     classes: ClassVar[tuple[str, ...]] = ("LlavaNextModel", "LlavaNextForConditionalGeneration")
 
     @classmethod
@@ -36,6 +43,52 @@ class LlavaNext(LlavaTower):
                 f"{OTHERS}"
             )
         return super().not_before_text(model)
+
+    @classmethod
+    def plain_images(cls, config: Any, number: int) -> dict[str, Tensor]:
+        side, channels = config.vision_config.image_size, config.vision_config.num_channels
+        height, width = min(config.image_grid_pinpoints, key=lambda size: size[0] * size[1])
+        tiles = 1 + (height // side) * (width // side)
+        return {
+            "pixel_values": torch.zeros(number, tiles, channels, side, side),
+            "image_sizes": torch.tensor([[height, width]] * number),
+        }
+
+    @classmethod
+    def pictures(cls, config: Any, inputs: Mapping[str, Tensor]) -> list[Tile]:
+        found, vision = list[Tile](), config.vision_config
+        patches = vision.image_size // vision.patch_size
+        sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
+        for size, pixels, alone in zip(sizes, inputs.get("pixel_values", ()), cls.in_parts(inputs), strict=True):
+            found.append(Tile(pixels[0], patches, patches, trailing=int(not alone)))
+            if alone:
+                down, across = _parts_of(size, config.image_grid_pinpoints, vision.image_size)
+                # Parts of the image, line after line, as one picture without the borders that leave no token.
+                parts = pixels[1 : 1 + down * across].unflatten(0, (down, across)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+                places = torch.arange(down * across * patches**2).view(1, down * patches, across * patches)
+                (grid,) = _unpadded(places, size)
+                top, left = (start * vision.patch_size for start in divmod(int(grid[0, 0]), across * patches))
+                height, width = (cells * vision.patch_size for cells in grid.shape)
+                rows, columns = cls.part_grid(config, grid.shape[0], grid.shape[1], patches)
+                found.append(Tile(parts[:, top : top + height, left : left + width], rows, columns, line_ends=1))
+        return found
+
+    @classmethod
+    def in_parts(cls, inputs: Mapping[str, Tensor]) -> list[bool]:
+        """For each image, whether the tower reads parts of it beside the whole."""
+        return [True] * len(inputs.get("image_sizes", ()))
+
+    @classmethod
+    def part_grid(cls, config: Any, rows: int, columns: int, patches: int) -> tuple[int, int]:
+        """Lines and columns of the tokens of an image's parts, for those of the tower's patches.
+
+        Args:
+            config: config of the model.
+            rows: lines of patches without borders.
+            columns: columns of patches without borders.
+            patches: patches along one side of a tile.
+        """
+        return rows, columns
 
     @classmethod
     def protect(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any], encoded: Mapping[str, Any]) -> None:
@@ -121,6 +174,7 @@ class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision models, for images and videos. Stages before the language model are for images that are not interpolated."""
 
     model_type = "llava_onevision"
+    image_inputs: ClassVar[tuple[str, ...]] = (*LlavaNext.image_inputs, "batch_num_images")
     classes: ClassVar[tuple[str, ...]] = ("LlavaOnevisionModel", "LlavaOnevisionForConditionalGeneration")
 
     @classmethod
@@ -147,3 +201,20 @@ class LlavaOnevision(LlavaNext):
         ratio = base.config.vision_aspect_ratio
         made: list[Tensor] = base.pack_image_features(rows, inputs["image_sizes"], image_newline=newline, vision_aspect_ratio=ratio)[0]
         return made
+
+    @classmethod
+    def plain_images(cls, config: Any, number: int) -> dict[str, Tensor]:
+        return {**super().plain_images(config, number), "batch_num_images": torch.ones(number, dtype=torch.long)}
+
+    @classmethod
+    def in_parts(cls, inputs: Mapping[str, Tensor]) -> list[bool]:
+        numbers = inputs["batch_num_images"].tolist() if "batch_num_images" in inputs else [1] * len(inputs.get("image_sizes", ()))
+        # Images of a row with several are read whole.
+        return [number == 1 for number in numbers for _ in range(number)]
+
+    @classmethod
+    def part_grid(cls, config: Any, rows: int, columns: int, patches: int) -> tuple[int, int]:
+        largest = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        ratio = math.sqrt(rows * columns / (largest * patches**2))
+        # transformers makes larger grids smaller.
+        return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)

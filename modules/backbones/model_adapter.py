@@ -210,5 +210,10 @@ class ModelAdapter:
 
     @classmethod
     def head_counts_places(cls, model: PreTrainedModel) -> bool:
-        """True if the head needs a token at every position of the input, however many are kept; ``finish`` provides them."""
+        """True if the head needs a token at every position of the input, however many are kept; ``finish`` or a restore provides them."""
         return False
+
+    @classmethod
+    def whole_until(cls, model: PreTrainedModel) -> int:
+        """Index of the first layer of the main stack that the model lets have fewer tokens than the input has places."""
+        return 0

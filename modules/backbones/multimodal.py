@@ -19,6 +19,7 @@ from .decoder import Decoder
 from .layer_adapter import LayerAdapter
 from .llama import Llama, Mistral, Qwen2, Qwen3
 from .stack import Stack
+from .tiles import Tile
 
 # Adapters of the supported language models, by ``model_type``.
 LANGUAGE_MODELS: dict[str, type[Decoder]] = {adapter.model_type: adapter for adapter in (Llama, Mistral, Qwen2, Qwen3)}
@@ -39,6 +40,8 @@ class Multimodal(Decoder):
         languages: adapters of the supported language models, by ``model_type``.
         towers: supported ``model_type`` of the tower; None supports all.
         needs_features: features of images must be computed before the model's forward.
+        image_inputs: names of the inputs of a forward that describe images.
+        types_at: name of the input that tells tokens of images (1) from text (0); None if the model needs none.
     """
 
     stack_name = "text"
@@ -52,6 +55,8 @@ class Multimodal(Decoder):
     languages: ClassVar[Mapping[str, type[Decoder]]] = LANGUAGE_MODELS
     towers: ClassVar[Collection[str] | None] = None
     needs_features: ClassVar[bool] = True
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    types_at: ClassVar[str | None] = None
 
     @classmethod
     def check(cls, model: PreTrainedModel) -> None:
@@ -108,6 +113,44 @@ class Multimodal(Decoder):
             base: model without its head.
             config: config of the model.
             size: (height, width) of the image in pixels; None means the family's usual size.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def head_counts_places(cls, model: PreTrainedModel) -> bool:
+        # Answers are read at their places in the whole row.
+        return True
+
+    @classmethod
+    def forward_inputs(cls, config: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The inputs of a forward that a batch of chats holds, or that follow from them.
+
+        Args:
+            config: config of the model.
+            batch: ``input_ids`` (B, N), and if there are any ``attention_mask`` and what a processor made of the images.
+        """
+        given = {name: batch[name] for name in ("input_ids", "attention_mask", *cls.image_inputs) if name in batch}
+        if cls.types_at is not None:
+            given[cls.types_at] = (given["input_ids"] == config.image_token_id).int()
+        return given
+
+    @classmethod
+    def plain_images(cls, config: Any, number: int) -> dict[str, Tensor]:
+        """Inputs for a number of empty images, each as small as the family can have it, in rows of one image.
+
+        Args:
+            config: config of the model.
+            number: number of images, at least 1.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def pictures(cls, config: Any, inputs: Mapping[str, Tensor]) -> list[Tile]:
+        """The pictures that the tower reads in these inputs, in the order of their placeholders.
+
+        Args:
+            config: config of the model.
+            inputs: inputs of a forward, or those that describe images alone.
         """
         raise NotImplementedError
 

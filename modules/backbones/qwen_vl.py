@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import CompressionConfig
 from .decoder import Decoder
 from .llama import LlamaLayers
 from .multimodal import Multimodal, check_no_early_drop, linear_macs, tower_macs
+from .tiles import Tile
 
 # Height and width of the cost model's default image, in pixels.
 _IMAGE = (448, 448)
+# Visual tokens along one side of the smallest image.
+_SIDE = 4
 
 
 class _Text(Decoder):
@@ -31,6 +35,29 @@ class QwenVL(Multimodal):
         "vision": ("visual",),
         "projector": ("visual.merger", "visual.deepstack_merger_list"),
     }
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    types_at = "mm_token_type_ids"
+
+    @classmethod
+    def plain_images(cls, config: Any, number: int) -> dict[str, Tensor]:
+        vision = config.vision_config
+        side = _SIDE * vision.spatial_merge_size
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return {"pixel_values": torch.zeros(number * side**2, values), "image_grid_thw": torch.tensor([[1, side, side]] * number)}
+
+    @classmethod
+    def pictures(cls, config: Any, inputs: Mapping[str, Tensor]) -> list[Tile]:
+        found, vision, start = list[Tile](), config.vision_config, 0
+        merged, patch = vision.spatial_merge_size, vision.patch_size
+        for time, height, width in inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else []:
+            patches = inputs["pixel_values"][start : start + time * height * width]
+            start += len(patches)
+            rows, columns = height // merged, width // merged
+            # Patches of a token follow each other; a still image is there twice in time.
+            of_time = patches.view(time, rows, columns, merged, merged, vision.in_channels, -1, patch, patch)[0, ..., 0, :, :]
+            pixels = of_time.permute(4, 0, 2, 5, 1, 3, 6).reshape(vision.in_channels, height * patch, width * patch)
+            found.append(Tile(pixels, rows, columns))
+        return found
 
     @classmethod
     def image_cost(cls, base: nn.Module, config: Any, size: tuple[int, int] | None) -> tuple[int, float]:
@@ -87,8 +114,12 @@ class Qwen3VL(QwenVL):
 
     @classmethod
     def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
-        vision: Any = model.config.vision_config
-        first = len(vision.deepstack_visual_indexes)
+        first = cls.whole_until(model)
         check_no_early_drop(
             config, first, f"DeepStack adds features of the tower to all visual tokens behind each of the first {first} layers"
         )
+
+    @classmethod
+    def whole_until(cls, model: PreTrainedModel) -> int:
+        vision: Any = model.config.vision_config
+        return len(vision.deepstack_visual_indexes)

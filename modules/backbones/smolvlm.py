@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .before_text import OTHERS
 from .grid_tower import GridTower
+from .tiles import Tile
 
 
 class SmolVLM(GridTower):
@@ -25,6 +26,7 @@ class SmolVLM(GridTower):
     blocks_at = "vision_model.encoder.layers"
     projector_at = "connector.modality_projection"
     reads_blank: ClassVar[bool] = True
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
     classes: ClassVar[tuple[str, ...]] = ("SmolVLMModel", "SmolVLMForConditionalGeneration")
 
     @classmethod
@@ -52,6 +54,24 @@ class SmolVLM(GridTower):
         every = pixel_values.new_ones(len(pixel_values), *(side // patch for side in pixel_values.shape[-2:]), dtype=torch.bool)
         hidden: Tensor = tower.embeddings(pixel_values=pixel_values, patch_attention_mask=every)
         return hidden
+
+    @classmethod
+    def plain_images(cls, config: Any, number: int) -> dict[str, Tensor]:
+        side = config.vision_config.image_size
+        # A tile of zeros would be padding.
+        pixels = torch.ones(number, 1, config.vision_config.num_channels, side, side)
+        return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(number, 1, side, side, dtype=torch.long)}
+
+    @classmethod
+    def pictures(cls, config: Any, inputs: Mapping[str, Tensor]) -> list[Tile]:
+        cell = config.vision_config.patch_size * config.scale_factor
+        return [
+            Tile(pixels, pixels.shape[-2] // cell, pixels.shape[-1] // cell)
+            for row in inputs.get("pixel_values", ())
+            for pixels in row
+            # Rows with fewer tiles than another one are filled up with zeros.
+            if bool(pixels.any())
+        ]
 
 
 class Idefics3(SmolVLM):

@@ -95,7 +95,7 @@ def test_every_form_of_a_row_is_the_same_to_a_model(processor: Any, tmp_path: Pa
     for name, item in found.items():
         assert "bad" not in item, (name, item)
         assert torch.equal(item["input_ids"], expected["input_ids"]), name
-        assert torch.equal(item["pixel_values"][0], expected["pixel_values"][0]), name
+        assert torch.equal(item["images"]["pixel_values"], expected["images"]["pixel_values"]), name
 
 
 def test_an_image_has_its_places_and_only_answers_are_learned(processor: Any) -> None:
@@ -112,7 +112,7 @@ def test_an_image_has_its_places_and_only_answers_are_learned(processor: Any) ->
     whole = processor.apply_chat_template(messages, tokenize=False)
     made = processor(text=whole, images=[_picture(10)], return_tensors="pt")
     assert torch.equal(made["input_ids"][0], ids)
-    assert torch.equal(made["pixel_values"], torch.stack(item["pixel_values"]))
+    assert torch.equal(made["pixel_values"], item["images"]["pixel_values"])
 
 
 WRONG: dict[str, tuple[Any, Any]] = {
@@ -180,7 +180,7 @@ def test_data_sets_of_files_are_read_with_their_images(processor: Any, tmp_path:
     for index in range(3):
         ours, theirs = of_lines.train[index], of_table.train[index]
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
-        assert torch.equal(ours["pixel_values"][0], theirs["pixel_values"][0])
+        assert torch.equal(ours["images"]["pixel_values"], theirs["images"]["pixel_values"])
     with pytest.raises(ValueError, match=r"data.image_column = 'picture' is missing from the data: its columns are images, messages"):
         hub_chats(source, SplitNames(), processor, 200, None, "picture", Path())
 
@@ -189,9 +189,9 @@ def test_a_saved_processor_reads_alike(processor: Any, tmp_path: Path) -> None:
     data = digit_questions(4, 2, processor, 400)
     data.save_beside(tmp_path)
     again = digit_questions(4, 2, load_processor(str(tmp_path)), 400)
-    for key, value in data.train[1].items():
-        other = again.train[1][key]
-        assert torch.equal(torch.stack(value), torch.stack(other)) if key == "pixel_values" else (torch.as_tensor(value) == other).all()
+    ours, theirs = data.train[1], again.train[1]
+    assert torch.equal(ours.pop("images")["pixel_values"], theirs.pop("images")["pixel_values"])
+    assert all(bool((torch.as_tensor(value) == theirs[key]).all()) for key, value in ours.items())
     with pytest.raises(ValueError, match=r"no processor in '/nowhere/x'.*set data.processor"):
         load_processor("/nowhere/x")
 

@@ -68,6 +68,7 @@ def test_answers_are_right_as_a_whole_and_counted_by_kind() -> None:
     # Row 0: two answers of 2 and 1 tokens; row 1: one answer of 2 tokens.
     out = AnswerLoss(
         torch.tensor(3.0),
+        torch.zeros(5, 4),
         torch.zeros(5, 2),
         torch.tensor([True, True, False, True, False]),
         torch.tensor([0, 0, 0, 1, 1]),
@@ -196,7 +197,7 @@ def test_what_does_not_belong_there_is_refused(tmp_path: Path) -> None:
         load("vlm_digits", ["data.image_dir=x"])
     with pytest.raises(RecipeError, match=r"data.canvas is for"):
         load("vlm_digits", ["data.canvas={size: 32}"])
-    with pytest.raises(ValueError, match=r"bert is no supported vision-language model: use llava"):
+    with pytest.raises(ValueError, match=r"bert is no supported vision-language model: use gemma3, .*llava, "):
         build(load("vlm_digits_base", ["model.tower_of=null", "model.config={model_type: bert}"]).recipe)
     with pytest.raises(ValueError, match=r"vocab_size = 299 must be at least 300|entries and the model"):
         build(load("vlm_digits_base", [*OWN_TOWER, "model.config.text_config.vocab_size=300"]).recipe)

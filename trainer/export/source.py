@@ -17,7 +17,7 @@ from ...modules.tokens.trace import Trace
 from ..errors import RecipeError
 from ..recipe.schema import Recipe
 from ..run_folder import RunFolder, load_model
-from ..tasks.base import task_named
+from ..tasks.base import PROBES, task_named
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Number of new tokens on which a generating model is compared.
@@ -89,7 +89,8 @@ class ExportSource:
     def batches(self) -> list[dict[str, Tensor]]:
         """Two batches: all rows of the inputs, and the first row alone. Floating-point inputs have the model's dtype."""
         given = {key: value.to(self.model.dtype) if value.is_floating_point() else value for key, value in self.inputs.items()}
-        return [given, {key: value[:1] for key, value in given.items()}]
+        # An input may have several entries for a row, as many for each.
+        return [given, {key: value[: len(value) // PROBES] for key, value in given.items()}]
 
     @torch.no_grad()
     def left_out(self) -> list[str]:

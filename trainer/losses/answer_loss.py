@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ...modules.backbones.llava import Llava
+from ...modules.backbones import adapter_of
+from ...modules.backbones.multimodal import Multimodal
 from ...modules.tokens.labels import IGNORE_TOKEN
 from ..distributed import collective
 from .token_loss import logits_of
@@ -48,18 +49,18 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any
 
     Args:
         model: dense or compressed model with a head on a base model.
-        batch: ``input_ids``, ``labels``, ``attention_mask`` and ``turns``, each (B, N), and ``pixel_values`` if a row has an image.
+        batch: ``input_ids``, ``labels``, ``attention_mask`` and ``turns``, each (B, N), and what a processor made of the images, if any.
         options: arguments of the base model's forward: ``trace`` of a compressed model.
     """
     labels = batch["labels"]
     trace = options.get("trace")
     if trace is not None:
         trace.labels = labels
-    given = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values") if key in batch}
-    if "pixel_values" not in given and collective.world_size() > 1:
-        given = with_blank_image(model, given)
+    if "pixel_values" not in batch and collective.world_size() > 1:
+        batch = with_blank_image(model, batch)
         if trace is not None:
             trace.blank = True
+    given = family_of(model).forward_inputs(model.config, batch)
     # Token i predicts token i + 1. Before the forward, whose end the host would wait for here.
     following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_TOKEN)
     row, place = (following != IGNORE_TOKEN).nonzero(as_tuple=True)
@@ -72,23 +73,31 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any
     return AnswerLoss(total, read, logits, logits.argmax(-1) == expected, row, batch["turns"][row, place + 1])
 
 
-def with_blank_image(model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs of a batch without an image, with one blank image in padding behind the first row.
+def with_blank_image(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch without an image, with one blank image in padding behind the first row.
 
     The image has no effect and a gradient of 0. Where weights are sharded, all processes must call the same modules in the same order,
     and other processes have images.
 
     Args:
-        model: dense or compressed LLaVA.
-        given: ``input_ids`` and ``attention_mask``, each (B, N).
+        model: dense or compressed vision-language model.
+        batch: batch with ``input_ids`` and ``attention_mask``, each (B, N).
     """
     config: Any = model.config
-    tower, ids = config.vision_config, given["input_ids"]
-    padding = ids.new_zeros(len(ids), Llava.image_tokens(config))
+    family, ids = family_of(model), batch["input_ids"]
+    blank = family.plain_images(config, 1)
+    padding = ids.new_zeros(len(ids), sum(tile.tokens for tile in family.pictures(config, blank)))
     padding[0] = config.image_token_id
-    blank = torch.zeros(1, tower.num_channels, tower.image_size, tower.image_size, device=ids.device, dtype=model.dtype)
     return {
+        **batch,
         "input_ids": torch.cat([ids, padding], 1),
-        "attention_mask": torch.cat([given["attention_mask"], torch.zeros_like(padding)], 1),
-        "pixel_values": blank,
+        "attention_mask": torch.cat([batch["attention_mask"], torch.zeros_like(padding)], 1),
+        **{name: value.to(ids.device, model.dtype if value.is_floating_point() else None) for name, value in blank.items()},
     }
+
+
+def family_of(model: PreTrainedModel) -> type[Multimodal]:
+    """The adapter of a dense or compressed vision-language model."""
+    family = adapter_of(model)
+    assert issubclass(family, Multimodal)
+    return family

@@ -174,7 +174,9 @@ def sliced(model: PreTrainedModel, tokens: Mapping[int, RowTokens], final: int |
     adapter = adapter_of(model)
     stack = adapter.main_stack(model)
     layers = stack.layers
-    present = [_mean(tokens[index].present) for index in range(len(layers))]
+    early = adapter.whole_until(model)
+    whole = range(early + 1) if early else ()
+    present = [(_longest if index in whole else _mean)(tokens[index].present) for index in range(len(layers))]
     removed = _Removed()
     for index, layer in enumerate(layers):
         if stack.adapter.masks_in_layers:
@@ -266,6 +268,10 @@ def _through(hidden_states: Tensor, tokens: int, inner: Callable[[Tensor], Tenso
 
 def _mean(count: int | Tensor) -> int:
     return round(float(count.double().mean())) if isinstance(count, Tensor) else count
+
+
+def _longest(count: int | Tensor) -> int:
+    return int(count.max()) if isinstance(count, Tensor) else count
 
 
 def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor], forward: Callable[..., Any]) -> tuple[dict[int, RowTokens], int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...data.rows import collate, good_rows
+from ...modules.backbones.tiles import Tile
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..build.parts import RunParts
@@ -58,45 +59,57 @@ def _darkened(pixel_values: Tensor, kept: Tensor) -> np.ndarray:
     return (np.where(shown, image, dropped).clip(0, 1) * 255).astype(np.uint8)
 
 
-def visual_overlays(
-    trace: Trace, stacks: Mapping[str, str], pixel_values: Tensor, grid: tuple[int, int], leading: Mapping[str, int]
-) -> dict[str, np.ndarray]:
+def visual_overlays(trace: Trace, stacks: Mapping[str, str], tiles: Sequence[Tile]) -> dict[str, list[np.ndarray]]:
     """Pictures of the visual tokens that each stage of a vision-language model keeps.
 
     Args:
         trace: trace of a forward.
         stacks: stack of each stage, by the stage's name.
-        pixel_values: (images, C, height, width) of all rows, in their order.
-        grid: rows and columns of an image's patches.
-        leading: by stack, tokens of an image in front of its patches.
+        tiles: the first pictures of all rows, in their order.
 
     Returns:
-        (images, height, width, 3) uint8 by stage, dropped tokens darkened and tinted blue.
+        (height, width, 3) uint8 of each picture by stage, dropped tokens darkened and tinted blue.
     """
-    down, across = (side // cells for side, cells in zip(pixel_values.shape[-2:], grid, strict=True))
     found = {}
     for stage, routing in trace.routings.items():
-        flow, first, position = trace.flow(stacks[stage]), leading[stacks[stage]], routing.state.position
+        flow, position = trace.flow(stacks[stage]), routing.state.position
         kept = routing.decision.kept_mask(routing.state.tokens)
         if routing.state.valid is not None:
             kept = kept & routing.state.valid
-        if flow.visual is None:
-            # Rows are images: of the tower, or of what it has left for the projector.
+        if flow.visual is not None:
+            visual = _placed(kept, position, flow.visual.shape[1])[flow.visual]
+            parts = visual[: sum(tile.tokens for tile in tiles)].split([tile.tokens for tile in tiles])
+            shown = [(tile.pixels, tile.cells(part)) for tile, part in zip(tiles, parts, strict=True)]
+        elif flow.pixel_values is not None and flow.grid is not None:
+            # Rows are what the tower reads at once, or what it has left of that for the projector.
             place = position if flow.places is None else flow.places.gather(1, position)
-            placed = kept.new_zeros(len(kept), first + grid[0] * grid[1]).scatter(1, place, kept)
+            placed = _placed(kept, place, flow.leading + flow.grid[0] * flow.grid[1])[:, flow.leading :].view(-1, *flow.grid)
+            shown = list(zip(flow.pixel_values, placed, strict=True))[: len(tiles)]
         else:
-            placed = torch.zeros_like(flow.visual).scatter(1, position, kept)[flow.visual]
-        patches = placed.view(-1, first + grid[0] * grid[1])[:, first:].view(-1, *grid)
-        found[stage] = _darkened(pixel_values, patches.repeat_interleave(down, 1).repeat_interleave(across, 2))
+            continue
+        found[stage] = [_darkened(pixels[None], _spread(cells, pixels)[None])[0] for pixels, cells in shown]
     return found
 
 
-def save_kept_tokens(path: Path, rows: Sequence[tuple[str, np.ndarray]], titles: Sequence[str]) -> None:
+def _placed(kept: Tensor, place: Tensor, number: int) -> Tensor:
+    """(B, number) bool: (B, M) flags at their places. Padding may have any place, and adding keeps it from overwriting a kept token."""
+    return torch.zeros(len(kept), number, dtype=torch.long, device=kept.device).scatter_add(1, place, kept.long()) > 0
+
+
+def _spread(kept: Tensor, pixels: Tensor) -> Tensor:
+    """(height, width) bool: the cell of a grid that each pixel of a (C, height, width) picture is in."""
+    for side, cells in enumerate(kept.shape):
+        length = pixels.shape[1 + side]
+        kept = kept.index_select(side, torch.arange(length, device=kept.device) * cells // length)
+    return kept
+
+
+def save_kept_tokens(path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]], titles: Sequence[str]) -> None:
     """Writes a PNG with a row of pictures for each arm and a column for each image.
 
     Args:
         path: file to write.
-        rows: label and (n, height, width, 3) uint8 pictures of each row.
+        rows: label and n (height, width, 3) uint8 pictures of each row.
         titles: title of each column.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -108,7 +121,8 @@ def save_kept_tokens(path: Path, rows: Sequence[tuple[str, np.ndarray]], titles:
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, ((label, pictures), line) in enumerate(zip(rows, axes, strict=True)):
         for column, axis in enumerate(line):
-            axis.imshow(pictures[column], interpolation="nearest")
+            if column < len(pictures):
+                axis.imshow(pictures[column], interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
             if row == 0:

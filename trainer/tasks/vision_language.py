@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
+import transformers
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from ...data.chats.encoder import ChatEncoder
 from ...data.chats.messages import images_of
 from ...data.chats.processor import load_processor, made_processor, with_image_size
 from ...data.chats.recipe import ChatRecipe
@@ -21,14 +23,17 @@ from ...data.rows import collate, good_rows
 from ...data.splits import Splits
 from ...data.text.conversations import WrongRow
 from ...data.text.tokenizer import with_template
-from ...modules.backbones.llava import PROJECTOR, VISION, Llava
+from ...modules.backbones import families
+from ...modules.backbones.llava import Llava
+from ...modules.backbones.multimodal import Multimodal
 from ...modules.checkpoints.foreign_config import load_config
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
+from ..build.chat_processor import check_processor, image_token_id
 from ..build.image_size import load_at_own_size
 from ..build.initial_weights import start_of
 from ..build.parts import RunParts
-from ..losses.answer_loss import AnswerLoss, answer_loss
+from ..losses.answer_loss import AnswerLoss, answer_loss, family_of
 from ..losses.distillation import DistillationLoss, Taught, distillation_loss, mean, token_difference, weighted
 from ..metrics.answers import AnswerAccuracy
 from ..metrics.quality import Quality
@@ -59,9 +64,9 @@ class VisionLanguage(Task):
 
     @classmethod
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:
-        if model_type != Llava.model_type:
-            raise ValueError(f"{model_type} is no supported vision-language model: use {Llava.model_type}")
-        return LlavaForConditionalGeneration
+        _family(model_type)
+        found: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])
+        return found
 
     @classmethod
     def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig, **options: Any) -> Any:
@@ -86,8 +91,9 @@ class VisionLanguage(Task):
     def open_data(cls, recipe: Recipe, config: PretrainedConfig, known: KnownClasses | None = None) -> ChatData:
         data = recipe.data
         assert isinstance(data, ChatRecipe)
-        processor = cls._processor(recipe, data, config)
-        with_image_size(processor, _image_size(config))
+        processor, family = cls._processor(recipe, data, config), _family(config.model_type)
+        if family.tower_at is not None:
+            with_image_size(processor, _image_size(config))
         if data.chat_template is not None:
             processor.chat_template = with_template(processor.tokenizer, data.chat_template).chat_template
         if data.name in data.embedded:
@@ -101,8 +107,10 @@ class VisionLanguage(Task):
             return load_processor(data.processor)
         if (start := start_of(recipe.model)) is not None:
             return load_processor(*start.beside(PROCESSOR_OF_CHATS, "data.processor"))
-        if data.name not in data.embedded:
-            raise ValueError("data.processor is missing: a new model on your own chats needs the processor of its family")
+        if data.name not in data.embedded or config.model_type != Llava.model_type:
+            raise ValueError(
+                "data.processor is missing: a new model needs the processor of its family, unless it is a LLaVA on digit_questions"
+            )
         inner: Any = config
         tower = inner.vision_config
         read = DigitQuestions("train", _READ)
@@ -120,32 +128,21 @@ class VisionLanguage(Task):
         assert isinstance(data, ChatData)
         inner: Any = config
         text: Any = config.get_text_config()
-        tokenizer, placeholder = data.tokenizer, data.tokenizer.convert_tokens_to_ids(data.processor.image_token)
+        tokenizer, family = data.tokenizer, _family(config.model_type)
         if len(tokenizer) > text.vocab_size:
             raise ValueError(
                 f"the processor's tokenizer has {len(tokenizer)} entries and the model {text.vocab_size}: set data.processor to the model's own"
             )
         if not config.name_or_path:
             # A new model uses the special tokens of its processor instead of the family's default ones.
-            inner.image_token_id = placeholder
+            inner.image_token_id = image_token_id(data.processor)
             text.bos_token_id, text.eos_token_id, text.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-        elif inner.image_token_id != placeholder:
-            raise ValueError(
-                f"the model's image_token_id is {inner.image_token_id}, and the processor's placeholder {data.processor.image_token!r} has "
-                f"the id {placeholder}: set data.processor to the model's own"
-            )
-        if Llava.image_tokens(config) < Llava.patches(config):
+        if issubclass(family, Llava) and family.image_tokens(config) < family.patches(config):
             raise ValueError(
                 f"vision_feature_select_strategy = 'default' drops the first token of the tower, which is a patch in a "
                 f"{inner.vision_config.model_type}: set model.config.vision_feature_select_strategy=full"
             )
-        side = inner.vision_config.image_size
-        made = data.processor(text=data.processor.image_token, images=[Image.new("RGB", (side, side))], add_special_tokens=False)
-        if len(made["input_ids"][0]) != Llava.image_tokens(config):
-            raise ValueError(
-                f"the processor makes {len(made['input_ids'][0])} tokens of an image, and the model {Llava.image_tokens(config)}: set "
-                "data.processor to the model's own"
-            )
+        check_processor(family, config, data.processor)
 
     @classmethod
     def module(cls, parts: RunParts) -> TaskModule:
@@ -153,13 +150,16 @@ class VisionLanguage(Task):
 
     @classmethod
     def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
-        inner: Any = config
-        draws, tower = torch.Generator().manual_seed(0), inner.vision_config
+        inner, family = config, _family(config.model_type)
+        draws, number = torch.Generator().manual_seed(0), inner.image_token_id  # type: ignore[attr-defined]
         ids = torch.randint(inner.get_text_config().vocab_size, (PROBES, _PROBE_TEXT), generator=draws)
-        ids = ids.masked_fill(ids == inner.image_token_id, 0)
-        image = ids.new_full((PROBES, Llava.image_tokens(config)), inner.image_token_id)
-        pixels = torch.randn(PROBES, tower.num_channels, tower.image_size, tower.image_size, generator=draws)
-        return {"input_ids": torch.cat([ids[:, :2], image, ids[:, 2:]], 1), "pixel_values": pixels}
+        for special in family.placeholder_ids(inner):
+            ids = ids.masked_fill(ids == special, 0)
+        images = family.plain_images(inner, PROBES)
+        tokens = sum(tile.tokens for tile in family.pictures(inner, images)) // PROBES
+        ids = torch.cat([ids[:, :2], ids.new_full((PROBES, tokens), number), ids[:, 2:]], 1)
+        images["pixel_values"] = torch.randn(images["pixel_values"].shape, generator=draws)
+        return family.forward_inputs(inner, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images})
 
     @classmethod
     def draw(cls, arms: Mapping[str, RunParts], folder: Path) -> None:
@@ -182,25 +182,25 @@ class VisionLanguage(Task):
             seed: seed of the draws.
             given: file of a picture and a question that are shown instead.
         """
-        tower: Any = model.config.vision_config
-        # The first token of an image is no patch where the model keeps the class token of its tower.
-        grid, leading = (tower.image_size // tower.patch_size,) * 2, Llava.leading_tokens(model.config)
-        before = {VISION: Llava.class_tokens(model.config), PROJECTOR: leading, Llava.stack_name: leading}
-        stacks = {name: stage.config.stack for name, stage in stages_of(model).items()}
+        family = family_of(model)
         with torch.no_grad():
             if given is None:
                 batch = collate(good_rows(data.test, PICTURED))
                 if "pixel_values" not in batch:
                     raise ValueError("the first held-out rows have no image: give one with --input 'FILE QUESTION'")
                 trace = Trace(seed=seed, sample_ids=batch["sample_ids"])
-                titles = [""] * len(batch["pixel_values"])
                 cls.forward(model, batch, trace=trace)
+                tiles = family.pictures(model.config, batch)[:PICTURED]
+                titles = [""] * len(tiles)
             else:
-                batch, question = _asked(data.processor, given)
-                trace, titles = Trace(seed=seed), [question]
+                batch, question = _asked(data, given)
+                trace = Trace(seed=seed)
                 # With a cache the last token of the forward is the end of the prompt.
-                model(**batch, use_cache=True, trace=trace)
-        return trace, visual_overlays(trace, stacks, batch["pixel_values"], grid, before), titles
+                model(**family.forward_inputs(model.config, batch), use_cache=True, trace=trace)
+                tiles = family.pictures(model.config, batch)
+                titles = [question, *([""] * (len(tiles) - 1))]
+        stacks = {name: stage.config.stack for name, stage in stages_of(model).items()}
+        return trace, visual_overlays(trace, stacks, tiles), titles
 
     @classmethod
     def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:
@@ -241,7 +241,15 @@ class VisionLanguage(Task):
         return weighted(recipe, found.mean, distillation_loss(found.logits, taught.answers, recipe), hidden)
 
 
-def _asked(processor: Any, given: str) -> tuple[dict[str, Tensor], str]:
+def _family(model_type: str) -> type[Multimodal]:
+    """The adapter of a vision-language model. Raises ValueError with the families that there are."""
+    known = {name: found for name, found in families().items() if issubclass(found, Multimodal)}
+    if model_type not in known:
+        raise ValueError(f"{model_type} is no supported vision-language model: use {', '.join(sorted(known))}")
+    return known[model_type]
+
+
+def _asked(data: Any, given: str) -> tuple[dict[str, Tensor], str]:
     """Model inputs of a picture's file and a question, and the question. Raises ValueError if there is no such picture."""
     words = given.split(" ")
     # The longest beginning that is a file: names may have spaces.
@@ -255,11 +263,7 @@ def _asked(processor: Any, given: str) -> tuple[dict[str, Tensor], str]:
     except WrongRow as wrong:
         raise ValueError(f"--input {given!r}: {wrong}") from None
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-    begin = processor.tokenizer.bos_token
-    special = begin is None or not text.startswith(begin)
-    made = processor(text=text, images=[image], return_tensors="pt", add_special_tokens=special)
-    return {name: made[name] for name in ("input_ids", "attention_mask", "pixel_values")}, question
+    return ChatEncoder(data.processor, data.length).question([{"role": "user", "content": content}], [image]), question
 
 
 def _image_size(config: PretrainedConfig) -> int:
