@@ -26,7 +26,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "tower": [{"stack": "vision", "layer": 1, "scorer": _LEARNED}],
     "merged": [{"stack": "projector", "layer": 0, "scorer": "uniform_grid", "merger": "nearest"}],
     "adaptive": [
-        {"stack": "vision", "layer": 1, "scorer": "evidence", "selector": "threshold", "merger": "squeeze"},
+        {"stack": "vision", "layer": 1, "scorer": {"name": "linear", "detach": True}, "selector": "threshold", "merger": "squeeze"},
         {"stack": "projector", "layer": 0, "scorer": {"name": "linear", "detach": True}, "selector": "threshold"},
     ],
     "all": [
