@@ -235,6 +235,8 @@ def _plans(stack: Stack, restore: RestoreConfig | None, at: list[dict[str, Stage
             notes_left=restore is not None and index < restore.layer,
             packs=packs,
             unpacks=reads_rows(index + 1),
+            takes_present=0 < index <= stack.whole_until,
+            gives_absent=index < stack.whole_until,
         )
         for index in range(last + 1)
     ]

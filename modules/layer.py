@@ -34,6 +34,8 @@ class LayerPlan:
         notes_left: a later restore needs the hidden states from before each shrinking stage, so the layer stores them.
         packs: rows of different lengths are packed (varlen) before the layer.
         unpacks: rows are padded again after the layer.
+        takes_present: the layer's input has places of absent tokens (``Stack.whole_until``).
+        gives_absent: its output must have them.
     """
 
     stack: str
@@ -45,6 +47,8 @@ class LayerPlan:
     notes_left: bool = False
     packs: bool = False
     unpacks: bool = True
+    takes_present: bool = False
+    gives_absent: bool = False
 
 
 class CompressedLayer(nn.Module):
@@ -65,6 +69,8 @@ class CompressedLayer(nn.Module):
         flow = trace.flow(plan.stack)
         if flow.state is None:
             hidden_states = flow.begin(plan.adapter.begin(flow, hidden_states, inputs.get("attention_mask")), hidden_states)
+        elif plan.takes_present:
+            hidden_states = flow.take_present(hidden_states)
         if plan.restore_before is not None:
             hidden_states = restore(hidden_states, flow, plan.restore_before)
         inputs = plan.adapter.begin_layer(self, flow.tokens, inputs)
@@ -74,6 +80,8 @@ class CompressedLayer(nn.Module):
             hidden_states = self._whole(hidden_states, flow, inputs)
         else:
             hidden_states = self._in_parts(hidden_states, trace, inputs)
+        if plan.gives_absent:
+            hidden_states = flow.give_absent(hidden_states)
         return hidden_states if plan.restore_after is None else restore(hidden_states, flow, plan.restore_after)
 
     def _whole(self, hidden_states: Tensor, flow: Flow, inputs: dict[str, Any]) -> Any:

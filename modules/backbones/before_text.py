@@ -32,10 +32,12 @@ class Images:
     Attributes:
         features: for each image (T, width) features in the order of its placeholders, zeros where the patch is gone.
         gone: for each image (T,) bool, placeholders whose patch a stage removed; None if none was.
+        deep: further features of each image, for each of the first layers of the language model (DeepStack); None without any.
     """
 
     features: Sequence[Tensor]
     gone: Sequence[Tensor] | None
+    deep: Sequence[Sequence[Tensor]] | None = None
 
 
 class BeforeText(Multimodal):
@@ -216,7 +218,7 @@ class BeforeText(Multimodal):
                 encoded[kind], gone[kind] = cls.unmark(given[kind])
             elif inputs.get(pixels) is not None:
                 images = cls.images(model, trace, kind, inputs)
-                encoded[kind] = cls.encoded(images.features)
+                encoded[kind] = cls.encoded(images.features, images.deep)
                 if images.gone is not None:
                     gone[kind] = torch.cat(list(images.gone))
         if not encoded:
@@ -244,7 +246,7 @@ class BeforeText(Multimodal):
         return found or None
 
     @classmethod
-    def encoded(cls, features: Sequence[Tensor]) -> Any:
+    def encoded(cls, features: Sequence[Tensor], deep: Sequence[Sequence[Tensor]] | None = None) -> Any:
         """Features by image, in the form that transformers hands on."""
         output: Any = BaseModelOutputWithPooling()
         output.pooler_output = list(features)
@@ -254,15 +256,16 @@ class BeforeText(Multimodal):
     def marked(cls, images: Images) -> Any:
         """Like ``encoded``, with NaN in place of the features of patches that are gone."""
         if images.gone is None:
-            return cls.encoded(images.features)
-        return cls.encoded([part.masked_fill(gone[:, None], math.nan) for part, gone in zip(images.features, images.gone, strict=True)])
+            return cls.encoded(images.features, images.deep)
+        marked = [part.masked_fill(gone[:, None], math.nan) for part, gone in zip(images.features, images.gone, strict=True)]
+        return cls.encoded(marked, images.deep)
 
     @classmethod
     def unmark(cls, output: Any) -> tuple[Any, Tensor]:
         """``encoded`` features, and (T,) bool of the patches that are gone, from those of ``marked``."""
         features = torch.cat(list(output.pooler_output))
         gone = features.isnan().all(-1)
-        return cls.encoded([features.masked_fill(gone[:, None], 0.0)]), gone
+        return cls.encoded([features.masked_fill(gone[:, None], 0.0)], getattr(output, "deepstack_features", None)), gone
 
     @classmethod
     def rows_ratio(cls, trace: Trace, stack: str) -> float:

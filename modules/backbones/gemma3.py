@@ -78,7 +78,7 @@ class Gemma3(GridTower):
         return replace(shape, embed_macs=macs, macs_per_token=0)
 
     @classmethod
-    def encoded(cls, features: Sequence[Tensor]) -> Any:
-        output = super().encoded(features)
+    def encoded(cls, features: Sequence[Tensor], deep: Sequence[Sequence[Tensor]] | None = None) -> Any:
+        output = super().encoded(features, deep)
         output.pooler_output = torch.stack(list(features))
         return output

@@ -81,8 +81,8 @@ class InternVL(GridTower):
         return tower.layernorm
 
     @classmethod
-    def encoded(cls, features: Sequence[Tensor]) -> Any:
-        output = super().encoded(features)
+    def encoded(cls, features: Sequence[Tensor], deep: Sequence[Sequence[Tensor]] | None = None) -> Any:
+        output = super().encoded(features, deep)
         output.pooler_output = torch.stack(list(features))
         return output
 

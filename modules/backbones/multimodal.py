@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config import CompressionConfig
-from ..cost.shape import StackShape
 from ..site import TokenSpec
 from ..tokens.trace import Trace
 from .decoder import Decoder
@@ -74,7 +73,7 @@ class Multimodal(Decoder):
 
     @classmethod
     def main_stack(cls, model: PreTrainedModel) -> Stack:
-        return replace(super().main_stack(model), visual=True)
+        return replace(super().main_stack(model), visual=True, whole_until=cls.whole_until(model))
 
     @classmethod
     def token_spec(cls, model: PreTrainedModel, stack: Stack) -> TokenSpec:
@@ -89,32 +88,6 @@ class Multimodal(Decoder):
     def stack_config(cls, config: Any) -> PretrainedConfig:
         settings: PretrainedConfig = config.text_config
         return settings
-
-    @classmethod
-    def shapes(cls, model: PreTrainedModel, size: tuple[int, int] | int | None = None) -> dict[str, StackShape]:
-        """The language model, for rows of one image and text. The tower counts as the embedding of the image.
-
-        Args:
-            model: dense or compressed model.
-            size: number of text tokens beside the image, 64 by default; or (height, width) of the image in pixels.
-        """
-        config, base = model.config, cls.base(model)
-        visual, macs = cls.image_cost(base, config, size if isinstance(size, tuple) else None)
-        text = size if isinstance(size, int) else TEXT_TOKENS
-        shape = cls.languages[config.text_config.model_type].layers_shape(config.text_config, text, visual)
-        head = 0 if base is model else linear_macs(model.get_submodule("lm_head"))
-        return {cls.stack_name: replace(shape, embed_macs=round(macs), head_macs_per_token=head)}
-
-    @classmethod
-    def image_cost(cls, base: nn.Module, config: Any, size: tuple[int, int] | None) -> tuple[int, float]:
-        """Visual tokens of one image, and MACs of the tower and the projector for it.
-
-        Args:
-            base: model without its head.
-            config: config of the model.
-            size: (height, width) of the image in pixels; None means the family's usual size.
-        """
-        raise NotImplementedError
 
     @classmethod
     def head_counts_places(cls, model: PreTrainedModel) -> bool:
@@ -235,20 +208,6 @@ def linear_macs(module: nn.Module) -> int:
     """MACs for one token of all linear layers of a module, without those of its stages."""
     own = [part for name, part in module.named_modules() if not name.startswith("stages.")]
     return sum(part.in_features * part.out_features for part in own if isinstance(part, nn.Linear))
-
-
-def tower_macs(tower: nn.Module, blocks: nn.Module, patches: int, width: int, share: float = 1.0) -> float:
-    """MACs of a tower's patch embedding and layers for one image; what is behind the layers is not counted.
-
-    Args:
-        tower: the tower.
-        blocks: its list of layers.
-        patches: number of tokens in the layers.
-        width: width of all queries of a token.
-        share: mean over layers of the part of the square of attention that is computed, below 1 with windows.
-    """
-    embedding = sum(part.weight.numel() for part in tower.modules() if isinstance(part, nn.Conv2d | nn.Conv3d))
-    return patches * (embedding + linear_macs(blocks)) + len(list(blocks.children())) * share * 2 * patches**2 * width
 
 
 def check_no_early_drop(config: CompressionConfig, first: int, reason: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,15 +11,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import CompressionConfig
+from ..cost.shape import StackShape
+from ..site import TokenSpec
+from ..tokens.trace import Trace
+from .before_text import PROJECTOR, VISION, BeforeText, Images
 from .decoder import Decoder
+from .image_features import TowerInput, image_features
+from .layer_adapter import LayerAdapter
 from .llama import LlamaLayers
-from .multimodal import Multimodal, check_no_early_drop, linear_macs, tower_macs
+from .multimodal import check_no_early_drop, linear_macs
+from .qwen_vision import QwenMerger, QwenVisionLayers, pack, packed_slots, unpack
+from .stack import Stack
 from .tiles import Tile
 
 # Height and width of the cost model's default image, in pixels.
 _IMAGE = (448, 448)
 # Visual tokens along one side of the smallest image.
 _SIDE = 4
+_GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
 class _Text(Decoder):
@@ -27,10 +37,37 @@ class _Text(Decoder):
     layer_adapter = LlamaLayers
 
 
-class QwenVL(Multimodal):
-    """What these families have in common: a tower that runs all images as one row, and a merger of squares of patches."""
+@dataclass(frozen=True)
+class _Packed:
+    """Input of a tower's first layer, all images in one row of S patches.
 
+    Attributes:
+        hidden_states: (S, C).
+        cos, sin: (S, D) rotary positions.
+        places: (S, 2) int64, row and column of each patch in its image.
+        windows: (S,) int64, ascending number of the window of each patch; None if all layers attend to whole images.
+        units: (S / unit,) int64, place of each unit among all placeholders; None if they are in this order.
+    """
+
+    hidden_states: Tensor
+    cos: Tensor
+    sin: Tensor
+    places: Tensor
+    windows: Tensor | None = None
+    units: Tensor | None = None
+
+
+class QwenVL(BeforeText):
+    """What these families have in common: a tower that runs all images as one row, and a merger of squares of patches.
+
+    A stage before the language model scores patches, and keeps or removes squares by the mean score of their patches. Each image, and each frame
+    of a video, has a count of its own.
+    """
+
+    vision_at = "visual"
     blocks_at = "visual.blocks"
+    projector_at = "visual.merger"
+    projector_layers = QwenMerger
     parts_at: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("visual",),
         "projector": ("visual.merger", "visual.deepstack_merger_list"),
@@ -60,24 +97,128 @@ class QwenVL(Multimodal):
         return found
 
     @classmethod
-    def image_cost(cls, base: nn.Module, config: Any, size: tuple[int, int] | None) -> tuple[int, float]:
-        vision, (height, width) = config.vision_config, size or _IMAGE
+    def tower_adapter(cls, config: Any) -> type[LayerAdapter]:
+        return QwenVisionLayers
+
+    @classmethod
+    def tower_depth(cls, config: Any) -> int:
+        return int(config.vision_config.depth)
+
+    @classmethod
+    def unit(cls, config: Any) -> int:
+        """Number of patches that the merger joins."""
+        return int(config.vision_config.spatial_merge_size**2)
+
+    @classmethod
+    def patch_spec(cls, model: PreTrainedModel, stack: Stack) -> TokenSpec:
+        return TokenSpec(cls.width(stack.config), classes=0, family=cls.model_type, unit=cls.unit(model.config))
+
+    @classmethod
+    def tower_shape(cls, model: PreTrainedModel, size: tuple[int, int] | None) -> StackShape:
+        vision, (height, width), tower = model.config.vision_config, size or _IMAGE, cls.tower(model)
         patches = (height // vision.patch_size) * (width // vision.patch_size)
-        visual = patches // vision.spatial_merge_size**2
-        tower, blocks = base.get_submodule("visual"), base.get_submodule(cls.blocks_at)
-        # Behind the layers, mergers join squares of patches into tokens.
-        mergers = linear_macs(tower) - linear_macs(blocks)
-        return visual, tower_macs(tower, blocks, patches, cls.width(vision), cls.share(vision, patches)) + visual * mergers
+        return StackShape(
+            hidden=cls.width(vision),
+            intermediate=cls.intermediate(vision),
+            layers=vision.depth,
+            heads=vision.num_heads,
+            protected=0,
+            routable=patches,
+            embed_macs=patches * tower.patch_embed.proj.weight.numel(),
+            head_macs=0,
+        )
+
+    @classmethod
+    def projector_shape(cls, model: PreTrainedModel, seen: StackShape) -> StackShape:
+        return cls.joining(super().projector_shape(model, seen), cls.unit(model.config))
 
     @classmethod
     def width(cls, vision: Any) -> int:
-        """Width of the tower's queries."""
+        """Width of the tower's tokens."""
         return int(vision.hidden_size)
 
     @classmethod
-    def share(cls, vision: Any, patches: int) -> float:
-        """Mean over the tower's layers of the part of the square of attention that is computed."""
-        return 1.0
+    def intermediate(cls, vision: Any) -> int:
+        """Width of the hidden layer of the tower's MLPs."""
+        return int(vision.intermediate_size)
+
+    @classmethod
+    def full_attention(cls, vision: Any, layer: int) -> bool:
+        """True if a layer of the tower attends to whole images, not to windows of them."""
+        return True
+
+    @classmethod
+    def taps(cls, tower: Any) -> dict[int, nn.Module]:
+        """Mergers of the outputs of earlier layers, by layer."""
+        return {}
+
+    @classmethod
+    def packed(cls, tower: Any, patches: Tensor, grid: Tensor) -> _Packed:
+        """Input of the tower's first layer, for the (S, values) pixels of all patches.
+
+        Args:
+            tower: the tower.
+            patches: pixels of the patches, square by square.
+            grid: (images, 3) frames, rows and columns of each image.
+        """
+        # Imported here: versions of transformers in which these models have no stages lack the module.
+        from transformers.vision_utils import get_vision_position_ids
+
+        hidden_states: Tensor = tower.patch_embed(patches)
+        places = get_vision_position_ids(grid, tower.spatial_merge_size)
+        cos, sin = tower.rotary_pos_emb(hidden_states, places)
+        return _Packed(hidden_states, cos, sin, places)
+
+    @classmethod
+    def images(cls, base: PreTrainedModel, trace: Trace, kind: str, inputs: Mapping[str, Any]) -> Images:
+        tower, unit, grid = cls.tower(base), cls.unit(base.config), inputs[_GRIDS[kind]]
+        pixels: Tensor = inputs["pixel_values" if kind == "image" else "pixel_values_videos"]
+        given = cls.packed(tower, pixels.type(tower.dtype), grid)
+        # Frames are rows, padded to the longest.
+        lengths = [down * across for frames, down, across in grid.tolist() for _ in range(frames)]
+        rows, longest, device = len(lengths), max(lengths), given.hidden_states.device
+        valid = None
+        if min(lengths) < longest:
+            valid = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+        slots = packed_slots(valid)
+
+        def by_row(parts: Tensor) -> Tensor:
+            return unpack(parts, slots, rows, longest)
+
+        # Images of a batch lie in the upper left corner of the largest grid.
+        largest = int(grid[:, 1].max()), int(grid[:, 2].max())
+        places = by_row((given.places[:, :1] * largest[1] + given.places[:, 1:]).long()).squeeze(-1)
+        cls._bind(trace, rows, largest, places, valid, torch.arange(longest, device=device)[None] // unit)
+        embeddings = by_row(given.cos), by_row(given.sin)
+        windows = None if given.windows is None else by_row(given.windows[:, None]).squeeze(-1)
+        vision, projector, _ = cls.stacks(base)
+
+        def of_layer(index: int) -> dict[str, Any]:
+            whole = cls.full_attention(vision.config, index)
+            return {"position_embeddings": embeddings, "windows": None if whole else windows}
+
+        made = image_features(
+            TowerInput(by_row(given.hidden_states), unit=unit, inputs=of_layer, taps=cls.taps(tower)), vision, projector, trace
+        )
+        of_units = packed_slots(None if valid is None else valid[:, ::unit])
+        numbers: list[int] = (grid.prod(-1) // unit).tolist()
+
+        def by_image(parts: Tensor) -> list[Tensor]:
+            flat = pack(parts, of_units)
+            flat = flat if given.units is None else flat[given.units.argsort()]
+            return list(torch.split(flat, numbers))
+
+        gone = None if made.gone is None else [part.squeeze(-1) for part in by_image(made.gone.unsqueeze(-1))]
+        return Images(by_image(made.values), gone, [by_image(part) for part in made.tapped])
+
+    @classmethod
+    def _bind(cls, trace: Trace, rows: int, grid: tuple[int, int], places: Tensor, valid: Tensor | None, units: Tensor) -> None:
+        seen = trace.flow(VISION)
+        if seen.state is not None:
+            raise ValueError("images and videos in one forward: stages before the language model take one kind; split the batch")
+        seen.valid, seen.places, seen.units = valid, places, units
+        for flow in (seen, trace.flow(PROJECTOR)):
+            flow.rows, flow.grid = rows, grid
 
 
 class Qwen2VL(QwenVL):
@@ -91,18 +232,44 @@ class Qwen2VL(QwenVL):
     def width(cls, vision: Any) -> int:
         return int(vision.embed_dim)
 
+    @classmethod
+    def intermediate(cls, vision: Any) -> int:
+        return int(vision.embed_dim * vision.mlp_ratio)
+
 
 class Qwen25VL(QwenVL):
-    """Qwen2.5-VL models. Most layers of the tower attend inside windows."""
+    """Qwen2.5-VL models. Most layers of the tower attend inside windows, of what is left of them."""
 
     model_type = "qwen2_5_vl"
     languages: ClassVar[Mapping[str, type[Decoder]]] = {"qwen2_5_vl_text": _Text}
     classes: ClassVar[tuple[str, ...]] = ("Qwen2_5_VLModel", "Qwen2_5_VLForConditionalGeneration")
 
     @classmethod
-    def share(cls, vision: Any, patches: int) -> float:
-        window, full = min(1.0, (vision.window_size // vision.patch_size) ** 2 / patches), len(vision.fullatt_block_indexes)
-        return float((full + (vision.depth - full) * window) / vision.depth)
+    def tower_shape(cls, model: PreTrainedModel, size: tuple[int, int] | None) -> StackShape:
+        vision: Any = model.config.vision_config
+        window = (vision.window_size // vision.patch_size) ** 2
+        windows = tuple(None if cls.full_attention(vision, layer) else window for layer in range(vision.depth))
+        return replace(super().tower_shape(model, size), gated=True, windows=windows)
+
+    @classmethod
+    def full_attention(cls, vision: Any, layer: int) -> bool:
+        return layer in vision.fullatt_block_indexes
+
+    @classmethod
+    def packed(cls, tower: Any, patches: Tensor, grid: Tensor) -> _Packed:
+        from transformers.vision_utils import get_vision_window_index
+
+        made, number = super().packed(tower, patches, grid), len(patches)
+        order, ends = get_vision_window_index(grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)
+        order = order.to(patches.device)
+
+        def permuted(parts: Tensor) -> Tensor:
+            moved: Tensor = tower.permute_input_for_window_attn(parts, order, seq_len=number)
+            return moved
+
+        windows = torch.arange(len(ends) - 1, device=patches.device).repeat_interleave(ends.diff().to(patches.device))
+        parts = {name: permuted(getattr(made, name)) for name in ("hidden_states", "cos", "sin", "places")}
+        return replace(made, **parts, windows=windows, units=order)
 
 
 class Qwen3VL(QwenVL):
@@ -114,6 +281,7 @@ class Qwen3VL(QwenVL):
 
     @classmethod
     def check_stages(cls, model: PreTrainedModel, config: CompressionConfig) -> None:
+        super().check_stages(model, config)
         first = cls.whole_until(model)
         check_no_early_drop(
             config, first, f"DeepStack adds features of the tower to all visual tokens behind each of the first {first} layers"
@@ -123,3 +291,33 @@ class Qwen3VL(QwenVL):
     def whole_until(cls, model: PreTrainedModel) -> int:
         vision: Any = model.config.vision_config
         return len(vision.deepstack_visual_indexes)
+
+    @classmethod
+    def tower_shape(cls, model: PreTrainedModel, size: tuple[int, int] | None) -> StackShape:
+        taps = {layer: linear_macs(merger) / cls.unit(model.config) for layer, merger in cls.taps(cls.tower(model)).items()}
+        return replace(super().tower_shape(model, size), taps=taps)
+
+    @classmethod
+    def taps(cls, tower: Any) -> dict[int, nn.Module]:
+        return dict(zip(tower.deepstack_visual_indexes, tower.deepstack_merger_list, strict=True))
+
+    @classmethod
+    def packed(cls, tower: Any, patches: Tensor, grid: Tensor) -> _Packed:
+        from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+        made = super().packed(tower, patches, grid)
+        cells, weights = get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=tower.spatial_merge_size,
+        )
+        positions = (tower.pos_embed(cells) * weights[:, :, None]).sum(1)
+        return replace(made, hidden_states=made.hidden_states + positions.to(made.hidden_states.dtype))
+
+    @classmethod
+    def encoded(cls, features: Sequence[Tensor], deep: Sequence[Sequence[Tensor]] | None = None) -> Any:
+        output = super().encoded(features)
+        output.deepstack_features = [list(part) for part in deep or ()]
+        return output

@@ -19,6 +19,8 @@ class Stack:
         layers: the layers, in order.
         adapter: adapter of the layers.
         config: configuration of the layers: the model's, or that of the sub-model that contains them.
+        whole_until: transformers reads the output of so many of the first layers at every place of a row, so that tokens that an earlier
+            stack removed have a place there, which no layer processes.
         visual: rows hold tokens of images or video among text; stages may touch these alone.
     """
 
@@ -27,6 +29,7 @@ class Stack:
     adapter: type[LayerAdapter]
     config: PretrainedConfig
     visual: bool = False
+    whole_until: int = 0
 
     @property
     def scopes(self) -> tuple[str, ...]:

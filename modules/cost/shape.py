@@ -6,8 +6,8 @@ one MAC counts once; normalisation, activation functions and softmax count as 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class StackShape:
         dense_only_macs: MACs per row that the dense model spends and a compressed one does not, such as layers whose output nothing reads.
         rows: rows of the stack for each row of the model, such as the tiles of an image in a tower.
         joined: tokens that the next stack reads as one.
+        taps: MACs of a further reader of each token that leaves a layer, by layer.
         windows: attention window of each layer in tokens, None for full attention; empty means full attention in all layers.
     """
 
@@ -64,6 +65,7 @@ class StackShape:
     dense_only_macs: float = 0.0
     rows: float = 1.0
     joined: int = 1
+    taps: Mapping[int, float] = field(default_factory=dict)
     windows: tuple[int | None, ...] = ()
 
     @property
@@ -107,7 +109,8 @@ class StackShape:
             raise ValueError(f"token counts for {len(layers)} layers were given, the stack has {self.layers}")
         head = self.head_macs + self.head_macs_per_token * (layers[-1].mlp if leaving is None else leaving)
         windows = self.windows or (None,) * self.layers
-        return self.embed_macs + sum(map(self.layer_macs, layers, windows)) + head
+        tapped = sum(macs * layers[index].mlp for index, macs in self.taps.items())
+        return self.embed_macs + sum(map(self.layer_macs, layers, windows)) + tapped + head
 
     def dense_layers(self) -> list[LayerTokens]:
         """Tokens of every layer in the dense forward."""

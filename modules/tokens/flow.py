@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .decision import Decision
-from .gather import compact, take
+from .gather import Compact, compact, take
 from .ragged import Packing
 from .state import TokenState
 
@@ -83,6 +84,8 @@ class Flow:
         original: routable tokens before the first stage, without absent ones, one int for every row or int64 (B,).
         gone: number of absent tokens, likewise.
         dense: real tokens of the dense model, protected and absent ones included, likewise.
+        present: slots of the tokens that are not absent; None if no token is absent.
+        places_kept: (B, N, C) hidden states with the places of absent tokens, of which a layer processes the others.
         layer_tokens: real tokens that each layer processed, by layer index.
         packed: the current packing of the rows; None while rows are padded.
         left: hidden states (B, M, C) and TokenState before each shrinking stage, for a restore; empty without one.
@@ -110,6 +113,8 @@ class Flow:
     original: int | Tensor = 0
     gone: int | Tensor = 0
     dense: int | Tensor = 0
+    present: Compact | None = None
+    places_kept: Tensor | None = None
     layer_tokens: dict[int, RowTokens] = field(default_factory=dict)
     packed: Packing | None = None
     left: list[tuple[Tensor, TokenState]] = field(default_factory=list)
@@ -145,9 +150,26 @@ class Flow:
             self.gone = gone.sum(-1)
             # A later restore gives these tokens their places again.
             self.left.append((hidden_states, state))
-            hidden_states, state = take(hidden_states, present.index), state.select(present.index, present.valid)
+            self.present, state = present, state.select(present.index, present.valid)
+            hidden_states = self.take_present(hidden_states)
         self.state, self.original = state, state.present
         return hidden_states
+
+    def take_present(self, hidden_states: Tensor) -> Tensor:
+        """(B, N, C) hidden states of all tokens -> (B, M, C) of those that are not absent."""
+        if self.present is None:
+            return hidden_states
+        self.places_kept = hidden_states
+        return take(hidden_states, self.present.index)
+
+    def give_absent(self, hidden_states: Tensor) -> Tensor:
+        """(B, M, C) output of a layer -> (B, N, C) with what absent tokens had at its input."""
+        if self.present is None:
+            return hidden_states
+        assert self.places_kept is not None
+        index = self.present.index
+        real = torch.where(self.present.valid.unsqueeze(-1), hidden_states, take(self.places_kept, index).to(hidden_states.dtype))
+        return self.places_kept.to(real.dtype).scatter(1, index.unsqueeze(-1).expand_as(real), real)
 
     def cells(self, state: TokenState) -> Tensor:
         """(B, M) int64 grid cell of each token; negative for the leading tokens, which have none."""

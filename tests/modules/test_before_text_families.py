@@ -35,8 +35,8 @@ METHODS: dict[str, list[dict[str, Any]]] = {
         {"stack": "text", "layer": 2, "scope": "visual", "scorer": "last_query"},
     ],
 }
-STAGED = ("llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl", "gemma3")
-_DEFAULT = ("llava_next",)
+STAGED = ("llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+_DEFAULT = ("llava_next", "qwen3_vl")
 
 
 def _of(*names: str) -> list[Any]:
@@ -80,9 +80,12 @@ def test_keep_1_is_the_dense_model_bit_for_bit_loss_and_gradients(family: str, n
 
 
 def _attend_to_seen(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """Attention to the tokens that ``module.seen`` gives, for one call after the other."""
-    seen = module.seen.pop(0)
-    return sdpa_attention_forward(module, query, key, value, seen[:, None, None], **kwargs)
+    """Attention to the tokens that ``module.seen`` gives: (rows, tokens), or the tokens of one image or window after the other."""
+    seen = module.seen
+    if seen.ndim == 1:
+        module.seen, seen = seen[key.shape[2] :], seen[None, : key.shape[2]]
+    mask = seen[:, None, None] if bool(seen.any()) else None
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
 AttentionInterface.register("seen", _attend_to_seen)
@@ -104,7 +107,8 @@ def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str, name: s
             seen = torch.ones(flow.rows, FAMILIES[family].patches, dtype=torch.bool)
         if routing is not None:
             seen = torch.zeros_like(seen).scatter(1, routing.state.position, routing.kept_mask) & seen
-        (layer.self_attn if hasattr(layer, "self_attn") else layer.attention).seen = [seen]
+        attention = next(getattr(layer, name) for name in ("self_attn", "attention", "attn") if hasattr(layer, name))
+        attention.seen = seen.flatten() if family.startswith("qwen") else seen
     hidden = torch.ones_like(given["input_ids"], dtype=torch.bool)
     absent = trace.flow("text").absent
     assert absent is not None
@@ -263,3 +267,33 @@ def test_images_with_padding_are_refused_with_what_works() -> None:
     hidden[..., 12:] = False
     with pytest.raises(ValueError, match="pixel_attention_mask hides a part of an image.*do_image_splitting = True.*stack = 'text'"):
         model(**given, pixel_attention_mask=hidden)
+
+
+def _image(down: int, across: int, seed: int, frames: int = 1) -> dict[str, Tensor]:
+    values = torch.randn(frames * down * across, 96, generator=torch.Generator().manual_seed(seed))
+    return {"pixel_values": values, "image_grid_thw": torch.tensor([[frames, down, across]])}
+
+
+@pytest.mark.parametrize("family", [pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen2_5_vl", "qwen3_vl"])
+def test_images_of_different_sizes_and_frames_are_each_alone_and_dense_where_all_is_kept(family: str) -> None:
+    alone = [_image(4, 6, 0), _image(8, 2, 1), _image(6, 8, 2, frames=2)]
+    both = {key: torch.cat([image[key] for image in alone]) for key in alone[0]}
+    expected = dense(family).model.get_image_features(**both)
+    for name in ("tower", "projector", "merged", "adaptive"):
+        whole, model = _model(family, name, 1.0), _model(family, name)
+        made = whole.adapter.encoded_images(whole, both)["image"]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(made.pooler_output, expected.pooler_output, strict=True))
+        together, marked = model.adapter.encoded_images(model, both)["image"], []
+        for number, image in enumerate(alone):
+            one = model.adapter.encoded_images(model, image)["image"]
+            marked.append(one.pooler_output[0])
+            torch.testing.assert_close(together.pooler_output[number], one.pooler_output[0], equal_nan=True, **CLOSE)
+            for deep, single in zip(getattr(together, "deepstack_features", []), getattr(one, "deepstack_features", []), strict=True):
+                torch.testing.assert_close(deep[number], single[0], **CLOSE)
+        kept = [int((~part.isnan().all(-1)).sum()) for part in marked]
+        # Half of 6, of 4, and of 12 twice.
+        assert kept == [3, 2, 12] or name == "adaptive"
+        if family == "qwen3_vl" and name == "projector":
+            # DeepStack reads layer 0, before this stage.
+            for ours, theirs in zip(together.deepstack_features[0], expected.deepstack_features[0], strict=True):
+                torch.testing.assert_close(ours, theirs, **CLOSE)

@@ -166,8 +166,3 @@ def test_deepstack_keeps_all_visual_tokens_until_its_last_layer() -> None:
     ):
         _model("qwen3_vl", "random", layers=(0,))
     assert _model("qwen3_vl", "around", layers=(0,)) is not None
-
-
-def test_a_tower_of_these_families_has_no_stages_yet() -> None:
-    with pytest.raises(ValueError, match="stack = 'vision' does not exist in this model: its stacks are 'text'"):
-        compress(dense("qwen2_5_vl"), CompressionConfig([StageConfig(layer=0, keep=0.5, stack="vision")]))
