@@ -28,6 +28,7 @@ from ..modules.tokens.trace import Trace
 from .build.build import cost_model, model_config, open_data
 from .build.heads import trained_classes
 from .errors import RecipeError
+from .metrics.kept_places import KeptPlaces
 from .recipe.schema import Recipe
 from .run_folder import RunFolder, load_model
 from .tasks.base import Task, task_named
@@ -42,6 +43,7 @@ class Evaluated:
         keep: achieved keep by stage.
         macs_ratio: mean over the rows.
         latency: median seconds of the forward of a full batch; None if no batch was full.
+        position_bias: where kept visual tokens lie, by stage: ``KeptPlaces.bias``.
         remarks: what to know of the quality, one line each.
     """
 
@@ -49,6 +51,7 @@ class Evaluated:
     keep: Mapping[str, float]
     macs_ratio: float
     latency: float | None
+    position_bias: Mapping[str, Any]
     remarks: Sequence[str]
 
 
@@ -183,6 +186,7 @@ def _evaluate(
     decider: PreTrainedModel | None,
 ) -> Evaluated:
     bad, quality, kept, seconds = BadRowCount(recipe.data.max_bad_fraction, len(loader.dataset)), task.quality(), KeepCount(), []
+    places = KeptPlaces()
     compressed = bool(stages_of(model))
     for batch in loader:
         bad.add(batch["rows"], batch["bad"])
@@ -204,10 +208,12 @@ def _evaluate(
         quality.add(out, batch)
         if compressed and cost is not None:
             kept.add(trace, cost.achieved(trace), len(batch["sample_ids"]))
+            places.add(task.kept_cells(model, trace, batch))
     return Evaluated(
         quality=quality.value,
         keep=kept.achieved,
         macs_ratio=kept.macs_ratio,
         latency=statistics.median(seconds) if seconds else None,
+        position_bias=places.bias,
         remarks=quality.remarks(data),
     )

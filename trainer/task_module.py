@@ -26,6 +26,7 @@ from .distributed.zero3 import kept_names, save_trained
 from .errors import RecipeError
 from .losses.distillation import DistillationLoss
 from .losses.teachers import teacher_of
+from .metrics.kept_places import KeptPlaces
 from .metrics.lookahead import LookAhead
 from .metrics.quality import Quality
 from .recipe.schema import OptimizerRecipe
@@ -70,6 +71,7 @@ class TaskModule(lightning.LightningModule):
         self.quality: Quality = self.task.quality()
         self._rows = 0
         self._kept = KeepCount()
+        self._places = KeptPlaces()
         self._bad: list[BadRow] = []
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
@@ -171,6 +173,7 @@ class TaskModule(lightning.LightningModule):
             self.quality.add(out, batch)
             if trace is not None and self.cost is not None:
                 self._kept.add(trace, self.cost.achieved(trace), len(batch["sample_ids"]))
+                self._places.add(self.task.kept_cells(self.model, trace, batch))
         return {"trace": trace}
 
     def on_validation_epoch_end(self) -> None:
@@ -189,20 +192,26 @@ class TaskModule(lightning.LightningModule):
 
     def _sum_over_ranks(self) -> None:
         """Sums the counts of all ranks on every rank, before any division."""
-        ranks = collective.gather((self.quality, self._rows, self._bad, self._kept, self.ahead))
+        ranks = collective.gather((self.quality, self._rows, self._bad, self._kept, self._places, self.ahead))
         self._start_counting()
-        for quality, rows, bad, kept, ahead in ranks:
+        for quality, rows, bad, kept, places, ahead in ranks:
             self.quality.merge(quality)
             if self.ahead is not None:
                 self.ahead.merge(ahead)
             self._rows += rows
             self._bad += bad
             self._kept.merge(kept)
+            self._places.merge(places)
 
     @property
     def achieved_keep(self) -> dict[str, float]:
         """Achieved keep by stage over the last validation or test, summed before the division."""
         return self._kept.achieved
+
+    @property
+    def position_bias(self) -> dict[str, Any]:
+        """Position bias by stage over the last validation or test: ``KeptPlaces.bias``."""
+        return self._places.bias
 
     @property
     def achieved_macs_ratio(self) -> float:

@@ -10,6 +10,7 @@ import torch
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from laconic.trainer.metrics.accuracy import Accuracy
+from laconic.trainer.metrics.kept_places import KeptPlaces
 from laconic.trainer.metrics.mean_iou import MeanIoU
 from laconic.trainer.metrics.perplexity import Perplexity
 from laconic.trainer.metrics.quality import NothingCounted, Quality
@@ -69,3 +70,21 @@ def test_mean_iou_is_that_of_torchmetrics_over_all_images() -> None:
         reference.update(logits, labels)
     assert quality.per_class[-1] is None
     assert quality.value == pytest.approx(float(reference.compute()), rel=1e-6)
+
+
+def test_position_bias_is_zero_for_an_even_choice_and_names_the_band_that_is_preferred() -> None:
+    top = torch.zeros(8, 8, dtype=torch.bool)
+    top[:2] = True
+    even = torch.zeros(8, 8, dtype=torch.bool)
+    even[::2, ::2] = True
+    one, other, both = KeptPlaces(), KeptPlaces(), KeptPlaces()
+    one.add({"a": [top], "b": [even, even]})
+    # A grid of another size: 3 lines lie in bands 0, 2 and 3.
+    other.add({"a": [torch.tensor([[True], [False], [False]])]})
+    for part in (one, other):
+        both.merge(part)
+    assert one.bias["a"] == {"rows": 0.75, "columns": 0.0, "by_row": [1.0, 0.0, 0.0, 0.0], "by_column": [0.25] * 4}
+    assert one.bias["b"] == {"rows": 0.0, "columns": 0.0, "by_row": [0.25] * 4, "by_column": [0.25] * 4}
+    assert both.present["a"][0].tolist() == [17, 16, 17, 17]
+    assert both.bias["a"]["rows"] == pytest.approx(1 - 17 / 67)
+    assert KeptPlaces().bias == {}

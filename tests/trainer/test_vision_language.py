@@ -146,6 +146,7 @@ def test_a_run_is_reported_by_kind_evaluated_exported_and_answers(tmp_path: Path
     assert again["variants"]["compressed"]["answer_accuracy"] == report.quality["compressed"]
     answers = read_answers(tmp_path / "run").values()
     assert sum(answer.right for answer in answers) / len(answers) == report.quality["compressed"]
+    assert sum(report.quality["position_bias"]["projector.before_0"]["by_row"]) == pytest.approx(1)
     assert (tmp_path / "run" / "kept_tokens.png").is_file()
     recipe, picture = RunFolder.open(tmp_path / "run").read_recipe(), tmp_path / "kept.png"
     assert inspect_run(str(tmp_path / "run"), recipe, None, picture) == report.keep["achieved"]

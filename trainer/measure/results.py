@@ -62,11 +62,14 @@ def ratio_of(arm: Arm, parts: RunParts) -> dict[str, Any]:
 
 
 def _details(parts: RunParts, module: TaskModule) -> dict[str, Any]:
-    """Values besides the metric: the task's own; for a causal model, the size of its cache and the results of non-causal evaluation."""
+    """Values besides the metric: the task's own; where kept visual tokens lie; for a causal model, the size of its cache and the results of
+    non-causal evaluation."""
     details = module.quality.details(parts.data)
     if parts.cost is not None and (cost := parts.cost()).dense_kv_bytes:
         tokens = cost.dense_tokens
         details["kv_bytes_per_token"] = {"dense": cost.dense_kv_bytes / tokens, "compressed": cost.kv_bytes / tokens}
+    if bias := module.position_bias:
+        details["position_bias"] = bias
     if module.ahead is not None:
         details["lookahead"] = module.ahead.details(module.task.metric)
     return details

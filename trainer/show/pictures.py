@@ -15,6 +15,7 @@ from ...modules.backbones.tiles import Tile
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..build.parts import RunParts
+from ..metrics.kept_places import kept_cells
 from ..tasks.base import task_named
 
 PICTURED = 8
@@ -71,29 +72,13 @@ def visual_overlays(trace: Trace, stacks: Mapping[str, str], tiles: Sequence[Til
         (height, width, 3) uint8 of each picture by stage, dropped tokens darkened and tinted blue.
     """
     found = {}
-    for stage, routing in trace.routings.items():
-        flow, position = trace.flow(stacks[stage]), routing.state.position
-        kept = routing.decision.kept_mask(routing.state.tokens)
-        if routing.state.valid is not None:
-            kept = kept & routing.state.valid
-        if flow.visual is not None:
-            visual = _placed(kept, position, flow.visual.shape[1])[flow.visual]
-            parts = visual[: sum(tile.tokens for tile in tiles)].split([tile.tokens for tile in tiles])
-            shown = [(tile.pixels, tile.cells(part)) for tile, part in zip(tiles, parts, strict=True)]
-        elif flow.pixel_values is not None and flow.grid is not None:
-            # Rows are what the tower reads at once, or what it has left of that for the projector.
-            place = position if flow.places is None else flow.places.gather(1, position)
-            placed = _placed(kept, place, flow.leading + flow.grid[0] * flow.grid[1])[:, flow.leading :].view(-1, *flow.grid)
-            shown = list(zip(flow.pixel_values, placed, strict=True))[: len(tiles)]
-        else:
-            continue
-        found[stage] = [_darkened(pixels[None], _spread(cells, pixels)[None])[0] for pixels, cells in shown]
+    for stage, grids in kept_cells(trace, stacks, tiles).items():
+        rows = trace.flow(stacks[stage]).pixel_values
+        pictures = [tile.pixels for tile in tiles] if trace.flow(stacks[stage]).visual is not None or rows is None else rows[: len(tiles)]
+        found[stage] = [
+            _darkened(pixels[None], _spread(cells, pixels)[None])[0] for pixels, cells in zip(pictures, grids[: len(pictures)], strict=True)
+        ]
     return found
-
-
-def _placed(kept: Tensor, place: Tensor, number: int) -> Tensor:
-    """(B, number) bool: (B, M) flags at their places. Padding may have any place, and adding keeps it from overwriting a kept token."""
-    return torch.zeros(len(kept), number, dtype=torch.long, device=kept.device).scatter_add(1, place, kept.long()) > 0
 
 
 def _spread(kept: Tensor, pixels: Tensor) -> Tensor:

@@ -185,6 +185,17 @@ class Task:
         raise NotImplementedError
 
     @classmethod
+    def kept_cells(cls, model: PreTrainedModel, trace: Trace, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        """By stage, (rows, columns) bool of each picture of a batch: its visual tokens that the stage keeps; empty for text.
+
+        Args:
+            model: compressed model.
+            trace: trace of the batch's forward.
+            batch: the batch.
+        """
+        return {}
+
+    @classmethod
     def draw(cls, arms: Mapping[str, RunParts], folder: Path) -> None:
         """Draws a picture of a run's arms into its folder, if the task has one.
 

@@ -26,6 +26,7 @@ from ...modules.tokens.trace import Trace
 from ..build.heads import trained_classes
 from ..build.initial_weights import encoder_weights, start_of
 from ..build.parts import RunParts
+from ..metrics.kept_places import kept_cells
 from ..recipe.schema import Recipe
 from ..run_folder import RunFolder
 from ..show.pictures import PICTURED, draw_arms, overlays, save_kept_tokens
@@ -80,6 +81,10 @@ class ImageTask(LogitsTask):
     def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
         size, channels = image_input(config)
         return {"pixel_values": torch.rand(PROBES, channels, size, size, generator=torch.Generator().manual_seed(0))}
+
+    @classmethod
+    def kept_cells(cls, model: PreTrainedModel, trace: Trace, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        return kept_cells(trace, dict.fromkeys(trace.routings, ""))
 
     @classmethod
     def draw(cls, arms: Mapping[str, RunParts], folder: Path) -> None:

@@ -36,6 +36,7 @@ from ..build.parts import RunParts
 from ..losses.answer_loss import AnswerLoss, answer_loss, family_of
 from ..losses.distillation import DistillationLoss, Taught, distillation_loss, mean, token_difference, weighted
 from ..metrics.answers import AnswerAccuracy
+from ..metrics.kept_places import kept_cells
 from ..metrics.quality import Quality
 from ..recipe.schema import DistillationRecipe, ModelRecipe, Recipe
 from ..run_folder import PROCESSOR_OF_CHATS, RunFolder
@@ -160,6 +161,11 @@ class VisionLanguage(Task):
         ids = torch.cat([ids[:, :2], ids.new_full((PROBES, tokens), number), ids[:, 2:]], 1)
         images["pixel_values"] = torch.randn(images["pixel_values"].shape, generator=draws)
         return family.forward_inputs(inner, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images})
+
+    @classmethod
+    def kept_cells(cls, model: PreTrainedModel, trace: Trace, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        stacks = {name: stage.config.stack for name, stage in stages_of(model).items()}
+        return kept_cells(trace, stacks, family_of(model).pictures(model.config, batch))
 
     @classmethod
     def draw(cls, arms: Mapping[str, RunParts], folder: Path) -> None:

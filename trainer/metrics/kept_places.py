@@ -1,0 +1,103 @@
+"""Where kept visual tokens lie: a choice that follows places instead of content shows here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...modules.backbones.tiles import Tile
+from ...modules.tokens.trace import Trace
+
+# Equal bands that the height and the width of a picture are divided into.
+BANDS = 4
+
+
+def kept_cells(trace: Trace, stacks: Mapping[str, str], tiles: Iterable[Tile] = ()) -> dict[str, list[Tensor]]:
+    """The grids of visual tokens that each stage keeps, or processes in a bypass.
+
+    Args:
+        trace: trace of a forward.
+        stacks: stack of each stage, by the stage's name.
+        tiles: the pictures of all rows, in their order; for stages in a language model. If they are the first ones only, so is the result.
+
+    Returns:
+        By stage, (rows, columns) bool of each picture; a stage of which places are unknown is left out.
+    """
+    tiles, found = list(tiles), dict[str, list[Tensor]]()
+    for stage, routing in trace.routings.items():
+        flow, position = trace.flow(stacks[stage]), routing.state.position
+        kept = routing.decision.kept_mask(routing.state.tokens)
+        if routing.state.valid is not None:
+            kept = kept & routing.state.valid
+        if flow.visual is not None:
+            visual = _placed(kept, position, flow.visual.shape[1])[flow.visual]
+            parts = visual[: sum(tile.tokens for tile in tiles)].split([tile.tokens for tile in tiles])
+            found[stage] = [tile.cells(part) for tile, part in zip(tiles, parts, strict=True)]
+        elif flow.pixel_values is not None and flow.grid is not None:
+            # Rows are what the tower reads at once, or what it has left of that for the projector.
+            place = position if flow.places is None else flow.places.gather(1, position)
+            placed = _placed(kept, place, flow.leading + flow.grid[0] * flow.grid[1])[:, flow.leading :]
+            found[stage] = list(placed.view(-1, *flow.grid))
+    return found
+
+
+def _placed(kept: Tensor, place: Tensor, number: int) -> Tensor:
+    """(B, number) bool: (B, M) flags at their places. Padding may have any place, and adding keeps it from overwriting a kept token."""
+    return torch.zeros(len(kept), number, dtype=torch.long, device=kept.device).scatter_add(1, place, kept.long()) > 0
+
+
+@dataclass
+class KeptPlaces:
+    """Position bias of each stage: how far the rows and columns of what it keeps are from those of all tokens.
+
+    Attributes:
+        kept: by stage, (2, BANDS) kept tokens by band of the height and of the width, top and left first.
+        present: likewise, all tokens of the pictures.
+    """
+
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    present: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, cells: Mapping[str, list[Tensor]]) -> None:
+        """Adds the result of ``kept_cells``."""
+        for stage, grids in cells.items():
+            by_size: dict[torch.Size, list[Tensor]] = {}
+            for grid in grids:
+                by_size.setdefault(grid.shape, []).append(grid)
+            for grids_of_size in by_size.values():
+                counts = torch.stack(grids_of_size).sum(0).double()
+                self._add(stage, _bands(counts), _bands(torch.full_like(counts, len(grids_of_size))))
+
+    def _add(self, stage: str, kept: Tensor, present: Tensor) -> None:
+        self.kept[stage] = self.kept.get(stage, 0) + kept
+        self.present[stage] = self.present.get(stage, 0) + present
+
+    def merge(self, other: KeptPlaces) -> None:
+        """Adds the counts of another rank."""
+        for stage, kept in other.kept.items():
+            self._add(stage, kept, other.present[stage])
+
+    @property
+    def bias(self) -> dict[str, dict[str, float | list[float]]]:
+        """By stage, ``rows`` and ``columns``: total variation distance, 0 to 1, between the places of kept tokens and those of all tokens, 0
+        for a choice that prefers no place; and ``by_row`` and ``by_column``: the share of each band in what is kept."""
+        found: dict[str, dict[str, float | list[float]]] = {}
+        for stage, kept in self.kept.items():
+            shares = kept / kept.sum(1, keepdim=True).clamp(min=1)
+            distance = 0.5 * (shares - self.present[stage] / self.present[stage].sum(1, keepdim=True)).abs().sum(1)
+            rows, columns = distance.tolist() if kept.sum() else (0.0, 0.0)
+            found[stage] = {"rows": rows, "columns": columns, "by_row": shares[0].tolist(), "by_column": shares[1].tolist()}
+        return found
+
+
+def _bands(counts: Tensor) -> Tensor:
+    """(2, BANDS): sums of a (rows, columns) grid by band of its height and of its width. A line belongs to the band of its middle."""
+    sums = []
+    for side in (0, 1):
+        lines = counts.sum(1 - side).cpu()
+        band = (2 * torch.arange(len(lines)) + 1) * BANDS // (2 * len(lines))
+        sums.append(torch.zeros(BANDS, dtype=lines.dtype).index_add(0, band, lines))
+    return torch.stack(sums)
