@@ -75,7 +75,7 @@ def offered_scope(candidate: Candidate) -> None:
 def existing_layer(candidate: Candidate) -> None:
     for stage in candidate.config.stages:
         layers = len(candidate.stack(stage).layers)
-        if not 0 <= stage.layer < layers:
+        if not 0 <= stage.place < layers:
             raise ValueError(
                 f"stage {stage.key!r}: layer = {stage.layer!r} must be an integer from 0 to {layers - 1}, {stage.stack or 'the backbone'} has {layers} layers"
             )
@@ -96,7 +96,7 @@ def valid_keep(candidate: Candidate) -> None:
 
 
 def one_stage_a_site(candidate: Candidate) -> None:
-    seen: set[tuple[str, str, int | float]] = set()
+    seen: set[tuple[str, str, int | float | str]] = set()
     for stage in candidate.config.stages:
         place = (stage.stack, stage.site, stage.layer)
         if place in seen:
@@ -126,7 +126,7 @@ def restore_after_shrinking(candidate: Candidate) -> None:
             continue
         if not shrinking:
             raise ValueError(f"{where} has no effect: no stage shortens the sequence")
-        first = min(stage.layer + (stage.site == "between") for stage in shrinking)
+        first = min(stage.place + (stage.site == "between") for stage in shrinking)
         layers = len(candidate.stacks[stack].layers)
         if not first < restore.layer <= layers:
             raise ValueError(
@@ -175,7 +175,7 @@ def estimator_for_its_scorer(candidate: Candidate) -> None:
         if part.needs_answers != stage.scorer.answers_task:
             raise ValueError(f"{where}: estimator {name!r} cannot train scorer {scorer!r}; take {stage.scorer.estimator!r}")
         if part.needs_attention:
-            layer, site, last = stage.config.layer, stage.config.site, candidate.last_layer(stage)
+            layer, site, last = stage.config.place, stage.config.site, candidate.last_layer(stage)
             attends = layer + 1 < last if site == "between" else site != "around_mlp"
             if not attends:
                 raise ValueError(f"{where}: estimator {name!r} learns from attention, and no attention follows: take straight_through")
@@ -236,7 +236,7 @@ def outputs_of_the_merger(candidate: Candidate) -> None:
     for stage in candidate.stages:
         where, merger, stack = f"stage {stage.config.key!r}", stage.config.part("merger").name, stage.config.stack
         restore = candidate.config.restores.get(stack)
-        if restore is not None and stage.config.layer >= restore.layer:
+        if restore is not None and stage.config.place >= restore.layer:
             uneven[stack] = False
         if stage.merger.outputs is not None:
             if stage.config.tokens != stage.merger.outputs:

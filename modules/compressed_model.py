@@ -150,9 +150,10 @@ def build_stages(model: PreTrainedModel, config: CompressionConfig, adapter: typ
     stages: list[Stage] = []
     for stack in adapter.stacks(model):
         spec = adapter.token_spec(model, stack) if config.of_stack(stack.name) else None
-        for place, stage in enumerate(config.of_stack(stack.name)):
+        own = config.of_stack(stack.name)
+        for place, stage in enumerate(own):
             assert spec is not None
-            stages.append(Stage(stage, spec, len(stages), stack.adapter, place))
+            stages.append(Stage(stage, spec, len(stages), stack.adapter, place, len(own)))
     check_stages(replace(candidate, stages=stages))
     return stages
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from . import registry
+from .rules.depth import check_layer, layers_at
 
 # Sites that shorten the sequence for all layers after them.
 SHRINKING = ("before", "between")
@@ -103,7 +104,8 @@ class StageConfig:
     """One stage: a router (scorer and selector) and a merger at a site.
 
     Attributes:
-        layer: index of the layer that the site belongs to, from 0; or a fraction between 0 and 1 of the stack's layers, rounded down.
+        layer: index of the layer that the site belongs to, from 0; or a fraction between 0 and 1 of the stack's layers, rounded down;
+            or a span of layers, each with a stage, ``"2:"``, ``":0.5"``.
         keep: fraction in (0, 1]; None leaves it to the budget. At a shrinking site, routable tokens leaving ÷ entering; at a bypass
             site, routable tokens processed ÷ present (the capacity of Mixture-of-Depths). Only tokens in ``scope`` are routable.
             At a bypass site 0 leaves the layer or its half out: no token of the scope is processed, with scope ``all`` no token at all.
@@ -121,7 +123,7 @@ class StageConfig:
         name: name in logs and reports; None builds it from stack, site and layer.
     """
 
-    layer: int | float
+    layer: int | float | str
     keep: float | None = None
     tokens: int | None = None
     site: str = "before"
@@ -142,11 +144,9 @@ class StageConfig:
             raise ValueError(f"compression.stages[].keep = {self.keep!r} must be a number in (0, 1]")
         if self.tokens is not None and (isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1):
             raise ValueError(f"compression.stages[].tokens = {self.tokens!r} must be an integer of at least 1")
-        if isinstance(self.layer, bool) or not (isinstance(self.layer, int) or (isinstance(self.layer, float) and 0 < self.layer < 1)):
-            raise ValueError(
-                f"compression.stages[].layer = {self.layer!r} must be an integer, the index of a layer from 0, or a fraction of the layers "
-                "between 0 and 1"
-            )
+        check_layer(self.layer)
+        if isinstance(self.layer, str) and self.name is not None and self.name != self._default_name:
+            raise ValueError(f"compression.stages[].name = {self.name!r} would be that of all layers {self.layer!r}: leave it out")
         _check_texts(self)
         if self.scope not in SCOPES:
             raise ValueError(f"compression.stages[].scope = {self.scope!r} must be one of {', '.join(SCOPES)}")
@@ -165,7 +165,12 @@ class StageConfig:
 
     @property
     def _default_name(self) -> str:
-        return f"{self.stack}{'.' if self.stack else ''}{self.site}_{self.layer}"
+        return f"{self.stack}{'.' if self.stack else ''}{self.site}_{self.layer}".replace(":", "-")
+
+    @property
+    def place(self) -> float:
+        """Number that stages are ordered by: the layer; spans, which are replaced by their layers, come first."""
+        return -1.0 if isinstance(self.layer, str) else self.layer
 
     @property
     def key(self) -> str:
@@ -188,12 +193,10 @@ class StageConfig:
         """Neither ``keep`` nor ``tokens`` is set: a budget must set ``keep``."""
         return self.keep is None and self.tokens is None
 
-    def at_depth(self, layers: int) -> StageConfig:
-        """The stage in a stack of so many layers, with an index in place of a fraction."""
-        if isinstance(self.layer, int):
-            return self
-        # A third of six layers is layer 2, although 0.333 of them is a little less.
-        return replace(self, layer=int(self.layer * layers + 0.01), name=None if self.name == self._default_name else self.name)
+    def at_depth(self, layers: int) -> list[StageConfig]:
+        """The stage in a stack of so many layers, with an index in place of a fraction; a stage for each layer of a span."""
+        name = None if self.name == self._default_name else self.name
+        return [self] if isinstance(self.layer, int) else [replace(self, layer=layer, name=name) for layer in layers_at(self.layer, layers)]
 
     def part(self, kind: str) -> PartConfig:
         """The stage's part of a kind: ``scorer``, ``selector``, ``merger`` or ``estimator``."""
@@ -248,7 +251,7 @@ class CompressionConfig:
             raise ValueError(f"compression.stages must be a list of stages, not {stages!r}")
         made = [one for stage in stages for one in ([stage] if isinstance(stage, StageConfig) else stages_from_dict(stage))]
         stacks = list(dict.fromkeys(stage.stack for stage in made))
-        in_order = sorted(made, key=lambda stage: (stacks.index(stage.stack), stage.layer, _ORDER.get(stage.site, 0)))
+        in_order = sorted(made, key=lambda stage: (stacks.index(stage.stack), stage.place, _ORDER.get(stage.site, 0)))
         object.__setattr__(self, "stages", tuple(in_order))
         object.__setattr__(self, "restores", _restores(restore))
 
@@ -298,7 +301,7 @@ class CompressionConfig:
         """Stages whose shortening of the stack's sequence no later restore reverts."""
         where = self.restores.get(stack)
         end = 0 if where is None else where.layer
-        return [stage for stage in self.of_stack(stack) if not stage.bypass and stage.layer >= end]
+        return [stage for stage in self.of_stack(stack) if not stage.bypass and stage.place >= end]
 
 
 def restore_key(stack: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .backbones.layer_adapter import LayerAdapter
 from .config import COMPLETE, PartConfig, StageConfig
 from .cost.count_rules import COUNT_RULES, StageCount, at_least_half
 from .cost.shape import StackShape
-from .estimators.base import Estimate, Estimator
+from .estimators.base import Choice, Estimate, Estimator
 from .left_out import NoScores, NoTokens, no_decision
 from .mergers.base import Merged, Merger
 from .scorers.base import Scored, Scorer
@@ -22,7 +22,6 @@ from .selectors.base import Auxiliary, Request, Selector, everything
 from .site import SiteInput, TokenSpec
 from .tokens.bypass import passing
 from .tokens.dechunk import smoothing_macs
-from .tokens.decision import Decision
 from .tokens.draws import uniform
 from .tokens.flow import Chunks, Flow
 from .tokens.scope import in_scope
@@ -37,29 +36,6 @@ _NOISE = 1 << 20
 Inner = Callable[[Tensor, TokenState], Tensor]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The result of a router at one site.
-
-    Attributes:
-        scored: output of the scorer.
-        decision: output of the selector, or the replayed decision.
-        estimate: output of the estimator, including the selector's auxiliary loss.
-        keep: requested keep.
-        lookahead: the decision for a token depends on later tokens.
-        agreement: scalar, agreement of the causal predictor with the decision; None without a predictor.
-        skipped: no row has a selected token and the layer is skipped.
-    """
-
-    scored: Scored
-    decision: Decision
-    estimate: Estimate
-    keep: float
-    lookahead: bool
-    agreement: Tensor | None
-    skipped: bool
-
-
 class Stage(nn.Module):
     """Scores the tokens at a site, decides which are kept, and merges. At a bypass site it selects the tokens that are processed.
 
@@ -69,16 +45,20 @@ class Stage(nn.Module):
         index: index among the model's stages.
         adapter: adapter of the stack's layers.
         place: index among the stack's stages; None means ``index``.
+        places: number of the stack's stages.
 
     Raises:
         ValueError: a part has an unknown name or option. ``compatibility`` checks whether the parts fit together.
     """
 
-    def __init__(self, config: StageConfig, spec: TokenSpec, index: int, adapter: type[LayerAdapter], place: int | None = None) -> None:
+    def __init__(
+        self, config: StageConfig, spec: TokenSpec, index: int, adapter: type[LayerAdapter], place: int | None = None, places: int = 1
+    ) -> None:
         super().__init__()
         self.config = config
         self.index = index
         self.place = index if place is None else place
+        self.places = places
         self.adapter = adapter
         # Tokens that stay or leave together; at a bypass site each is processed or not by itself.
         self.unit = 1 if config.bypass else spec.unit
@@ -154,7 +134,7 @@ class Stage(nn.Module):
             count = torch.clamp(present, max=fixed) if isinstance(present, Tensor) else min(present, fixed)
         else:
             assert requested is not None
-            count = COUNT_RULES[self.config.count or self.scorer.count](present, requested, StageCount(original, self.place))
+            count = COUNT_RULES[self.config.count or self.scorer.count](present, requested, StageCount(original, self.place, self.places))
         return at_least_half(present, count) if self.scorer.matches else count
 
     def expected(self, present: float, original: float, keep: float | None = None) -> float:
@@ -224,7 +204,10 @@ class Stage(nn.Module):
             protects = state.counts is None or state.counts.protected
             scale = estimate.scale.masked_fill(~state.routable, 1.0) if protects else estimate.scale
             after = before.to(after.dtype).lerp(after, through.of(scale).unsqueeze(-1).to(after.dtype))
-        return through.put_back(rest, before, after)
+        output = through.put_back(rest, before, after)
+        if estimate.weight is None:
+            return output
+        return output * estimate.weight.masked_fill(~state.routable, 1.0).unsqueeze(-1).to(output.dtype)
 
     def processed(self, trace: Trace) -> int | Tensor:
         """Tokens per row that the layer or its half has processed in a forward, protected ones included."""
@@ -311,7 +294,8 @@ class Stage(nn.Module):
             chosen = self.selector(mean, choices, request)
             auxiliary = self.selector.auxiliary(chosen, choices, request)
             decision = everything(state) if chosen.everything else units.tokens_of(chosen, state)
-        estimate, skipped = Estimate(), self.bypass and decision.empty and self._may_skip(site.layer, flow)
+        untouched = decision.empty and (self.estimator is None or not self.estimator.of_bypassed)
+        estimate, skipped = Estimate(), self.bypass and untouched and self._may_skip(site.layer, flow)
         if self.estimator is not None and (self.training or self.estimator.in_evaluation) and not skipped:
             estimate = self.estimator(site, scored, decision)
         if self.training and auxiliary.loss is not None:

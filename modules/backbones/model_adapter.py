@@ -191,7 +191,9 @@ class ModelAdapter:
         """
         depths = cls.depths(config)
         # Stages of unknown stacks stay as they are, to be refused by name.
-        stages = [stage.at_depth(depths[stage.stack]) if stage.stack in depths else stage for stage in compression.stages]
+        stages = [
+            one for given in compression.stages for one in (given.at_depth(depths[given.stack]) if given.stack in depths else [given])
+        ]
         compression, main = compression.with_stages(stages), cls.stack_name
         shortened = any(not stage.bypass and stage.scope in COMPLETE for stage in compression.of_stack(main))
         if main in compression.restores or not cls.layers_adapter(config).causal or not (shortened or cls.begins_short(main, compression)):

@@ -212,6 +212,6 @@ def linear_macs(module: nn.Module) -> int:
 
 def check_no_early_drop(config: CompressionConfig, first: int, reason: str) -> None:
     """Raises ValueError if a stage removes tokens before layer ``first`` of the language model."""
-    early = [stage.key for stage in config.of_stack(Multimodal.stack_name) if not stage.bypass and stage.layer < first]
+    early = [stage.key for stage in config.of_stack(Multimodal.stack_name) if not stage.bypass and stage.place < first]
     if early:
         raise ValueError(f"stages {', '.join(early)} remove tokens before layer {first}, and {reason}: take layer {first} or a later one")

@@ -50,10 +50,12 @@ class StageCount:
     Attributes:
         original: routable tokens before the first stage.
         index: index of the stage among the stages of its stack, from 0.
+        stages: number of stages of its stack.
     """
 
     original: int | Tensor
     index: int
+    stages: int = 1
 
 
 # (present, keep, stage) -> routable tokens that leave the stage, a merger's fused token included
@@ -70,6 +72,18 @@ def _dynamicvit(present: int | Tensor, keep: float, stage: StageCount) -> int | 
     if isinstance(stage.original, Tensor):
         return torch.minimum(torch.floor(stage.original.double() * fraction + 1e-9).long().clamp(min=1), torch.as_tensor(present))
     return min(int(present), max(1, math.floor(stage.original * fraction + 1e-9)))
+
+
+def cosine_keep(keep: float, index: int, stages: int) -> float:
+    """½ cos(π · index ÷ (stages − 1)) + keep, limited to [0, 1]: high in the first layers, low in the last, ``keep`` on average
+    (p-MoD, arXiv 2412.04449)."""
+    return min(1.0, max(0.0, 0.5 * math.cos(math.pi * index / max(1, stages - 1)) + keep))
+
+
+def _cosine(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:
+    """``tokens_kept`` of ``cosine_keep``; 0 where that is 0, for stages around layers."""
+    of_stage = cosine_keep(keep, stage.index, stage.stages)
+    return tokens_kept(present, of_stage) if of_stage > 1e-9 else present * 0
 
 
 def _evit(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:
@@ -91,4 +105,4 @@ def at_least_half(present: int | Tensor, count: int | Tensor) -> int | Tensor:
     return max(int(count), present - present // 2)
 
 
-COUNT_RULES: dict[str, CountRule] = {"round": _round_half_up, "dynamicvit": _dynamicvit, "evit": _evit, "half": _half}
+COUNT_RULES: dict[str, CountRule] = {"round": _round_half_up, "dynamicvit": _dynamicvit, "evit": _evit, "half": _half, "cosine": _cosine}

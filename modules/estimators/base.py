@@ -20,14 +20,39 @@ class Estimate:
     Attributes:
         scale: (B, M) factor on the kept tokens, mostly of value 1; at a bypass site, on the layer's update. None for no factor.
         key_bias: (B, M) bias with value 0 on the attention logits of each key in all later layers; None for no bias.
+        weight: (B, M) factor on the tokens behind a bypass site, processed or not; None for no factor.
         confidence: (B, M) factor with value 1 on the update that each token gets in a restore by ``dechunk``; None for no factor.
         loss: scalar to add to the task's loss, already weighted; None without one.
     """
 
     scale: Tensor | None = None
     key_bias: Tensor | None = None
+    weight: Tensor | None = None
     confidence: Tensor | None = None
     loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The result of a router at one site.
+
+    Attributes:
+        scored: output of the scorer.
+        decision: output of the selector, or the replayed decision.
+        estimate: output of the estimator, including the selector's auxiliary loss.
+        keep: requested keep.
+        lookahead: the decision for a token depends on later tokens.
+        agreement: scalar, agreement of the causal predictor with the decision; None without a predictor.
+        skipped: no row has a selected token and the layer is skipped.
+    """
+
+    scored: Scored
+    decision: Decision
+    estimate: Estimate
+    keep: float
+    lookahead: bool
+    agreement: Tensor | None
+    skipped: bool
 
 
 class Estimator(nn.Module):
@@ -36,6 +61,7 @@ class Estimator(nn.Module):
     Attributes:
         in_evaluation: the estimator changes the forward's values and is a part of the model.
         bypass_only: it is for bypass sites only.
+        of_bypassed: it changes tokens that bypass the layer too, so that the layer is not skipped where no token is selected.
         needs_answers: it is trained on ``Scored.answers``, of a scorer whose tokens answer the task.
         needs_attention: its gradient comes through the attention of later layers.
         needs_chunks: its gradient comes through a restore by ``dechunk``.
@@ -43,6 +69,7 @@ class Estimator(nn.Module):
 
     in_evaluation: ClassVar[bool] = False
     bypass_only: ClassVar[bool] = False
+    of_bypassed: ClassVar[bool] = False
     needs_answers: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False
     needs_chunks: ClassVar[bool] = False

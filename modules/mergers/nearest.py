@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..cost.shape import StackShape
 from ..scorers.base import Scored
-from ..site import SiteInput
+from ..site import SiteInput, TokenSpec
 from ..tokens.decision import Decision
 from .base import Merged, Merger, merge_into
 
@@ -15,9 +15,18 @@ from .base import Merged, Merger, merge_into
 class NearestMerger(Merger):
     """Merges each token that is not kept into the kept token nearest to it in the patch grid, weighted by size.
 
-    With scorer ``uniform_grid`` and keep 1/4, 1/16 … this is average pooling of the grid in squares, as in M3 (arXiv 2405.17430). Of kept
-    tokens that are equally near, the first one in reading order takes the token. Without a grid, distance is that of positions.
+    Of kept tokens that are equally near, the first one in reading order takes the token. Without a grid, distance is that of positions.
+
+    Args:
+        spec: the tokens to merge.
+        corners: a kept token is the upper left corner of the square that it stands for, whose side is that of the mean area of a kept
+            token, and distance is from the centre of the square. With scorer ``uniform_grid`` and keep 1/4, 1/16 … this is average
+            pooling of the grid in squares (M3, arXiv 2405.17430).
     """
+
+    def __init__(self, spec: TokenSpec, corners: bool = False) -> None:
+        super().__init__(spec)
+        self.corners = corners
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         state, grid = inputs.state, inputs.flow.grid
@@ -25,12 +34,17 @@ class NearestMerger(Merger):
             return Merged(inputs.hidden_states, state)
         place = inputs.flow.cells(state)
         down, across = (place, torch.zeros_like(place)) if grid is None else (place // grid[1], place % grid[1])
-        # (B, M, K) squared distances to the kept tokens, to real and routable ones only.
-        distance = sum((values[:, :, None] - values.gather(1, decision.index)[:, None]).square() for values in (down, across))
-        assert isinstance(distance, Tensor)
         stays = state.routable.gather(1, decision.index)
         if decision.valid is not None:
             stays = stays & decision.valid
+        # Sides of the squares, and twice the distance from a corner to the centre, so that distances stay integers.
+        side = (state.routable.sum(-1) / stays.sum(-1).clamp(min=1)) ** (1.0 if grid is None else 0.5)
+        centre = ((side - 1).round().long() * self.corners)[:, None, None]
+        # (B, M, K) four times the squared distances to the kept tokens, to real and routable ones only.
+        distance = sum(
+            (2 * values[:, :, None] - 2 * values.gather(1, decision.index)[:, None] - centre).square() for values in (down, across)
+        )
+        assert isinstance(distance, Tensor)
         far = torch.iinfo(distance.dtype).max
         # argmin takes any of several equal ones: the slot decides.
         first = torch.arange(stays.shape[1], device=stays.device)

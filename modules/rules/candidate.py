@@ -42,7 +42,7 @@ class Candidate:
         """First layer index after the stage's shortened sequence: the next restore, or else the number of layers of the stack."""
         where = self.config.restores.get(stage.config.stack)
         layers = len(self.stack(stage).layers)
-        return where.layer if where is not None and where.layer > stage.config.layer else layers
+        return where.layer if where is not None and where.layer > stage.config.place else layers
 
 
 Rule = Callable[[Candidate], None]

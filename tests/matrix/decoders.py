@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from laconic import Trace, compress
+from laconic import Trace, compress, stages_of
 from laconic.modules.tokens.trace import Routing
 
 from . import case
@@ -116,6 +116,10 @@ def neutral(model: PreTrainedModel) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if name.endswith("estimator.strength"):
                 parameter.zero_()
+        for stage in stages_of(model).values():
+            if stage.estimator is not None and stage.estimator.of_bypassed:
+                for parameter in stage.scorer.parameters():
+                    parameter.zero_()
     return model
 
 

@@ -60,6 +60,7 @@ METHODS = [
     _around("around", {**_LINEAR, "selector": "top_k"}),
     _around("around_last_query", {"scorer": "last_query"}),
     _around("around_gate", {**_LINEAR, "selector": "threshold", "estimator": "gate"}),
+    _around("around_symmetric", {**_LINEAR, "estimator": "symmetric_gate"}, once=True),
     _around("around_mlp", {**_LINEAR, "selector": "predictor"}, site="around_mlp"),
 ]
 

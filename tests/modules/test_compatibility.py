@@ -236,8 +236,15 @@ def test_a_restore_that_alone_is_possible_may_be_left_out_and_fractions_of_the_d
         [{"layer": [1 / 3, 0.5, 0.75], "stack": "text", "scope": "visual", "scorer": "random", "keep": 0.5, "name": None}]
     )
     assert [stage.layer for stage in compress(_dense("llava"), given).adapter.resolved(given, _dense("llava").config).stages] == [1, 2, 3]
-    named = StageConfig(layer=0.5, keep=0.5, name="middle").at_depth(4)
+    (named,) = StageConfig(layer=0.5, keep=0.5, name="middle").at_depth(4)
     assert (named.layer, named.key) == (2, "middle")
-    for wrong in (0.0, 1.0, 1.5, -0.5, True, "2"):
+    spans = {":": [0, 1, 2, 3], "0.5:": [2, 3], ":.5": [0, 1], "1:3": [1, 2], "1:0.75": [1, 2]}
+    assert {span: [stage.layer for stage in StageConfig(layer=span, keep=0.5).at_depth(4)] for span in spans} == spans
+    assert [stage.key for stage in StageConfig(layer="0.5:", keep=0.5, stack="text").at_depth(4)] == ["text.before_2", "text.before_3"]
+    with pytest.raises(ValueError, match=r"layer = '0.1:0.2' has no layer in a stack of 4"):
+        StageConfig(layer="0.1:0.2", keep=0.5).at_depth(4)
+    with pytest.raises(ValueError, match=r"name = 'mine' would be that of all layers ':': leave it out"):
+        StageConfig(layer=":", keep=0.5, name="mine")
+    for wrong in (0.0, 1.0, 1.5, -0.5, True, "2", "1.5:", "a:b"):
         with pytest.raises(ValueError, match=r"compression.stages\[\].layer = .* a fraction of the layers between 0 and 1"):
             StageConfig(layer=wrong, keep=0.5)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from laconic import CompressionConfig, StageConfig, Trace
 from laconic.modules.cost.cost import CostModel
-from laconic.modules.cost.count_rules import COUNT_RULES, StageCount, tokens_kept
+from laconic.modules.cost.count_rules import COUNT_RULES, StageCount, cosine_keep, tokens_kept
 from laconic.modules.cost.shape import LayerTokens, StackShape
 from tests.matrix import PAIRS, Method, compressed, dense, images, inputs
 
@@ -104,6 +104,14 @@ def test_tokens_kept_rounds_half_up_and_never_empties_a_row(present: int, keep: 
 def test_a_keep_outside_its_range_is_refused(keep: float) -> None:
     with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
         tokens_kept(10, keep)
+
+
+def test_the_cosine_rule_is_that_of_p_mod() -> None:
+    assert [round(cosine_keep(0.5, layer, 32), 4) for layer in (0, 5, 10, 16, 31)] == [1, 0.9372, 0.7645, 0.4747, 0]
+    assert sum(cosine_keep(0.5, layer, 32) for layer in range(32)) / 32 == pytest.approx(0.5)
+    assert [COUNT_RULES["cosine"](576, 0.5, StageCount(576, layer, 32)) for layer in (0, 5, 31)] == [576, 540, 0]
+    # Limited to what a fraction can be.
+    assert (cosine_keep(0.8, 0, 32), cosine_keep(0.2, 31, 32)) == (1, 0)
 
 
 @pytest.mark.parametrize("rule", sorted(COUNT_RULES))

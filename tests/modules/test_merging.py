@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -144,16 +146,16 @@ MERGES = {
 }
 
 
-def test_nearest_on_a_uniform_grid_is_average_pooling() -> None:
-    hidden, trace = torch.randn(2, 37, 16), _with_images()
-    trace.flow().grid = (6, 6)
-    model = compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.25, scorer="uniform_grid", merger="nearest")]))
-    # A grid of 4 × 4, of which a quarter is every second row and column.
-    hidden, trace.flow().grid = hidden[:, :17], (4, 4)
-    trace.flow().begin(TokenState.initial(2, 17, 1, None, hidden.device), hidden)
+@pytest.mark.parametrize(("keep", "side"), [(0.25, 12), (0.0625, 6), (0.015625, 3), (0.0017361, 1)])
+def test_corners_of_a_uniform_grid_are_average_pooling_at_every_scale_of_m3(keep: float, side: int) -> None:
+    hidden, trace = torch.randn(2, 577, 16), _with_images()
+    trace.flow().grid, trace.flow().leading = (24, 24), 1
+    parts: dict[str, Any] = {"scorer": "uniform_grid", "merger": {"name": "nearest", "corners": True}}
+    model = compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=keep, **parts)]))
+    trace.flow().begin(TokenState.initial(2, 577, 1, None, hidden.device), hidden)
     layer = model.vit.layers[1]
     pooled = layer.stages["before"](hidden, layer, trace)
-    squares = torch.nn.functional.avg_pool2d(hidden[:, 1:].view(2, 4, 4, 16).permute(0, 3, 1, 2), 2)
+    squares = torch.nn.functional.avg_pool2d(hidden[:, 1:].view(2, 24, 24, 16).permute(0, 3, 1, 2), 24 // side)
     torch.testing.assert_close(pooled[:, 1:], squares.flatten(2).transpose(1, 2))
     assert torch.equal(pooled[:, 0], hidden[:, 0])
 

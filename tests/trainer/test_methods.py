@@ -24,7 +24,8 @@ from tests.trainer.small_recipes import small
 
 def _of(name: str, *overrides: str) -> list[str]:
     kept = [item for item in small("vlm_digits_base", Path(), QUICK) if "compression" not in item]
-    return [*kept, "model.config.text_config.num_hidden_layers=4", f"compression.method={name}", *overrides]
+    layers = 32 if name == "hidrop" else 4
+    return [*kept, f"model.config.text_config.num_hidden_layers={layers}", f"compression.method={name}", *overrides]
 
 
 _DEFAULT = ("learned", "pooled")
@@ -80,6 +81,18 @@ def test_settings_of_a_method_go_to_all_of_its_stages_and_fractions_are_of_the_d
     recipe = load("vlm_digits_base", _of("divprune", "compression.tokens=9")).recipe
     assert recipe.compression is not None
     assert [(stage.tokens, stage.keep) for stage in recipe.compression.stages] == [(9, None)]
+
+
+def test_visual_tokens_enter_late_and_leave_early_and_layers_process_fewer_of_them_by_depth() -> None:
+    def visual(name: str, *overrides: str) -> list[int]:
+        rows = cost_of_recipe("vlm_digits_base", _of(name, *overrides))["layers"]
+        return [row["tokens"] - 64 for row in rows if row["stack"] == "text"]
+
+    assert visual("hidrop") == [0] * 9 + [64] + [32] * 4 + [16] * 2 + [8] * 2 + [4] * 7 + [0] * 7
+    assert visual("hidrop", "compression.keep=0.25")[9:14] == [64, 16, 16, 16, 16]
+    # round(64 · (½ cos(π · layer ÷ 3) + ½)).
+    assert visual("p_mod") == [64, 48, 16, 0]
+    assert visual("p_mod", "compression.count=round") == [32] * 4
 
 
 def test_a_method_replaces_the_stages_of_a_recipe_and_the_other_way_round(tmp_path: Path) -> None:

@@ -87,5 +87,6 @@ def _method_of(data: Mapping[str, Any]) -> dict[str, Any]:
         return {**method, "compression": None}
     if "tokens" in settings:
         settings["keep"] = None
-    stages = [{**stage, **settings} for stage in method["compression"]["stages"]]
+    # Stages that leave layers out have no other settings than their layers.
+    stages = [stage if stage.get("keep") == 0 else {**stage, **settings} for stage in method["compression"]["stages"]]
     return {**method, "compression": {"stages": stages, **({"restore": given["restore"]} if "restore" in given else {})}}

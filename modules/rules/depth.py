@@ -1,0 +1,52 @@
+"""Layers of a stage that a config gives relative to the depth of a stack: a fraction, or a span of layers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# "a:b" as in a slice of the layers; each end an index, a fraction or nothing.
+_SPAN = re.compile(r"(\d+|0?\.\d+)?:(\d+|0?\.\d+)?")
+
+
+def check_layer(layer: Any) -> None:
+    """Raises ValueError unless a stage can be at this layer: an index, a fraction of the layers, or a span of them."""
+    if isinstance(layer, bool) or not (
+        isinstance(layer, int) or (isinstance(layer, float) and 0 < layer < 1) or (isinstance(layer, str) and _SPAN.fullmatch(layer))
+    ):
+        raise ValueError(
+            f"compression.stages[].layer = {layer!r} must be an integer, the index of a layer from 0, or a fraction of the layers "
+            "between 0 and 1, or a span of them, ':' for all or '0.5:' for the upper half"
+        )
+
+
+def layers_at(layer: int | float | str, depth: int) -> list[int]:
+    """Indices of a stage's layers.
+
+    Args:
+        layer: index; fraction, rounded down; or a span "a:b" of indices or fractions, a included and b not.
+        depth: number of layers.
+
+    Raises:
+        ValueError: the span has no layer.
+    """
+    if not isinstance(layer, str):
+        return [_index(layer, depth)]
+    ends = [None if end is None else float(end) if "." in end else int(end) for end in _ends(layer)]
+    first, last = (default if end is None else _index(end, depth) for end, default in zip(ends, (0, depth), strict=True))
+    if not first < last:
+        raise ValueError(
+            f"compression.stages[].layer = {layer!r} has no layer in a stack of {depth}: make it longer, or leave the stage out"
+        )
+    return list(range(first, last))
+
+
+def _ends(span: str) -> tuple[str | None, str | None]:
+    found = _SPAN.fullmatch(span)
+    assert found is not None
+    return found[1], found[2]
+
+
+def _index(layer: int | float, depth: int) -> int:
+    # A third of six layers is layer 2, although 0.333 of them is a little less.
+    return layer if isinstance(layer, int) else int(layer * depth + 0.01)
