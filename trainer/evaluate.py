@@ -27,6 +27,7 @@ from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.trace import Trace
 from .build.build import cost_model, model_config, open_data
 from .build.heads import trained_classes
+from .build.keeps import check_movable
 from .errors import RecipeError
 from .metrics.kept_places import KeptPlaces
 from .recipe.schema import Recipe
@@ -55,7 +56,7 @@ class Evaluated:
     remarks: Sequence[str]
 
 
-def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None = None) -> dict[str, Any]:
+def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None = None, keeps: Sequence[float] = ()) -> dict[str, Any]:
     """Quality and speed of the weights in ``target``: as trained, dense, and with as many tokens selected by each control scorer.
 
     Args:
@@ -63,6 +64,10 @@ def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None 
         recipe: recipe of its task and data.
         console: console for progress.
         weights: folder or hub name of the weights; None takes those of the run or export ``target``.
+        keeps: further keeps of every stage with which the weights are measured.
+
+    Raises:
+        RecipeError: the model has no stages, or stages that hold one keep, and ``keeps`` are given.
 
     The controls use the same weights without retraining, so they show the value of the router's selection at inference; models
     trained with a control are in the report's ``baselines``. A gate (``estimator: gate``) is kept for the controls and removed with the
@@ -71,6 +76,7 @@ def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None 
     run, model = RunFolder.of(target), load_model(weights or RunFolder.open(target).trained())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
+    _check_keeps(model, keeps)
     task = task_named(recipe.task)
     # A tower that was trained before may be gone.
     fresh = recipe.model.config is not None and recipe.model.tower_of is None
@@ -81,11 +87,11 @@ def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None 
     said = dict.fromkeys(data.remarks)
 
     def measure(
-        name: str, variant: PreTrainedModel, lookahead: bool = False, decider: PreTrainedModel | None = None
+        name: str, variant: PreTrainedModel, lookahead: bool = False, decider: PreTrainedModel | None = None, keep: float | None = None
     ) -> Mapping[str, float]:
         console.print(f"evaluating {name} on {len(data.test):,} {task.item}", highlight=False)  # type: ignore[arg-type]
         cost = cost_model(variant, size=task.size(recipe))
-        found = _evaluate(variant.eval(), loader, recipe, task, device, data, cost, lookahead, decider)
+        found = _evaluate(variant.eval(), loader, recipe, task, device, data, cost, lookahead, decider, keep)
         figures = asdict(found)
         said.update(dict.fromkeys(figures.pop("remarks")))
         results[name] = {task.metric: figures.pop("quality"), **figures}
@@ -93,6 +99,8 @@ def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None 
 
     if stages_of(model):
         kept = measure("compressed", model)
+        for keep in keeps:
+            measure(f"keep {keep:g}", model, keep=keep)
         if can_look_ahead(model):
             measure("look-ahead", model, lookahead=True)
         gated = any(stage.estimator is not None and stage.estimator.in_evaluation for stage in stages_of(model).values())
@@ -110,6 +118,20 @@ def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None 
         console.print(line, soft_wrap=True)
     split = "test" if data.has_test else "validation"
     return {"target": target, "split": split, "metric": task.metric, "remarks": list(said), "variants": results}
+
+
+def _check_keeps(model: PreTrainedModel, keeps: Sequence[float]) -> None:
+    """Raises RecipeError if the model cannot be measured with these keeps."""
+    stages = list(stages_of(model).values())
+    for keep in keeps:
+        if not 0 < keep <= 1:
+            raise RecipeError(f"--keep {keep} must be in (0, 1]: the fraction that is kept, not removed")
+    if keeps and not stages:
+        raise RecipeError("--keep is of stages, and the model has none: remove it")
+    try:
+        check_movable(stages if keeps else [], "--keep")
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
 def _open_data(recipe: Recipe, config: PretrainedConfig, model: PreTrainedModel, target: str) -> Splits:
@@ -184,16 +206,18 @@ def _evaluate(
     cost: CostModel | None,
     lookahead: bool,
     decider: PreTrainedModel | None,
+    keep: float | None,
 ) -> Evaluated:
     bad, quality, kept, seconds = BadRowCount(recipe.data.max_bad_fraction, len(loader.dataset)), task.quality(), KeepCount(), []
     places = KeptPlaces()
     compressed = bool(stages_of(model))
+    requested = {} if keep is None else {name: keep for name, stage in stages_of(model).items() if not stage.config.left_out}
     for batch in loader:
         bad.add(batch["rows"], batch["bad"])
         if "sample_ids" not in batch:
             continue
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"], lookahead=lookahead)
+        trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"], lookahead=lookahead, keep=requested)
         if decider is not None:
             # Control scores do not depend on the tokens' values, so a separate forward gives the same decisions.
             chosen = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])

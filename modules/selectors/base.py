@@ -65,6 +65,7 @@ class Selector(nn.Module):
         adaptive: rows keep different numbers of tokens; only their mean meets the request.
         needs_probabilities: the selector uses the sigmoid of a score as the keep probability.
         cuts: a token is kept if its score is above a threshold, ``Decision.cut``.
+        one_keep: in evaluation it keeps the share that it was trained for, whatever keep is requested.
         draws: the selector needs ``Request.draws`` in evaluation too.
         float32_buffers: names of buffers that stay float32 when the model is loaded in or cast to another dtype.
     """
@@ -73,6 +74,7 @@ class Selector(nn.Module):
     adaptive: ClassVar[bool] = False
     needs_probabilities: ClassVar[bool] = False
     cuts: ClassVar[bool] = False
+    one_keep: ClassVar[bool] = False
     draws: ClassVar[bool] = False
     float32_buffers: ClassVar[tuple[str, ...]] = ()
 

@@ -37,6 +37,7 @@ class ThresholdSelector(Selector):
 
     adaptive = True
     cuts = True
+    one_keep = True
     float32_buffers = ("threshold", "batches")
 
     def __init__(

@@ -34,7 +34,7 @@ def test_single_answers_are_noted_with_row_turn_kind_and_the_models_own_tokens()
     logits = torch.eye(4)[[3, 1, 2, 0]]
     # Row 7: an answer of two tokens and one of one; row 9: one answer.
     out = AnswerLoss(
-        torch.tensor(1.0), logits, torch.tensor([True, False, True, True]), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 0])
+        torch.tensor(1.0), logits, torch.tensor([True, False, True, True]), torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 0]), logits
     )
     one, other = AnswerAccuracy(), AnswerAccuracy()
     one.add(out, {"kinds": torch.tensor([[1, 0], [0, -1]]), "sample_ids": torch.tensor([9, 7])})

@@ -176,5 +176,13 @@ def test_methods_with_a_keep_of_each_step_train_and_leave_the_stages_own(name: s
     assert report.train_macs_ratio is not None
     assert report.train_macs_ratio != report.macs_ratio
     # DualSpeed's model is an ordinary one.
+    recipe = RunFolder.open(tmp_path / "run").read_recipe()
+    if name == "epic":
+        found = evaluate(str(tmp_path / "run"), recipe, silent(), keeps=[1.0, 0.5])["variants"]
+        assert found["keep 1"]["answer_accuracy"] == found["dense"]["answer_accuracy"]
+        assert list(found["keep 0.5"]["keep"].values()) == [0.5]
+    else:
+        with pytest.raises(RecipeError, match="--keep is of stages, and the model has none: remove it"):
+            evaluate(str(tmp_path / "run"), recipe, silent(), keeps=[0.5])
     compression = load_model(tmp_path / "run").config.to_dict().get("compression")
     assert (None if compression is None else compression["stages"][0]["keep"]) == {"epic": 0.25, "dualspeed": None}[name]

@@ -158,6 +158,7 @@ def test_steps_in_which_the_teacher_would_be_the_student_have_none(tmp_path: Pat
         ("vit_digits", ["distillation={teacher: self, keep: 0.8, hidden: 1}"], "which has fewer by keep: set distillation.hidden=0"),
         ("vit_digits", ["distillation={teacher: self, keep: 0.8, milder: {}}"], "distillation.keep = 0.8 has no effect"),
         ("vit_digits_adaptive", ["distillation={teacher: self, keep: 0.8}"], "has a threshold of one keep, and distillation.keep requests"),
+        ("llm_pretrain", ["budget=null", "training_keep={lowest: 0.2}"], "stages .* have no keep and there is no budget"),
         ("text_classify", ["distillation={teacher: dense_self}"], "distillation.teacher = 'dense_self' is for image classifiers, and task"),
     ],
 )

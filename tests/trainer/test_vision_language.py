@@ -73,6 +73,7 @@ def test_answers_are_right_as_a_whole_and_counted_by_kind() -> None:
         torch.tensor([True, True, False, True, False]),
         torch.tensor([0, 0, 0, 1, 1]),
         torch.tensor([0, 0, 1, 0, 0]),
+        torch.zeros(5, 2),
     )
     quality = AnswerAccuracy()
     quality.add(out, {"kinds": torch.tensor([[1, 0], [1, -1]]), "sample_ids": torch.arange(2)})

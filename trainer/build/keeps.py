@@ -1,4 +1,4 @@
-"""Which stages can have another keep in each training step, or in the teacher that is the model itself."""
+"""Which stages can have another keep in each training step, in the teacher that is the model itself, or in evaluation."""
 
 from __future__ import annotations
 
@@ -15,19 +15,30 @@ def check_keeps(recipe: Recipe, stages: Iterable[Stage]) -> None:
         recipe: the recipe.
         stages: its built stages.
     """
-    teacher = recipe.distillation if recipe.distillation is not None and recipe.distillation.teacher == ITSELF else None
-    moves = "training_keep" if recipe.training_keep is not None else None
-    if teacher is not None and moves is None and (teacher.milder is not None or teacher.keep < 1):
-        moves = f"distillation.{'keep' if teacher.milder is None else 'milder'}"
-    if moves is None:
-        return
+    stages, teacher = list(stages), recipe.distillation
+    if recipe.training_keep is not None:
+        check_movable(stages, "training_keep")
+    elif teacher is not None and teacher.teacher == ITSELF and teacher.milder is not None:
+        check_movable(stages, "distillation.milder")
+        for stage in stages:
+            if stage.config.tokens is not None:
+                raise ValueError(
+                    f"stage {stage.config.key!r}: distillation.milder is a difference of keeps, and the stage has tokens: give it keep"
+                )
+    elif teacher is not None and teacher.teacher == ITSELF and teacher.keep < 1:
+        check_movable(stages, "distillation.keep")
+
+
+def check_movable(stages: Iterable[Stage], key: str) -> None:
+    """Raises ValueError if a stage cannot follow a keep other than its own.
+
+    Args:
+        stages: built stages.
+        key: what requests the keep, for the message.
+    """
     for stage in stages:
         where, selector, merger = f"stage {stage.config.key!r}", *(stage.config.part(kind).name for kind in ("selector", "merger"))
-        if stage.selector.cuts or stage.selector.adaptive:
-            raise ValueError(
-                f"{where}: selector {selector!r} has a threshold of one keep, and {moves} requests others: take top_k or predictor"
-            )
+        if stage.selector.one_keep:
+            raise ValueError(f"{where}: selector {selector!r} has a threshold of one keep, and {key} requests others: take top_k")
         if stage.merger.outputs is not None:
-            raise ValueError(f"{where}: merger {merger!r} makes one number of tokens, and {moves} requests others: take another merger")
-        if moves == "distillation.milder" and stage.config.tokens is not None:
-            raise ValueError(f"{where}: distillation.milder is a difference of keeps, and the stage has tokens: give it keep")
+            raise ValueError(f"{where}: merger {merger!r} makes one number of tokens, and {key} requests others: take another merger")

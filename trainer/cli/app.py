@@ -160,6 +160,7 @@ def train(
 def evaluate(
     target: Annotated[str, typer.Argument(help="run, export, or any folder, hub name or .gguf file of a model")],
     overrides: Overrides = None,
+    keep: Annotated[list[float] | None, typer.Option(help="measure with this keep of every stage too; may be given several times")] = None,
     as_json: Json = False,
 ) -> None:
     """Quality, achieved ratios and latency of a run, the dense model and simpler methods with as many tokens; quality of any model."""
@@ -178,7 +179,7 @@ def evaluate(
         check(recipe, start.config)
     out = console(as_json)
     with running():
-        result = run(target, recipe, out, weights)
+        result = run(target, recipe, out, weights, keep or [])
     emit(result, as_json)
     table = Table(title=f"{target}: the same weights, {result['split']} split")
     metric = result["metric"]

@@ -24,19 +24,19 @@ class AnswerLoss:
 
     Attributes:
         total: scalar float32, sum of the tokens' negative log-likelihoods in nats, with gradient.
-        hidden_states: (P, C) what the head reads.
         logits: (P, vocabulary) answers of the model.
         right: (P,) bool, the token is the most likely one.
         row: (P,) int64, row of each token.
         turn: (P,) int64, number of its answer in the row.
+        hidden_states: (P, C) what the head reads.
     """
 
     total: Tensor
-    hidden_states: Tensor
     logits: Tensor
     right: Tensor
     row: Tensor
     turn: Tensor
+    hidden_states: Tensor
 
     @property
     def mean(self) -> Tensor:
@@ -70,7 +70,7 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any
     logits = logits_of(model, read)
     expected = following[row, place]
     total = functional.cross_entropy(logits, expected, reduction="sum")
-    return AnswerLoss(total, read, logits, logits.argmax(-1) == expected, row, batch["turns"][row, place + 1])
+    return AnswerLoss(total, logits, logits.argmax(-1) == expected, row, batch["turns"][row, place + 1], read)
 
 
 def with_blank_image(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
