@@ -231,7 +231,7 @@ def _evaluate(
             seconds.append(time.perf_counter() - start)
         quality.add(out, batch)
         if compressed and cost is not None:
-            kept.add(trace, cost.achieved(trace), len(batch["sample_ids"]))
+            kept.add(trace, cost, len(batch["sample_ids"]))
             places.add(task.kept_cells(model, trace, batch))
     return Evaluated(
         quality=quality.value,

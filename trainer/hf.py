@@ -64,7 +64,7 @@ class BudgetMixin:
             model, {**inputs, "trace": trace}, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
         )
         rows = next(len(value) for name, value in inputs.items() if name in ("input_ids", "pixel_values", "inputs_embeds"))
-        (self._kept if training else self._kept_in_evaluation).add(trace, self._cost.achieved(trace), rows)
+        (self._kept if training else self._kept_in_evaluation).add(trace, self._cost, rows)
         if training:
             added = self.budget.loss(trace, step, collective.mean).total if self.budget is not None else trace.auxiliary_loss
             if added is not None:

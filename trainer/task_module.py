@@ -14,6 +14,7 @@ from ..data.rows import BadRow, BadRowCount, BadRows
 from ..modules.budget.budget import Budget
 from ..modules.budget.schedules import progress
 from ..modules.checkpoints.training_checkpoint import KEY, STATE_PREFIX, about, of_same_model
+from ..modules.cost.cost import StackUse
 from ..modules.decoding.generation import can_look_ahead
 from ..modules.stage import stages_of
 from ..modules.tokens.keep_count import KeepCount
@@ -172,7 +173,7 @@ class TaskModule(lightning.LightningModule):
         if counted:
             self.quality.add(out, batch)
             if trace is not None and self.cost is not None:
-                self._kept.add(trace, self.cost.achieved(trace), len(batch["sample_ids"]))
+                self._kept.add(trace, self.cost, len(batch["sample_ids"]))
                 self._places.add(self.task.kept_cells(self.model, trace, batch))
         return {"trace": trace}
 
@@ -212,6 +213,11 @@ class TaskModule(lightning.LightningModule):
     def position_bias(self) -> dict[str, Any]:
         """Position bias by stage over the last validation or test: ``KeptPlaces.bias``."""
         return self._places.bias
+
+    @property
+    def achieved_uses(self) -> dict[str, StackUse]:
+        """StackUse by stack over the last validation or test; empty for a model of one stack."""
+        return self._kept.uses
 
     @property
     def achieved_macs_ratio(self) -> float:

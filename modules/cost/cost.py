@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,36 @@ from ..config import CompressionConfig
 from ..stage import Stage, stages_of
 from ..tokens.trace import Trace
 from .shape import LayerTokens, StackShape
+
+
+@dataclass(frozen=True)
+class StackUse:
+    """What a forward did in one stack, as sums over rows, to be added up over forwards.
+
+    Attributes:
+        processed: routable tokens, mean over the stack's layers.
+        present: those of the dense model.
+        macs: MACs of the compressed model.
+        dense_macs: MACs of the dense model.
+    """
+
+    processed: float = 0.0
+    present: float = 0.0
+    macs: float = 0.0
+    dense_macs: float = 0.0
+
+    def __add__(self, other: StackUse) -> StackUse:
+        return StackUse(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def keep(self) -> float:
+        """Routable tokens processed ÷ those of the dense model; 1 without any."""
+        return self.processed / self.present if self.present else 1.0
+
+    @property
+    def macs_ratio(self) -> float:
+        """MACs ÷ dense MACs; 1 if the stack did not run."""
+        return self.macs / self.dense_macs if self.dense_macs else 1.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +61,9 @@ class Cost:
         kept: routable tokens leaving each stage (a bypass: processed), by stage name; the mean if rows differ.
         activation_bytes: estimated bytes that a training step holds for backward, at 4 bytes a value.
         dense_activation_bytes: the same for the dense model.
+        stack_keep: routable tokens processed ÷ those of the dense model, mean over the layers of each stack with stages; of a
+            vision-language model these are its visual tokens.
+        stack_macs_ratio: MACs ÷ dense MACs of each stack with stages.
         kv_bytes: bytes of a row's keys and values in a causal model's cache, at 4 bytes a value; 0 for other models.
         dense_kv_bytes: the same for the dense model.
     """
@@ -44,6 +77,8 @@ class Cost:
     kept: Mapping[str, float]
     activation_bytes: int
     dense_activation_bytes: int
+    stack_keep: Mapping[str, float]
+    stack_macs_ratio: Mapping[str, float]
     kv_bytes: int = 0
     dense_kv_bytes: int = 0
 
@@ -124,12 +159,14 @@ class CostModel:
         macs, dense_macs, activations, dense_activations, cached, dense_cached = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         tokens: dict[str, tuple[LayerTokens, ...]] = {}
         stage_macs: dict[str, float] = {}
+        ratios: dict[str, float] = {}
         for name, shape in self.shapes.items():
             walk, dense = walks[name], shape.dense_layers()
             layers = tokens[name] = tuple(LayerTokens(shape.protected + attention, shape.protected + mlp) for attention, mlp in walk.layers)
-            macs += shape.rows * (shape.model_macs(layers, shape.protected + walk.leaving) + sum(walk.stage_macs.values()))
-            dense_macs += shape.rows * (shape.model_macs(dense) + shape.dense_only_macs)
-            macs += 0.0 if self.stages else shape.rows * shape.dense_only_macs
+            own = shape.rows * (shape.model_macs(layers, shape.protected + walk.leaving) + sum(walk.stage_macs.values()))
+            own += 0.0 if self.stages else shape.rows * shape.dense_only_macs
+            whole = shape.rows * (shape.model_macs(dense) + shape.dense_only_macs)
+            macs, dense_macs, ratios[name] = macs + own, dense_macs + whole, own / whole if whole else 1.0
             activations += shape.rows * shape.activation_bytes(layers)
             dense_activations += shape.rows * shape.activation_bytes(dense)
             stage_macs |= {stage: shape.rows * value for stage, value in walk.stage_macs.items()}
@@ -153,6 +190,8 @@ class CostModel:
             kept=leaving,
             activation_bytes=round(activations),
             dense_activation_bytes=round(dense_activations),
+            stack_keep={name: self._kept(walks[name], self.shapes[name]) for name in self._shown},
+            stack_macs_ratio={name: ratios[name] for name in self._shown},
             kv_bytes=round(cached),
             dense_kv_bytes=round(dense_cached),
         )
@@ -180,16 +219,37 @@ class CostModel:
 
     def achieved(self, trace: Trace) -> float:
         """Achieved ``macs_ratio`` of a forward: MACs of its rows, each with its own token counts, ÷ their MACs in the dense model."""
-        total, dense = 0.0, 0.0
+        uses = self.uses(trace).values()
+        return sum(use.macs for use in uses) / sum(use.dense_macs for use in uses)
+
+    def uses(self, trace: Trace) -> dict[str, StackUse]:
+        """The StackUse of each stack in a forward."""
+        found: dict[str, StackUse] = {}
+        batch = trace.flow(self._adapter.stack_name).tokens.rows
         for name, configured in self.shapes.items():
-            rows = self._adapter.rows_ratio(trace, name)
-            dense += rows * configured.dense_only_macs
-            if name not in self._shown or not rows:
-                total, dense = (value + rows * configured.model_macs(configured.dense_layers()) for value in (total, dense))
+            # Rows of the stack, the images of a tower for example; none without an image.
+            rows, flow = self._adapter.rows_ratio(trace, name) * batch, trace.flow(name)
+            unread = rows * configured.dense_only_macs
+            if name not in self._shown or not rows or flow.state is None:
+                dense = rows * configured.model_macs(configured.dense_layers())
+                found[name] = StackUse(rows * configured.routable, rows * configured.routable, dense, dense + unread)
                 continue
             compressed, whole = self._achieved(name, trace)
-            total, dense = total + rows * compressed, dense + rows * whole
-        return total / dense
+            present = _mean(flow.original + flow.gone)
+            protected = _mean(flow.dense) - present
+            layers: Any = sum(tokens.attention + tokens.mlp for tokens in flow.layer_tokens.values())
+            processed = _mean(layers) / (2 * len(flow.layer_tokens)) - protected
+            found[name] = StackUse(rows * processed, rows * present, rows * compressed, rows * whole + unread)
+        return found
+
+    @staticmethod
+    def _kept(walk: _Walk, shape: StackShape) -> float:
+        return sum(attention + mlp for attention, mlp in walk.layers) / (2 * len(walk.layers) * shape.routable) if shape.routable else 1.0
+
+    @property
+    def by_stack(self) -> tuple[str, ...]:
+        """Names of the stacks that are reported one by one; empty for a model that is one stack."""
+        return tuple(self._shown) if self._adapter.stack_name else ()
 
     def _achieved(self, name: str, trace: Trace) -> tuple[float, float]:
         """Mean MACs of a row of a stack in a forward, and those in the dense model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..cost.cost import CostModel, StackUse
 from .trace import Trace
 
 
@@ -15,25 +16,30 @@ class KeepCount:
         totals: routable tokens (kept, present) by stage name.
         macs: sum of ``macs_ratio`` over the rows.
         rows: number of rows in ``macs``.
+        uses: StackUse by stack name, of models of several stacks.
     """
 
     totals: dict[str, tuple[int, int]] = field(default_factory=dict)
     macs: float = 0.0
     rows: int = 0
+    uses: dict[str, StackUse] = field(default_factory=dict)
 
-    def add(self, trace: Trace, macs_ratio: float, rows: int) -> None:
+    def add(self, trace: Trace, cost: CostModel, rows: int) -> None:
         """Adds the counts of one forward.
 
         Args:
             trace: Trace of the forward. Without an image no stage of a tower or projector has run.
-            macs_ratio: mean over its rows, the result of ``CostModel.achieved``.
+            cost: cost model of the model.
             rows: rows of the batch; a stage of a tower has images instead.
         """
-        self.merge(KeepCount({name: routing.counts() for name, routing in trace.routings.items()}, macs_ratio * rows, rows))
+        uses = {name: use for name, use in cost.uses(trace).items() if name in cost.by_stack}
+        totals = {name: routing.counts() for name, routing in trace.routings.items()}
+        self.merge(KeepCount(totals, cost.achieved(trace) * rows, rows, uses))
 
     def clear(self) -> None:
         """Resets all counts."""
         self.totals.clear()
+        self.uses.clear()
         self.macs, self.rows = 0.0, 0
 
     def merge(self, other: KeepCount) -> None:
@@ -41,6 +47,8 @@ class KeepCount:
         for name, (kept, present) in other.totals.items():
             before = self.totals.get(name, (0, 0))
             self.totals[name] = (before[0] + kept, before[1] + present)
+        for name, use in other.uses.items():
+            self.uses[name] = self.uses.get(name, StackUse()) + use
         self.macs, self.rows = self.macs + other.macs, self.rows + other.rows
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from laconic import CompressionConfig, StageConfig, Trace, compress, decompress,
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.decoding.cache import RoutedCache
+from laconic.modules.tokens.keep_count import KeepCount
 from tests.matrix.bypassed import causal_mask
 from tests.matrix.decoders import spread
 from tests.matrix.visual import FAMILIES, LAYERS, LENGTH, PLACEHOLDER, VISUAL, batch, dense, labels, pixels, row, whole
@@ -344,3 +346,26 @@ def test_evidence_is_refused_since_no_visual_token_has_a_label() -> None:
     for stack, scope in (("vision", "all"), ("projector", "all"), ("text", "visual")):
         with pytest.raises(ValueError, match="'evidence' learns the label of the task .*: take scorer 'learned'"):
             compress(dense(), CompressionConfig([StageConfig(layer=0, keep=0.5, scorer="evidence", stack=stack, scope=scope)]))
+
+
+def test_visual_keep_and_macs_are_counted_by_stack_over_all_images_of_a_batch() -> None:
+    model = _model("projector_learned")
+    cost, counts = CostModel(model), KeepCount()
+    for number in range(3):
+        counts.add(_run(model, row(number))[1], cost, 1)
+    # Five of nine patches of each image pass the projector, and no more are in any layer behind it.
+    assert {name: use.keep for name, use in counts.uses.items()} == pytest.approx({"projector": 5 / 9, "text": 5 / 9})
+    assert counts.uses["text"].present == 3 * VISUAL
+    assert cost().stack_keep == pytest.approx({"projector": 5 / 9, "text": 5 / 9})
+    together = cost.uses(_run(model, batch())[1])
+    for name, use in counts.uses.items():
+        assert astuple(together[name]) == pytest.approx(astuple(use))
+    half = _model("all")
+    halved = CostModel(half, size=row(0)["input_ids"].shape[1] - VISUAL)
+    uses = halved.uses(_run(half, row(0))[1])
+    # The tower's last layer that runs, the projector, and the layers before and behind the stage of the language model.
+    assert halved().stack_keep == pytest.approx({"vision": (9 + 6) / 18, "projector": 4 / 9, "text": (4 + 4 + 2 + 2) / 36})
+    assert {name: use.keep for name, use in uses.items()} == pytest.approx(halved().stack_keep)
+    assert {name: use.macs_ratio for name, use in uses.items()} == pytest.approx(halved().stack_macs_ratio, rel=1e-6)
+    around = _model("tower_around")
+    assert CostModel(around).uses(_run(around, row(0))[1])["projector"].macs_ratio == 1

@@ -143,6 +143,9 @@ def test_a_run_is_reported_by_kind_evaluated_exported_and_answers(tmp_path: Path
     assert report.quality["metric"] == "answer_accuracy"
     assert report.keep["requested"] == {"projector.before_0": 0.25}
     assert report.keep["achieved"]["projector.before_0"] == pytest.approx(0.25, abs=0.15)
+    assert report.stacks["text"]["visual_keep"] == pytest.approx({"requested": 0.25, "achieved": 0.25})
+    assert report.stacks["text"]["macs_ratio"]["achieved"] < 1
+    assert "visual keep projector 0.250 of 0.250, text 0.250 of 0.250" in (tmp_path / "run" / "log.txt").read_text()
     again = evaluate(str(tmp_path / "run"), RunFolder.open(tmp_path / "run").read_recipe(), console)
     assert again["variants"]["compressed"]["answer_accuracy"] == report.quality["compressed"]
     answers = read_answers(tmp_path / "run").values()

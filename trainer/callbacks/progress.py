@@ -121,7 +121,12 @@ class StepLine(Callback):
             return
         rate = self.throughput.read()
         routings = outputs["trace"].routings if outputs["trace"] is not None else {}
-        counts = [count for routing in routings.values() for count in routing.counts()]
+        counts: list[float] = [count for routing in routings.values() for count in routing.counts()]
+        cost = module.cost if routings else None
+        stacks = () if cost is None else cost.by_stack
+        if stacks:
+            uses = cost.uses(outputs["trace"])
+            counts += [number for name in stacks for number in (uses[name].processed, uses[name].present)]
         # The loss of the whole step, and the token counts of its last batch, summed over ranks before the division.
         loss, *summed = collective.total([float(of_step), *counts])
         loss /= trainer.world_size
@@ -130,12 +135,18 @@ class StepLine(Callback):
         rates = rates_of(groups)
         scalars |= {f"train/lr_{name}": rate for name, rate in rates.items() if len(rates) > 1}
         keeps = []
-        for (name, routing), kept, present in zip(routings.items(), summed[::2], summed[1::2], strict=True):
+        for (name, routing), kept, present in zip(routings.items(), summed[::2], summed[1::2], strict=False):
             achieved = kept / present if present else 1.0
             scalars |= {f"{name}/keep_requested": routing.requested, f"{name}/keep_achieved": achieved}
             keeps.append(f"{achieved:.3f}")
             if routing.agreement is not None:
                 scalars[f"{name}/agreement"] = float(routing.agreement)
+        visual, of_stacks = [], summed[2 * len(routings) :]
+        for name, processed, present in zip(stacks, of_stacks[::2], of_stacks[1::2], strict=True):
+            requested = cost(outputs["trace"].keep).stack_keep[name]
+            achieved = processed / present if present else 1.0
+            scalars |= {f"{name}/visual_keep_requested": requested, f"{name}/visual_keep_achieved": achieved}
+            visual.append(f"{name} {achieved:.3f} of {requested:.3f}")
         budget = outputs["budget"]
         if budget is not None:
             scalars |= {f"{name}/keep_soft": float(value) for name, value in budget.soft_keep.items()}
@@ -151,7 +162,7 @@ class StepLine(Callback):
             trainer.logger.log_metrics(scalars, step)
         done = max(1, step - self._first_step)
         left = (time.perf_counter() - self._began) / done * (self.total_steps - step)
-        keep = f"  keep {' '.join(keeps)}" if keeps else ""
+        keep = (f"  keep {' '.join(keeps)}" if keeps else "") + (f"  visual keep {', '.join(visual)}" if visual else "")
         if trainer.is_global_zero:
             self.lines.line(
                 f"{self.title}  step {step}/{self.total_steps}  loss {loss:.3f}{keep}  {rate:,.0f} {self.task.unit}/s  {_clock(left)} left"

@@ -29,6 +29,8 @@ class Arm:
         details: further values of the task.
         parameters: ``total`` and ``trainable`` parameters of ``lora``, ``routers`` and the ``rest``.
         keep: ``requested`` and ``achieved`` keep by stage.
+        stacks: by stack of a vision-language model, ``requested`` and ``achieved`` of ``visual_keep``, visual tokens processed ÷ present
+            as a mean over its layers, and of its ``macs_ratio``; empty for other models.
         macs_ratio: mean over the held-out rows, from the token counts of each row.
         mean_token_fraction: mean over the held-out rows.
         train_seconds: seconds of training steps, with loading.
@@ -54,6 +56,7 @@ class Arm:
     memory: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    stacks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Report:
     train_macs_ratio: float | None = None
     throughput: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    stacks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     export: Mapping[str, Any] = field(default_factory=lambda: {"format": None, "dtype": None, "max_abs_logit_diff": None})
     bad_rows: str | None = None
     data: Mapping[str, Any] = field(default_factory=dict)

@@ -39,6 +39,13 @@ def arm_of(recipe: str, parts: RunParts, module: TaskModule, throughput: Through
         per_second=throughput.mean,
         train_macs_ratio=1.0 if cost is None else _training_ratio(parts, cost),
         parameters=parameter_counts(parts.model),
+        stacks={
+            name: {
+                "visual_keep": {"requested": cost.stack_keep[name], "achieved": use.keep},
+                "macs_ratio": {"requested": cost.stack_macs_ratio[name], "achieved": use.macs_ratio},
+            }
+            for name, use in (module.achieved_uses.items() if cost is not None else ())
+        },
     )
 
 
@@ -115,6 +122,7 @@ def report_of(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench
         train_macs_ratio=arm.train_macs_ratio,
         throughput={"unit": main.module.task.unit, "per_second": arm.per_second},
         parameters=arm.parameters,
+        stacks=arm.stacks,
         bad_rows=main.module.bad_rows.summary(),
         data=main.parts.data.facts,
         versions=versions(),
