@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .modules.budget.budget import Budget
     from .modules.budget.config import BudgetConfig
+    from .modules.budget.start_routers import start_routers
     from .modules.checkpoints.adapter_saving import save_adapter
     from .modules.checkpoints.adapters import Adapters
     from .modules.checkpoints.lora import add_lora, merge_lora, train_only
@@ -42,6 +43,7 @@ _HOMES = {
     "merge_lora": "modules.checkpoints.lora",
     "save_adapter": "modules.checkpoints.adapter_saving",
     "stages_of": "modules.stage",
+    "start_routers": "modules.budget.start_routers",
     "train_only": "modules.checkpoints.lora",
 }
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "merge_lora",
     "save_adapter",
     "stages_of",
+    "start_routers",
     "train_only",
 ]
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from .backbones import adapter_of
 from .compressed_model import CompressedModel, become, build_stages, compressed_class, install, uninstall
 from .config import CompressionConfig
 from .layer import base_class
-from .stage import skipped_layers, stages_of
+from .stage import stages_of
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -57,6 +58,13 @@ def decompress(model: Model) -> Model:
     model.__class__ = base_class(type(model))
     del model.config.compression
     return model
+
+
+def skipped_layers(model: nn.Module) -> list[str]:
+    """Names of the layers of a compressed model that a stage leaves out for every token: their weights have no effect."""
+    around = {id(stage) for stage in stages_of(model).values() if stage.skips and stage.config.site == "around"}
+    # A stage is in the ModuleDict ``stages`` of its layer.
+    return [name.rsplit(".", 2)[0] for name, module in model.named_modules() if id(module) in around]
 
 
 def only_skips(model: PreTrainedModel) -> bool:

@@ -67,6 +67,10 @@ class Stage(nn.Module):
             self.selector: Selector = NoTokens(spec) if config.left_out else registry.build("selector", config.part("selector"), spec)
             self.merger: Merger = registry.build("merger", config.part("merger"), spec)
             self.estimator: Estimator | None = self._build_estimator()
+            if self.scorer.fits_updates and not config.bypass:
+                raise ValueError(
+                    f"site = {config.site!r}: scorer {config.part('scorer').name!r} predicts what a layer adds: take site 'around'"
+                )
         except ValueError as error:
             raise ValueError(f"stage {config.key!r}: {error}") from None
 
@@ -198,8 +202,11 @@ class Stage(nn.Module):
             kept = part.present if decision.rows is None or decision.valid is None else decision.valid.sum(-1)
         self._record(trace, choice, state, kept)
         after = inner(before, part)
-        if trace.updates:
-            trace.routings[self.config.key] = replace(trace.routings[self.config.key], update=Update.of(before, after, part.valid))
+        learns = self.training and self.scorer.learns_updates
+        if trace.updates or learns:
+            update = Update.of(before, after, part.valid)
+            loss = self.scorer.update_loss(through.of(choice.scored.scores), update) if learns else None
+            trace.routings[self.config.key] = trace.routings[self.config.key].with_update(update, loss)
         if estimate.scale is not None:
             protects = state.counts is None or state.counts.protected
             scale = estimate.scale.masked_fill(~state.routable, 1.0) if protects else estimate.scale
@@ -373,10 +380,3 @@ def sharded(layer: nn.Module) -> bool:
 def stages_of(model: nn.Module) -> dict[str, Stage]:
     """The stages of a compressed model by name, in running order."""
     return {module.config.key: module for module in model.modules() if isinstance(module, Stage)}
-
-
-def skipped_layers(model: nn.Module) -> list[str]:
-    """Names of the layers of a compressed model that a stage leaves out for every token: their weights have no effect."""
-    around = {id(stage) for stage in stages_of(model).values() if stage.skips and stage.config.site == "around"}
-    # A stage is in the ModuleDict ``stages`` of its layer.
-    return [name.rsplit(".", 2)[0] for name, module in model.named_modules() if id(module) in around]

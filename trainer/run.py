@@ -22,6 +22,7 @@ from .build.build import build
 from .build.lightning_trainer import lightning_trainer, quiet
 from .build.part_rates import described, groups_of, parts_of, rates_of
 from .build.parts import RunParts
+from .build.routers import started
 from .build.trainable import parameter_counts
 from .callbacks.checkpoints import Checkpoints
 from .callbacks.guards import NanGuard, RandomState
@@ -208,6 +209,10 @@ def train_arm(
         _describe(parts, name, output)
         for remark in parts.data.remarks:
             output.line(remark)
+        ranks = {} if checkpoint is not None else started(parts)
+        if ranks:
+            shown = "  ".join(f"{stage} {value:.2f}" for stage, value in ranks.items())
+            output.line(f"scorers fitted to updates, rank correlation on held-out tokens: {shown}")
         module = task_named(parts.recipe.task).module(parts)
         line = StepLine(output, parts.total_steps, recipe.trainer.log_every, name, module.task)
         saving = Checkpoints(run, parts.total_steps, recipe.trainer.checkpoint_every, signals or StopSignals(), checkpoint)
@@ -230,7 +235,7 @@ def train_arm(
             output.line(remark)
     if collective.rank() == 0 and (answers := module.quality.answered(parts.data)):
         write_answers(run.answers, answers)
-    arm = arm_of(loaded.name, parts, module, line.throughput)
+    arm = replace(arm_of(loaded.name, parts, module, line.throughput), fitted=ranks)
     stages = list(stages_of(parts.model).values())
     if parts.base is None and stages and all(stage.idle for stage in stages):
         # A schedule that ended at full length, such as random-LTD: the result is an ordinary model.

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..backbones import adapter_of
-from ..stage import Stage, skipped_layers
+from ..compress import skipped_layers
+from ..stage import Stage
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..cost.shape import StackShape
 from ..site import SiteInput, TokenSpec
+from ..tokens.trace import Update
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Scorer(nn.Module):
         reads_pixels: the scorer reads the model's input image.
         reads_cls: the scorer reads the CLS query of the site's layer.
         reads_query: the scorer reads the query of any token, and keys, with the layer's positions.
+        fits_updates: ``fit`` sets its weights before training, from what the site's layer changes in tokens. For bypass sites.
     """
 
     estimator: ClassVar[str | None] = None
@@ -55,6 +57,7 @@ class Scorer(nn.Module):
     reads_pixels: ClassVar[bool] = False
     reads_cls: ClassVar[bool] = False
     reads_query: ClassVar[bool] = False
+    fits_updates: ClassVar[bool] = False
 
     def __init__(self, spec: TokenSpec) -> None:
         super().__init__()
@@ -64,7 +67,20 @@ class Scorer(nn.Module):
         """The scorer reads the keys that the site's layer computes."""
         return False
 
+    @property
+    def learns_updates(self) -> bool:
+        """``update_loss`` trains the scorer beside the task."""
+        return False
+
     def forward(self, inputs: SiteInput) -> Scored:
+        raise NotImplementedError
+
+    def fit(self, tokens: Tensor, sizes: Tensor) -> float:
+        """Fits the scorer to the (P,) relative sizes of a layer's updates of (P, C) tokens; returns how well it ranks held-out ones."""
+        raise NotImplementedError
+
+    def update_loss(self, scores: Tensor, update: Update) -> Tensor:
+        """Scalar loss of (B, K) scores as predictions of an update."""
         raise NotImplementedError
 
     def macs(self, shape: StackShape, tokens: int) -> int:

@@ -94,6 +94,11 @@ class Selector(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def uncalibrated(self) -> bool:
+        """Evaluation compares with a threshold that has seen no score yet. Synchronises with the device."""
+        return False
+
     def set_cut(self, keep: float) -> None:
         """Sets the threshold so that this fraction of scores that are uniform in (0, 1) is kept, without training."""
 

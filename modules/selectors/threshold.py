@@ -65,6 +65,10 @@ class ThresholdSelector(Selector):
     def needs_probabilities(self) -> bool:  # type: ignore[override]
         return not self.calibrate
 
+    @property
+    def uncalibrated(self) -> bool:
+        return self.calibrate and not bool(self.batches)
+
     def is_noncausal(self, request: Request) -> bool:
         # In training, equal_rows ranks the scores of a row.
         return self.training and self.equal_rows and request.keep < 1

@@ -6,7 +6,7 @@ Shapes: B rows of a batch, N tokens before the first stage, M tokens now, K toke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,18 +24,20 @@ class Update:
         size: (B, K) float32, norm of the change ÷ norm of the token before it.
         cosine: (B, K) float32, cosine of the token before and after it.
         valid: (B, K) bool, False for padding; None without padding.
+        tokens: (B, K, C) the tokens before the layer, detached.
     """
 
     size: Tensor
     cosine: Tensor
     valid: Tensor | None
+    tokens: Tensor
 
     @staticmethod
     def of(before: Tensor, after: Tensor, valid: Tensor | None) -> Update:
         """The update from (B, K, C) tokens to (B, K, C), without gradient."""
         old, new = before.detach().float(), after.detach().float()
         size = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-12)
-        return Update(size, torch.cosine_similarity(old, new, dim=-1), valid)
+        return Update(size, torch.cosine_similarity(old, new, dim=-1), valid, before.detach())
 
     def mean(self) -> tuple[float, float]:
         """Mean size and mean cosine over all real tokens."""
@@ -80,6 +82,11 @@ class Routing:
     auxiliary_loss: Tensor | None = None
     agreement: Tensor | None = None
     update: Update | None = None
+
+    def with_update(self, update: Update, loss: Tensor | None) -> Routing:
+        """The routing with an update, and with the loss of a scorer that learns to predict it."""
+        both = loss if loss is None or self.auxiliary_loss is None else loss + self.auxiliary_loss
+        return replace(self, update=update, auxiliary_loss=self.auxiliary_loss if loss is None else both)
 
     @property
     def soft(self) -> Tensor | None:

@@ -11,9 +11,8 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from laconic import CompressionConfig, StageConfig, Trace, add_lora, compress, from_pretrained
-from laconic.modules.compress import only_skips, without_skipped
+from laconic.modules.compress import only_skips, skipped_layers, without_skipped
 from laconic.modules.cost.cost import CostModel
-from laconic.modules.stage import skipped_layers
 from tests import matrix
 from tests.matrix import decoders, encoders, stack_of, visual
 

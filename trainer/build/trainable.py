@@ -13,7 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...modules.checkpoints.adapter_folder import Adapter
 from ...modules.checkpoints.lora import add_lora, full_modules, is_lora, lora_state, merge_lora, outside_layers, targets_in, train_only
 from ...modules.checkpoints.tensors import copy_all
-from ...modules.stage import skipped_layers, stages_of
+from ...modules.compress import skipped_layers
+from ...modules.stage import stages_of
 from ..distributed.deepspeed import stage_of
 from ..distributed.zero3 import shape_of
 from ..errors import RecipeError

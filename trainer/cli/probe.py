@@ -24,7 +24,7 @@ def probe(
     base: Annotated[str | None, typer.Option(help="recipe that the plan is laid over; default: one for fine-tuning, by the task")] = None,
     halves: Annotated[bool, typer.Option(help="a plan may leave out attention or MLP alone")] = True,
     keeps: Annotated[str, typer.Option(help="shares of the tokens that a layer of a plan may process; '' for none")] = "0.5",
-    scorer: Annotated[str, typer.Option(help="scorer of layers that process some tokens; measured with random ones")] = "linear",
+    scorer: Annotated[str, typer.Option(help="scorer of layers that process some tokens; measured with random ones")] = "update",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object to stdout, progress to stderr")] = False,
 ) -> None:
     """Measure the loss of a model without each layer and half of a layer; plan where to save MACs."""

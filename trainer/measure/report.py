@@ -40,6 +40,7 @@ class Arm:
         speedup: dense ÷ this arm, from pairs; None if not measured.
         of_oracle: oracle ÷ this arm, from pairs; None if not measured.
         memory: bytes of a training step; None if not measured.
+        fitted: rank correlation of scorers with the updates that they were fitted to, over held-out tokens, by stage.
     """
 
     recipe: str
@@ -57,6 +58,7 @@ class Arm:
     details: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stacks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    fitted: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Report:
     throughput: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stacks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    fitted: Mapping[str, float] = field(default_factory=dict)
     export: Mapping[str, Any] = field(default_factory=lambda: {"format": None, "dtype": None, "max_abs_logit_diff": None})
     bad_rows: str | None = None
     data: Mapping[str, Any] = field(default_factory=dict)

@@ -123,6 +123,7 @@ def report_of(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench
         throughput={"unit": main.module.task.unit, "per_second": arm.per_second},
         parameters=arm.parameters,
         stacks=arm.stacks,
+        fitted=arm.fitted,
         bad_rows=main.module.bad_rows.summary(),
         data=main.parts.data.facts,
         versions=versions(),

@@ -1,0 +1,97 @@
+"""Routers before training: scorer ``update`` predicts what its layer changes, and thresholds keep what is requested."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from laconic import CompressionConfig, StageConfig, Trace, compress, stages_of, start_routers
+from laconic.modules.scorers.update import UpdateScorer, rank_correlation
+from laconic.modules.site import TokenSpec
+from laconic.modules.tokens.trace import Update
+from tests.matrix.decoders import dense, tokens
+
+BATCHES = [{"input_ids": tokens(16, 48, seed)} for seed in range(3)]
+HELD_OUT = {"input_ids": tokens(16, 48, 9)}
+
+
+def _model(site: str = "around", weight: float = 0.0, **parts: str) -> PreTrainedModel:
+    scorer = {"name": "update", "weight": weight}
+    stages = [StageConfig(layer=layer, site=site, keep=0.5, scorer=scorer, selector="threshold", **parts) for layer in (1, 2)]
+    return compress(dense("llama"), CompressionConfig(stages))
+
+
+@pytest.mark.parametrize("site", ["around", "around_mlp"])
+def test_tokens_that_a_layer_changes_most_pass_and_as_many_as_requested(site: str) -> None:
+    model = _model(site)
+    weights = {name: value.clone() for name, value in model.state_dict().items() if ".stages." not in name}
+    ranks = start_routers(model, BATCHES)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights.items())
+    assert not model.training
+    assert min(ranks.values()) > 0.5
+    everything = Trace(keep=dict.fromkeys(ranks, 1.0), updates=True)
+    chosen = Trace()
+    with torch.no_grad():
+        model(**HELD_OUT, trace=everything)
+        model(**HELD_OUT, trace=chosen)
+    for name, routing in everything.routings.items():
+        assert routing.update is not None
+        assert rank_correlation(routing.scores.flatten(), routing.update.size.flatten()) > 0.5
+        assert chosen.routings[name].achieved == pytest.approx(0.5, abs=0.12)
+    first = everything.routings[next(iter(ranks))]
+    assert first.update is not None
+    passes = chosen.routings[first.stage].kept_mask
+    assert first.update.size[passes].mean() > first.update.size[~passes].mean()
+
+
+def test_a_router_that_is_fitted_stays_as_it_is() -> None:
+    model = _model()
+    start_routers(model, BATCHES)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert start_routers(model, [HELD_OUT]) == {}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_any_threshold_of_a_causal_model_is_set() -> None:
+    stages = [StageConfig(layer=layer, site="around", keep=0.25, scorer="linear", selector="threshold") for layer in (1, 2)]
+    model, trace = compress(dense("llama"), CompressionConfig(stages)).train(), Trace()
+    assert start_routers(model, BATCHES) == {}
+    assert model.training
+    model.eval()(**HELD_OUT, trace=trace)
+    assert [routing.achieved for routing in trace.routings.values()] == pytest.approx([0.25, 0.25], abs=0.08)
+
+
+def test_the_auxiliary_loss_is_the_error_of_the_prediction_for_processed_tokens() -> None:
+    model, trace = _model(weight=0.5), Trace(step=1, updates=True)
+    start_routers(model, BATCHES)
+    model.train()(**HELD_OUT, trace=trace)
+    for name, routing in trace.routings.items():
+        assert routing.update is not None
+        mean, deviation, _ = stages_of(model)[name].scorer.target
+        scores = routing.scores.gather(1, routing.decision.index)
+        expected = 0.5 * (scores - (routing.update.size.log() - mean) / deviation).square().mean()
+        assert routing.auxiliary_loss is not None
+        assert float(routing.auxiliary_loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [400, 60], ids=["more tokens than features", "fewer"])
+def test_a_linear_rule_is_found(number: int) -> None:
+    torch.manual_seed(0)
+    scorer, x = UpdateScorer(TokenSpec(hidden_size=80, classes=0, causal=True)), torch.randn(number, 80)
+    rule = torch.zeros(80).index_fill(0, torch.arange(3), 1.0)
+    found = scorer.fit(x, (0.5 * torch.nn.functional.layer_norm(x, (80,)) @ rule - 0.2 * x.norm(dim=-1).log()).exp())
+    assert found > (0.99 if number > 80 else 0.4)
+    assert scorer.fitted
+
+
+def test_an_update_by_hand() -> None:
+    before, after = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.tensor([[[3.0, 4.0], [1.0, 2.0]]])
+    update = Update.of(before, after, None)
+    assert update.size.tolist() == [[0.0, 2.0]]
+    assert update.mean() == pytest.approx((1.0, (1 + 5**-0.5) / 2))
+
+
+def test_at_a_site_where_no_layer_is_bypassed_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="scorer 'update' predicts what a layer adds: take site 'around'"):
+        compress(dense("llama"), CompressionConfig([StageConfig(layer=1, keep=0.5, scorer="update")]))

@@ -1,0 +1,61 @@
+"""Routers of a run before its first step: fitted scorers and calibrated thresholds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...modules.budget.start_routers import needs_fit, needs_threshold, start_routers
+from ...modules.stage import stages_of
+from ...modules.tokens.trace import Trace
+from ..distributed.deepspeed import stage_of
+from ..errors import RecipeError
+from ..probe.meter import batches_of
+from ..tasks.base import task_named
+from .parts import RunParts
+
+
+def started(parts: RunParts) -> dict[str, float]:
+    """Fits scorers that predict updates and sets thresholds of causal models, on a few batches of training rows.
+
+    Every process does the same on the same rows.
+
+    Returns:
+        Rank correlation of fitted scores with the sizes of updates, over held-out tokens, by stage name.
+
+    Raises:
+        RecipeError: a scorer has to be fitted, and the model is partitioned or there are no batches for it.
+    """
+    recipe, model, stages = parts.recipe, parts.model, stages_of(parts.model)
+    fits = [name for name, stage in stages.items() if needs_fit(stage)]
+    if not fits and not any(needs_threshold(stage) for stage in stages.values()):
+        return {}
+    partitioned = stage_of(recipe.trainer) == 3
+    if fits and (partitioned or not recipe.trainer.start_batches):
+        why = "trainer.strategy = 'deepspeed_3' partitions the weights" if partitioned else "trainer.start_batches = 0"
+        raise RecipeError(
+            f"stages {', '.join(fits)}: scorer 'update' is fitted before the first step, and {why}: take deepspeed_2 and start_batches=4, or "
+            "start from a run in which it was fitted, or take scorer 'linear'"
+        )
+    if partitioned or not recipe.trainer.start_batches:
+        # The first training batch sets the thresholds.
+        return {}
+    task, place = task_named(recipe.task), model.device
+    if torch.cuda.is_available():
+        model.to("cuda")
+    rows = recipe.trainer.start_batches * recipe.data.batch_size
+    batches = [
+        {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        for batch in batches_of(parts.data, rows, recipe.data.batch_size)
+    ]
+
+    def run(model: PreTrainedModel, batch: dict[str, Any], trace: Trace) -> Any:
+        trace.sample_ids = batch["sample_ids"]
+        return task.forward(model, batch, trace=trace)
+
+    found = start_routers(model, batches, run, recipe.seed)
+    model.to(place)
+    return found
