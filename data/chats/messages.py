@@ -113,6 +113,8 @@ def _image(value: Any, folder: Path) -> Image.Image:
             value = {"bytes": base64.b64decode(value.partition(",")[2], validate=True), "path": None}
         if isinstance(value, str | os.PathLike):
             value = {"path": _file(str(value), folder), "bytes": None}
+        if not isinstance(value, Image.Image) and not (isinstance(value, Mapping) and (value.get("bytes") or value.get("path"))):
+            raise WrongRow(f"{type(value).__name__} without an image in place of one: name the column of images in data.image_column")
         return in_colours(decode(value), 3)
     except WrongRow:
         raise

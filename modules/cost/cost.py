@@ -58,6 +58,7 @@ class Cost:
         dense_macs: multiply-accumulates of the dense model.
         stage_macs: multiply-accumulates of each stage's router and merger, by stage name.
         keep: requested keep, by stage name.
+        present: routable tokens entering each stage, by stage name.
         kept: routable tokens leaving each stage (a bypass: processed), by stage name; the mean if rows differ.
         activation_bytes: estimated bytes that a training step holds for backward, at 4 bytes a value.
         dense_activation_bytes: the same for the dense model.
@@ -74,6 +75,7 @@ class Cost:
     dense_macs: int
     stage_macs: Mapping[str, int]
     keep: Mapping[str, float]
+    present: Mapping[str, float]
     kept: Mapping[str, float]
     activation_bytes: int
     dense_activation_bytes: int
@@ -187,6 +189,7 @@ class CostModel:
                 else requested.get(stage.config.key, stage.config.keep)
                 for stage in self.stages
             },
+            present=present,
             kept=leaving,
             activation_bytes=round(activations),
             dense_activation_bytes=round(dense_activations),

@@ -123,6 +123,8 @@ WRONG: dict[str, tuple[Any, Any]] = {
     "image given as an address, which is not fetched": (_asked({"type": "image", "url": "https://a.b/c.png"}, TEXT_PART), None),
     "undecodable image .OSError": (_asked(IMAGE_PART, TEXT_PART), "iVBORw0KGgo" * 1000),
     "undecodable image": (_asked(IMAGE_PART, TEXT_PART), b"no picture"),
+    "int without an image in place of one: name the column of images": (_asked(IMAGE_PART, TEXT_PART), 7),
+    "dict without an image in place of one": (_asked(IMAGE_PART, TEXT_PART), [{"bytes": None, "path": None}]),
     "images both in the messages and in the image column": (_asked({"type": "image", "image": _picture(1)}, TEXT_PART), [_picture(1)]),
     "part of type 'video'": (_asked({"type": "video"}, TEXT_PART), None),
     "no messages": ([], None),

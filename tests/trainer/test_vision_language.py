@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import AutoProcessor
 
 import laconic
-from laconic import Trace, stages_of
+from laconic import CompressionConfig, StageConfig, Trace, stages_of
 from laconic.data.chats.splits import ChatData
 from laconic.data.embedded.digit_questions import DigitQuestions
 from laconic.data.rows import collate
@@ -285,3 +285,17 @@ def test_a_run_goes_on_after_the_folder_of_its_tower_is_gone(parts: Any, tmp_pat
     assert found.quality == expected.quality
     with pytest.raises(ValueError, match="model.tower_of = .*tower"):
         validate(loaded.recipe)
+
+
+def test_a_keep_below_one_token_of_an_image_is_refused_with_the_floor(parts: Any) -> None:
+    def checked(*stages: StageConfig) -> Any:
+        return validate(parts.recipe.model_copy(update={"compression": CompressionConfig(stages)}))
+
+    with pytest.raises(
+        RecipeError, match=r"projector.before_0: keep = 0.007 leaves 0.45 of 64 visual tokens .*: set keep to 0.0156 or more"
+    ):
+        checked(StageConfig(layer=0, stack="projector", scorer="random", keep=0.007))
+    by_power: dict[str, Any] = {"stack": "text", "scope": "visual", "scorer": "random", "count": "dynamicvit", "keep": 0.05}
+    with pytest.raises(RecipeError, match=r"text.before_1: keep = 0.05 leaves 0.16 of 64 .*: set keep to 0.1250 or more"):
+        checked(StageConfig(layer=0, **by_power), StageConfig(layer=1, **by_power))
+    assert checked(StageConfig(layer=0, stack="projector", scorer="random", keep=0.0157)).keep == {"projector.before_0": 0.0157}

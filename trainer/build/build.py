@@ -31,6 +31,7 @@ from ..distributed.zero3 import broadcast_weights, zero3_init
 from ..recipe.schema import ModelRecipe, Recipe
 from ..run_folder import RunFolder
 from ..tasks.base import Task, task_named
+from .floor import check_floor
 from .heads import check_known, has_head, known_classes, named_classes, renew_heads
 from .image_size import scale_images
 from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load_stages, load_state, start_of
@@ -182,6 +183,8 @@ def _assemble(
             load_stages(model, start)
     # Counted without LoRA: merged LoRA adds no MACs.
     cost = cost_model(model, size=size)
+    if cost is not None:
+        check_floor(recipe, cost)
     train_parts(recipe.lora, model, new, start.adapter if start is not None else None, filled)
     freeze_parts(recipe, model)
     if recipe.trainer.gradient_checkpointing:

@@ -18,6 +18,7 @@ from ..recipe.schema import ITSELF, Recipe
 from ..run_folder import RunFolder
 from ..tasks.base import task_named
 from .build import build_model, cost_model, located_stages, model_config, open_data, total_steps
+from .floor import check_floor
 from .heads import trained_classes
 from .initial_weights import check_start, start_of
 from .keeps import check_keeps
@@ -97,6 +98,7 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
         counted = cost_model(model, compression, task.size(recipe))
         if counted is not None:
             # Checked here, because evaluation would find it only after training.
+            check_floor(recipe, counted)
             check_deployable(stage for stage in counted.stages if stage.adapter.causal)
             check_keeps(recipe, counted.stages)
         routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
