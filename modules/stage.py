@@ -212,9 +212,10 @@ class Stage(nn.Module):
             scale = estimate.scale.masked_fill(~state.routable, 1.0) if protects else estimate.scale
             after = before.to(after.dtype).lerp(after, through.of(scale).unsqueeze(-1).to(after.dtype))
         output = through.put_back(rest, before, after)
-        if estimate.weight is None:
+        if estimate.bypassed is None:
             return output
-        return output * estimate.weight.masked_fill(~state.routable, 1.0).unsqueeze(-1).to(output.dtype)
+        processed = decision.kept_mask(state.tokens) | ~state.routable
+        return output * estimate.bypassed.masked_fill(processed, 1.0).unsqueeze(-1).to(output.dtype)
 
     def processed(self, trace: Trace) -> int | Tensor:
         """Tokens per row that the layer or its half has processed in a forward, protected ones included."""

@@ -20,14 +20,14 @@ class Estimate:
     Attributes:
         scale: (B, M) factor on the kept tokens, mostly of value 1; at a bypass site, on the layer's update. None for no factor.
         key_bias: (B, M) bias with value 0 on the attention logits of each key in all later layers; None for no bias.
-        weight: (B, M) factor on the tokens behind a bypass site, processed or not; None for no factor.
+        bypassed: (B, M) factor on the tokens that bypass the layer; None for no factor.
         confidence: (B, M) factor with value 1 on the update that each token gets in a restore by ``dechunk``; None for no factor.
         loss: scalar to add to the task's loss, already weighted; None without one.
     """
 
     scale: Tensor | None = None
     key_bias: Tensor | None = None
-    weight: Tensor | None = None
+    bypassed: Tensor | None = None
     confidence: Tensor | None = None
     loss: Tensor | None = None
 

@@ -1,4 +1,4 @@
-"""Symmetric gate estimator: a bounded weight on every token behind a layer, whether the layer processed it or not."""
+"""Symmetric gate estimator: a bounded weight on what a layer adds to its tokens, and on the tokens that bypass it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .base import Estimate, Estimator
 
 
 class SymmetricGateEstimator(Estimator):
-    """Tokens behind the layer × (1 + strength · tanh(score)), processed or not (p-MoD, arXiv 2412.04449), in evaluation too.
+    """With g = 1 + strength · tanh(score), a processed token x becomes x + g · f(x), and one that bypasses the layer g · x, in evaluation too
+    (p-MoD, arXiv 2412.04449, whose code weights of f only what the MLP adds).
 
     With scores of 0, as scorer ``{name: linear, zero: true}`` has them at first, the weight is 1 and a pretrained model is unchanged. All
     tokens of the scope teach the scorer, also those that bypass the layer.
@@ -31,4 +32,5 @@ class SymmetricGateEstimator(Estimator):
         self.strength = strength
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
-        return Estimate(weight=1 + self.strength * torch.tanh(scored.scores))
+        weight = 1 + self.strength * torch.tanh(scored.scores)
+        return Estimate(scale=weight, bypassed=weight)

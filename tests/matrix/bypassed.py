@@ -32,10 +32,10 @@ def hide_and_keep(model: PreTrainedModel, stack: Stack, trace: Trace, method: Me
     for index, layer in enumerate(stack.layers):
         routing = next((one for name, one in trace.routings.items() if name.endswith(f"_{index}")), None)
         weight: Tensor | float = 1.0
-        behind: Tensor | float = 1.0
+        outside: Tensor | float = 1.0
         if routing is not None and method.bypass:
             stage = stages_of(model)[routing.stage]
-            alive, weight, behind = routing.kept_mask, _gate(stage, routing), _behind(stage, routing)
+            alive, weight, outside = routing.kept_mask, _gate(stage, routing), _outside(stage, routing)
         elif routing is not None:
             kept = routing.decision.kept_mask(routing.state.tokens)
             places = routing.state.position.masked_fill(~kept, routing.state.source.shape[1])
@@ -45,7 +45,7 @@ def hide_and_keep(model: PreTrainedModel, stack: Stack, trace: Trace, method: Me
         if alive is not None:
             site = method.site if method.bypass else "around"
             layer.register_forward_pre_hook(_hide(alive, site), with_kwargs=True)
-            _keep_as_it_was(layer, alive, weight, behind, site, stack.adapter)
+            _keep_as_it_was(layer, alive, weight, outside, site, stack.adapter)
 
 
 def causal_mask(ids: Tensor, model: PreTrainedModel) -> Any:
@@ -82,26 +82,25 @@ def _hide(chosen: Tensor, site: str) -> Any:
 
 def _gate(stage: Any, routing: Routing) -> Tensor | float:
     strength = getattr(stage.estimator, "strength", None)
-    if strength is None or stage.estimator.of_bypassed:
+    if strength is None:
         return 1.0
-    return (1 + strength * (2 * routing.scores.sigmoid() - 1)).masked_fill(~routing.routable, 1.0).unsqueeze(-1)
+    gate = routing.scores.tanh() if stage.estimator.of_bypassed else 2 * routing.scores.sigmoid() - 1
+    return (1 + strength * gate).masked_fill(~routing.routable, 1.0).unsqueeze(-1)
 
 
-def _behind(stage: Any, routing: Routing) -> Tensor | float:
-    """Weight of the tokens behind the layer, chosen or not."""
-    if stage.estimator is None or not stage.estimator.of_bypassed:
-        return 1.0
-    return (1 + stage.estimator.strength * routing.scores.tanh()).masked_fill(~routing.routable, 1.0).unsqueeze(-1)
+def _outside(stage: Any, routing: Routing) -> Tensor | float:
+    """Weight of the tokens that were not chosen."""
+    return _gate(stage, routing) if stage.estimator is not None and stage.estimator.of_bypassed else 1.0
 
 
-def _keep_as_it_was(layer: Any, chosen: Tensor, weight: Tensor | float, behind: Tensor | float, site: str, adapter: Any) -> None:
+def _keep_as_it_was(layer: Any, chosen: Tensor, weight: Tensor | float, outside: Tensor | float, site: str, adapter: Any) -> None:
     original = layer.forward
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         stays = chosen[..., None]
         if site == "around":
             out = hidden_states + weight * (original(hidden_states, *args, **kwargs) - hidden_states)
-            return behind * torch.where(stays, out, hidden_states)
+            return torch.where(stays, out, outside * hidden_states)
         given = dict(zip(adapter.positional, args, strict=False)) | kwargs
         attended = adapter.attention_half(layer, hidden_states, **given)
         if site == "around_attention":
