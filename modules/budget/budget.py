@@ -76,6 +76,15 @@ class Budget:
         self.free = [stage.key for stage in compression.stages if stage.free]
         if not self.free:
             raise ValueError("budget.target has nothing to decide: every stage has a keep of its own; leave it out of one of them")
+        stacks = {stage.key: stage.stack for stage in compression.stages if stage.free}
+        if unknown := config.shares.keys() - set(stacks.values()):
+            raise ValueError(
+                f"budget.shares names {', '.join(sorted(unknown))}, where no stage is without a keep of its own: "
+                f"such stages are in {', '.join(repr(name) for name in dict.fromkeys(stacks.values()))}"
+            )
+        self._powers = {key: float(config.shares.get(stack, 1.0)) for key, stack in stacks.items()}
+        if not any(self._powers.values()):
+            raise ValueError("budget.shares is 0 for every stack, so that budget.target has nothing to decide: raise one of them")
         self.cost = CostModel(model, compression, size)
         # Caches: a moving schedule needs a keep at every step.
         self._keeps: dict[float, float] = {}
@@ -92,12 +101,16 @@ class Budget:
             )
 
     def resolve(self, target: float) -> dict[str, float]:
-        """The largest keep whose measure is at most ``target``, by name of each stage without its own keep."""
+        """The largest keeps whose measure is at most ``target``, by name of each stage without its own keep."""
         if self.config.measure == "keep":
-            return dict.fromkeys(self.free, target)
+            return self._spread(target)
         if target not in self._keeps:
             self._keeps[target] = self._keep_for(target)
-        return dict.fromkeys(self.free, self._keeps[target])
+        return self._spread(self._keeps[target])
+
+    def _spread(self, keep: float) -> dict[str, float]:
+        """A keep shared out by the powers of ``shares``, by stage name."""
+        return {key: keep**power for key, power in self._powers.items()}
 
     def _keep_for(self, target: float) -> float:
         """The largest keep, to four decimals, whose measure is at most ``target``."""
@@ -117,7 +130,7 @@ class Budget:
     def _ratio(self, keep: int) -> float:
         """The measure at keep = ``keep`` / 10,000."""
         if keep not in self._ratios:
-            self._ratios[keep] = getattr(self.cost(dict.fromkeys(self.free, keep / 10_000)), self.config.measure)
+            self._ratios[keep] = getattr(self.cost(self._spread(keep / 10_000)), self.config.measure)
         return self._ratios[keep]
 
     def target(self, step: int) -> float:

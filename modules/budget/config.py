@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .. import registry
@@ -22,6 +22,8 @@ class BudgetConfig:
         target: requested value of the measure, in (0, 1].
         measure: ``macs_ratio`` (MACs of the compressed forward ÷ dense) or ``mean_token_fraction`` (tokens that layers process ÷ dense),
             for which the budget computes the keeps; or ``keep`` (of every stage without its own).
+        shares: in a model of several stacks, how the reduction is shared out, by stack: the stages of a stack have the keep that the
+            target gives to this power, 1 by default. At 2 a stack gives up about twice as much as another one, at 0 nothing.
         regularizer: pulls the soft ratio of trained scorers to the target; None for selectors that hold the count by themselves.
         ramp_until: fraction of training over which the regulariser's weight grows from 0.
         schedule: course of the target from ``start`` to ``target``: ``constant``, ``linear`` or ``cosine``.
@@ -34,6 +36,7 @@ class BudgetConfig:
 
     target: float = 0.5
     measure: str = "macs_ratio"
+    shares: Mapping[str, float] = field(default_factory=dict)
     regularizer: PartConfig | str | Mapping[str, Any] | None = None
     ramp_until: float = 0.1
     schedule: str = "constant"
@@ -51,6 +54,9 @@ class BudgetConfig:
         for name in ("target", "start"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"budget.{name} = {getattr(self, name)} must be in (0, 1]: the fraction that is left, not removed")
+        for stack, share in self.shares.items():
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < math.inf:
+                raise ValueError(f"budget.shares.{stack} = {share!r} must be a number of at least 0")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"budget.schedule = {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
         if not 0 <= self.increment < 1:
