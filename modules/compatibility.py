@@ -72,6 +72,15 @@ def offered_scope(candidate: Candidate) -> None:
             )
 
 
+def first_tokens_of_causal_models(candidate: Candidate) -> None:
+    for stage in candidate.config.stages:
+        if stage.first and not candidate.stack(stage).adapter.causal:
+            raise ValueError(
+                f"stage {stage.key!r}: protect = {{first: {stage.first}}} is for causal models, whose first tokens are attention sinks: remove "
+                "it; class tokens are protected in any case"
+            )
+
+
 def existing_layer(candidate: Candidate) -> None:
     for stage in candidate.config.stages:
         layers = len(candidate.stack(stage).layers)
@@ -313,6 +322,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     known_stack,
     offered_site,
     offered_scope,
+    first_tokens_of_causal_models,
     existing_layer,
     valid_keep,
     one_stage_a_site,

@@ -119,6 +119,8 @@ class StageConfig:
         estimator: gives a trained scorer its gradient in training; None uses the scorer's default.
         count: rule that turns ``keep`` into a number of tokens, a key of ``COUNT_RULES``; None uses the scorer's, mostly ``round``.
         scope: tokens that the stage may touch: ``all``, ``prompt`` (those before the first predicted token) or ``visual``.
+        protect: ``{first: n}`` for causal models: the first n tokens of each document are protected. Later tokens attend to them more than
+            to others (attention sinks, arXiv 2309.17453), so that a pretrained model suffers where they bypass a layer. None protects none.
         stack: stack that ``layer`` counts in, for a model with several (``vision``, ``text``); "" if the model has one.
         name: name in logs and reports; None builds it from stack, site and layer.
     """
@@ -133,6 +135,7 @@ class StageConfig:
     estimator: Any = None
     count: str | None = None
     scope: str = "all"
+    protect: Mapping[str, int] | None = None
     stack: str = ""
     name: str | None = None
 
@@ -154,8 +157,12 @@ class StageConfig:
             object.__setattr__(self, "name", self._default_name)
         if self.left_out:
             self._check_left_out()
+        if self.protect is not None:
+            _check_protect(self.protect)
 
     def _check_left_out(self) -> None:
+        if self.protect is not None:
+            raise ValueError("compression.stages[].protect has no effect where keep = 0 leaves the layer out: remove it")
         for kind in PARTS:
             if getattr(self, kind) != type(self).__dataclass_fields__[kind].default:
                 raise ValueError(
@@ -187,6 +194,11 @@ class StageConfig:
     def left_out(self) -> bool:
         """No token of the scope is processed: a static stage, without parts."""
         return self.keep == 0 and self.bypass
+
+    @property
+    def first(self) -> int:
+        """Protected tokens at the start of each document."""
+        return 0 if self.protect is None else self.protect["first"]
 
     @property
     def free(self) -> bool:
@@ -343,6 +355,12 @@ def stages_from_dict(data: Mapping[str, Any]) -> list[StageConfig]:
     if len(layers) > 1 and data.get("name") is not None:
         raise ValueError(f"compression.stages[].name = {data['name']!r} would be that of {len(layers)} stages: leave it out")
     return [StageConfig(**{**data, "layer": layer}) for layer in layers]
+
+
+def _check_protect(given: Any) -> None:
+    number = given.get("first") if isinstance(given, Mapping) and set(given) == {"first"} else None
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"compression.stages[].protect = {given!r} must be {{first: N}}, with N an integer of at least 1")
 
 
 def _check_texts(stage: StageConfig) -> None:

@@ -147,6 +147,9 @@ class Decoder(TextModel):
             flow.valid = None if seen is None or bool(seen[:, -number:].all()) else seen[:, -number:]
         cache = inputs.get("past_key_values")
         flow.seen, flow.carry = (cache.get_seq_length(), cache.carry) if isinstance(cache, RoutedCache) else (0, None)
+        flow.earlier = flow.seen
+        if flow.seen and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == flow.seen + number:
+            flow.earlier = mask[:, : flow.seen].sum(-1)
 
 
 def _documents(trace: Trace | None, inputs: Mapping[str, Any]) -> Tensor | None:

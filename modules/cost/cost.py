@@ -304,11 +304,13 @@ class CostModel:
             stage = at.get((layer, site))
             if stage is None:
                 return entering
-            leaving = kept(stage, entering, begin)
-            walk.stage_macs[stage.config.key] = stage.macs(shape, shape.protected + entering, shape.protected + leaving)
-            walk.present[stage.config.key], walk.kept[stage.config.key] = entering, leaving
+            # Of a row with one document; these tokens are no choice of the stage.
+            first = min(stage.config.first, entering) if stage.config.first else 0
+            leaving = kept(stage, entering - first, begin)
+            walk.stage_macs[stage.config.key] = stage.macs(shape, shape.protected + entering, shape.protected + first + leaving)
+            walk.present[stage.config.key], walk.kept[stage.config.key] = entering - first, leaving
             # Protected tokens are added to the result.
-            return -shape.protected if stage.skips and leaving == 0 else leaving
+            return -shape.protected if stage.skips and leaving == 0 else first + leaving
 
         for layer in range(shape.layers):
             if layer == restore:

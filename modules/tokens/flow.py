@@ -72,6 +72,7 @@ class Flow:
         units: (B or 1, N) int64, unit of each original token, counted from 0, -1 for leading tokens; None if tokens are not joined later.
         rows: number of rows of the stack, for the cost; images or tiles in a tower, 0 without an image.
         seen: number of tokens in the cache before those of this forward.
+        earlier: number of real tokens in the cache, without padding, one int for every row or int64 (B,).
         carry: (B, …) tensors by name, data of stages about each row's earlier tokens, stored in the cache; None without a cache.
         blank: the rows stand for nothing: no stage touches their tokens.
         keep_padded: rows of different lengths stay padded and are not packed, because the layers' hidden states were requested.
@@ -105,6 +106,7 @@ class Flow:
     units: Tensor | None = None
     rows: int = 0
     seen: int = 0
+    earlier: int | Tensor = 0
     carry: dict[str, Tensor] | None = None
     blank: bool = False
     keep_padded: bool = False

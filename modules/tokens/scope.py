@@ -14,22 +14,37 @@ from .trace import Trace
 _PROMPT_GIVEN = "call the model with use_cache=True, or give Trace(labels=…) or Trace(prompt=…)"
 
 
-def in_scope(scope: str, trace: Trace, flow: Flow) -> TokenState:
+def in_scope(scope: str, trace: Trace, flow: Flow, first: int = 0) -> TokenState:
     """TokenState of the current tokens with those outside the scope marked as protected.
 
     Args:
         scope: ``all``, ``prompt`` or ``visual``.
         trace: Trace of the forward.
         flow: Flow of the stack.
+        first: number of tokens at the start of each document that are outside too.
 
     Raises:
         ValueError: the forward does not define which tokens are in the scope.
     """
     state = flow.tokens
+    later = _behind(flow, state, first) if first else None
     if scope == "all":
-        return state
+        return state if later is None else state.restrict(later.gather(1, state.position))
     tokens = _prompt(trace, flow, state) if scope == "prompt" else _visual(flow)
-    return state.restrict(tokens.gather(1, state.position))
+    return state.restrict((tokens if later is None else tokens & later).gather(1, state.position))
+
+
+def _behind(flow: Flow, state: TokenState, first: int) -> Tensor | None:
+    """(B, N) bool: tokens behind the first ones of their document; None if all are."""
+    place = torch.arange(state.source.shape[1], device=state.position.device).expand(state.rows, -1)
+    if flow.documents is not None:
+        begins = flow.documents.diff(dim=1, prepend=flow.documents[:, :1] - 1) != 0
+        return place - torch.where(begins, place, 0).cummax(1).values >= first
+    if isinstance(flow.earlier, int) and flow.earlier >= first:
+        return None
+    # Padding in front of a row does not count.
+    number = place if flow.valid is None else flow.valid.long().cumsum(1) - 1
+    return number + torch.as_tensor(flow.earlier, device=place.device).view(-1, 1) >= first
 
 
 def _visual(flow: Flow) -> Tensor:

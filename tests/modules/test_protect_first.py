@@ -1,0 +1,79 @@
+"""``protect: {first: n}``: the first tokens of each document are processed by every layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from laconic import CompressionConfig, StageConfig, Trace, compress
+from laconic.modules.cost.cost import CostModel
+from tests import matrix
+from tests.matrix import decoders
+from tests.matrix.decoders import dense, spread, tokens
+
+FIRST = 2
+
+
+def _model(family: str = "llama", **parts: Any) -> PreTrainedModel:
+    settings = {"scorer": "linear", "selector": "threshold", "keep": 0.4, "protect": {"first": FIRST}, **parts}
+    return spread(compress(dense(family), CompressionConfig([StageConfig(layer=layer, site="around", **settings) for layer in (1, 2)])))
+
+
+@pytest.mark.parametrize("selector", ["threshold", "predictor", "top_k", "random"])
+def test_the_first_tokens_pass_and_are_no_part_of_the_count(selector: str) -> None:
+    model, trace = _model(selector=selector).train(), Trace()
+    model(tokens(), trace=trace)
+    for routing in trace.routings.values():
+        assert bool(routing.kept_mask[:, :FIRST].all())
+        assert torch.as_tensor(routing.present).tolist() == [decoders.LENGTH - FIRST] * 3
+        # Nine of 22, and with thresholds of a batch nine a row in the mean.
+        assert float(torch.as_tensor(routing.kept).float().mean()) == pytest.approx(9, abs=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_rows_padded_in_front_generate_alike_with_and_without_a_cache_and_alone(family: str) -> None:
+    model, padded = _model(family), decoders.left_padded()
+    made = [model.generate(**padded, max_new_tokens=6, do_sample=False, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*made)
+    for row in range(3):
+        real = padded["input_ids"][row : row + 1, padded["attention_mask"][row].bool()]
+        assert torch.equal(model.generate(real, max_new_tokens=6, do_sample=False)[0, -6:], made[0][row, -6:])
+    # Shorter than what is protected: the cache counts what it has seen.
+    one = tokens(1, 1)
+    steps = [model.generate(one, max_new_tokens=6, do_sample=False, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*steps)
+
+
+def test_each_packed_document_has_first_tokens_of_its_own() -> None:
+    model, ids, trace = _model(), tokens(1), Trace()
+    position = torch.cat([torch.arange(10), torch.arange(14)])[None]
+    logits = model(ids, position_ids=position, trace=trace).logits
+    assert bool(trace.routings["around_1"].kept_mask[0, [0, 1, 10, 11]].all())
+    torch.testing.assert_close(logits[:, 10:], model(ids[:, 10:]).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_costs_count_the_first_tokens() -> None:
+    model, trace = _model(scorer="random"), Trace()
+    cost = CostModel(model, size=decoders.LENGTH)
+    assert [layer.attention for layer in cost().layers] == pytest.approx([24, 2 + 0.4 * 22, 2 + 0.4 * 22, 24])
+    model(tokens(), trace=trace)
+    kept = sum(float(torch.as_tensor(routing.kept).float().mean()) for routing in trace.routings.values()) / 2
+    assert trace.flow().layer_tokens[1].attention.float().mean() == pytest.approx(2 + kept, abs=2)
+    assert cost.achieved(trace) < 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"first": 0}, r"must be \{first: N\}"), ({"last": 1}, r"must be \{first: N\}"), ({"first": True}, r"must be \{first: N\}")],
+)
+def test_other_values_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StageConfig(layer=1, protect=given)
+
+
+def test_models_without_sinks_refuse_it() -> None:
+    with pytest.raises(ValueError, match="is for causal models"):
+        compress(matrix.dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.5, protect={"first": 1})]))
