@@ -63,7 +63,7 @@ class StackShape:
     gated: bool = False
     macs_per_token: float | None = None
     dense_only_macs: float = 0.0
-    rows: float = 1.0
+    rows: float = 1
     joined: int = 1
     taps: Mapping[int, float] = field(default_factory=dict)
     windows: tuple[int | None, ...] = ()

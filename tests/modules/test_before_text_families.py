@@ -25,6 +25,10 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "projector": [{"stack": "projector", "layer": 0, "scorer": _LEARNED}],
     "tower": [{"stack": "vision", "layer": 1, "scorer": _LEARNED}],
     "merged": [{"stack": "projector", "layer": 0, "scorer": "uniform_grid", "merger": "nearest"}],
+    "sites": [
+        {"stack": "vision", "layer": 0, "site": "around", "scorer": _LEARNED},
+        {"stack": "vision", "layer": 1, "site": "between", "scorer": _LEARNED},
+    ],
     "adaptive": [
         {"stack": "vision", "layer": 1, "scorer": {"name": "linear", "detach": True}, "selector": "threshold", "merger": "squeeze"},
         {"stack": "projector", "layer": 0, "scorer": {"name": "linear", "detach": True}, "selector": "threshold"},
@@ -36,15 +40,17 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 STAGED = ("llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# These run by default: tiles, and images of any size with DeepStack.
 _DEFAULT = ("llava_next", "qwen3_vl")
 
 
-def _of(*names: str) -> list[Any]:
-    return [
-        pytest.param(family, name, marks=[] if family in _DEFAULT and name == "all" else pytest.mark.slow)
-        for family in STAGED
-        for name in names
-    ]
+# Models of these differ little from those of another family.
+_ALIKE = ("llava_onevision", "idefics3", "qwen2_vl")
+
+
+def _families(*default: str, without: tuple[str, ...] = ()) -> list[Any]:
+    """Families, of which those not in ``default`` run behind --all."""
+    return [pytest.param(family, marks=[] if family in default else pytest.mark.slow) for family in STAGED if family not in without]
 
 
 def _model(family: str, name: str, keep: float | None = None, **settings: Any) -> PreTrainedModel:
@@ -64,11 +70,11 @@ def _labels(ids: Tensor) -> Tensor:
     return ids.masked_fill((place <= last + 1) | (ids == 0), -100)
 
 
-@pytest.mark.parametrize(("family", "name"), _of("projector", "tower", "all"))
-def test_keep_1_is_the_dense_model_bit_for_bit_loss_and_gradients(family: str, name: str) -> None:
+@pytest.mark.parametrize("family", _families(*_DEFAULT))
+def test_keep_1_is_the_dense_model_bit_for_bit_loss_and_gradients(family: str) -> None:
     given = batch(family)
     answers, losses = _labels(given["input_ids"]), []
-    model, plain = _model(family, name, 1.0), dense(family)
+    model, plain = _model(family, "all", 1.0), dense(family)
     for each in (model, plain):
         trace = {"trace": Trace(labels=answers)} if each is model else {}
         losses.append(each(**given, labels=answers, use_cache=False, **trace).loss)
@@ -91,9 +97,9 @@ def _attend_to_seen(module: Any, query: Tensor, key: Tensor, value: Tensor, atte
 AttentionInterface.register("seen", _attend_to_seen)
 
 
-@pytest.mark.parametrize(("family", "name"), _of("projector", "tower", "all"))
-def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str, name: str) -> None:
-    given, model, plain = _given(row(family, 1)), _model(family, name), dense(family)
+@pytest.mark.parametrize("family", _families(*_DEFAULT))
+def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str) -> None:
+    given, model, plain = _given(row(family, 1)), _model(family, "all"), dense(family)
     trace = Trace()
     logits = model(**given, trace=trace, use_cache=True).logits
     inner: Any = plain.model
@@ -135,7 +141,13 @@ def _layers(model: PreTrainedModel) -> Any:
     return (inner.language_model if hasattr(inner, "language_model") else inner.text_model).layers
 
 
-@pytest.mark.parametrize(("family", "name"), [*_of("all", "merged"), pytest.param("smolvlm", "adaptive", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *(pytest.param(*case.values, "all", marks=case.marks) for case in _families("qwen3_vl", without=_ALIKE)),
+        pytest.param("smolvlm", "adaptive", marks=pytest.mark.slow),
+    ],
+)
 def test_a_mixed_batch_is_each_row_alone_and_generation_equals_recomputing(family: str, name: str) -> None:
     model, given = _model(family, name), batch(family)
     how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -159,9 +171,9 @@ def test_a_mixed_batch_is_each_row_alone_and_generation_equals_recomputing(famil
     torch.testing.assert_close(logits[:, -1], model.generate(**one, **how).logits[0], **CLOSE)
 
 
-@pytest.mark.parametrize(("family", "name"), _of("all"))
-def test_it_is_saved_loaded_taken_back_and_trained_with_checkpointing(family: str, name: str, tmp_path: Any) -> None:
-    given, model = _given(batch(family)), _model(family, name)
+@pytest.mark.parametrize("family", _families(without=(*_ALIKE, "smolvlm", "qwen3_vl")))
+def test_it_is_saved_loaded_taken_back_and_trained_with_checkpointing(family: str, tmp_path: Any) -> None:
+    given, model = _given(batch(family)), _model(family, "all")
     answers, found = _labels(given["input_ids"]), []
     expected = model(**given, use_cache=True).logits
     model.save_pretrained(tmp_path)
@@ -180,13 +192,13 @@ def test_it_is_saved_loaded_taken_back_and_trained_with_checkpointing(family: st
     assert type(decompress(model.eval())) is type(dense(family))
 
 
-@pytest.mark.parametrize(("family", "name"), _of("all"))
-def test_analytic_macs_of_all_stacks_equal_a_counter(family: str, name: str) -> None:
+@pytest.mark.parametrize("family", _families("qwen3_vl", without=_ALIKE))
+def test_analytic_macs_of_all_stacks_equal_a_counter(family: str) -> None:
     how, given = {"attn_implementation": "eager"}, _given(row(family, 0))
     words = 64 - (given["input_ids"].shape[1] - FAMILIES[family].routable)
     longer = {key: torch.nn.functional.pad(value, (0, words), value=3 * (key == "input_ids")) if value.shape == given["input_ids"].shape else value
               for key, value in given.items()}  # fmt: skip
-    METHODS["counted"] = [{**stage, "selector": {"name": "top_k", "bucket": 1}} for stage in METHODS[name]]
+    METHODS["counted"] = [{**stage, "selector": {"name": "top_k", "bucket": 1}} for stage in METHODS["all"]]
     model, trace = _model(family, "counted", **how), Trace()
     del METHODS["counted"]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -274,15 +286,18 @@ def _image(down: int, across: int, seed: int, frames: int = 1) -> dict[str, Tens
     return {"pixel_values": values, "image_grid_thw": torch.tensor([[frames, down, across]])}
 
 
-@pytest.mark.parametrize("family", [pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", *(pytest.param(one, marks=pytest.mark.slow) for one in ("qwen2_vl", "qwen3_vl"))])
 def test_images_of_different_sizes_and_frames_are_each_alone_and_dense_where_all_is_kept(family: str) -> None:
     alone = [_image(4, 6, 0), _image(8, 2, 1), _image(6, 8, 2, frames=2)]
     both = {key: torch.cat([image[key] for image in alone]) for key in alone[0]}
     expected = dense(family).model.get_image_features(**both)
-    for name in ("tower", "projector", "merged", "adaptive"):
+    for name in ("tower", "projector", "merged", "adaptive", "sites"):
         whole, model = _model(family, name, 1.0), _model(family, name)
         made = whole.adapter.encoded_images(whole, both)["image"]
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(made.pooler_output, expected.pooler_output, strict=True))
+        for ours, theirs in zip(made.pooler_output, expected.pooler_output, strict=True):
+            # In halves, a layer's MLP runs on padded rows, whose sums may be in another order.
+            assert torch.equal(ours, theirs) or name == "sites"
+            torch.testing.assert_close(ours, theirs, **CLOSE)
         together, marked = model.adapter.encoded_images(model, both)["image"], []
         for number, image in enumerate(alone):
             one = model.adapter.encoded_images(model, image)["image"]

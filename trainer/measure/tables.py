@@ -60,8 +60,10 @@ def _rows(model: CostModel) -> dict[str, Any]:
         "dense_macs": cost.dense_macs,
         "macs_ratio": cost.macs_ratio,
         "mean_token_fraction": cost.mean_token_fraction,
-        "embed_macs": sum(shape.embed_macs for shape in model.shapes.values()),
-        "head_macs": round(sum(shape.head_macs + shape.head_macs_per_token * shape.tokens for shape in model.shapes.values())),
+        "embed_macs": round(sum(shape.rows * shape.embed_macs for shape in model.shapes.values())),
+        "head_macs": round(
+            sum(shape.rows * (shape.head_macs + shape.head_macs_per_token * shape.tokens) for shape in model.shapes.values())
+        ),
         "activation_bytes": cost.activation_bytes,
         "dense_activation_bytes": cost.dense_activation_bytes,
         "kv_bytes": cost.kv_bytes,
@@ -84,8 +86,8 @@ def _layers(stack: str, shape: StackShape, model: CostModel, cost: Cost) -> list
             "stage": ", ".join(at.get(index, [])) or None,
             "tokens": tokens.attention,
             "mlp_tokens": tokens.mlp,
-            "macs": shape.layer_macs(tokens, windows[index]),
-            "dense_macs": shape.layer_macs(whole[index], windows[index]),
+            "macs": shape.rows * (shape.layer_macs(tokens, windows[index]) + shape.taps.get(index, 0) * tokens.mlp),
+            "dense_macs": shape.rows * (shape.layer_macs(whole[index], windows[index]) + shape.taps.get(index, 0) * whole[index].mlp),
             "stage_macs": sum(cost.stage_macs[name] for name in at.get(index, [])),
         }
         for index, tokens in enumerate(cost.stacks.get(stack, whole))
