@@ -83,6 +83,7 @@ def test_settings_of_a_method_go_to_all_of_its_stages_and_fractions_are_of_the_d
     assert [(stage.tokens, stage.keep) for stage in recipe.compression.stages] == [(9, None)]
 
 
+@pytest.mark.slow
 def test_visual_tokens_enter_late_and_leave_early_and_layers_process_fewer_of_them_by_depth() -> None:
     def visual(name: str, *overrides: str) -> list[int]:
         rows = cost_of_recipe("vlm_digits_base", _of(name, *overrides))["layers"]
@@ -170,7 +171,7 @@ def test_adapters_on_resized_models_are_refused_with_the_cure(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["epic", "dualspeed"])
 def test_methods_with_a_keep_of_each_step_train_and_leave_the_stages_own(name: str, tmp_path: Path) -> None:
-    given = [*_of(name), "baselines=[]", "trainer.max_steps=4", f"output={tmp_path / 'run'}"]
+    given = [*_of(name), "baselines=[]", "data.eval_samples=4", "data.train_samples=16", f"output={tmp_path / 'run'}"]
     report = train(load("vlm_digits_base", given), given, silent())
     assert report is not None
     assert report.train_macs_ratio is not None
