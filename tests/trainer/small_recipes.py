@@ -12,6 +12,7 @@ from laconic.trainer.build.build import build
 from laconic.trainer.recipe.files import load, shipped
 from tests.data.folders import image_folder
 from tests.data.texts import chats, chats_about_images, jsonl, small_tokenizer
+from tests.matrix.processors import chat_file
 
 # What the name of a recipe ends with that is laid over another one as a control arm.
 ENDINGS = ("_dense", "_random", "_random_choice", "_uniform", "_energy", "_bipartite")
@@ -139,3 +140,21 @@ def _vision_language(name: str, folder: Path, quick: Sequence[str]) -> list[str]
         "compression.layer=0.5",
         "trainer.max_epochs=null",
     ]
+
+
+def of_family(family: str, model: Path, folder: Path) -> list[str]:
+    """Overrides of ``vlm_finetune`` for a family's model and chats of its own.
+
+    Args:
+        family: ``model_type``.
+        model: folder of the model and its processor.
+        folder: for the chats and the run.
+    """
+    # Gemma 3 has no query of a last token.
+    method = ["compression.method=dart"] if family == "gemma3" else ["compression.layer=0.5"]
+    rows = chat_file(folder / "rows", 9)
+    return [
+        f"model.name={model}", f"data.data_files={rows}", f"data.image_dir={folder / 'rows'}", "data.batch_size=3",
+        "data.eval_batch_size=2", "data.sequence_length=400", "data.workers=0", "trainer.max_epochs=null", "trainer.max_steps=2",
+        "trainer.log_every=1", "trainer.precision=fp32", "trainer.bench_rounds=0", f"output={folder / 'run'}", *method,
+    ]  # fmt: skip

@@ -54,13 +54,14 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any
     """
     labels = batch["labels"]
     trace = options.get("trace")
-    if trace is not None:
-        trace.labels = labels
     if "pixel_values" not in batch and collective.world_size() > 1:
         batch = with_blank_image(model, batch)
         if trace is not None:
             trace.blank = True
     given = family_of(model).forward_inputs(model.config, batch)
+    if trace is not None:
+        # As long as the rows, with a blank image behind them.
+        trace.labels = functional.pad(labels, (0, given["input_ids"].shape[1] - labels.shape[1]), value=IGNORE_TOKEN)
     # Token i predicts token i + 1. Before the forward, whose end the host would wait for here.
     following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_TOKEN)
     row, place = (following != IGNORE_TOKEN).nonzero(as_tuple=True)
