@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from laconic import CompressionConfig, StageConfig, compress
 from laconic.modules import compatibility
 from laconic.modules.compatibility import CONFIG_RULES, STAGE_RULES, Rule
+from laconic.modules.rules import towers
 from tests.matrix import decoders, encoders, image_text, vision, visual
 from tests.modules import test_masked_images as masked_images
 
@@ -74,6 +75,9 @@ CASES: dict[str, list[Case]] = {
             ("modernbert", "prompt", "all"),
             ("llama", "visual", "all, prompt"),
         )
+    ],
+    "first_tokens_of_causal_models": [
+        ("vit", [{"protect": {"first": 1}}], None, r"protect = \{first: 1\} is for causal models, .*: remove it")
     ],
     "existing_layer": [("vit", [{"layer": layer}], None, f"layer = {layer} must be an integer from 0 to 3") for layer in (4, -1)],
     "valid_keep": [
@@ -221,7 +225,7 @@ def test_a_rule_refuses_what_breaks_it_for_each_of_its_reasons(rule: Rule) -> No
 def test_a_rule_asks_for_properties_and_no_case_is_of_a_rule_that_is_gone() -> None:
     assert list(CASES) == [rule.__name__ for rule in (*CONFIG_RULES, *STAGE_RULES)]
     # Parts of other packages are held to the same rules: no part is compared with a name.
-    source = inspect.getsource(compatibility)
+    source = inspect.getsource(compatibility) + inspect.getsource(towers)
     assert not re.search(
         r"(==|!=|\bin\b) *\(?[\"'](learned|bipartite|evidence|top_k|threshold|gumbel|drop|pool|gate|token_labels)[\"']", source
     )
