@@ -33,7 +33,10 @@ def prepare(folder: Path) -> None:
 def recipes(folder: Path) -> dict[str, Any]:
     """Two steps of every recipe that is no control arm, under every strategy; called by both processes."""
     overrides = json.loads((folder / "overrides.json").read_text())
-    for name, strategy in ((name, strategy) for name in NAMES for strategy in STRATEGIES):
-        given = [*overrides[name], "trainer.devices=2", *STRATEGIES[strategy]]
-        train_arm(load(name, given), "arm", folder / name / strategy, silent())
+    for name in NAMES:
+        data = None
+        for strategy, settings in STRATEGIES.items():
+            given = [*overrides[name], "trainer.devices=2", *settings]
+            # Opened and hashed once, as the control arms of a run share their data.
+            data = train_arm(load(name, given), "arm", folder / name / strategy, silent(), data).parts.data
     return {}
