@@ -176,7 +176,8 @@ class VisionLanguage(Task):
         for name, parts in reversed(compressed.items()):
             _, pictures, titles = cls._shown(parts.model.eval(), parts.data, parts.recipe.seed)
             rows += [(f"{name}, {stage}", shown) for stage, shown in pictures.items()]
-        save_kept_tokens(RunFolder(folder).kept_tokens, rows, titles)
+        if rows:
+            save_kept_tokens(RunFolder(folder).kept_tokens, rows, titles)
 
     @classmethod
     def _shown(cls, model: PreTrainedModel, data: Any, seed: int, given: str | None = None) -> tuple[Trace, dict[str, Any], list[str]]:
@@ -213,6 +214,8 @@ class VisionLanguage(Task):
         if to.suffix != ".png":
             raise ValueError(f"--to {to}: pictures of kept tokens need the suffix .png")
         trace, pictures, titles = cls._shown(model, cls.open_data(recipe, model.config), recipe.seed, given)
+        if not pictures:
+            raise ValueError(f"no stage of {target} can be drawn: in a {model.config.model_type}, only stages with stack = 'text' can")
         save_kept_tokens(to, list(pictures.items()), titles)
         return {name: routing.achieved for name, routing in trace.routings.items()}
 
