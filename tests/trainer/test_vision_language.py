@@ -68,7 +68,6 @@ def test_answers_are_right_as_a_whole_and_counted_by_kind() -> None:
     # Row 0: two answers of 2 and 1 tokens; row 1: one answer of 2 tokens.
     out = AnswerLoss(
         torch.tensor(3.0),
-        torch.zeros(5, 4),
         torch.zeros(5, 2),
         torch.tensor([True, True, False, True, False]),
         torch.tensor([0, 0, 0, 1, 1]),
