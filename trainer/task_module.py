@@ -31,7 +31,7 @@ from .metrics.kept_places import KeptPlaces
 from .metrics.lookahead import LookAhead
 from .metrics.quality import Quality
 from .recipe.schema import OptimizerRecipe
-from .tasks.base import Task
+from .tasks.base import PROBES, Task
 
 # Keys of a checkpoint.
 _DATA, _ROWS = "data", "bad_rows"
@@ -164,7 +164,8 @@ class TaskModule(lightning.LightningModule):
         if "sample_ids" not in batch:
             if collective.world_size() > 1:
                 # With partitioned parameters the other ranks need this rank's shards, so it runs a blank forward.
-                blank = {key: value[:1].to(self.device) for key, value in self.task.probe(self.model.config).items()}
+                # An input may have several entries for a row, as many for each.
+                blank = {key: value[: len(value) // PROBES].to(self.device) for key, value in self.task.probe(self.model.config).items()}
                 self.model(**blank)
             return {"trace": None}
         compressed = hasattr(self.model.config, "compression")
