@@ -44,6 +44,7 @@ class Scorer(nn.Module):
         reads_pixels: the scorer reads the model's input image.
         reads_cls: the scorer reads the CLS query of the site's layer.
         reads_query: the scorer reads the query of any token, and keys, with the layer's positions.
+        reads_prompt: the scorer reads where the prompt of a row ends: for scopes of a prompt or an image in a language model.
         fits_updates: ``fit`` sets its weights before training, from what the site's layer changes in tokens. For bypass sites.
     """
 
@@ -57,6 +58,7 @@ class Scorer(nn.Module):
     reads_pixels: ClassVar[bool] = False
     reads_cls: ClassVar[bool] = False
     reads_query: ClassVar[bool] = False
+    reads_prompt: ClassVar[bool] = False
     fits_updates: ClassVar[bool] = False
 
     def __init__(self, spec: TokenSpec) -> None:

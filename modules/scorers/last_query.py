@@ -6,7 +6,7 @@ import torch
 
 from ..cost.shape import StackShape
 from ..site import SiteInput
-from ..tokens.scope import last_of_prompt
+from ..tokens.scope import last_of_prompt, one_prompt_a_row
 from .base import Scored, Scorer
 
 
@@ -20,6 +20,7 @@ class LastQueryScorer(Scorer):
 
     lookahead = True
     reads_query = True
+    reads_prompt = True
 
     @torch.no_grad()
     def forward(self, inputs: SiteInput) -> Scored:
@@ -28,11 +29,7 @@ class LastQueryScorer(Scorer):
             ValueError: rows contain several documents, each of which has a prompt of its own.
         """
         state = inputs.state
-        if state.document is not None:
-            raise ValueError(
-                "scorer 'last_query' reads the last token of one prompt a row, and these rows contain packed documents: give each "
-                "document a row, or take scorer 'learned'"
-            )
+        one_prompt_a_row(state, "last_query")
         if state.tokens == 1:
             # A generated token, to which no scope of a prompt applies.
             return Scored(torch.zeros(state.position.shape, device=state.position.device))

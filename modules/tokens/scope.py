@@ -121,3 +121,17 @@ def last_of_prompt(trace: Trace, flow: Flow) -> Tensor:
         answered = answered & (position > torch.where(flow.visual, position, -1).amax(1, keepdim=True))
     first = torch.where(answered, position, tokens).amin(1, keepdim=True)
     return torch.where(first < tokens, (first - 1).clamp(min=0), last)
+
+
+def one_prompt_a_row(state: TokenState, scorer: str) -> None:
+    """Raises ValueError if rows contain several documents, each of which has a prompt of its own.
+
+    Args:
+        state: TokenState of the tokens.
+        scorer: name of the scorer that reads the prompt.
+    """
+    if state.document is not None:
+        raise ValueError(
+            f"scorer {scorer!r} reads the end of one prompt a row, and these rows contain packed documents: give each document a row, or "
+            "take scorer 'learned'"
+        )

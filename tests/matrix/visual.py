@@ -52,6 +52,7 @@ METHODS = [
     VisualMethod("pyramiddrop", {"scorer": "last_query", "count": "dynamicvit"}),
     VisualMethod("divprune", {"scorer": "diversity"}),
     VisualMethod("dart", {"scorer": {"name": "pivots", "pivots": 3}}),
+    VisualMethod("query_similarity", {"scorer": "query_similarity"}, once=True),
     VisualMethod("learned", _LEARNED),
     VisualMethod("vision_selector", {"scorer": {"name": "self_attention", "detach": True}}, once=True),
     VisualMethod("learned_attached", {"scorer": "learned"}, detached=False),

@@ -154,6 +154,16 @@ CASES: dict[str, list[Case]] = {
         ("gpt2", [_PROMPT | {"scorer": "last_query"}], END, "scorer 'last_query' needs the query of a token, and .*; take 'learned'"),
         ("modernbert", [{"scorer": "bipartite", "merger": "bipartite"}], None, "scorer 'bipartite' compares keys, and .*metric: tokens"),
     ],
+    "prompt_of_a_language_model": [
+        ("vit", [{"scorer": "query_similarity"}], None, "'query_similarity' reads where the prompt of a row ends.*take scorer 'learned'"),
+        (
+            "llava",
+            [_TOWER | {"layer": 0, "scorer": "query_similarity"}],
+            None,
+            "take stack = 'text', scope = 'visual', or scorer 'learned'",
+        ),
+        ("gpt2", [_AROUND | {"scorer": "query_similarity"}], None, "take scope = 'prompt', or scorer 'linear'"),
+    ],
     "attention_for_rows_of_unequal_length": [
         (_flash("vit"), [{"selector": "threshold"}], None, "selector 'threshold' makes rows of different lengths, which attention 'flash")
     ],

@@ -137,6 +137,22 @@ def test_last_query_of_a_shortened_row_meets_the_keys_that_are_left() -> None:
     assert bool((scores.masked_fill(state.valid, 0) < 1e-6).all())
 
 
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_query_similarity_is_the_cosine_with_the_mean_of_the_prompts_words_whatever_is_answered(left: bool) -> None:
+    given, model = batch(left, rows=(0, 1)), _model("query_similarity", 0.5)
+    real, visual = given["attention_mask"].bool(), given["input_ids"] == PLACEHOLDER
+    hidden = dense()(**given, use_cache=False, output_hidden_states=True).hidden_states[1]
+    # Rows are answered from the second word behind their last image on.
+    answers = labels(given["input_ids"]).masked_fill(~real, -100)
+    scores = _run(model, given, labels=answers)[1].routings["text.before_1"].scores
+    for at in range(2):
+        asked = int((answers[at] != -100).byte().argmax())
+        words = real[at] & ~visual[at] & (torch.arange(LENGTH) < asked)
+        assert int(words.sum()) < int((real[at] & ~visual[at]).sum())
+        expected = torch.nn.functional.cosine_similarity(hidden[at, visual[at]], hidden[at, words].mean(0), dim=-1)
+        torch.testing.assert_close(scores[at, visual[at]], expected, **CLOSE)
+
+
 def _last(visual: list[int], marks: Tensor | None = None, **given: Any) -> list[int]:
     flow = Flow(carry={} if marks is None else None, visual=torch.tensor([[at in visual for at in range(8)]]), **given)
     flow.begin(TokenState.initial(1, 8, 0, flow.valid, torch.device("cpu")), torch.zeros(1, 8, 1))
@@ -162,7 +178,7 @@ def test_the_last_token_of_the_prompt_is_that_before_the_first_label_behind_the_
 def test_packed_documents_have_no_single_query() -> None:
     given = whole()
     documents = (torch.arange(LENGTH) >= 20).long().expand(3, -1)
-    with pytest.raises(ValueError, match="scorer 'last_query' reads the last token of one prompt a row, and these rows contain packed"):
+    with pytest.raises(ValueError, match="scorer 'last_query' reads the end of one prompt a row, and these rows contain packed"):
         _run(_model(), given, documents=documents)
 
 
