@@ -78,11 +78,12 @@ def _fit(stages: Mapping[str, Stage], model: PreTrainedModel, batches: list[Mapp
         for name in stages:
             routing = trace.routings[name]
             assert routing.update is not None
-            rows = routing.update.tokens[routing.routable]
+            real = routing.routable & routing.update.real
+            rows = routing.update.tokens[real]
             # From all over the batch.
             places = torch.linspace(0, len(rows) - 1, min(each, len(rows)), device=rows.device).long()
             tokens[name].append(rows[places])
-            sizes[name].append(routing.update.size[routing.routable][places])
+            sizes[name].append(routing.update.size[real][places])
     return {name: stage.scorer.fit(torch.cat(tokens[name]), torch.cat(sizes[name])) for name, stage in stages.items()}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ..budget.start_routers import needs_threshold
 from ..compatibility import check_deployable
 from ..selectors.base import Request
 from ..stage import stages_of
@@ -24,8 +25,17 @@ class Generating:
     """Mixin of generated classes for models that generate."""
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """``generate`` of transformers with a RoutedCache. Raises ValueError in training mode and if a stage is non-causal."""
+        """``generate`` of transformers with a RoutedCache.
+
+        Raises:
+            ValueError: in training mode, if a stage is non-causal, or if a threshold was never set.
+        """
         check_deployable(stages_of(self).values())
+        if unset := [name for name, stage in stages_of(self).items() if needs_threshold(stage)]:
+            raise ValueError(
+                f"the thresholds of stages {', '.join(unset)} have seen no score, so that any number of tokens would pass: train the model, "
+                "or call laconic.start_routers(model, batches)"
+            )
         if self.training:
             raise ValueError("generate() in training mode would use training decisions and update thresholds: call model.eval() first")
         return super().generate(*args, **kwargs)  # type: ignore[misc]

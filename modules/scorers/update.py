@@ -59,7 +59,7 @@ class UpdateScorer(LinearScorer):
     def update_loss(self, scores: Tensor, update: Update) -> Tensor:
         mean, deviation, _ = self.target.float()
         error = (scores - (_logarithm(update.size) - mean) / deviation).square()
-        real = torch.ones_like(error) if update.valid is None else update.valid.float()
+        real = update.real.float()
         loss: Tensor = self.weight * (error * real).sum() / real.sum().clamp(min=1)
         return loss
 

@@ -39,9 +39,15 @@ class Update:
         size = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-12)
         return Update(size, torch.cosine_similarity(old, new, dim=-1), valid, before.detach())
 
+    @property
+    def real(self) -> Tensor:
+        """(B, K) bool: neither padding nor a token of length 0, to which nothing is relative."""
+        there = self.tokens.abs().amax(-1) > 0
+        return there if self.valid is None else there & self.valid
+
     def mean(self) -> tuple[float, float]:
         """Mean size and mean cosine over all real tokens."""
-        weight = torch.ones_like(self.size) if self.valid is None else self.valid.float()
+        weight = self.real.float()
         size, cosine = ((value * weight).sum() / weight.sum().clamp(min=1) for value in (self.size, self.cosine))
         return float(size), float(cosine)
 

@@ -16,6 +16,7 @@ from laconic import Adapters, add_lora, compress, from_pretrained, merge_lora, s
 from laconic.modules.checkpoints.adapter_folder import AdapterError
 from laconic.modules.checkpoints.base_weights import weights_hash
 from tests.matrix import BACKBONES, FAMILIES, METHODS, Method, decoders, dense, images
+from tests.matrix.case import settle
 from tests.modules.adapted import LEARNED, adapted, adapter_folder, base_folder
 
 CLASSIFIERS = [family for family in BACKBONES if FAMILIES[family].architecture.endswith("ForImageClassification")]
@@ -118,6 +119,7 @@ def test_language_models_have_adapters_that_answer_generate_and_merge_alike(fami
     decoders.dense(family).save_pretrained(tmp_path / "base")
     by_name = {method.name: method for method in decoders.METHODS}
     model = compress(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), by_name["predictor"].config(0.5, 0.6))
+    settle(model)
     add_lora(model, LoraConfig(r=2))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -56,6 +56,9 @@ def test_a_router_that_is_fitted_stays_as_it_is() -> None:
 def test_any_threshold_of_a_causal_model_is_set() -> None:
     stages = [StageConfig(layer=layer, site="around", keep=0.25, scorer="linear", selector="threshold") for layer in (1, 2)]
     model, trace = compress(dense("llama"), CompressionConfig(stages)).train(), Trace()
+    with pytest.raises(ValueError, match=r"thresholds of stages around_1, around_2 have seen no score.*laconic.start_routers"):
+        model.eval().generate(tokens(1), max_new_tokens=2)
+    model.train()
     assert start_routers(model, BATCHES) == {}
     assert model.training
     model.eval()(**HELD_OUT, trace=trace)
@@ -86,9 +89,11 @@ def test_a_linear_rule_is_found(number: int) -> None:
 
 
 def test_an_update_by_hand() -> None:
-    before, after = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.tensor([[[3.0, 4.0], [1.0, 2.0]]])
-    update = Update.of(before, after, None)
-    assert update.size.tolist() == [[0.0, 2.0]]
+    # The third token has no length, to which its change could be relative.
+    before = torch.tensor([[[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]]])
+    update = Update.of(before, torch.tensor([[[3.0, 4.0], [1.0, 2.0], [1.0, 1.0]]]), None)
+    assert update.size[:, :2].tolist() == [[0.0, 2.0]]
+    assert update.real.tolist() == [[True, True, False]]
     assert update.mean() == pytest.approx((1.0, (1 + 5**-0.5) / 2))
 
 
