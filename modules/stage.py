@@ -287,10 +287,15 @@ class Stage(nn.Module):
                 "decisions in evaluation"
             )
         decision = trace.replay.get(self.config.key)
-        # A threshold decides for each token, whatever their number; in training it also compares the scores of all processes.
+        # A threshold decides for each token, whatever their number.
         enough = present * 0 if self.selector.adaptive else count
-        waits = self.selector.adaptive and self.training
-        if decision is None and complete and (keep >= 1 or not (waits or bool((torch.as_tensor(enough) < torch.as_tensor(present)).any()))):
+        # In training, or with shards of weights, all processes must call the same modules, also one whose rows have no token of the scope.
+        together = self.training or sharded(site.layer)
+        if (
+            decision is None
+            and complete
+            and (keep >= 1 or not (together or bool((torch.as_tensor(enough) < torch.as_tensor(present)).any())))
+        ):
             # The scope has no tokens, as in every generation step after the first, or all of them are kept: no selection is needed.
             decision = everything(state)
         auxiliary = Auxiliary()

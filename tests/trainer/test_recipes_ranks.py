@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
 from tests.trainer.test_strategies import scalars
-from tests.trainer.two_ranks_recipes import NAMES, STRATEGIES
+from tests.trainer.two_ranks_recipes import FAMILY, NAMES, OF_FAMILY, STRATEGIES
 
 pytestmark = pytest.mark.slow
 
@@ -19,4 +20,14 @@ def test_a_recipe_learns_the_same_under_every_strategy(name: str, strategy: str,
     losses, expected = (scalars(two_processes / "recipes" / name / run) for run in (strategy, "plain"))
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
+    assert losses == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("strategy", OF_FAMILY)
+def test_processes_with_images_and_without_learn_together(strategy: str, two_processes: Path) -> None:
+    first, second = json.loads((two_processes / "recipes" / "results.json").read_text())[strategy]
+    assert len(first) == 3
+    assert first != second
+    losses, expected = (scalars(two_processes / "recipes" / FAMILY / run) for run in (strategy, "plain"))
+    assert len(losses) == 3
     assert losses == pytest.approx(expected, abs=1e-3)

@@ -115,20 +115,24 @@ def test_a_blank_image_changes_nothing_and_gives_the_tower_a_gradient_of_zero(pa
         assert not any(bool(gradient.any()) for gradient in gradients.values() if gradient is not None)
 
 
-def test_a_batch_without_an_image_calls_the_weights_of_one_with_images(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stack", ["projector", "text"])
+def test_a_batch_without_an_image_calls_the_modules_of_one_with_images(stack: str, parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collective, "world_size", lambda: 2)
     model, orders = copy.deepcopy(parts.model), []
+    if stack == "text":
+        stages = [laconic.StageConfig(layer=1, keep=0.5, stack="text", scope="visual", site=site) for site in ("around", "before")]
+        model = laconic.compress(laconic.decompress(model), laconic.CompressionConfig(stages))
     for images in (True, False):
         batch, order = _batch(parts), list[str]()
         if not images:
             batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, 5)
             del batch["pixel_values"]
-        # Those whose weights are gathered.
-        weighted = [(name, module) for name, module in model.named_modules() if module._parameters]
+        # Those whose weights are gathered, and those of stages: with shards of weights DeepSpeed compares the calls of all modules.
+        weighted = [(name, module) for name, module in model.named_modules() if module._parameters or ".stages." in name]
         hooks = [module.register_forward_pre_hook(lambda *_, name=name, order=order: order.append(name)) for name, module in weighted]
         with torch.no_grad():
-            answer_loss(model.eval(), batch, trace=(trace := Trace()))
-        assert [routing.counts()[1] > 0 for routing in trace.routings.values()] == [images]
+            answer_loss(model.train(), batch, trace=(trace := Trace()))
+        assert {routing.counts()[1] > 0 for routing in trace.routings.values()} == {images}
         for hook in hooks:
             hook.remove()
         orders.append(order)
