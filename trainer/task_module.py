@@ -149,7 +149,9 @@ class TaskModule(lightning.LightningModule):
     def test_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
         counted = batch_index < self.trainer.test_dataloaders.batch_sampler.counted
         found = self._evaluate(batch, counted)
-        if self.ahead is not None and "sample_ids" in batch:
+        if self.ahead is not None and "sample_ids" not in batch:
+            blank_forward(self.task, self.model)
+        elif self.ahead is not None:
             trace = Trace(seed=self.seed, sample_ids=batch["sample_ids"], lookahead=True)
             out = self.task.forward(self.model, batch, trace=trace)
             if counted:
@@ -162,11 +164,7 @@ class TaskModule(lightning.LightningModule):
             self._rows += batch["rows"]
             self._bad += batch["bad"]
         if "sample_ids" not in batch:
-            if collective.world_size() > 1:
-                # With partitioned parameters the other ranks need this rank's shards, so it runs a blank forward.
-                # An input may have several entries for a row, as many for each.
-                blank = {key: value[: len(value) // PROBES].to(self.device) for key, value in self.task.probe(self.model.config).items()}
-                self.model(**blank)
+            blank_forward(self.task, self.model)
             return {"trace": None}
         compressed = hasattr(self.model.config, "compression")
         trace = Trace(seed=self.seed, sample_ids=batch["sample_ids"]) if compressed else None
@@ -274,6 +272,13 @@ class TaskModule(lightning.LightningModule):
         optimizer = torch.optim.AdamW(groups, betas=recipe.betas, fused=fused)
         schedule = learning_rate_schedule(optimizer, recipe.schedule, self.total_steps, recipe.warmup, recipe.final)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def blank_forward(task: type[Task], model: PreTrainedModel) -> None:
+    """A forward of noise in place of a batch without a good row: with partitioned parameters the other ranks need this rank's shards."""
+    if collective.world_size() > 1:
+        # An input may have several entries for a row, as many for each.
+        model(**{key: value[: len(value) // PROBES].to(model.device) for key, value in task.probe(model.config).items()})
 
 
 def _share(batch: dict[str, Any]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,6 +87,15 @@ def test_a_probe_measures_the_model_without_each_part_and_goes_on_where_it_stopp
     monkeypatch.undo()
     with pytest.raises(RecipeError, match="was measured with rows = 6, and now it is 5"):
         _probe(folder, tmp_path / "p.json", rows=5)
+
+
+def test_a_record_of_weights_that_have_changed_is_not_continued(folder: Path, tmp_path: Path) -> None:
+    _probe(folder, tmp_path / "p.json")
+    record = json.loads((tmp_path / "p.json").read_text())
+    record["measured"][""]["loss"] += 0.1
+    (tmp_path / "p.json").write_text(json.dumps(record))
+    with pytest.raises(RecipeError, match=r"was measured with other weights: their loss was"):
+        _probe(folder, tmp_path / "p.json")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ def check_floor(recipe: Recipe, cost: CostModel) -> None:
             continue
         # This rule counts from the tokens before the first stage.
         by_power = (stage.config.count or stage.scorer.count) == "dynamicvit"
-        entering = cost.shapes[stage.config.stack].routable if by_power else present[key]
+        entering = (cost.shapes[stage.config.stack].routable if by_power else present[key]) / stage.unit
         left = entering * (keep ** (stage.place + 1) if by_power else keep)
         if left < 0.5:
             lowest = (1 / entering) ** (1 / (stage.place + 1)) if by_power else 1 / entering

@@ -59,7 +59,8 @@ def _training_ratio(parts: RunParts, cost: Cost) -> float:
     assert parts.cost is not None
     steps = range(0, parts.total_steps, max(1, parts.total_steps // 200))
     keeps = [drawn.keep(step, parts.total_steps, parts.recipe.seed) for step in steps]
-    return sum(parts.cost(dict.fromkeys(cost.keep, keep)).macs_ratio for keep in keeps) / len(keeps)
+    moved = [stage.config.key for stage in parts.cost.stages if not stage.config.left_out]
+    return sum(parts.cost(dict.fromkeys(moved, keep)).macs_ratio for keep in keeps) / len(keeps)
 
 
 def ratio_of(arm: Arm, parts: RunParts) -> dict[str, Any]:

@@ -19,7 +19,10 @@ from .plan import greedy
 from .probe import Probe
 
 # Recipes for fine-tuning, by task.
-BASES = {"causal_lm": "llm_finetune", "image_classification": "vit_image_folder", "text_classification": "text_classify"}
+BASES = {
+    "causal_lm": "llm_finetune", "image_classification": "vit_image_folder", "text_classification": "text_classify",
+    "vision_language": "vlm_finetune",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,10 @@ def check_plan(probe: Probe, options: PlanOptions) -> None:
 
 
 def base_of(probe: Probe, options: PlanOptions) -> str:
-    """Name of the recipe below the plan's."""
+    """Name of the recipe below the plan's. Raises RecipeError if none is known."""
     task = str(probe.record.settings["task"])
+    if options.base is None and task not in BASES:
+        raise RecipeError(f"--plan needs --base for task = {task}: the recipe that the plan is laid over")
     return options.base or BASES[task]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +81,13 @@ class Probe:
         own = () if self.meter.config is None else self.meter.config.of_stack(self.stack.name)
         self.parts = offered(self.stack, [int(stage.layer) for stage in own])
         self._done, self._began = 0, time.monotonic()
-        self.record.add("", self.meter.whole)
+        before, now = self.record.measured.get(""), self.meter.whole
+        if before is not None and not math.isclose(before.loss, now.loss, rel_tol=1e-3):
+            raise RecipeError(
+                f"--to {to} was measured with other weights: their loss was {before.loss:.4f}, and now it is {now.loss:.4f}: name another "
+                "file, or delete it"
+            )
+        self.record.add("", now)
 
     def measure(self, parts: Sequence[Part], left: int | None = None) -> Measured:
         """Loss and change of answers with these parts, from the record if they are in it.
