@@ -38,6 +38,7 @@ METHODS = [
     Method("bipartite_tokens", {"scorer": {"name": "bipartite", "metric": "tokens"}, "merger": "bipartite"}),
     Method("squeeze", {**_LEARNED, "merger": {"name": "squeeze", "proportional": True}}),
     Method("nearest", {**_LEARNED, "merger": "nearest"}, positional=True),
+    Method("clusters", {"scorer": "density_peaks", "merger": "nearest"}, positional=True),
     Method("threshold", {**_LEARNED, "selector": "threshold"}, adaptive=True),
     Method("gumbel", {**_LEARNED, "selector": "gumbel"}, site="between", adaptive=True),
     Method("threshold_fuse", {**_LEARNED, "selector": "threshold", "merger": "fuse"}, adaptive=True),

@@ -52,6 +52,7 @@ METHODS = [
     VisualMethod("pyramiddrop", {"scorer": "last_query", "count": "dynamicvit"}),
     VisualMethod("divprune", {"scorer": "diversity"}),
     VisualMethod("dart", {"scorer": {"name": "pivots", "pivots": 3}}),
+    VisualMethod("density_peaks", {"scorer": "density_peaks"}, once=True),
     VisualMethod("query_similarity", {"scorer": "query_similarity"}, once=True),
     VisualMethod("learned", _LEARNED),
     VisualMethod("vision_selector", {"scorer": {"name": "self_attention", "detach": True}}, once=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from laconic.modules.scorers.density_peaks import DensityPeaksScorer
 from laconic.modules.scorers.diversity import DiversityScorer
 from laconic.modules.scorers.pivots import PivotsScorer
 from laconic.modules.site import TokenSpec
@@ -73,3 +75,26 @@ def test_pivots_add_in_turn_the_token_least_similar_to_each(protected: int) -> N
                 assert _kept(scores[row], routable, count) == set(taken[:count])
     with pytest.raises(ValueError, match="pivots = 0 must be at least 1"):
         PivotsScorer(SPEC, pivots=0)
+
+
+@pytest.mark.parametrize("protected", [0, 2])
+def test_density_peaks_are_density_times_distance_to_the_nearest_denser_token_of_a_row(protected: int) -> None:
+    site = _site(protected)
+    # Tokens that are the same: the first is denser than the second, which is at distance 0.
+    site.hidden_states[0, 6] = site.hidden_states[0, 5]
+    for k in (1, 5):
+        scores = DensityPeaksScorer(SPEC, k=k)(site).scores
+        for row in range(3):
+            candidates = site.state.routable[row].nonzero().flatten().tolist()
+            tokens = site.hidden_states[row]
+            distance = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist") / 8**0.5
+            density = {}
+            for one in candidates:
+                nearest = sorted(float(distance[one, other]) ** 2 for other in candidates if other != one)[:k]
+                density[one] = math.exp(-sum(nearest) / len(nearest))
+            for one in candidates:
+                denser = [other for other in candidates if (density[other], -other) > (density[one], -one)]
+                far = min(distance[one, other] for other in denser) if denser else max(distance[one, other] for other in candidates)
+                torch.testing.assert_close(float(scores[row, one].exp()), density[one] * float(far), atol=1e-5, rtol=1e-3)
+    with pytest.raises(ValueError, match="k = 0 must be at least 1"):
+        DensityPeaksScorer(SPEC, k=0)
