@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from .config import BYPASS, COMPLETE, SITES, restore_key
 from .cost.count_rules import COUNT_RULES
 from .rules.candidate import Candidate, Rule
-from .rules.inputs import prompt_of_a_language_model
+from .rules.inputs import pixels_of_patches, prompt_of_a_language_model
 from .rules.towers import layers_without_mask, whole_units
 from .stage import Stage
 from .tokens.ragged import ATTENTION
@@ -342,6 +342,7 @@ STAGE_RULES: tuple[Rule, ...] = (
     outputs_of_the_merger,
     readable_layer,
     prompt_of_a_language_model,
+    pixels_of_patches,
     attention_for_rows_of_unequal_length,
     layers_without_mask,
     whole_units,

@@ -19,3 +19,20 @@ def prompt_of_a_language_model(candidate: Candidate) -> None:
             f"{where}: scorer {scorer!r} reads where the prompt of a row ends, which rows of a language model alone have, and scope 'prompt' or "
             f"'visual' alone may read: take {f'{cure}, or {other}' if cure else other}"
         )
+
+
+def pixels_of_patches(candidate: Candidate) -> None:
+    """Pixels are read where tokens are patches of images of one size."""
+    for stage in candidate.stages:
+        if not stage.scorer.reads_pixels or candidate.adapter.token_spec(candidate.model, candidate.stack(stage)).patch_values:
+            continue
+        where, scorer = f"stage {stage.config.key!r}", stage.config.part("scorer").name
+        with_pixels = [
+            f"stack = {name!r}"
+            for name, stack in candidate.stacks.items()
+            if stack.adapter.sites and candidate.adapter.token_spec(candidate.model, stack).patch_values
+        ]
+        raise ValueError(
+            f"{where}: scorer {scorer!r} reads the pixels of patches, and tokens here are no patches of images of one size: take "
+            f"{' or '.join([*with_pixels, 'a scorer of tokens'])}, 'learned' for example"
+        )

@@ -164,6 +164,15 @@ CASES: dict[str, list[Case]] = {
         ),
         ("gpt2", [_AROUND | {"scorer": "query_similarity"}], None, "take scope = 'prompt', or scorer 'linear'"),
     ],
+    "pixels_of_patches": [
+        (
+            "llava",
+            [_TEXT | {"scorer": "patch_energy"}],
+            None,
+            "'patch_energy' reads the pixels .*take stack = 'vision' or stack = 'projector' or a",
+        ),
+        ("qwen3_vl", [_TOWER | {"scorer": "patch_energy"}], None, "no patches of images of one size: take a scorer of tokens, 'learned'"),
+    ],
     "attention_for_rows_of_unequal_length": [
         (_flash("vit"), [{"selector": "threshold"}], None, "selector 'threshold' makes rows of different lengths, which attention 'flash")
     ],
