@@ -94,6 +94,11 @@ class Stage(nn.Module):
         return self.config.left_out and self.config.scope == "all"
 
     @property
+    def needs_threshold(self) -> bool:
+        """True if the decisions of a causal stage depend on a threshold that has seen no score yet."""
+        return self.adapter.causal and not self.whole and self.selector.uncalibrated
+
+    @property
     def chunks(self) -> bool:
         """A causal stage that shortens the text: each kept token represents a chunk, and a restore by ``dechunk`` follows."""
         return self.adapter.causal and not self.bypass and self.config.scope not in COMPLETE

@@ -22,8 +22,11 @@ from laconic.trainer.recipe.files import load
 from laconic.trainer.run_folder import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
-# Functions of Laconic with this name, and PEFT's, which runs no code of a folder.
-OWN = ("from_pretrained", "loading.from_pretrained", "laconic.from_pretrained", "PeftModel.from_pretrained")
+# Functions of Laconic with this name, PEFT's, which runs no code of a folder, and a step of a processor's, which hands on what that was given.
+OWN = (
+    *("from_pretrained", "loading.from_pretrained", "laconic.from_pretrained", "PeftModel.from_pretrained"),
+    "super()._get_arguments_from_pretrained",
+)
 # An export that was just written loads with the code that it carries.
 TRUSTED = ["trainer.export.formats.standalone"]
 

@@ -28,9 +28,10 @@ def load_processor(source: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoProcessor
 
-    how = {"trust_remote_code": False, "backend": "pil"}
     try:
-        processor = load_without_videos(source, revision, **how) or AutoProcessor.from_pretrained(source, revision=revision, **how)
+        processor = load_without_videos(source, revision)
+        if processor is None:
+            processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False, backend="pil")
     except ImportError as error:
         raise ValueError(
             f"the processor of {source!r} needs a package that is not installed: {' '.join(str(error).split())[:300]}"

@@ -50,13 +50,12 @@ def without_videos(of_images: type[Any], settings: dict[str, Any]) -> type[Any]:
     return type(of_images.__name__, (WithoutVideos, of_images), {"__module__": __name__, "video_settings": settings})
 
 
-def load_without_videos(source: str, revision: str | None, **options: Any) -> Any:
+def load_without_videos(source: str, revision: str | None) -> Any:
     """The processor of a folder or hub name without its part for videos; None if it has no such part.
 
     Args:
         source: folder or hub name.
         revision: revision on the hub.
-        options: further arguments of ``from_pretrained``.
 
     Raises:
         OSError, ValueError, ImportError: it cannot be loaded.
@@ -65,7 +64,7 @@ def load_without_videos(source: str, revision: str | None, **options: Any) -> An
     if of_images is None or _VIDEOS not in of_images.get_attributes():
         return None
     reduced = without_videos(of_images, get_video_processor_config(source, revision=revision))
-    return reduced.from_pretrained(source, revision=revision or "main", **options)
+    return reduced.from_pretrained(source, revision=revision or "main", trust_remote_code=False, backend="pil")
 
 
 def _class_of(source: str, revision: str | None) -> Any:

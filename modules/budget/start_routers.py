@@ -44,7 +44,7 @@ def start_routers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], 
     model.train(False)
     try:
         found = _fit({name: stage for name, stage in stages.items() if needs_fit(stage)}, model, given, run, seed)
-        _calibrate([stage for stage in stages.values() if needs_threshold(stage)], model, given, run, seed)
+        _calibrate([stage for stage in stages.values() if stage.needs_threshold], model, given, run, seed)
     finally:
         model.train(training)
     return found
@@ -53,11 +53,6 @@ def start_routers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], 
 def needs_fit(stage: Stage) -> bool:
     """The scorer predicts updates and is not fitted yet."""
     return stage.scorer.fits_updates and not bool(getattr(stage.scorer, "fitted", False))
-
-
-def needs_threshold(stage: Stage) -> bool:
-    """Decisions of a causal stage depend on a threshold that has seen no score yet."""
-    return stage.adapter.causal and not stage.whole and stage.selector.uncalibrated
 
 
 def _fit(stages: Mapping[str, Stage], model: PreTrainedModel, batches: list[Mapping[str, Any]], run: Run, seed: int) -> dict[str, float]:

@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..budget.start_routers import needs_threshold
 from ..compatibility import check_deployable
 from ..selectors.base import Request
 from ..stage import stages_of
@@ -31,7 +30,7 @@ class Generating:
             ValueError: in training mode, if a stage is non-causal, or if a threshold was never set.
         """
         check_deployable(stages_of(self).values())
-        if unset := [name for name, stage in stages_of(self).items() if needs_threshold(stage)]:
+        if unset := [name for name, stage in stages_of(self).items() if stage.needs_threshold]:
             raise ValueError(
                 f"the thresholds of stages {', '.join(unset)} have seen no score, so that any number of tokens would pass: train the model, "
                 "or call laconic.start_routers(model, batches)"

@@ -158,7 +158,7 @@ def test_settings_that_no_model_can_have_are_refused_before_anything_is_allocate
 
 def test_weights_that_exceed_the_memory_are_refused_before_they_are_allocated() -> None:
     recipe = load("vit_digits").recipe
-    checked = Checked(10**12, 10**12, 1, 10, 1, {}, [], 1.0, 0, [])
+    checked = Checked(10**12, 10**12, 1, 10, 1, {}, [], 1.0, 0, [], {}, {})
     with pytest.raises(RecipeError, match=r"the model's 1,000,000,000,000 parameters need 3,725 GiB, and this machine has \d+ GiB"):
         check_memory(checked, recipe)
     check_memory(validate(load("vit_digits", TINY).recipe), recipe)

@@ -72,8 +72,8 @@ def _write(path: Path, folder: Path, given: str) -> None:
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         # Float32 whatever the file holds: trainer.precision decides what is computed in bf16.
-        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     except (ValueError, KeyError, NotImplementedError, OSError, RuntimeError) as error:
         raise RecipeError(f"model.gguf_file = {given!r}: transformers cannot read it: {' '.join(str(error).split())}") from None
     # transformers takes the model for a quantised one, which cannot be saved: its float32 weights, in a model that is none.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...modules.budget.start_routers import needs_fit, needs_threshold, start_routers
+from ...modules.budget.start_routers import needs_fit, start_routers
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..distributed.deepspeed import stage_of
@@ -31,7 +31,7 @@ def started(parts: RunParts) -> dict[str, float]:
     """
     recipe, model, stages = parts.recipe, parts.model, stages_of(parts.model)
     fits = [name for name, stage in stages.items() if needs_fit(stage)]
-    if not fits and not any(needs_threshold(stage) for stage in stages.values()):
+    if not fits and not any(stage.needs_threshold for stage in stages.values()):
         return {}
     partitioned = stage_of(recipe.trainer) == 3
     if fits and (partitioned or not recipe.trainer.start_batches):
