@@ -260,6 +260,7 @@ def test_cumulative_counts_never_exceed_what_is_there() -> None:
     assert dict(CostModel(model)().kept) == {"before_1": 10, "before_2": 10}
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_compiled_model_answers_with_its_own_weights() -> None:
     model = compressed("vit", METHODS[0], 0.5, 0.6)
     model.compile(backend="eager")
@@ -308,6 +309,7 @@ def test_hidden_states_and_the_forwards_signature_are_as_in_transformers() -> No
     transformers.__version__ < "5.18",
     reason="while it is traced, transformers 5.17 makes a mask that hides nothing, and a count is then the device's",
 )
+@pytest.mark.slow
 def test_one_graph_without_a_break() -> None:
     model = compressed("vit", METHODS[0], 0.5, 0.6)
     compiled = torch.compile(lambda pixels: model(pixel_values=pixels, trace=Trace()).logits, fullgraph=True, backend="eager")

@@ -192,6 +192,7 @@ def test_shorter_prompts_are_evaluated_and_shown(tmp_path: Path, console: Consol
     assert 0.3 < kept["before_1"] < 0.8
 
 
+@pytest.mark.slow
 def test_answers_of_chats_are_learned_from_a_folder(tmp_path: Path, console: Console) -> None:
     overrides = [
         f"model.name={_chat_model(tmp_path / 'model')}",

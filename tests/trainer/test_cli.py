@@ -100,6 +100,7 @@ def test_a_run_its_evaluation_export_and_cost_speak_json(tmp_path: Path, quick: 
     )
 
 
+@pytest.mark.slow
 def test_recipes_env_validate_bench_and_dry_run_speak_json(tmp_path: Path, quick: list[str], laconic: Laconic) -> None:
     assert "vit_digits" in json.loads(laconic("recipes", "--json").stdout)["image_classification"]
     assert json.loads(laconic("recipes", "vit_digits", "--json").stdout)["task"] == "image_classification"

@@ -208,7 +208,7 @@ def _shallow(name: str) -> PreTrainedModel:
     return compressed("vit", next(method for method in METHODS if method.name == name), 0.6, num_hidden_layers=2)
 
 
-@pytest.mark.parametrize("name", ["squeeze", "around_mlp"])
+@pytest.mark.parametrize("name", [pytest.param("squeeze", marks=pytest.mark.slow), "around_mlp"])
 def test_graphs_of_methods_have_no_scatter_that_reduces(name: str) -> None:
     model = _shallow(name)
     with torch.no_grad():

@@ -144,6 +144,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(runs: Path, console
 
 
 @pytest.mark.usefixtures("quick_exports")
+@pytest.mark.slow
 def test_exports_and_evaluation_answer_like_the_run(runs: Path, tmp_path: Path, console: Console) -> None:
     run = runs / "lora"
     trained = _probe(from_pretrained(run))
