@@ -54,8 +54,8 @@ def test_down_sampled_images_have_a_quarter_of_the_tokens_in_all_layers_and_what
     torch.testing.assert_close(tower.position_embedding.weight, expected)
     assert torch.equal(tower.patch_embedding.weight, own.patch_embedding.weight)
     row, before = half.data.train[0], whole.data.train[0]
-    assert row["pixel_values"][0].shape[-1] == 16
-    images = len(before["pixel_values"])
+    assert row["images"]["pixel_values"].shape[-1] == 16
+    images = len(before["images"]["pixel_values"])
     assert len(before["input_ids"]) - len(row["input_ids"]) == images * (64 - 16)
     given = [*overrides, "compression.method=downsampled", "trainer.max_steps=1", "baselines=[]", f"output={tmp_path / 'run'}"]
     train(load("vlm_finetune", given), given, silent())

@@ -32,7 +32,7 @@ torch.save(model.generate(**given, max_new_tokens=6, min_new_tokens=6, do_sample
 """
 
 
-@pytest.mark.parametrize("stages", [[], ["compression.method=learned"], ["compression.method=pyramiddrop", "compression.layer=0.5"]])
+@pytest.mark.parametrize("stages", [[], ["compression.method=pyramiddrop", "compression.layer=0.5"]])
 def test_an_adapter_merged_weights_and_a_folder_without_laconic_give_the_same_answers(
     stages: list[str], tmp_path: Path, console: Console
 ) -> None:
