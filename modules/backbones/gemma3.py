@@ -56,11 +56,6 @@ class Gemma3(GridTower):
     classes: ClassVar[tuple[str, ...]] = ("Gemma3Model", "Gemma3ForConditionalGeneration")
 
     @classmethod
-    def plain_images(cls, config: Any, number: int) -> dict[str, Tensor]:
-        vision = config.vision_config
-        return {"pixel_values": torch.zeros(number, vision.num_channels, vision.image_size, vision.image_size)}
-
-    @classmethod
     def pictures(cls, config: Any, inputs: Mapping[str, Tensor]) -> list[Tile]:
         side = math.isqrt(config.mm_tokens_per_image)
         return [Tile(pixels, side, side) for pixels in inputs.get("pixel_values", ())]

@@ -87,10 +87,6 @@ class InternVL(GridTower):
         return output
 
     @classmethod
-    def plain_images(cls, config: Any, number: int) -> dict[str, Tensor]:
-        return {"pixel_values": torch.zeros(number, config.vision_config.num_channels, *pair(config.vision_config.image_size))}
-
-    @classmethod
     def pictures(cls, config: Any, inputs: Mapping[str, Tensor]) -> list[Tile]:
         down, across = pair(config.vision_config.patch_size)
         share = config.downsample_ratio

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -95,11 +94,6 @@ class LlavaTower(BeforeText):
     def skipped(cls, config: Any) -> int:
         """Number of tokens at the start of a tower's row that the projector does not read."""
         return int(config.vision_feature_select_strategy == "default")
-
-    @classmethod
-    def plain_images(cls, config: Any, number: int) -> dict[str, Tensor]:
-        tower = config.vision_config
-        return {"pixel_values": torch.zeros(number, tower.num_channels, tower.image_size, tower.image_size)}
 
     @classmethod
     def pictures(cls, config: Any, inputs: Mapping[str, Tensor]) -> list[Tile]:

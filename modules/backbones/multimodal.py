@@ -19,6 +19,7 @@ from .layer_adapter import LayerAdapter
 from .llama import Llama, Mistral, Qwen2, Qwen3
 from .stack import Stack
 from .tiles import Tile
+from .vision import pair
 
 # Adapters of the supported language models, by ``model_type``.
 LANGUAGE_MODELS: dict[str, type[Decoder]] = {adapter.model_type: adapter for adapter in (Llama, Mistral, Qwen2, Qwen3)}
@@ -109,13 +110,15 @@ class Multimodal(Decoder):
 
     @classmethod
     def plain_images(cls, config: Any, number: int) -> dict[str, Tensor]:
-        """Inputs for a number of empty images, each as small as the family can have it, in rows of one image.
+        """Inputs for a number of empty images, each as small as the family can have it, in rows of one image; by default
+        of the tower's own size.
 
         Args:
             config: config of the model.
             number: number of images, at least 1.
         """
-        raise NotImplementedError
+        tower = config.vision_config
+        return {"pixel_values": torch.zeros(number, tower.num_channels, *pair(tower.image_size))}
 
     @classmethod
     def pictures(cls, config: Any, inputs: Mapping[str, Tensor]) -> list[Tile]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
@@ -173,3 +173,33 @@ def batch(family: str, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Tensor]:
         ids[at, length - number :], mask[at, length - number :] = one["input_ids"][0], 1
     images = torch.cat([one["images"] for one in alone])
     return {"input_ids": ids, "attention_mask": mask} | (about.inputs(images, ids) if len(images) else {})
+
+
+def given_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a model takes of a row or a batch."""
+    return {key: value for key, value in inputs.items() if key != "images"}
+
+
+def labels_of(ids: Tensor) -> Tensor:
+    """The words behind the last image are learned, but the first one."""
+    place = torch.arange(ids.shape[1])
+    last = torch.where(ids == PLACEHOLDER, place, 0).amax(1, keepdim=True)
+    return ids.masked_fill((place <= last + 1) | (ids == 0), -100)
+
+
+def language_layers(model: PreTrainedModel) -> Any:
+    """Layers of the language model."""
+    inner: Any = model.model
+    return (inner.language_model if hasattr(inner, "language_model") else inner.text_model).layers
+
+
+def attend_to(layer: nn.Module, seen: Tensor) -> None:
+    """Hides all tokens but the (B, N) ``seen`` ones from the attention of a layer of a language model."""
+
+    def masked(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        length = seen.shape[1]
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones(1, 1, length, length).tril().bool() if mask is None else mask > -1 if mask.is_floating_point() else mask
+        return args, kwargs | {"attention_mask": mask & seen[:, None, None]}
+
+    layer.register_forward_pre_hook(masked, with_kwargs=True)

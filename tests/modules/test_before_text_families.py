@@ -16,7 +16,7 @@ from laconic import CompressionConfig, StageConfig, Trace, compress, decompress,
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.cost.cost import CostModel
 from tests.matrix.decoders import spread
-from tests.matrix.image_text import FAMILIES, IMAGES, PLACEHOLDER, SIDE, batch, dense, row
+from tests.matrix.image_text import FAMILIES, IMAGES, PLACEHOLDER, SIDE, attend_to, batch, dense, given_of, labels_of, language_layers, row
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 _LEARNED = {"name": "learned", "detach": True}
@@ -60,20 +60,10 @@ def _model(family: str, name: str, keep: float | None = None, **settings: Any) -
     return spread(compress(dense(family, **settings), CompressionConfig(stages)))
 
 
-def _given(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in inputs.items() if key != "images"}
-
-
-def _labels(ids: Tensor) -> Tensor:
-    place = torch.arange(ids.shape[1])
-    last = torch.where(ids == PLACEHOLDER, place, 0).amax(1, keepdim=True)
-    return ids.masked_fill((place <= last + 1) | (ids == 0), -100)
-
-
 @pytest.mark.parametrize("family", _families(*_DEFAULT))
 def test_keep_1_is_the_dense_model_bit_for_bit_loss_and_gradients(family: str) -> None:
     given = batch(family)
-    answers, losses = _labels(given["input_ids"]), []
+    answers, losses = labels_of(given["input_ids"]), []
     model, plain = _model(family, "all", 1.0), dense(family)
     for each in (model, plain):
         trace = {"trace": Trace(labels=answers)} if each is model else {}
@@ -99,7 +89,7 @@ AttentionInterface.register("seen", _attend_to_seen)
 
 @pytest.mark.parametrize("family", _families(*_DEFAULT))
 def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str) -> None:
-    given, model, plain = _given(row(family, 1)), _model(family, "all"), dense(family)
+    given, model, plain = given_of(row(family, 1)), _model(family, "all"), dense(family)
     trace = Trace()
     logits = model(**given, trace=trace, use_cache=True).logits
     inner: Any = plain.model
@@ -118,27 +108,16 @@ def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str) -> None
     hidden = torch.ones_like(given["input_ids"], dtype=torch.bool)
     absent = trace.flow("text").absent
     assert absent is not None
-    for index, layer in enumerate(_layers(plain)):
+    for index, layer in enumerate(language_layers(plain)):
         hidden = hidden & ~absent
         routing = trace.routings.get(f"text.before_{index}")
         if routing is not None:
             hidden = torch.zeros_like(hidden).scatter(1, routing.state.position, routing.kept_mask) & hidden
 
-        def masked(_: Any, args: Any, kwargs: dict[str, Any], seen: Tensor = hidden) -> Any:
-            length = seen.shape[1]
-            mask = kwargs.get("attention_mask")
-            mask = torch.ones(1, 1, length, length).tril().bool() if mask is None else mask > -1 if mask.is_floating_point() else mask
-            return args, kwargs | {"attention_mask": mask & seen[:, None, None]}
-
-        layer.register_forward_pre_hook(masked, with_kwargs=True)
+        attend_to(layer, hidden)
     expected = plain(**given, use_cache=False).logits
     words = given["input_ids"] != PLACEHOLDER
     torch.testing.assert_close(logits[words], expected[words], **CLOSE)
-
-
-def _layers(model: PreTrainedModel) -> Any:
-    inner: Any = model.model
-    return (inner.language_model if hasattr(inner, "language_model") else inner.text_model).layers
 
 
 @pytest.mark.parametrize(
@@ -153,7 +132,7 @@ def test_a_mixed_batch_is_each_row_alone_and_generation_equals_recomputing(famil
     how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     made = model.generate(**given, **how)
     for number in range(3):
-        one = _given(row(family, number))
+        one = given_of(row(family, number))
         alone = model.generate(**one, **how)
         assert torch.equal(alone.sequences[0, -3:], made.sequences[number, -3:])
         for ours, theirs in zip(alone.logits, made.logits, strict=True):
@@ -161,7 +140,7 @@ def test_a_mixed_batch_is_each_row_alone_and_generation_equals_recomputing(famil
         trace = Trace()
         model(**one, trace=trace, use_cache=True)
         assert IMAGES[number] == 0 or int(torch.as_tensor(trace.flow("text").gone).sum()) > 0
-    one, beams = _given(row(family, 1)), {**how, "num_beams": 2}
+    one, beams = given_of(row(family, 1)), {**how, "num_beams": 2}
     both = model.generate(**batch(family, (1, 0)), **beams).sequences
     assert torch.equal(both[0, -3:], model.generate(**one, **beams).sequences[0, -3:])
     # Recomputed without a cache: nothing says where the prompt ends, so that the last token of the prompt is given.
@@ -173,8 +152,8 @@ def test_a_mixed_batch_is_each_row_alone_and_generation_equals_recomputing(famil
 
 @pytest.mark.parametrize("family", _families(without=(*_ALIKE, "smolvlm", "qwen3_vl")))
 def test_it_is_saved_loaded_taken_back_and_trained_with_checkpointing(family: str, tmp_path: Any) -> None:
-    given, model = _given(batch(family)), _model(family, "all")
-    answers, found = _labels(given["input_ids"]), []
+    given, model = given_of(batch(family)), _model(family, "all")
+    answers, found = labels_of(given["input_ids"]), []
     expected = model(**given, use_cache=True).logits
     model.save_pretrained(tmp_path)
     assert torch.equal(from_pretrained(tmp_path)(**given, use_cache=True).logits, expected)
@@ -194,7 +173,7 @@ def test_it_is_saved_loaded_taken_back_and_trained_with_checkpointing(family: st
 
 @pytest.mark.parametrize("family", _families("qwen3_vl", without=_ALIKE))
 def test_analytic_macs_of_all_stacks_equal_a_counter(family: str) -> None:
-    how, given = {"attn_implementation": "eager"}, _given(row(family, 0))
+    how, given = {"attn_implementation": "eager"}, given_of(row(family, 0))
     words = 64 - (given["input_ids"].shape[1] - FAMILIES[family].routable)
     longer = {key: torch.nn.functional.pad(value, (0, words), value=3 * (key == "input_ids")) if value.shape == given["input_ids"].shape else value
               for key, value in given.items()}  # fmt: skip
@@ -239,7 +218,7 @@ def test_padding_of_tiles_is_neither_kept_nor_gone_and_features_go_to_their_plac
 
 def test_images_and_videos_that_are_interpolated_are_refused_with_what_works() -> None:
     model = _model("llava_onevision", "projector")
-    given = _given(row("llava_onevision", 0))
+    given = given_of(row("llava_onevision", 0))
     for each in (model.config, model.model.config):
         each.image_grid_pinpoints, each.vision_aspect_ratio = [[SIDE, 2 * SIDE]], "anyres_max_1"
     images = given["pixel_values"].repeat(1, 2, 1, 1, 1)[:, :3]
@@ -256,7 +235,7 @@ def test_images_and_videos_that_are_interpolated_are_refused_with_what_works() -
 @pytest.mark.parametrize("name", ["tower", "projector", "adaptive"])
 def test_patches_that_are_joined_behind_the_tower_stay_or_leave_together(name: str) -> None:
     model, trace = _model("smolvlm", name), Trace()
-    given = _given(row("smolvlm", 1))
+    given = given_of(row("smolvlm", 1))
     model(**given, trace=trace)
     for routing in trace.routings.values():
         state, kept = routing.state, routing.kept_mask
@@ -274,7 +253,7 @@ def test_patches_that_are_joined_behind_the_tower_stay_or_leave_together(name: s
 
 
 def test_images_with_padding_are_refused_with_what_works() -> None:
-    model, given = _model("smolvlm", "projector"), _given(row("smolvlm", 0))
+    model, given = _model("smolvlm", "projector"), given_of(row("smolvlm", 0))
     hidden = torch.ones(1, 1, SIDE, SIDE, dtype=torch.bool)
     hidden[..., 12:] = False
     with pytest.raises(ValueError, match="pixel_attention_mask hides a part of an image.*do_image_splitting = True.*stack = 'text'"):

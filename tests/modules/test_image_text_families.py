@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -15,7 +14,7 @@ from laconic import CompressionConfig, StageConfig, Trace, compress, decompress,
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.decoding.cache import RoutedCache
 from tests.matrix.decoders import spread
-from tests.matrix.image_text import FAMILIES, IMAGES, PLACEHOLDER, batch, dense, row
+from tests.matrix.image_text import FAMILIES, IMAGES, PLACEHOLDER, attend_to, batch, dense, given_of, labels_of, language_layers, row
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 METHODS: dict[str, dict[str, Any]] = {
@@ -45,20 +44,10 @@ def _model(family: str, name: str, keep: float = 0.5, layers: tuple[int, ...] = 
     return spread(compress(dense(family, **settings), CompressionConfig(stages)))
 
 
-def _given(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in inputs.items() if key != "images"}
-
-
-def _labels(ids: Tensor) -> Tensor:
-    place = torch.arange(ids.shape[1])
-    last = torch.where(ids == PLACEHOLDER, place, 0).amax(1, keepdim=True)
-    return ids.masked_fill((place <= last + 1) | (ids == 0), -100)
-
-
 @pytest.mark.parametrize(("family", "name"), _pairs())
 def test_keep_1_is_the_dense_model_bit_for_bit_loss_and_gradients(family: str, name: str) -> None:
     given = batch(family)
-    answers, losses = _labels(given["input_ids"]), []
+    answers, losses = labels_of(given["input_ids"]), []
     model, plain = _model(family, name, 1.0), dense(family)
     for each in (model, plain):
         trace = {"trace": Trace(labels=answers)} if each is model else {}
@@ -72,31 +61,20 @@ def test_keep_1_is_the_dense_model_bit_for_bit_loss_and_gradients(family: str, n
 
 @pytest.mark.parametrize(("family", "name"), _pairs("random", "last_query"))
 def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str, name: str) -> None:
-    given, model, plain = _given(row(family, 1)), _model(family, name), dense(family)
+    given, model, plain = given_of(row(family, 1)), _model(family, name), dense(family)
     trace = Trace()
     logits = model(**given, trace=trace, use_cache=True).logits
     hidden = torch.ones_like(given["input_ids"], dtype=torch.bool)
-    for index, layer in enumerate(_layers(plain)):
+    for index, layer in enumerate(language_layers(plain)):
         routing = trace.routings.get(f"text.before_{index}")
         if routing is not None:
             hidden = torch.zeros_like(hidden).scatter(1, routing.state.position, routing.kept_mask) & hidden
 
-        def masked(_: Any, args: Any, kwargs: dict[str, Any], seen: Tensor = hidden) -> Any:
-            length = seen.shape[1]
-            mask = kwargs.get("attention_mask")
-            mask = torch.ones(1, 1, length, length).tril().bool() if mask is None else mask > -1 if mask.is_floating_point() else mask
-            return args, kwargs | {"attention_mask": mask & seen[:, None, None]}
-
-        layer.register_forward_pre_hook(masked, with_kwargs=True)
+        attend_to(layer, hidden)
     expected = plain(**given, use_cache=False).logits
     words = given["input_ids"] != PLACEHOLDER
     assert int(hidden.sum()) < hidden.numel() - FAMILIES[family].tokens
     torch.testing.assert_close(logits[words], expected[words], **CLOSE)
-
-
-def _layers(model: PreTrainedModel) -> Any:
-    inner: Any = model.model
-    return (inner.language_model if hasattr(inner, "language_model") else inner.text_model).layers
 
 
 @pytest.mark.parametrize(("family", "name"), _pairs())
@@ -107,13 +85,13 @@ def test_a_mixed_batch_is_each_row_alone_and_decoding_equals_one_forward(family:
     counts = {}
     for number in range(3):
         if name != "random":
-            assert torch.equal(model.generate(**_given(row(family, number)), **how)[0, -4:], made[number, -4:])
+            assert torch.equal(model.generate(**given_of(row(family, number)), **how)[0, -4:], made[number, -4:])
         trace = Trace()
-        model(**_given(row(family, number)), trace=trace, use_cache=True)
+        model(**given_of(row(family, number)), trace=trace, use_cache=True)
         counts[number] = [routing.counts() for routing in trace.routings.values()]
     visual = FAMILIES[family].routable
     assert [counts[number][0][1] for number in range(3)] == [images * visual for images in IMAGES]
-    one = _given(row(family, 0))
+    one = given_of(row(family, 0))
     prompt = torch.arange(one["input_ids"].shape[1])[None] < one["input_ids"].shape[1] - 4
     whole = model(**one, trace=Trace(prompt=prompt), use_cache=False).logits
     cache, split = RoutedCache(model.config), one["input_ids"].shape[1] - 3
@@ -132,8 +110,8 @@ def test_a_mixed_batch_is_each_row_alone_and_decoding_equals_one_forward(family:
 
 @pytest.mark.parametrize("family", _families())
 def test_it_is_saved_loaded_taken_back_and_trained_with_checkpointing(family: str, tmp_path: Path) -> None:
-    given, model = _given(batch(family)), _model(family, "learned")
-    answers = _labels(given["input_ids"])
+    given, model = given_of(batch(family)), _model(family, "learned")
+    answers = labels_of(given["input_ids"])
     expected = model(**given, use_cache=True).logits
     model.save_pretrained(tmp_path)
     assert torch.equal(from_pretrained(tmp_path)(**given, use_cache=True).logits, expected)
@@ -145,7 +123,7 @@ def test_it_is_saved_loaded_taken_back_and_trained_with_checkpointing(family: st
 
 @pytest.mark.parametrize("family", _families())
 def test_analytic_macs_are_those_of_a_counter(family: str) -> None:
-    model, given = _model(family, "random", attn_implementation="eager"), _given(row(family, 0))
+    model, given = _model(family, "random", attn_implementation="eager"), given_of(row(family, 0))
     # 64 tokens beside the visual ones, to which the ends of lines do not belong.
     words = 64 - (given["input_ids"].shape[1] - FAMILIES[family].routable)
     longer = {key: torch.nn.functional.pad(value, (0, words), value=3 * (key == "input_ids")) if value.shape == given["input_ids"].shape else value
