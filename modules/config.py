@@ -10,6 +10,7 @@ from typing import Any
 
 from . import registry
 from .rules.depth import check_layer, layers_at
+from .rules.protected import check_protect
 
 # Sites that shorten the sequence for all layers after them.
 SHRINKING = ("before", "between")
@@ -120,7 +121,8 @@ class StageConfig:
         count: rule that turns ``keep`` into a number of tokens, a key of ``COUNT_RULES``; None uses the scorer's, mostly ``round``.
         scope: tokens that the stage may touch: ``all``, ``prompt`` (those before the first predicted token) or ``visual``.
         protect: ``{first: n}`` for causal models: the first n tokens of each document are protected. Later tokens attend to them more than
-            to others (attention sinks, arXiv 2309.17453), so that a pretrained model suffers where they bypass a layer. None protects none.
+            to others (attention sinks, arXiv 2309.17453), so that a pretrained model suffers where they bypass a layer. ``{last: n}`` for
+            scope ``prompt``: the last n tokens of each prompt, a question behind a long context. Both may be given. None protects none.
         stack: stack that ``layer`` counts in, for a model with several (``vision``, ``text``); "" if the model has one.
         name: name in logs and reports; None builds it from stack, site and layer.
     """
@@ -158,7 +160,7 @@ class StageConfig:
         if self.left_out:
             self._check_left_out()
         if self.protect is not None:
-            _check_protect(self.protect)
+            check_protect(self.protect, self.scope)
 
     def _check_left_out(self) -> None:
         if self.protect is not None:
@@ -198,7 +200,12 @@ class StageConfig:
     @property
     def first(self) -> int:
         """Protected tokens at the start of each document."""
-        return 0 if self.protect is None else self.protect["first"]
+        return 0 if self.protect is None else self.protect.get("first", 0)
+
+    @property
+    def last(self) -> int:
+        """Protected tokens at the end of each prompt, the one from which the answer starts included."""
+        return 0 if self.protect is None else self.protect.get("last", 0)
 
     @property
     def free(self) -> bool:
@@ -355,12 +362,6 @@ def stages_from_dict(data: Mapping[str, Any]) -> list[StageConfig]:
     if len(layers) > 1 and data.get("name") is not None:
         raise ValueError(f"compression.stages[].name = {data['name']!r} would be that of {len(layers)} stages: leave it out")
     return [StageConfig(**{**data, "layer": layer}) for layer in layers]
-
-
-def _check_protect(given: Any) -> None:
-    number = given.get("first") if isinstance(given, Mapping) and set(given) == {"first"} else None
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ValueError(f"compression.stages[].protect = {given!r} must be {{first: N}}, with N an integer of at least 1")
 
 
 def _check_texts(stage: StageConfig) -> None:

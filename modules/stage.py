@@ -243,7 +243,7 @@ class Stage(nn.Module):
         """TokenState at the site, with tokens outside the stage's scope marked as protected."""
         if trace.keep.get(self.config.key, self.config.keep) == 1:
             return flow.tokens
-        return in_scope(self.config.scope, trace, flow, self.config.first)
+        return in_scope(self.config.scope, trace, flow, self.config.first, self.config.last)
 
     @property
     def _smooths(self) -> bool:

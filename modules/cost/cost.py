@@ -305,12 +305,13 @@ class CostModel:
             if stage is None:
                 return entering
             # Of a row with one document; these tokens are no choice of the stage.
-            first = min(stage.config.first, entering) if stage.config.first else 0
-            leaving = kept(stage, entering - first, begin)
-            walk.stage_macs[stage.config.key] = stage.macs(shape, shape.protected + entering, shape.protected + first + leaving)
-            walk.present[stage.config.key], walk.kept[stage.config.key] = entering - first, leaving
+            apart = stage.config.first + stage.config.last
+            apart = min(apart, entering) if apart else 0
+            leaving = kept(stage, entering - apart, begin)
+            walk.stage_macs[stage.config.key] = stage.macs(shape, shape.protected + entering, shape.protected + apart + leaving)
+            walk.present[stage.config.key], walk.kept[stage.config.key] = entering - apart, leaving
             # Protected tokens are added to the result.
-            return -shape.protected if stage.skips and leaving == 0 else first + leaving
+            return -shape.protected if stage.skips and leaving == 0 else apart + leaving
 
         for layer in range(shape.layers):
             if layer == restore:

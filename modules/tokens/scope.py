@@ -14,7 +14,7 @@ from .trace import Trace
 _PROMPT_GIVEN = "call the model with use_cache=True, or give Trace(labels=…) or Trace(prompt=…)"
 
 
-def in_scope(scope: str, trace: Trace, flow: Flow, first: int = 0) -> TokenState:
+def in_scope(scope: str, trace: Trace, flow: Flow, first: int = 0, last: int = 0) -> TokenState:
     """TokenState of the current tokens with those outside the scope marked as protected.
 
     Args:
@@ -22,6 +22,7 @@ def in_scope(scope: str, trace: Trace, flow: Flow, first: int = 0) -> TokenState
         trace: Trace of the forward.
         flow: Flow of the stack.
         first: number of tokens at the start of each document that are outside too.
+        last: number of tokens at the end of each prompt that are outside, the one from which the answer starts included.
 
     Raises:
         ValueError: the forward does not define which tokens are in the scope.
@@ -31,6 +32,8 @@ def in_scope(scope: str, trace: Trace, flow: Flow, first: int = 0) -> TokenState
     if scope == "all":
         return state if later is None else state.restrict(later.gather(1, state.position))
     tokens = _prompt(trace, flow, state) if scope == "prompt" else _visual(flow)
+    if last > 1:
+        tokens = tokens & (_number_from_the_end(tokens, flow) >= last)
     return state.restrict((tokens if later is None else tokens & later).gather(1, state.position))
 
 
@@ -45,6 +48,17 @@ def _behind(flow: Flow, state: TokenState, first: int) -> Tensor | None:
     # Padding in front of a row does not count.
     number = place if flow.valid is None else flow.valid.long().cumsum(1) - 1
     return number + torch.as_tensor(flow.earlier, device=place.device).view(-1, 1) >= first
+
+
+def _number_from_the_end(prompt: Tensor, flow: Flow) -> Tensor:
+    """(B, N) int64: number of the prompt's tokens from each one to the last of its document, itself included."""
+    following = prompt.flip(1).cumsum(1).flip(1)
+    if flow.documents is None:
+        return following
+    ends = flow.documents.diff(dim=1, append=flow.documents[:, -1:] - 1) != 0
+    # Less the prompts of later documents; their number never increases along a row.
+    later = torch.where(ends, following - prompt.long(), 0).flip(1).cummax(1).values.flip(1)
+    return following - later
 
 
 def _visual(flow: Flow) -> Tensor:

@@ -67,7 +67,13 @@ def test_costs_count_the_first_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"first": 0}, r"must be \{first: N\}"), ({"last": 1}, r"must be \{first: N\}"), ({"first": True}, r"must be \{first: N\}")],
+    [
+        ({"first": 0}, r"must be \{first: N\}, \{last: N\} or both"),
+        ({"middle": 1}, r"must be \{first: N\}, \{last: N\} or both"),
+        ({"first": True}, r"must be \{first: N\}"),
+        ({}, r"must be \{first: N\}"),
+        ({"first": 1, "last": 1}, "the last tokens are those of a prompt, and scope = 'all': set scope = prompt, or remove last"),
+    ],
 )
 def test_other_values_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

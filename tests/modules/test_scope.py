@@ -21,8 +21,8 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 families = pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
 
 
-def _model(family: str, *keeps: float, scorer: Any = "learned") -> PreTrainedModel:
-    stages = [StageConfig(layer=layer, keep=keep, scorer=scorer, scope="prompt") for layer, keep in enumerate(keeps, 1)]
+def _model(family: str, *keeps: float, **settings: Any) -> PreTrainedModel:
+    stages = [StageConfig(layer=layer, keep=keep, scope="prompt", **settings) for layer, keep in enumerate(keeps, 1)]
     return spread(compress(dense(family), CompressionConfig(stages, {"layer": 4, "by": "rejoin"})))
 
 
@@ -33,12 +33,12 @@ def _padded() -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _prompt(labels: Tensor | None = None, **noted: Any) -> Tensor:
+def _prompt(labels: Tensor | None = None, first: int = 0, last: int = 0, **noted: Any) -> Tensor:
     """(1, N) which tokens the prompt is, by the caller's labels and by what the model noted of its input."""
     trace, flow = Trace(labels=labels), Flow(**noted)
     number = 6 if labels is None else labels.shape[1]
     flow.begin(TokenState.initial(1, number, 0, flow.valid, torch.device("cpu")), torch.zeros(1, number, 1))
-    return in_scope("prompt", trace, flow).routable.int()
+    return in_scope("prompt", trace, flow, first, last).routable.int()
 
 
 def test_the_prompt_is_what_comes_before_the_token_that_answers() -> None:
@@ -55,6 +55,17 @@ def test_the_prompt_is_what_comes_before_the_token_that_answers() -> None:
     assert _prompt(carry={}, seen=3).tolist() == [[0] * 6]
     with pytest.raises(ValueError, match="nothing says which tokens are the prompt.*use_cache.*Trace.labels.*Trace.prompt"):
         _prompt()
+
+
+def test_the_last_tokens_of_each_prompt_are_those_up_to_the_one_that_answers() -> None:
+    no = -100
+    packed = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1]])
+    labels = torch.tensor([[no, no, no, no, no, 7, no, no, no, no, 8, no]])
+    shown = {"labels": labels, "documents": packed, "valid": packed >= 0}
+    assert _prompt(**shown, last=1).tolist() == [[1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0]]
+    assert _prompt(**shown, last=3).tolist() == [[1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0]]
+    assert _prompt(**shown, first=1, last=3).tolist() == [[0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]
+    assert _prompt(carry={}, last=4).tolist() == [[1, 1, 0, 0, 0, 0]]
 
 
 @families
@@ -81,9 +92,15 @@ def test_keep_1_is_the_dense_model_and_packed_documents_are_apart(family: str) -
         torch.testing.assert_close(packed[:, part], alone, **CLOSE)
 
 
-@families
-def test_what_follows_the_prompt_never_sees_ahead_and_decodes_as_it_was_trained(family: str) -> None:
-    model, (ids, mask) = _model(family, 0.5, 0.7), _padded()
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *((family, {}) for family in ("llama", "gemma3_text", "gpt2")),
+        ("llama", {"scorer": "last_query", "protect": {"first": 1, "last": 4}}),
+    ],
+)
+def test_what_follows_the_prompt_never_sees_ahead_and_decodes_as_it_was_trained(family: str, settings: dict[str, Any]) -> None:
+    model, (ids, mask) = _model(family, 0.5, 0.7, **settings), _padded()
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     prompt = mask.bool() & (torch.arange(24) < 17)
     whole, trace = traced(model, ids, attention_mask=mask, position_ids=position, prompt=prompt)
@@ -105,6 +122,8 @@ def test_what_follows_the_prompt_never_sees_ahead_and_decodes_as_it_was_trained(
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], **CLOSE)
     left = [int(torch.as_tensor(trace.flow().layer_tokens[layer].attention).sum()) for layer in range(4)]
     assert left[3] == left[2] < left[1] < left[0]
+    ends = settings.get("protect", {}).get("last", 1)
+    assert bool(trace.routings["before_1"].kept_mask[:, 18 - ends :].all())
     # Padding is stored by layers that see whole rows.
     assert cache.tokens_stored()[1:] == left[1:]
 
