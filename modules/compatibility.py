@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from .config import BYPASS, COMPLETE, SITES, restore_key
 from .cost.count_rules import COUNT_RULES
 from .rules.candidate import Candidate, Rule
+from .rules.estimators import estimator_for_its_scorer, weights_without_merging
 from .rules.inputs import pixels_of_patches, prompt_of_a_language_model
 from .rules.towers import layers_without_mask, whole_units
 from .stage import Stage
@@ -170,27 +171,6 @@ def every_token_restored(candidate: Candidate) -> None:
 # Rules for built stages.
 
 
-def estimator_for_its_scorer(candidate: Candidate) -> None:
-    for stage in candidate.stages:
-        where, scorer, part = f"stage {stage.config.key!r}", stage.config.part("scorer").name, stage.estimator
-        if stage.scorer.estimator is None and stage.config.estimator is not None:
-            raise ValueError(f"{where}: scorer {scorer!r} is not trained: leave estimator out")
-        if part is None:
-            continue
-        name = stage.config.part("estimator").name if stage.config.estimator is not None else str(stage.scorer.estimator)
-        if part.needs_chunks and not stage.chunks:
-            raise ValueError(f"{where}: estimator {name!r} needs a causal model's chunks and a restore by 'dechunk': leave estimator out")
-        if part.bypass_only and not stage.bypass:
-            raise ValueError(f"{where}: estimator {name!r} scales a layer's output at bypass sites: give site = 'around', or leave it out")
-        if part.needs_answers != stage.scorer.answers_task:
-            raise ValueError(f"{where}: estimator {name!r} cannot train scorer {scorer!r}; take {stage.scorer.estimator!r}")
-        if part.needs_attention:
-            layer, site, last = stage.config.place, stage.config.site, candidate.last_layer(stage)
-            attends = layer + 1 < last if site == "between" else site != "around_mlp"
-            if not attends:
-                raise ValueError(f"{where}: estimator {name!r} learns from attention, and no attention follows: take straight_through")
-
-
 def partner_found(candidate: Candidate) -> None:
     for stage in candidate.stages:
         scorer, merger = (stage.config.part(kind).name for kind in ("scorer", "merger"))
@@ -335,6 +315,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
 )
 STAGE_RULES: tuple[Rule, ...] = (
     estimator_for_its_scorer,
+    weights_without_merging,
     partner_found,
     matching_is_for_shrinking,
     nothing_merged_around_a_layer,

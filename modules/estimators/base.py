@@ -14,8 +14,8 @@ from ..tokens.decision import Decision
 
 @dataclass(frozen=True)
 class Estimate:
-    """Gradient paths to the scorer. Most do not change the forward's values; an estimator that runs in evaluation may, and ``soft_top_k``
-    does in training alone.
+    """Gradient paths to the scorer. Most do not change the forward's values; an estimator that runs in evaluation may, and one that
+    ``weighs_training`` does in training alone.
 
     Attributes:
         scale: (B, M) factor on the kept tokens, mostly of value 1; at a bypass site, on the layer's update. None for no factor.
@@ -73,6 +73,11 @@ class Estimator(nn.Module):
     needs_answers: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False
     needs_chunks: ClassVar[bool] = False
+
+    @property
+    def weighs_training(self) -> bool:
+        """Tokens have weights in training that they do not have in evaluation."""
+        return False
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
         """

@@ -16,24 +16,35 @@ _HALVINGS = 40
 
 
 class SoftTopKEstimator(Estimator):
-    """In training the kept tokens are multiplied by sigmoid(s + t), where t makes the mask add up to their number, and a binary
-    cross-entropy pulls the mask to the hard decision (the differentiable top-k of VisionSelector, arXiv 2510.16598).
+    """A straight-through weight 1 + m - sg(m) on the tokens, with the mask m = sigmoid(s + t), where t makes m add up to the number of kept
+    tokens; and a binary cross-entropy that pulls m to the hard decision (the differentiable top-k of VisionSelector, arXiv 2510.16598).
 
-    The paper multiplies all tokens by the mask and removes none in training. Here the other tokens are removed; their scores get a gradient
-    through t, since what one token gains the others lose. In evaluation tokens are not multiplied. As the cross-entropy's weight rises, the
-    mask comes close to 0 and 1, and training to evaluation.
+    Tokens that are not kept are removed in training too; their scores get a gradient through t, since what one token gains the others
+    lose, and through a merger that makes them a part of kept ones. The value of the weight is 1, so that training and evaluation compute
+    the same.
+
+    The paper multiplies all tokens by m in training, removes none, and does neither in use. ``weighted`` multiplies by m too. As the
+    cross-entropy's weight rises, m comes close to 0 and 1, and training to evaluation; until then the layers behind the stage learn on
+    tokens that are weaker than in use. A merger would also average removed tokens with the weight m, where use has weight 1.
 
     Args:
         start: weight of the cross-entropy at the first step.
         end: its weight at the last step.
+        weighted: the factor in training is m itself.
     """
 
-    def __init__(self, start: float = 0.1, end: float = 2.0) -> None:
+    def __init__(self, start: float = 0.1, end: float = 2.0, weighted: bool = False) -> None:
         super().__init__()
         for name, value in (("start", start), ("end", end)):
             if not value >= 0:
                 raise ValueError(f"estimator 'soft_top_k': {name} = {value} must be at least 0")
-        self.start, self.end = start, end
+        if not isinstance(weighted, bool):
+            raise ValueError(f"estimator 'soft_top_k': weighted = {weighted!r} must be true or false")
+        self.start, self.end, self.weighted = start, end, weighted
+
+    @property
+    def weighs_training(self) -> bool:
+        return self.weighted
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
         routable = inputs.state.routable
@@ -44,7 +55,9 @@ class SoftTopKEstimator(Estimator):
         wrong = functional.binary_cross_entropy_with_logits(logits, kept.to(logits.dtype), reduction="none") * decided
         loss = wrong.sum() / decided.sum().clamp(min=1)
         weight = self.start + (self.end - self.start) * inputs.trace.progress
-        return Estimate(scale=torch.where(decided, logits.sigmoid(), 1.0), loss=weight * loss)
+        mask = logits.sigmoid()
+        scale = mask if self.weighted else 1 + (mask - mask.detach())
+        return Estimate(scale=torch.where(decided, scale, 1.0), loss=weight * loss)
 
 
 def shift(scores: Tensor, routable: Tensor, count: Tensor) -> Tensor:

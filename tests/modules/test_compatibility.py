@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from laconic import CompressionConfig, StageConfig, compress
 from laconic.modules import compatibility
 from laconic.modules.compatibility import CONFIG_RULES, STAGE_RULES, Rule
-from laconic.modules.rules import towers
+from laconic.modules.rules import estimators, towers
 from tests.matrix import decoders, encoders, image_text, vision, visual
 from tests.modules import test_masked_images as masked_images
 
@@ -131,6 +131,14 @@ CASES: dict[str, list[Case]] = {
             "estimator 'key_bias' learns from attention, and no attention follows",
         ),
     ],
+    "weights_without_merging": [
+        (
+            "vit",
+            [{"scorer": "self_attention", "estimator": {"name": "soft_top_k", "weighted": True}, "merger": "nearest"}],
+            None,
+            "'soft_top_k' multiplies tokens by weights in training alone, .* give estimator = 'soft_top_k' without weighted",
+        )
+    ],
     "partner_found": [("vit", [{"merger": "bipartite"}], None, r"merges the pairs that a matching scorer finds \('bipartite'\)")],
     "matching_is_for_shrinking": [
         ("vit", [_AROUND | {"scorer": "bipartite"}], None, "scorer 'bipartite' finds pairs to merge, and around a layer nothing is merged"),
@@ -244,7 +252,7 @@ def test_a_rule_refuses_what_breaks_it_for_each_of_its_reasons(rule: Rule) -> No
 def test_a_rule_asks_for_properties_and_no_case_is_of_a_rule_that_is_gone() -> None:
     assert list(CASES) == [rule.__name__ for rule in (*CONFIG_RULES, *STAGE_RULES)]
     # Parts of other packages are held to the same rules: no part is compared with a name.
-    source = inspect.getsource(compatibility) + inspect.getsource(towers)
+    source = "".join(map(inspect.getsource, (compatibility, estimators, towers)))
     assert not re.search(
         r"(==|!=|\bin\b) *\(?[\"'](learned|bipartite|evidence|top_k|threshold|gumbel|drop|pool|gate|token_labels)[\"']", source
     )

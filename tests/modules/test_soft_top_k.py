@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from laconic import CompressionConfig, StageConfig, Trace, compress
 from laconic.modules.estimators.soft_top_k import SoftTopKEstimator, shift
 from laconic.modules.scorers.base import Scored
 from laconic.modules.scorers.self_attention import SelfAttentionScorer
 from laconic.modules.site import TokenSpec
+from laconic.modules.stage import stages_of
 from laconic.modules.tokens.decision import Decision
 from laconic.modules.tokens.state import TokenState
+from tests.matrix import vision
 
 _SCORES = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
 
@@ -28,7 +31,7 @@ def _site(rows: int, tokens: int, protected: int = 0, valid: Tensor | None = Non
 
 def test_mask_gradient_and_cross_entropy_are_the_published_numbers() -> None:
     scores = _SCORES.clone().requires_grad_()
-    estimate = SoftTopKEstimator(start=0.1, end=2.0)(_site(1, 4), Scored(scores), Decision(torch.tensor([[0, 1]]), None))
+    estimate = SoftTopKEstimator(start=0.1, end=2.0, weighted=True)(_site(1, 4), Scored(scores), Decision(torch.tensor([[0, 1]]), None))
     torch.testing.assert_close(estimate.scale, torch.tensor([[0.817574, 0.622459, 0.377541, 0.182426]]), atol=1e-6, rtol=0)
     assert estimate.loss is not None
     assert estimate.scale is not None
@@ -39,6 +42,24 @@ def test_mask_gradient_and_cross_entropy_are_the_published_numbers() -> None:
     for progress, weight in ((0.0, 0.1), (0.5, 1.05)):
         early = SoftTopKEstimator()(_site(1, 4, progress=progress), Scored(scores), Decision(torch.tensor([[0, 1]]), None))
         assert float(early.loss.detach()) == pytest.approx(weight * 0.337745, abs=2e-6)
+
+
+@pytest.mark.parametrize("merger", ["drop", "nearest"])
+def test_a_stage_computes_in_training_what_it_does_in_use_and_every_score_has_a_gradient(merger: str) -> None:
+    torch.manual_seed(0)
+    config = CompressionConfig([StageConfig(layer=1, scorer="self_attention", merger=merger, keep=0.25)])
+    model = compress(vision.dense("vit"), config)
+    (stage,) = stages_of(model).values()
+    pixels = torch.randn(2, 3, vision.IMAGE, vision.IMAGE)
+    with torch.no_grad():
+        used = model.eval()(pixels).logits
+    trace = Trace(noise=0.0)
+    learned = model.train()(pixels, trace=trace).logits
+    torch.testing.assert_close(learned, used, rtol=0, atol=1e-6)
+    routing = trace.routings[stage.config.key]
+    of_task = torch.autograd.grad(learned.square().sum(), routing.scores)[0]
+    # Those of removed tokens too: what one token gains the others lose.
+    assert bool((of_task[routing.routable] != 0).all())
 
 
 def test_the_mask_adds_up_to_the_number_of_routable_kept_tokens_of_each_row_however_large_the_scores() -> None:
