@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ class TokenSpec:
         has_cls: the first token is a CLS token, which the task head reads.
         family: name of the model family, for error messages.
         causal: the model is causal: the output at a token does not depend on later tokens.
-        unit: tokens that a later layer joins into one, so that a stage keeps or removes them together; 1 for none.
+        unit: tokens of a square that a later layer joins into one, so that a stage keeps or removes them together; 1 for none.
     """
 
     hidden_size: int
@@ -34,6 +35,11 @@ class TokenSpec:
     family: str = "this backbone"
     causal: bool = False
     unit: int = 1
+
+    @property
+    def side(self) -> int:
+        """Side of a unit's square, in tokens."""
+        return math.isqrt(self.unit)
 
 
 class LayerView(Protocol):

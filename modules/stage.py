@@ -62,6 +62,7 @@ class Stage(nn.Module):
         self.adapter = adapter
         # Tokens that stay or leave together; at a bypass site each is processed or not by itself.
         self.unit = 1 if config.bypass else spec.unit
+        spec = replace(spec, unit=self.unit)
         try:
             self.scorer: Scorer = NoScores(spec) if config.left_out else registry.build("scorer", config.part("scorer"), spec)
             self.selector: Selector = NoTokens(spec) if config.left_out else registry.build("selector", config.part("selector"), spec)

@@ -23,25 +23,25 @@ def _reversed_bits(index: Tensor, bits: int) -> Tensor:
 class UniformGridScorer(Scorer):
     """Ordered-dither ranks (Bayer 1973): the top k tokens form an even grid for every k.
 
-    With a patch grid the order is two-dimensional, otherwise it is the van der Corput order of the positions. In a causal model the
-    score of a position lies in (0, 1] and does not depend on the row's length, so a threshold can decide token by token.
+    With a patch grid the order is two-dimensional, and that of squares where a later layer joins them; otherwise it is the van der Corput
+    order of the positions. In a causal model the score of a position lies in (0, 1] and does not depend on the row's length, so a threshold
+    can decide token by token.
     """
 
     def __init__(self, spec: TokenSpec) -> None:
         super().__init__(spec)
-        self.causal = spec.causal
+        self.causal, self.side = spec.causal, spec.side
 
     def forward(self, inputs: SiteInput) -> Scored:
         state, grid = inputs.state, inputs.flow.grid
         if self.causal:
             return Scored(1 - _reversed_bits(state.position + inputs.flow.seen, _CAUSAL_BITS).float() / 2**_CAUSAL_BITS)
-        place = inputs.flow.cells(state).clamp(min=0)
         if grid is None:
             bits = max(1, (state.source.shape[1] - 1).bit_length())
-            return Scored(-_reversed_bits(place, bits).float())
-        bits = max(1, (max(grid) - 1).bit_length())
-        row, column = place // grid[1], place % grid[1]
-        rank = torch.zeros_like(place)
+            return Scored(-_reversed_bits(inputs.flow.cells(state).clamp(min=0), bits).float())
+        bits = max(1, ((max(grid) - 1) // self.side).bit_length())
+        row, column = inputs.flow.squares(state, self.side)
+        rank = torch.zeros_like(row)
         for bit in range(bits):
             # A Bayer matrix interleaves the bits of (row xor column) and of row, in reverse order.
             pair = (((row ^ column) >> bit) & 1) << 1 | ((row >> bit) & 1)

@@ -177,6 +177,12 @@ class Flow:
         """(B, M) int64 grid cell of each token; negative for the leading tokens, which have none."""
         return self._places(state) - self.leading
 
+    def squares(self, state: TokenState, side: int = 1) -> tuple[Tensor, Tensor]:
+        """(B, M) int64 row and column of the square of side * side cells that each token is in, without a meaning for leading tokens."""
+        assert self.grid is not None
+        cells = self.cells(state)
+        return cells // self.grid[1] // side, cells % self.grid[1] // side
+
     def of_cells(self, values: Tensor, state: TokenState) -> Tensor:
         """Converts values per grid cell to values per token.
 

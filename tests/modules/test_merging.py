@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, decompress
+from laconic.modules.backbones.projector import ProjectorLayers
 from laconic.modules.backbones.vit import ViTLayers
 from laconic.modules.mergers.bipartite import BipartiteMerger
 from laconic.modules.mergers.squeeze import SqueezeMerger
@@ -18,6 +19,7 @@ from laconic.modules.scorers.bipartite import BipartiteScorer
 from laconic.modules.selectors.base import Request
 from laconic.modules.selectors.top_k import TopKSelector
 from laconic.modules.site import SiteInput, TokenSpec
+from laconic.modules.stage import Stage
 from laconic.modules.tokens.state import TokenState
 from tests.matrix import BACKBONES, answer, dense, images, labels
 
@@ -158,6 +160,32 @@ def test_corners_of_a_uniform_grid_are_average_pooling_at_every_scale_of_m3(keep
     squares = torch.nn.functional.avg_pool2d(hidden[:, 1:].view(2, 24, 24, 16).permute(0, 3, 1, 2), 24 // side)
     torch.testing.assert_close(pooled[:, 1:], squares.flatten(2).transpose(1, 2))
     assert torch.equal(pooled[:, 0], hidden[:, 0])
+
+
+@pytest.mark.parametrize("by_square", [False, True], ids=["in reading order", "square by square"])
+@pytest.mark.parametrize(("side", "keep", "across"), [(2, 0.25, 2), (2, 0.0625, 4), (3, 0.25, 2), (4, 0.0625, 4)])
+def test_where_squares_of_patches_are_joined_corners_are_the_mean_of_whole_squares(
+    side: int, keep: float, across: int, by_square: bool
+) -> None:
+    width, unit = 8 * side, side**2
+    order = torch.arange(width**2).view(8, side, 8, side).transpose(1, 2).flatten() if by_square else torch.arange(width**2)
+    of_square = (torch.arange(width)[:, None] // side * 8 + torch.arange(width) // side).flatten()
+    hidden, trace = torch.randn(2, width, width, 4), Trace()
+    flow = trace.flow("projector")
+    flow.grid, flow.places, flow.units = (width, width), order.expand(2, -1), of_square[order][None]
+    given = hidden.flatten(1, 2)[:, order]
+    flow.begin(TokenState.initial(2, width**2, 0, None, hidden.device), given)
+    config = StageConfig(layer=0, stack="projector", keep=keep, scorer="uniform_grid", merger={"name": "nearest", "corners": True})
+    stage = Stage(config, TokenSpec(4, 0, unit=unit), 0, ProjectorLayers)
+    pooled = stage(given, torch.nn.Linear(4, 4), trace)
+    # Means over squares, for each place inside of them.
+    apart = hidden.view(2, 8, side, 8, side, 4).permute(0, 2, 4, 5, 1, 3).flatten(1, 3)
+    expected = torch.nn.functional.avg_pool2d(apart, across).unflatten(1, (side, side, 4))
+    place = order[flow.tokens.position]
+    row, column = place // width, place % width
+    for number in range(2):
+        at = row[number] % side, column[number] % side, slice(None), row[number] // side // across, column[number] // side // across
+        torch.testing.assert_close(pooled[number], expected[number][at])
 
 
 @pytest.mark.parametrize("parts", MERGES.values(), ids=MERGES)
