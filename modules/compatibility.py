@@ -213,7 +213,8 @@ def scores_for_the_selector(candidate: Candidate) -> None:
             raise ValueError(
                 f"{where}: count = {stage.config.count!r} must be left out: selector {selector!r} keeps a varying number of tokens"
             )
-        if stage.scorer.matches or stage.merger.outputs is not None or stage.config.tokens is not None:
+        limited = stage.merger.outputs is not None or stage.merger.most is not None
+        if stage.scorer.matches or limited or stage.config.tokens is not None:
             fixed = stage.config.tokens
             what = f"tokens = {fixed}" if fixed is not None else f"scorer {scorer!r} with merger {merger!r}"
             raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import registry
 from .backbones.layer_adapter import LayerAdapter
 from .config import COMPLETE, PartConfig, StageConfig
-from .cost.count_rules import COUNT_RULES, StageCount, at_least_half
+from .cost.count_rules import COUNT_RULES, StageCount, at_least_half, at_most
 from .cost.shape import StackShape
 from .estimators.base import Choice, Estimate, Estimator
 from .left_out import NoScores, NoTokens, no_decision
@@ -140,11 +140,12 @@ class Stage(nn.Module):
         if requested == 0:
             return present * 0
         if keep is None and self.config.tokens is not None:
-            fixed = max(1, self.config.tokens // self.unit)
-            count = torch.clamp(present, max=fixed) if isinstance(present, Tensor) else min(present, fixed)
+            count = at_most(present, max(1, self.config.tokens // self.unit))
         else:
             assert requested is not None
             count = COUNT_RULES[self.config.count or self.scorer.count](present, requested, StageCount(original, self.place, self.places))
+        if self.merger.most is not None and requested != 1:
+            count = at_most(count, self.merger.most // self.unit)
         return at_least_half(present, count) if self.scorer.matches else count
 
     def expected(self, present: float, original: float, keep: float | None = None) -> float:

@@ -105,4 +105,9 @@ def at_least_half(present: int | Tensor, count: int | Tensor) -> int | Tensor:
     return max(int(count), present - present // 2)
 
 
+def at_most(count: int | Tensor, most: int) -> int | Tensor:
+    """The smaller of ``count`` and ``most``."""
+    return count.clamp(max=most) if isinstance(count, Tensor) else min(count, most)
+
+
 COUNT_RULES: dict[str, CountRule] = {"round": _round_half_up, "dynamicvit": _dynamicvit, "evit": _evit, "half": _half, "cosine": _cosine}

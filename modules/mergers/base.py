@@ -64,6 +64,11 @@ class Merger(nn.Module):
         """Number of routable tokens that the merger makes of any row; None if the decision sets the number."""
         return None
 
+    @property
+    def most(self) -> int | None:
+        """Largest number of routable tokens that stay of a row from which tokens are removed; None if it is any."""
+        return None
+
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         """
         Args:

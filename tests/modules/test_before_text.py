@@ -43,6 +43,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "projector_divprune": [{"stack": "projector", "layer": 0, "scorer": "diversity"}],
     "projector_squeeze": [{"stack": "projector", "layer": 0, "scorer": "random", "merger": {"name": "squeeze", "metric": "tokens"}}],
     "projector_pooled": [{"stack": "projector", "layer": 0, "scorer": "uniform_grid", "merger": "nearest"}],
+    "projector_queries": [{"stack": "projector", "layer": 0, "scorer": "first", "merger": {"name": "queries", "queries": 8}}],
     "tower_learned": [{"stack": "vision", "layer": 1, "scorer": {"name": "learned", "detach": True}}],
     "tower_tome": [{"stack": "vision", "layer": 1, "scorer": "bipartite", "merger": "bipartite"}],
     "tower_around": [{"stack": "vision", "layer": 1, "site": "around", "scorer": "random"}],
@@ -143,7 +144,19 @@ def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str, name: s
 
 
 @pytest.mark.parametrize(
-    "name", _of(["projector_learned", "projector_squeeze", "tower_learned", "tower_tome", "tower_threshold", "tower_around", "all"])
+    "name",
+    _of(
+        [
+            "projector_learned",
+            "projector_squeeze",
+            "projector_queries",
+            "tower_learned",
+            "tower_tome",
+            "tower_threshold",
+            "tower_around",
+            "all",
+        ]
+    ),
 )
 def test_a_batch_of_mixed_rows_is_each_row_alone_and_decoding_equals_one_forward(name: str) -> None:
     model, given = _model(name), batch(left=True)
@@ -198,7 +211,7 @@ def test_beams_of_rows_with_several_images_see_their_own() -> None:
     assert torch.equal(model.generate(**both, **how)[0, -3:], model.generate(**one, **how)[0, -3:])
 
 
-@pytest.mark.parametrize("name", _of(["projector_learned", "projector_vision_selector", "tower_learned", "all"]))
+@pytest.mark.parametrize("name", _of(["projector_learned", "projector_vision_selector", "projector_queries", "tower_learned", "all"]))
 def test_gradient_checkpointing_changes_no_gradient_and_routers_learn(name: str) -> None:
     given = whole()
     answers, found = labels(given["input_ids"]), []

@@ -173,7 +173,10 @@ WRONG = [
     ({"scorer": "lerned"}, r"scorer 'lerned' does not exist: the scorers are .*; did you mean 'learned'\?"),
     ({"scorer": {"name": "learned", "hiden": 3}}, r"scorer 'learned' has no option 'hiden'"),
     ({"scorer": {"name": "learned", "width": 0}}, r"width = 0 must be at least 1"),
-    ({"merger": "mean"}, r"merger 'mean' does not exist: the mergers are bipartite, chunk_mean, drop, fuse, nearest, pool, squeeze"),
+    (
+        {"merger": "mean"},
+        r"merger 'mean' does not exist: the mergers are bipartite, chunk_mean, drop, fuse, nearest, pool, queries, squeeze",
+    ),
     ({"count": "ceil"}, r"count = 'ceil' is no count rule: there are round, dynamicvit, evit"),
 ]
 
