@@ -76,10 +76,10 @@ def offered_scope(candidate: Candidate) -> None:
 
 def first_tokens_of_causal_models(candidate: Candidate) -> None:
     for stage in candidate.config.stages:
-        if stage.first and not candidate.stack(stage).adapter.causal:
+        if (stage.first or stage.special) and not candidate.stack(stage).adapter.causal:
             raise ValueError(
-                f"stage {stage.key!r}: protect = {{first: {stage.first}}} is for causal models, whose first tokens are attention sinks: remove "
-                "it; class tokens are protected in any case"
+                f"stage {stage.key!r}: protect = {dict(stage.protect or {})} is for causal models, whose first tokens are attention sinks: "
+                "remove it; class tokens are protected in any case"
             )
 
 

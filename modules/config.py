@@ -120,9 +120,9 @@ class StageConfig:
         estimator: gives a trained scorer its gradient in training; None uses the scorer's default.
         count: rule that turns ``keep`` into a number of tokens, a key of ``COUNT_RULES``; None uses the scorer's, mostly ``round``.
         scope: tokens that the stage may touch: ``all``, ``prompt`` (those before the first predicted token) or ``visual``.
-        protect: ``{first: n}`` for causal models: the first n tokens of each document are protected. Later tokens attend to them more than
-            to others (attention sinks, arXiv 2309.17453), so that a pretrained model suffers where they bypass a layer. ``{last: n}`` for
-            scope ``prompt``: the last n tokens of each prompt, a question behind a long context. Both may be given. None protects none.
+        protect: for causal models. ``first: n`` protects the first n tokens of each document, ``special: true`` those that begin or end a
+            text by the model's config, and in scope ``prompt`` ``last: n`` the last n tokens of each prompt, a question for example. None
+            is ``{first: 1, special: true}`` at bypass sites of causal models, and protects none elsewhere.
         stack: stack that ``layer`` counts in, for a model with several (``vision``, ``text``); "" if the model has one.
         name: name in logs and reports; None builds it from stack, site and layer.
     """
@@ -137,7 +137,7 @@ class StageConfig:
     estimator: Any = None
     count: str | None = None
     scope: str = "all"
-    protect: Mapping[str, int] | None = None
+    protect: Mapping[str, int | bool] | None = None
     stack: str = ""
     name: str | None = None
 
@@ -206,6 +206,11 @@ class StageConfig:
     def last(self) -> int:
         """Protected tokens at the end of each prompt, the one from which the answer starts included."""
         return 0 if self.protect is None else self.protect.get("last", 0)
+
+    @property
+    def special(self) -> bool:
+        """Tokens that begin or end a text are protected."""
+        return self.protect is not None and bool(self.protect.get("special", False))
 
     @property
     def free(self) -> bool:

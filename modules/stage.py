@@ -245,7 +245,8 @@ class Stage(nn.Module):
         """TokenState at the site, with tokens outside the stage's scope marked as protected."""
         if trace.keep.get(self.config.key, self.config.keep) == 1:
             return flow.tokens
-        return in_scope(self.config.scope, trace, flow, self.config.first, self.config.last)
+        config = self.config
+        return in_scope(config.scope, trace, flow, config.first, config.last, config.special)
 
     @property
     def _smooths(self) -> bool:

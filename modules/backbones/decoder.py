@@ -135,7 +135,7 @@ class Decoder(TextModel):
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         assert isinstance(tokens, Tensor)
         number = tokens.shape[1]
-        flow.documents = _documents(trace, inputs)
+        flow.documents, flow.special = _documents(trace, inputs), _special(cls.stack_config(model.config), inputs.get("input_ids"))
         mask = inputs.get("attention_mask")
         if flow.documents is not None:
             flow.valid = None if bool((flow.documents >= 0).all()) else flow.documents >= 0
@@ -150,6 +150,19 @@ class Decoder(TextModel):
         flow.earlier = flow.seen
         if flow.seen and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == flow.seen + number:
             flow.earlier = mask[:, : flow.seen].sum(-1)
+
+
+def _special(config: Any, ids: Any) -> Tensor | None:
+    """(B, N) bool: the tokens that begin or end a text, chat turns included, by a config."""
+    named = (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id"))
+    numbers = {number for given in named for number in (given if isinstance(given, list | tuple) else [given]) if number is not None}
+    if not numbers or not isinstance(ids, Tensor):
+        return None
+    # Without a tensor of the numbers, whose copy to the device the host would wait for.
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for number in numbers:
+        found = found | (ids == number)
+    return found
 
 
 def _documents(trace: Trace | None, inputs: Mapping[str, Any]) -> Tensor | None:

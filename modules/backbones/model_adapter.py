@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config import COMPLETE, CompressionConfig, RestoreConfig
 from ..cost.shape import StackShape
+from ..rules.protected import SINKS
 from ..site import TokenSpec
 from ..tokens.trace import Trace
 from .layer_adapter import LayerAdapter
@@ -180,7 +182,8 @@ class ModelAdapter:
 
     @classmethod
     def resolved(cls, compression: CompressionConfig, config: PretrainedConfig) -> CompressionConfig:
-        """Stages with indices of layers in place of fractions, and with the restore that a causal model needs but that is not given.
+        """Stages with indices of layers in place of fractions, and with the protected tokens and the restore of causal models that are
+        not given.
 
         Where prompt or visual tokens are removed, or a stack before the language model removed them, only a restore by ``rejoin`` after
         the last layer is possible.
@@ -194,9 +197,17 @@ class ModelAdapter:
         stages = [
             one for given in compression.stages for one in (given.at_depth(depths[given.stack]) if given.stack in depths else [given])
         ]
-        compression, main = compression.with_stages(stages), cls.stack_name
+        main, causal = cls.stack_name, cls.layers_adapter(config).causal
+        # Visual tokens stand behind the first one, and no text is in their scope.
+        stages = [
+            replace(stage, protect=dict(SINKS))
+            if stage.protect is None and causal and stage.stack == main and stage.bypass and not stage.left_out and stage.scope != "visual"
+            else stage
+            for stage in stages
+        ]
+        compression = compression.with_stages(stages)
         shortened = any(not stage.bypass and stage.scope in COMPLETE for stage in compression.of_stack(main))
-        if main in compression.restores or not cls.layers_adapter(config).causal or not (shortened or cls.begins_short(main, compression)):
+        if main in compression.restores or not causal or not (shortened or cls.begins_short(main, compression)):
             return compression
         return compression.with_restores({**compression.restores, main: RestoreConfig(depths[main], "rejoin")})
 

@@ -42,8 +42,12 @@ class TopKSelector(Selector):
             rank, always = rank.masked_fill(~state.valid, float("-inf")), always & state.valid
         order = rank.sort(dim=-1, descending=True, stable=True).indices
         total = count + always.sum(-1)
+        least, most = torch.stack(total.aminmax()).tolist()
+        if self.causal and 0 < least == most:
+            # Rows alike need no padding, and causal attention no mask.
+            return Decision(order[:, :most].sort(-1).values, None)
         place = torch.arange(state.tokens, device=rank.device).expand_as(order)
-        kept = compact(torch.zeros_like(always).scatter_(1, order, place < total[:, None]), bucket=self.bucket)
+        kept = compact(torch.zeros_like(always).scatter_(1, order, place < total[:, None]), most, self.bucket)
         return Decision(kept.index, kept.valid, self.causal and kept.empty)
 
     def _of_documents(self, rank: Tensor, state: TokenState, document: Tensor, count: Tensor) -> Decision:

@@ -14,7 +14,7 @@ from .trace import Trace
 _PROMPT_GIVEN = "call the model with use_cache=True, or give Trace(labels=…) or Trace(prompt=…)"
 
 
-def in_scope(scope: str, trace: Trace, flow: Flow, first: int = 0, last: int = 0) -> TokenState:
+def in_scope(scope: str, trace: Trace, flow: Flow, first: int = 0, last: int = 0, special: bool = False) -> TokenState:
     """TokenState of the current tokens with those outside the scope marked as protected.
 
     Args:
@@ -23,12 +23,15 @@ def in_scope(scope: str, trace: Trace, flow: Flow, first: int = 0, last: int = 0
         flow: Flow of the stack.
         first: number of tokens at the start of each document that are outside too.
         last: number of tokens at the end of each prompt that are outside, the one from which the answer starts included.
+        special: tokens that begin or end a text are outside too.
 
     Raises:
         ValueError: the forward does not define which tokens are in the scope.
     """
     state = flow.tokens
     later = _behind(flow, state, first) if first else None
+    if special and flow.special is not None:
+        later = ~flow.special if later is None else later & ~flow.special
     if scope == "all":
         return state if later is None else state.restrict(later.gather(1, state.position))
     tokens = _prompt(trace, flow, state) if scope == "prompt" else _visual(flow)

@@ -20,7 +20,12 @@ from .method import Family, Method, outside
 LAYERS, VOCABULARY, LENGTH = 4, 48, 24
 LENGTHS = (24, 17, 9)
 
-_around = partial(Method, site="around")
+
+def _around(name: str, parts: dict[str, Any], **how: Any) -> Method:
+    # Tokens that are protected by default have tests of their own.
+    return Method(name, {**parts, "protect": {"first": 0}}, **{"site": "around", **how})
+
+
 _LINEAR = {"scorer": {"name": "linear", "detach": True}}
 METHODS = [
     _around("top_k", {**_LINEAR, "selector": "top_k"}, deployed=False),
@@ -35,7 +40,7 @@ METHODS = [
     _around("uniform", {"scorer": "uniform_grid", "selector": "threshold"}, positional=True),
     _around("threshold_attention", {**_LINEAR, "selector": "threshold"}, site="around_attention"),
     _around("predictor_mlp", {**_LINEAR, "selector": "predictor"}, site="around_mlp"),
-    *outside(site="around", parts={"selector": "top_k"}, deployed=False),
+    *outside(site="around", parts={"selector": "top_k", "protect": {"first": 0}}, deployed=False),
 ]
 
 

@@ -77,7 +77,7 @@ CASES: dict[str, list[Case]] = {
         )
     ],
     "first_tokens_of_causal_models": [
-        ("vit", [{"protect": {"first": 1}}], None, r"protect = \{first: 1\} is for causal models, .*: remove it")
+        ("vit", [{"protect": {"first": 1}}], None, r"protect = \{'first': 1\} is for causal models, .*: remove it")
     ],
     "existing_layer": [("vit", [{"layer": layer}], None, f"layer = {layer} must be an integer from 0 to 3") for layer in (4, -1)],
     "valid_keep": [

@@ -1,4 +1,4 @@
-"""``protect: {first: n}``: the first tokens of each document are processed by every layer."""
+"""``protect``: the first tokens of each document, and those that begin or end a text, are processed by every layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from laconic import CompressionConfig, StageConfig, Trace, compress
+from laconic import CompressionConfig, StageConfig, Trace, compress, stages_of
 from laconic.modules.cost.cost import CostModel
 from tests import matrix
 from tests.matrix import decoders
@@ -68,10 +68,10 @@ def test_costs_count_the_first_tokens() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"first": 0}, r"must be \{first: N\}, \{last: N\} or both"),
-        ({"middle": 1}, r"must be \{first: N\}, \{last: N\} or both"),
-        ({"first": True}, r"must be \{first: N\}"),
-        ({}, r"must be \{first: N\}"),
+        *(
+            (given, r"must have first, last, special or several of them")
+            for given in ({"first": -1}, {"middle": 1}, {"first": True}, {"special": 1}, {})
+        ),
         ({"first": 1, "last": 1}, "the last tokens are those of a prompt, and scope = 'all': set scope = prompt, or remove last"),
     ],
 )
@@ -80,6 +80,40 @@ def test_other_values_are_refused(given: dict[str, Any], message: str) -> None:
         StageConfig(layer=1, protect=given)
 
 
-def test_models_without_sinks_refuse_it() -> None:
+@pytest.mark.parametrize("protect", [{"first": 1}, {"special": True}])
+def test_models_without_sinks_refuse_it(protect: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="is for causal models"):
-        compress(matrix.dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.5, protect={"first": 1})]))
+        compress(matrix.dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.5, protect=protect)]))
+
+
+@pytest.mark.parametrize(
+    ("protect", "kept"), [(None, [0, 7, 12]), ({"first": 0}, []), ({"first": 1}, [0]), ({"special": True}, [7, 12])], ids=str
+)
+def test_the_first_token_and_the_ends_of_texts_are_protected_by_default(protect: dict[str, Any] | None, kept: list[int]) -> None:
+    ids, trace = tokens(1).clamp(min=7), Trace()
+    ids[0, 7], ids[0, 12] = 5, 6
+    stage = StageConfig(layer=1, site="around", scorer="linear", selector="threshold", keep=0.5, protect=protect)
+    model = compress(dense("llama", eos_token_id=[5, 6]), CompressionConfig([stage]))
+    # No score reaches the threshold.
+    (built,) = stages_of(model).values()
+    built.selector.threshold.fill_(1e9)
+    built.selector.batches.fill_(1)
+    model(ids, trace=trace)
+    assert trace.routings["around_1"].kept_mask[0].nonzero().flatten().tolist() == kept
+    whole = model(ids, use_cache=False).logits
+    start = model(ids[:, :10], use_cache=True)
+    rest = model(ids[:, 10:], past_key_values=start.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([start.logits, rest.logits], 1), whole, atol=2e-5, rtol=1e-4)
+    assert model.config.compression["stages"][0]["protect"] == (protect or {"first": 1, "special": True})
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"site": "around", "keep": 0},
+        {"site": "before", "keep": 0.5, "scope": "prompt", "scorer": "linear"},
+    ],
+)
+def test_other_stages_protect_nothing_by_default(stage: dict[str, Any]) -> None:
+    model = compress(dense("llama"), CompressionConfig([StageConfig(layer=1, **stage)]))
+    assert model.config.compression["stages"][0]["protect"] is None

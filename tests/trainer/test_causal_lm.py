@@ -159,7 +159,7 @@ def test_a_gate_stays_with_the_weights(tmp_path: Path, tiny: list[str], console:
 
 def test_filler_is_no_token_of_a_stage(tiny: list[str]) -> None:
     deep = [item for item in tiny if "num_hidden_layers" not in item]
-    stage = "compression.stages=[{layer: 1, site: around, scorer: linear, selector: predictor}]"
+    stage = "compression.stages=[{layer: 1, site: around, scorer: linear, selector: predictor, protect: {first: 0}}]"
     parts = build(load("llm_pretrain", [*deep, "model.config.num_hidden_layers=3", "baselines=[]", "budget.target=0.8", stage]).recipe)
     last = collate([parts.data.validation[len(parts.data.validation) - 1]])  # type: ignore[arg-type]
     assert last["tokens"] < 64

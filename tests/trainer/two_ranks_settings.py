@@ -37,7 +37,7 @@ TEXT = ["trainer.max_steps=4", "trainer.log_every=1", "trainer.bench_rounds=0", 
         "model.config.hidden_size=32", "model.config.intermediate_size=48", "model.config.num_hidden_layers=3",
         "data.sequence_length=16", "data.train_samples=2", "data.eval_samples=1", "budget.target=0.8", "budget.regularizer=macs_squared",
         "compression.stages=[{layer: 1, site: around, scorer: {name: linear, bias: -1.6}, "
-        "selector: {name: threshold, calibrate: false}}]"]  # fmt: skip
+        "selector: {name: threshold, calibrate: false}, protect: {first: 0}}]"]  # fmt: skip
 TWO_TEXT = [*TEXT, "trainer.devices=2", "data.batch_size=2"]
 LANGUAGE = ("deepspeed_1", "deepspeed_2", "deepspeed_3")
 # Answers of very different lengths, in two batches a step.

@@ -34,7 +34,7 @@ class Part:
     def stage(
         self, stack: Stack, scope: str, scorer: str = "random", selector: str | None = None, estimator: str | None = None
     ) -> StageConfig:
-        """The stage of the part; one that is left out has no parts of its own. A causal one protects the first token, an attention sink.
+        """The stage of the part; one that is left out has no parts of its own.
 
         Args:
             stack: stack of the layer.
@@ -49,8 +49,7 @@ class Part:
         causal = stack.adapter.causal and scope not in COMPLETE
         chosen = selector or ("threshold" if causal else "top_k")
         given = None if estimator is None else PartConfig(estimator)
-        protect = {"first": 1} if causal else None
-        parts = {"scorer": PartConfig(scorer), "selector": PartConfig(chosen), "estimator": given, "protect": protect}
+        parts = {"scorer": PartConfig(scorer), "selector": PartConfig(chosen), "estimator": given}
         return StageConfig(**settings, **parts)  # type: ignore[arg-type]
 
 
