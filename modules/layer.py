@@ -9,7 +9,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .backbones.layer_adapter import LayerAdapter
-from .stage import Inner, Stage, sharded
+from .backbones.stack import sharded
+from .stage import Inner, Stage
 from .tokens.flow import Flow, RowTokens
 from .tokens.ragged import Packing
 from .tokens.restore import restore

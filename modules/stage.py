@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import registry
 from .backbones.layer_adapter import LayerAdapter
+from .backbones.stack import sharded
 from .config import COMPLETE, PartConfig, StageConfig
 from .cost.count_rules import COUNT_RULES, StageCount, at_least_half, at_most
 from .cost.shape import StackShape
@@ -117,7 +118,17 @@ class Stage(nn.Module):
     @property
     def idle(self) -> bool:
         """The stage has no effect: every token is processed, with weight 1."""
-        return self.whole and not (self.estimator is not None and self.estimator.in_evaluation)
+        return self.idle_at(self.config.keep)
+
+    def idle_at(self, keep: float | None) -> bool:
+        """In evaluation at this keep the stage has no effect, and its router and merger do not run."""
+        return keep == 1 and self.merger.outputs is None and not (self.estimator is not None and self.estimator.in_evaluation)
+
+    def _idles(self, trace: Trace) -> bool:
+        """The router need not run: every token is kept, and nothing learns from the scores or compares them with updates."""
+        learns = self.training and (self.estimator is not None or self.scorer.learns_updates)
+        name = self.config.key
+        return not (learns or trace.updates or name in trace.replay) and self.idle_at(trace.keep.get(name, self.config.keep))
 
     @property
     def whole(self) -> bool:
@@ -176,7 +187,8 @@ class Stage(nn.Module):
         self._record(trace, choice, eligible, left.present)
         flow.state = replace(merged.state, empty=True) if choice.decision.empty else merged.state
         if self.chunks:
-            flow.chunks = self._chunks(choice, merged, eligible)
+            scores = choice.scored.scores if self._smooths else None
+            flow.chunks = Chunks.of(self.index, merged.hidden_states, choice.decision, eligible, scores, choice.estimate.confidence)
         return merged.hidden_states
 
     def around(
@@ -253,16 +265,13 @@ class Stage(nn.Module):
         """The restore smooths the layers' output over chunks, by the scores' probabilities."""
         return self.chunks and self.scorer.probabilities and self.selector.cuts
 
-    def _chunks(self, choice: Choice, merged: Merged, eligible: TokenState) -> Chunks:
-        decision, probability = choice.decision, None
-        if self._smooths and decision.cut is not None:
-            # The threshold is where a chunk has probability 0.5. A protected token is always kept.
-            probability = torch.sigmoid(choice.scored.scores - decision.cut).masked_fill(eligible.protected, 1.0)
-            probability = probability.clamp(1e-4, 1 - 1e-4).gather(1, decision.index)
-        return Chunks(self.index, merged.hidden_states, decision, probability, choice.estimate.confidence)
-
     def _choose(self, site: SiteInput, state: TokenState) -> Choice:
         trace, flow = site.trace, site.flow
+        if self._idles(trace):
+            every = everything(state)
+            return Choice(
+                Scored(torch.zeros_like(state.size), partner=every.index), every, Estimate(), 1.0, False, None, False, routed=False
+            )
         requested = trace.keep.get(self.config.key)
         units = self._units(state, flow)
         # The tokens among which the selector chooses.
@@ -377,18 +386,13 @@ class Stage(nn.Module):
             bypass=self.bypass,
             auxiliary_loss=choice.estimate.loss,
             agreement=choice.agreement,
+            routed=choice.routed,
         )
 
     def macs(self, shape: StackShape, tokens: int, kept: int) -> int:
         """MACs of this stage in evaluation for one row, ``tokens`` before and ``kept`` after it, protected tokens included."""
         spreading = smoothing_macs(kept, shape.hidden) if self._smooths else 0
         return self.scorer.macs(shape, tokens) + self.selector.macs(shape, tokens) + self.merger.macs(shape, tokens, kept) + spreading
-
-
-def sharded(layer: nn.Module) -> bool:
-    """True if the layer's weights are sharded (ZeRO-3): all ranks must then run the layer, since they gather its weights together."""
-    # Either all parameters of a model are sharded or none.
-    return hasattr(next(layer.parameters(), None), "ds_id")
 
 
 def stages_of(model: nn.Module) -> dict[str, Stage]:

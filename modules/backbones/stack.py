@@ -40,3 +40,9 @@ class Stack:
     def attention(self) -> str:
         """Name of the layers' attention implementation."""
         return str(self.config._attn_implementation)
+
+
+def sharded(layer: nn.Module) -> bool:
+    """True if the layer's weights are sharded (ZeRO-3): all ranks must then run the layer, since they gather its weights together."""
+    # Either all parameters of a model are sharded or none.
+    return hasattr(next(layer.parameters(), None), "ds_id")

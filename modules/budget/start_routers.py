@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..stage import Stage, sharded, stages_of
+from ..backbones.stack import sharded
+from ..stage import Stage, stages_of
 from ..tokens.trace import Trace
 
 # Tokens of a stage that scorers are fitted to.

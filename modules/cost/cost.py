@@ -157,7 +157,10 @@ class CostModel:
         def kept(stage: Stage, present: float, entering: float) -> float:
             return stage.expected(present, entering, requested.get(stage.config.key))
 
-        walks = self._walks(kept)
+        def idle(stage: Stage) -> bool:
+            return stage.idle_at(requested.get(stage.config.key, stage.config.keep))
+
+        walks = self._walks(kept, idle)
         macs, dense_macs, activations, dense_activations, cached, dense_cached = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         tokens: dict[str, tuple[LayerTokens, ...]] = {}
         stage_macs: dict[str, float] = {}
@@ -210,8 +213,11 @@ class CostModel:
             given = keep.get(stage.config.key)
             return stage.expected(float(present), float(entering)) if given is None else present * given
 
+        def idle(stage: Stage) -> bool:
+            return stage.config.key not in keep and stage.idle
+
         macs: Any = 0.0
-        walks = self._walks(kept)
+        walks = self._walks(kept, idle)
         for name, shape in self.shapes.items():
             walk = walks[name]
             layers = [LayerTokens(shape.protected + attention, shape.protected + mlp) for attention, mlp in walk.layers]
@@ -268,6 +274,8 @@ class CostModel:
         for stage in self.stages:
             if stage.config.stack == name:
                 routing = trace.routings[stage.config.key]
+                if not routing.routed:
+                    continue
                 protected = routing.state.protected_real
                 total = total + stage.macs(shape, protected + routing.present, protected + routing.kept)  # type: ignore[arg-type]
         return _mean(total), _mean(dense)
@@ -277,23 +285,24 @@ class CostModel:
         after = {self._adapter.feeds[name] for name in names if name in self._adapter.feeds}
         return after | self._fed_by(after) if after else after
 
-    def _walks(self, kept: Callable[[Stage, Any, Any], Any]) -> dict[str, _Walk]:
+    def _walks(self, kept: Callable[[Stage, Any, Any], Any], idle: Callable[[Stage], bool]) -> dict[str, _Walk]:
         """The walk of every stack; the tokens that leave one enter the stack that it feeds.
 
         Args:
             kept: number of tokens that a stage keeps or processes, of the routable tokens present and of those that entered the stack.
+            idle: a stage keeps every token and costs nothing.
         """
         walks: dict[str, _Walk] = {}
         entering: dict[str, Any] = {}
         for name, shape in self.shapes.items():
-            walks[name] = self._walk(name, kept, entering.get(name, shape.routable))
+            walks[name] = self._walk(name, kept, idle, entering.get(name, shape.routable))
             if (fed := self._adapter.feeds.get(name)) is not None:
                 # What leaves is a part of what would leave the dense stack; the stacks may differ in their protected tokens.
                 share = shape.rows / (shape.joined * self.shapes[fed].rows)
                 entering[fed] = share * (walks[name].leaving - shape.routable) + self.shapes[fed].routable
         return walks
 
-    def _walk(self, stack: str, kept: Callable[[Stage, Any, Any], Any], begin: Any) -> _Walk:
+    def _walk(self, stack: str, kept: Callable[[Stage, Any, Any], Any], idle: Callable[[Stage], bool], begin: Any) -> _Walk:
         """Visits a stack's sites in running order, from ``begin`` routable tokens on."""
         shape, restore = self.shapes[stack], self._restores.get(stack)
         at = {(stage.config.layer, stage.config.site): stage for stage in self.stages if stage.config.stack == stack}
@@ -308,7 +317,8 @@ class CostModel:
             apart = stage.config.first + stage.config.last
             apart = min(apart, entering) if apart else 0
             leaving = kept(stage, entering - apart, begin)
-            walk.stage_macs[stage.config.key] = stage.macs(shape, shape.protected + entering, shape.protected + apart + leaving)
+            own = 0 if idle(stage) else stage.macs(shape, shape.protected + entering, shape.protected + apart + leaving)
+            walk.stage_macs[stage.config.key] = own
             walk.present[stage.config.key], walk.kept[stage.config.key] = entering - apart, leaving
             # Protected tokens are added to the result.
             return -shape.protected if stage.skips and leaving == 0 else apart + leaving

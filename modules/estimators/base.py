@@ -44,6 +44,7 @@ class Choice:
         lookahead: the decision for a token depends on later tokens.
         agreement: scalar, agreement of the causal predictor with the decision; None without a predictor.
         skipped: no row has a selected token and the layer is skipped.
+        routed: scorer and selector ran; False where every token is kept and nothing learns.
     """
 
     scored: Scored
@@ -53,6 +54,7 @@ class Choice:
     lookahead: bool
     agreement: Tensor | None
     skipped: bool
+    routed: bool = True
 
 
 class Estimator(nn.Module):

@@ -92,9 +92,9 @@ def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportio
         partner: (B, M) int64, for each token that is not kept, the slot of a kept token.
         proportional: in later layers, log(size) is added to the attention logits of each key.
     """
+    if decision.keeps_all(inputs.state):
+        return keep_all(inputs, proportional)
     hidden_states, state = inputs.hidden_states, replace(inputs.state, proportional=inputs.state.proportional or proportional)
-    if decision.keeps_all(state):
-        return Merged(hidden_states, state)
     slots = torch.arange(state.tokens, device=partner.device).expand_as(partner)
     removed = state.routable & ~decision.kept_mask(state.tokens)
     into = torch.where(removed, partner, slots)
@@ -105,3 +105,13 @@ def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportio
     # Tokens that absorbed no other token stay bit-equal.
     grown = (merged.size != state.size).unsqueeze(-1)
     return Merged(take(torch.where(grown, mean, hidden_states), decision.index), merged.select(decision.index, decision.valid))
+
+
+def keep_all(inputs: SiteInput, proportional: bool) -> Merged:
+    """Every token as it is.
+
+    Args:
+        inputs: the tokens at the site.
+        proportional: in later layers, log(size) is added to the attention logits of each key.
+    """
+    return Merged(inputs.hidden_states, replace(inputs.state, proportional=inputs.state.proportional or proportional))

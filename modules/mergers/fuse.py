@@ -26,10 +26,10 @@ class FuseMerger(Merger):
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         hidden_states, state, scores = inputs.hidden_states, inputs.state, scored.scores
+        if decision.keeps_all(state):
+            return Merged(hidden_states, state)
         kept = take(hidden_states, decision.index)
         kept_state = state.select(decision.index, decision.valid)
-        if decision.valid is None and decision.index.shape[1] == state.tokens:
-            return Merged(kept, kept_state)
         left_out = state.routable & ~decision.kept_mask(state.tokens)
         some = left_out.any(-1, keepdim=True)
         # In a row with no removed token (shorter than the others), the fused slot is padding; the mask avoids NaN.

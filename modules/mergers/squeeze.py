@@ -9,7 +9,7 @@ from ..scorers.base import Scored
 from ..scorers.bipartite import METRICS, best_partner, metric_macs, metric_width, token_metric
 from ..site import SiteInput, TokenSpec
 from ..tokens.decision import Decision
-from .base import Merged, Merger, merge_into
+from .base import Merged, Merger, keep_all, merge_into
 
 
 class SqueezeMerger(Merger):
@@ -33,6 +33,8 @@ class SqueezeMerger(Merger):
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         state = inputs.state
+        if decision.keeps_all(state):
+            return keep_all(inputs, self.proportional)
         kept = decision.kept_mask(state.tokens)
         widths = None
         if decision.valid is None and state.counts is not None:

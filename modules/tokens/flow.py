@@ -36,6 +36,21 @@ class Chunks:
     probability: Tensor | None
     confidence: Tensor | None
 
+    @staticmethod
+    def of(stage: int, made: Tensor, decision: Decision, state: TokenState, scores: Tensor | None, confidence: Tensor | None) -> Chunks:
+        """
+        Args:
+            stage, made, decision, confidence: as the attributes.
+            state: TokenState before the stage; tokens outside its scope are protected.
+            scores: (B, M) float32 log-odds of a boundary, for a decision by a threshold; None if they are none.
+        """
+        probability = None
+        if scores is not None and decision.cut is not None:
+            # The threshold is where a chunk has probability 0.5. A protected token is always kept.
+            probability = torch.sigmoid(scores - decision.cut).masked_fill(state.protected, 1.0)
+            probability = probability.clamp(1e-4, 1 - 1e-4).gather(1, decision.index)
+        return Chunks(stage, made, decision, probability, confidence)
+
 
 @dataclass(frozen=True)
 class RowTokens:

@@ -72,6 +72,7 @@ class Routing:
         agreement: scalar, fraction of the routable tokens for which a causal predictor and the non-causal decision agree; None if either
             is missing.
         update: what the layer changed in the tokens that it processed; None unless ``Trace.updates`` requests it.
+        routed: scorer and selector ran; False where every token is kept and nothing needs the scores, which are 0 then.
     """
 
     stage: str
@@ -88,6 +89,7 @@ class Routing:
     auxiliary_loss: Tensor | None = None
     agreement: Tensor | None = None
     update: Update | None = None
+    routed: bool = True
 
     def with_update(self, update: Update, loss: Tensor | None) -> Routing:
         """The routing with an update, and with the loss of a scorer that learns to predict it."""

@@ -138,6 +138,26 @@ def test_analytic_macs_equal_a_counter_on_the_real_module(family: str, method: M
     assert ours == pytest.approx(counted, rel=0.03 if method.adaptive and method.merges else 0.006)
 
 
+@pytest.mark.parametrize(
+    ("parts", "site"), [({"scorer": "diversity"}, "before"), ({"scorer": "learned", "merger": "squeeze"}, "between"), ({}, "around")]
+)
+def test_where_every_token_is_kept_no_router_runs_and_none_is_counted(parts: dict[str, str], site: str) -> None:
+    model = compressed("vit", Method("whole", parts, site), 0.5, 0.5)
+    keep, counted = dict.fromkeys(CostModel(model)().keep, 1.0), []
+    for each in (model, dense("vit")):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            each(**inputs(each, images(1)), **({"trace": (trace := Trace(keep=keep))} if each is model else {}))
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1]
+    cost = CostModel(model)
+    assert cost(keep).macs_ratio == cost.achieved(trace) == 1.0
+    assert set(cost(keep).stage_macs.values()) == {0}
+    # A router that learns runs in training.
+    trained = Trace(keep=keep)
+    model.train()(**inputs(model, images(1)), trace=trained)
+    assert [routing.routed for routing in trained.routings.values()] == [parts.get("scorer") != "diversity"] * 2
+
+
 def test_soft_macs_equal_hard_macs_where_counts_are_whole() -> None:
     cost = CostModel(dense("vit"), CompressionConfig([StageConfig(layer=1, scorer="learned"), StageConfig(layer=3, scorer="random")]))
     hard = cost({"before_1": 0.5, "before_3": 0.5})

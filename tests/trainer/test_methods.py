@@ -38,8 +38,8 @@ def test_a_method_is_valid_in_a_recipe_and_says_what_it_is(name: str) -> None:
     first = methods()[name].read_text().splitlines()[0]
     assert first.startswith("# ")
     checked = validate(load("vlm_digits_base", _of(name)).recipe)
-    # DualSpeed drops tokens in training alone.
-    assert checked.macs_ratio < 1 or set(checked.keep.values()) == {1.0}
+    # DualSpeed drops tokens in training alone, and costs what the dense model does in use.
+    assert checked.macs_ratio < 1 or (checked.macs_ratio == 1 and set(checked.keep.values()) == {1.0})
 
 
 @pytest.mark.slow

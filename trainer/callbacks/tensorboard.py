@@ -43,7 +43,7 @@ class RoutingPictures(Callback):
         writer, step = trainer.logger.experiment, trainer.global_step
         for name, routing in trace.routings.items():
             scores = torch.masked_select(routing.scores, routing.routable).float()
-            if len(scores) and bool(torch.isfinite(scores).all()):
+            if routing.routed and len(scores) and bool(torch.isfinite(scores).all()):
                 # TensorBoard raises for a histogram of nothing, where no token may be dropped, and of NaN.
                 writer.add_histogram(f"{name}/scores", scores, step)
         if self.number and trace.flow().pixel_values is not None:
