@@ -148,14 +148,15 @@ class Stage(nn.Module):
     def _count(self, present: int | Tensor, original: int | Tensor, keep: float | None = None) -> int | Tensor:
         """``count`` in units."""
         requested = self.config.keep if keep is None else keep
-        if requested == 0:
-            return present * 0
+        # No token or every token, by any rule.
+        if requested in (0, 1):
+            return present * int(requested)
         if keep is None and self.config.tokens is not None:
             count = at_most(present, max(1, self.config.tokens // self.unit))
         else:
             assert requested is not None
             count = COUNT_RULES[self.config.count or self.scorer.count](present, requested, StageCount(original, self.place, self.places))
-        if self.merger.most is not None and requested != 1:
+        if self.merger.most is not None:
             count = at_most(count, self.merger.most // self.unit)
         return at_least_half(present, count) if self.scorer.matches else count
 
@@ -273,7 +274,7 @@ class Stage(nn.Module):
                 Scored(torch.zeros_like(state.size), partner=every.index), every, Estimate(), 1.0, False, None, False, routed=False
             )
         requested = trace.keep.get(self.config.key)
-        units = self._units(state, flow)
+        units = Units.at(state, flow.units, self.unit, flow.leading)
         # The tokens among which the selector chooses.
         choices = state if units is None else units.state
         present: int | Tensor = choices.present
@@ -331,13 +332,6 @@ class Stage(nn.Module):
         if self.training and auxiliary.loss is not None:
             estimate = replace(estimate, loss=auxiliary.loss if estimate.loss is None else estimate.loss + auxiliary.loss)
         return Choice(scored, decision, estimate, keep, noncausal, auxiliary.agreement, skipped)
-
-    def _units(self, state: TokenState, flow: Flow) -> Units | None:
-        """The units of the tokens at the site; None if each token stays or leaves by itself."""
-        if self.unit == 1:
-            return None
-        assert flow.units is not None
-        return Units.of(state, flow.units, self.unit, flow.leading)
 
     def _request(self, keep: float, count: int | Tensor, present: int | Tensor, site: SiteInput) -> Request:
         state, trace = site.state, site.trace

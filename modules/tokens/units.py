@@ -46,6 +46,14 @@ class Units:
         valid = None if state.valid is None else state.valid.gather(1, first)
         return Units(order, leading, size, own.gather(1, order[:, leading::size]), state.select(first, valid))
 
+    @staticmethod
+    def at(state: TokenState, numbers: Tensor | None, size: int, leading: int) -> Units | None:
+        """The units at a site, as ``of``; None where units are single tokens, and each stays or leaves by itself."""
+        if size == 1:
+            return None
+        assert numbers is not None
+        return Units.of(state, numbers, size, leading)
+
     def mean(self, values: Tensor) -> Tensor:
         """(B, M, …) values of tokens -> (B, L + U, …) means over the tokens of each unit."""
         index = self.order.view(*self.order.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
