@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..cost.shape import StackShape
@@ -135,12 +136,23 @@ class LlavaTower(BeforeText):
     def rows_of(
         cls, base: PreTrainedModel, trace: Trace, pixel_values: Tensor, inputs: Mapping[str, Any], unused: Tensor | None = None
     ) -> RowFeatures:
-        """Features of each row of the tower."""
+        """Features of each row of the tower.
+
+        Args:
+            base: base of the compressed model.
+            trace: trace of the forward.
+            pixel_values: (I, channels, height, width) rows of the tower.
+            inputs: inputs of the forward.
+            unused: (I, patches) bool, patches that the language model does not get; None if it gets all. Stages in the tower leave them as
+                they are, so that none of the others is merged into one and lost.
+        """
         for key in ("vision_feature_layer", "vision_feature_select_strategy"):
             if (given := inputs.get(key)) is not None and given != getattr(base.config, key):
                 raise ValueError(f"{key} = {given!r} in a forward: a compressed {cls.model_type} uses that of its config")
         cls.bind_images(base, trace, pixel_values)
         vision, projector, _ = cls.stacks(base)
+        if unused is not None:
+            trace.flow(VISION).protected = functional.pad(unused, (cls.class_tokens(base.config), 0))
         hidden_states = TOWERS[vision.config.model_type].embed(cls.tower(base), pixel_values)
         return image_features(TowerInput(hidden_states, cls.skipped(base.config), unused=unused), vision, projector, trace)
 

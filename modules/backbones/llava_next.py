@@ -27,7 +27,7 @@ class LlavaNext(LlavaTower):
     """LLaVA-NeXT models. Each tile of an image is a row of the tower.
 
     The learned token at the end of a line of patches is protected: it tells the lines apart. Patches of the tiles' padding, which the language
-    model of the dense model does not get, are tokens of the tower like others; the projector and the language model count none of them.
+    model of the dense model does not get, are protected in the tower; no stack counts them.
     """
 
     model_type = "llava_next"

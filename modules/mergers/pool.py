@@ -43,7 +43,10 @@ class PoolMerger(Merger):
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         hidden_states, state = inputs.hidden_states, inputs.state
         if state.counts is None:
-            raise ValueError("merger 'pool' makes the same number of outputs of every row: it does not support a padded batch")
+            raise ValueError(
+                "merger 'pool' makes the same number of outputs of every row: it supports no rows with padding or with protected tokens amid "
+                "others; take merger 'squeeze'"
+            )
         # Slots of the routable tokens, in order, and of the outputs among the kept tokens.
         pooled = _first(~state.protected, state.counts.routable)
         chosen = state.select(decision.index, decision.valid)

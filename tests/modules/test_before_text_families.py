@@ -216,6 +216,41 @@ def test_padding_of_tiles_is_neither_kept_nor_gone_and_features_go_to_their_plac
     assert [int((~part.isnan().all(-1)).sum()) for part in marked] == [9 + 1, 15 + 3]
 
 
+@pytest.mark.parametrize("merger", ["nearest", pytest.param("squeeze", marks=pytest.mark.slow)])
+def test_stages_in_the_tower_merge_no_patch_into_padding_and_leave_padding_as_it_is(merger: str) -> None:
+    METHODS["joined"] = [{"stack": "vision", "layer": 1, "scorer": _LEARNED, "merger": merger}]
+    plain, model = dense("llava_next"), _model("llava_next", "joined")
+    del METHODS["joined"]
+    for each in (plain, model):
+        each.config.image_grid_pinpoints = each.model.config.image_grid_pinpoints = [[SIDE, 2 * SIDE]]
+    # The whole image, and two tiles of which only the middle lines are of the image.
+    pixels = torch.randn(1, 3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    given = {"pixel_values": pixels, "image_sizes": torch.tensor([[8, 2 * SIDE]])}
+    ids, trace = torch.full((1, 9 + 6 + 1 + 1), PLACEHOLDER), Trace()
+    ids[:, -1] = 3
+    model(ids, **given, trace=trace)
+    routing, state = trace.routings["vision.before_1"], trace.flow("vision").state
+    assert state is not None
+    assert torch.as_tensor(routing.present).tolist() == [9, 3, 3]
+    assert torch.as_tensor(routing.kept).tolist() == [5, 2, 2]
+    (marked,) = model.adapter.encoded_images(model, given)["image"].pooler_output
+    tower, inner = plain.model.vision_tower, plain.model
+    hidden, found = tower.encoder.layers[0](tower.embeddings(pixels[0]), None), []
+    for tile in range(3):
+        # What became of each patch: one of the image is in a kept one, padding is alone.
+        slot, used = state.source[tile], routing.routable[tile]
+        stays = routing.kept_mask[tile].nonzero().flatten()
+        assert bool(used[state.position[tile][slot]][used].all())
+        assert torch.equal(state.position[tile][slot][~used], (~used).nonzero().flatten())
+        means = torch.stack([hidden[tile][slot == number].mean(0) for number in range(len(stays))])
+        after = inner.multi_modal_projector(tower.encoder.layers[1](means[None], None))[0]
+        found.append(after[used[stays]])
+    here = ~marked.isnan().all(-1)
+    assert int(here.sum()) == 5 + 4 + 1
+    # Behind the five of the whole image, the line of both tiles and its end.
+    torch.testing.assert_close(marked[here], torch.cat([*found, inner.image_newline[None]]), **CLOSE)
+
+
 def test_images_and_videos_that_are_interpolated_are_refused_with_what_works() -> None:
     model = _model("llava_onevision", "projector")
     given = given_of(row("llava_onevision", 0))

@@ -16,7 +16,7 @@ BANDS = 4
 
 
 def kept_cells(trace: Trace, stacks: Mapping[str, str], tiles: Iterable[Tile] = ()) -> dict[str, list[Tensor]]:
-    """The grids of visual tokens that each stage keeps, or processes in a bypass.
+    """The grids of visual tokens that each stage keeps, or processes in a bypass, of those that it may touch.
 
     Args:
         trace: trace of a forward.
@@ -39,7 +39,7 @@ def kept_cells(trace: Trace, stacks: Mapping[str, str], tiles: Iterable[Tile] = 
         elif flow.pixel_values is not None and flow.grid is not None:
             # Rows are what the tower reads at once, or what it has left of that for the projector.
             place = position if flow.places is None else flow.places.gather(1, position)
-            placed = _placed(kept, place, flow.leading + flow.grid[0] * flow.grid[1])[:, flow.leading :]
+            placed = _placed(kept & routing.routable, place, flow.leading + flow.grid[0] * flow.grid[1])[:, flow.leading :]
             found[stage] = list(placed.view(-1, *flow.grid))
     return found
 
