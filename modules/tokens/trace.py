@@ -15,6 +15,9 @@ from .decision import Decision
 from .flow import Flow
 from .state import TokenState
 
+# Odd, so that the images of two batches have different identities in 32 bits.
+_IMAGES = 0x9E3779B1
+
 
 @dataclass(frozen=True)
 class Update:
@@ -199,7 +202,11 @@ class Trace:
         return {name: routing.decision for name, routing in self.routings.items()}
 
     def rows_identity(self, rows: int, device: torch.device) -> Tensor:
-        """(B,) int64 identity of each row."""
+        """(rows,) int64 identity of each row of a stack.
+
+        Images of a batch whose rows have none or several are numbered from the identity of its first row.
+        """
         if self.sample_ids is None:
             return torch.arange(rows, device=device)
-        return self.sample_ids.to(device)
+        own = self.sample_ids.to(device)
+        return own if len(own) == rows else own[:1] * _IMAGES + torch.arange(rows, device=device)

@@ -185,6 +185,14 @@ def test_a_batch_of_mixed_rows_is_each_row_alone_and_decoding_equals_one_forward
     assert cache.tokens_stored()[0] == 3 * LENGTH - int((mask == 0).sum()) - gone if gone else True
 
 
+def test_images_of_rows_with_none_or_several_have_draws_of_their_own() -> None:
+    model = _model("projector_random")
+    first, again, other = (_run(model, batch(rows=(0, 1)), sample_ids=torch.tensor(ids))[1] for ids in ((3, 4), (3, 4), (5, 4)))
+    kept, repeated, differs = (trace.routings["projector.before_0"].scores for trace in (first, again, other))
+    assert torch.equal(kept, repeated)
+    assert len({str(row) for row in (*kept.tolist(), *differs.tolist())}) == 6
+
+
 @pytest.mark.parametrize("name", _of(["projector_learned", "tower_learned", "tower_tome", "all"]))
 def test_generation_of_a_batch_is_that_of_each_row_with_beams_and_a_second_turn(name: str) -> None:
     model, given = _model(name), batch(left=True)
