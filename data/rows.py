@@ -11,7 +11,7 @@ import torch
 from ..modules.tokens.labels import IGNORE_TOKEN
 
 # What padding holds where 0 would mean something.
-_PADDING = {"labels": IGNORE_TOKEN, "turns": -1, "kinds": -1}
+_PADDING = {"labels": IGNORE_TOKEN, "turns": -1, "kinds": -1, "documents": -1}
 
 
 class BadRow(NamedTuple):
@@ -103,7 +103,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         values = [item[key] for item in good]
         if isinstance(values[0], Mapping):
             names = dict.fromkeys(name for value in values for name in value)
-            batch |= {name: _joined([value[name] for value in values if name in value]) for name in names}
+            batch |= {name: joined([value[name] for value in values if name in value]) for name in names}
         else:
             batch[key] = sum(values) if isinstance(values[0], int) else _padded(values, _PADDING.get(key, 0))
     terms = sum(item.get("predicted", 1) for item in good)
@@ -116,7 +116,7 @@ def _padded(values: list[torch.Tensor], filler: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filler)
 
 
-def _joined(values: list[torch.Tensor]) -> torch.Tensor:
+def joined(values: list[torch.Tensor]) -> torch.Tensor:
     """(sum of first sizes, …): tensors one after the other, each other dimension as large as the largest, filled with zeros."""
     largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
     found = values[0].new_zeros(sum(len(value) for value in values), *largest)

@@ -65,6 +65,10 @@ class Splits:
         """Indices of the items of each batch of a training run on one process."""
         return StepBatches(len(self.train), batch_size, batches, seed, rank, world_size)  # type: ignore[arg-type]
 
+    def train_batch(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """A training batch of items of ``train``."""
+        return collate(items)
+
     def bad_rows(self, allowed: float) -> BadRowCount:
         """The bad rows that were found when the data were opened, as the start of a run's count.
 
@@ -128,7 +132,7 @@ class DataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         batches = self.data.train_batches(self.batch_size, self.batches, self.seed, *self._place())
-        return ResumableLoader(self.data.train, batches, self.accumulate, **self._options())
+        return ResumableLoader(self.data.train, batches, self.accumulate, collate_fn=self.data.train_batch, **self._options())
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluated(self.data.validation)
@@ -138,7 +142,7 @@ class DataModule(lightning.LightningDataModule):
 
     def _evaluated(self, rows: Dataset[Any]) -> DataLoader[Any]:
         batches = EvalBatches(len(rows), self.eval_batch_size, *self._place())  # type: ignore[arg-type]
-        return DataLoader(rows, batch_sampler=batches, **self._options())
+        return DataLoader(rows, batch_sampler=batches, collate_fn=collate, **self._options())
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of processes."""
@@ -146,7 +150,6 @@ class DataModule(lightning.LightningDataModule):
 
     def _options(self) -> dict[str, Any]:
         return {
-            "collate_fn": collate,
             "num_workers": self.workers,
             # A loader process that cannot write to shared memory sends nothing, not even its error.
             "timeout": LOADER_SECONDS if self.workers else 0,

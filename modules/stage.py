@@ -281,7 +281,8 @@ class Stage(nn.Module):
         original = flow.original // self.unit
         if state.document is not None:
             # Each document has its own count, as if it were alone in the row.
-            present = original = state.present_by_document
+            assert flow.original_by_document is not None
+            present, original = state.present_by_document, flow.original_by_document
         count = self._count(present, original, requested)
         keep = self.config.keep if requested is None else requested
         if keep is None:

@@ -28,6 +28,11 @@ class ChatRecipe(DataRecipe):
     sequence_length: Annotated[int, Field(ge=8)] = Field(
         2048, description="largest number of tokens of a row, those of its images included; a longer row is bad"
     )
+    packing: bool = Field(
+        False,
+        description="true packs the chats of a training batch into rows of sequence_length, counting of visual tokens those that the "
+        "language model's layers keep on average; chats of a row do not see each other",
+    )
     processor: str | None = Field(
         None, description="folder or hub name of the processor; null uses that of model.name, or makes one for a new model"
     )

@@ -19,6 +19,7 @@ from ..text.columns import find_columns
 from ..text.conversations import WrongRow
 from .encoder import ChatEncoder
 from .messages import chat_of, images_of
+from .packing import ChatPacking
 
 _IMAGE_COLUMNS = ("images", "image")
 _SHOWN = 20
@@ -83,16 +84,21 @@ class ChatData(Splits):
         processor: processor of the rows.
         length: largest number of tokens of a row.
         kinds: names of the kinds of questions; empty if rows have none.
+        packing: how chats of a training batch are packed into rows; None gives each a row.
     """
 
     processor: Any
     length: int
     kinds: Sequence[str] = ()
+    packing: ChatPacking | None = None
 
     @property
     def tokenizer(self) -> Any:
         """Tokenizer of the processor."""
         return self.processor.tokenizer
+
+    def train_batch(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return super().train_batch(items) if self.packing is None else self.packing(items)
 
     def save_beside(self, folder: Path) -> None:
         self.processor.save_pretrained(folder)

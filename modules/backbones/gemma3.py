@@ -52,6 +52,8 @@ class Gemma3(GridTower):
     languages: ClassVar[Mapping[str, type[Decoder]]] = {Gemma3Text.model_type: Gemma3Text}
     blocks_at = "vision_tower.encoder.layers"
     projector_layers = PoolingProjector
+    # transformers finds the images of a row by positions, which start again in each chat.
+    no_packing = "transformers' masks let chats of a row see tokens of each other's images"
     types_at = "token_type_ids"
     classes: ClassVar[tuple[str, ...]] = ("Gemma3Model", "Gemma3ForConditionalGeneration")
 

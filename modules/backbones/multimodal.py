@@ -41,6 +41,8 @@ class Multimodal(Decoder):
         towers: supported ``model_type`` of the tower; None supports all.
         needs_features: features of images must be computed before the model's forward.
         image_inputs: names of the inputs of a forward that describe images.
+        images_by_row: ``pixel_values`` are (B, images, …), with all images of a row in one entry.
+        no_packing: reason why several chats cannot share a row; None if they can.
         types_at: name of the input that tells tokens of images (1) from text (0); None if the model needs none.
     """
 
@@ -56,6 +58,8 @@ class Multimodal(Decoder):
     towers: ClassVar[Collection[str] | None] = None
     needs_features: ClassVar[bool] = True
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    images_by_row: ClassVar[bool] = False
+    no_packing: ClassVar[str | None] = None
     types_at: ClassVar[str | None] = None
 
     @classmethod
@@ -101,9 +105,10 @@ class Multimodal(Decoder):
 
         Args:
             config: config of the model.
-            batch: ``input_ids`` (B, N), and if there are any ``attention_mask`` and what a processor made of the images.
+            batch: ``input_ids`` (B, N), and if there are any ``attention_mask``, or ``position_ids`` of packed chats, and what a processor
+                made of the images.
         """
-        given = {name: batch[name] for name in ("input_ids", "attention_mask", *cls.image_inputs) if name in batch}
+        given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", *cls.image_inputs) if name in batch}
         if cls.types_at is not None:
             given[cls.types_at] = (given["input_ids"] == config.image_token_id).int()
         return given

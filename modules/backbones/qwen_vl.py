@@ -73,6 +73,7 @@ class QwenVL(BeforeText):
         "projector": ("visual.merger", "visual.deepstack_merger_list"),
     }
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    no_packing = "positions in time, height and width are those of whole rows"
     types_at = "mm_token_type_ids"
 
     @classmethod

@@ -26,6 +26,7 @@ class SmolVLM(GridTower):
     blocks_at = "vision_model.encoder.layers"
     projector_at = "connector.modality_projection"
     parts_at: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vision_model",), "projector": ("connector",)}
+    images_by_row = True
     reads_blank: ClassVar[bool] = True
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
     classes: ClassVar[tuple[str, ...]] = ("SmolVLMModel", "SmolVLMForConditionalGeneration")

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ..cost.shape import StackShape
 from ..site import SiteInput, TokenSpec
+from ..tokens.documents import DocumentRows
+from ..tokens.state import TokenState
 from ..tokens.trace import Update
 
 
@@ -88,3 +90,20 @@ class Scorer(nn.Module):
     def macs(self, shape: StackShape, tokens: int) -> int:
         """MACs for one row of ``tokens`` tokens, protected tokens included."""
         return 0
+
+
+class ComparingScorer(Scorer):
+    """A scorer that compares the tokens of a row with each other. In packed rows it compares those of each document, as if it were alone."""
+
+    lookahead = True
+
+    def forward(self, inputs: SiteInput) -> Scored:
+        hidden_states, state = inputs.hidden_states, inputs.state
+        if state.document is None:
+            return Scored(self.compare(hidden_states, state))
+        rows = DocumentRows.of(state)
+        return Scored(rows.put(self.compare(rows.take(hidden_states), rows.state), state))
+
+    def compare(self, hidden_states: Tensor, state: TokenState) -> Tensor:
+        """(B, M) float32 scores of (B, M, C) tokens, of which the routable ones of a row are compared."""
+        raise NotImplementedError

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from ..cost.shape import StackShape
-from ..site import SiteInput, TokenSpec
-from .base import Scored, Scorer
+from ..site import TokenSpec
+from ..tokens.state import TokenState
+from .base import ComparingScorer
 
 # Distance in place of 0, whose logarithm is infinite.
 _SMALLEST = 1e-20
 
 
-class DensityPeaksScorer(Scorer):
+class DensityPeaksScorer(ComparingScorer):
     """log(density · distance): centres of clusters first (DPC-KNN, as in TCFormer, arXiv 2204.08680, and Chat-UniVi, arXiv 2311.08046).
 
     The density of a token is exp(-mean squared distance to its k nearest tokens). Its distance is that to the nearest token of higher density;
@@ -26,8 +27,6 @@ class DensityPeaksScorer(Scorer):
         k: number of nearest tokens; at least 1. Rows with fewer others have all of them.
     """
 
-    lookahead = True
-
     def __init__(self, spec: TokenSpec, k: int = 5) -> None:
         super().__init__(spec)
         if k < 1:
@@ -35,12 +34,10 @@ class DensityPeaksScorer(Scorer):
         self.k = k
 
     @torch.no_grad()
-    def forward(self, inputs: SiteInput) -> Scored:
-        state, hidden_states = inputs.state, inputs.hidden_states.float()
-        # The others that count for each token: routable ones of its row, or of its document.
+    def compare(self, hidden_states: Tensor, state: TokenState) -> Tensor:
+        hidden_states = hidden_states.float()
+        # The others that count for each token.
         others = state.routable[:, None] & ~torch.eye(state.tokens, dtype=torch.bool, device=hidden_states.device)
-        if state.document is not None:
-            others = others & (state.document[:, :, None] == state.document[:, None])
         squares = _squared_distances(hidden_states) / hidden_states.shape[-1]
         near = squares.masked_fill(~others, torch.inf).sort(-1).values[..., : self.k]
         number = others.sum(-1).clamp(min=1, max=self.k)
@@ -52,7 +49,7 @@ class DensityPeaksScorer(Scorer):
         to_denser = squares.masked_fill(~denser, torch.inf).amin(-1)
         farthest = squares.masked_fill(~others, 0.0).amax(-1)
         square = torch.where(denser.any(-1), to_denser, farthest)
-        return Scored(density + square.clamp(min=_SMALLEST).log() / 2)
+        return density + square.clamp(min=_SMALLEST).log() / 2
 
     def macs(self, shape: StackShape, tokens: int) -> int:
         return tokens**2 * shape.hidden

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from ..cost.shape import StackShape
-from ..site import SiteInput
-from .base import Scored, Scorer
+from ..tokens.state import TokenState
+from .base import ComparingScorer
 
 
-class DiversityScorer(Scorer):
+class DiversityScorer(ComparingScorer):
     """Order in which a greedy search for the largest smallest distance takes the tokens (DivPrune, arXiv 2503.02175).
 
     The distance of two tokens is 1 less the cosine of their hidden states. The first token is the one whose nearest other token is farthest;
@@ -18,12 +19,9 @@ class DiversityScorer(Scorer):
     search. It is not trained, and takes one step a token.
     """
 
-    lookahead = True
-
     @torch.no_grad()
-    def forward(self, inputs: SiteInput) -> Scored:
-        state = inputs.state
-        routable, features = state.routable, functional.normalize(inputs.hidden_states.float(), dim=-1)
+    def compare(self, hidden_states: Tensor, state: TokenState) -> Tensor:
+        routable, features = state.routable, functional.normalize(hidden_states.float(), dim=-1)
         rows, tokens = routable.shape
         distance = 1 - features @ features.transpose(1, 2)
         own = torch.eye(tokens, dtype=torch.bool, device=distance.device)
@@ -38,7 +36,7 @@ class DiversityScorer(Scorer):
                 nearest = torch.full_like(nearest, torch.inf).masked_fill(~routable, -torch.inf)
             to_taken = distance.gather(1, taken.unsqueeze(-1).expand(-1, -1, tokens)).squeeze(1)
             nearest = torch.minimum(nearest, to_taken).scatter(1, taken, -torch.inf)
-        return Scored(scores)
+        return scores
 
     def macs(self, shape: StackShape, tokens: int) -> int:
         return tokens**2 * shape.hidden

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..cost.shape import StackShape
-from ..site import SiteInput, TokenSpec
-from .base import Scored, Scorer
+from ..site import TokenSpec
+from ..tokens.state import TokenState
+from .base import ComparingScorer
 
 
-class PivotsScorer(Scorer):
+class PivotsScorer(ComparingScorer):
     """Pivots first, then in turn the token that is least similar to each of them (DART, arXiv 2502.11494).
 
     Pivots are the tokens with the largest hidden states (the paper finds that it hardly matters which tokens are). Similarity is the cosine of
@@ -24,8 +25,6 @@ class PivotsScorer(Scorer):
         pivots: number of pivots; at least 1.
     """
 
-    lookahead = True
-
     def __init__(self, spec: TokenSpec, pivots: int = 8) -> None:
         super().__init__(spec)
         if pivots < 1:
@@ -33,9 +32,8 @@ class PivotsScorer(Scorer):
         self.pivots = pivots
 
     @torch.no_grad()
-    def forward(self, inputs: SiteInput) -> Scored:
-        state, hidden_states = inputs.state, inputs.hidden_states.float()
-        routable, tokens = state.routable, state.tokens
+    def compare(self, hidden_states: Tensor, state: TokenState) -> Tensor:
+        hidden_states, routable, tokens = hidden_states.float(), state.routable, state.tokens
         number = min(self.pivots, tokens)
         # A stable sort, whose choice among equal norms does not depend on the batch.
         norms = hidden_states.norm(dim=-1).masked_fill(~routable, -1)
@@ -49,7 +47,7 @@ class PivotsScorer(Scorer):
         scores = -turn.amin(1).float()
         # Where fewer tokens are kept than there are pivots, the largest of them.
         first = torch.arange(number, 0, -1, device=scores.device, dtype=scores.dtype).expand_as(pivots)
-        return Scored(scores.scatter(1, pivots, first))
+        return scores.scatter(1, pivots, first)
 
     def macs(self, shape: StackShape, tokens: Any) -> Any:
         # Rows of unequal length have a tensor of counts.

@@ -99,6 +99,7 @@ class Flow:
     Attributes:
         state: TokenState of the current tokens; None before the first layer.
         original: routable tokens before the first stage, without absent ones, one int for every row or int64 (B,).
+        original_by_document: (B, N) int64, the same of each document; None if a row is one document.
         gone: number of absent tokens, likewise.
         dense: real tokens of the dense model, protected and absent ones included, likewise.
         present: slots of the tokens that are not absent; None if no token is absent.
@@ -130,6 +131,7 @@ class Flow:
     under_head: bool = False
     state: TokenState | None = None
     original: int | Tensor = 0
+    original_by_document: Tensor | None = None
     gone: int | Tensor = 0
     dense: int | Tensor = 0
     present: Compact | None = None
@@ -172,6 +174,7 @@ class Flow:
             self.present, state = present, state.select(present.index, present.valid)
             hidden_states = self.take_present(hidden_states)
         self.state, self.original = state, state.present
+        self.original_by_document = None if state.document is None else state.present_by_document
         return hidden_states
 
     def take_present(self, hidden_states: Tensor) -> Tensor:

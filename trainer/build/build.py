@@ -86,6 +86,7 @@ def build(
             bare = recipe.model.model_copy(update={"name": None, "config": {}})
             model, cost, budget = _assemble(recipe, build_model(bare, config, data, task), steps, start, new, filled=False)
         broadcast_weights(model, source)
+    data = task.fit_data(recipe, data, config, cost)
     return RunParts(recipe, data, model, cost, budget, steps, base)
 
 

@@ -101,6 +101,7 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
             check_floor(recipe, counted)
             check_deployable(stage for stage in counted.stages if stage.adapter.causal)
             check_keeps(recipe, counted.stages)
+        task.fit_data(recipe, data, config, counted)
         routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
         train_parts(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
         freeze_parts(recipe, model)

@@ -49,7 +49,8 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any
 
     Args:
         model: dense or compressed model with a head on a base model.
-        batch: ``input_ids``, ``labels``, ``attention_mask`` and ``turns``, each (B, N), and what a processor made of the images, if any.
+        batch: ``input_ids``, ``labels``, ``turns``, and ``attention_mask``, or ``position_ids`` and ``documents`` of packed chats, each
+            (B, N); and what a processor made of the images, if any.
         options: arguments of the base model's forward: ``trace`` of a compressed model.
     """
     labels = batch["labels"]
@@ -62,6 +63,7 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any
     if trace is not None:
         # As long as the rows, with a blank image behind them.
         trace.labels = functional.pad(labels, (0, given["input_ids"].shape[1] - labels.shape[1]), value=IGNORE_TOKEN)
+        trace.documents = batch.get("documents")
     # Token i predicts token i + 1. Before the forward, whose end the host would wait for here.
     following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_TOKEN)
     row, place = (following != IGNORE_TOKEN).nonzero(as_tuple=True)
@@ -82,17 +84,22 @@ def with_blank_image(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[s
 
     Args:
         model: dense or compressed vision-language model.
-        batch: batch with ``input_ids`` and ``attention_mask``, each (B, N).
+        batch: batch with ``input_ids`` and ``attention_mask``, or ``position_ids`` and ``documents``, each (B, N).
     """
     config: Any = model.config
     family, ids = family_of(model), batch["input_ids"]
     blank = family.plain_images(config, 1)
     padding = ids.new_zeros(len(ids), sum(tile.tokens for tile in family.pictures(config, blank)))
     padding[0] = config.image_token_id
+    places = {
+        name: functional.pad(batch[name], (0, padding.shape[1]), value=filler)
+        for name, filler in (("attention_mask", 0), ("position_ids", 0), ("documents", -1))
+        if name in batch
+    }
     return {
         **batch,
+        **places,
         "input_ids": torch.cat([ids, padding], 1),
-        "attention_mask": torch.cat([batch["attention_mask"], torch.zeros_like(padding)], 1),
         **{name: value.to(ids.device, model.dtype if value.is_floating_point() else None) for name, value in blank.items()},
     }
 

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...data.labels.classes import KnownClasses
 from ...data.splits import Splits
 from ...modules import registry
+from ...modules.cost.cost import CostModel
 from ...modules.tokens.trace import Trace
 from ..build.parts import RunParts
 from ..losses.distillation import DistillationLoss, Taught
@@ -116,6 +117,21 @@ class Task:
     def size(cls, recipe: Recipe) -> tuple[int, int] | int | None:
         """Size of one model input: height and width in pixels, or tokens of the longest text; None uses the size in the model's config."""
         return None
+
+    @classmethod
+    def fit_data(cls, recipe: Recipe, data: Splits, config: PretrainedConfig, cost: CostModel | None) -> Splits:
+        """The splits as a model trains on them, by what its stages keep; the same ones in most tasks.
+
+        Args:
+            recipe: the recipe.
+            data: its splits.
+            config: config of the model.
+            cost: cost model of the model with its stages; None for a family without an adapter.
+
+        Raises:
+            ValueError: the recipe asks for what the model or its stages do not allow.
+        """
+        return data
 
     @classmethod
     def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from ...data.chats.encoder import ChatEncoder
 from ...data.chats.messages import images_of
+from ...data.chats.packing import ChatPacking
 from ...data.chats.processor import load_processor, made_processor, with_image_size
 from ...data.chats.recipe import ChatRecipe
 from ...data.chats.splits import ChatData, digit_questions, hub_chats
@@ -27,6 +29,7 @@ from ...modules.backbones import families
 from ...modules.backbones.llava import Llava
 from ...modules.backbones.multimodal import Multimodal
 from ...modules.checkpoints.foreign_config import load_config
+from ...modules.cost.cost import CostModel
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..build.chat_processor import check_processor, image_token_id
@@ -101,6 +104,25 @@ class VisionLanguage(Task):
             return digit_questions(data.train_samples, data.eval_samples, processor, data.sequence_length, data.kinds)
         folder = Path(data.image_dir or "")
         return hub_chats(data.source, data.splits, processor, data.sequence_length, data.chat_column, data.image_column, folder)
+
+    @classmethod
+    def fit_data(cls, recipe: Recipe, data: Splits, config: PretrainedConfig, cost: CostModel | None) -> Splits:
+        assert isinstance(data, ChatData)
+        assert isinstance(recipe.data, ChatRecipe)
+        if not recipe.data.packing:
+            return data
+        family, alone = _family(config.model_type), "set data.packing=false, which gives each chat a row"
+        if family.no_packing is not None:
+            raise ValueError(f"data.packing = true is not offered for a {config.model_type}: {family.no_packing}; {alone}")
+        for stage in cost.stages if cost is not None else ():
+            if stage.scorer.reads_prompt:
+                name = stage.config.part("scorer").name
+                raise ValueError(
+                    f"data.packing = true: scorer {name!r} of stage {stage.config.key!r} reads the end of one prompt a row: {alone}, or take "
+                    "scorer 'learned'"
+                )
+        kept = 1.0 if cost is None else cost().stack_keep[family.stack_name]
+        return replace(data, packing=ChatPacking(data.length, tuple(family.placeholder_ids(config)), kept, family.images_by_row))
 
     @classmethod
     def _processor(cls, recipe: Recipe, data: ChatRecipe, config: PretrainedConfig) -> Any:
