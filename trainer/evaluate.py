@@ -129,7 +129,7 @@ def _check_keeps(model: PreTrainedModel, keeps: Sequence[float]) -> None:
     if keeps and not stages:
         raise RecipeError("--keep is of stages, and the model has none: remove it")
     try:
-        check_movable(stages if keeps else [], "--keep")
+        check_movable(stages if keeps else [], "--keep", min(keeps, default=1.0))
     except ValueError as error:
         raise RecipeError(str(error)) from None
 

@@ -56,6 +56,11 @@ class DrawnKeep:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"training_keep.{name} = {getattr(self, name)} must be in [0, 1]")
 
+    @property
+    def least(self) -> float:
+        """The lowest keep that can be drawn."""
+        return min(self.choices or [end for end in (self.lowest, self.start) if end is not None])
+
     def bounds(self, step: int, total_steps: int) -> tuple[float, float]:
         """Lower and upper end of the uniform draw at a step."""
         assert self.lowest is not None

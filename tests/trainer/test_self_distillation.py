@@ -145,6 +145,9 @@ def test_steps_in_which_the_teacher_would_be_the_student_have_none(tmp_path: Pat
         calls.clear()
 
 
+_PAIRS = ("budget=null", "compression.stages=[{layer: 1, scorer: bipartite, keep: 0.5}]")
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
@@ -159,6 +162,17 @@ def test_steps_in_which_the_teacher_would_be_the_student_have_none(tmp_path: Pat
         ("vit_digits", ["distillation={teacher: self, keep: 0.8, milder: {}}"], "distillation.keep = 0.8 has no effect"),
         ("vit_digits_adaptive", ["distillation={teacher: self, keep: 0.8}"], "has a threshold of one keep, and distillation.keep requests"),
         ("llm_pretrain", ["budget=null", "training_keep={lowest: 0.2}"], "stages .* have no keep and there is no budget"),
+        (
+            "vit_digits",
+            [*_PAIRS, "training_keep={lowest: 0.2}"],
+            "'bipartite' can remove at most half .* training_keep requests a keep of 0.2",
+        ),
+        ("vit_digits", [*_PAIRS, "distillation={teacher: self, keep: 0.4}"], "and distillation.keep requests a keep of 0.4"),
+        (
+            "vit_digits",
+            ["compression.stages=[{layer: 1, scorer: bipartite}]", "budget={measure: keep, target: 1, start: 0.3, schedule: linear}"],
+            "and budget.start requests a keep of 0.3",
+        ),
         ("text_classify", ["distillation={teacher: dense_self}"], "distillation.teacher = 'dense_self' is for image classifiers, and task"),
     ],
 )

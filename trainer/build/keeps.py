@@ -9,32 +9,39 @@ from ..recipe.schema import ITSELF, Recipe
 
 
 def check_keeps(recipe: Recipe, stages: Iterable[Stage]) -> None:
-    """Raises ValueError if a stage cannot follow the keeps that ``training_keep`` and ``distillation`` request.
+    """Raises ValueError if a stage cannot follow the keeps that ``training_keep``, ``distillation`` and a moving budget request.
 
     Args:
         recipe: the recipe.
         stages: its built stages.
     """
-    stages, teacher = list(stages), recipe.distillation
-    if recipe.training_keep is not None:
-        check_movable(stages, "training_keep")
-    elif teacher is not None and teacher.teacher == ITSELF and teacher.milder is not None:
-        check_movable(stages, "distillation.milder")
+    stages, drawn, teacher, budget = list(stages), recipe.training_keep, recipe.distillation, recipe.budget
+    itself = teacher is not None and teacher.teacher == ITSELF
+    if drawn is not None:
+        check_movable(stages, "training_keep", drawn.least)
+    if teacher is not None and itself and teacher.milder is not None:
+        # The teacher's keeps are above the stages' own.
+        check_movable(stages, "distillation.milder", 1.0)
         for stage in stages:
-            if stage.config.tokens is not None:
+            if stage.config.tokens is not None and drawn is None:
                 raise ValueError(
                     f"stage {stage.config.key!r}: distillation.milder is a difference of keeps, and the stage has tokens: give it keep"
                 )
-    elif teacher is not None and teacher.teacher == ITSELF and teacher.keep < 1:
-        check_movable(stages, "distillation.keep")
+    elif teacher is not None and itself and teacher.keep < 1:
+        check_movable(stages, "distillation.keep", teacher.keep)
+    if budget is not None and budget.measure == "keep" and budget.schedule != "constant":
+        assert recipe.compression is not None
+        free = {stage.key for stage in recipe.compression.stages if stage.free}
+        check_halves((stage for stage in stages if stage.config.key in free), "budget.start", budget.start)
 
 
-def check_movable(stages: Iterable[Stage], key: str) -> None:
+def check_movable(stages: Iterable[Stage], key: str, least: float) -> None:
     """Raises ValueError if a stage cannot follow a keep other than its own.
 
     Args:
         stages: built stages.
         key: what requests the keep, for the message.
+        least: lowest keep that is requested.
     """
     for stage in stages:
         where, selector, merger = f"stage {stage.config.key!r}", *(stage.config.part(kind).name for kind in ("selector", "merger"))
@@ -42,3 +49,20 @@ def check_movable(stages: Iterable[Stage], key: str) -> None:
             raise ValueError(f"{where}: selector {selector!r} has a threshold of one keep, and {key} requests others: take top_k")
         if stage.merger.outputs is not None:
             raise ValueError(f"{where}: merger {merger!r} makes one number of tokens, and {key} requests others: take another merger")
+        check_halves([stage], key, least)
+
+
+def check_halves(stages: Iterable[Stage], key: str, least: float) -> None:
+    """Raises ValueError if a stage matches pairs of tokens, of which at least half stay, and a lower keep is requested.
+
+    Args:
+        stages: built stages.
+        key: what requests the keep, for the message.
+        least: lowest keep that is requested.
+    """
+    for stage in stages:
+        if stage.scorer.matches and least < 0.5:
+            raise ValueError(
+                f"stage {stage.config.key!r}: scorer {stage.config.part('scorer').name!r} can remove at most half of the tokens, and {key} "
+                f"requests a keep of {least:g}: give at least 0.5, or take another scorer with merger 'squeeze'"
+            )
