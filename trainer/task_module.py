@@ -149,6 +149,9 @@ class TaskModule(lightning.LightningModule):
     def test_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
         counted = batch_index < self.trainer.test_dataloaders.batch_sampler.counted
         found = self._evaluate(batch, counted)
+        if counted and found["trace"] is not None and self.cost is not None:
+            # For the report, so that validations are not slowed down.
+            self._places.add(self.task.kept_cells(self.model, found["trace"], batch))
         if self.ahead is not None and "sample_ids" not in batch:
             blank_forward(self.task, self.model)
         elif self.ahead is not None:
@@ -173,7 +176,6 @@ class TaskModule(lightning.LightningModule):
             self.quality.add(out, batch)
             if trace is not None and self.cost is not None:
                 self._kept.add(trace, self.cost, len(batch["sample_ids"]))
-                self._places.add(self.task.kept_cells(self.model, trace, batch))
         return {"trace": trace}
 
     def on_validation_epoch_end(self) -> None:
@@ -210,7 +212,7 @@ class TaskModule(lightning.LightningModule):
 
     @property
     def position_bias(self) -> dict[str, Any]:
-        """Position bias by stage over the last validation or test: ``KeptPlaces.bias``."""
+        """Position bias by stage over the last test, empty behind a validation: ``KeptPlaces.bias``."""
         return self._places.bias
 
     @property
