@@ -343,17 +343,17 @@ def check_deployable(stages: Iterable[Stage]) -> None:
         )
 
 
-def check_held(stages: Iterable[Stage], regularized: bool) -> None:
-    """Raises ValueError if a stage's selector does not hold the requested keep and no regulariser does.
+def check_held(stages: Iterable[Stage], held: bool) -> None:
+    """Raises ValueError if a stage's selector does not hold the requested keep and no budget does.
 
     Args:
         stages: stages of a model.
-        regularized: the budget has a regulariser.
+        held: a budget's controller or regulariser holds it.
     """
     unheld = [stage.config.key for stage in stages if stage.selector.needs_probabilities]
-    if unheld and not regularized:
+    if unheld and not held:
         raise ValueError(
-            f"budget.regularizer is missing: the selectors of {', '.join(unheld)} keep tokens with probability above 0.5, and only a "
-            "regulariser brings that to the requested keep: leave keep out and give budget.target and budget.regularizer "
-            "(macs_squared, ratio_mse or h_net), or take selector 'threshold', or 'top_k' if the model is not causal"
+            f"the selectors of {', '.join(unheld)} keep tokens with probability above 0.5, and nothing brings that to the requested keep: "
+            "leave keep out and give budget.target (its controller holds it; controller 'fixed' needs budget.regularizer: macs_squared, "
+            "ratio_mse or another one), or take selector 'threshold', or 'top_k' if the model is not causal"
         )

@@ -64,7 +64,7 @@ class PartConfig:
 
         Args:
             value: one of these forms.
-            kind: ``scorer``, ``selector``, ``merger``, ``estimator`` or ``regularizer``.
+            kind: ``scorer``, ``selector``, ``merger``, ``estimator``, ``regularizer`` or ``controller``.
         """
         if isinstance(value, PartConfig):
             return value

@@ -52,6 +52,7 @@ KINDS = {
     "merger": Kind("mergers", "Merger", ("spec",)),
     "estimator": Kind("estimators", "Estimator"),
     "regularizer": Kind("budget.regularizers", "Regularizer"),
+    "controller": Kind("budget.controllers", "Controller"),
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, Trainer
 
 from ..modules.budget.budget import Budget
@@ -12,6 +14,9 @@ from ..modules.cost.cost import CostModel
 from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.trace import Trace
 from .distributed import collective
+
+# File of the controller's state in a checkpoint of the Trainer.
+CONTROLS = "budget.pt"
 
 
 class BudgetMixin:
@@ -78,6 +83,19 @@ class BudgetMixin:
         if scaled is not None:
             return bool(scaled)
         return host.compute_loss_func is not None or (host.model_accepts_loss_kwargs and num_items_in_batch is not None)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        parent: Any = super()
+        parent._save_optimizer_and_scheduler(output_dir)
+        host: Any = self
+        if self.budget is not None and host.args.should_save:
+            torch.save(self.budget.state_dict(), Path(output_dir) / CONTROLS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        parent: Any = super()
+        parent._load_optimizer_and_scheduler(checkpoint)
+        if self.budget is not None and checkpoint is not None and (found := Path(checkpoint) / CONTROLS).is_file():
+            self.budget.load_state_dict(torch.load(found, weights_only=True))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the achieved keep since the last log."""

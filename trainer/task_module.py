@@ -34,7 +34,7 @@ from .recipe.schema import OptimizerRecipe
 from .tasks.base import PROBES, Task
 
 # Keys of a checkpoint.
-_DATA, _ROWS = "data", "bad_rows"
+_DATA, _ROWS, _BUDGET = "data", "bad_rows", "budget"
 
 
 class TaskModule(lightning.LightningModule):
@@ -241,6 +241,8 @@ class TaskModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Records the model and base of the weights, the facts about the data and the bad rows so far, and removes frozen weights."""
         checkpoint[KEY] = about(self.model, self.base)
+        if self.budget is not None:
+            checkpoint[_BUDGET] = self.budget.state_dict()
         checkpoint[_DATA] = self.data_record
         checkpoint[_ROWS] = {"seen": self.bad_rows.seen, "reasons": self.bad_rows.reasons, "first": self.bad_rows.first}
         if self.base is not None:
@@ -259,6 +261,8 @@ class TaskModule(lightning.LightningModule):
                 f"the data have changed since the checkpoint was saved, in {', '.join(changed)}: restore the files and the run's folder "
                 "data/, or start a new run from its weights, with model.name and another output"
             )
+        if self.budget is not None:
+            self.budget.load_state_dict(checkpoint[_BUDGET])
         for name, value in checkpoint[_ROWS].items():
             setattr(self.bad_rows, name, value)
         if self.base is not None and "state_dict" in checkpoint:

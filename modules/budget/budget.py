@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from ..config import CompressionConfig, PartConfig
 from ..cost.cost import CostModel
 from ..tokens.trace import Trace
 from .config import BudgetConfig
+from .controllers.base import Controller
+from .gaps import gaps_of
 from .regularizers.base import Regularizer
 from .schedules import SCHEDULES, progress, staircase
 
@@ -25,18 +28,20 @@ class BudgetLoss:
     """The loss to add to the task's loss, and values to log.
 
     Attributes:
-        total: scalar with gradient: the weighted regulariser plus the auxiliary losses of estimators and selectors.
+        total: scalar with gradient: the weighted regulariser, the controller's term, and the auxiliary losses of estimators and selectors.
         regularizer: unweighted loss of the regulariser, detached; None without one.
         weight: weight of the regulariser at this step.
         auxiliary: sum of the auxiliary losses, detached; None without any.
         soft_keep: mean keep probability by stage name, detached; the achieved keep is in the Routing.
+        gaps: achieved less requested by constraint, detached; empty without a controller.
     """
 
     total: Tensor
     regularizer: Tensor | None
-    weight: float
+    weight: float | Tensor
     auxiliary: Tensor | None
     soft_keep: Mapping[str, Tensor] = field(default_factory=dict)
+    gaps: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Budget:
@@ -58,6 +63,11 @@ class Budget:
         model = compress(model, budget.compression)
         trace = budget.trace(step)
         loss = model(**batch, trace=trace).loss + budget.loss(trace, step).total
+
+    Attributes:
+        controller: Controller of the gaps; None where every selector holds its count by itself.
+        controls: state of the controller by constraint. ``loss`` moves it when it is called with the next step, by the mean gap over the
+            forwards of the step before; ``state_dict()`` is part of a checkpoint.
     """
 
     def __init__(
@@ -93,7 +103,15 @@ class Budget:
         self.regularizer = build_regularizer(config)
         if config.schedule != "constant":
             self.resolve(config.start)
-        check_held(self.cost.stages, regularized=self.regularizer is not None)
+        free = set(self.free)
+        self.held = [stage.config.key for stage in self.cost.stages if stage.config.key in free and stage.selector.needs_probabilities]
+        self.controller = build_controller(config, bool(self.held))
+        self.controls: dict[str, dict[str, Tensor]] = {}
+        # Gaps of the step under way: it may have several forwards.
+        self._gaps: dict[str, list[Tensor]] = {}
+        self._step = 0
+        held = self.regularizer is not None or (self.controller is not None and self.controller.holds)
+        check_held(self.cost.stages, held)
         if self.regularizer is not None and not any(stage.scorer.probabilities for stage in self.cost.stages):
             raise ValueError(
                 "budget.regularizer needs keep probabilities, and no stage's scorer has any: leave it out "
@@ -166,7 +184,7 @@ class Budget:
         return Trace(step=step, seed=self.seed, sample_ids=sample_ids, labels=labels, noise=noise, progress=done, keep=keep)
 
     def loss(self, trace: Trace, step: int, over_ranks: Callable[[Tensor], Tensor] | None = None) -> BudgetLoss:
-        """The loss for the routings of one forward.
+        """The loss for the routings of one forward; moves the controller when ``step`` is a later one than in the last call.
 
         Args:
             trace: Trace of the forward.
@@ -184,9 +202,21 @@ class Budget:
         auxiliary = trace.auxiliary_loss
         if auxiliary is not None:
             total = total + auxiliary
-        value, weight = None, 0.0
+        self._advance(step)
+        gaps = gaps_of(self, trace, step, over_ranks) if self.controller is not None else {}
+        states = {name: self._control(name, gap.device) for name, gap in gaps.items()}
+        for name, gap in gaps.items():
+            assert self.controller is not None
+            self._step = step
+            self._gaps.setdefault(name, []).append(gap.detach().double())
+            total = total + self.controller.loss(gap, states[name], self.regularizer is not None).float()
+        value: Tensor | None = None
+        weight: float | Tensor = 0.0
         if self.regularizer is not None and trained:
             weight = self.regularizer.weight * progress(step, self.config.ramp_until, self.total_steps)
+            if self.controller is not None and states:
+                factors = [self.controller.weight(state) for state in states.values()]
+                weight = weight * sum(factors) / len(factors)
             target = self.target(step) if self.config.measure == "macs_ratio" else None
             value = self.regularizer(trained, target, self.cost, over_ranks)
             total = total + weight * value
@@ -197,7 +227,32 @@ class Budget:
             weight=weight,
             auxiliary=None if auxiliary is None else auxiliary.detach(),
             soft_keep=soft,
+            gaps={name: gap.detach() for name, gap in gaps.items()},
         )
+
+    def _advance(self, step: int) -> None:
+        """Moves the controller if the forwards since the last move were of an earlier step."""
+        if self.controller is None or not self._gaps or step <= self._step:
+            return
+        for name, gaps in self._gaps.items():
+            mean = torch.stack(gaps).mean()
+            self.controls[name] = self.controller.update(mean, self._control(name, mean.device))
+        self._gaps = {}
+
+    def _control(self, name: str, device: torch.device) -> Mapping[str, Tensor]:
+        assert self.controller is not None
+        state = self.controls.get(name) or self.controller.start(device)
+        return {key: value.to(device) for key, value in state.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the controller, for a checkpoint: training that loads it goes on exactly."""
+        controls = {name: {key: value.cpu() for key, value in state.items()} for name, state in self.controls.items()}
+        return {"controls": controls, "step": self._step, "gaps": {name: torch.stack(gaps).cpu() for name, gaps in self._gaps.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets the state that ``state_dict`` gave."""
+        self.controls = {name: dict(values) for name, values in state["controls"].items()}
+        self._step, self._gaps = int(state["step"]), {name: list(gaps.unbind()) for name, gaps in state["gaps"].items()}
 
 
 def _mean_soft(soft: Tensor | None, routable: Tensor) -> Tensor:
@@ -211,4 +266,26 @@ def build_regularizer(config: BudgetConfig) -> Regularizer | None:
         return None
     built = registry.build("regularizer", PartConfig.of(config.regularizer, "regularizer"))
     assert isinstance(built, Regularizer)
+    return built
+
+
+def build_controller(config: BudgetConfig, held: bool) -> Controller | None:
+    """The controller of a budget.
+
+    Args:
+        config: the budget.
+        held: some free stage's selector leaves the count to the budget. Without one there is no controller.
+
+    Raises:
+        ValueError: a controller is set, and it would have nothing to hold.
+    """
+    if not held:
+        if config.controller is not None:
+            raise ValueError(
+                f"budget.controller = {PartConfig.of(config.controller, 'controller').name!r} has nothing to hold: the selectors of all stages "
+                "fix the count by themselves; remove it, or take selector 'gumbel', or 'threshold' with calibrate: false"
+            )
+        return None
+    built = registry.build("controller", PartConfig.of(config.controller or "augmented_lagrangian", "controller"))
+    assert isinstance(built, Controller)
     return built

@@ -25,6 +25,8 @@ class BudgetConfig:
         shares: in a model of several stacks, how the reduction is shared out, by stack: the stages of a stack have the keep that the
             target gives to this power, 1 by default. At 2 a stack gives up about twice as much as another one, at 0 nothing.
         regularizer: pulls the soft ratio of trained scorers to the target; None for selectors that hold the count by themselves.
+        controller: brings the achieved measure to the requested one, where selectors leave the count to the budget. None takes
+            ``augmented_lagrangian`` there; ``fixed`` is the regulariser alone.
         ramp_until: fraction of training over which the regulariser's weight grows from 0.
         schedule: course of the target from ``start`` to ``target``: ``constant``, ``linear`` or ``cosine``.
         start: target at step 0 of a linear or cosine schedule.
@@ -38,6 +40,7 @@ class BudgetConfig:
     measure: str = "macs_ratio"
     shares: Mapping[str, float] = field(default_factory=dict)
     regularizer: PartConfig | str | Mapping[str, Any] | None = None
+    controller: PartConfig | str | Mapping[str, Any] | None = None
     ramp_until: float = 0.1
     schedule: str = "constant"
     start: float = 1.0
@@ -68,6 +71,11 @@ class BudgetConfig:
                 raise ValueError(f"budget.{name} = {getattr(self, name)} must be in [0, 1]: a fraction of training")
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"budget.noise = {self.noise} must be a number of at least 0")
+        if self.controller is not None:
+            part = PartConfig.of(self.controller, "controller")
+            object.__setattr__(self, "controller", part)
+            if part.given is None:
+                registry.check_name("controller", part.name, registry.part_names("controller"))
         if self.regularizer is not None:
             part = PartConfig.of(self.regularizer, "regularizer")
             object.__setattr__(self, "regularizer", part)

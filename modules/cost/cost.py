@@ -202,27 +202,40 @@ class CostModel:
             dense_kv_bytes=round(dense_cached),
         )
 
-    def soft_macs_ratio(self, keep: Mapping[str, Tensor]) -> Tensor:
-        """``macs_ratio`` for keeps that are tensors, with gradient; token counts are fractional.
+    def soft(self, keep: Mapping[str, Tensor], measure: str = "macs_ratio") -> Tensor:
+        """``macs_ratio`` or ``mean_token_fraction`` for keeps that are tensors, with gradient; token counts are fractional.
 
         Args:
-            keep: scalar tensor by stage name; other stages use their own keep or number.
+            keep: by stage name, a scalar or (B,), one for each row; other stages use their own keep or number.
+            measure: which of the two.
+
+        Returns:
+            A scalar, or (B,).
         """
 
         def kept(stage: Stage, present: Any, entering: Any) -> Any:
             given = keep.get(stage.config.key)
-            return stage.expected(float(present), float(entering)) if given is None else present * given
+            return stage.expected(_mean(present), _mean(entering)) if given is None else present * given
 
         def idle(stage: Stage) -> bool:
             return stage.config.key not in keep and stage.idle
 
-        macs: Any = 0.0
+        used: Any = 0.0
+        whole: Any = 0.0
         walks = self._walks(kept, idle)
+        tokens_alone = measure == "mean_token_fraction"
         for name, shape in self.shapes.items():
-            walk = walks[name]
+            walk, dense = walks[name], shape.dense_layers()
             layers = [LayerTokens(shape.protected + attention, shape.protected + mlp) for attention, mlp in walk.layers]
-            macs = macs + shape.rows * (shape.model_macs(layers, shape.protected + walk.leaving) + sum(walk.stage_macs.values()))
-        ratio = macs / sum(shape.rows * (shape.model_macs(shape.dense_layers()) + shape.dense_only_macs) for shape in self.shapes.values())
+            if tokens_alone:
+                # A stack counts by its layers, as in Cost.mean_token_fraction.
+                if name in self._shown:
+                    used = used + sum(tokens.attention + tokens.mlp for tokens in layers) / (2 * dense[0].mlp)
+                    whole += len(dense)
+                continue
+            used = used + shape.rows * (shape.model_macs(layers, shape.protected + walk.leaving) + sum(walk.stage_macs.values()))
+            whole += shape.rows * (shape.model_macs(dense) + shape.dense_only_macs)
+        ratio = used / whole
         assert isinstance(ratio, Tensor)
         return ratio
 
@@ -314,14 +327,15 @@ class CostModel:
             if stage is None:
                 return entering
             # Of a row with one document; these tokens are no choice of the stage.
-            apart = stage.config.first + stage.config.last
-            apart = min(apart, entering) if apart else 0
+            apart: Any = stage.config.first + stage.config.last
+            if apart:
+                apart = entering.clamp(max=apart) if isinstance(entering, Tensor) else min(apart, entering)
             leaving = kept(stage, entering - apart, begin)
             own = 0 if idle(stage) else stage.macs(shape, shape.protected + entering, shape.protected + apart + leaving)
             walk.stage_macs[stage.config.key] = own
             walk.present[stage.config.key], walk.kept[stage.config.key] = entering - apart, leaving
             # Protected tokens are added to the result.
-            return -shape.protected if stage.skips and leaving == 0 else apart + leaving
+            return -shape.protected if stage.skips and not isinstance(leaving, Tensor) and leaving == 0 else apart + leaving
 
         for layer in range(shape.layers):
             if layer == restore:

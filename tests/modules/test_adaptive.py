@@ -256,12 +256,6 @@ def test_the_threshold_stays_float32_in_a_model_of_another_dtype() -> None:
     assert selector.bfloat16().threshold == torch.tensor(1.001)
 
 
-def test_gumbel_without_a_regularizer_is_refused() -> None:
-    config = CompressionConfig([StageConfig(layer=1, scorer="learned", selector="gumbel")])
-    with pytest.raises(ValueError, match="budget.regularizer is missing: the selectors of before_1 .* only a regulariser brings that"):
-        Budget(BudgetConfig(target=0.6), dense("vit"), config)
-
-
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_the_attention_can_be_changed_afterwards(implementation: str) -> None:
     model = _model()

@@ -112,3 +112,25 @@ def test_evaluation_adds_no_loss_and_reports_what_was_kept(tmp_path: Path) -> No
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the model is not compressed: call laconic.compress"):
         BudgetTrainer(model=dense("vit"), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+
+
+def test_a_controller_goes_on_where_the_trainers_checkpoint_left_it(tmp_path: Path) -> None:
+    def trained(folder: Path, resume: bool, steps: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        model = dense("vit")
+        stages = CompressionConfig([StageConfig(layer=1, scorer="learned", selector="gumbel")])
+        budget = Budget(BudgetConfig(target=0.6, measure="keep", noise=1.0, ramp_until=0.0), model, stages, total_steps=4)
+        model = compress(model, budget.compression).train()
+        rows = [{"pixel_values": image, "labels": label} for image, label in zip(images(8), labels(8), strict=True)]
+        arguments = TrainingArguments(
+            str(folder), max_steps=steps, per_device_train_batch_size=4, save_steps=2, lr_scheduler_type="constant", report_to="none",
+            use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        BudgetTrainer(model=model, args=arguments, train_dataset=rows, budget=budget).train(resume_from_checkpoint=resume)
+        return budget.state_dict(), model.state_dict()
+
+    state, weights = trained(tmp_path / "whole", False, 4)
+    trained(tmp_path / "broken", False, 2)
+    again, resumed = trained(tmp_path / "broken", True, 4)
+    assert float(state["controls"]["before_1"]["multiplier"]) != 0
+    assert str(again) == str(state)
+    assert all(torch.equal(value, resumed[name]) for name, value in weights.items())

@@ -93,8 +93,14 @@ def test_arms_see_the_same_samples_and_the_same_first_weights(tmp_path: Path, qu
     assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(tmp_path: Path, quick: list[str], console: Console, accumulate: int) -> None:
+CONTROLLED = ["compression.stages.0.scorer=learned", "compression.stages.0.selector=gumbel", "budget.noise=1", "budget.target=0.5"]
+
+
+@pytest.mark.parametrize(("accumulate", "own"), [(1, []), (2, CONTROLLED)], ids=["plain", "accumulated_and_controlled"])
+def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(
+    tmp_path: Path, quick: list[str], console: Console, accumulate: int, own: list[str]
+) -> None:
+    quick = [*quick, *own]
     shared = [*quick, "baselines=[]", "trainer.max_steps=6", f"trainer.accumulate={accumulate}", "model.config.hidden_dropout_prob=0.1"]
     shared = [item for item in shared if not item.startswith("output")]
 

@@ -110,8 +110,9 @@ def test_settings_mean_the_same_under_every_strategy(
     assert difference < tolerance
     assert {value.dtype for value in weights(two_ranks / name).values()} == {torch.float32}
     if name.startswith("learned"):
-        pulled = [scalars(run, "budget/regularizer") for run in (two_ranks / name, one_process / reference)]
-        assert pulled[0] == pytest.approx(pulled[1], abs=1e-6)
+        for value in ("regularizer", "gap/macs_ratio", "multiplier/macs_ratio"):
+            found = [scalars(run, f"budget/{value}") for run in (two_ranks / name, one_process / reference)]
+            assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def test_gradients_are_as_large_under_deepspeed_with_accumulation(two_ranks: Path, one_process: Path) -> None:

@@ -20,15 +20,15 @@ FURTHER = {
 }
 NAN = [*TWO, "optimizer.lr=1e30", "trainer.clip=0", "trainer.max_steps=30"]
 DROPOUT = "model.config.hidden_dropout_prob=0.1"
+LEARNED = ["compression.stages.0.scorer=learned", "compression.stages.0.layer=1", "compression.stages.0.selector=gumbel",
+           "budget.noise=1", "budget.target=0.8", "budget.regularizer=macs_squared"]  # fmt: skip
 SETTINGS = {
     "accumulate": ["trainer.strategy=deepspeed_2", "trainer.accumulate=2", "trainer.max_steps=3"],
     "bf16_2": ["trainer.strategy=deepspeed_2", "trainer.precision=bf16", "trainer.gradient_checkpointing=true"],
     "bf16_3": ["trainer.strategy=deepspeed_3", "trainer.precision=bf16", PARTITION],
     "checkpointing_3": ["trainer.strategy=deepspeed_3", "trainer.gradient_checkpointing=true", PARTITION],
-    "learned_3": ["trainer.strategy=deepspeed_3", "compression.stages.0.scorer=learned", "compression.stages.0.layer=1",
-                  "budget.target=0.8", "budget.regularizer=macs_squared", PARTITION],
-    "learned_plain": ["trainer.strategy=plain", "compression.stages.0.scorer=learned", "compression.stages.0.layer=1",
-                      "budget.target=0.8", "budget.regularizer=macs_squared"],
+    "learned_3": ["trainer.strategy=deepspeed_3", *LEARNED, PARTITION],
+    "learned_plain": ["trainer.strategy=plain", *LEARNED],
 }  # fmt: skip
 # Pretraining with masks: the masks are the same on any number of ranks, and positions are frozen parameters.
 MASKED = ["compression.restore.layer=2", "model.config.decoder_hidden_size=8", "model.config.decoder_num_hidden_layers=1"]

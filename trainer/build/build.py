@@ -176,7 +176,7 @@ def _assemble(
             compression = budget.compression
         model = compress(model, compression)
         if budget is None:
-            check_held(stages_of(model).values(), regularized=False)
+            check_held(stages_of(model).values(), held=False)
         check_keeps(recipe, stages_of(model).values())
         if recipe.model.encoder_routers and filled:
             load_routers(model, encoder_weights(recipe.model), recipe.model.revision)

@@ -151,7 +151,10 @@ class StepLine(Callback):
         if budget is not None:
             scalars |= {f"{name}/keep_soft": float(value) for name, value in budget.soft_keep.items()}
             if budget.regularizer is not None:
-                scalars |= {"budget/regularizer": float(budget.regularizer), "budget/weight": budget.weight}
+                scalars |= {"budget/regularizer": float(budget.regularizer), "budget/weight": float(budget.weight)}
+            scalars |= {f"budget/gap/{name}": float(gap) for name, gap in budget.gaps.items()}
+            for name, state in module.budget.controls.items():
+                scalars |= {f"budget/{key}/{name}": float(state[key]) for key in ("multiplier", "penalty") if key in state}
             if budget.auxiliary is not None:
                 scalars["train/auxiliary_loss"] = float(budget.auxiliary)
         if outputs["distillation"] is not None:

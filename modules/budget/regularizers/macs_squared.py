@@ -33,5 +33,5 @@ class MacsSquared(Regularizer):
         if target is None:
             target = cost(requested).macs_ratio
         keeps = {routing.stage: mean_over(soft_keep(routing), routing.routable.any(-1), over_ranks) for routing in routings}
-        soft = cost.soft_macs_ratio(keeps)
+        soft = cost.soft(keeps)
         return (soft - torch.as_tensor(target, dtype=soft.dtype, device=soft.device)).square()

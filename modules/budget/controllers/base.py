@@ -1,0 +1,58 @@
+"""Controller: the base class of all controllers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Controller:
+    """Turns the gap of a constraint into a term of the loss, and moves the state of this constraint after each optimizer step.
+
+    A gap is what was achieved less what was requested: its value counts the decisions that would be deployed, over all processes, and its
+    gradient is that of the keep probabilities. The state is a mapping of float64 scalars on the gap's device; a controller reads it and
+    returns a new one, so that nothing is held outside of it.
+    """
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"budget.controller: {field.name} = {value!r} must be a number of at least 0")
+
+    @property
+    def holds(self) -> bool:
+        """The controller brings the gap to 0 without a regulariser."""
+        return True
+
+    def start(self, device: torch.device) -> dict[str, Tensor]:
+        """The state before the first step; ``multiplier`` is part of every state, and is logged."""
+        return {"multiplier": torch.zeros((), dtype=torch.float64, device=device)}
+
+    def weight(self, state: Mapping[str, Tensor]) -> Tensor | float:
+        """Factor on the weight of the budget's regulariser."""
+        return 1.0
+
+    def loss(self, gap: Tensor, state: Mapping[str, Tensor], regularized: bool) -> Tensor:
+        """Scalar: the term of the loss.
+
+        Args:
+            gap: scalar, achieved less requested, with gradient.
+            state: the state of this constraint.
+            regularized: the budget has a regulariser, which takes the place of the controller's own penalty.
+        """
+        raise NotImplementedError
+
+    def update(self, gap: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state after a step.
+
+        Args:
+            gap: float64 scalar, mean gap of the step, detached.
+            state: the state in the step.
+        """
+        raise NotImplementedError

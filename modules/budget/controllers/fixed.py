@@ -1,0 +1,29 @@
+"""No control: the regulariser alone, with its fixed weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import Controller
+
+
+@dataclass(frozen=True)
+class Fixed(Controller):
+    """Adds nothing to the regulariser, whose weight is fixed after its ramp.
+
+    A penalty of fixed weight stops where its gradient equals that of the task, so that it misses the target by an amount that depends on
+    the task; the other controllers do not.
+    """
+
+    @property
+    def holds(self) -> bool:
+        return False
+
+    def loss(self, gap: Tensor, state: Mapping[str, Tensor], regularized: bool) -> Tensor:
+        return gap * 0
+
+    def update(self, gap: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(state)

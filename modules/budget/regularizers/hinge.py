@@ -1,0 +1,25 @@
+"""Keep above the requested keep; nothing below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...tokens.trace import Routing
+from .base import StageRegularizer, mean_over, soft_keep
+
+
+@dataclass(frozen=True)
+class Hinge(StageRegularizer):
+    """Mean over stages of max(0, mean keep - keep): one-sided, so that a stage may keep less than requested (DMC, arXiv 2403.09636).
+
+    It is max(0, t - f) in terms of the share f that is removed, with t the share to remove.
+    """
+
+    weight: float = 1.0
+
+    def of_stage(self, routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
+        kept, counted = soft_keep(routing), routing.routable.any(-1)
+        return (mean_over(kept, counted, over_ranks) - routing.requested).clamp(min=0) * counted.any()

@@ -1,0 +1,39 @@
+"""Keeps a stage from emptying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...cost.cost import CostModel
+from ...tokens.trace import Routing
+from .base import Regularizer, mean_over, soft_keep
+
+
+@dataclass(frozen=True)
+class MinimumActivation(Regularizer):
+    """Sum over stages of max(0, lowest - mean keep): no stage may stop processing tokens (Dynamic Tuning, arXiv 2403.11808, with lowest
+    0.1).
+
+    It holds no ratio: the budget's controller does.
+
+    Attributes:
+        weight: weight of the loss at the end of its ramp.
+        lowest: mean keep below which a stage costs.
+    """
+
+    weight: float = 1.0
+    lowest: float = 0.1
+
+    def __call__(
+        self,
+        routings: Sequence[Routing],
+        target: float | None,
+        cost: CostModel,
+        over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        keeps = [(mean_over(soft_keep(it), it.routable.any(-1), over_ranks), it.routable.any()) for it in routings]
+        return torch.stack([(self.lowest - keep).clamp(min=0) * there for keep, there in keeps]).sum()

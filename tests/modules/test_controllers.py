@@ -1,0 +1,231 @@
+"""Controllers that bring the achieved ratio to the requested one (PRESETS 4), and the regularisers beside them (ORACLES 2)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from laconic import CompressionConfig, StageConfig, compress
+from laconic.modules.budget.budget import Budget
+from laconic.modules.budget.config import BudgetConfig
+from laconic.modules.budget.controllers.augmented_lagrangian import AugmentedLagrangian
+from laconic.modules.budget.controllers.base import Controller
+from laconic.modules.budget.controllers.nupi import NuPI
+from laconic.modules.budget.regularizers.base import Regularizer
+from laconic.modules.budget.regularizers.binomial import Binomial, surprise
+from laconic.modules.budget.regularizers.entropy import Entropy
+from laconic.modules.budget.regularizers.hinge import Hinge
+from laconic.modules.budget.regularizers.minimum_activation import MinimumActivation
+from laconic.modules.budget.regularizers.ponder import Ponder, stopping
+from laconic.modules.budget.regularizers.two_sided_l1 import TwoSidedL1
+from laconic.modules.budget.regularizers.uniformity import Uniformity
+from laconic.modules.cost.cost import CostModel
+from laconic.modules.selectors.base import everything
+from laconic.modules.tokens.state import TokenState
+from laconic.modules.tokens.trace import Routing
+from tests.matrix import dense, images, traced
+
+# min x²/2 with eˣ = e.
+TOY = [2.0, 1.634874, 1.299967, 1.072291, 0.931357, 0.847563]
+
+
+def _toy(controller: Controller, steps: int) -> list[float]:
+    """x after each step: x by gradient descent with momentum, then the state of the controller."""
+    x = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([x], lr=0.01, momentum=0.5)
+    state, course = controller.start(x.device), [2.0]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        gap = x.exp() - math.e
+        (0.5 * x.square() + controller.loss(gap, state, regularized=False)).backward()
+        optimizer.step()
+        state = controller.update(x.detach().exp() - math.e, state)
+        course.append(float(x.detach()))
+    return course
+
+
+def test_an_augmented_lagrangian_solves_the_toy_problem_to_six_digits() -> None:
+    course = _toy(AugmentedLagrangian(rate=0.1, penalty=1.0, growth=1.0), 200)
+    assert course[:6] == pytest.approx(TOY, abs=1e-6)
+    assert course[200] == pytest.approx(1.00000002, abs=1e-8)
+
+
+def test_a_multiplier_alone_swings_and_its_proportional_part_damps_it() -> None:
+    alone, damped = (_toy(NuPI(integral=0.1, proportional=p), 200) for p in (0.0, 1.0))
+    swings = [max(abs(x - 1) for x in course[60:]) for course in (alone, damped)]
+    assert swings[0] > 10 * swings[1]
+    assert damped[200] == pytest.approx(1, abs=1e-4)
+
+
+def test_the_state_of_nupi_follows_its_formula() -> None:
+    controller, state = NuPI(integral=0.5, proportional=2.0, memory=0.25), NuPI().start(torch.device("cpu"))
+    for gap in (0.4, -0.2):
+        state = controller.update(torch.tensor(gap, dtype=torch.float64), state)
+    # ξ: .3, then .075 - .15; μ: .5·.4 + 2·.3, then + .5·(-.2) + 2·(-.075 - .3).
+    assert float(state["average"]) == pytest.approx(-0.075)
+    assert float(state["multiplier"]) == pytest.approx(0.8 - 0.1 - 0.75)
+
+
+def test_the_penalty_grows_while_the_gap_does_not_shrink_and_is_bounded() -> None:
+    controller = AugmentedLagrangian(rate=100.0, penalty=1.0, growth=2.0, shrink=0.5, every=2, tolerance=0.01, highest=3.0)
+
+    def after(*gaps: float) -> dict[str, torch.Tensor]:
+        state = controller.start(torch.device("cpu"))
+        for gap in gaps:
+            state = controller.update(torch.tensor(gap, dtype=torch.float64), state)
+        return state
+
+    assert float(after(0.4, 0.4)["penalty"]) == 1
+    assert float(after(0.4, 0.4, 0.3, 0.3)["penalty"]) == 2
+    assert float(after(0.4, 0.4, 0.1, 0.1)["penalty"]) == 1
+    assert float(after(0.01, 0.01, 0.01, 0.01)["penalty"]) == 1
+    assert float(after(*[0.4] * 20)["penalty"]) == 3
+    assert float(after(*[0.4] * 20)["multiplier"]) == 3
+
+
+def _routing(scores: torch.Tensor, requested: float, kept: torch.Tensor | None = None) -> Routing:
+    real = torch.ones(scores.shape, dtype=torch.bool)
+    state = TokenState.initial(*scores.shape, ~real, real, scores.device)
+    count = scores.shape[1] if kept is None else kept
+    return Routing("before_1", scores, True, everything(state), state, requested, scores.shape[1], count, False, kept is not None)
+
+
+def _logit(*probabilities: float) -> torch.Tensor:
+    return torch.logit(torch.tensor(probabilities, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "keep", "requested", "value"),
+    [
+        (TwoSidedL1(), 0.6, 0.5, 0.1), (TwoSidedL1(), 0.4, 0.5, 0.1),
+        (Hinge(), 0.5, 0.125, 0.375), (Hinge(), 0.1, 0.125, 0.0),
+        (MinimumActivation(), 0.04, 0.5, 0.06), (MinimumActivation(), 0.3, 0.5, 0.0),
+        (Entropy(), 0.5, 0.5, math.log(2)), (Binomial(), 0.2, 0.2, 0.119736), (Binomial(), 0.5, 0.2, 0.363348),
+    ],
+)  # fmt: skip
+def test_regularisers_have_their_published_values(regularizer: Regularizer, keep: float, requested: float, value: float) -> None:
+    routing = _routing(_logit(*[keep] * 10).expand(3, 10), requested)
+    assert float(regularizer([routing], None, CostModel(dense("vit")))) == pytest.approx(value, abs=1e-6)
+
+
+def test_a_binomial_prior_is_that_of_the_distribution() -> None:
+    number = torch.tensor([7])
+    for kept in range(8):
+        wanted = -torch.distributions.Binomial(7, torch.tensor(0.3)).log_prob(torch.tensor(float(kept))) / 7
+        assert float(surprise(torch.tensor([float(kept)]), number, 0.3)) == pytest.approx(float(wanted), abs=1e-6)
+
+
+def test_tokens_stop_where_a_stage_does_not_keep_them() -> None:
+    passed, stops = stopping(torch.tensor([0.5, 0.4]))
+    assert float(passed) == pytest.approx(0.7)
+    assert stops.tolist() == pytest.approx([0.5, 0.3, 0.2])
+    requested = [_routing(_logit(*[keep] * 4)[None], keep) for keep in (0.5, 0.4)]
+    assert float(Ponder()(requested, None, CostModel(dense("vit")))) == pytest.approx(0.7, abs=1e-6)
+
+
+def test_uniformity_sees_places_and_not_contents() -> None:
+    same, other = _logit(0.9, 0.1, 0.9, 0.1), _logit(0.1, 0.9, 0.1, 0.9)
+    biased, even = (Uniformity(places=4).of_stage(_routing(torch.stack(rows), 0.5), None) for rows in ([same, same], [same, other]))
+    assert float(biased) == pytest.approx(0.4**2)
+    assert float(even) == pytest.approx(0, abs=1e-12)
+
+
+def _pulled(budget: Budget, up: float, steps: int = 120) -> tuple[float, Budget]:
+    """The achieved measure of held-out images after training with a loss that pulls keeps up."""
+    torch.manual_seed(0)
+    model = compress(dense("vit"), budget.compression).train()
+    optimizer = torch.optim.Adam([p for name, p in model.named_parameters() if ".stages." in name], lr=2e-2)
+    for step in range(steps):
+        trace = budget.trace(step)
+        model(pixel_values=images(8, seed=step), trace=trace)
+        optimizer.param_groups[0]["lr"] = 2e-2 * (1 - step / steps)
+        optimizer.zero_grad()
+        pull = sum(-up * routing.soft.mean() for routing in trace.routings.values())  # type: ignore[union-attr]
+        (budget.loss(trace, step).total + pull).backward()
+        optimizer.step()
+    _, trace = traced(model.eval(), images(64, seed=1000))
+    if budget.config.measure == "keep":
+        return trace.routings["before_1"].achieved, budget
+    return budget.cost.achieved(trace), budget
+
+
+def _budget(**settings: Any) -> Budget:
+    scorer, selector = {"name": "learned", "detach": True}, settings.pop("selector", "gumbel")
+    stages = CompressionConfig([StageConfig(layer=layer, scorer=scorer, selector=selector) for layer in settings.pop("layers", [1])])
+    return Budget(BudgetConfig(ramp_until=0.0, noise_until=0.5, **settings), dense("vit"), stages, total_steps=120)
+
+
+def test_a_fixed_penalty_misses_where_the_task_pulls_and_the_default_controller_does_not() -> None:
+    missed, _ = _pulled(
+        _budget(measure="keep", target=0.5, noise=1.0, regularizer={"name": "ratio_mse", "weight": 2.0}, controller="fixed"), 0.6
+    )
+    met, budget = _pulled(_budget(measure="keep", target=0.5, noise=1.0), 0.6)
+    assert isinstance(budget.controller, AugmentedLagrangian)
+    assert missed - 0.5 > 0.05
+    assert met == pytest.approx(0.5, abs=0.03)
+    # The multiplier has found the size of the pull.
+    assert float(budget.controls["before_1"]["multiplier"]) == pytest.approx(0.6, abs=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("controller", ["augmented_lagrangian", "nupi"])
+@pytest.mark.parametrize("measure", ["macs_ratio", "mean_token_fraction"])
+def test_one_target_for_the_model_is_met_and_its_stages_learn_keeps_of_their_own(measure: str, controller: str) -> None:
+    got, budget = _pulled(_budget(measure=measure, target=0.7, controller=controller, layers=[1, 2], noise=1.0), 0.3)
+    assert list(budget.controls) == [measure]
+    if measure == "macs_ratio":
+        assert got == pytest.approx(0.7, abs=0.03)
+
+
+def _gap(budget: Budget, step: int) -> float:
+    model, trace = compress(dense("vit"), budget.compression).train(), budget.trace(step)
+    model(pixel_values=images(), trace=trace)
+    return float(next(iter(budget.loss(trace, step).gaps.values())))
+
+
+def test_a_controller_moves_once_a_step_by_the_mean_over_its_forwards_and_resumes_exactly() -> None:
+    budget = _budget(measure="keep", target=0.5, controller={"name": "augmented_lagrangian", "rate": 1.0})
+    gaps = [_gap(budget, 0), _gap(budget, 0)]
+    assert budget.controls == {}
+    again = _budget(measure="keep", target=0.5, controller={"name": "augmented_lagrangian", "rate": 1.0})
+    again.load_state_dict(budget.state_dict())
+    for it in (budget, again):
+        _gap(it, 1)
+        assert float(it.controls["before_1"]["multiplier"]) == pytest.approx(sum(gaps) / 2)
+    assert all(torch.equal(value, again.controls["before_1"][key]) for key, value in budget.controls["before_1"].items())
+
+
+def test_the_gap_counts_what_would_be_deployed_and_its_gradient_is_that_of_the_probabilities() -> None:
+    budget = _budget(measure="keep", target=0.5, noise=5.0)
+    model = compress(dense("vit"), budget.compression).train()
+    # Every score is above 0: used without noise, the stage keeps every token, whatever the noise draws in training.
+    torch.nn.init.constant_(model.vit.layers[1].stages.before.scorer.score.bias, 9.0)
+    trace = budget.trace(0)
+    model(pixel_values=images(), trace=trace)
+    assert trace.routings["before_1"].achieved < 1
+    assert float(budget.loss(trace, 0).gaps["before_1"]) == pytest.approx(0.5)
+
+
+def test_controllers_with_nothing_to_hold_and_wrong_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="budget.controller = 'nupi' has nothing to hold: the selectors of all stages fix the count"):
+        _budget(target=0.6, selector="top_k", controller="nupi")
+    with pytest.raises(ValueError, match="the selectors of before_1 keep .* and nothing brings that to the requested keep"):
+        _budget(target=0.6, controller="fixed")
+    with pytest.raises(ValueError, match="controller 'augmented' does not exist"):
+        BudgetConfig(controller="augmented")
+    with pytest.raises(ValueError, match="memory = 1 must be in"):
+        _budget(target=0.6, controller={"name": "nupi", "memory": 1})
+    with pytest.raises(ValueError, match="rate = -1 must be a number of at least 0"):
+        _budget(target=0.6, controller={"name": "augmented_lagrangian", "rate": -1})
+
+
+def test_soft_costs_of_rows_are_those_of_each_row() -> None:
+    cost = CostModel(dense("vit"), CompressionConfig([StageConfig(layer=1, scorer="learned", selector="gumbel", keep=0.5)]))
+    keeps = torch.tensor([0.25, 1.0])
+    for measure in ("macs_ratio", "mean_token_fraction"):
+        rows = cost.soft({"before_1": keeps}, measure)
+        single = [getattr(cost({"before_1": float(keep)}), measure) for keep in keeps]
+        assert rows.tolist() == pytest.approx(single, rel=1e-5)
