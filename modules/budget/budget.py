@@ -203,7 +203,9 @@ class Budget:
         if auxiliary is not None:
             total = total + auxiliary
         self._advance(step)
-        gaps = gaps_of(self, trace, step, over_ranks) if self.controller is not None else {}
+        gaps: dict[str, Tensor] = {}
+        if self.controller is not None:
+            gaps = gaps_of(trace, self.held, self.config.measure, self.target(step), self.cost, over_ranks)
         states = {name: self._control(name, gap.device) for name, gap in gaps.items()}
         for name, gap in gaps.items():
             assert self.controller is not None

@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ..cost.cost import CostModel
 from ..tokens.trace import Routing, Trace
 from .regularizers.base import mean_over
 
-if TYPE_CHECKING:
-    from .budget import Budget
 
-
-def gaps_of(budget: Budget, trace: Trace, step: int, over_ranks: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+def gaps_of(
+    trace: Trace,
+    held: Sequence[str],
+    measure: str,
+    target: float,
+    cost: CostModel,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Gaps of one forward by constraint, float32 scalars over all processes, with the gradient of the keep probabilities.
 
     With the measure ``keep`` every stage that the budget holds is a constraint. With another one the model is a single constraint, named
     as the measure: its stages may share the tokens out among themselves, so that each learns a keep of its own.
 
     Args:
-        budget: the budget.
         trace: Trace of the forward.
-        step: optimizer step, for the target.
+        held: names of the stages whose selectors leave the count to the budget.
+        measure: the budget's measure.
+        target: its requested value at this step.
+        cost: CostModel of the model.
         over_ranks: mean of a scalar over processes, with this process's gradient; None with one process.
     """
-    routings = {name: routing for name, routing in trace.routings.items() if name in budget.held and routing.soft is not None}
+    routings = {name: routing for name, routing in trace.routings.items() if name in held and routing.soft is not None}
     if not routings:
         return {}
-    if budget.config.measure == "keep":
+    if measure == "keep":
         return {name: mean_over(deployed(it), it.routable, over_ranks) - it.requested for name, it in routings.items()}
     counted = {name: routing.routable.sum(-1) for name, routing in routings.items()}
     keep: dict[str, Tensor] = {
         name: (deployed(routing) * routing.routable).sum(-1) / counted[name].clamp(min=1) for name, routing in routings.items()
     }
-    ratio = budget.cost.soft(_requested(trace.routings, keep), budget.config.measure)
+    ratio = cost.soft(_requested(trace.routings, keep), measure)
     # A row of more tokens counts for more, as in the MACs of a whole data set.
     weight = next(iter(counted.values())).to(ratio.dtype)
-    return {budget.config.measure: mean_over(ratio, weight, over_ranks) - budget.target(step)}
+    return {measure: mean_over(ratio, weight, over_ranks) - target}
 
 
 def deployed(routing: Routing) -> Tensor:
