@@ -13,6 +13,7 @@ from .cost.count_rules import COUNT_RULES
 from .rules.candidate import Candidate, Rule
 from .rules.estimators import estimator_for_its_scorer, weights_without_merging
 from .rules.inputs import pixels_of_patches, prompt_of_a_language_model
+from .rules.neighbours import decided_by_neighbours, spread_by_scores
 from .rules.towers import layers_without_mask, whole_units
 from .stage import Stage
 from .tokens.ragged import ATTENTION
@@ -308,6 +309,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     existing_layer,
     valid_keep,
     one_stage_a_site,
+    decided_by_neighbours,
     nothing_inside_a_bypassed_layer,
     distinct_names,
     restore_after_shrinking,
@@ -323,6 +325,7 @@ STAGE_RULES: tuple[Rule, ...] = (
     scores_for_the_selector,
     outputs_of_the_merger,
     readable_layer,
+    spread_by_scores,
     prompt_of_a_language_model,
     pixels_of_patches,
     attention_for_rows_of_unequal_length,

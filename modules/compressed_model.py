@@ -24,7 +24,9 @@ from .decoding.generation import Generating
 from .decoding.kernels import kernels_for
 from .layer import CLASS_PREFIX, CompressedLayer, LayerPlan, base_class, compressed_layer_class
 from .rules.candidate import Candidate
+from .rules.neighbours import read_by
 from .stage import Stage, stages_of
+from .stages.following import stage_class
 from .tokens.ragged import ATTENTION
 from .tokens.trace import Trace
 
@@ -153,7 +155,10 @@ def build_stages(model: PreTrainedModel, config: CompressionConfig, adapter: typ
         own = config.of_stack(stack.name)
         for place, stage in enumerate(own):
             assert spec is not None
-            stages.append(Stage(stage, spec, len(stages), stack.adapter, place, len(own)))
+            read = read_by(stage, own)
+            # A stage that follows has the counts of the one that decides.
+            place = place if stage.follows is None or read is None else own.index(read)
+            stages.append(stage_class(stage)(stage, spec, len(stages), stack.adapter, place, len(own), None if read is None else read.key))
     check_stages(replace(candidate, stages=stages))
     return stages
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from . import registry
-from .rules.depth import check_layer, layers_at
+from .rules.depth import check_layer, check_neighbours, layers_at
+from .rules.keys import check_keys
 from .rules.protected import check_protect
 
 # Sites that shorten the sequence for all layers after them.
@@ -26,20 +26,6 @@ COMPLETE = ("prompt", "visual")
 RESTORE = ("unmerge", "rejoin", "dechunk")
 PARTS = ("scorer", "selector", "merger", "estimator")
 _NAME = re.compile(r"[\w.\-]{1,100}")
-# Keys of other systems that give the removed fraction, the opposite of keep.
-_REMOVED_FRACTION = (
-    "ratio",
-    "drop",
-    "drop_rate",
-    "drop_ratio",
-    "prune",
-    "prune_rate",
-    "pruning_rate",
-    "removed",
-    "reduction",
-    "sparsity",
-    "r",
-)
 
 
 @dataclass(frozen=True)
@@ -123,6 +109,9 @@ class StageConfig:
         protect: for causal models. ``first: n`` protects the first n tokens of each document, ``special: true`` those that begin or end a
             text by the model's config, and in scope ``prompt`` ``last: n`` the last n tokens of each prompt, a question for example. None
             is ``{first: 1, special: true}`` at bypass sites of causal models, and protects none elsewhere.
+        share: one decision for all layers of a span, or of a mapping's list: the first one's stage decides, and the others follow it.
+        follows: layer of the earlier stage at the same site that decides for this one too, as ``share`` sets it; None decides by itself.
+        spread: added to the scores of tokens that the last stage around a layer has left out, so that neighbouring layers process others.
         stack: stack that ``layer`` counts in, for a model with several (``vision``, ``text``); "" if the model has one.
         name: name in logs and reports; None builds it from stack, site and layer.
     """
@@ -138,6 +127,9 @@ class StageConfig:
     count: str | None = None
     scope: str = "all"
     protect: Mapping[str, int | bool] | None = None
+    share: bool = False
+    follows: int | float | None = None
+    spread: float = 0.0
     stack: str = ""
     name: str | None = None
 
@@ -153,6 +145,7 @@ class StageConfig:
         if isinstance(self.layer, str) and self.name is not None and self.name != self._default_name:
             raise ValueError(f"compression.stages[].name = {self.name!r} would be that of all layers {self.layer!r}: leave it out")
         _check_texts(self)
+        check_neighbours(self.layer, self.share, self.follows, self.spread)
         if self.scope not in SCOPES:
             raise ValueError(f"compression.stages[].scope = {self.scope!r} must be one of {', '.join(SCOPES)}")
         if self.name is None:
@@ -219,8 +212,10 @@ class StageConfig:
 
     def at_depth(self, layers: int) -> list[StageConfig]:
         """The stage in a stack of so many layers, with an index in place of a fraction; a stage for each layer of a span."""
-        name = None if self.name == self._default_name else self.name
-        return [self] if isinstance(self.layer, int) else [replace(self, layer=layer, name=name) for layer in layers_at(self.layer, layers)]
+        name, found = None if self.name == self._default_name else self.name, layers_at(self.layer, layers)
+        follows = None if self.follows is None else layers_at(self.follows, layers)[0]
+        made = [replace(self, layer=layer, name=name, share=False, follows=follows) for layer in found]
+        return _followers(made) if self.share else made
 
     def part(self, kind: str) -> PartConfig:
         """The stage's part of a kind: ``scorer``, ``selector``, ``merger`` or ``estimator``."""
@@ -304,7 +299,7 @@ class CompressionConfig:
         """A config from the output of ``to_dict``. Raises ValueError for an unknown key or another type."""
         if not isinstance(data, Mapping):
             raise ValueError(f"compression must be a mapping with 'stages' and 'restore', not {data!r}")
-        _check_keys(data, ["stages", "restore"], "compression")
+        check_keys(data, ["stages", "restore"], "compression")
         if "stages" not in data:
             raise ValueError("compression.stages is missing: give at least one stage, or leave compression out for a dense model")
         return CompressionConfig(data["stages"], data.get("restore"))
@@ -348,7 +343,7 @@ def _restores(given: RestoreConfig | Mapping[str, Any] | None) -> dict[str, Rest
 def _restore(given: RestoreConfig | Mapping[str, Any], where: str) -> RestoreConfig:
     if isinstance(given, RestoreConfig):
         return given
-    _check_keys(given, [item.name for item in fields(RestoreConfig)], where)
+    check_keys(given, [item.name for item in fields(RestoreConfig)], where)
     if "layer" not in given:
         raise ValueError(f"{where}.layer is missing: give the layer before which to restore; the number of layers means after the last")
     return RestoreConfig(**given)
@@ -358,7 +353,7 @@ def stages_from_dict(data: Mapping[str, Any]) -> list[StageConfig]:
     """StageConfigs from a mapping, one for each layer it lists. Raises ValueError for an unknown key or one of a removed fraction."""
     if not isinstance(data, Mapping):
         raise ValueError(f"compression.stages[] must be a mapping with 'layer', not {data!r}")
-    _check_keys(data, [item.name for item in fields(StageConfig)], "compression.stages[]")
+    check_keys(data, [item.name for item in fields(StageConfig)], "compression.stages[]")
     if "layer" not in data:
         raise ValueError("compression.stages[].layer is missing: give the index of the stage's layer, from 0")
     layers = data["layer"] if isinstance(data["layer"], list | tuple) else [data["layer"]]
@@ -366,7 +361,18 @@ def stages_from_dict(data: Mapping[str, Any]) -> list[StageConfig]:
         raise ValueError("compression.stages[].layer is an empty list: give the indices of the stage's layers, from 0")
     if len(layers) > 1 and data.get("name") is not None:
         raise ValueError(f"compression.stages[].name = {data['name']!r} would be that of {len(layers)} stages: leave it out")
-    return [StageConfig(**{**data, "layer": layer}) for layer in layers]
+    if not data.get("share") or len(layers) < 2:
+        return [StageConfig(**{**data, "layer": layer}) for layer in layers]
+    if any(isinstance(layer, str) for layer in layers):
+        raise ValueError(f"compression.stages[].share = true: layer = {layers!r} must be one span, or a list of layers without spans")
+    return _followers([StageConfig(**{**data, "layer": layer, "share": False}) for layer in sorted(layers)])
+
+
+def _followers(stages: list[StageConfig]) -> list[StageConfig]:
+    """Stages of which the first decides for all."""
+    first = stages[0]
+    assert not isinstance(first.layer, str)
+    return [first, *(replace(stage, follows=first.layer) for stage in stages[1:])]
 
 
 def _check_texts(stage: StageConfig) -> None:
@@ -381,20 +387,3 @@ def _check_texts(stage: StageConfig) -> None:
         # They are in model cards, pages, and tags of curves.
         if value is not None and not _NAME.fullmatch(value):
             raise ValueError(f"compression.stages[].{key} = {value!r} must have letters, digits and . _ - only, 1 to 100 of them")
-
-
-def _check_keys(data: Mapping[str, Any], allowed: list[str], where: str) -> None:
-    for key in data:
-        if key in allowed:
-            continue
-        if not isinstance(key, str):
-            raise ValueError(f"{where}.{key} is not a key: there are {', '.join(allowed)}")
-        if key == "capacity":
-            raise ValueError(
-                f"{where}.capacity is not a key: give keep, the word at every site; around a layer it is the fraction of tokens processed"
-            )
-        if key in _REMOVED_FRACTION:
-            raise ValueError(f"{where}.{key} is not a key: Laconic counts what is kept; give keep = 1 - removed, in (0, 1]")
-        near = difflib.get_close_matches(key, allowed, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{where}.{key} is not a key: there are {', '.join(allowed)}{hint}")

@@ -13,14 +13,14 @@ from . import registry
 from .backbones.layer_adapter import LayerAdapter
 from .backbones.stack import sharded
 from .config import COMPLETE, PartConfig, StageConfig
-from .cost.count_rules import COUNT_RULES, StageCount, at_least_half, at_most
 from .cost.shape import StackShape
+from .cost.stage_counts import CountsTokens
 from .estimators.base import Choice, Estimate, Estimator
-from .left_out import NoScores, NoTokens, no_decision
 from .mergers.base import Merged, Merger
 from .scorers.base import Scored, Scorer
 from .selectors.base import Auxiliary, Request, Selector, everything
 from .site import SiteInput, TokenSpec
+from .stages.left_out import NoScores, NoTokens, no_decision
 from .tokens.bypass import passing
 from .tokens.dechunk import smoothing_macs
 from .tokens.draws import uniform
@@ -37,7 +37,7 @@ _NOISE = 1 << 20
 Inner = Callable[[Tensor, TokenState], Tensor]
 
 
-class Stage(nn.Module):
+class Stage(CountsTokens, nn.Module):
     """Scores the tokens at a site, decides which are kept, and merges. At a bypass site it selects the tokens that are processed.
 
     Args:
@@ -47,15 +47,24 @@ class Stage(nn.Module):
         adapter: adapter of the stack's layers.
         place: index among the stack's stages; None means ``index``.
         places: number of the stack's stages.
+        reads: name of the earlier stage whose decision this one reads; None if it reads none.
 
     Raises:
         ValueError: a part has an unknown name or option. ``compatibility`` checks whether the parts fit together.
     """
 
     def __init__(
-        self, config: StageConfig, spec: TokenSpec, index: int, adapter: type[LayerAdapter], place: int | None = None, places: int = 1
+        self,
+        config: StageConfig,
+        spec: TokenSpec,
+        index: int,
+        adapter: type[LayerAdapter],
+        place: int | None = None,
+        places: int = 1,
+        reads: str | None = None,
     ) -> None:
         super().__init__()
+        self.reads = reads
         self.config = config
         self.index = index
         self.place = index if place is None else place
@@ -65,8 +74,7 @@ class Stage(nn.Module):
         self.unit = 1 if config.bypass else spec.unit
         spec = replace(spec, unit=self.unit)
         try:
-            self.scorer: Scorer = NoScores(spec) if config.left_out else registry.build("scorer", config.part("scorer"), spec)
-            self.selector: Selector = NoTokens(spec) if config.left_out else registry.build("selector", config.part("selector"), spec)
+            self.scorer, self.selector = self._build_router(spec)
             self.merger: Merger = registry.build("merger", config.part("merger"), spec)
             self.estimator: Estimator | None = self._build_estimator()
             if self.scorer.fits_updates and not config.bypass:
@@ -75,6 +83,11 @@ class Stage(nn.Module):
                 )
         except ValueError as error:
             raise ValueError(f"stage {config.key!r}: {error}") from None
+
+    def _build_router(self, spec: TokenSpec) -> tuple[Scorer, Selector]:
+        if self.config.left_out:
+            return NoScores(spec), NoTokens(spec)
+        return registry.build("scorer", self.config.part("scorer"), spec), registry.build("selector", self.config.part("selector"), spec)
 
     def _build_estimator(self) -> Estimator | None:
         """The config's estimator, or else the scorer's default; None if the scorer is not trained."""
@@ -134,41 +147,6 @@ class Stage(nn.Module):
     def whole(self) -> bool:
         """The stage keeps every token."""
         return self.config.keep == 1.0
-
-    def count(self, present: int | Tensor, original: int | Tensor, keep: float | None = None) -> int | Tensor:
-        """Routable tokens that leave the stage (a bypass: that are processed), including the token that a merger adds.
-
-        Args:
-            present: routable tokens at the site.
-            original: routable tokens before the first stage.
-            keep: replaces the stage's own ``keep`` or ``tokens``; None uses these.
-        """
-        return self.unit * self._count(present // self.unit, original // self.unit, keep)
-
-    def _count(self, present: int | Tensor, original: int | Tensor, keep: float | None = None) -> int | Tensor:
-        """``count`` in units."""
-        requested = self.config.keep if keep is None else keep
-        # No token or every token, by any rule.
-        if requested in (0, 1):
-            return present * int(requested)
-        if keep is None and self.config.tokens is not None:
-            count = at_most(present, max(1, self.config.tokens // self.unit))
-        else:
-            assert requested is not None
-            count = COUNT_RULES[self.config.count or self.scorer.count](present, requested, StageCount(original, self.place, self.places))
-        if self.merger.most is not None:
-            count = at_most(count, self.merger.most // self.unit)
-        return at_least_half(present, count) if self.scorer.matches else count
-
-    def expected(self, present: float, original: float, keep: float | None = None) -> float:
-        """``count`` for the cost model. If rows keep different numbers, the mean, which may be fractional."""
-        if self.selector.adaptive:
-            requested = self.config.keep if keep is None else keep
-            assert requested is not None
-            return present * requested
-        count = self.count(round(present), round(original), keep)
-        assert isinstance(count, int)
-        return count
 
     def forward(self, hidden_states: Tensor, layer: nn.Module, trace: Trace, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """(B, M, C) -> (B, K, C). Sets the flow's TokenState and adds the stage's Routing to the trace.
@@ -320,7 +298,7 @@ class Stage(nn.Module):
         auxiliary = Auxiliary()
         if units is None:
             if decision is None:
-                decision = self.selector(scored.scores, state, request)
+                decision = self.selector(self._ranked(scored.scores, trace), state, request)
             auxiliary = self.selector.auxiliary(decision, state, request)
         elif decision is None:
             chosen = self.selector(mean, choices, request)
@@ -333,6 +311,12 @@ class Stage(nn.Module):
         if self.training and auxiliary.loss is not None:
             estimate = replace(estimate, loss=auxiliary.loss if estimate.loss is None else estimate.loss + auxiliary.loss)
         return Choice(scored, decision, estimate, keep, noncausal, auxiliary.agreement, skipped)
+
+    def _ranked(self, scores: Tensor, trace: Trace) -> Tensor:
+        """Scores by which tokens are selected: those that the last stage has left out gain ``spread``."""
+        if not self.config.spread or self.reads is None:
+            return scores
+        return scores + self.config.spread * ~trace.routings[self.reads].kept_mask
 
     def _request(self, keep: float, count: int | Tensor, present: int | Tensor, site: SiteInput) -> Request:
         state, trace = site.state, site.trace

@@ -183,6 +183,8 @@ def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float])
                 merger="drop" if trained.merger.needs_partner else stage.merger,
                 selector="threshold" if by_threshold else "top_k",
                 count=None if by_threshold else "round",
+                # Control scorers are compared with a threshold for scores that are uniform.
+                spread=0.0,
             )
         )
     fixed = [stage.key for stage in stages if stage.tokens is not None or stage.left_out]

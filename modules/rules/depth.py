@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -18,6 +19,21 @@ def check_layer(layer: Any) -> None:
             f"compression.stages[].layer = {layer!r} must be an integer, the index of a layer from 0, or a fraction of the layers "
             "between 0 and 1, or a span of them, ':' for all or '0.5:' for the upper half"
         )
+
+
+def check_neighbours(layer: Any, share: Any, follows: Any, spread: Any) -> None:
+    """Raises ValueError unless these values of a stage's ``layer``, ``share``, ``follows`` and ``spread`` are possible."""
+    where = "compression.stages[]"
+    if not isinstance(share, bool) or (share and not isinstance(layer, str)):
+        raise ValueError(
+            f"{where}.share = {share!r} must be true or false, and true is one decision for a span or list of layers, not {layer!r}"
+        )
+    if follows is not None:
+        check_layer(follows)
+        if isinstance(follows, str):
+            raise ValueError(f"{where}.follows = {follows!r} must be one layer, an index or a fraction of the layers")
+    if isinstance(spread, bool) or not isinstance(spread, int | float) or not 0 <= spread < math.inf:
+        raise ValueError(f"{where}.spread = {spread!r} must be a number of at least 0, in units of the scores")
 
 
 def layers_at(layer: int | float | str, depth: int) -> list[int]:

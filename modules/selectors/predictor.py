@@ -32,6 +32,7 @@ class PredictorSelector(ThresholdSelector):
     adaptive = False
     # The threshold applies to the predictor's logits, not to the scores.
     cuts = False
+    by_scores = False
 
     def __init__(
         self, spec: TokenSpec, width: int | None = None, weight: float = 1.0, rate: float = 0.05, bucket: int | None = None

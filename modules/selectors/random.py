@@ -18,6 +18,7 @@ class RandomSelector(ThresholdSelector):
     """
 
     draws = True
+    by_scores = False
 
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
         assert request.draws is not None

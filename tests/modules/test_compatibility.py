@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from laconic import CompressionConfig, StageConfig, compress
 from laconic.modules import compatibility
 from laconic.modules.compatibility import CONFIG_RULES, STAGE_RULES, Rule
-from laconic.modules.rules import estimators, towers
+from laconic.modules.rules import estimators, neighbours, towers
 from tests.matrix import decoders, encoders, image_text, vision, visual
 from tests.modules import test_masked_images as masked_images
 
@@ -45,7 +45,8 @@ _POOL = {"tokens": 4, "keep": None, "scorer": "uniform_grid", "merger": {"name":
 _PROMPT = {"scorer": "linear", "scope": "prompt"}
 _TEXT = {"stack": "text", "scope": "visual", "scorer": "last_query"}
 _CHUNKS: dict[str, Any] = {"scorer": "boundary", "selector": "gumbel"}
-_AROUND = {"site": "around"}
+_AROUND: dict[str, Any] = {"site": "around"}
+_LINEAR = {"scorer": "linear"}
 END = {"layer": 4, "by": "rejoin"}
 # Model, stages (with layer 1 and keep 0.5 unless they say otherwise), restore, message.
 CASES: dict[str, list[Case]] = {
@@ -87,6 +88,34 @@ CASES: dict[str, list[Case]] = {
         ("vit", [{"count": "ceil"}], None, "count = 'ceil' is no count rule: there are round"),
     ],
     "one_stage_a_site": [("vit", [{}, {"name": "other"}], None, "stage 'other': there are two stages before layer 1: a site holds one")],
+    "decided_by_neighbours": [
+        ("llama", stages, restore, message)
+        for stages, restore, message in (
+            ([{"spread": 1.0}], None, "spread = 1.0 is for stages around layers with keep above 0: remove it"),
+            (
+                [_AROUND | {"layer": 0}, _AROUND | {"follows": 0, "keep": 0}],
+                None,
+                "follows = 0 is for stages around layers with keep above 0",
+            ),
+            ([_AROUND | {"follows": 0}], None, "follows = 0: give the layer of an earlier stage around it, which decides by itself"),
+            ([_AROUND | {"spread": 1.0}], None, "spread = 1.0: there is no earlier stage around a layer, so remove it"),
+            (
+                [_AROUND | {"layer": 0}, _CHUNKS, _AROUND | {"layer": 2, "follows": 0}],
+                {"layer": 3, "by": "dechunk"},
+                "stages before_1 remove tokens since 'around_0' has decided: remove follows = 0",
+            ),
+            (
+                [_AROUND | {"layer": 0}, _AROUND | {"follows": 0, "spread": 1.0}],
+                None,
+                "spread = 1.0 has no effect on a decision of another",
+            ),
+            (
+                [_AROUND | {"layer": 0}, _AROUND | {"follows": 0, "keep": 0.6}],
+                None,
+                "keep = 0.6 differs from 0.5 of 'around_0', which decides",
+            ),
+        )
+    ],
     "nothing_inside_a_bypassed_layer": [
         ("vit", [_AROUND, {"site": "between"}], None, "layer 1 has a stage around it, which excludes between_1 inside it")
     ],
@@ -161,6 +190,14 @@ CASES: dict[str, list[Case]] = {
         ("modernbert", [{"scorer": "cls_attention"}], None, "needs the query of CLS, and .*; take 'learned'"),
         ("gpt2", [_PROMPT | {"scorer": "last_query"}], END, "scorer 'last_query' needs the query of a token, and .*; take 'learned'"),
         ("modernbert", [{"scorer": "bipartite", "merger": "bipartite"}], None, "scorer 'bipartite' compares keys, and .*metric: tokens"),
+    ],
+    "spread_by_scores": [
+        (
+            "llama",
+            [_AROUND | _LINEAR | {"layer": 0}, _AROUND | _LINEAR | {"spread": 1.0, "selector": "predictor"}],
+            None,
+            "spread = 1.0 changes scores, and selector 'predictor' decides without them when deployed: take 'threshold'",
+        )
     ],
     "prompt_of_a_language_model": [
         ("vit", [{"scorer": "query_similarity"}], None, "'query_similarity' reads where the prompt of a row ends.*take scorer 'learned'"),
@@ -252,7 +289,7 @@ def test_a_rule_refuses_what_breaks_it_for_each_of_its_reasons(rule: Rule) -> No
 def test_a_rule_asks_for_properties_and_no_case_is_of_a_rule_that_is_gone() -> None:
     assert list(CASES) == [rule.__name__ for rule in (*CONFIG_RULES, *STAGE_RULES)]
     # Parts of other packages are held to the same rules: no part is compared with a name.
-    source = "".join(map(inspect.getsource, (compatibility, estimators, towers)))
+    source = "".join(map(inspect.getsource, (compatibility, estimators, neighbours, towers)))
     assert not re.search(
         r"(==|!=|\bin\b) *\(?[\"'](learned|bipartite|evidence|top_k|threshold|gumbel|drop|pool|gate|token_labels)[\"']", source
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .scorers.base import Scored, Scorer
-from .selectors.base import Request, Selector, everything
-from .site import SiteInput
-from .tokens.decision import Decision
-from .tokens.state import TokenState
+from ..scorers.base import Scored, Scorer
+from ..selectors.base import Request, Selector, everything
+from ..site import SiteInput
+from ..tokens.decision import Decision
+from ..tokens.state import TokenState
 
 
 class NoScores(Scorer):
