@@ -54,6 +54,26 @@ def chat_of(value: Any) -> tuple[list[dict[str, Any]], list[Any]]:
     return messages, held
 
 
+def asked(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The texts of each answer of the assistant and of what stands between it and the one before, without images.
+
+    Args:
+        messages: messages with parts, of ``chat_of``.
+
+    Returns:
+        Question and answer of each turn.
+    """
+    found, question = [], list[str]()
+    for message in messages:
+        text = " ".join(part["text"].strip() for part in message["content"] if part["type"] == "text").strip()
+        if message["role"] == "assistant":
+            found.append(("\n".join(question), text))
+            question = []
+        else:
+            question.append(text)
+    return found
+
+
 def _of_text(text: str) -> Iterator[dict[str, str]]:
     pieces = text.split(PLACEHOLDER)
     for number, piece in enumerate(pieces):

@@ -18,7 +18,7 @@ from ..splits import Splits
 from ..text.columns import find_columns
 from ..text.conversations import WrongRow
 from .encoder import ChatEncoder
-from .messages import chat_of, images_of
+from .messages import asked, chat_of, images_of
 from .packing import ChatPacking
 
 _IMAGE_COLUMNS = ("images", "image")
@@ -74,6 +74,10 @@ class ChatRows(Dataset[dict[str, Any]]):
             "tokens": len(item["input_ids"]),
             "predicted": predicted,
         }
+
+    def asked(self, index: int) -> list[tuple[str, str]]:
+        """Texts of question and answer of each turn of a row that is not bad."""
+        return asked(chat_of(self.rows[index % len(self)][self.columns.chat])[0])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from ..config import CompressionConfig
 from ..cost.shape import StackShape
 from ..site import TokenSpec
 from ..tokens.trace import Trace
-from .before_text import PROJECTOR, VISION, BeforeText, Images
+from .before_text import OTHERS, PROJECTOR, VISION, BeforeText, Images
 from .decoder import Decoder
 from .image_features import TowerInput, image_features
 from .layer_adapter import LayerAdapter
@@ -216,7 +216,10 @@ class QwenVL(BeforeText):
     def _bind(cls, trace: Trace, rows: int, grid: tuple[int, int], places: Tensor, valid: Tensor | None, units: Tensor) -> None:
         seen = trace.flow(VISION)
         if seen.state is not None:
-            raise ValueError("images and videos in one forward: stages before the language model take one kind; split the batch")
+            raise ValueError(
+                "pixel_values and pixel_values_videos in one forward: stages before the language model take images or videos; split a batch "
+                f"of such rows, or {OTHERS}"
+            )
         seen.valid, seen.places, seen.units = valid, places, units
         for flow in (seen, trace.flow(PROJECTOR)):
             flow.rows, flow.grid = rows, grid

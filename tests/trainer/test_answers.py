@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from laconic.data.chats.splits import ChatData
+from laconic.data.chats.splits import ChatColumns, ChatData, ChatRows
 from laconic.trainer.cli.app import app
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.losses.answer_loss import AnswerLoss
@@ -19,18 +19,21 @@ from laconic.trainer.metrics.quality import Answered
 from laconic.trainer.run_folder import RunFolder
 
 
-def _run(folder: Path, right: str) -> str:
+def _run(folder: Path, right: str, reference: str = "It is that one.") -> str:
     """A run with four rows of two answers each, of which those marked 1 are right."""
     folder.mkdir()
     kinds = ("reading", "counting")
     write_answers(
         RunFolder(folder).answers,
-        [Answered(at // 2, at % 2, kinds[at % 2], mark == "1", (at if mark == "1" else 100,)) for at, mark in enumerate(right)],
+        [
+            Answered(at // 2, at % 2, kinds[at % 2], mark == "1", (at if mark == "1" else 100,), f"Which number is {at}?", reference)
+            for at, mark in enumerate(right)
+        ],
     )
     return str(folder)
 
 
-def test_single_answers_are_noted_with_row_turn_kind_and_the_models_own_tokens() -> None:
+def test_single_answers_are_noted_with_row_turn_kind_tokens_and_texts(tmp_path: Path) -> None:
     logits = torch.eye(4)[[3, 1, 2, 0]]
     # Row 7: an answer of two tokens and one of one; row 9: one answer.
     out = AnswerLoss(
@@ -39,11 +42,19 @@ def test_single_answers_are_noted_with_row_turn_kind_and_the_models_own_tokens()
     one, other = AnswerAccuracy(), AnswerAccuracy()
     one.add(out, {"kinds": torch.tensor([[1, 0], [0, -1]]), "sample_ids": torch.tensor([9, 7])})
     other.merge(one)
-    data = ChatData([], [], [], processor=None, length=8, kinds=("reading", "counting"))  # type: ignore[arg-type]
+    chat = [
+        {"role": "system", "content": "Look."},
+        {"role": "user", "content": "<image>\nHow many? "},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": [{"type": "text", "text": "Which?"}]},
+        {"role": "assistant", "content": "3 and 5."},
+    ]
+    rows = ChatRows([{"messages": chat}] * 10, ChatColumns("messages", None), None, tmp_path)  # type: ignore[arg-type]
+    data = ChatData(rows, rows, rows, processor=None, length=8, kinds=("reading", "counting"))
     assert other.answered(data) == [
-        Answered(7, 0, "reading", True, (0,)),
-        Answered(9, 0, "counting", False, (3, 1)),
-        Answered(9, 1, "reading", True, (2,)),
+        Answered(7, 0, "reading", True, (0,), "Look.\nHow many?", "Two."),
+        Answered(9, 0, "counting", False, (3, 1), "Look.\nHow many?", "Two."),
+        Answered(9, 1, "reading", True, (2,), "Which?", "3 and 5."),
     ]
 
 
@@ -68,6 +79,10 @@ def test_other_questions_and_runs_without_answers_are_refused(tmp_path: Path) ->
     dense = _run(tmp_path / "dense", "1111")
     with pytest.raises(RecipeError, match="different questions"):
         compare(dense, [_run(tmp_path / "other", "111111")])
+    with pytest.raises(
+        RecipeError, match=r"row 0, answer 0: 'Which number is 0\?' \('Neither.'\) and 'Which number is 0\?' \('It is that one.'\)"
+    ):
+        compare(dense, [_run(tmp_path / "corrected", "1111", "Neither.")])
     (tmp_path / "none").mkdir()
     with pytest.raises(RecipeError, match=r"has no answers\.jsonl"):
         read_answers(tmp_path / "none")

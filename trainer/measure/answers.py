@@ -16,6 +16,8 @@ from ..run_folder import RunFolder
 
 # Two-sided 95 % of a normal distribution.
 _NORMAL = 1.96
+# Characters of a text in a message.
+_SHOWN = 60
 Answers = Mapping[tuple[int, int], Answered]
 
 
@@ -75,9 +77,23 @@ def compare(reference: str, runs: Sequence[str], downsampled: str | None = None)
 
 def _same(base: Answers, folder: str, reference: str) -> Answers:
     found = read_answers(folder)
-    if {place: answer.kind for place, answer in found.items()} != {place: answer.kind for place, answer in base.items()}:
-        raise RecipeError(f"{folder} and {reference} have answers to different questions: name runs on the same held-out data")
+    for place in sorted(found.keys() | base.keys()):
+        here, there = found.get(place), base.get(place)
+        if here is None or there is None or _asked(here) != _asked(there):
+            raise RecipeError(
+                f"{folder} and {reference} have answers to different questions, first in row {place[0]}, answer {place[1]}: {_shown(here)} and "
+                f"{_shown(there)}; name runs on the same held-out data"
+            )
     return found
+
+
+def _asked(answer: Answered) -> tuple[str, str, str]:
+    return answer.kind, answer.question, answer.reference
+
+
+def _shown(answer: Answered | None) -> str:
+    """The question of an answer and its right answer, in short."""
+    return "none" if answer is None else f"{answer.question[-_SHOWN:]!r} ({answer.reference[:_SHOWN]!r})"
 
 
 def _paired(base: Answers, found: Answers, small: Answers | None) -> Paired:

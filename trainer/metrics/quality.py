@@ -20,6 +20,8 @@ class Answered:
         kind: kind of the question; empty if the data have none.
         right: the answer is right.
         tokens: the model's own answer: the most likely tokens, each given the right ones before it.
+        question: text of the question.
+        reference: text of the right answer.
     """
 
     row: int
@@ -27,6 +29,8 @@ class Answered:
     kind: str
     right: bool
     tokens: tuple[int, ...]
+    question: str
+    reference: str
 
 
 class NothingCounted(BadRows):
