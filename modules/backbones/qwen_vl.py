@@ -94,7 +94,7 @@ class QwenVL(BeforeText):
             # Patches of a token follow each other; a still image is there twice in time.
             of_time = patches.view(time, rows, columns, merged, merged, vision.in_channels, -1, patch, patch)[0, ..., 0, :, :]
             pixels = of_time.permute(4, 0, 2, 5, 1, 3, 6).reshape(vision.in_channels, height * patch, width * patch)
-            found.append(Tile(pixels, rows, columns))
+            found.append(Tile(pixels, rows, columns, joined=merged))
         return found
 
     @classmethod
@@ -215,7 +215,7 @@ class QwenVL(BeforeText):
     @classmethod
     def _bind(cls, trace: Trace, rows: int, grid: tuple[int, int], places: Tensor, valid: Tensor | None, units: Tensor) -> None:
         seen = trace.flow(VISION)
-        if seen.state is not None:
+        if seen.rows:
             raise ValueError(
                 "pixel_values and pixel_values_videos in one forward: stages before the language model take images or videos; split a batch "
                 f"of such rows, or {OTHERS}"

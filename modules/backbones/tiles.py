@@ -18,6 +18,7 @@ class Tile:
         leading: tokens in front of the grid that are of no place, a class token for example.
         line_ends: tokens behind each line that are of no place.
         trailing: tokens behind the grid that are of no place.
+        joined: patches along one side of a token, in the tower.
     """
 
     pixels: Tensor
@@ -26,6 +27,7 @@ class Tile:
     leading: int = 0
     line_ends: int = 0
     trailing: int = 0
+    joined: int = 1
 
     @property
     def tokens(self) -> int:

@@ -295,6 +295,15 @@ def test_images_with_padding_are_refused_with_what_works() -> None:
         model(**given, pixel_attention_mask=hidden)
 
 
+def test_images_and_videos_in_one_forward_are_refused_with_what_works() -> None:
+    model, image, video = _model("qwen3_vl", "projector"), _image(4, 4, 0), _image(4, 4, 1, frames=2)
+    given = image | {"pixel_values_videos": video["pixel_values"], "video_grid_thw": video["image_grid_thw"]}
+    with pytest.raises(
+        ValueError, match="pixel_values and pixel_values_videos in one forward: .* split a batch of such rows, or .* 'text'"
+    ):
+        model.adapter.encoded_images(model, given)
+
+
 def _image(down: int, across: int, seed: int, frames: int = 1) -> dict[str, Tensor]:
     values = torch.randn(frames * down * across, 96, generator=torch.Generator().manual_seed(seed))
     return {"pixel_values": values, "image_grid_thw": torch.tensor([[frames, down, across]])}

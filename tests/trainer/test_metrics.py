@@ -9,12 +9,16 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from laconic import CompressionConfig, StageConfig, Trace, compress
 from laconic.trainer.metrics.accuracy import Accuracy
-from laconic.trainer.metrics.kept_places import KeptPlaces
+from laconic.trainer.metrics.kept_places import KeptPlaces, kept_cells
 from laconic.trainer.metrics.mean_iou import MeanIoU
 from laconic.trainer.metrics.perplexity import Perplexity
 from laconic.trainer.metrics.quality import NothingCounted, Quality
 from laconic.trainer.metrics.reconstruction import Reconstruction
+from laconic.trainer.show.pictures import visual_overlays
+from tests.matrix import image_text
+from tests.matrix.image_text import PLACEHOLDER
 
 CLASSES = 5
 
@@ -88,3 +92,26 @@ def test_position_bias_is_zero_for_an_even_choice_and_names_the_band_that_is_pre
     assert both.present["a"][0].tolist() == [17, 16, 17, 17]
     assert both.bias["a"]["rows"] == pytest.approx(1 - 17 / 67)
     assert KeptPlaces().bias == {}
+
+
+def test_patches_of_pictures_of_any_size_are_shown_where_they_are() -> None:
+    draws = torch.Generator().manual_seed(0)
+    given = {"pixel_values": torch.randn(24 + 16, 96, generator=draws), "image_grid_thw": torch.tensor([[1, 4, 6], [1, 8, 2]])}
+    ids = torch.tensor([[2, *[PLACEHOLDER] * 6, 3, *[PLACEHOLDER] * 4, 4]])
+    given |= {"input_ids": ids, "mm_token_type_ids": (ids == PLACEHOLDER).int()}
+    model, stacks = image_text.dense("qwen2_5_vl"), {"vision.before_1": "vision", "projector.before_0": "projector"}
+    stages = [StageConfig(layer=int(name[-1]), stack=stack, scorer="random", keep=0.7) for name, stack in stacks.items()]
+    model = compress(model, CompressionConfig(stages))
+    model(**given, trace=(trace := Trace()))
+    tiles = model.adapter.pictures(model.config, given)
+    cells = kept_cells(trace, stacks, tiles)
+    marked = model.adapter.encoded_images(model, given)["image"].pooler_output
+    for number, (tile, features) in enumerate(zip(tiles, marked, strict=True)):
+        here = (~features.isnan().all(-1)).view(tile.rows, tile.columns).repeat_interleave(2, 0).repeat_interleave(2, 1)
+        assert torch.equal(cells["projector.before_0"][number], here)
+        seen = cells["vision.before_1"][number]
+        assert seen.shape == here.shape
+        assert bool((seen >= here).all())
+        assert int(seen.sum()) == 4 * round(0.7 * tile.rows * tile.columns)
+    shown = visual_overlays(trace, stacks, tiles)["vision.before_1"]
+    assert [picture.shape for picture in shown] == [(16, 24, 3), (32, 8, 3)]

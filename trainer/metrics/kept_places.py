@@ -21,7 +21,8 @@ def kept_cells(trace: Trace, stacks: Mapping[str, str], tiles: Iterable[Tile] = 
     Args:
         trace: trace of a forward.
         stacks: stack of each stage, by the stage's name.
-        tiles: the pictures of all rows, in their order; for stages in a language model. If they are the first ones only, so is the result.
+        tiles: the pictures of all rows, in their order; for stages in a language model, and in towers that read pictures of any size. If they
+            are the first ones only, so is the result.
 
     Returns:
         By stage, (rows, columns) bool of each picture; a stage of which places are unknown is left out.
@@ -36,11 +37,17 @@ def kept_cells(trace: Trace, stacks: Mapping[str, str], tiles: Iterable[Tile] = 
             visual = _placed(kept, position, flow.visual.shape[1])[flow.visual]
             parts = visual[: sum(tile.tokens for tile in tiles)].split([tile.tokens for tile in tiles])
             found[stage] = [tile.cells(part) for tile, part in zip(tiles, parts, strict=True)]
-        elif flow.pixel_values is not None and flow.grid is not None:
+        elif flow.grid is not None and (flow.pixel_values is not None or tiles):
             # Rows are what the tower reads at once, or what it has left of that for the projector.
             place = position if flow.places is None else flow.places.gather(1, position)
             placed = _placed(kept & routing.routable, place, flow.leading + flow.grid[0] * flow.grid[1])[:, flow.leading :]
-            found[stage] = list(placed.view(-1, *flow.grid))
+            grids = placed.view(-1, *flow.grid)
+            if flow.pixel_values is None:
+                # Pictures of any size lie in the upper left corner of the largest one's grid.
+                sizes = [(tile.rows * tile.joined, tile.columns * tile.joined) for tile in tiles]
+                found[stage] = [grid[:rows, :columns] for grid, (rows, columns) in zip(grids, sizes, strict=False)]
+            else:
+                found[stage] = list(grids)
     return found
 
 

@@ -237,7 +237,7 @@ class VisionLanguage(Task):
             raise ValueError(f"--to {to}: pictures of kept tokens need the suffix .png")
         trace, pictures, titles = cls._shown(model, cls.open_data(recipe, model.config), recipe.seed, given)
         if not pictures:
-            raise ValueError(f"no stage of {target} can be drawn: in a {model.config.model_type}, only stages with stack = 'text' can")
+            raise ValueError(f"no stage of {target} can be drawn: where its tokens are in a picture is unknown")
         save_kept_tokens(to, list(pictures.items()), titles)
         return {name: routing.achieved for name, routing in trace.routings.items()}
 
