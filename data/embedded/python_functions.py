@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .python_library import library_files
 
-_Function = ast.FunctionDef | ast.AsyncFunctionDef
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def library_functions(split: str, root: Path | None = None) -> Iterator[dict[str, str]]:
@@ -26,10 +26,22 @@ def library_functions(split: str, root: Path | None = None) -> Iterator[dict[str
     """
     for name, path in library_files(split, root=root):
         if name.endswith(".py"):
-            yield from _functions(path.read_text("utf-8", "replace"))
+            yield from _prompts(path.read_text("utf-8", "replace"))
 
 
-def _functions(text: str) -> Iterator[dict[str, str]]:
+def _prompts(text: str) -> Iterator[dict[str, str]]:
+    for function, source in functions_of(text):
+        first, body = function.body[0], function.body[1:]
+        if ast.get_docstring(function) is None or not body or first.end_lineno == body[0].lineno:
+            continue
+        assert first.end_lineno is not None
+        whole = source.split("\n")
+        head = first.end_lineno - first_line(function) + 1
+        yield {"prompt": "\n".join(whole[:head]) + "\n", "completion": "\n".join(whole[head:]) + "\n"}
+
+
+def functions_of(text: str) -> Iterator[tuple[Function, str]]:
+    """Module-level functions and methods of a file, each with its source from the first decorator on, dedented; nested ones are left out."""
     try:
         with warnings.catch_warnings():
             # Invalid escapes in the library's strings would print warnings.
@@ -40,22 +52,17 @@ def _functions(text: str) -> Iterator[dict[str, str]]:
         return
     lines = text.split("\n")
     for function in _outermost(tree):
-        first, body = function.body[0], function.body[1:]
-        if ast.get_docstring(function) is None or not body or first.end_lineno == body[0].lineno:
-            continue
-        start = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
-        assert first.end_lineno is not None
-        assert function.end_lineno is not None
-        # Prompt and completion are dedented together, so that they keep one indentation.
-        whole = textwrap.dedent("\n".join(lines[start - 1 : function.end_lineno])).split("\n")
-        head = first.end_lineno - start + 1
-        yield {"prompt": "\n".join(whole[:head]) + "\n", "completion": "\n".join(whole[head:]) + "\n"}
+        yield function, textwrap.dedent("\n".join(lines[first_line(function) - 1 : function.end_lineno]))
 
 
-def _outermost(node: ast.AST) -> Iterator[_Function]:
-    """Module-level functions and methods of classes; nested functions are left out."""
+def first_line(function: Function) -> int:
+    """Number of a function's first line, that of its first decorator if it has one."""
+    return min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
+
+
+def _outermost(node: ast.AST) -> Iterator[Function]:
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, _Function):
+        if isinstance(child, Function):
             yield child
         else:
             yield from _outermost(child)

@@ -36,11 +36,13 @@ class Encoder:
         tokenizer: tokenizer with an ``eos_token``.
         columns: the columns to read.
         limit: tokens of a packed row. A document with a prompt is truncated to it, and is bad if no learned token is left.
+        cuts: if False, a longer document with a prompt is bad.
     """
 
     tokenizer: Any
     columns: TextColumns
     limit: int
+    cuts: bool = True
 
     @property
     def prompts(self) -> bool:
@@ -121,6 +123,8 @@ class Encoder:
         return self._cut(whole, spans)
 
     def _cut(self, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> Document:
+        if not self.cuts and len(ids) > self.limit:
+            return _bad("row longer than data.sequence_length")
         learned = np.zeros(len(ids), bool)
         for start, stop in spans:
             learned[start:stop] = True
@@ -181,13 +185,14 @@ def _bad(reason: str) -> Document:
     return Document(EMPTY, None, reason)
 
 
-def encoder_for(columns: TextColumns, tokenizer: Any, limit: int) -> Encoder:
+def encoder_for(columns: TextColumns, tokenizer: Any, limit: int, cuts: bool = True) -> Encoder:
     """The encoder of rows with these columns.
 
     Args:
         columns: the columns to read.
         tokenizer: tokenizer of the encoder.
         limit: value of ``data.sequence_length``.
+        cuts: whether documents with prompts are cut to it.
 
     Raises:
         ValueError: rows are chats and the tokenizer has no chat template.
@@ -197,4 +202,4 @@ def encoder_for(columns: TextColumns, tokenizer: Any, limit: int) -> Encoder:
             f"the column {columns.chat or 'prompt'} has messages, but the tokenizer has no chat template: set data.tokenizer to one of a "
             "chat model, set data.chat_template, or provide columns prompt and completion with texts"
         )
-    return Encoder(tokenizer, columns, limit)
+    return Encoder(tokenizer, columns, limit, cuts)

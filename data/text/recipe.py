@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from ..recipe import DataRecipe
+from ..recipe import DataRecipe, Rows
 
 _FILES = ("json", "csv", "parquet")
 
@@ -49,6 +49,37 @@ class DocumentRecipe(TextRecipe):
             raise ValueError(f"data.streaming = true is not supported for {self.name}, which is small and local: remove data.streaming")
         if self.sample_by != "document" and self.name != "text":
             raise ValueError(f"data.sample_by = {self.sample_by!r} applies to data.name = 'text', and data.name = {self.name!r}")
+        return self
+
+
+class PromptRecipe(TextRecipe):
+    """Long prompts with short answers, one a row."""
+
+    holds: ClassVar[str] = "prompts with answers"
+    embedded: ClassVar[tuple[str, ...]] = ("function_prompts",)
+    known: ClassVar[tuple[str, ...]] = (*embedded, *_FILES)
+
+    name: str = Field("function_prompts", description="function_prompts (comes with Laconic), json, csv, parquet, or a hub name")
+    sequence_length: Annotated[int, Field(ge=8)] = Field(1024, description="largest number of tokens of a row; a longer row is bad")
+    chat_template: str | None = Field(
+        None,
+        description="chat template in Jinja, a file or the text itself; null uses that of the tokenizer. It is saved with the tokenizer",
+    )
+    lengths: Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=1)] = Field(
+        [256, 512, 1024], description="tokens of the prompts of function_prompts, in turns"
+    )
+    questions: Annotated[int, Field(ge=1, le=16)] = Field(2, description="questions that function_prompts asks about the same functions")
+    batch_size: Annotated[int, Field(ge=1, le=2**53)] = Field(8, description="rows per step and process, before accumulation")
+    eval_batch_size: Annotated[int, Field(ge=1, le=2**53)] = Field(8, description="rows per step in validation and test")
+    eval_samples: Rows = Field(600, description="function_prompts: validation rows, and as many test rows")
+
+    @model_validator(mode="after")
+    def _fits_the_length(self) -> PromptRecipe:
+        if self.name in self.embedded and max(self.lengths) > self.sequence_length:
+            raise ValueError(
+                f"data.lengths = {self.lengths} has prompts of more tokens than data.sequence_length = {self.sequence_length}: raise it, or "
+                "lower the lengths"
+            )
         return self
 
 

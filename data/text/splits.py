@@ -98,7 +98,7 @@ def python_library(train_files: int, eval_files: int, tokenizer_of: TokenizerOf,
     import datasets
 
     def texts(split: str, limit: int) -> Any:
-        return datasets.Dataset.from_dict({"text": list(_library_texts(split, limit))})
+        return datasets.Dataset.from_dict({"text": list(library_texts(split, limit))})
 
     train, validation, test = texts("train", train_files), texts("validation", eval_files), texts("test", eval_files)
     return _in_memory(train, validation, test, tokenizer_of, settings)
@@ -115,7 +115,7 @@ def python_functions(train_rows: int, eval_rows: int, tokenizer_of: TokenizerOf,
     """
     import datasets
 
-    tokenizer = tokenizer_of(_library_texts("train"))
+    tokenizer = tokenizer_of(library_texts("train"))
 
     def rows(split: str, limit: int) -> Any:
         # Leaves room for at least part of the body, whatever special tokens the tokenizer adds.
@@ -126,7 +126,8 @@ def python_functions(train_rows: int, eval_rows: int, tokenizer_of: TokenizerOf,
     return _in_memory(*splits, lambda _: tokenizer, settings)
 
 
-def _library_texts(split: str, limit: int | None = None) -> Iterator[str]:
+def library_texts(split: str, limit: int | None = None) -> Iterator[str]:
+    """The files of a split of ``python_library``, at most ``limit`` of them."""
     return (path.read_text("utf-8", "replace") for _, path in library_files(split, limit))
 
 
@@ -221,37 +222,47 @@ def _tokens(tokenizer: Any, settings: TextSettings) -> Tokens:
 
 
 def _packed(split: str, rows: Any, encoder: Encoder, tokens: Tokens, counted: BadRowCount) -> PackedRows:
-    """Encodes a split (``datasets`` caches the result beside the split if it is on disk) and packs it.
+    """Encodes a split and packs it.
 
     Raises:
         BadRows: the share of bad rows of this split exceeds the allowed one.
         ValueError: no token of the split is predicted.
+    """
+    corpus, bad = encoded(split, rows, encoder, counted)
+    packed = PackedRows(corpus, (keep_whole if encoder.prompts else cut_end_to_end)(corpus, tokens.length), tokens)
+    # The first token of a part is not predicted. A document with a prompt has a learned token after it, or is bad.
+    if not (packed.plan.stop - packed.plan.start > 1).any():
+        raise ValueError(
+            f"no token of the {split} data is predicted: {len(rows)} rows, {bad} of them bad, hold no text to "
+            f"learn from; check data.{split}_split and data.max_bad_fraction"
+        )
+    return packed
+
+
+def encoded(split: str, rows: Any, encoder: Encoder, counted: BadRowCount) -> tuple[Corpus, int]:
+    """The encoded rows of a split (``datasets`` caches them beside the split if it is on disk), empty where they are bad, and how many are.
+
+    Raises:
+        BadRows: the share of bad rows of this split exceeds the allowed one.
     """
     import datasets
 
     features = {"tokens": datasets.Sequence(datasets.Value("int32")), "bad": datasets.Value("string")}
     if encoder.prompts:
         features["learned"] = datasets.Sequence(datasets.Value("bool"))
-    encoded = rows.map(
+    found = rows.map(
         _encode,
         batched=True,
         fn_kwargs={"encoder": encoder},
         remove_columns=rows.column_names,
         features=datasets.Features(features),
     )
-    counted.add_split(split, len(encoded), [BadRow(row, reason) for row, reason in enumerate(encoded["bad"]) if reason])
-    lists = encoded.data.column("tokens").chunks
-    learned = [_flat(chunk) for chunk in encoded.data.column("learned").chunks] if encoder.prompts else None
+    bad = [BadRow(row, reason) for row, reason in enumerate(found["bad"]) if reason]
+    counted.add_split(split, len(found), bad)
+    lists = found.data.column("tokens").chunks
+    learned = [_flat(chunk) for chunk in found.data.column("learned").chunks] if encoder.prompts else None
     lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in lists]) if lists else np.empty(0, np.int64)
-    corpus = Corpus([_flat(chunk) for chunk in lists], lengths, learned)
-    packed = PackedRows(corpus, (keep_whole if encoder.prompts else cut_end_to_end)(corpus, tokens.length), tokens)
-    # The first token of a part is not predicted. A document with a prompt has a learned token after it, or is bad.
-    if not (packed.plan.stop - packed.plan.start > 1).any():
-        raise ValueError(
-            f"no token of the {split} data is predicted: {len(encoded)} rows, {sum(map(bool, encoded['bad']))} of them bad, hold no text to "
-            f"learn from; check data.{split}_split and data.max_bad_fraction"
-        )
-    return packed
+    return Corpus([_flat(chunk) for chunk in lists], lengths, learned), len(bad)
 
 
 def _flat(chunk: Any) -> np.ndarray:

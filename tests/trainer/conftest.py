@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from laconic.data.embedded import python_passages
+from laconic.data.embedded import function_prompts, python_passages
 from tests.clean import CleanProcesses
 
 QUICK = [
@@ -40,6 +40,13 @@ def few_passages(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_OF_CLASS", "_AROUND"):
         most = getattr(python_passages, name)
         monkeypatch.setattr(python_passages, name, most // 5)
+
+
+@pytest.fixture
+def few_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded prompts are about functions of few files: parsing all of the library takes seconds, every time."""
+    files = function_prompts.library_files
+    monkeypatch.setattr(function_prompts, "library_files", lambda split, root=None: files(split, 12, root))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tests.data.texts import chats, chats_about_images, jsonl, small_tokenizer
 from tests.matrix.processors import chat_file
 
 # What the name of a recipe ends with that is laid over another one as a control arm.
-ENDINGS = ("_dense", "_random", "_random_choice", "_uniform", "_energy", "_bipartite")
+ENDINGS = ("_dense", "_random", "_random_choice", "_uniform", "_energy", "_bipartite", "_last_query")
 CONTROLS = [name for name, path in shipped().items() if name.endswith(ENDINGS) and "base" in yaml.safe_load(path.read_text())]
 
 
@@ -44,6 +44,10 @@ def small(name: str, folder: Path, quick: Sequence[str]) -> list[str]:
     """
     if name.startswith("llm_"):
         return _language_model(name, folder, quick)
+    if name.startswith("prompt_"):
+        lora = _language_model("llm_lora_dense", folder, quick)
+        prompts = ["data.lengths=[256]", "data.questions=1", "data.eval_samples=8", "data.eval_batch_size=2"]
+        return [*(item for item in lora if not item.startswith("data.eval_")), *prompts]
     if name.startswith("vlm_"):
         return _vision_language(name, folder, quick)
     if name.startswith("text_"):

@@ -17,11 +17,11 @@ from laconic.trainer.run import rehearse, train
 from laconic.trainer.tasks import base as tasks
 from tests.trainer.small_recipes import CONTROLS, small
 
-pytestmark = pytest.mark.usefixtures("few_passages")
+pytestmark = pytest.mark.usefixtures("few_passages", "few_functions")
 
 
 # Control arms, and models whose kind another recipe runs.
-_SLOW = (*CONTROLS, "vlm_digits_tower", "vlm_digits_base", "vlm_lora")
+_SLOW = (*CONTROLS, "vlm_digits_tower", "vlm_digits_base", "vlm_lora", "prompt_lora")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in shipped()])
@@ -32,7 +32,9 @@ def test_every_shipped_recipe_is_valid_and_runs_two_steps(name: str, tmp_path: P
     report = train(loaded, overrides, console)
     assert checked.steps == 2
     # Texts are of many lengths, and their target is met for the longest.
-    adaptive = "adaptive" in name or name.startswith("text_") or (name.startswith("llm_") and loaded.recipe.compression is not None)
+    adaptive = (
+        "adaptive" in name or name.startswith(("text_", "prompt_")) or (name.startswith("llm_") and loaded.recipe.compression is not None)
+    )
     # Two steps hardly find a threshold; test_adaptive holds it to its target. The cost of a chat is that of its own text.
     assert report.macs_ratio == pytest.approx(checked.macs_ratio, abs=0.15 if adaptive or name.startswith("vlm_") else 1e-6)
     if loaded.recipe.compression is not None:
@@ -44,7 +46,10 @@ def test_every_shipped_recipe_is_valid_and_runs_two_steps(name: str, tmp_path: P
             assert report.keep["achieved"][stage] == pytest.approx(keep, abs=0.3 if adaptive else 0.5 / 7)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", [name if name.endswith("_random") else pytest.param(name, marks=pytest.mark.slow) for name in CONTROLS])
+_QUICK = [name for name in CONTROLS if name.endswith("_random") and not name.startswith("prompt_")]
+
+
+@pytest.mark.parametrize("name", [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONTROLS])
 def test_a_control_arm_is_valid_and_takes_a_step(name: str, tmp_path: Path, quick: list[str], console: Console) -> None:
     overrides = small(name, tmp_path, quick)
     loaded = load(name, overrides)

@@ -9,7 +9,7 @@ from laconic.trainer.callbacks.guards import NotANumber
 from laconic.trainer.distributed import collective
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import silent, train_arm
-from laconic.trainer.tasks.causal_lm import CausalLMModule
+from laconic.trainer.tasks.base_language_model import LanguageModelModule
 from tests.data.texts import jsonl, small_tokenizer
 from tests.trainer.two_ranks_strategies import PARTITION, STRATEGIES, TWO, broken, trained
 
@@ -87,18 +87,18 @@ def uneven(folder: Path) -> list[str]:
 
 def _routed(folder: Path, overrides: list[str]) -> list[int]:
     """Tokens that the routed layer processed on this rank, step by step."""
-    counts, losses = [], CausalLMModule.losses
+    counts, losses = [], LanguageModelModule.losses
 
-    def counted(module: CausalLMModule, batch: dict[str, Any]) -> dict[str, Any]:
+    def counted(module: LanguageModelModule, batch: dict[str, Any]) -> dict[str, Any]:
         found = losses(module, batch)
         counts.append(found["trace"].routings["around_1"].counts()[0])
         return found
 
-    CausalLMModule.losses = counted  # type: ignore[method-assign]
+    LanguageModelModule.losses = counted  # type: ignore[method-assign]
     try:
         trained(folder, overrides, recipe="llm_pretrain")
     finally:
-        CausalLMModule.losses = losses  # type: ignore[method-assign]
+        LanguageModelModule.losses = losses  # type: ignore[method-assign]
     return counts
 
 

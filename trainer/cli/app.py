@@ -333,6 +333,9 @@ def bench(
     recipe: RecipeName,
     overrides: Overrides = None,
     rounds: Annotated[int, typer.Option(min=1, help="paired rounds; use 30 or more for reported results")] = 40,
+    prefill: Annotated[
+        bool, typer.Option("--prefill", help="time of reading a prompt and bytes of the cache, of a language model")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Training-step time and memory of dense, compressed and oracle, in paired and interleaved rounds."""
@@ -347,10 +350,12 @@ def bench(
         from ..build.validate import validate as check
 
         check_memory(check(loaded.recipe), loaded.recipe)
+    from ..measure.prefill import prefill_recipe
     from ..measure.tables import bench_recipe
 
     with running():
-        emit(bench_recipe(loaded, console(as_json)), as_json)
+        out = console(as_json)
+        emit(prefill_recipe(loaded, rounds, out) if prefill else bench_recipe(loaded, out), as_json)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Cross-entropy of the answers of a chat, with the head computed where something is learned."""
+"""Cross-entropy of the answers of a chat or a prompt, with the head computed where something is learned."""
 
 from __future__ import annotations
 
@@ -64,6 +64,19 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any
         # As long as the rows, with a blank image behind them.
         trace.labels = functional.pad(labels, (0, given["input_ids"].shape[1] - labels.shape[1]), value=IGNORE_TOKEN)
         trace.documents = batch.get("documents")
+    return learned_answers(model, given, labels, batch["turns"], **options)
+
+
+def learned_answers(model: PreTrainedModel, given: Mapping[str, Any], labels: Tensor, turns: Tensor, **options: Any) -> AnswerLoss:
+    """The loss of a language model where rows have labels.
+
+    Args:
+        model: dense or compressed model with a head on a base model.
+        given: arguments of the base model's forward; rows may be longer than their labels.
+        labels: (B, N) int64, each token's own id, IGNORE_TOKEN where it is not learned.
+        turns: (B, N) int64, number of the answer that a learned token is of.
+        options: further arguments of the forward: ``trace`` of a compressed model.
+    """
     # Token i predicts token i + 1. Before the forward, whose end the host would wait for here.
     following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_TOKEN)
     row, place = (following != IGNORE_TOKEN).nonzero(as_tuple=True)
@@ -73,7 +86,7 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any
     logits = logits_of(model, read)
     expected = following[row, place]
     total = functional.cross_entropy(logits, expected, reduction="sum")
-    return AnswerLoss(total, logits, logits.argmax(-1) == expected, row, batch["turns"][row, place + 1], read)
+    return AnswerLoss(total, logits, logits.argmax(-1) == expected, row, turns[row, place + 1], read)
 
 
 def with_blank_image(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from ...data.chats.recipe import ChatRecipe
 from ...data.images.recipe import LabelledImageRecipe, MaskRecipe, UnlabelledImageRecipe
 from ...data.recipe import DataRecipe
-from ...data.text.recipe import DocumentRecipe, LabelledTextRecipe
+from ...data.text.recipe import DocumentRecipe, LabelledTextRecipe, PromptRecipe
 
 KINDS: Mapping[str, type[DataRecipe]] = {
     "causal_lm": DocumentRecipe,
     "image_classification": LabelledImageRecipe,
     "masked_image_pretraining": UnlabelledImageRecipe,
+    "prompt_answers": PromptRecipe,
     "semantic_segmentation": MaskRecipe,
     "text_classification": LabelledTextRecipe,
     "vision_language": ChatRecipe,

@@ -9,12 +9,12 @@ from typing import Any
 from ...data.chats.recipe import ChatRecipe
 from ...data.images.recipe import DRAWN
 from ...data.source import OF_FILES
-from ...data.text.recipe import DocumentRecipe, TextRecipe
+from ...data.text.recipe import DocumentRecipe, PromptRecipe, TextRecipe
 from .schema import ITSELF, Recipe
 
-EMBEDDED = (DRAWN, "python_passages", *DocumentRecipe.embedded, *ChatRecipe.embedded)
+EMBEDDED = (DRAWN, "python_passages", *DocumentRecipe.embedded, *PromptRecipe.embedded, *ChatRecipe.embedded)
 # Data sets without bad rows.
-_GENERATED = (DRAWN, "python_passages", *ChatRecipe.embedded)
+_GENERATED = (DRAWN, "python_passages", *PromptRecipe.embedded, *ChatRecipe.embedded)
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ TABLE = (
         ("data.kinds",),
         lambda r: r.data.name not in ChatRecipe.embedded,
         "it is for digit_questions, and data.name = {r.data.name!r}: remove it",
+    ),
+    Unread(
+        _in("data", "lengths", "questions"),
+        lambda r: r.data.name not in PromptRecipe.embedded,
+        "it is for function_prompts, and data.name = {r.data.name!r}: remove it",
     ),
     Unread(
         ("data.eval_samples",),

@@ -237,6 +237,19 @@ class Task:
         raise ValueError(f"task {recipe.task!r} does not support laconic inspect")
 
     @classmethod
+    def prompts(cls, data: Any, number: int) -> list[Tensor]:
+        """Token ids (n,) of the longest of the first held-out prompts.
+
+        Args:
+            data: splits of the task.
+            number: largest number of prompts.
+
+        Raises:
+            ValueError: the task has no prompts.
+        """
+        raise ValueError("only language models read prompts: take a recipe with task prompt_answers or causal_lm")
+
+    @classmethod
     def amount(cls, batch: Mapping[str, Any]) -> int:
         """Amount of a batch in the task's ``unit``."""
         return len(batch["sample_ids"])

@@ -2,77 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...data.labels.classes import KnownClasses
-from ...data.splits import Splits
 from ...data.text.recipe import DocumentRecipe
 from ...data.text.splits import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
-from ...data.text.tokenizer import with_template
 from ...modules.tokens.labels import IGNORE_TOKEN
-from ..build.parts import RunParts
 from ..losses.distillation import DistillationLoss, Taught, divergence, token_difference, weighted
-from ..losses.token_loss import Read, TokenLoss, check_model, loss_of, read
+from ..losses.token_loss import Read, TokenLoss, loss_of, read
 from ..metrics.perplexity import Perplexity
 from ..metrics.quality import Quality
-from ..recipe.schema import DistillationRecipe, ModelRecipe, Recipe
-from ..run_folder import RunFolder
-from ..task_module import TaskModule
-from .base import whole_weights
-from .base_text import TextTask
+from ..recipe.schema import DistillationRecipe, Recipe
+from .base_language_model import LanguageModel
 
 EMBEDDED = {"python_library": python_library, "python_functions": python_functions}
 
 
-class CausalLMModule(TaskModule):
-    """Trains a language model."""
-
-    def on_fit_start(self) -> None:
-        # Compressed models are skipped: stages may need a real batch, and only supported families can have them.
-        if not hasattr(self.model.config, "compression"):
-            check_model(self.model)
-
-
-class CausalLM(TextTask):
+class CausalLM(LanguageModel):
     """Predicts the next token, with any family that has a causal language model in transformers."""
 
     metric = "perplexity"
     higher_is_better = False
     quality: ClassVar[type[Quality]] = Perplexity
     item: ClassVar[str] = "rows"
-
-    @classmethod
-    def model_class(cls, model_type: str) -> type[PreTrainedModel]:
-        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise ValueError(
-                f"{model_type} has no causal language model in transformers: use llama, qwen3, gemma3_text or gpt2, for example"
-            )
-        model: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-        return model
-
-    @classmethod
-    def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig, **options: Any) -> Any:
-        return whole_weights(cls.model_class(config.model_type), recipe, config, "not a causal language model", **options)
-
-    @classmethod
-    def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
-        found = super().of_run(recipe, run)
-        # The tokenizer of the run has the template already, and its file may be gone.
-        return found if found is recipe else found.model_copy(update={"data": found.data.model_copy(update={"chat_template": None})})
-
-    @classmethod
-    def tokenizer_of(cls, recipe: Recipe, config: PretrainedConfig) -> Callable[[Iterable[str] | None], Any]:
-        tokenizer, data = super().tokenizer_of(recipe, config), recipe.data
-        assert isinstance(data, DocumentRecipe)
-        template = data.chat_template
-        return tokenizer if template is None else lambda texts: with_template(tokenizer(texts), template)
 
     @classmethod
     def open_data(cls, recipe: Recipe, config: PretrainedConfig, known: KnownClasses | None = None) -> TextData:
@@ -88,33 +45,9 @@ class CausalLM(TextTask):
         return opened(data.source, data.splits, tokenizer_of, settings)
 
     @classmethod
-    def fit_config(cls, config: PretrainedConfig, data: Splits) -> None:
-        super().fit_config(config, data)
-        assert isinstance(data, TextData)
-        if not config.name_or_path:
-            # A new model uses the special tokens of its tokenizer instead of the family's default ones.
-            config.bos_token_id, config.eos_token_id = data.tokenizer.bos_token_id, data.tokenizer.eos_token_id
-            config.pad_token_id = data.tokenizer.pad_token_id
-
-    @classmethod
-    def module(cls, parts: RunParts) -> TaskModule:
-        return CausalLMModule(cls, parts)
-
-    @classmethod
-    def held_out(cls, data: TextData) -> str:
-        row = data.test[0]
-        text: str = data.tokenizer.decode(row["input_ids"][row["documents"] == 0])
-        return text
-
-    @classmethod
-    def amount(cls, batch: Mapping[str, Any]) -> int:
-        tokens: int = batch["tokens"]
-        return tokens
-
-    @classmethod
-    def compile(cls, model: PreTrainedModel) -> None:
-        # The loss calls the base model and the head separately.
-        model.base_model.compile()
+    def prompt_of(cls, row: Mapping[str, Any]) -> Tensor:
+        ids: Tensor = row["input_ids"][row["documents"] == 0]
+        return ids
 
     @classmethod
     def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
