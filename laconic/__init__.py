@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .modules.budget.start_routers import start_routers
     from .modules.checkpoints.adapter_saving import save_adapter
     from .modules.checkpoints.adapters import Adapters
+    from .modules.checkpoints.keeps import set_keep
     from .modules.checkpoints.lora import add_lora, merge_lora, train_only
     from .modules.compress import compress, decompress
     from .modules.config import CompressionConfig, StageConfig
@@ -41,6 +42,7 @@ _HOMES = {
     "decompress": "modules.compress",
     "from_pretrained": "trainer.run_folder",
     "merge_lora": "modules.checkpoints.lora",
+    "set_keep": "modules.checkpoints.keeps",
     "save_adapter": "modules.checkpoints.adapter_saving",
     "stages_of": "modules.stage",
     "start_routers": "modules.budget.start_routers",
@@ -63,6 +65,7 @@ __all__ = [
     "from_pretrained",
     "merge_lora",
     "save_adapter",
+    "set_keep",
     "stages_of",
     "start_routers",
     "train_only",

@@ -22,12 +22,12 @@ from ..modules.compress import compress, decompress
 from ..modules.config import COMPLETE, CompressionConfig, PartConfig
 from ..modules.cost.cost import CostModel
 from ..modules.decoding.generation import can_look_ahead
+from ..modules.rules.keeps import check_movable
 from ..modules.stage import stages_of
 from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.trace import Trace
 from .build.build import cost_model, model_config, open_data
 from .build.heads import trained_classes
-from .build.keeps import check_movable
 from .errors import RecipeError
 from .metrics.kept_places import KeptPlaces
 from .recipe.schema import Recipe

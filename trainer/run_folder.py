@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,13 +244,16 @@ def located(name: str | Path, whole: bool = False) -> str:
     return str(RunFolder.of(name).trained(whole)) if Path(name).is_dir() else str(name)
 
 
-def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs: Any) -> PreTrainedModel:
+def from_pretrained(
+    folder: str | Path, base: str | Path | None = None, keep: float | Mapping[str, float] | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Loads a model that Laconic wrote, with its stages and its LoRA.
 
     Args:
         folder: an adapter; a compressed model (``save_pretrained``, ``laconic export``); a training run, or one of its checkpoints (file
             or folder); or a hub repository with one of the first two.
         base: for an adapter, folder or hub name of its base; None uses the location in the manifest.
+        keep: another keep for all stages, or by stage name, as for ``laconic.set_keep``; None leaves them their own.
         kwargs: arguments of transformers' ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision`` …).
 
     Returns:
@@ -264,7 +267,7 @@ def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs
     place = located(folder)
     if Path(place).is_dir():
         check_files(Path(place))
-    return loading.from_pretrained(place, base, **kwargs)
+    return loading.from_pretrained(place, base, keep, **kwargs)
 
 
 def load_model(folder: str | Path) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .adapter_folder import MANIFEST, is_adapter
 from .adapters import Adapters
 from .base_weights import check_weights
 from .foreign_config import architecture, load_config, settings_errors
+from .keeps import set_keep
 from .model_class import class_named
 from .tensors import copy_all, own_memory
 from .training_checkpoint import read_checkpoint
@@ -24,13 +26,16 @@ _HUB = ("token", "cache_dir", "local_files_only")
 _FETCHED = ("*.json", "*.safetensors")
 
 
-def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs: Any) -> PreTrainedModel:
+def from_pretrained(
+    folder: str | Path, base: str | Path | None = None, keep: float | Mapping[str, float] | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Loads a model that Laconic wrote, with its stages and its LoRA.
 
     Args:
         folder: an adapter folder; a compressed model (``save_pretrained``, ``laconic export``); a hub repository with either; or a
             single-file training checkpoint.
         base: for an adapter, folder or hub name of its base, if it is not where the manifest says.
+        keep: another keep for all stages, or by stage name, as for ``set_keep``; None leaves them their own.
         kwargs: arguments of transformers' ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision`` …).
 
     Returns:
@@ -41,6 +46,13 @@ def from_pretrained(folder: str | Path, base: str | Path | None = None, **kwargs
         ValueError: the config has no compression, or its class is unknown; an adapter is damaged or has another base.
         DamagedFile: a ValueError; weights are missing, left over, or of another shape; nothing is silently initialised.
     """
+    model = _load(folder, base, **kwargs)
+    if keep is not None:
+        set_keep(model, keep)
+    return model
+
+
+def _load(folder: str | Path, base: str | Path | None, **kwargs: Any) -> PreTrainedModel:
     if kwargs.pop("trust_remote_code", False):
         raise ValueError("trust_remote_code = True: laconic runs no code of a folder or repository; leave it out")
     if Path(folder).is_file():

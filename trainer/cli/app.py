@@ -161,6 +161,8 @@ def evaluate(
     target: Annotated[str, typer.Argument(help="run, export, or any folder, hub name or .gguf file of a model")],
     overrides: Overrides = None,
     keep: Annotated[list[float] | None, typer.Option(help="measure with this keep of every stage too; may be given several times")] = None,
+    sweep: Annotated[str | None, typer.Option(help="measure with keeps over a range too: LOWEST:HIGHEST, 0.1:1 for example")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG or SVG of quality against MACs, for keeps that are measured")] = None,
     as_json: Json = False,
 ) -> None:
     """Quality, achieved ratios and latency of a run, the dense model and simpler methods with as many tokens; quality of any model."""
@@ -170,16 +172,21 @@ def evaluate(
         from ..build.initial_weights import start_of
         from ..build.plain_recipe import recipe_of
         from ..build.validate import validate as check
+        from ..errors import RecipeError
         from ..evaluate import evaluate as run
         from ..recipe.schema import ModelRecipe
+        from ..show.sweep import draw, swept
 
+        keeps = [*(keep or []), *(swept(sweep) if sweep else [])]
+        if plot is not None and not keeps:
+            raise RecipeError("--plot draws the keeps that are measured: give --sweep 0.1:1, or --keep several times")
         recipe, weights = recipe_of(target, overrides or [])
         start = start_of(ModelRecipe(name=weights))
         assert start is not None
         check(recipe, start.config)
     out = console(as_json)
     with running():
-        result = run(target, recipe, out, weights, keep or [])
+        result = run(target, recipe, out, weights, keeps)
     emit(result, as_json)
     table = Table(title=f"{target}: the same weights, {result['split']} split")
     metric = result["metric"]
@@ -195,6 +202,9 @@ def evaluate(
             "–" if item["latency"] is None else f"{item['latency'] * 1000:.0f} ms",
         )
     out.print(table)
+    if plot is not None:
+        draw(result, plot)
+        out.print(f"written: {plot}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -233,6 +243,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="dtype of the weights: fp32, bf16 or fp16")] = "fp32",
     shard_size: Annotated[str, typer.Option(help="largest size of a weight file, such as 500MB or 5GB")] = "5GB",
     push: Annotated[str | None, typer.Option(help="hub repository to push to; a new one is private")] = None,
+    keep: Annotated[float | None, typer.Option(help="another keep of every stage than the one that it was trained with")] = None,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint and verify it in a clean process."""
@@ -247,7 +258,7 @@ def export(
         check(format_named(format), Path(to), settings)
         RunFolder.open(run)
     with running():
-        record = write(run, to, format, settings, push)
+        record = write(run, to, format, settings, push, keep)
     emit(record, as_json)
     console(as_json).print(
         f"exported to {to}; reloaded in a clean process, the largest difference of the logits is {record['max_abs_logit_diff']:.1e}"

@@ -22,7 +22,9 @@ from .source import DTYPES, NEW_TOKENS, ExportSource, Settings, answers
 from .verify import clean_answers
 
 
-def export(run: str, to: str, format: str = "merged", settings: Settings | None = None, push: str | None = None) -> dict[str, Any]:
+def export(
+    run: str, to: str, format: str = "merged", settings: Settings | None = None, push: str | None = None, keep: float | None = None
+) -> dict[str, Any]:
     """Writes and verifies an export; returns the content of ``export.json``.
 
     Args:
@@ -31,6 +33,7 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
         format: one of ``base.names()``.
         settings: dtype and shard size.
         push: hub repository to push to; None does not push.
+        keep: another keep for all stages; None leaves them their own.
 
     Raises:
         RecipeError: the run has no model, the format does not support the model, or ``to`` is not empty.
@@ -39,7 +42,7 @@ def export(run: str, to: str, format: str = "merged", settings: Settings | None 
     settings = settings or Settings()
     form, folder = format_named(format), Path(to)
     check(form, folder, settings)
-    source = ExportSource.open(run, whole=not form.hugging_face)
+    source = ExportSource.open(run, whole=not form.hugging_face, keep=keep)
     reference = form.reference(source)
     try:
         of_run = answers(reference, source.batches())

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...modules.checkpoints.foreign_config import settings_errors
+from ...modules.checkpoints.keeps import set_keep
 from ...modules.compatibility import check_deployable
 from ...modules.compress import decompress, only_skips, without_skipped
 from ...modules.stage import stages_of
@@ -63,12 +65,13 @@ class ExportSource:
     inputs: Mapping[str, Tensor]
 
     @staticmethod
-    def open(folder: str, whole: bool = False) -> ExportSource:
+    def open(folder: str, whole: bool = False, keep: float | None = None) -> ExportSource:
         """The model of a run folder or an export.
 
         Args:
             folder: the folder.
             whole: the inputs have the recipe's length, not only some tokens: a graph is fixed to the length of its inputs.
+            keep: another keep for all stages; what the run measured is then left out, as it was measured with its own.
 
         Raises:
             RecipeError: the folder has no trained model.
@@ -76,13 +79,17 @@ class ExportSource:
         run = RunFolder.open(folder)
         recipe = run.read_recipe()
         model = load_model(run.trained()).eval()
-        task = task_named(recipe.task)
+        task, report = task_named(recipe.task), run.read_report()
+        if keep is not None:
+            with settings_errors("--keep", RecipeError):
+                set_keep(model, keep)
+            report = None if report is None else {"versions": report.get("versions")}
         size = task.size(recipe)
         return ExportSource(
             run=run,
             recipe=recipe,
             model=model,
-            report=run.read_report(),
+            report=report,
             inputs=task.probe(model.config, size if whole and isinstance(size, int) else None),
         )
 

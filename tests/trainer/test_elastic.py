@@ -1,0 +1,87 @@
+"""One checkpoint at any keep: loading, exporting and sweeping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+
+from laconic import CompressionConfig, StageConfig, Trace, compress, from_pretrained, set_keep
+from laconic.trainer.cli.app import app
+from laconic.trainer.errors import RecipeError
+from laconic.trainer.recipe.files import load
+from laconic.trainer.run import train_arm
+from laconic.trainer.show.sweep import draw, swept
+from tests.matrix import dense, images
+from tests.trainer.export_runs import written_run
+
+
+def _model() -> PreTrainedModel:
+    return compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.5, scorer="learned"), StageConfig(layer=2, keep=0.5)]))
+
+
+def test_a_model_loaded_with_another_keep_is_the_one_whose_trace_requests_it_and_saves_it(tmp_path: Path) -> None:
+    _model().save_pretrained(tmp_path / "model")
+    trained = from_pretrained(tmp_path / "model")
+    wanted = trained(images(), trace=Trace(keep={"before_1": 0.25, "before_2": 0.25})).logits
+    fewer = from_pretrained(tmp_path / "model", keep=0.25)
+    assert torch.equal(fewer(images()).logits, wanted)
+    fewer.save_pretrained(tmp_path / "fewer")
+    assert torch.equal(from_pretrained(tmp_path / "fewer")(images()).logits, wanted)
+    one = from_pretrained(tmp_path / "model", keep={"before_2": 0.25})
+    assert torch.equal(one(images()).logits, trained(images(), trace=Trace(keep={"before_2": 0.25})).logits)
+    assert not torch.equal(wanted, trained(images()).logits)
+
+
+def test_keeps_that_a_stage_cannot_have_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"keep of stage 'before_1' = 1.5 must be in \(0, 1\]"):
+        set_keep(_model(), 1.5)
+    with pytest.raises(ValueError, match="keep names before_7, and the stages are before_1, before_2"):
+        set_keep(_model(), {"before_7": 0.5})
+    with pytest.raises(ValueError, match="the model has none"):
+        set_keep(dense("vit"), 0.5)
+    held = compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.5, scorer="learned", selector="threshold")]))
+    with pytest.raises(ValueError, match="selector 'threshold' has a threshold of one keep, and keep requests others"):
+        set_keep(held, 0.4)
+
+
+@pytest.mark.slow
+def test_an_export_at_another_keep_has_it_and_no_figure_of_the_trained_one(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", _model())
+    done = CliRunner().invoke(app, ["export", str(run), "--to", str(tmp_path / "out"), "--keep", "0.25"])
+    assert done.exit_code == 0, done.output
+    assert [stage.config.keep for stage in from_pretrained(tmp_path / "out").modules() if hasattr(stage, "merger")] == [0.25, 0.25]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "0.2500 requested, not measured" in card
+    assert "0.8765" not in card
+
+
+def test_a_sweep_is_ten_keeps_and_a_curve(tmp_path: Path) -> None:
+    assert swept("0.1:1.0") == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    for wrong in ("0.1", "0.5:0.1", "0:1", "a:b"):
+        with pytest.raises(RecipeError, match=f"--sweep {wrong}"):
+            swept(wrong)
+    variants = {f"keep {keep}": {"macs_ratio": keep, "accuracy": keep} for keep in swept("0.1:1")}
+    result = {
+        "target": "run",
+        "split": "test",
+        "metric": "accuracy",
+        "variants": {**variants, "dense": {"macs_ratio": 1.0, "accuracy": 1.0}},
+    }
+    draw(result, tmp_path / "curve.png")
+    assert Image.open(tmp_path / "curve.png").size[0] > 500
+
+
+@pytest.mark.slow
+def test_the_command_sweeps_a_run(tmp_path: Path, quick: list[str], console: Console) -> None:
+    run = tmp_path / "run"
+    train_arm(load("vit_digits", quick), "arm", run, console)
+    done = CliRunner().invoke(app, ["evaluate", str(run), "--sweep", "0.2:1", "--plot", str(tmp_path / "curve.png")])
+    assert done.exit_code == 0, done.output
+    assert all(f"evaluating keep {keep:g} " in done.output for keep in swept("0.2:1"))
+    assert (tmp_path / "curve.png").is_file()

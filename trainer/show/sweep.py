@@ -1,0 +1,53 @@
+"""Quality of one set of weights over a range of keeps, as a curve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError
+
+# Keeps of a sweep.
+_POINTS = 10
+
+
+def swept(sweep: str) -> list[float]:
+    """Ten keeps from ``LOWEST:HIGHEST``, both included, with three decimals.
+
+    Raises:
+        RecipeError: it is no such range.
+    """
+    ends = sweep.split(":")
+    try:
+        low, high = (float(end) for end in ends)
+    except ValueError:
+        raise RecipeError(f"--sweep {sweep} must be LOWEST:HIGHEST, two keeps: 0.1:1 for example") from None
+    if not 0 < low < high <= 1:
+        raise RecipeError(f"--sweep {sweep}: keeps must be in (0, 1], the lowest first: the fraction that is kept, not removed")
+    return [round(low + (high - low) * point / (_POINTS - 1), 3) for point in range(_POINTS)]
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Draws the result of ``evaluate``: the measured keeps as a line over their MACs, everything else as single points.
+
+    Args:
+        result: result of ``evaluate`` with several keeps.
+        path: file to write; its ending decides the format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, metric = figure.add_subplot(), result["metric"]
+    points = {name: (item["macs_ratio"], item[metric]) for name, item in result["variants"].items()}
+    line = sorted(point for name, point in points.items() if name.startswith("keep "))
+    axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label="the same weights at other keeps")
+    for name, point in points.items():
+        if not name.startswith("keep "):
+            axes.plot(*point, marker="s", linestyle="", label="as trained" if name == "compressed" else name)
+    axes.set(xlabel="MACs ÷ dense", ylabel=metric.replace("_", " "), xlim=(0, 1.05))
+    axes.set_title(f"{result['target']}, {result['split']} split", fontsize=9)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
