@@ -42,9 +42,14 @@ def some_stage(candidate: Candidate) -> None:
 
 def known_stack(candidate: Candidate) -> None:
     known, names = candidate.stacks, ", ".join(map(repr, candidate.stacks))
+    cure = (
+        ""
+        if len(known) > 1
+        else "; stages of other stacks, as of methods for images, are for models of several, such as LLaVA: leave stack out"
+    )
     for stage in candidate.config.stages:
         if stage.stack not in known:
-            raise ValueError(f"stage {stage.key!r}: stack = {stage.stack!r} does not exist in this model: its stacks are {names}")
+            raise ValueError(f"stage {stage.key!r}: stack = {stage.stack!r} does not exist in this model: its stacks are {names}{cure}")
     candidate.adapter.check_stages(candidate.model, candidate.config)
     for stack in candidate.config.restores:
         if stack not in known:

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config import COMPLETE, CompressionConfig, RestoreConfig
 from ..cost.shape import StackShape
+from ..rules.depth import check_depth
 from ..rules.protected import SINKS
 from ..site import TokenSpec
 from ..tokens.trace import Trace
@@ -191,8 +192,17 @@ class ModelAdapter:
         Args:
             compression: stages of a config or recipe.
             config: config of the model.
+
+        Raises:
+            ValueError: stages that are given relative to the depth do not fit into it.
         """
         depths = cls.depths(config)
+        for stack, depth in depths.items():
+            relative: dict[str, list[float | str]] = {}
+            for stage in compression.of_stack(stack):
+                if not isinstance(stage.layer, int):
+                    relative.setdefault(stage.site, []).append(stage.layer)
+            check_depth(relative, depth, stack)
         # Stages of unknown stacks stay as they are, to be refused by name.
         stages = [
             one for given in compression.stages for one in (given.at_depth(depths[given.stack]) if given.stack in depths else [given])

@@ -15,6 +15,7 @@ from laconic import CompressionConfig, StageConfig, compress
 from laconic.modules import compatibility
 from laconic.modules.compatibility import CONFIG_RULES, STAGE_RULES, Rule
 from laconic.modules.rules import estimators, neighbours, towers
+from laconic.modules.rules.depth import check_depth
 from tests.matrix import decoders, encoders, image_text, vision, visual
 from tests.modules import test_masked_images as masked_images
 
@@ -309,6 +310,18 @@ def test_a_restore_that_alone_is_possible_may_be_left_out_and_fractions_of_the_d
     spans = {":": [0, 1, 2, 3], "0.5:": [2, 3], ":.5": [0, 1], "1:3": [1, 2], "1:0.75": [1, 2]}
     assert {span: [stage.layer for stage in StageConfig(layer=span, keep=0.5).at_depth(4)] for span in spans} == spans
     assert [stage.key for stage in StageConfig(layer="0.5:", keep=0.5, stack="text").at_depth(4)] == ["text.before_2", "text.before_3"]
+    # HiDrop's stages: four fractions between two spans.
+    hidrop: dict[str, list[float | str]] = {"around": [":0.28125", "0.78125:"], "before": [0.3125, 0.4375, 0.5, 0.5625]}
+    for depth in (15, 16, 32):
+        check_depth(hidrop, depth, "text")
+    with pytest.raises(
+        ValueError, match=r"0.5625: text has 12 layers, too few .*: 15 layers or more are needed; take a deeper model, another"
+    ):
+        check_depth(hidrop, 12, "text")
+    with pytest.raises(ValueError, match="text has 4 layers, too few for a layer of each: 5 layers or more are needed"):
+        compress(_dense("llava"), CompressionConfig([StageConfig(**(_TEXT | {"layer": layer, "keep": 0.5})) for layer in (0.5, 0.7)]))
+    with pytest.raises(ValueError, match="too few for a layer of each; take a deeper model"):
+        check_depth({"before": [0.5, 0.5]}, 8, "")
     with pytest.raises(ValueError, match=r"layer = '0.1:0.2' has no layer in a stack of 4"):
         StageConfig(layer="0.1:0.2", keep=0.5).at_depth(4)
     with pytest.raises(ValueError, match=r"name = 'mine' would be that of all layers ':': leave it out"):
