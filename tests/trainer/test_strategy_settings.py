@@ -17,7 +17,19 @@ from laconic.trainer.distributed.resume import MARKER
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
 from tests.trainer.test_strategies import ENVIRONMENT, check_learned_alike, check_resumed_alike, results_of, scalars, weights
-from tests.trainer.two_ranks_settings import ACCUMULATED, FURTHER, LANGUAGE, MASKED, SETTINGS, TEXT, UNEVEN, uneven, uneven_files
+from tests.trainer.two_ranks_settings import (
+    ACCUMULATED,
+    FURTHER,
+    LANGUAGE,
+    MASKED,
+    SETTINGS,
+    TAUGHT,
+    TEACHING,
+    TEXT,
+    UNEVEN,
+    uneven,
+    uneven_files,
+)
 from tests.trainer.two_ranks_strategies import SHARED
 
 pytestmark = pytest.mark.slow
@@ -43,6 +55,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     uneven_files(folder / "uneven")
     whole = load("llm_pretrain_dense", [*UNEVEN, *uneven(folder / "uneven"), "data.batch_size=4"])
     train_arm(whole, "arm", folder / "whole", Console(quiet=True))
+    train_arm(load("vlm_digits_base", [*TEACHING, "data.batch_size=8"]), "arm", folder / "taught", Console(quiet=True))
     return folder
 
 
@@ -81,6 +94,18 @@ def test_a_rank_whose_layer_processes_no_token_learns_with_the_others(name: str,
 def test_two_batches_of_two_processes_weigh_their_tokens_as_one_batch_does(name: str, two_ranks: Path, one_process: Path) -> None:
     assert scalars(two_ranks / f"uneven_{name}") == pytest.approx(scalars(one_process / "whole"), abs=1e-5)
     torch.testing.assert_close(weights(two_ranks / f"uneven_{name}"), weights(one_process / "whole"), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_model_that_teaches_itself_with_drawn_keeps_and_rates_by_part_learns_as_on_one_process(
+    name: str, two_ranks: Path, one_process: Path
+) -> None:
+    ours, expected = two_ranks / f"taught_{name}", one_process / "taught"
+    assert scalars(ours) == pytest.approx(scalars(expected), abs=1e-5)
+    tag = "projector.before_0/keep_achieved"
+    assert len(set(scalars(expected, tag))) > 1
+    assert scalars(ours, tag) == pytest.approx(scalars(expected, tag), abs=1e-6)
+    torch.testing.assert_close(weights(ours), weights(expected), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["plain", "deepspeed_3"])

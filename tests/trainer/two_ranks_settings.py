@@ -11,6 +11,8 @@ from laconic.trainer.recipe.files import load
 from laconic.trainer.run import silent, train_arm
 from laconic.trainer.tasks.base_language_model import LanguageModelModule
 from tests.data.texts import jsonl, small_tokenizer
+from tests.trainer.conftest import QUICK
+from tests.trainer.small_recipes import small
 from tests.trainer.two_ranks_strategies import PARTITION, STRATEGIES, TWO, broken, trained
 
 FURTHER = {
@@ -45,6 +47,11 @@ UNEVEN = [item for item in TEXT if not item.startswith(("data.", "budget.", "com
 UNEVEN += ["data.name=json", "data.sequence_length=64", "model.config.vocab_size=320"]
 TWO_UNEVEN = [*UNEVEN, "trainer.devices=2", "data.batch_size=1", "trainer.accumulate=2"]
 ACCUMULATED = ("plain", "deepspeed_1", "deepspeed_2", "deepspeed_3")
+# The model teaches itself, with another keep in each step; parts have their own rates, and chats of a process share rows.
+TEACHING = [*small("vlm_digits_base", Path(), QUICK), "baselines=[]", "trainer.max_steps=4", "trainer.log_every=1", "data.eval_samples=2",
+            "compression.method=learned", "training_keep={lowest: 0.2, full: 0.3}", "distillation={teacher: self, weight: 0.5, hidden: 0.3}",
+            "optimizer.part_lr={vision: 0, projector: 1.0e-3}"]  # fmt: skip
+TAUGHT = ("deepspeed_1", "deepspeed_2")
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -67,6 +74,9 @@ def settings(folder: Path) -> dict[str, Any]:
     for name in ACCUMULATED:
         overrides = [*TWO_UNEVEN, *uneven(folder / "uneven"), *{**STRATEGIES, **FURTHER}[name]]
         trained(folder / f"uneven_{name}", overrides, recipe="llm_pretrain_dense")
+    for name in TAUGHT:
+        overrides = [*TEACHING, "trainer.devices=2", "data.batch_size=4", "data.packing=true", *{**STRATEGIES, **FURTHER}[name]]
+        trained(folder / f"taught_{name}", overrides, recipe="vlm_digits_base")
     for name in STRATEGIES:
         results[f"nan_{name}"] = collective.gather(_nan([*NAN, *STRATEGIES[name]], folder / f"nan_{name}"))
     return results
