@@ -90,7 +90,7 @@ def hub_prompts(source: DataSource, names: SplitNames, tokenizer_of: TokenizerOf
         found, bad = encoded(split, of, encoder, counted)
         if bad == len(of):
             raise ValueError(f"all {bad} rows of the {split} data are bad: check data.{split}_split and data.max_bad_fraction")
-        return PromptRows(found)
+        return PromptRows(found, tokenizer)
 
     trained, evaluated = rows("train", train), rows("validation", validation)
     return PromptData(

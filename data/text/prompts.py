@@ -35,6 +35,7 @@ class _Question:
         line: tokens of the question.
         answer: tokens of the answer, up to the end of its line.
         shown: tokens of both, as an example.
+        texts: question and answer.
     """
 
     function: int
@@ -42,6 +43,7 @@ class _Question:
     line: list[int]
     answer: list[int]
     shown: list[int]
+    texts: tuple[str, str]
 
 
 class FunctionPrompts(Dataset[dict[str, Any]]):
@@ -83,7 +85,8 @@ class FunctionPrompts(Dataset[dict[str, Any]]):
         lines, answers = ids([f"\n{fact.question}" for _, fact in facts]), ids([f" {fact.answer}\n" for _, fact in facts])
         examples = ids([f"\n\n{fact.question} {fact.answer}" for _, fact in facts])
         self.known = [
-            _Question(at, FACTS.index(fact.kind), *parts) for (at, fact), *parts in zip(facts, lines, answers, examples, strict=True)
+            _Question(at, FACTS.index(fact.kind), *parts, (fact.question, fact.answer))
+            for (at, fact), *parts in zip(facts, lines, answers, examples, strict=True)
         ]
         self.fitting = [self._fitting(length) for length in self.lengths]
 
@@ -117,6 +120,12 @@ class FunctionPrompts(Dataset[dict[str, Any]]):
         # The token that ends the text is learned, and is no part of the answer, whose line has ended.
         row["turns"][-1] = -1
         return row | {"kinds": torch.tensor([which * len(THIRDS) + third]), "sample_ids": torch.tensor(index)}
+
+    def asked(self, index: int) -> list[tuple[str, str]]:
+        """Texts of question and answer of a row."""
+        context, number = divmod(index % self.rows, self.questions)
+        *_, questions = self._context(context, context % len(self.lengths))
+        return [questions[number].texts]
 
     def _context(self, context: int, which: int) -> tuple[list[int], dict[int, int], _Question, list[_Question]]:
         """Tokens of the functions, the token that each starts at, the example and the questions."""
@@ -152,10 +161,11 @@ class PromptRows(Dataset[dict[str, Any]]):
 
     Args:
         corpus: the encoded rows; bad ones are empty.
+        tokenizer: tokenizer of the rows.
     """
 
-    def __init__(self, corpus: Corpus) -> None:
-        self.corpus = corpus
+    def __init__(self, corpus: Corpus, tokenizer: Any) -> None:
+        self.corpus, self.tokenizer = corpus, tokenizer
         self.rows = np.flatnonzero(np.diff(corpus.starts))
 
     def __len__(self) -> int:
@@ -171,6 +181,17 @@ class PromptRows(Dataset[dict[str, Any]]):
         made = _row(ids, np.where(learned, begins.cumsum() - 1, -1))
         # Data rows were counted when they were encoded.
         return made | {"kinds": torch.empty(0, dtype=torch.int64), "sample_ids": torch.tensor(index), "rows": 0}
+
+    def asked(self, index: int) -> list[tuple[str, str]]:
+        """Texts of question and answer of each turn of a row."""
+        row = self[index]
+        ids, turns, found, start = row["input_ids"], row["turns"], list[tuple[str, str]](), 0
+        for turn in range(int(turns.max()) + 1):
+            (places,) = torch.where(turns == turn)
+            stop, end = int(places[0]), int(places[-1]) + 1
+            found.append((self.tokenizer.decode(ids[start:stop]), self.tokenizer.decode(ids[stop:end])))
+            start = end
+        return found
 
 
 def _row(ids: np.ndarray, turns: np.ndarray) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def test_a_prompt_has_the_function_that_it_asks_about_where_its_kind_says(librar
         name = next(word for word in lines[-1].split() if word[0] == "f" and "_" in word)
         source = next(part for part in context.split("\n\ndef ") if part.startswith(f"{name}("))
         told = tokenizer.decode(ids[answer])
+        assert rows.asked(index) == [(f"# {lines[-1]}".removesuffix(told.rstrip()), told.strip())]
         assert told[0] == " "
         assert told.strip() in source
         assert name not in lines[0], "the example answers another question"
@@ -128,6 +129,8 @@ def test_prompts_of_files_have_a_row_each_and_number_their_answers(tmp_path: Pat
     batch = collate([data.train[0], data.validation[0]])  # type: ignore[index]
     assert sorted(set(batch["turns"].flatten().tolist())) == ([-1, 0, 1] if chat else [-1, 0])
     assert torch.equal(batch["turns"] >= 0, batch["labels"] != NO)
+    asked: Any = data.train
+    assert [(question.count("Who slept?"), "A fox." in answer) for question, answer in asked.asked(0)] == [(1, True)] * (1 + chat)
     assert data.tokenizer.decode(batch["input_ids"][0][batch["turns"][0] == 0]).strip() == f"A fox.{data.tokenizer.eos_token}"
 
 

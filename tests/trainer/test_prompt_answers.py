@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def test_accuracy_is_reported_by_length_and_by_place() -> None:
         torch.tensor(10.0), torch.zeros(5, 3), right, torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 0, 0, 0, -1]), torch.zeros(5, 2)
     )
     quality.add(out, {"kinds": torch.tensor([[0], [4], [3]]), "sample_ids": torch.arange(3)})
-    data: Any = type("Data", (), {"kinds": kinds})
+    data: Any = SimpleNamespace(kinds=kinds, test=SimpleNamespace(asked=lambda row: [("What?", f"{row}.")]))
     found = quality.details(data)
     assert found["loss"] == pytest.approx(2.0)
     assert found["answers"] == {
@@ -90,8 +91,8 @@ def test_accuracy_is_reported_by_length_and_by_place() -> None:
         "512 tokens": {"accuracy": 0.5, "answers": 2},
         "middle third": {"accuracy": 0.0, "answers": 1},
     }
-    assert [(answer.row, answer.kind, answer.right) for answer in quality.answered(data)] == [
-        (0, "256 tokens, first third", True),
-        (1, "512 tokens, middle third", False),
-        (2, "512 tokens, first third", True),
+    assert [(answer.row, answer.kind, answer.right, answer.reference) for answer in quality.answered(data)] == [
+        (0, "256 tokens, first third", True, "0."),
+        (1, "512 tokens, middle third", False, "1."),
+        (2, "512 tokens, first third", True, "2."),
     ]

@@ -23,7 +23,7 @@ VALUES = {
     "model.revision": "v1", "distillation.revision": "v1", "distillation.temperature": "3", "distillation.teacher": "x",
     "optimizer.router_lr": "1", "optimizer.router_weight_decay": "1", "trainer.pictures": "3", "trainer.start_batches": "3", "optimizer.lora_lr": "1",
     "optimizer.lora_weight_decay": "1", "optimizer.final": "0.5", "budget.ramp_until": "0.5", "budget.start": "0.5",
-    "budget.schedule_until": "0.5", "budget.noise_until": "0.5",
+    "budget.schedule_until": "0.5", "budget.noise_until": "0.5", "data.lengths": "[300]", "data.questions": "3",
 }  # fmt: skip
 FILES = ["data.name=parquet", "data.data_files=x.parquet"]
 TAUGHT = ["model.config=null", "model.name=runs/x", "distillation={teacher: runs/y, weight: 0.5}"]
@@ -36,6 +36,7 @@ CASES = [
     [("vit_digits", FILES)],
     [("vit_digits", FILES), ("llm_finetune", ["data.data_files=x.json"]), ("text_classify", ["data.name=x/y"])],
     [("vlm_finetune", ["data.data_files=x.json"])],
+    [("prompt_lora", ["data.name=json", "data.data_files=x.json"])],
     [("vit_digits", FILES), ("llm_finetune", ["data.data_files=x.json"])],
     [("vit_digits", FILES), ("llm_finetune", ["data.data_files=x.json"])],
     [("vit_digits", [*FILES, "data.validation_split=v"])],
@@ -66,6 +67,7 @@ READ = [
     ("segment_digits", FILES, ["data.mask_column", "data.ignore_index"]),
     ("text_classify", ["data.name=x/y"], ["data.text_column", "data.second_text_column"]),
     ("vlm_finetune", ["data.data_files=x.json"], ["data.chat_column", "data.image_dir"]),
+    ("prompt_lora", [], ["data.lengths", "data.questions"]),
     ("vlm_digits", ["distillation={teacher: self}"], ["data.kinds", "distillation.keep", "distillation.milder", "distillation.reverse"]),
     ("vit_digits", ["model.config.image_size=64"], ["data.canvas.size", "data.train_samples", "data.eval_samples", "data.label_smoothing",
                                                     "optimizer.router_lr", "optimizer.router_weight_decay", "trainer.pictures", "trainer.start_batches",

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ...data.chats.splits import ChatData
 from ...data.splits import Splits
 from ..losses.answer_loss import AnswerLoss
 from .quality import Answered, Quality, mean
@@ -84,9 +83,10 @@ class AnswerAccuracy(Quality):
         return {"loss": nats, "perplexity": math.exp(min(nats, 700.0)), "answers": by_kind}
 
     def answered(self, data: Splits) -> list[Answered]:
-        assert isinstance(data, ChatData)
-        asked = {row: data.test.asked(row) for row in {answer[0] for answer in self.answers}}
+        # Chats about images, or prompts.
+        of: Any = data
+        asked = {row: of.test.asked(row) for row in {answer[0] for answer in self.answers}}
         return sorted(
-            Answered(row, turn, data.kinds[kind] if kind >= 0 else "", right, tokens, *asked[row][turn])
+            Answered(row, turn, of.kinds[kind] if kind >= 0 else "", right, tokens, *asked[row][turn])
             for row, turn, kind, right, tokens in self.answers
         )
