@@ -153,7 +153,8 @@ class Budget:
 
     def target(self, step: int) -> float:
         """Requested value of the measure at a step."""
-        config, done = self.config, progress(step, self.config.schedule_until, self.total_steps)
+        config = self.config
+        done = progress(step, config.schedule_until, self.total_steps, config.schedule_from)
         value = SCHEDULES[config.schedule](config.start, config.target, done)
         return staircase(value, config.start, config.increment) if config.increment and done < 1 else value
 

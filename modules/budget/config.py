@@ -28,8 +28,11 @@ class BudgetConfig:
         controller: brings the achieved measure to the requested one, where selectors leave the count to the budget. None takes
             ``augmented_lagrangian`` there; ``fixed`` is the regulariser alone.
         ramp_until: fraction of training over which the regulariser's weight grows from 0.
-        schedule: course of the target from ``start`` to ``target``: ``constant``, ``linear`` or ``cosine``.
-        start: target at step 0 of a linear or cosine schedule.
+        schedule: course of the target from ``start`` to ``target``: ``constant``, ``linear``, ``cosine``, ``reciprocal`` (even in the
+            compression factor) or ``step`` (all at once). A ``start`` below ``target`` is a reverse curriculum; with ``target`` 1 the rest
+            of training is at full length, and leaves an ordinary model.
+        start: target at step 0 of a schedule that moves.
+        schedule_from: fraction of training until which the target stays at ``start``.
         schedule_until: fraction of training at which ``target`` is reached.
         increment: step size of the target in a linear or cosine schedule, as in random-LTD; 0 changes it at every training step.
         noise: strength of the exploration noise at step 0, in standard deviations of the scores.
@@ -44,6 +47,7 @@ class BudgetConfig:
     ramp_until: float = 0.1
     schedule: str = "constant"
     start: float = 1.0
+    schedule_from: float = 0.0
     schedule_until: float = 0.3
     increment: float = 0.0
     noise: float = 0.0
@@ -65,10 +69,17 @@ class BudgetConfig:
         if not 0 <= self.increment < 1:
             raise ValueError(f"budget.increment = {self.increment} must be in [0, 1): a part of the target, 16 of 512 tokens are 0.03125")
         if self.increment and self.schedule == "constant":
-            raise ValueError(f"budget.increment = {self.increment} is for a target that moves: give budget.schedule = linear or cosine")
-        for name in ("ramp_until", "schedule_until", "noise_until"):
+            raise ValueError(
+                f"budget.increment = {self.increment} is for a target that moves: give budget.schedule = linear, cosine or reciprocal"
+            )
+        for name in ("ramp_until", "schedule_from", "schedule_until", "noise_until"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"budget.{name} = {getattr(self, name)} must be in [0, 1]: a fraction of training")
+        if self.schedule_from > self.schedule_until:
+            raise ValueError(
+                f"budget.schedule_from = {self.schedule_from} must be at most budget.schedule_until, {self.schedule_until}, where the target "
+                "is reached"
+            )
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"budget.noise = {self.noise} must be a number of at least 0")
         if self.controller is not None:

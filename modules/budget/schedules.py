@@ -24,7 +24,17 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosine": cosine}
+def reciprocal(start: float, end: float, progress: float) -> float:
+    """1 ÷ value on a straight line: the compression factor grows evenly, from 1 to 8 times for example (DMS, arXiv 2506.05345)."""
+    return 1 / (1 / start + (1 / end - 1 / start) * progress)
+
+
+def step(start: float, end: float, progress: float) -> float:
+    """The start value, then all at once the end value: to recover at full length, from 0.5 to 1 for example."""
+    return end if progress >= 1 else start
+
+
+SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosine": cosine, "reciprocal": reciprocal, "step": step}
 
 
 def staircase(value: float, start: float, increment: float) -> float:
@@ -38,7 +48,7 @@ def staircase(value: float, start: float, increment: float) -> float:
     return max(reached, start) if value >= start else min(reached, start)
 
 
-def progress(step: int, until: float, total_steps: int) -> float:
-    """``step`` ÷ (``until`` · ``total_steps``), limited to [0, 1]."""
-    steps = until * total_steps
-    return 1.0 if steps <= 0 else min(1.0, step / steps)
+def progress(step: int, until: float, total_steps: int, begin: float = 0.0) -> float:
+    """How far ``step`` is from ``begin`` · ``total_steps`` to ``until`` · ``total_steps``, limited to [0, 1]."""
+    first, steps = begin * total_steps, (until - begin) * total_steps
+    return float(step >= first) if steps <= 0 else min(1.0, max(0.0, (step - first) / steps))

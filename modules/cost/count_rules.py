@@ -86,6 +86,18 @@ def _cosine(present: int | Tensor, keep: float, stage: StageCount) -> int | Tens
     return tokens_kept(present, of_stage) if of_stage > 1e-9 else present * 0
 
 
+def linear_keep(keep: float, index: int, stages: int) -> float:
+    """1 over the first fifth of the stages, then on a straight line to ``keep`` at the last one (SpAtten, arXiv 2012.09852)."""
+    last, begin = stages - 1, round(0.2 * (stages - 1))
+    return keep if index >= last else 1 - (1 - keep) * max(0, index - begin) / (last - begin)
+
+
+def _linear(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:
+    """``linear_keep`` of the tokens before the first stage, at most those that are present."""
+    count = tokens_kept(stage.original, linear_keep(keep, stage.index, stage.stages))
+    return torch.minimum(count, torch.as_tensor(present)) if isinstance(count, Tensor) else min(int(count), int(present))
+
+
 def _evit(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:
     """ceil(n * keep) tokens, and one fused from the others (EViT, arXiv 2202.07800)."""
     if isinstance(present, Tensor):
@@ -110,4 +122,11 @@ def at_most(count: int | Tensor, most: int) -> int | Tensor:
     return count.clamp(max=most) if isinstance(count, Tensor) else min(count, most)
 
 
-COUNT_RULES: dict[str, CountRule] = {"round": _round_half_up, "dynamicvit": _dynamicvit, "evit": _evit, "half": _half, "cosine": _cosine}
+COUNT_RULES: dict[str, CountRule] = {
+    "round": _round_half_up,
+    "dynamicvit": _dynamicvit,
+    "evit": _evit,
+    "half": _half,
+    "cosine": _cosine,
+    "linear": _linear,
+}

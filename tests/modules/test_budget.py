@@ -12,9 +12,9 @@ from laconic import CompressionConfig, StageConfig, Trace, compress
 from laconic.modules.budget.budget import Budget
 from laconic.modules.budget.config import BudgetConfig
 from laconic.modules.budget.regularizers.base import mean_over
-from laconic.modules.budget.schedules import cosine, linear, progress, staircase
+from laconic.modules.budget.schedules import cosine, linear, progress, reciprocal, staircase, step
 from laconic.modules.cost.cost import Cost, CostModel
-from laconic.modules.cost.count_rules import tokens_kept
+from laconic.modules.cost.count_rules import COUNT_RULES, StageCount, cosine_keep, linear_keep, tokens_kept
 from laconic.modules.selectors.base import everything
 from laconic.modules.tokens.state import TokenState
 from laconic.modules.tokens.trace import Routing
@@ -68,6 +68,31 @@ def test_schedules_pass_through_the_published_points() -> None:
     assert cosine(1, 0.4, 1) == pytest.approx(0.4)
     assert linear(1, 0.5, 0.25) == 0.875
     assert [progress(step, 0.5, 100) for step in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
+    assert [progress(step, 0.6, 100, 0.2) for step in (0, 20, 40, 60, 99)] == [0, 0, 0.5, 1, 1]
+    # DMS (ORACLES 3): the share that is removed while the compression factor goes from 1 to 8.
+    removed = [1 - reciprocal(1, 1 / 8, done) for done in (0, 0.25, 0.5, 0.75, 1)]
+    assert removed == pytest.approx([0, 0.6363636, 0.7777778, 0.84, 0.875], abs=1e-7)
+    assert [step(0.5, 1, done) for done in (0, 0.99, 1)] == [0.5, 0.5, 1]
+
+
+def test_keeps_over_depth_pass_through_the_published_points() -> None:
+    """SpAtten and p-MoD (ORACLES 3)."""
+    spatten = [1, 1, 1, 0.9111, 0.8222, 0.7333, 0.6444, 0.5556, 0.4667, 0.3778, 0.2889, 0.2]
+    assert [linear_keep(0.2, index, 12) for index in range(12)] == pytest.approx(spatten, abs=5e-5)
+    p_mod = {0: 1.0, 5: 0.9372, 10: 0.7645, 15: 0.5253, 16: 0.4747, 31: 0.0}
+    assert [cosine_keep(0.5, index, 32) for index in p_mod] == pytest.approx(list(p_mod.values()), abs=5e-5)
+    assert [linear_keep(0.5, index, stages) for index, stages in ((0, 1), (0, 2), (1, 2))] == [0.5, 1, 0.5]
+    rule = COUNT_RULES["linear"]
+    assert [rule(present, 0.2, StageCount(90, index, 12)) for index, present in ((2, 90), (3, 90), (4, 60), (11, 26))] == [90, 82, 60, 18]
+
+
+def test_a_schedule_waits_and_the_rest_of_training_may_be_at_full_length() -> None:
+    recovery = _budget(measure="keep", schedule="step", start=0.5, target=1.0, schedule_until=0.8)
+    assert [recovery.keep(step)["before_1"] for step in (0, 79, 80, 99)] == [0.5, 0.5, 1, 1]
+    late = _budget(measure="keep", schedule="linear", start=1.0, target=0.5, schedule_from=0.4, schedule_until=0.6)
+    assert [late.keep(step)["before_1"] for step in (0, 40, 50, 60)] == pytest.approx([1, 1, 0.75, 0.5])
+    with pytest.raises(ValueError, match="schedule_from = 0.5 must be at most budget.schedule_until, 0.3"):
+        BudgetConfig(schedule="linear", schedule_from=0.5)
 
 
 # random-LTD of a GPT (ORACLES 3): 128 to 2048 tokens in stairs of 16 over 200,000 steps.

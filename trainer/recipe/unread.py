@@ -170,9 +170,9 @@ TABLE = (
         "it is of the weight of budget.regularizer, which is not set: remove it",
     ),
     Unread(
-        _in("budget", "start", "schedule_until"),
+        _in("budget", "start", "schedule_from", "schedule_until"),
         lambda r: r.budget is not None and r.budget.schedule == "constant",
-        "budget.schedule = 'constant' has the target from the first step: remove it, or set budget.schedule to linear or cosine",
+        "budget.schedule = 'constant' has the target from the first step: remove it, or set budget.schedule to linear, cosine, reciprocal or step",
     ),
     Unread(
         ("budget.noise_until",),
