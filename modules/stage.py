@@ -295,6 +295,11 @@ class Stage(CountsTokens, nn.Module):
         ):
             # The scope has no tokens, as in every generation step after the first, or all of them are kept: no selection is needed.
             decision = everything(state)
+        if decision is None and keep < 1 and not noncausal and not self.selector.training and self.needs_threshold:
+            raise ValueError(
+                f"stage {self.config.key!r}: its threshold has seen no score, so that any number of tokens would pass: train the model, call "
+                "laconic.start_routers(model, batches), or run laconic calibrate on its folder"
+            )
         auxiliary = Auxiliary()
         if units is None:
             if decision is None:

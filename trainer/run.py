@@ -42,6 +42,7 @@ from .measure.arms import bench_models, print_claims
 from .measure.bench import Bench
 from .measure.report import Report, table, with_bench
 from .measure.results import Trained, arm_of, ratio_of, report_of
+from .measure.strayed import strayed
 from .recipe.baselines import load_baselines
 from .recipe.files import LoadedRecipe, dump
 from .recipe.schema import Recipe
@@ -231,11 +232,13 @@ def train_arm(
         for count in (module.bad_rows, module.validation_rows):
             if count.reasons:
                 output.line(f"bad rows{f' of the {count.split} data' if count.split else ''}: {count.summary()}")
-        for remark in module.quality.remarks(parts.data):
+        built = stages_of(parts.model).values()
+        far = strayed(built, {} if parts.cost is None else parts.cost().keep, module.achieved_keep, str(folder))
+        for remark in (*module.quality.remarks(parts.data), *far):
             output.line(remark)
     if collective.rank() == 0 and (answers := module.quality.answered(parts.data)):
         write_answers(run.answers, answers)
-    arm = replace(arm_of(loaded.name, parts, module, line.throughput), fitted=ranks)
+    arm = replace(arm_of(loaded.name, parts, module, line.throughput), fitted=ranks, remarks=far)
     stages = list(stages_of(parts.model).values())
     if parts.base is None and stages and all(stage.idle for stage in stages):
         # A schedule that ended at full length, such as random-LTD: the result is an ordinary model.

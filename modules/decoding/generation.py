@@ -33,7 +33,7 @@ class Generating:
         if unset := [name for name, stage in stages_of(self).items() if stage.needs_threshold]:
             raise ValueError(
                 f"the thresholds of stages {', '.join(unset)} have seen no score, so that any number of tokens would pass: train the model, "
-                "or call laconic.start_routers(model, batches)"
+                "call laconic.start_routers(model, batches), or run laconic calibrate on its folder"
             )
         if self.training:
             raise ValueError("generate() in training mode would use training decisions and update thresholds: call model.eval() first")

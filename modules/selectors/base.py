@@ -101,6 +101,14 @@ class Selector(nn.Module):
         """Evaluation compares with a threshold that has seen no score yet. Synchronises with the device."""
         return False
 
+    @property
+    def calibrates(self) -> bool:
+        """It has a threshold that follows scores."""
+        return False
+
+    def reset(self) -> None:
+        """The threshold as it is before the first score."""
+
     def set_cut(self, keep: float) -> None:
         """Sets the threshold so that this fraction of scores that are uniform in (0, 1) is kept, without training."""
 

@@ -23,7 +23,8 @@ class ThresholdSelector(Selector):
     In training the threshold is computed for each batch, so that exactly the requested fraction of the batch is kept; with
     ``equal_rows``, of each row, which needs no padding. A buffer, saved with the weights, follows these thresholds as a moving average.
     In evaluation the buffer is the threshold, and each token is decided by itself; ``Trace.keep`` changes the threshold only in
-    training. Before the first training batch, evaluation uses top-k, or in a causal model the threshold 0.
+    training. Where the requested fraction moves, the buffer moves by as much as the newest batch's threshold does, without the average's
+    lag. Before the first training batch evaluation uses top-k; a causal model refuses it.
 
     Args:
         spec: the tokens to select from.
@@ -38,7 +39,7 @@ class ThresholdSelector(Selector):
     adaptive = True
     cuts = True
     one_keep = True
-    float32_buffers = ("threshold", "batches")
+    float32_buffers = ("threshold", "batches", "requested")
 
     def __init__(
         self,
@@ -58,16 +59,35 @@ class ThresholdSelector(Selector):
         self.top_k = TopKSelector(spec, bucket)
         self.threshold: Tensor
         self.batches: Tensor
+        self.requested: Tensor
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.register_buffer("batches", torch.zeros((), dtype=torch.float32))
+        # The fraction that the threshold was last set for.
+        self.register_buffer("requested", torch.ones((), dtype=torch.float32))
+        self._set = False
 
     @property
     def needs_probabilities(self) -> bool:  # type: ignore[override]
         return not self.calibrate
 
     @property
+    def calibrates(self) -> bool:
+        return self.calibrate
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.threshold.zero_()
+        self.batches.zero_()
+        self.requested.fill_(1)
+        self._set = False
+
+    @property
     def uncalibrated(self) -> bool:
-        return self.calibrate and not bool(self.batches)
+        if not self.calibrate or self._set or self.batches.is_meta:
+            return False
+        # Read from the device until it is set, and never after.
+        self._set = bool(self.batches)
+        return not self._set
 
     def is_noncausal(self, request: Request) -> bool:
         # In training, equal_rows ranks the scores of a row.
@@ -76,6 +96,7 @@ class ThresholdSelector(Selector):
     @torch.no_grad()
     def set_cut(self, keep: float) -> None:
         self.threshold.fill_(1 - keep)
+        self.requested.fill_(keep)
         self.batches.fill_(1)
 
     @torch.no_grad()
@@ -118,16 +139,19 @@ class ThresholdSelector(Selector):
         the moving average."""
         order = scores.masked_fill(~routable, float("-inf")).flatten().sort(descending=True).values
         present = routable.sum()
-        # The index must stay within the routable tokens: the -inf of other tokens would spoil the moving average.
-        kept = (present * keep).round().long().clamp(max=present - 1).clamp(min=0)
+        # For the fraction that is requested now, and for the last one. The index must stay within the routable tokens: the -inf of other
+        # tokens would spoil the moving average.
+        shares = torch.stack([torch.full_like(self.requested, keep), self.requested])
+        kept = (present * shares).round().long().clamp(max=present - 1).clamp(min=0)
         some = present > 0
-        fitting = torch.stack([torch.where(some, order.gather(0, kept[None]).squeeze(0), 0.0), some.to(order.dtype)])
+        sums = torch.cat([torch.where(some, order.gather(0, kept), 0.0), some.to(order.dtype)[None]])
         if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(fitting)
-        total, ranks = fitting.to(self.threshold.dtype)
+            distributed.all_reduce(sums)
+        *totals, ranks = sums.to(self.threshold.dtype)
         # Without a routable token on any rank the threshold stays.
-        fitting = torch.where(ranks > 0, total / ranks.clamp(min=1), self.threshold)
+        fitting, before = (torch.where(ranks > 0, total / ranks.clamp(min=1), self.threshold) for total in totals)
         rate = torch.where(self.batches == 0, 1.0, self.rate)
-        self.threshold.lerp_(fitting, rate.to(self.threshold.dtype))
+        self.threshold.add_(fitting - before).lerp_(fitting, rate.to(self.threshold.dtype))
         self.batches.add_(ranks > 0).clamp_(max=1)
+        self.requested.fill_(keep)
         return fitting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, combinations, pairwise
 from typing import Any
 
@@ -61,6 +62,20 @@ def test_the_threshold_follows_the_scores_of_the_batch() -> None:
     assert float(selector.threshold) == before
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_threshold_follows_a_moving_request_without_lag(causal: bool) -> None:
+    selector, state = (
+        ThresholdSelector(replace(SPEC, causal=causal), rate=0.1).train(),
+        TokenState.initial(8, 500, 0, None, torch.device("cpu")),
+    )
+    for step in range(25):
+        keep = 0.9 - 0.025 * step
+        scores = torch.randn(8, 500, generator=torch.Generator().manual_seed(step))
+        selector(scores, state, Request(keep, round(500 * keep)))
+        # An average over ten batches alone would be behind by a fifth.
+        assert float((scores > selector.threshold).float().mean()) == pytest.approx(keep, abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("own", "other", "expected"), [(0, (0.25, 1), 0.25), (3, (0.25, 1), (0.5 + 0.25) / 2), (3, (0, 0), 0.5), (0, (0, 0), 7.0)]
 )
@@ -68,7 +83,7 @@ def test_a_process_without_a_routable_token_pulls_no_threshold(
     own: int, other: tuple[float, int], expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(torch.tensor(other)))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(torch.tensor((other[0], *other))))
     selector = ThresholdSelector(SPEC)
     selector.threshold.fill_(7)
     found = selector.follow(torch.tensor([[9.0, 0.5, 0.1]]), torch.arange(3)[None] < own, 0.34)

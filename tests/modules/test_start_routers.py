@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -86,6 +88,21 @@ def test_a_linear_rule_is_found(number: int) -> None:
     found = scorer.fit(x, (0.5 * torch.nn.functional.layer_norm(x, (80,)) @ rule - 0.2 * x.norm(dim=-1).log()).exp())
     assert found > (0.99 if number > 80 else 0.4)
     assert scorer.fitted
+
+
+@pytest.mark.parametrize("hidden", [0, pytest.param(32, marks=pytest.mark.slow)])
+def test_a_hidden_layer_finds_what_is_no_linear_rule_and_is_left_out_where_there_is_nothing(hidden: int) -> None:
+    torch.manual_seed(0)
+    spec, x = TokenSpec(hidden_size=16, classes=0, causal=True), torch.randn(4000, 16)
+    scorer = UpdateScorer(spec, hidden=hidden)
+    found = scorer.fit(x, torch.nn.functional.layer_norm(x, (16,))[:, 0].square().exp())
+    assert (found > 0.8) if hidden else (found < 0.3)
+    nothing = UpdateScorer(spec, hidden=hidden)
+    nothing.fit(x[:300], torch.rand(300).exp())
+    if hidden:
+        assert not nothing.narrow.weight.any()
+        # The same scores in a forward.
+        assert rank_correlation(scorer(SimpleNamespace(hidden_states=x)).scores, x[:, 0].square()) > 0.6
 
 
 def test_an_update_by_hand() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .calibrate import calibrate
 from .output import console, emit, keep_stdout_clean, running, user_input
 from .probe import probe
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 
 app.command()(probe)
+app.command()(calibrate)
 
 RecipeName = Annotated[str, typer.Argument(help="name of a shipped recipe, or path of a YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="overrides, key.path=value")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +41,7 @@ class Arm:
         of_oracle: oracle ÷ this arm, from pairs; None if not measured.
         memory: bytes of a training step; None if not measured.
         fitted: rank correlation of scorers with the updates that they were fitted to, over held-out tokens, by stage.
+        remarks: what the reader should change.
     """
 
     recipe: str
@@ -59,6 +60,7 @@ class Arm:
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stacks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     fitted: Mapping[str, float] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Report:
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stacks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     fitted: Mapping[str, float] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
     export: Mapping[str, Any] = field(default_factory=lambda: {"format": None, "dtype": None, "max_abs_logit_diff": None})
     bad_rows: str | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
