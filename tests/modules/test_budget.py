@@ -160,8 +160,8 @@ def test_a_schedule_moves_what_the_forward_keeps(kind: str) -> None:
     budget = _budget(measure="keep", target=0.5, schedule=kind, schedule_until=0.5, start=1.0)
     model = compress(dense("vit"), budget.compression)
     kept = []
-    for step in (0, 25, 50, 90):
-        trace = budget.trace(step)
+    for at in (0, 25, 50, 90):
+        trace = budget.trace(at)
         model(pixel_values=images(), trace=trace)
         kept.append(trace.routings["before_1"].kept)
     assert kept == [36, 27, 18, 18]
@@ -247,10 +247,10 @@ def test_the_regulariser_ramps_up() -> None:
     budget = _budget(target=0.6, regularizer="ratio_mse", ramp_until=0.5)
     model = compress(dense("vit"), budget.compression)
     weights = []
-    for step in (0, 25, 50, 80):
-        trace = budget.trace(step)
+    for at in (0, 25, 50, 80):
+        trace = budget.trace(at)
         model(pixel_values=images(), trace=trace)
-        weights.append(budget.loss(trace, step).weight)
+        weights.append(budget.loss(trace, at).weight)
     assert weights == [0.0, 1.0, 2.0, 2.0]
 
 
