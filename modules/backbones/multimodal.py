@@ -105,12 +105,22 @@ class Multimodal(Decoder):
 
         Args:
             config: config of the model.
-            batch: ``input_ids`` (B, N), and if there are any ``attention_mask``, or ``position_ids`` of packed chats, and what a processor
-                made of the images.
+            batch: ``input_ids`` (B, N), and if there are any ``attention_mask`` and what a processor made of the images.
         """
-        given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", *cls.image_inputs) if name in batch}
+        given = {name: batch[name] for name in ("input_ids", "attention_mask", *cls.image_inputs) if name in batch}
         if cls.types_at is not None:
             given[cls.types_at] = (given["input_ids"] == config.image_token_id).int()
+        return given
+
+    @classmethod
+    def packed_positions(cls, model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
+        """``position_ids`` of packed chats as the base model takes them.
+
+        Args:
+            model: base model, dense or compressed.
+            batch: ``input_ids``, ``position_ids`` (0 … in each chat) and ``documents``, each (B, N), and what describes the images.
+        """
+        given: Tensor = batch["position_ids"]
         return given
 
     @classmethod

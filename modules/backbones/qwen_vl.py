@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from ..config import CompressionConfig
 from ..cost.shape import StackShape
 from ..site import TokenSpec
+from ..tokens.documents import DocumentRows
+from ..tokens.state import TokenState
 from ..tokens.trace import Trace
 from .before_text import OTHERS, PROJECTOR, VISION, BeforeText, Images
 from .decoder import Decoder
@@ -73,7 +75,6 @@ class QwenVL(BeforeText):
         "projector": ("visual.merger", "visual.deepstack_merger_list"),
     }
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
-    no_packing = "positions in time, height and width are those of whole rows"
     types_at = "mm_token_type_ids"
 
     @classmethod
@@ -82,6 +83,20 @@ class QwenVL(BeforeText):
         side = _SIDE * vision.spatial_merge_size
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return {"pixel_values": torch.zeros(number * side**2, values), "image_grid_thw": torch.tensor([[1, side, side]] * number)}
+
+    @classmethod
+    def packed_positions(cls, model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
+        """(4, B, N): places in the text, by which transformers tells chats apart, then time, height and width."""
+        places, documents = super().packed_positions(model, batch), batch["documents"]
+        base: Any = cls.base(model)
+        if "image_grid_thw" not in batch:
+            return places.expand(4, -1, -1)
+        packed = TokenState.initial(len(places), places.shape[1], 0, documents >= 0, places.device, documents.clamp(min=0))
+        chats = DocumentRows.of(packed)
+        ids = batch["input_ids"].flatten()[chats.index]
+        of_images = {"mm_token_type_ids": (ids == model.config.image_token_id).int(), "image_grid_thw": batch["image_grid_thw"]}
+        found, _ = base.get_rope_index(ids, attention_mask=chats.state.valid, **of_images)
+        return torch.stack([places, *(chats.put(axis, packed) for axis in found)])
 
     @classmethod
     def pictures(cls, config: Any, inputs: Mapping[str, Tensor]) -> list[Tile]:

@@ -142,11 +142,6 @@ def test_visual_tokens_count_by_the_layers_that_process_them_and_what_cannot_be_
     last = CostModel(plain, CompressionConfig([StageConfig(layer=1, keep=0.5, scorer="last_query", stack="text", scope="visual")]))
     for config, refused, message in (
         (plain.config, last, "scorer 'last_query' of stage 'text.before_1' reads the end of one prompt a row: set data.packing=false"),
-        (
-            AutoConfig.for_model("qwen3_vl"),
-            None,
-            "is not offered for a qwen3_vl: positions in time, height and width are those of whole rows",
-        ),
         (AutoConfig.for_model("gemma3"), None, "is not offered for a gemma3: .* see tokens of each other's images; set data.packing=false"),
     ):
         with pytest.raises(ValueError, match=f"data.packing = true.*{message}"):

@@ -60,6 +60,8 @@ def answer_loss(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any
         if trace is not None:
             trace.blank = True
     given = family_of(model).forward_inputs(model.config, batch)
+    if "documents" in batch:
+        given["position_ids"] = family_of(model).packed_positions(model.base_model, batch)
     if trace is not None:
         # As long as the rows, with a blank image behind them.
         trace.labels = functional.pad(labels, (0, given["input_ids"].shape[1] - labels.shape[1]), value=IGNORE_TOKEN)
