@@ -334,4 +334,4 @@ def _bench(arms: Mapping[str, Trained], recipe: Recipe, console: Console) -> Ben
     if recipe.trainer.strategy == "deepspeed_3":
         console.print("speed is not measured: it needs the whole model in one process, which deepspeed_3 may not fit; use laconic bench")
         return None
-    return bench_models({name: trained.parts for name, trained in compressed.items()}, recipe, console)
+    return bench_models({name: trained.parts for name, trained in compressed.items()}, recipe, console, recipe.trainer.bench_seconds)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from laconic import Trace
 from laconic.trainer.measure.bench import bench, paired_ratio, sliced
+from laconic.trainer.measure.shares import shares
 from tests.matrix import BACKBONES, METHODS, compressed, dense, images, inputs, labels
 
 
@@ -34,6 +35,20 @@ def test_a_bench_measures_every_arm_against_dense_and_its_own_oracle() -> None:
     assert measured.memory["tenth"] < measured.memory["half"] < measured.memory["dense"]
     assert measured.memory_kind == "saved_for_backward"
     assert measured.to_dict()["arms"]["half"]["claimed_of_oracle"] == measured.arms["half"].claimed_of_oracle
+
+
+def test_a_slow_model_is_measured_in_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("laconic.trainer.measure.bench.WARM_UP_ROUNDS", 0)
+    monkeypatch.setattr("laconic.trainer.measure.bench._timed", lambda step, device: 1.0)
+    model = compressed("vit", METHODS[0], 0.5, 1.0)
+    batch = {"pixel_values": images(1), "labels": labels(1)}
+    measured = bench(dense("vit"), {"half": model}, batch, lambda name, model, batch: model(**batch).loss, 40, seconds=0)  # type: ignore[arg-type]
+    assert measured.rounds == 8
+
+
+@pytest.mark.parametrize(("number", "shown"), [(0, "–"), (2, "0.200 0.300"), (5, "min 0.200 mean 0.400 max 0.600")])
+def test_shares_of_many_stages_are_their_range(number: int, shown: str) -> None:
+    assert shares(0.2 + 0.1 * index for index in range(number)) == shown
 
 
 def test_a_ratio_is_claimed_by_its_lower_bound() -> None:

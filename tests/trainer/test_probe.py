@@ -16,6 +16,7 @@ import laconic
 from laconic import CompressionConfig, StageConfig, Trace, compress
 from laconic.trainer.build.plain_recipe import recipe_of
 from laconic.trainer.errors import RecipeError
+from laconic.trainer.probe.attention_rank import attention_ranks, rank_share
 from laconic.trainer.probe.meter import Measured, Meter
 from laconic.trainer.probe.part import Part
 from laconic.trainer.probe.plan import greedy
@@ -78,6 +79,14 @@ def test_a_probe_measures_the_model_without_each_part_and_goes_on_where_it_stopp
     valid = batch["documents"] >= 0
     assert influence == pytest.approx(1 - float(torch.cosine_similarity(states[1], states[2], dim=-1)[valid].mean()), abs=1e-5)
     assert size == pytest.approx(float(((states[2] - states[1]).norm(dim=-1) / states[1].norm(dim=-1))[valid].mean()), rel=1e-4)
+    # The rank of attention, head by head, of the first row's first document.
+    ids = batch["input_ids"][:1, batch["documents"][0] == 0]
+    plain.set_attn_implementation("eager")
+    with torch.no_grad():
+        heads = plain(ids, output_attentions=True).attentions[1][0]
+    share = sum(int(torch.linalg.matrix_rank(head.tril(-1))) for head in heads) / len(heads) / (ids.shape[1] - 1)
+    assert attention_ranks(probe.meter.model, [{"input_ids": ids}])[1] == pytest.approx(share)
+    assert 0 < row["ARank"] <= 1
     plot(probe.rows(), "title", tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 1000
     again = _probe(folder, tmp_path / "p.json")
@@ -87,6 +96,15 @@ def test_a_probe_measures_the_model_without_each_part_and_goes_on_where_it_stopp
     monkeypatch.undo()
     with pytest.raises(RecipeError, match="was measured with rows = 6, and now it is 5"):
         _probe(folder, tmp_path / "p.json", rows=5)
+
+
+def test_a_rank_is_that_below_the_diagonal() -> None:
+    # Every token reads the first one alone: one direction of the three that four tokens could have; the other head reads all before it alike.
+    first = torch.zeros(4, 4)
+    first[:, 0] = 1
+    alike = torch.ones(4, 4).tril() / torch.arange(1, 5)[:, None]
+    assert rank_share(first[None]) == pytest.approx(1 / 3)
+    assert rank_share(torch.stack([first, alike])) == pytest.approx((1 / 3 + 1) / 2)
 
 
 def test_a_record_of_weights_that_have_changed_is_not_continued(folder: Path, tmp_path: Path) -> None:

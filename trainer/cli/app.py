@@ -86,6 +86,7 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
         loaded = load(recipe, overrides or [])
         from ..build.part_rates import described
         from ..build.validate import validate as check
+        from ..measure.shares import shares
         from ..recipe.baselines import load_baselines
 
         checked = {loaded.name: check(loaded.recipe)}
@@ -97,7 +98,11 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
     for note in baselines.notes:
         out.print(note, highlight=False, soft_wrap=True)
     for name, item in checked.items():
-        keep = "  ".join(f"{stage} keep {value:.4f}" for stage, value in item.keep.items())
+        keep = (
+            "  ".join(f"{stage} keep {value:.4f}" for stage, value in item.keep.items())
+            if len(item.keep) <= 4
+            else f"{len(item.keep)} stages with keep {shares(item.keep.values())}"
+        )
         out.print(
             f"{name} is valid: {item.parameters:,} parameters, {item.trainable:,} of them trained, "
             f"{'streamed' if item.train_rows is None else f'{item.train_rows:,}'} training rows"
@@ -176,6 +181,7 @@ def evaluate(
         from ..build.validate import validate as check
         from ..errors import RecipeError
         from ..evaluate import evaluate as run
+        from ..measure.shares import shares
         from ..recipe.schema import ModelRecipe
         from ..show.sweep import draw, swept
 
@@ -195,7 +201,7 @@ def evaluate(
     for column in ("run as", metric.replace("_", " "), "keep achieved", "macs_ratio", "forward of a batch"):
         table.add_column(column)
     for name, item in result["variants"].items():
-        keep = " ".join(f"{value:.3f}" for value in item["keep"].values()) or "–"
+        keep = shares(item["keep"].values())
         table.add_row(
             name,
             f"{item[metric]:.4f}",

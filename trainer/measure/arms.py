@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,8 +20,15 @@ from ..tasks.base import task_named
 from .bench import Bench, bench
 
 
-def bench_models(parts: Mapping[str, RunParts], recipe: Recipe, console: Console) -> Bench:
-    """Measures the compressed arms in pairs, on a batch of the recipe's own training data."""
+def bench_models(parts: Mapping[str, RunParts], recipe: Recipe, console: Console, seconds: float = math.inf) -> Bench:
+    """Measures the compressed arms in pairs, on a batch of the recipe's own training data.
+
+    Args:
+        parts: parts of the arms by name.
+        recipe: recipe of the run.
+        console: console for progress.
+        seconds: time after which no further round begins.
+    """
     first = next(iter(parts.values()))
     task = task_named(first.recipe.task)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,7 +58,7 @@ def bench_models(parts: Mapping[str, RunParts], recipe: Recipe, console: Console
 
     rounds = recipe.trainer.bench_rounds or 40
     with console.status(f"measuring training steps: {rounds} paired rounds"):
-        return bench(dense, models, batch, loss, rounds, forward=task.forward, amount=task.amount(whole))
+        return bench(dense, models, batch, loss, rounds, seconds, forward=task.forward, amount=task.amount(whole))
 
 
 def print_claims(measured: Bench, console: Console) -> None:

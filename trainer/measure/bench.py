@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from ...modules.tokens.state import TokenState
 from ...modules.tokens.trace import Trace
 
 WARM_UP_ROUNDS = 3
+LEAST_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def bench(
     batch: Mapping[str, Tensor],
     loss: Callable[[str, PreTrainedModel, Mapping[str, Tensor]], Tensor],
     rounds: int = 40,
+    seconds: float = math.inf,
     progress: Callable[[int, int], None] = lambda done, total: None,
     forward: Callable[..., Any] = lambda model, batch, **options: model(**batch, **options),
     amount: int | None = None,
@@ -120,6 +123,7 @@ def bench(
         batch: inputs of a step, on the models' device.
         loss: function of arm name, model and batch that returns the training loss.
         rounds: number of rounds; at least 30 for reported results.
+        seconds: time after which no further round begins, if there are eight: a slow model's steps differ less from round to round.
         progress: called with the number of finished rounds and of all rounds.
         forward: function of model, batch and ``trace`` that runs an evaluation forward, for its token counts.
         amount: images or tokens of the batch, by the task's unit; None counts rows.
@@ -136,13 +140,15 @@ def bench(
     steps = {name: _step(kind, model, batch, loss) for name, (kind, model) in contestants.items()}
     memory = {name: _memory(steps[name], contestants[name][1], device) for name in ("dense", *arms)}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
+    order, began = list(steps), time.perf_counter()
     for round_index in range(-WARM_UP_ROUNDS, rounds):
+        if round_index >= LEAST_ROUNDS and time.perf_counter() - began > seconds:
+            break
         shift = round_index % len(order)
         for name in order[shift:] + order[:shift]:
-            seconds = _timed(steps[name], device)
+            taken = _timed(steps[name], device)
             if round_index >= 0:
-                times[name].append(seconds)
+                times[name].append(taken)
         progress(max(0, round_index + 1), rounds)
     return Bench(
         dense_seconds=statistics.median(times["dense"]),
@@ -158,7 +164,7 @@ def bench(
         },
         memory=memory,
         memory_kind="cuda_peak" if device.type == "cuda" else "saved_for_backward",
-        rounds=rounds,
+        rounds=len(times["dense"]),
         amount=len(next(iter(batch.values()))) if amount is None else amount,
     )
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ...modules.checkpoints.whole_files import write_json
 from .bench import Bench
+from .shares import shares
 
 PACKAGES = ("laconic", "torch", "lightning", "transformers", "deepspeed", "datasets", "peft", "tensorboard")
 
@@ -148,7 +149,7 @@ def table(arms: Mapping[str, Arm], metric: str, memory_kind: str | None) -> Tabl
     for header in headers:
         out.add_column(header, justify="left" if header == "arm" else "right", no_wrap=True)
     for name, arm in arms.items():
-        requested, achieved = (" ".join(f"{value:.3f}" for value in arm.keep[kind].values()) or "–" for kind in ("requested", "achieved"))
+        requested, achieved = (shares(arm.keep[kind].values()) for kind in ("requested", "achieved"))
         out.add_row(
             name,
             f"{arm.quality:.4f}",

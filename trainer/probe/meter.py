@@ -25,6 +25,7 @@ from ...modules.tokens.trace import Trace
 from ..losses.distillation import Taught
 from ..recipe.schema import ITSELF, DistillationRecipe
 from ..tasks.base import Task
+from .attention_rank import attention_ranks
 
 # The answers as they are, not softened.
 _APART = DistillationRecipe(teacher=ITSELF, temperature=1.0)
@@ -126,6 +127,13 @@ class Meter:
             name: (sum(size for size, _ in found) / len(found), 1 - sum(cos for _, cos in found) / len(found))
             for name, found in sums.items()
         }
+
+    def attention_ranks(self) -> list[float]:
+        """ARank of each layer of a causal language model without stages of its own; empty for other models."""
+        stack = adapter_of(self.model).main_stack(self.model)
+        if self.config is not None or not stack.adapter.causal or stack.visual:
+            return []
+        return attention_ranks(self.model, self.batches)
 
     def macs_ratio(self, stages: Sequence[StageConfig]) -> float:
         """MACs of a forward with these stages ÷ MACs of the dense model."""

@@ -107,7 +107,7 @@ class Probe:
         return self.record.measured[key]
 
     def run(self) -> None:
-        """Measures every part left out, every layer with a random half of its tokens, and what each part changes in a token."""
+        """Measures every part left out, every layer with a random half of its tokens, what each part changes in a token, and ranks of attention."""
         halves = [Part(part.layer, part.site, HALF) for part in self.parts if part.site == "around"]
         todo = [part for part in [*self.parts, *halves] if part.key not in self.record.measured]
         for number, part in enumerate(todo):
@@ -117,6 +117,7 @@ class Probe:
                 stages = [Part(part.layer, part.site, 1.0).stage(self.stack, self.scope) for part in self.parts if part.site in sites]
                 if stages:
                     self.record.updates |= self.meter.updates(stages)
+            self.record.ranks = self.meter.attention_ranks()
             self.record.write()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -132,6 +133,8 @@ class Probe:
                 size, influence = self.record.updates.get(f"{prefix}around_{part.layer}", (float("nan"), float("nan")))
                 half = self.record.measured[Part(part.layer, part.site, HALF).key].loss - dense
                 row |= {"random half": half, "logit change": found.change, "block influence": influence, "update": size}
+                if self.record.ranks:
+                    row["ARank"] = self.record.ranks[part.layer]
         return list(rows.values())
 
     def table(self) -> Table:

@@ -28,6 +28,7 @@ class Record:
         self.path, self.settings = path, dict(settings)
         self.measured: dict[str, Measured] = {}
         self.updates: dict[str, tuple[float, float]] = {}
+        self.ranks: list[float] = []
         self.plan: dict[str, Any] | None = None
         if path.is_file():
             self._read()
@@ -38,6 +39,7 @@ class Record:
             before = data["settings"]
             self.measured = {key: Measured(**value) for key, value in data["measured"].items()}
             self.updates = {key: (float(size), float(influence)) for key, (size, influence) in data["updates"].items()}
+            self.ranks = [float(rank) for rank in data["ranks"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"--to {self.path} is no record of a probe: {error}; name another file, or delete it") from None
         now = json.loads(json.dumps(self.settings))
@@ -57,7 +59,7 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Content of the file."""
         measured = {key: asdict(value) for key, value in self.measured.items()}
-        return {"settings": self.settings, "measured": measured, "updates": self.updates, "plan": self.plan}
+        return {"settings": self.settings, "measured": measured, "updates": self.updates, "ranks": self.ranks, "plan": self.plan}
 
     def write(self) -> None:
         """Writes the file, whole or not at all."""

@@ -271,6 +271,9 @@ class TrainerRecipe(Block):
     )
     pictures: Annotated[int, Field(ge=0)] = Field(8, description="images whose kept tokens are drawn at each validation")
     bench_rounds: Annotated[int, Field(ge=0)] = Field(40, description="paired rounds of the final speed measurement; 0 skips it")
+    bench_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        300.0, description="the final speed measurement ends after so many seconds, and not before 8 rounds"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainerRecipe:
