@@ -1,4 +1,4 @@
-"""The embedded long prompts with short answers: functions of the standard library, and a question about one of them.
+"""The embedded long prompts with short answers: functions of the standard library, and the beginning of one of them to go on with.
 
 Most of a prompt does not matter to its question. Needs no network and copies nothing. Files belong to the same splits as in
 ``python_library``, so that no function of the test prompts is in a training prompt.
@@ -15,14 +15,10 @@ from pathlib import Path
 from .python_functions import Function, functions_of
 from .python_library import library_files
 
-# A longer function would fill a short prompt, and a longer answer is hard to give letter by letter.
+# A longer function would fill a short prompt, and a longer answer is hard to give to the letter.
 _LONGEST, _LONGEST_ANSWER = 800, 32
-# Answers that a guess without the context often hits.
-_GUESSED = {"None", "True", "False", "self", "0", "1", "''", '""', "()", "[]", "{}", "result", "NotImplemented"}
-
-
-# Kinds of questions: the default value of a parameter, what a function returns, the name of its last parameter.
-FACTS = ("default", "returned", "parameter")
+# Kinds of questions: what a function returns, its last parameter, the default value of that parameter.
+FACTS = ("returned", "parameter", "default")
 
 
 @dataclass(frozen=True)
@@ -31,8 +27,8 @@ class Fact:
 
     Attributes:
         kind: one of FACTS.
-        question: a comment up to its last word, which the answer follows.
-        answer: a piece of the function's source.
+        question: the function's first line or a part of it, up to what is asked.
+        answer: the rest of the line; a line break ends what a function returns.
     """
 
     kind: str
@@ -78,28 +74,35 @@ def _known(split: str, root: Path | None) -> Iterator[KnownFunction]:
 
 
 def _facts(function: Function, lines: list[str]) -> Iterator[Fact]:
-    if function.name.startswith("__"):
-        # Many classes have one of this name.
+    # Columns count bytes. A line above the body holds the whole signature.
+    line = lines[function.lineno - 1].encode()
+    head = line[function.col_offset :].decode().rstrip()
+    if function.name.startswith("__") or function.body[0].lineno == function.lineno or not head.endswith(":"):
+        # Many classes have a function of such a name.
         return
     given = function.args
-    positional = [*given.posonlyargs, *given.args]
-    defaults = zip(positional[len(positional) - len(given.defaults) :], given.defaults, strict=True)
-    for argument, default in (*defaults, *zip(given.kwonlyargs, given.kw_defaults, strict=True)):
-        if default is not None and (answer := _answer(default, lines)) is not None:
-            yield Fact("default", f"# The default value of {argument.arg} in {function.name} is", answer)
+    arguments, defaults = [*given.posonlyargs, *given.args], given.defaults
     returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None]
     # A function that returns at several places has no single answer.
-    if len(returned) == 1 and (answer := _answer(returned[0], lines)) is not None:
-        yield Fact("returned", f"# The function {function.name} returns", answer)
-    last = [argument.arg for argument in (*positional, *given.kwonlyargs) if argument.arg not in ("self", "cls")][-1:]
-    for name in last:
-        yield Fact("parameter", f"# The last parameter of {function.name} is", name)
+    if len(returned) == 1 and returned[0].lineno == returned[0].end_lineno:
+        value = lines[returned[0].lineno - 1].encode()[returned[0].col_offset : returned[0].end_col_offset].decode()
+        yield from _fact("returned", f"{head}\n    return", f" {value}\n")
+    if given.vararg is None and not given.kwonlyargs and given.kwarg is None and len(arguments) > 1:
+        last = defaults[-1] if defaults else arguments[-1]
+        # 0 and 1 too.
+        guessed = isinstance(last, ast.Constant) and last.value in (None, True, False)
+        if last.lineno == function.lineno and not guessed:
+            yield from _fact(
+                "default" if defaults else "parameter", *_cut(line[function.col_offset :], last.col_offset - function.col_offset)
+            )
 
 
-def _answer(expression: ast.expr, lines: list[str]) -> str | None:
-    """The source of an expression; None if it is long or a guess."""
-    if expression.lineno != expression.end_lineno:
-        return None
-    # Columns count bytes.
-    found = lines[expression.lineno - 1].encode()[expression.col_offset : expression.end_col_offset].decode()
-    return found if len(found) <= _LONGEST_ANSWER and found not in _GUESSED else None
+def _cut(line: bytes, at: int) -> tuple[str, str]:
+    """A line up to a byte, without the space in front of it, and the rest."""
+    begin, whole = line[:at].decode().rstrip(), line.decode().rstrip()
+    return begin, whole[len(begin) :]
+
+
+def _fact(kind: str, question: str, answer: str) -> Iterator[Fact]:
+    if 1 < len(answer) <= _LONGEST_ANSWER:
+        yield Fact(kind, question, answer)

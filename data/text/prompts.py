@@ -33,7 +33,7 @@ class _Question:
         function: index of its function.
         kind: index of its kind.
         line: tokens of the question.
-        answer: tokens of the answer, up to the end of its line.
+        answer: tokens of the answer.
         shown: tokens of both, as an example.
         texts: question and answer.
     """
@@ -49,8 +49,8 @@ class _Question:
 class FunctionPrompts(Dataset[dict[str, Any]]):
     """Prompts about functions. Index i is row i % n of epoch i // n; a row is a function of seed and index, the same in every epoch.
 
-    A prompt has as many functions as its length allows, one question with its answer as an example, and a question without one. Several
-    questions in a row have the same functions.
+    A prompt has as many functions as its length allows, the beginning of one of them again with its answer as an example, and that of another
+    one, which the answer goes on with. Several questions in a row have the same functions.
 
     Args:
         functions: functions of a split.
@@ -82,10 +82,10 @@ class FunctionPrompts(Dataset[dict[str, Any]]):
         # Line breaks are in front, as a tokenizer cuts the whole text.
         self.pieces = ids([f"\n\n{function.source}" for function in functions])
         facts = [(at, fact) for at, function in enumerate(functions) for fact in function.facts]
-        lines, answers = ids([f"\n{fact.question}" for _, fact in facts]), ids([f" {fact.answer}\n" for _, fact in facts])
-        examples = ids([f"\n\n{fact.question} {fact.answer}" for _, fact in facts])
+        lines, answers = ids([f"\n\n{fact.question}" for _, fact in facts]), ids([fact.answer for _, fact in facts])
+        examples = ids([f"\n\n{fact.question}{fact.answer.rstrip()}" for _, fact in facts])
         self.known = [
-            _Question(at, FACTS.index(fact.kind), *parts, (fact.question, fact.answer))
+            _Question(at, FACTS.index(fact.kind), *parts, (fact.question, fact.answer.strip()))
             for (at, fact), *parts in zip(facts, lines, answers, examples, strict=True)
         ]
         self.fitting = [self._fitting(length) for length in self.lengths]
@@ -117,7 +117,7 @@ class FunctionPrompts(Dataset[dict[str, Any]]):
         prompt = [*self.begin, *ids, *example.shown, *question.line]
         third = starts[question.function] * len(THIRDS) // len(ids)
         row = _row(np.asarray([*prompt, *question.answer, self.end]), np.repeat([-1, 0], [len(prompt), len(question.answer) + 1]))
-        # The token that ends the text is learned, and is no part of the answer, whose line has ended.
+        # The token that ends the text is learned, and is no part of the answer.
         row["turns"][-1] = -1
         return row | {"kinds": torch.tensor([which * len(THIRDS) + third]), "sample_ids": torch.tensor(index)}
 

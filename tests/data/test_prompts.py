@@ -19,7 +19,7 @@ from tests.data.texts import jsonl, small_tokenizer
 NO = -100
 SOURCE = '''
 class Box:
-    def open(self, key, *, slowly="yes, slowly"):
+    def open(self, key, slowly="yes, slowly"):
         """Opens."""
         if key is None:
             return None
@@ -32,10 +32,11 @@ class Box:
         return self.width * 3
 
 
-def find(name, place=-7, among=None):
-    def inner():
-        return 1
+def find(name, place):
     yield name
+
+
+def at(name, place=None): return name
 '''
 
 
@@ -56,21 +57,19 @@ def _prompts(library: Path, split: str = "train", **settings: Any) -> FunctionPr
     return FunctionPrompts(known_functions(split, root=library), small_tokenizer(), **given)
 
 
-def test_facts_are_pieces_of_the_source_that_are_no_guess(tmp_path: Path) -> None:
+def test_facts_go_on_with_a_functions_beginning_and_are_no_guess(tmp_path: Path) -> None:
     # The name of a file decides its split.
     for number in range(9):
         (tmp_path / f"{number}.py").write_text(SOURCE)
-    found = {function.name: function for function in known_functions("train", limit=4, root=tmp_path)}
-    asked = {(fact.kind, fact.question, fact.answer) for function in found.values() for fact in function.facts}
-    assert asked == {
-        ("default", "# The default value of slowly in open is", '"yes, slowly"'),
-        ("parameter", "# The last parameter of open is", "slowly"),
-        ("returned", "# The function size returns", "self.width * 2"),
-        ("default", "# The default value of place in find is", "-7"),
-        ("parameter", "# The last parameter of find is", "among"),
+    found = {function.name: function for function in known_functions("train", limit=5, root=tmp_path)}
+    assert {(fact.kind, fact.question, fact.answer) for function in found.values() for fact in function.facts} == {
+        ("default", "def open(self, key, slowly=", '"yes, slowly"):'),
+        ("parameter", "def find(name,", " place):"),
+        ("returned", "def size(self):\n    return", " self.width * 2\n"),
     }
-    assert {kind for kind, _, _ in asked} == set(FACTS)
+    assert set(FACTS) == {"returned", "parameter", "default"}
     assert found["size"].source == "def size(self):\n    return self.width * 2"
+    assert set(found) == {"open", "size", "__len__", "find", "at"}
 
 
 def test_a_prompt_has_the_function_that_it_asks_about_where_its_kind_says(library: Path) -> None:
@@ -83,17 +82,15 @@ def test_a_prompt_has_the_function_that_it_asks_about_where_its_kind_says(librar
         assert length * 0.6 < len(ids) <= length == (360, 640)[index // 2 % 2]
         assert torch.equal(row["labels"] == NO, torch.arange(len(ids)) < int(answer.nonzero()[0]))
         assert (int(row["labels"][-1]), int(row["turns"][-1])) == (tokenizer.eos_token_id, -1)
-        text = tokenizer.decode(ids)
-        context, *lines = text.removesuffix(tokenizer.eos_token).rstrip("\n").rsplit("\n# ", 2)
-        name = next(word for word in lines[-1].split() if word[0] == "f" and "_" in word)
-        source = next(part for part in context.split("\n\ndef ") if part.startswith(f"{name}("))
+        context, example, question = tokenizer.decode(ids[~answer]).removesuffix(tokenizer.eos_token).rsplit("\n\n", 2)
         told = tokenizer.decode(ids[answer])
-        assert rows.asked(index) == [(f"# {lines[-1]}".removesuffix(told.rstrip()), told.strip())]
-        assert told[0] == " "
-        assert told.strip() in source
-        assert name not in lines[0], "the example answers another question"
+        assert rows.asked(index) == [(question, told.strip())]
+        name = question.split("(")[0].removeprefix("def ")
+        (source,) = [part for part in context.split("\n\ndef ") if part.startswith(f"{name}(")]
+        assert f"def {source}\n".startswith(question + told)
+        assert not example.startswith(f"def {name}("), "the example answers another question"
         start = len(tokenizer(context[: context.index(f"\n\ndef {name}(")], add_special_tokens=False)["input_ids"])
-        whole = len(tokenizer(context.rstrip("\n"), add_special_tokens=False)["input_ids"])
+        whole = len(tokenizer(context, add_special_tokens=False)["input_ids"])
         # A boundary may fall between tokens that the pieces do not have.
         assert any(min(2, int(3 * (start + slip) / whole)) == third for slip in (-3, 0, 3))
 
