@@ -18,7 +18,7 @@ from ..cost.cost import CostModel
 from ..tokens.trace import Trace
 from .config import BudgetConfig
 from .controllers.base import Controller
-from .gaps import gaps_of
+from .gaps import gaps_of, narrowness
 from .regularizers.base import Regularizer
 from .schedules import SCHEDULES, progress, staircase
 
@@ -110,7 +110,7 @@ class Budget:
         # Gaps of the step under way: it may have several forwards.
         self._gaps: dict[str, list[Tensor]] = {}
         self._step = 0
-        held = self.regularizer is not None or (self.controller is not None and self.controller.holds)
+        held = (self.regularizer is not None and self.regularizer.holds_ratio) or (self.controller is not None and self.controller.holds)
         check_held(self.cost.stages, held)
         if self.regularizer is not None and not any(stage.scorer.probabilities for stage in self.cost.stages):
             raise ValueError(
@@ -207,17 +207,21 @@ class Budget:
         gaps: dict[str, Tensor] = {}
         if self.controller is not None:
             gaps = gaps_of(trace, self.held, self.config.measure, self.target(step), self.cost, over_ranks)
+            narrow = narrowness(trace, self.held, self.controller.spread, over_ranks) if self.controller.spread else None
+            if narrow is not None:
+                total = total + narrow
+        penalized = self.regularizer is not None and self.regularizer.holds_ratio
         states = {name: self._control(name, gap.device) for name, gap in gaps.items()}
         for name, gap in gaps.items():
             assert self.controller is not None
             self._step = step
             self._gaps.setdefault(name, []).append(gap.detach().double())
-            total = total + self.controller.loss(gap, states[name], self.regularizer is not None).float()
+            total = total + self.controller.loss(gap, states[name], penalized).float()
         value: Tensor | None = None
         weight: float | Tensor = 0.0
         if self.regularizer is not None and trained:
             weight = self.regularizer.weight * progress(step, self.config.ramp_until, self.total_steps)
-            if self.controller is not None and states:
+            if self.controller is not None and states and penalized:
                 factors = [self.controller.weight(state) for state in states.values()]
                 weight = weight * sum(factors) / len(factors)
             target = self.target(step) if self.config.measure == "macs_ratio" else None

@@ -12,7 +12,7 @@ from laconic import CompressionConfig, StageConfig, Trace, compress
 from laconic.modules.budget.budget import Budget
 from laconic.modules.budget.config import BudgetConfig
 from laconic.modules.budget.regularizers.base import mean_over
-from laconic.modules.budget.schedules import cosine, linear, progress, reciprocal, staircase, step
+from laconic.modules.budget.schedules import SCHEDULES, cosine, linear, progress, reciprocal, staircase
 from laconic.modules.cost.cost import Cost, CostModel
 from laconic.modules.cost.count_rules import COUNT_RULES, StageCount, cosine_keep, linear_keep, tokens_kept
 from laconic.modules.selectors.base import everything
@@ -72,7 +72,7 @@ def test_schedules_pass_through_the_published_points() -> None:
     # DMS (ORACLES 3): the share that is removed while the compression factor goes from 1 to 8.
     removed = [1 - reciprocal(1, 1 / 8, done) for done in (0, 0.25, 0.5, 0.75, 1)]
     assert removed == pytest.approx([0, 0.6363636, 0.7777778, 0.84, 0.875], abs=1e-7)
-    assert [step(0.5, 1, done) for done in (0, 0.99, 1)] == [0.5, 0.5, 1]
+    assert [SCHEDULES["step"](0.5, 1, done) for done in (0, 0.99, 1)] == [0.5, 0.5, 1]
 
 
 def test_keeps_over_depth_pass_through_the_published_points() -> None:
@@ -119,7 +119,7 @@ def test_random_ltd_s_schedule_passes_through_the_published_points_and_saves_the
 def test_stairs_go_down_as_they_go_up_and_never_past_where_they_start() -> None:
     assert [staircase(value, 1.0, 0.25) for value in (1.0, 0.99, 0.76, 0.75, 0.6)] == [1.0, 1.0, 1.0, 0.75, 0.75]
     assert [staircase(value, 0.1, 0.25) for value in (0.1, 0.24, 0.25, 0.6)] == [0.1, 0.1, 0.25, 0.5]
-    with pytest.raises(ValueError, match="give budget.schedule = linear or cosine"):
+    with pytest.raises(ValueError, match="give budget.schedule = linear, cosine or reciprocal"):
         BudgetConfig(increment=0.1)
     with pytest.raises(ValueError, match=r"budget.increment = 1.5 must be in \[0, 1\)"):
         BudgetConfig(schedule="linear", increment=1.5)

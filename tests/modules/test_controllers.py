@@ -14,6 +14,7 @@ from laconic.modules.budget.config import BudgetConfig
 from laconic.modules.budget.controllers.augmented_lagrangian import AugmentedLagrangian
 from laconic.modules.budget.controllers.base import Controller
 from laconic.modules.budget.controllers.nupi import NuPI
+from laconic.modules.budget.gaps import kept, narrowness
 from laconic.modules.budget.regularizers.base import Regularizer
 from laconic.modules.budget.regularizers.binomial import Binomial, surprise
 from laconic.modules.budget.regularizers.entropy import Entropy
@@ -25,7 +26,7 @@ from laconic.modules.budget.regularizers.uniformity import Uniformity
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.selectors.base import everything
 from laconic.modules.tokens.state import TokenState
-from laconic.modules.tokens.trace import Routing
+from laconic.modules.tokens.trace import Routing, Trace
 from tests.matrix import dense, images, traced
 
 # min x²/2 with eˣ = e.
@@ -113,9 +114,9 @@ def test_regularisers_have_their_published_values(regularizer: Regularizer, keep
 
 def test_a_binomial_prior_is_that_of_the_distribution() -> None:
     number = torch.tensor([7])
-    for kept in range(8):
-        wanted = -torch.distributions.Binomial(7, torch.tensor(0.3)).log_prob(torch.tensor(float(kept))) / 7
-        assert float(surprise(torch.tensor([float(kept)]), number, 0.3)) == pytest.approx(float(wanted), abs=1e-6)
+    for count in range(8):
+        wanted = -torch.distributions.Binomial(7, torch.tensor(0.3)).log_prob(torch.tensor(float(count))) / 7
+        assert float(surprise(torch.tensor([float(count)]), number, 0.3)) == pytest.approx(float(wanted), abs=1e-6)
 
 
 def test_tokens_stop_where_a_stage_does_not_keep_them() -> None:
@@ -162,18 +163,21 @@ def test_a_fixed_penalty_misses_where_the_task_pulls_and_the_default_controller_
     missed, _ = _pulled(
         _budget(measure="keep", target=0.5, noise=1.0, regularizer={"name": "ratio_mse", "weight": 2.0}, controller="fixed"), 0.6
     )
-    met, budget = _pulled(_budget(measure="keep", target=0.5, noise=1.0), 0.6)
-    assert isinstance(budget.controller, AugmentedLagrangian)
+    # A short training needs a fast multiplier.
+    fast = {"name": "augmented_lagrangian", "rate": 1.0}
+    met, budget = _pulled(_budget(measure="keep", target=0.5, noise=1.0, controller=fast), 0.6)
     assert missed - 0.5 > 0.05
     assert met == pytest.approx(0.5, abs=0.03)
-    # The multiplier has found the size of the pull.
-    assert float(budget.controls["before_1"]["multiplier"]) == pytest.approx(0.6, abs=0.3)
+    # The multiplier has found the pull of the task, and opposes it.
+    assert float(budget.controls["before_1"]["multiplier"]) > 0.3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("controller", ["augmented_lagrangian", "nupi"])
+@pytest.mark.parametrize(
+    "controller", [{"name": "augmented_lagrangian", "rate": 1.0}, {"name": "nupi", "integral": 1.0}], ids=["al", "nupi"]
+)
 @pytest.mark.parametrize("measure", ["macs_ratio", "mean_token_fraction"])
-def test_one_target_for_the_model_is_met_and_its_stages_learn_keeps_of_their_own(measure: str, controller: str) -> None:
+def test_one_target_for_the_model_is_met_and_its_stages_learn_keeps_of_their_own(measure: str, controller: dict[str, Any]) -> None:
     got, budget = _pulled(_budget(measure=measure, target=0.7, controller=controller, layers=[1, 2], noise=1.0), 0.3)
     assert list(budget.controls) == [measure]
     if measure == "macs_ratio":
@@ -198,15 +202,33 @@ def test_a_controller_moves_once_a_step_by_the_mean_over_its_forwards_and_resume
     assert all(torch.equal(value, again.controls["before_1"][key]) for key, value in budget.controls["before_1"].items())
 
 
-def test_the_gap_counts_what_would_be_deployed_and_its_gradient_is_that_of_the_probabilities() -> None:
-    budget = _budget(measure="keep", target=0.5, noise=5.0)
-    model = compress(dense("vit"), budget.compression).train()
-    # Every score is above 0: used without noise, the stage keeps every token, whatever the noise draws in training.
-    torch.nn.init.constant_(model.vit.layers[1].stages.before.scorer.score.bias, 9.0)
-    trace = budget.trace(0)
-    model(pixel_values=images(), trace=trace)
-    assert trace.routings["before_1"].achieved < 1
-    assert float(budget.loss(trace, 0).gaps["before_1"]) == pytest.approx(0.5)
+def test_the_derivative_of_a_gap_is_the_density_of_scores_at_the_cut() -> None:
+    """The keep of normal scores, of any spread, moves with their common shift as their density at the cut does, noise or not."""
+    draws = torch.randn(4, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for spread, noise in ((0.5, 0.0), (2.0, 0.0), (2.0, 1.0)):
+        shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(kept(_routing(draws * spread + 0.3 * spread + shift, 0.5), noise).mean(), shift)
+        # Logistic noise has the variance noise²·π²/3.
+        wide = math.sqrt(spread**2 + (max(noise, 0.5 * spread) * math.pi) ** 2 / 3)
+        assert float(gradient) == pytest.approx(math.exp(-((0.3 * spread / wide) ** 2) / 2) / (wide * math.sqrt(2 * math.pi)), rel=0.07)
+
+
+def test_scores_near_the_cut_are_pushed_apart_and_others_are_left_alone() -> None:
+    def push(spread: float) -> tuple[float, float]:
+        scores = (torch.tensor([[-1.0, 1.0, -1.0, 1.0]]) * spread).requires_grad_()
+        value = narrowness(Trace(routings={"before_1": _routing(scores, 0.5)}), ["before_1"], 1.0)
+        assert value is not None
+        value.backward()
+        assert scores.grad is not None
+        return float(value.detach()), float(scores.grad[0, 1])
+
+    assert push(0.25) == pytest.approx((0.75**2, -2 * 0.75 / 4), rel=1e-3)
+    assert push(2.0) == (0, 0)
+
+
+def test_the_controller_is_an_augmented_lagrangian_where_routers_decide_the_count_and_there_is_none_elsewhere() -> None:
+    assert isinstance(_budget(target=0.6).controller, AugmentedLagrangian)
+    assert _budget(target=0.6, selector="top_k").controller is None
 
 
 def test_controllers_with_nothing_to_hold_and_wrong_options_are_refused() -> None:

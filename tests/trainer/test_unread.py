@@ -23,7 +23,7 @@ VALUES = {
     "model.revision": "v1", "distillation.revision": "v1", "distillation.temperature": "3", "distillation.teacher": "x",
     "optimizer.router_lr": "1", "optimizer.router_weight_decay": "1", "trainer.pictures": "3", "trainer.start_batches": "3", "optimizer.lora_lr": "1",
     "optimizer.lora_weight_decay": "1", "optimizer.final": "0.5", "budget.ramp_until": "0.5", "budget.start": "0.5",
-    "budget.schedule_until": "0.5", "budget.noise_until": "0.5", "data.lengths": "[300]", "data.questions": "3",
+    "budget.schedule_from": "0.1", "budget.schedule_until": "0.5", "budget.noise_until": "0.5", "data.lengths": "[300]", "data.questions": "3",
 }  # fmt: skip
 FILES = ["data.name=parquet", "data.data_files=x.parquet"]
 TAUGHT = ["model.config=null", "model.name=runs/x", "distillation={teacher: runs/y, weight: 0.5}"]
@@ -76,7 +76,7 @@ READ = [
     ("vit_digits", TAUGHT, ["model.revision", "distillation.revision", "distillation.temperature", "distillation.teacher"]),
     ("vit_lora", [], ["optimizer.lora_lr", "optimizer.lora_weight_decay"]),
     ("vit_digits", ["budget.regularizer=ratio_mse", "budget.schedule=linear", "budget.noise=1"],
-     ["budget.ramp_until", "budget.start", "budget.schedule_until", "budget.noise_until"]),
+     ["budget.ramp_until", "budget.start", "budget.schedule_from", "budget.schedule_until", "budget.noise_until"]),
 ]  # fmt: skip
 
 

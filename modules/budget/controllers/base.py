@@ -14,10 +14,16 @@ from torch import Tensor
 class Controller:
     """Turns the gap of a constraint into a term of the loss, and moves the state of this constraint after each optimizer step.
 
-    A gap is what was achieved less what was requested: its value counts the decisions that would be deployed, over all processes, and its
-    gradient is that of the keep probabilities. The state is a mapping of float64 scalars on the gap's device; a controller reads it and
+    A gap is what was achieved less what was requested: its value counts decisions over all processes, and its gradient says how this count
+    moves with the scores (``budget/gaps.py``). The state is a mapping of float64 scalars on the gap's device; a controller reads it and
     returns a new one, so that nothing is held outside of it.
+
+    Attributes:
+        spread: standard deviation of a stage's scores, in log-odds, below which the budget pushes them apart, so that a step moves the
+            count by few tokens; 0 leaves them alone.
     """
+
+    spread: float = 1.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -44,7 +50,7 @@ class Controller:
         Args:
             gap: scalar, achieved less requested, with gradient.
             state: the state of this constraint.
-            regularized: the budget has a regulariser, which takes the place of the controller's own penalty.
+            regularized: the budget has a regulariser that holds the ratio, and takes the place of the controller's own penalty.
         """
         raise NotImplementedError
 

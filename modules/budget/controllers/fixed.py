@@ -18,6 +18,8 @@ class Fixed(Controller):
     the task; the other controllers do not.
     """
 
+    spread: float = 0.0
+
     @property
     def holds(self) -> bool:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,8 +49,10 @@ class Regularizer:
 
     Attributes:
         weight: weight of the loss at the end of its ramp.
+        holds_ratio: it is 0 or least at the requested ratio, so that it can take the place of a controller's penalty.
     """
 
+    holds_ratio: ClassVar[bool] = True
     weight: float = 1.0
 
     def __call__(

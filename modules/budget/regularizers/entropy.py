@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional
@@ -19,6 +20,7 @@ class Entropy(StageRegularizer):
     Decisions near one half flip between training and use. The pull has no side, and holds no ratio: the budget's controller does.
     """
 
+    holds_ratio: ClassVar[bool] = False
     weight: float = 0.1
 
     def of_stage(self, routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:

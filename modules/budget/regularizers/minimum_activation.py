@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class MinimumActivation(Regularizer):
         lowest: mean keep below which a stage costs.
     """
 
+    holds_ratio: ClassVar[bool] = False
     weight: float = 1.0
     lowest: float = 0.1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Uniformity(StageRegularizer):
         places: number of places that a row is divided into, by the position of a token in its row.
     """
 
+    holds_ratio: ClassVar[bool] = False
     weight: float = 1.0
     places: int = 16
 
