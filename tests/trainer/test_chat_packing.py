@@ -35,7 +35,6 @@ STAGES: dict[str, list[dict[str, Any]]] = {
         *({"stack": "text", "layer": layer, "scope": "visual", "count": "dynamicvit", "scorer": "pivots", "keep": 0.7} for layer in (1, 2)),
     ],
     "diversity": [{"stack": "text", "layer": 2, "scope": "visual", "scorer": "diversity"}],
-    "density_peaks": [{"stack": "text", "layer": 2, "scope": "visual", "scorer": "density_peaks"}],
     "mqt": [{"stack": "projector", "layer": 0, "scorer": "first", "merger": "queries"}],
 }
 
@@ -150,8 +149,8 @@ def test_visual_tokens_count_by_the_layers_that_process_them_and_what_cannot_be_
 
 @pytest.mark.slow
 def test_a_run_with_packing_trains_on_packed_rows_with_the_loss_of_the_same_chats(tmp_path: Path) -> None:
-    given = [*small("vlm_digits", tmp_path, QUICK), "trainer.max_steps=1", "data.sequence_length=256", "data.packing=true"]
-    parts = build(load("vlm_digits", given).recipe)
+    given = [*small("vlm_digits_base", tmp_path, QUICK), "trainer.max_steps=1", "data.sequence_length=256", "data.packing=true"]
+    parts = build(load("vlm_digits_base", [*given, "compression.method=pooled"]).recipe)
     (batch,) = parts.data_module().train_dataloader()
     number = len(parts.data.train)  # type: ignore[arg-type]
     unpacked = collate([parts.data.train[int(index) % number] for index in _order(parts)])
