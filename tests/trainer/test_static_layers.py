@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import ViTForImageClassification
 
 from laconic.trainer.build.trainable import check_lora
+from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import evaluate
 from laconic.trainer.export.export import export
@@ -30,6 +31,8 @@ def test_a_run_without_a_layer_is_evaluated_and_exported_as_an_ordinary_shallowe
     found, run = report.to_dict(), str(tmp_path / "run")
     assert found["keep"]["achieved"] == {"around_1": 0.0, "around_2": 0.0}
     assert found["parameters"]["rest"]["trainable"] < found["parameters"]["rest"]["total"]
+    # What validate estimates is what trains.
+    assert validate(load("vit_digits_dense", given).recipe).trainable == sum(group["trainable"] for group in found["parameters"].values())
     variants = evaluate(run, RunFolder.open(run).read_recipe(), console)["variants"]
     assert set(variants) == {"compressed", "dense"}
     assert variants["compressed"]["accuracy"] == pytest.approx(found["quality"]["compressed"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForImageClassification, PretrainedConfig
 
+from ...modules.backbones import adapter_of
 from ...modules.budget.budget import Budget
 from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.compatibility import check_deployable
@@ -105,6 +106,11 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
         routers = sum(parameter.numel() for stage in (counted.stages if counted is not None else []) for parameter in stage.parameters())
         train_parts(recipe.lora, model, (), start.adapter if start is not None else None, filled=False)
         freeze_parts(recipe, model)
+        # As in training: no gradient reaches layers that are left out, and no optimizer holds states for them.
+        stacks = {stack.name: stack.layers for stack in adapter_of(model).stacks(model)} if counted is not None else {}
+        for stage in counted.stages if counted is not None else ():
+            if stage.skips and stage.config.site == "around":
+                stacks[stage.config.stack][int(stage.config.layer)].requires_grad_(False)
         cost = None if counted is None else counted()
     # After the model, whose settings the rows must fit.
     remarks = check_rows(recipe, data)
