@@ -233,7 +233,11 @@ def train_arm(
             if count.reasons:
                 output.line(f"bad rows{f' of the {count.split} data' if count.split else ''}: {count.summary()}")
         built = stages_of(parts.model).values()
-        far = strayed(built, {} if parts.cost is None else parts.cost().keep, module.achieved_keep, str(folder))
+        budget = parts.budget
+        one = budget is not None and budget.config.measure != "keep"
+        shared = [stage.config.key for stage in budget.held] if budget is not None and one else []
+        ratio = (module.achieved_macs_ratio, budget.config.target) if budget is not None and budget.config.measure == "macs_ratio" else None
+        far = strayed(built, {} if parts.cost is None else parts.cost().keep, module.achieved_keep, str(folder), shared, ratio)
         for remark in (*module.quality.remarks(parts.data), *far):
             output.line(remark)
     if collective.rank() == 0 and (answers := module.quality.answered(parts.data)):

@@ -18,7 +18,7 @@ from ..cost.cost import CostModel
 from ..tokens.trace import Trace
 from .config import BudgetConfig
 from .controllers.base import Controller
-from .gaps import gaps_of, narrowness
+from .gaps import gaps_of, kernel_width, spread_of
 from .regularizers.base import Regularizer
 from .schedules import SCHEDULES, progress, staircase
 
@@ -104,7 +104,7 @@ class Budget:
         if config.schedule != "constant":
             self.resolve(config.start)
         free = set(self.free)
-        self.held = [stage.config.key for stage in self.cost.stages if stage.config.key in free and stage.selector.needs_probabilities]
+        self.held = [stage for stage in self.cost.stages if stage.config.key in free and stage.selector.needs_probabilities]
         self.controller = build_controller(config, bool(self.held))
         self.controls: dict[str, dict[str, Tensor]] = {}
         # Gaps of the step under way: it may have several forwards.
@@ -205,11 +205,16 @@ class Budget:
             total = total + auxiliary
         self._advance(step)
         gaps: dict[str, Tensor] = {}
-        if self.controller is not None:
-            gaps = gaps_of(trace, self.held, self.config.measure, self.target(step), self.cost, over_ranks)
-            narrow = narrowness(trace, self.held, self.controller.spread, over_ranks) if self.controller.spread else None
-            if narrow is not None:
-                total = total + narrow
+        # Before a schedule has left full length there is nothing to close.
+        if self.controller is not None and self.target(step) < 1:
+            zero = torch.zeros(1, device=device)
+            spreads = {it.config.key: spread_of(trace.routings.get(it.config.key), zero, over_ranks) for it in self.held}
+            if self.controller.least_spread:
+                narrow = [(self.controller.least_spread - spread).clamp(min=0).square() for spread in spreads.values()]
+                total = total + torch.stack(narrow).sum()
+            widths = {it.config.key: kernel_width(spreads[it.config.key], trace.noise if it.selector.explores else 0.0) for it in self.held}
+            requested = self.keep(step)
+            gaps = gaps_of(trace, self.held, self.config.measure, self.target(step), requested, self.cost, widths, over_ranks)
         penalized = self.regularizer is not None and self.regularizer.holds_ratio
         states = {name: self._control(name, gap.device) for name, gap in gaps.items()}
         for name, gap in gaps.items():

@@ -34,7 +34,7 @@ class BudgetConfig:
         start: target at step 0 of a schedule that moves.
         schedule_from: fraction of training until which the target stays at ``start``.
         schedule_until: fraction of training at which ``target`` is reached.
-        increment: step size of the target in a linear or cosine schedule, as in random-LTD; 0 changes it at every training step.
+        increment: step size of the target in a linear, cosine or reciprocal schedule, as in random-LTD; 0 changes it at every training step.
         noise: strength of the exploration noise at step 0, in standard deviations of the scores.
         noise_until: fraction of training at which the noise reaches 0.
     """
@@ -68,9 +68,9 @@ class BudgetConfig:
             raise ValueError(f"budget.schedule = {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
         if not 0 <= self.increment < 1:
             raise ValueError(f"budget.increment = {self.increment} must be in [0, 1): a part of the target, 16 of 512 tokens are 0.03125")
-        if self.increment and self.schedule == "constant":
+        if self.increment and self.schedule in ("constant", "step"):
             raise ValueError(
-                f"budget.increment = {self.increment} is for a target that moves: give budget.schedule = linear, cosine or reciprocal"
+                f"budget.increment = {self.increment} is for a target that moves by degrees: give budget.schedule = linear, cosine or reciprocal"
             )
         for name in ("ramp_until", "schedule_from", "schedule_until", "noise_until"):
             if not 0 <= getattr(self, name) <= 1:

@@ -8,92 +8,119 @@ import torch
 from torch import Tensor
 
 from ..cost.cost import CostModel
+from ..stage import Stage
 from ..tokens.trace import Routing, Trace
-from .regularizers.base import mean_over
+from .regularizers.base import mean_and_any
+
+Reduce = Callable[[Tensor], Tensor] | None
 
 
 def gaps_of(
     trace: Trace,
-    held: Sequence[str],
+    held: Sequence[Stage],
     measure: str,
     target: float,
+    requested: Mapping[str, float],
     cost: CostModel,
-    over_ranks: Callable[[Tensor], Tensor] | None = None,
+    widths: Mapping[str, Tensor],
+    over_ranks: Reduce = None,
 ) -> dict[str, Tensor]:
     """Gaps of one forward by constraint, float32 scalars over all processes, with gradient.
 
     With the measure ``keep`` every stage that the budget holds is a constraint. With another one the model is a single constraint, named
-    as the measure: its stages may share the tokens out among themselves, so that each learns a keep of its own.
+    as the measure: its stages may share the tokens out among themselves, so that each learns a keep of its own. Every process reduces the
+    same scalars, also for a stage that did not run here, in a batch without an image for example; where it ran nowhere the gap is 0.
 
     Args:
         trace: Trace of the forward.
-        held: names of the stages whose selectors leave the count to the budget.
+        held: the stages whose selectors leave the count to the budget.
         measure: the budget's measure.
         target: its requested value at this step.
+        requested: keep by stage name at this step.
         cost: CostModel of the model.
+        widths: width of the kernels by stage name, from ``kernel_width``.
         over_ranks: mean of a scalar over processes, with this process's gradient; None with one process.
     """
-    routings = {name: routing for name, routing in trace.routings.items() if name in held and routing.probabilities}
-    if not routings:
-        return {}
+    keys = [stage.config.key for stage in held]
+    # In a process where a stage did not run, it has no tokens.
+    zero = torch.zeros(1, device=next(iter(trace.routings.values())).scores.device)
+    counts = {key: kept_by_row(trace.routings[key], widths[key]) if key in trace.routings else (zero, zero) for key in keys}
     if measure == "keep":
-        return {name: mean_over(kept(it, trace.noise), it.routable, over_ranks) - it.requested for name, it in routings.items()}
-    counted = {name: routing.routable.sum(-1) for name, routing in routings.items()}
-    keep: dict[str, Tensor] = {
-        name: (kept(routing, trace.noise) * routing.routable).sum(-1) / counted[name].clamp(min=1) for name, routing in routings.items()
-    }
-    ratio = cost.soft(_requested(trace.routings, keep), measure)
+        shares = {key: _share(counts[key], over_ranks) for key in keys}
+        return {key: (share - requested[key]) * there for key, (share, there) in shares.items()}
+    if len({stage.config.stack for stage in held}) > 1:
+        # The rows of stacks differ, images and texts: a mean of each stands for all.
+        shares = {key: _share(counts[key], over_ranks) for key in keys}
+        keep = {key: torch.where(there, share, requested[key]) for key, (share, there) in shares.items()}
+        some = torch.stack([there for _, there in shares.values()]).any()
+        return {measure: (cost.soft(_of_all(trace, cost, keep), measure) - target) * some}
+    ratio = cost.soft(_of_all(trace, cost, {key: kept / present.clamp(min=1) for key, (kept, present) in counts.items()}), measure)
     # A row of more tokens counts for more, as in the MACs of a whole data set.
-    weight = next(iter(counted.values())).to(ratio.dtype)
-    return {measure: mean_over(ratio, weight, over_ranks) - target}
+    mean, some = mean_and_any(ratio, counts[keys[0]][1].to(ratio.dtype), over_ranks)
+    return {measure: (mean - target) * some}
 
 
-def kept(routing: Routing, noise: float | Tensor) -> Tensor:
-    """(B, M) 1 for tokens that the stage keeps and 0 otherwise, with a gradient that says how the count moves with the scores.
+def kept_by_row(routing: Routing, width: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) routable tokens that leave the stage, with a gradient that says how the count moves with the scores; (B,) int64 those present.
 
-    The derivative of a hard count is the density of scores at the cut. It is estimated by logistic kernels as wide as the exploration
-    noise, under which it is exact on average, or without noise as half the spread of the scores. The derivative of the keep probability
-    would not do: where all scores are near the cut it hardly moves while the count jumps, so that the count would swing without end.
+    The derivative of a hard count is the density of scores at the cut. It is estimated by logistic kernels. The derivative of the keep
+    probability would not do: where all scores are near the cut it hardly moves while the count jumps, so that the count would swing
+    without end.
 
     Args:
         routing: of a stage whose scores are keep log-odds.
-        noise: exploration noise of the forward.
+        width: scalar, width of the kernels in log-odds.
     """
-    scores, routable = routing.scores, routing.routable
-    inside = scores.detach()[routable]
-    spread = inside.std() if inside.numel() > 1 else inside.new_zeros(())
-    width = torch.maximum(0.5 * spread.nan_to_num(), torch.as_tensor(noise, dtype=scores.dtype, device=scores.device)).clamp(min=0.05)
-    soft = (scores / width).sigmoid()
-    return routing.kept_mask.to(soft.dtype) + soft - soft.detach()
+    soft = ((routing.scores / width).sigmoid() * routing.routable).sum(-1)
+    present = routing.routable.sum(-1)
+    count = routing.kept.to(soft.dtype) if isinstance(routing.kept, Tensor) else torch.full_like(soft, routing.kept)
+    return count + soft - soft.detach(), present
 
 
-def narrowness(trace: Trace, held: Sequence[str], least: float, over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
-    """Sum over the held stages of max(0, least - standard deviation of the scores)²; None if none of them ran.
-
-    Where all scores are near the cut, one optimizer step moves the count by many tokens, and no controller can hold it. The task tells
-    tokens apart only slowly, and under annealed noise the scores that keep a share constant shrink with the noise.
+def spread_of(routing: Routing | None, zero: Tensor, over_ranks: Reduce = None) -> Tensor:
+    """Scalar: standard deviation of a stage's scores over the routable tokens of all processes, with gradient; 0.001 if it did not run.
 
     Args:
-        trace: Trace of the forward.
-        held: names of the stages whose selectors leave the count to the budget.
-        least: standard deviation in log-odds below which scores are pushed apart.
+        routing: of the stage; None if it did not run in this process.
+        zero: a zero on the device.
         over_ranks: mean of a scalar over processes, with this process's gradient; None with one process.
     """
-    terms = []
-    for name, routing in trace.routings.items():
-        if name in held and routing.probabilities:
-            scores, routable = routing.scores, routing.routable
-            mean = mean_over(scores, routable, over_ranks).detach()
-            variance = mean_over((scores - mean).square(), routable, over_ranks)
-            # The square root has no gradient at 0, where there is nothing to push apart either.
-            terms.append((least - (variance + 1e-6).sqrt()).clamp(min=0).square())
-    return torch.stack(terms).sum() if terms else None
+    scores = zero if routing is None else routing.scores
+    weight = zero if routing is None else routing.routable.to(scores.dtype)
+    mean, _ = mean_and_any(scores, weight, over_ranks)
+    variance, _ = mean_and_any((scores - mean.detach()).square(), weight, over_ranks)
+    # The square root has no gradient at 0, where there is nothing to push apart either.
+    return (variance + 1e-6).sqrt()
 
 
-def _requested(routings: Mapping[str, Routing], keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The keeps of the held stages, and the requested ones of all others, which a schedule may have moved."""
-    device = next(iter(keep.values())).device
-    others = {
-        name: torch.tensor(routing.requested, device=device) for name, routing in routings.items() if name not in keep and routing.requested
-    }
-    return {**others, **keep}
+def kernel_width(spread: Tensor, noise: float | Tensor) -> Tensor:
+    """Scalar: width of the kernels that estimate the density at the cut, at least 0.05.
+
+    Args:
+        spread: standard deviation of the scores.
+        noise: logistic noise on the compared scores, under which kernels of this width are exact on average; 0 without any.
+    """
+    half = 0.5 * spread.detach()
+    return (torch.maximum(half, noise) if isinstance(noise, Tensor) else half.clamp(min=noise)).clamp(min=0.05)
+
+
+def _share(count: tuple[Tensor, Tensor], over_ranks: Reduce) -> tuple[Tensor, Tensor]:
+    """Kept ÷ present tokens of all processes, 0 without any, and whether there are any."""
+    kept, present = count
+    weight = present.to(kept.dtype)
+    return mean_and_any(kept / weight.clamp(min=1), weight, over_ranks)
+
+
+def _of_all(trace: Trace, cost: CostModel, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The keeps of held stages, of those that follow them, and the requested ones of all others, which a schedule may have moved."""
+    found = dict(keep)
+    like = next(iter(keep.values()))
+    for stage in cost.stages:
+        key, routing = stage.config.key, trace.routings.get(stage.config.key)
+        if key in found:
+            continue
+        if stage.config.follows is not None and stage.reads in found:
+            found[key] = found[str(stage.reads)]
+        elif routing is not None and routing.requested:
+            found[key] = torch.full((), routing.requested, dtype=like.dtype, device=like.device)
+    return found

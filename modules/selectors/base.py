@@ -67,6 +67,7 @@ class Selector(nn.Module):
         cuts: a token is kept if its score is above a threshold, ``Decision.cut``.
         one_keep: in evaluation it keeps the share that it was trained for, whatever keep is requested.
         draws: the selector needs ``Request.draws`` in evaluation too.
+        explores: exploration noise is logistic noise on the scores that are compared with the cut.
         by_scores: decisions in evaluation follow the scores.
         float32_buffers: names of buffers that stay float32 when the model is loaded in or cast to another dtype.
     """
@@ -77,6 +78,7 @@ class Selector(nn.Module):
     cuts: ClassVar[bool] = False
     one_keep: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+    explores: ClassVar[bool] = False
     by_scores: ClassVar[bool] = True
     float32_buffers: ClassVar[tuple[str, ...]] = ()
 

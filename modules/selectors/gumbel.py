@@ -16,12 +16,15 @@ class GumbelSelector(Selector):
     """Keeps a token if its score plus logistic noise is above 0: a hard Gumbel softmax over keep and drop (arXiv 1611.01144).
 
     At noise 1 a token is kept with probability sigmoid(score). The budget's schedule anneals the noise to 0, and evaluation uses none.
-    The budget needs a regulariser to hold the ratio.
+    The budget's controller holds the ratio.
     """
 
     adaptive = True
     needs_probabilities = True
     cuts = True
+    # It keeps what its router learned, whatever is requested.
+    one_keep = True
+    explores = True
 
     @torch.no_grad()
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:

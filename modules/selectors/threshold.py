@@ -29,7 +29,7 @@ class ThresholdSelector(Selector):
     Args:
         spec: the tokens to select from.
         calibrate: the threshold follows the scores. If False, it stays at 0, which is keep probability 0.5, and the budget needs a
-            regulariser to hold the ratio.
+            controller to hold the ratio.
         rate: weight of the newest batch in the moving average.
         bucket: the padded length is a multiple of it; None means 16 in a causal model and 1 otherwise.
         equal_rows: in training every row keeps the requested fraction, by rank. None means True in a causal model, whose rows are

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from laconic.modules.budget.config import BudgetConfig
 from laconic.modules.budget.controllers.augmented_lagrangian import AugmentedLagrangian
 from laconic.modules.budget.controllers.base import Controller
 from laconic.modules.budget.controllers.nupi import NuPI
-from laconic.modules.budget.gaps import kept, narrowness
+from laconic.modules.budget.gaps import kept_by_row, kernel_width, spread_of
 from laconic.modules.budget.regularizers.base import Regularizer
 from laconic.modules.budget.regularizers.binomial import Binomial, surprise
 from laconic.modules.budget.regularizers.entropy import Entropy
@@ -125,6 +126,8 @@ def test_tokens_stop_where_a_stage_does_not_keep_them() -> None:
     assert stops.tolist() == pytest.approx([0.5, 0.3, 0.2])
     requested = [_routing(_logit(*[keep] * 4)[None], keep) for keep in (0.5, 0.4)]
     assert float(Ponder()(requested, None, CostModel(dense("vit")))) == pytest.approx(0.7, abs=1e-6)
+    around = [replace(routing, bypass=True) for routing in requested]
+    assert float(Ponder()(around, None, CostModel(dense("vit")))) == pytest.approx(0.9, abs=1e-6)
 
 
 def test_uniformity_sees_places_and_not_contents() -> None:
@@ -205,25 +208,54 @@ def test_a_controller_moves_once_a_step_by_the_mean_over_its_forwards_and_resume
 def test_the_derivative_of_a_gap_is_the_density_of_scores_at_the_cut() -> None:
     """The keep of normal scores, of any spread, moves with their common shift as their density at the cut does, noise or not."""
     draws = torch.randn(4, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for spread, noise in ((0.5, 0.0), (2.0, 0.0), (2.0, 1.0)):
+    for spread, noise in ((0.5, 0.0), (2.0, 0.0), (2.0, 1.5)):
         shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        (gradient,) = torch.autograd.grad(kept(_routing(draws * spread + 0.3 * spread + shift, 0.5), noise).mean(), shift)
+        routing = _routing(draws * spread + 0.3 * spread + shift, 0.5)
+        width = kernel_width(spread_of(routing, torch.zeros(1)), noise)
+        assert float(width) == pytest.approx(max(noise, 0.5 * spread), rel=0.02)
+        count, present = kept_by_row(routing, width)
+        (gradient,) = torch.autograd.grad((count / present).mean(), shift)
         # Logistic noise has the variance noise²·π²/3.
-        wide = math.sqrt(spread**2 + (max(noise, 0.5 * spread) * math.pi) ** 2 / 3)
+        wide = math.sqrt(spread**2 + (float(width) * math.pi) ** 2 / 3)
         assert float(gradient) == pytest.approx(math.exp(-((0.3 * spread / wide) ** 2) / 2) / (wide * math.sqrt(2 * math.pi)), rel=0.07)
 
 
 def test_scores_near_the_cut_are_pushed_apart_and_others_are_left_alone() -> None:
-    def push(spread: float) -> tuple[float, float]:
+    def push(spread: float) -> float:
+        budget = _budget(measure="keep", target=0.5)
         scores = (torch.tensor([[-1.0, 1.0, -1.0, 1.0]]) * spread).requires_grad_()
-        value = narrowness(Trace(routings={"before_1": _routing(scores, 0.5)}), ["before_1"], 1.0)
-        assert value is not None
-        value.backward()
-        assert scores.grad is not None
-        return float(value.detach()), float(scores.grad[0, 1])
+        loss = budget.loss(Trace(routings={"before_1": _routing(scores, 0.5, torch.tensor([2]))}), 0)
+        loss.total.backward()
+        assert float(loss.gaps["before_1"]) == 0
+        return float(loss.total.detach())
 
-    assert push(0.25) == pytest.approx((0.75**2, -2 * 0.75 / 4), rel=1e-3)
-    assert push(2.0) == (0, 0)
+    assert push(0.25) == pytest.approx(0.75**2, rel=1e-3)
+    assert push(2.0) == 0
+
+
+def test_a_batch_without_a_token_to_remove_is_no_gap_and_a_stage_that_did_not_run_takes_part() -> None:
+    budget = _budget(measure="keep", target=0.5)
+    scores = torch.ones(2, 4, requires_grad=True)
+    every = torch.ones(2, 4, dtype=torch.bool)
+    nothing = replace(_routing(scores, 0.5, torch.tensor([0, 0])), state=TokenState.initial(2, 4, every, every, scores.device))
+    loss = budget.loss(Trace(routings={"before_1": nothing}), 0)
+    assert float(loss.gaps["before_1"]) == 0
+    calls: list[int] = []
+
+    def over_ranks(value: torch.Tensor) -> torch.Tensor:
+        calls.append(value.numel())
+        return value
+
+    for routings in ({"before_1": _routing(scores, 0.5, torch.tensor([2, 2]))}, {"other": _routing(scores, 0.5)}):
+        budget.loss(Trace(routings=routings), 0, over_ranks)
+    assert calls[: len(calls) // 2] == calls[len(calls) // 2 :]
+
+
+def test_at_full_length_a_controller_waits() -> None:
+    budget = _budget(target=0.6, schedule="step", start=1.0, schedule_until=0.5)
+    model, trace = compress(dense("vit"), budget.compression).train(), budget.trace(0)
+    model(pixel_values=images(), trace=trace)
+    assert budget.loss(trace, 0).gaps == {}
 
 
 def test_the_controller_is_an_augmented_lagrangian_where_routers_decide_the_count_and_there_is_none_elsewhere() -> None:

@@ -19,11 +19,11 @@ class Controller:
     returns a new one, so that nothing is held outside of it.
 
     Attributes:
-        spread: standard deviation of a stage's scores, in log-odds, below which the budget pushes them apart, so that a step moves the
+        least_spread: standard deviation of a stage's scores, in log-odds, below which the budget pushes them apart, so that a step moves the
             count by few tokens; 0 leaves them alone.
     """
 
-    spread: float = 1.0
+    least_spread: float = 1.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -18,7 +18,7 @@ class Fixed(Controller):
     the task; the other controllers do not.
     """
 
-    spread: float = 0.0
+    least_spread: float = 0.0
 
     @property
     def holds(self) -> bool:

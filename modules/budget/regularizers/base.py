@@ -21,11 +21,16 @@ def mean_over(values: Tensor, counted: Tensor, over_ranks: Callable[[Tensor], Te
         counted: bool, of the same shape: the values to count. Rows of text in a batch of images have no routable token.
         over_ranks: mean over processes; None with one process.
     """
+    return mean_and_any(values, counted, over_ranks)[0]
+
+
+def mean_and_any(values: Tensor, counted: Tensor, over_ranks: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+    """``mean_over``, and a bool scalar: there is something to count in some process. ``counted`` may be weights."""
     both = torch.stack([(values * counted).sum(), counted.sum().to(values.dtype)])
     total, number = both if over_ranks is None else over_ranks(both)
+    number = number.detach()
     # The mean of a number over processes may be below 1.
-    mean: Tensor = total / number.detach().clamp(min=torch.finfo(number.dtype).tiny)
-    return mean
+    return total / number.clamp(min=torch.finfo(number.dtype).tiny), number > 0
 
 
 def soft_keep(routing: Routing) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,6 +39,6 @@ def surprise(kept: Tensor, number: Tensor, keep: float) -> Tensor:
     """
     if keep >= 1:
         return kept * 0
-    share, total = torch.tensor(keep, dtype=kept.dtype, device=kept.device), number.to(kept.dtype)
+    total = number.to(kept.dtype)
     ways = torch.lgamma(total + 1) - torch.lgamma(kept + 1) - torch.lgamma(total - kept + 1)
-    return -(ways + kept * share.log() + (total - kept) * (1 - share).log()) / total.clamp(min=1)
+    return -(ways + kept * math.log(keep) + (total - kept) * math.log(1 - keep)) / total.clamp(min=1)

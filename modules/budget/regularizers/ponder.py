@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,13 +20,15 @@ class Ponder(Regularizer):
     (A-ViT, arXiv 2112.07658, with weights 5e-4 and 1e-3).
 
     A token stops at the stage that does not keep it, or after the last one. The first term pulls towards fewer tokens without end: the
-    prior, or the budget's controller, holds the ratio.
+    prior, or the budget's controller, holds the ratio. Around layers, where tokens go on, it is the mean number of layers that process a
+    token, without the divergence.
 
     Attributes:
         weight: weight of the loss at the end of its ramp.
         prior: weight of the divergence relative to the first term.
     """
 
+    holds_ratio: ClassVar[bool] = False
     weight: float = 5e-4
     prior: float = 2.0
 
@@ -37,8 +40,11 @@ class Ponder(Regularizer):
         over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         keeps = torch.stack([mean_over(soft_keep(it), it.routable.any(-1), over_ranks) for it in routings])
+        if any(it.bypass for it in routings):
+            # Around layers a token that one layer does not process is there for the next one.
+            return keeps.sum()
         passed, stops = stopping(keeps)
-        _, wanted = stopping(keeps.new_tensor([it.requested for it in routings]))
+        _, wanted = stopping(torch.stack([torch.full_like(keeps[0], it.requested) for it in routings]))
         small = torch.finfo(keeps.dtype).tiny
         divergence = (stops * (stops.clamp(min=small).log() - wanted.clamp(min=1e-6).log())).sum()
         return passed + self.prior * divergence
