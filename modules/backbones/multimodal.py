@@ -64,13 +64,7 @@ class Multimodal(Decoder):
 
     @classmethod
     def check(cls, model: PreTrainedModel) -> None:
-        config: Any = model.config
-        for key, known in (("text_config", cls.languages), ("vision_config", cls.towers)):
-            kind = getattr(config, key).model_type
-            if known is not None and kind not in known:
-                raise ValueError(
-                    f"{key}.model_type = {kind!r} is not supported in a {cls.model_type}: it must be one of {', '.join(known)}"
-                )
+        cls._check_parts(model.config)
         if cls.needs_features and not takes_features(cls.base(model)):
             raise ValueError(
                 f"{cls.model_type} needs a version of transformers whose forward takes mm_encoder_outputs, 5.23 for example: upgrade it"
@@ -86,7 +80,18 @@ class Multimodal(Decoder):
         return replace(super().token_spec(model, stack), classes=0)
 
     @classmethod
+    def _check_parts(cls, config: Any) -> None:
+        for key, known in (("text_config", cls.languages), ("vision_config", cls.towers)):
+            kind = getattr(config, key).model_type
+            if known is not None and kind not in known:
+                raise ValueError(
+                    f"{key}.model_type = {kind!r} is not supported in a {cls.model_type}: it must be one of {', '.join(known)}"
+                )
+
+    @classmethod
     def layers_adapter(cls, config: Any) -> type[LayerAdapter]:
+        # Also asked before a model is checked, or built.
+        cls._check_parts(config)
         return cls.languages[config.text_config.model_type].layer_adapter
 
     @classmethod

@@ -153,5 +153,5 @@ class ThresholdSelector(Selector):
         rate = torch.where(self.batches == 0, 1.0, self.rate)
         self.threshold.add_(fitting - before).lerp_(fitting, rate.to(self.threshold.dtype))
         self.batches.add_(ranks > 0).clamp_(max=1)
-        self.requested.fill_(keep)
+        self.requested.copy_(torch.where(ranks > 0, keep, self.requested))
         return fitting

@@ -272,6 +272,8 @@ def test_a_tied_embedding_that_trained_is_the_head_too_and_lora_on_it_is_refused
     compress(model, decoders.METHODS[1].config(0.5, 0.6))
     add_lora(model, LoraConfig(r=2, modules_to_save=["embed_tokens"]))
     with torch.no_grad():
+        for stage in stages_of(model).values():
+            stage.selector.set_cut(0.5)
         model.model.embed_tokens.weight.add_(torch.randn_like(model.model.embed_tokens.weight) * 0.1)
         tokens = torch.randint(2, decoders.VOCABULARY, (2, 24))
         logits = model.eval()(tokens).logits

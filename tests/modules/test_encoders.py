@@ -75,8 +75,9 @@ def test_cost_equals_a_counter_on_the_real_module(family: str, name: str, keeps:
     cost = CostModel(model, size=LENGTH)
     assert cost().macs == pytest.approx(counter.get_total_flops() / 2, rel=6e-3)
     assert cost.achieved(trace) == pytest.approx(cost().macs_ratio, rel=1e-6)
-    if keeps == (1.0, 1.0) and name == "squeeze":
-        assert cost().dense_macs < cost().macs
+    if keeps == (1.0, 1.0):
+        # Stages that keep every token run no router.
+        assert cost().macs == cost().dense_macs
 
 
 @pytest.mark.parametrize(("family", "method"), [(family, name) for family in FAMILIES for name in FAMILIES[family].refuses])
