@@ -48,6 +48,8 @@ class QueriesMerger(Merger):
             raise ValueError(f"merger 'queries': heads = {heads!r} must divide the width of a token, {width}")
         self.heads = heads or math.gcd(width, max(1, width // 64))
         self.unit = spec.unit
+        # Kept apart: between forwards, a process that holds a part of the weights sees a parameter of length 0.
+        self._most = queries
         self.queries = nn.Parameter(torch.randn(queries, width))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
@@ -58,7 +60,7 @@ class QueriesMerger(Merger):
 
     @property
     def most(self) -> int:
-        return len(self.queries)
+        return self._most
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Merged:
         hidden_states, state = inputs.hidden_states, inputs.state
