@@ -20,15 +20,28 @@ def set_keep(model: PreTrainedModel, keep: float | Mapping[str, float]) -> None:
 
     Args:
         model: compressed model.
-        keep: fraction in (0, 1] for every stage that does not leave its layer out, or fractions by stage name.
+        keep: fraction in (0, 1] for every stage that does not leave its layer out, or fractions by stage name. Stages that take over the
+            decision of another one (``share``) have its keep.
 
     Raises:
-        ValueError: a fraction is out of range, a stage does not exist, or it holds the one keep that it was trained for.
+        ValueError: a fraction is out of range, a stage does not exist, it holds the one keep that it was trained for, or it takes over the decision of
+            another one, which keeps another fraction.
     """
     stages = {name: stage for name, stage in stages_of(model).items() if not stage.config.left_out}
     given = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(stages, float(keep))
     if unknown := sorted(given.keys() - stages.keys()):
         raise ValueError(f"keep names {', '.join(unknown)}, and the stages are {', '.join(stages) or 'none: the model is dense'}")
+    for name, stage in stages.items():
+        if stage.config.follows is None:
+            continue
+        leader = str(stage.reads)
+        decided = given.get(leader, stages[leader].config.keep)
+        if given.get(name, decided) != decided:
+            raise ValueError(
+                f"keep of stage {name!r} = {given[name]} differs from {decided} of {leader!r}, which decides for both: give {leader!r} a keep"
+            )
+        if leader in given:
+            given[name] = given[leader]
     if not given:
         raise ValueError("keep is of stages, and the model has none: leave it out")
     for name, value in given.items():

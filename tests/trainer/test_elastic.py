@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from laconic import CompressionConfig, StageConfig, Trace, compress, from_pretrained, set_keep
+from laconic import CompressionConfig, StageConfig, Trace, compress, from_pretrained, set_keep, stages_of
 from laconic.trainer.cli.app import app
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.recipe.files import load
@@ -36,6 +36,19 @@ def test_a_model_loaded_with_another_keep_is_the_one_whose_trace_requests_it_and
     one = from_pretrained(tmp_path / "model", keep={"before_2": 0.25})
     assert torch.equal(one(images()).logits, trained(images(), trace=Trace(keep={"before_2": 0.25})).logits)
     assert not torch.equal(wanted, trained(images()).logits)
+
+
+def test_stages_with_one_decision_have_the_keep_of_the_one_that_decides(tmp_path: Path) -> None:
+    block = {"layer": [0, 1, 2], "site": "around", "keep": 0.5, "scorer": "learned", "share": True}
+    model = compress(dense("vit"), CompressionConfig([block]))
+    set_keep(model, {"around_0": 0.25, "around_2": 0.25})
+    assert [stage.config.keep for stage in stages_of(model).values()] == [0.25] * 3
+    model.save_pretrained(tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(images()).logits, model(images()).logits)
+    for wrong in ({"around_1": 0.5}, {"around_0": 0.75, "around_1": 0.5}):
+        with pytest.raises(ValueError, match="keep of stage 'around_1' = 0.5 differs from 0.[27]5 of 'around_0', which decides for both"):
+            set_keep(model, wrong)
+    assert [stage.config.keep for stage in stages_of(model).values()] == [0.25] * 3
 
 
 def test_keeps_that_a_stage_cannot_have_are_refused() -> None:
