@@ -35,15 +35,23 @@ def clean() -> Iterator[CleanProcesses]:
 DEAR = ("good", "run", "runs", "tokenizer")
 
 
+def _group(item: pytest.Function) -> str | None:
+    """The dear fixture that a test shares with others, for its module or for all."""
+    if "two_processes" in item.fixturenames:
+        return "two_processes"
+    return next((f"{item.module.__name__}.{name}" for name in DEAR if name in item.fixturenames), None)
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share a dear fixture go to one process, where it is made once; long tests come first, so that all processes end together."""
-    for item in items:
-        if not isinstance(item, pytest.Function):
-            continue
-        shared = [f"{item.module.__name__}.{name}" for name in DEAR if name in item.fixturenames]
-        if "two_processes" in item.fixturenames:
-            shared = ["two_processes"]
-        for name in shared[:1]:
+    functions = [item for item in items if isinstance(item, pytest.Function)]
+    # Clean processes are forked from one that takes ten seconds to start: the groups of all tests that want it are one.
+    forked = {_group(item) for item in functions if "clean" in item.fixturenames} - {None}
+    for item in functions:
+        name = _group(item)
+        if "clean" in item.fixturenames or name in forked:
+            name = "clean"
+        if name is not None:
             item.add_marker(pytest.mark.xdist_group(name))
     items.sort(key=lambda item: "trainer" not in item.path.parts)

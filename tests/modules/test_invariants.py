@@ -227,7 +227,7 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("images", "both") else kind for kind in SAVED])
+@pytest.mark.parametrize("kind", [kind if kind == "causal" else pytest.param(kind, marks=pytest.mark.slow) for kind in SAVED])
 def test_10_saved_models_answer_and_generate_bit_for_bit_in_a_clean_process(kind: str, tmp_path: Path, clean: CleanProcesses) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -132,7 +132,7 @@ def test_a_machine_without_laconic_loads_a_standalone_export_from_a_folder_and_f
 
 
 @pytest.mark.usefixtures("quick_exports")
-@pytest.mark.parametrize("name", ["predictor", "gate"])
+@pytest.mark.parametrize("name", ["predictor", pytest.param("gate", marks=pytest.mark.slow)])
 def test_a_language_model_with_routers_generates_the_same_without_laconic(tmp_path: Path, name: str) -> None:
     method = next(item for item in decoders.METHODS if item.name == name)
     model = decoders.compressed("llama", method, 0.5, 0.5)

@@ -40,9 +40,9 @@ def test_processes_know_their_place_and_only_the_first_is_heard_on_stdout(tmp_pa
     ("program", "code", "message"),
     [
         ("sys.exit(0 if rank else 2)", 2, ""),
-        ("sys.exit(0 if rank else 1)", 1, ""),
-        ("sys.exit(0 if rank else 143)", 143, ""),
-        ("time.sleep(0 if rank else 60); sys.exit(3)", 1, "failed: a process of this run ended, rank 0 with -15, rank 1 with 3; what"),
+        pytest.param("sys.exit(0 if rank else 1)", 1, "", marks=pytest.mark.slow),
+        pytest.param("sys.exit(0 if rank else 143)", 143, "", marks=pytest.mark.slow),
+        pytest.param("time.sleep(0 if rank else 60); sys.exit(3)", 1, "failed: a process of this run ended, rank 0 with -15, rank 1 with 3; what", marks=pytest.mark.slow),
         ("rank and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)", 1, "failed: a process of this run ended, rank 0 with -15, rank 1 with -9"),
     ],
     ids=["user error", "failure", "stopped", "other fails", "other is killed"],

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("few_passages", "few_functions")
 
 
 # Control arms, and models whose kind another recipe runs.
-_SLOW = (*CONTROLS, "vlm_digits_tower", "vlm_digits_base", "vlm_lora", "prompt_lora")
+_SLOW = (*CONTROLS, "vlm_digits_tower", "vlm_digits_base", "vlm_lora", "prompt_lora", "llm_continue")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in shipped()])
@@ -46,7 +46,7 @@ def test_every_shipped_recipe_is_valid_and_runs_two_steps(name: str, tmp_path: P
             assert report.keep["achieved"][stage] == pytest.approx(keep, abs=0.3 if adaptive else 0.5 / 7)  # type: ignore[arg-type]
 
 
-_QUICK = [name for name in CONTROLS if name.endswith("_random") and not name.startswith("prompt_")]
+_QUICK = [name for name in CONTROLS if name.endswith("_random") and not name.startswith(("prompt_", "llm_lora"))]
 
 
 @pytest.mark.parametrize("name", [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONTROLS])

@@ -140,6 +140,7 @@ def test_a_batch_without_an_image_calls_the_modules_of_one_with_images(stack: st
     assert orders[0] == orders[1]
 
 
+@pytest.mark.usefixtures("quick_exports")
 def test_a_run_is_reported_by_kind_evaluated_exported_and_answers(tmp_path: Path, console: Console) -> None:
     overrides = [*small("vlm_digits", tmp_path, QUICK), f"output={tmp_path / 'run'}"]
     report = train(load("vlm_digits", overrides), overrides, console)
