@@ -296,10 +296,14 @@ def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:
         return False
     parts.model.train()
     buffers = {name: value.clone() for name, value in parts.model.named_buffers()}
+    controls = None if parts.budget is None else parts.budget.state_dict()
     module.losses(collate([row]))["loss"].backward()
     for name, value in parts.model.named_buffers():
         # Restored, so that an adaptive threshold has not seen this row.
         value.copy_(buffers[name])
+    if parts.budget is not None and controls is not None:
+        # Nor has the controller.
+        parts.budget.load_state_dict(controls)
     unused = any(parameter.grad is None for parameter in parts.model.parameters() if parameter.requires_grad)
     parts.model.zero_grad(set_to_none=True)
     return unused
