@@ -204,17 +204,8 @@ class Budget:
         if auxiliary is not None:
             total = total + auxiliary
         self._advance(step)
-        gaps: dict[str, Tensor] = {}
-        # Before a schedule has left full length there is nothing to close.
-        if self.controller is not None and self.target(step) < 1:
-            zero = torch.zeros(1, device=device)
-            spreads = {it.config.key: spread_of(trace.routings.get(it.config.key), zero, over_ranks) for it in self.held}
-            if self.controller.least_spread:
-                narrow = [(self.controller.least_spread - spread).clamp(min=0).square() for spread in spreads.values()]
-                total = total + torch.stack(narrow).sum()
-            widths = {it.config.key: kernel_width(spreads[it.config.key], trace.noise if it.selector.explores else 0.0) for it in self.held}
-            requested = self.keep(step)
-            gaps = gaps_of(trace, self.held, self.config.measure, self.target(step), requested, self.cost, widths, over_ranks)
+        gaps, apart = self._gaps_of(trace, step, over_ranks)
+        total = total + apart
         penalized = self.regularizer is not None and self.regularizer.holds_ratio
         states = {name: self._control(name, gap.device) for name, gap in gaps.items()}
         for name, gap in gaps.items():
@@ -241,6 +232,19 @@ class Budget:
             soft_keep=soft,
             gaps={name: gap.detach() for name, gap in gaps.items()},
         )
+
+    def _gaps_of(self, trace: Trace, step: int, over_ranks: Callable[[Tensor], Tensor] | None) -> tuple[dict[str, Tensor], Tensor | float]:
+        """The gaps of a forward by constraint, and the loss that keeps scores apart; none before a schedule has left full length."""
+        target = self.target(step)
+        if self.controller is None or target >= 1:
+            return {}, 0.0
+        zero = torch.zeros(1, device=next(iter(trace.routings.values())).scores.device)
+        spreads = {it.config.key: spread_of(trace.routings.get(it.config.key), zero, over_ranks) for it in self.held}
+        widths = {it.config.key: kernel_width(spreads[it.config.key], trace.noise if it.selector.explores else 0.0) for it in self.held}
+        gaps = gaps_of(trace, self.held, self.config.measure, target, self.keep(step), self.cost, widths, over_ranks)
+        # Without a least spread every term is 0, and has no gradient.
+        narrow = [(self.controller.least_spread - spread).clamp(min=0).square() for spread in spreads.values()]
+        return gaps, torch.stack(narrow).sum()
 
     def _advance(self, step: int) -> None:
         """Moves the controller if the forwards since the last move were of an earlier step."""

@@ -24,8 +24,8 @@ def set_keep(model: PreTrainedModel, keep: float | Mapping[str, float]) -> None:
             decision of another one (``share``) have its keep.
 
     Raises:
-        ValueError: a fraction is out of range, a stage does not exist, it holds the one keep that it was trained for, or it takes over the decision of
-            another one, which keeps another fraction.
+        ValueError: a fraction is out of range, a stage does not exist, it holds the one keep that it was trained for, or it takes over the
+            decision of another one, which keeps another fraction.
     """
     stages = {name: stage for name, stage in stages_of(model).items() if not stage.config.left_out}
     given = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(stages, float(keep))

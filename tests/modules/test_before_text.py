@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from laconic import Budget, BudgetConfig, CompressionConfig, StageConfig, Trace, compress, decompress, from_pretrained
+from laconic import CompressionConfig, StageConfig, Trace, compress, decompress, from_pretrained
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.decoding.cache import RoutedCache
@@ -390,20 +390,3 @@ def test_visual_keep_and_macs_are_counted_by_stack_over_all_images_of_a_batch() 
     assert {name: use.macs_ratio for name, use in uses.items()} == pytest.approx(halved().stack_macs_ratio, rel=1e-6)
     around = _model("tower_around")
     assert CostModel(around).uses(_run(around, row(0))[1])["projector"].macs_ratio == 1
-
-
-def test_a_budget_shares_its_reduction_out_by_stack() -> None:
-    stages = [StageConfig(layer=0, stack=stack, scorer="random", scope=scope) for stack, scope in (("vision", "all"), ("projector", "all"), ("text", "visual"))]  # fmt: skip
-    config, keeps = CompressionConfig(stages, {"text": {"layer": LAYERS, "by": "rejoin"}}), {}
-    for shares in ({}, {"vision": 0, "text": 2}):
-        budget = Budget(BudgetConfig(target=0.93, shares=shares), dense(), config)
-        keeps[len(shares)] = budget.keep(0)
-        assert 0.85 < budget.cost(budget.keep(0)).macs_ratio <= 0.93
-    assert len(set(keeps[0].values())) == 1
-    projector = keeps[2]["projector.before_0"]
-    assert keeps[2] == pytest.approx({"vision.before_0": 1, "projector.before_0": projector, "text.before_0": projector**2})
-    for shares, message in (({"tower": 1}, "budget.shares names tower, .* are in 'vision', 'projector', 'text'"), (dict.fromkeys(("vision", "projector", "text"), 0), "0 for every stack")):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            Budget(BudgetConfig(shares=shares), dense(), config)
-    with pytest.raises(ValueError, match="budget.shares.text = -1 must be a number of at least 0"):
-        BudgetConfig(shares={"text": -1})

@@ -48,6 +48,11 @@ def soft_keep(routing: Routing) -> Tensor:
     return torch.as_tensor(routing.kept, device=soft.device) / number + soft - soft.detach()
 
 
+def mean_keep(routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Mean of ``soft_keep`` over the rows of all processes, and a bool scalar: some of them has a routable token."""
+    return mean_and_any(soft_keep(routing), routing.routable.any(-1), over_ranks)
+
+
 @dataclass(frozen=True)
 class Regularizer:
     """Pulls the soft ratio of trained scorers towards the requested one.

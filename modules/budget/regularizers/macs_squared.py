@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...cost.cost import CostModel
 from ...tokens.trace import Routing
-from .base import Regularizer, mean_over, soft_keep
+from .base import Regularizer, mean_keep
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,6 @@ class MacsSquared(Regularizer):
         requested = {routing.stage: routing.requested for routing in routings}
         if target is None:
             target = cost(requested).macs_ratio
-        keeps = {routing.stage: mean_over(soft_keep(routing), routing.routable.any(-1), over_ranks) for routing in routings}
+        keeps = {routing.stage: mean_keep(routing, over_ranks)[0] for routing in routings}
         soft = cost.soft(keeps)
         return (soft - torch.as_tensor(target, dtype=soft.dtype, device=soft.device)).square()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...cost.cost import CostModel
 from ...tokens.trace import Routing
-from .base import Regularizer, mean_over, soft_keep
+from .base import Regularizer, mean_keep
 
 
 @dataclass(frozen=True)
@@ -37,5 +37,5 @@ class MinimumActivation(Regularizer):
         cost: CostModel,
         over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        keeps = [(mean_over(soft_keep(it), it.routable.any(-1), over_ranks), it.routable.any()) for it in routings]
-        return torch.stack([(self.lowest - keep).clamp(min=0) * there for keep, there in keeps]).sum()
+        keeps = [mean_keep(routing, over_ranks) for routing in routings]
+        return torch.stack([(self.lowest - keep).clamp(min=0) * some for keep, some in keeps]).sum()

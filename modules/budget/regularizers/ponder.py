@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...cost.cost import CostModel
 from ...tokens.trace import Routing
-from .base import Regularizer, mean_over, soft_keep
+from .base import Regularizer, mean_keep
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Ponder(Regularizer):
         cost: CostModel,
         over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        keeps = torch.stack([mean_over(soft_keep(it), it.routable.any(-1), over_ranks) for it in routings])
+        keeps = torch.stack([mean_keep(routing, over_ranks)[0] for routing in routings])
         if any(it.bypass for it in routings):
             # Around layers a token that one layer does not process is there for the next one.
             return keeps.sum()

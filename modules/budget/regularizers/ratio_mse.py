@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...tokens.trace import Routing
-from .base import StageRegularizer, mean_over, soft_keep
+from .base import StageRegularizer, mean_keep, mean_over, soft_keep
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class RatioMSE(StageRegularizer):
     weight: float = 2.0
 
     def of_stage(self, routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
-        kept, counted = soft_keep(routing), routing.routable.any(-1)
         if routing.adaptive:
+            kept, some = mean_keep(routing, over_ranks)
             # Without a routable token on any process there is nothing to hold.
-            return (mean_over(kept, counted, over_ranks) - routing.requested).square() * counted.any()
-        return mean_over((kept - routing.requested).square(), counted, over_ranks)
+            return (kept - routing.requested).square() * some
+        return mean_over((soft_keep(routing) - routing.requested).square(), routing.routable.any(-1), over_ranks)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...tokens.trace import Routing
-from .base import StageRegularizer, mean_over, soft_keep
+from .base import StageRegularizer, mean_keep
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,5 @@ class TwoSidedL1(StageRegularizer):
     weight: float = 20.0
 
     def of_stage(self, routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
-        kept, counted = soft_keep(routing), routing.routable.any(-1)
-        return (mean_over(kept, counted, over_ranks) - routing.requested).abs() * counted.any()
+        kept, some = mean_keep(routing, over_ranks)
+        return (kept - routing.requested).abs() * some
