@@ -138,6 +138,8 @@ def test_a_plan_is_a_recipe_of_the_measured_stages(folder: Path, tmp_path: Path)
 def test_a_compressed_model_is_probed_with_its_own_stages(folder: Path, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(folder / "model")
     compress(model, CompressionConfig([StageConfig(layer=1, site="around", keep=0.5, scorer="linear", selector="threshold")]))
+    # An uncalibrated threshold would be refused.
+    laconic.start_routers(model, [{"input_ids": torch.arange(16)[None]}])
     model.save_pretrained(tmp_path / "model")
     small_tokenizer().save_pretrained(tmp_path / "model")
     probe = _probe(folder, tmp_path / "p.json", tmp_path / "model")
