@@ -84,6 +84,7 @@ def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None 
     data = _open_data(task.of_run(recipe, run), config, model, target)
     loader = DataLoader(data.test, batch_size=recipe.data.eval_batch_size, collate_fn=collate, num_workers=recipe.data.workers)
     results: dict[str, Any] = {}
+    static = [name for name, stage in stages_of(model).items() if stage.config.left_out]
     said = dict.fromkeys(data.remarks)
 
     def measure(
@@ -117,7 +118,14 @@ def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None 
     for line in said:
         console.print(line, soft_wrap=True)
     split = "test" if data.has_test else "validation"
-    return {"target": target, "split": split, "metric": task.metric, "remarks": list(said), "variants": results}
+    return {
+        "target": target,
+        "split": split,
+        "metric": task.metric,
+        "static": static,
+        "remarks": list(said),
+        "variants": results,
+    }
 
 
 def _check_keeps(model: PreTrainedModel, keeps: Sequence[float]) -> None:

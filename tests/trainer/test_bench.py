@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from laconic import Trace
 from laconic.trainer.measure.bench import bench, paired_ratio, sliced
-from laconic.trainer.measure.shares import shares
+from laconic.trainer.measure.report import Arm, table
+from laconic.trainer.measure.shares import shares, static_of
 from tests.matrix import BACKBONES, METHODS, compressed, dense, images, inputs, labels
 
 
@@ -46,9 +50,35 @@ def test_a_slow_model_is_measured_in_few_rounds(monkeypatch: pytest.MonkeyPatch)
     assert measured.rounds == 8
 
 
-@pytest.mark.parametrize(("number", "shown"), [(0, "–"), (2, "0.200 0.300"), (5, "min 0.200 mean 0.400 max 0.600")])
-def test_shares_of_many_stages_are_their_range(number: int, shown: str) -> None:
-    assert shares(0.2 + 0.1 * index for index in range(number)) == shown
+@pytest.mark.parametrize(
+    ("number", "static", "shown"),
+    [
+        (0, 0, "–"),
+        (0, 3, "3 static"),
+        (2, 0, "0.200 0.300"),
+        (1, 11, "0.200, 11 static"),
+        (5, 7, "min 0.200 mean 0.400 max 0.600, 7 static"),
+    ],
+)
+def test_shares_of_many_stages_are_their_range(number: int, static: int, shown: str) -> None:
+    left_out = [f"around_{index}" for index in range(static)]
+    assert shares({str(index): 0.2 + 0.1 * index for index in range(number)} | dict.fromkeys(left_out, 0.0), left_out) == shown
+
+
+def test_a_closed_router_is_no_static_stage() -> None:
+    assert shares({"around_3": 0.0, "around_4": 0.0}, static_of({"around_3": 0.5, "around_4": 0.0})) == "0.000, 1 static"
+
+
+@pytest.mark.parametrize("stages", [1, 12, 30])
+def test_the_table_of_a_run_cuts_no_figure_in_a_terminal_of_80_columns(stages: int) -> None:
+    keep = {f"around_{index}": 0.5 if index < (6 if stages > 12 else 1) else 0.0 for index in range(stages)}
+    arm = Arm("smollm2_lora", 12.3456, {"requested": keep, "achieved": keep}, 0.8, 0.8, 1.0, None, 1.0, 12.345, 1.23, 0.987, 2**30)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table(dict.fromkeys(("dense", "smollm2_lora_uniform", "smollm2_lora"), arm), "perplexity", None))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert not any("…" in line for line in lines)
+    for shown in ("12.3456", "0.500", "0.800", "12345 ms", "1.23×", "98.7", "1024 MiB", *{1: (), 12: ("11 static",), 30: ("mean 0.500", "24 static")}[stages]):  # fmt: skip
+        assert any(shown in line for line in lines), shown
 
 
 def test_a_ratio_is_claimed_by_its_lower_bound() -> None:

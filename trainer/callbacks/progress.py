@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..build.part_rates import rates_of
 from ..distributed import collective
-from ..measure.shares import shares
+from ..measure.shares import shares, static_of
 from ..tasks.base import Task
 
 
@@ -135,11 +135,11 @@ class StepLine(Callback):
         scalars = {"train/loss": loss, f"train/{self.task.unit}_per_second": rate, "train/lr": groups[0]["lr"]}
         rates = rates_of(groups)
         scalars |= {f"train/lr_{name}": rate for name, rate in rates.items() if len(rates) > 1}
-        keeps = []
+        keeps = {}
         for (name, routing), kept, present in zip(routings.items(), summed[::2], summed[1::2], strict=False):
             achieved = kept / present if present else 1.0
             scalars |= {f"{name}/keep_requested": routing.requested, f"{name}/keep_achieved": achieved}
-            keeps.append(achieved)
+            keeps[name] = achieved
             if routing.agreement is not None:
                 scalars[f"{name}/agreement"] = float(routing.agreement)
         visual, of_stacks = [], summed[2 * len(routings) :]
@@ -166,7 +166,8 @@ class StepLine(Callback):
             trainer.logger.log_metrics(scalars, step)
         done = max(1, step - self._first_step)
         left = (time.perf_counter() - self._began) / done * (self.total_steps - step)
-        keep = (f"  keep {shares(keeps)}" if keeps else "") + (f"  visual keep {', '.join(visual)}" if visual else "")
+        static = static_of({name: routing.requested for name, routing in routings.items()})
+        keep = (f"  keep {shares(keeps, static)}" if keeps else "") + (f"  visual keep {', '.join(visual)}" if visual else "")
         if trainer.is_global_zero:
             self.lines.line(
                 f"{self.title}  step {step}/{self.total_steps}  loss {loss:.3f}{keep}  {rate:,.0f} {self.task.unit}/s  {_clock(left)} left"

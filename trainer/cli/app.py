@@ -86,7 +86,7 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
         loaded = load(recipe, overrides or [])
         from ..build.part_rates import described
         from ..build.validate import validate as check
-        from ..measure.shares import shares
+        from ..measure.shares import shares, static_of
         from ..recipe.baselines import load_baselines
 
         checked = {loaded.name: check(loaded.recipe)}
@@ -101,7 +101,7 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
         keep = (
             "  ".join(f"{stage} keep {value:.4f}" for stage, value in item.keep.items())
             if len(item.keep) <= 4
-            else f"{len(item.keep)} stages with keep {shares(item.keep.values())}"
+            else f"{len(item.keep)} stages with keep {shares(item.keep, static_of(item.keep))}"
         )
         out.print(
             f"{name} is valid: {item.parameters:,} parameters, {item.trainable:,} of them trained, "
@@ -201,7 +201,7 @@ def evaluate(
     for column in ("run as", metric.replace("_", " "), "keep achieved", "macs_ratio", "forward of a batch"):
         table.add_column(column)
     for name, item in result["variants"].items():
-        keep = shares(item["keep"].values())
+        keep = shares(item["keep"], result["static"], cell=True)
         table.add_row(
             name,
             f"{item[metric]:.4f}",

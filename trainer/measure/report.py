@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ...modules.checkpoints.whole_files import write_json
 from .bench import Bench
-from .shares import shares
+from .shares import shares, static_of
 
 PACKAGES = ("laconic", "torch", "lightning", "transformers", "deepspeed", "datasets", "peft", "tensorboard")
 
@@ -147,9 +147,10 @@ def table(arms: Mapping[str, Arm], metric: str, memory_kind: str | None) -> Tabl
         "memory\na step",
     )
     for header in headers:
-        out.add_column(header, justify="left" if header == "arm" else "right", no_wrap=True)
+        # Where the terminal is narrow, long names of arms take two lines, and no figure is cut.
+        out.add_column(header, justify="left" if header == "arm" else "right", no_wrap=header != "arm", overflow="fold")
     for name, arm in arms.items():
-        requested, achieved = (shares(arm.keep[kind].values()) for kind in ("requested", "achieved"))
+        requested, achieved = (shares(arm.keep[kind], static_of(arm.keep["requested"]), cell=True) for kind in ("requested", "achieved"))
         out.add_row(
             name,
             f"{arm.quality:.4f}",
