@@ -365,3 +365,18 @@ def check_held(stages: Iterable[Stage], held: bool) -> None:
             "leave keep out and give budget.target (its controller holds it; controller 'fixed' needs budget.regularizer: macs_squared, "
             "ratio_mse or another one), or take selector 'threshold', or 'top_k' if the model is not causal"
         )
+
+
+def check_noise(stages: Iterable[Stage], noise: float) -> None:
+    """Raises ValueError if a budget has exploration noise, and no stage's decisions would have it.
+
+    Args:
+        stages: stages of a model.
+        noise: strength of the noise.
+    """
+    routers = [stage for stage in stages if not stage.config.left_out]
+    if noise and all(stage.estimator is None or stage.selector.ignores_noise for stage in routers):
+        raise ValueError(
+            f"budget.noise = {noise} has no effect: exploration noise is for trained scorers with selector 'top_k', 'predictor', 'gumbel', or "
+            "'threshold' with calibrate: false, and no stage has these: remove it, or take such a selector"
+        )

@@ -71,10 +71,25 @@ class BudgetMixin:
         rows = next(len(value) for name, value in inputs.items() if name in ("input_ids", "pixel_values", "inputs_embeds"))
         (self._kept if training else self._kept_in_evaluation).add(trace, self._cost, rows)
         if training:
-            added = self.budget.loss(trace, step, collective.mean).total if self.budget is not None else trace.auxiliary_loss
+            added = self._added(trace)
             if added is not None:
                 loss = loss + (added / host.current_gradient_accumulation_steps if self._is_scaled(num_items_in_batch) else added)
         return (loss, outputs) if return_outputs else loss
+
+    def _added(self, trace: Trace) -> torch.Tensor | None:
+        """The loss of the budget, without one that of estimators and selectors; None if there is none to add."""
+        if self.budget is None:
+            return trace.auxiliary_loss
+        if trace.routings:
+            return self.budget.loss(trace, trace.step, collective.mean).total
+        # Stages of a vision tower did not run: no row of the batch has an image.
+        host: Any = self
+        if host.args.world_size > 1 and (self.budget.controller is not None or self.budget.regularizer is not None):
+            raise ValueError(
+                "no stage ran for this process's batch, whose rows have no image, while the budget counts over all processes: give every "
+                "batch of every process a row with an image"
+            )
+        return None
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
         """True if the Trainer treats the loss as its share of the whole step and does not divide it by the accumulation."""
@@ -94,8 +109,10 @@ class BudgetMixin:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         parent: Any = super()
         parent._load_optimizer_and_scheduler(checkpoint)
-        if self.budget is not None and checkpoint is not None and (found := Path(checkpoint) / CONTROLS).is_file():
-            self.budget.load_state_dict(torch.load(found, weights_only=True))
+        if checkpoint is None or self.budget is None or self.budget.controller is None:
+            return
+        found = Path(checkpoint) / CONTROLS
+        self.budget.load_state_dict(torch.load(found, weights_only=True) if found.is_file() else {})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the achieved keep since the last log."""

@@ -26,6 +26,7 @@ from .build.routers import started
 from .build.trainable import parameter_counts
 from .callbacks.checkpoints import Checkpoints
 from .callbacks.guards import NanGuard, RandomState
+from .callbacks.health import RouterHealth
 from .callbacks.progress import RunLog, StepLine
 from .distributed import collective
 from .distributed.deepspeed import deepspeed_config, stage_of
@@ -217,7 +218,8 @@ def train_arm(
         module = task_named(parts.recipe.task).module(parts)
         line = StepLine(output, parts.total_steps, recipe.trainer.log_every, name, module.task)
         saving = Checkpoints(run, parts.total_steps, recipe.trainer.checkpoint_every, signals or StopSignals(), checkpoint)
-        callbacks = [NanGuard(), line, RandomState(recipe.seed), saving]
+        health = RouterHealth(output, parts.total_steps, recipe.trainer.log_every)
+        callbacks = [NanGuard(), line, health, RandomState(recipe.seed), saving]
         trainer = lightning_trainer(recipe, run, parts.total_steps, callbacks, _leaves_unused(module, parts))
         data_module = parts.data_module()
         # transformers loads models in evaluation mode, and Lightning does not change it: routers would not train.
@@ -242,7 +244,8 @@ def train_arm(
             output.line(remark)
     if collective.rank() == 0 and (answers := module.quality.answered(parts.data)):
         write_answers(run.answers, answers)
-    arm = replace(arm_of(loaded.name, parts, module, line.throughput), fitted=ranks, remarks=far)
+    remarks = (*health.warnings, *far)
+    arm = replace(arm_of(loaded.name, parts, module, line.throughput), fitted=ranks, gradients=health.report, remarks=remarks)
     stages = list(stages_of(parts.model).values())
     if parts.base is None and stages and all(stage.idle for stage in stages):
         # A schedule that ended at full length, such as random-LTD: the result is an ordinary model.

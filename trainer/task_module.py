@@ -261,8 +261,11 @@ class TaskModule(lightning.LightningModule):
                 f"the data have changed since the checkpoint was saved, in {', '.join(changed)}: restore the files and the run's folder "
                 "data/, or start a new run from its weights, with model.name and another output"
             )
-        if self.budget is not None:
-            self.budget.load_state_dict(checkpoint[_BUDGET])
+        if self.budget is not None and self.budget.controller is not None:
+            try:
+                self.budget.load_state_dict(checkpoint.get(_BUDGET, {}))
+            except ValueError as error:
+                raise RecipeError(str(error)) from None
         for name, value in checkpoint[_ROWS].items():
             setattr(self.bad_rows, name, value)
         if self.base is not None and "state_dict" in checkpoint:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .. import registry
 from ..backbones import adapter_of
-from ..compatibility import check_held
+from ..compatibility import check_held, check_noise
 from ..config import CompressionConfig, PartConfig
 from ..cost.cost import CostModel
 from ..tokens.trace import Trace
@@ -112,6 +112,7 @@ class Budget:
         self._step = 0
         held = (self.regularizer is not None and self.regularizer.holds_ratio) or (self.controller is not None and self.controller.holds)
         check_held(self.cost.stages, held)
+        check_noise(self.cost.stages, config.noise)
         if self.regularizer is not None and not any(stage.scorer.probabilities for stage in self.cost.stages):
             raise ValueError(
                 "budget.regularizer needs keep probabilities, and no stage's scorer has any: leave it out "
@@ -266,7 +267,16 @@ class Budget:
         return {"controls": controls, "step": self._step, "gaps": {name: torch.stack(gaps).cpu() for name, gaps in self._gaps.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets the state that ``state_dict`` gave."""
+        """Sets the state that ``state_dict`` gave.
+
+        Raises:
+            ValueError: entries are missing: the state is not that of a budget.
+        """
+        if missing := [key for key in ("controls", "step", "gaps") if key not in state]:
+            raise ValueError(
+                f"the checkpoint's state of the budget lacks {', '.join(missing)}, so that budget.controller cannot go on from it: resume from a "
+                "checkpoint that this version saved, or start a new run from its weights"
+            )
         self.controls = {name: dict(values) for name, values in state["controls"].items()}
         self._step, self._gaps = int(state["step"]), {name: list(gaps.unbind()) for name, gaps in state["gaps"].items()}
 

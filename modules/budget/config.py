@@ -35,7 +35,8 @@ class BudgetConfig:
         schedule_from: fraction of training until which the target stays at ``start``.
         schedule_until: fraction of training at which ``target`` is reached.
         increment: step size of the target in a linear, cosine or reciprocal schedule, as in random-LTD; 0 changes it at every training step.
-        noise: strength of the exploration noise at step 0, in standard deviations of the scores.
+        noise: strength of the exploration noise at step 0: in standard deviations of the scores with ``top_k`` and ``predictor``, in
+            log-odds with ``gumbel`` and a fixed ``threshold``. Another ``threshold`` has none.
         noise_until: fraction of training at which the noise reaches 0.
     """
 

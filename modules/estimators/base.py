@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -55,6 +56,34 @@ class Choice:
     agreement: Tensor | None
     skipped: bool
     routed: bool = True
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Temperature of soft decisions over training: it divides the scores, and falls or rises by the same factor at each step.
+
+    Args:
+        start: temperature at the first step.
+        end: temperature at the last step; None keeps that of the start.
+        part: name of the estimator, for messages.
+
+    Raises:
+        ValueError: a temperature is no number above 0.
+    """
+
+    start: float
+    end: float | None
+    part: str
+
+    def __post_init__(self) -> None:
+        for name, value in (("temperature", self.start), ("final_temperature", 1.0 if self.end is None else self.end)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"estimator {self.part!r}: {name} = {value!r} must be a number above 0")
+
+    def at(self, progress: float | Tensor) -> float | Tensor:
+        """The temperature when this share of training, from 0 to 1, is done."""
+        course: float | Tensor = self.start * ((self.start if self.end is None else self.end) / self.start) ** progress
+        return course
 
 
 class Estimator(nn.Module):

@@ -9,7 +9,7 @@ from torch.nn import functional
 from ..scorers.base import Scored
 from ..site import SiteInput
 from ..tokens.decision import Decision
-from .base import Estimate, Estimator
+from .base import Estimate, Estimator, Temperature
 
 # Halvings of the interval that the shift is in: more than the bits of a float32.
 _HALVINGS = 40
@@ -31,9 +31,18 @@ class SoftTopKEstimator(Estimator):
         start: weight of the cross-entropy at the first step.
         end: its weight at the last step.
         weighted: the factor in training is m itself.
+        temperature: τ at the first step, m = sigmoid(s ÷ τ + t): the lower it is, the harder the mask.
+        final_temperature: τ at the last step; None keeps it.
     """
 
-    def __init__(self, start: float = 0.1, end: float = 2.0, weighted: bool = False) -> None:
+    def __init__(
+        self,
+        start: float = 0.1,
+        end: float = 2.0,
+        weighted: bool = False,
+        temperature: float = 1.0,
+        final_temperature: float | None = None,
+    ) -> None:
         super().__init__()
         for name, value in (("start", start), ("end", end)):
             if not value >= 0:
@@ -41,6 +50,7 @@ class SoftTopKEstimator(Estimator):
         if not isinstance(weighted, bool):
             raise ValueError(f"estimator 'soft_top_k': weighted = {weighted!r} must be true or false")
         self.start, self.end, self.weighted = start, end, weighted
+        self.temperature = Temperature(temperature, final_temperature, "soft_top_k")
 
     @property
     def weighs_training(self) -> bool:
@@ -49,7 +59,8 @@ class SoftTopKEstimator(Estimator):
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
         routable = inputs.state.routable
         kept = decision.kept_mask(inputs.state.tokens) & routable
-        logits = scored.scores + shift(scored.scores, routable, kept.sum(-1, keepdim=True))
+        scores = scored.scores / self.temperature.at(inputs.trace.progress)
+        logits = scores + shift(scores, routable, kept.sum(-1, keepdim=True))
         # A row that keeps every token has nothing to decide.
         decided = routable & (kept.sum(-1, keepdim=True) < routable.sum(-1, keepdim=True))
         wrong = functional.binary_cross_entropy_with_logits(logits, kept.to(logits.dtype), reduction="none") * decided

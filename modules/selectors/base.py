@@ -68,6 +68,7 @@ class Selector(nn.Module):
         one_keep: in evaluation it keeps the share that it was trained for, whatever keep is requested.
         draws: the selector needs ``Request.draws`` in evaluation too.
         explores: exploration noise is logistic noise on the scores that are compared with the cut.
+        ignores_noise: its decisions have no exploration noise.
         by_scores: decisions in evaluation follow the scores.
         float32_buffers: names of buffers that stay float32 when the model is loaded in or cast to another dtype.
     """
@@ -79,6 +80,7 @@ class Selector(nn.Module):
     one_keep: ClassVar[bool] = False
     draws: ClassVar[bool] = False
     explores: ClassVar[bool] = False
+    ignores_noise: ClassVar[bool] = False
     by_scores: ClassVar[bool] = True
     float32_buffers: ClassVar[tuple[str, ...]] = ()
 

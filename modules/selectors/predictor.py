@@ -33,6 +33,8 @@ class PredictorSelector(ThresholdSelector):
     # The threshold applies to the predictor's logits, not to the scores.
     cuts = False
     by_scores = False
+    # Training decides by top-k.
+    ignores_noise = False
 
     def __init__(
         self, spec: TokenSpec, width: int | None = None, weight: float = 1.0, rate: float = 0.05, bucket: int | None = None

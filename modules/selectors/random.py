@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from ..tokens.decision import Decision
@@ -19,8 +21,9 @@ class RandomSelector(ThresholdSelector):
 
     draws = True
     by_scores = False
+    ignores_noise = True
 
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
         assert request.draws is not None
-        decision: Decision = super().forward(request.draws, state, request)
+        decision: Decision = super().forward(request.draws, state, replace(request, draws=None))
         return decision

@@ -28,8 +28,8 @@ class ThresholdSelector(Selector):
 
     Args:
         spec: the tokens to select from.
-        calibrate: the threshold follows the scores. If False, it stays at 0, which is keep probability 0.5, and the budget needs a
-            controller to hold the ratio.
+        calibrate: the threshold follows the scores, without exploration noise. If False, it stays at 0, which is keep probability 0.5,
+            with logistic noise on the scores; the budget needs a controller to hold the ratio.
         rate: weight of the newest batch in the moving average.
         bucket: the padded length is a multiple of it; None means 16 in a causal model and 1 otherwise.
         equal_rows: in training every row keeps the requested fraction, by rank. None means True in a causal model, whose rows are
@@ -69,6 +69,15 @@ class ThresholdSelector(Selector):
     @property
     def needs_probabilities(self) -> bool:  # type: ignore[override]
         return not self.calibrate
+
+    @property
+    def explores(self) -> bool:  # type: ignore[override]
+        return not self.calibrate
+
+    @property
+    def ignores_noise(self) -> bool:  # type: ignore[override]
+        # A moving threshold would follow the noise.
+        return self.calibrate
 
     @property
     def calibrates(self) -> bool:
@@ -111,6 +120,9 @@ class ThresholdSelector(Selector):
         elif self.calibrate and not self.causal and not self.batches.bool():
             # No training batch was seen, so there is no threshold yet.
             return self.top_k(scores, state, replace(request, draws=None))  # type: ignore[no-any-return]
+        elif self.explores and request.draws is not None:
+            # The difference of two Gumbel draws is a logistic draw.
+            scores = scores + torch.logit(request.draws) * request.noise
         # A copy, since later batches change the threshold in place.
         return replace(self.decide(scores > cut, scores, state), cut=cut.clone())
 

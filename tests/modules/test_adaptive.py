@@ -95,8 +95,19 @@ def test_gumbel_noise_makes_a_stay_as_likely_as_its_score_says() -> None:
     scores = torch.full((1, 20_001), 0.7)
     state = TokenState.initial(1, 20_001, 1, None, scores.device)
     draws = torch.rand(1, 20_001, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
-    decision = GumbelSelector(SPEC)(scores, state, Request(0.5, 100, noise=1.0, draws=draws))
-    assert decision.kept_mask(20_001).float().mean() == pytest.approx(float(torch.tensor(0.7).sigmoid()), abs=0.01)
+    for selector in (GumbelSelector(SPEC), ThresholdSelector(SPEC, calibrate=False)):
+        decision = selector(scores, state, Request(0.5, 100, noise=1.0, draws=draws))
+        assert decision.kept_mask(20_001).float().mean() == pytest.approx(float(torch.tensor(0.7).sigmoid()), abs=0.01)
+
+
+@pytest.mark.parametrize(("scorer", "selector"), [("learned", "threshold"), ("random", "top_k")])
+def test_exploration_noise_that_no_decision_has_is_refused(scorer: str, selector: str) -> None:
+    stages = CompressionConfig([StageConfig(layer=1, scorer=scorer, selector=selector)])
+    with pytest.raises(
+        ValueError, match=r"budget.noise = 1.0 has no effect: exploration noise is for trained scorers with selector 'top_k'"
+    ):
+        Budget(BudgetConfig(noise=1.0), dense("vit"), stages)
+    Budget(BudgetConfig(noise=1.0), dense("vit"), CompressionConfig([*stages.stages, StageConfig(layer=2, scorer="learned")]))
 
 
 @pytest.mark.parametrize("packs", [True, False], ids=["packed", "masked"])

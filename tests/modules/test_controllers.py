@@ -18,12 +18,14 @@ from laconic.modules.budget.controllers.nupi import NuPI
 from laconic.modules.budget.gaps import kept_by_row, kernel_width, spread_of
 from laconic.modules.budget.regularizers.base import Regularizer
 from laconic.modules.budget.regularizers.binomial import Binomial, surprise
+from laconic.modules.budget.regularizers.diversity import Diversity
 from laconic.modules.budget.regularizers.entropy import Entropy
 from laconic.modules.budget.regularizers.hinge import Hinge
 from laconic.modules.budget.regularizers.minimum_activation import MinimumActivation
 from laconic.modules.budget.regularizers.ponder import Ponder, stopping
 from laconic.modules.budget.regularizers.two_sided_l1 import TwoSidedL1
 from laconic.modules.budget.regularizers.uniformity import Uniformity
+from laconic.modules.budget.regularizers.z_loss import ZLoss
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.selectors.base import everything
 from laconic.modules.tokens.state import TokenState
@@ -105,7 +107,9 @@ def _logit(*probabilities: float) -> torch.Tensor:
         (TwoSidedL1(), 0.6, 0.5, 0.1), (TwoSidedL1(), 0.4, 0.5, 0.1),
         (Hinge(), 0.5, 0.125, 0.375), (Hinge(), 0.1, 0.125, 0.0),
         (MinimumActivation(), 0.04, 0.5, 0.06), (MinimumActivation(), 0.3, 0.5, 0.0),
-        (Entropy(), 0.5, 0.5, math.log(2)), (Binomial(), 0.2, 0.2, 0.119736), (Binomial(), 0.5, 0.2, 0.363348),
+        (Entropy(), 0.5, 0.5, math.log(2)), (ZLoss(), 0.5, 0.5, math.log(2) ** 2),
+        # log(2·cosh(½·log 4)) = log 2.5, on either side.
+        (ZLoss(), 0.8, 0.5, math.log(2.5) ** 2), (ZLoss(), 0.2, 0.5, math.log(2.5) ** 2), (Diversity(), 0.5, 0.5, 1.0), (Binomial(), 0.2, 0.2, 0.119736), (Binomial(), 0.5, 0.2, 0.363348),
     ],
 )  # fmt: skip
 def test_regularisers_have_their_published_values(regularizer: Regularizer, keep: float, requested: float, value: float) -> None:
@@ -135,6 +139,24 @@ def test_uniformity_sees_places_and_not_contents() -> None:
     biased, even = (Uniformity(places=4).of_stage(_routing(torch.stack(rows), 0.5), None) for rows in ([same, same], [same, other]))
     assert float(biased) == pytest.approx(0.4**2)
     assert float(even) == pytest.approx(0, abs=1e-12)
+
+
+def test_diversity_sees_rows_that_keep_the_same_places_whatever_their_probabilities() -> None:
+    def of(*rows: torch.Tensor, places: int = 4) -> float:
+        return float(Diversity(places=places).of_stage(_routing(torch.stack(rows), 0.5), None))
+
+    same, other, level = _logit(0.9, 0.1, 0.9, 0.1), _logit(0.1, 0.9, 0.1, 0.9), _logit(0.5, 0.5, 0.5, 0.5)
+    assert of(same, same) == pytest.approx(1)
+    assert of(level, level) == pytest.approx(1)
+    # The variance between the rows is .4² everywhere, and ¼ is the most that a keep of one half allows.
+    assert of(same, other) == pytest.approx(1 - 0.4**2 / 0.25)
+    # In halves of the row the keeps are equal.
+    assert of(same, other, places=2) == pytest.approx(1)
+    scores = torch.stack([same, other]).requires_grad_()
+    Diversity(places=4).of_stage(_routing(scores, 0.5), None).backward()
+    # It pulls decisions apart, and the mean keep nowhere.
+    assert torch.equal(scores.grad.sign(), -scores.detach().sign())  # type: ignore[union-attr]
+    assert float(scores.grad.sum()) == pytest.approx(0, abs=1e-12)  # type: ignore[union-attr]
 
 
 def _pulled(budget: Budget, up: float, steps: int = 120) -> tuple[float, Budget]:
@@ -249,6 +271,12 @@ def test_a_batch_without_a_token_to_remove_is_no_gap_and_a_stage_that_did_not_ru
     for routings in ({"before_1": _routing(scores, 0.5, torch.tensor([2, 2]))}, {"other": _routing(scores, 0.5)}):
         budget.loss(Trace(routings=routings), 0, over_ranks)
     assert calls[: len(calls) // 2] == calls[len(calls) // 2 :]
+
+
+@pytest.mark.parametrize("state", [{}, {"controls": {}, "step": 3}])
+def test_a_checkpoint_without_the_controllers_state_is_named(state: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"the checkpoint's state of the budget lacks .*gaps, so that budget.controller cannot go on"):
+        _budget(measure="keep").load_state_dict(state)
 
 
 def test_at_full_length_a_controller_waits() -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from laconic import CompressionConfig, StageConfig, Trace, compress
+from laconic.modules.estimators.confidence import ConfidenceEstimator
 from laconic.modules.estimators.soft_top_k import SoftTopKEstimator, shift
+from laconic.modules.estimators.straight_through import StraightThroughEstimator
 from laconic.modules.scorers.base import Scored
 from laconic.modules.scorers.self_attention import SelfAttentionScorer
 from laconic.modules.site import TokenSpec
@@ -42,6 +44,31 @@ def test_mask_gradient_and_cross_entropy_are_the_published_numbers() -> None:
     for progress, weight in ((0.0, 0.1), (0.5, 1.05)):
         early = SoftTopKEstimator()(_site(1, 4, progress=progress), Scored(scores), Decision(torch.tensor([[0, 1]]), None))
         assert float(early.loss.detach()) == pytest.approx(weight * 0.337745, abs=2e-6)
+
+
+@pytest.mark.parametrize(("progress", "temperature"), [(0.0, 4.0), (0.5, 1.0), (1.0, 0.25)])
+def test_the_temperature_of_soft_decisions_falls_by_the_same_factor_at_each_step(progress: float, temperature: float) -> None:
+    scores, given = _SCORES.clone().requires_grad_(), {"temperature": 4.0, "final_temperature": 0.25}
+    site, decision = _site(1, 4, progress=progress), Decision(torch.tensor([[0, 1]]), None)
+    soft = (_SCORES / temperature).sigmoid()
+    for estimate, sign in (
+        (StraightThroughEstimator(**given)(site, Scored(scores), decision).scale, [1, 1, 1, 1]),
+        (ConfidenceEstimator(**given)(site, Scored(scores), decision).confidence, [1, 1, -1, -1]),
+    ):
+        assert estimate is not None
+        assert torch.equal(estimate, torch.ones(1, 4))
+        (gradient,) = torch.autograd.grad(estimate.sum(), scores)
+        torch.testing.assert_close(gradient, torch.tensor(sign) * soft * (1 - soft) / temperature)
+    mask = SoftTopKEstimator(weighted=True, **given)(site, Scored(scores), decision).scale
+    expected = SoftTopKEstimator(weighted=True)(site, Scored(scores / temperature), decision).scale
+    assert mask is not None
+    torch.testing.assert_close(mask, expected)
+
+
+def test_a_temperature_that_divides_by_nothing_is_refused() -> None:
+    for wrong in (0, -1.0, True, float("inf")):
+        with pytest.raises(ValueError, match="estimator 'straight_through': final_temperature = .* must be a number above 0"):
+            StraightThroughEstimator(final_temperature=wrong)
 
 
 @pytest.mark.parametrize("merger", ["drop", "nearest"])

@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from laconic import Budget, BudgetConfig, BudgetTrainer, CompressionConfig, StageConfig, compress
-from tests.matrix import decoders, dense, images, labels
+from tests.matrix import decoders, dense, images, labels, visual
 
 STAGES = CompressionConfig([StageConfig(layer=1, scorer="evidence")])
 
@@ -114,6 +114,20 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
         BudgetTrainer(model=dense("vit"), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
 
 
+def test_stages_of_a_tower_train_nothing_in_a_batch_without_an_image(tmp_path: Path) -> None:
+    stages = CompressionConfig([StageConfig(layer=1, stack="vision", scorer="learned", selector="gumbel")])
+    budget = Budget(BudgetConfig(target=0.5, measure="keep"), visual.dense(), stages, total_steps=1)
+    model = compress(visual.dense(), budget.compression).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(2, visual.PLACEHOLDER, (2, 8))]
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no")
+    BudgetTrainer(model=model, args=arguments, train_dataset=rows, budget=budget).train()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert not any(".stages." in name for name in moved)
+    assert budget.controls == {}
+
+
 def test_a_controller_goes_on_where_the_trainers_checkpoint_left_it(tmp_path: Path) -> None:
     def trained(folder: Path, resume: bool, steps: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         model = dense("vit")
@@ -131,6 +145,12 @@ def test_a_controller_goes_on_where_the_trainers_checkpoint_left_it(tmp_path: Pa
     state, weights = trained(tmp_path / "whole", False, 4)
     trained(tmp_path / "broken", False, 2)
     again, resumed = trained(tmp_path / "broken", True, 4)
+    # A checkpoint that a Trainer without a budget wrote.
+    saved = tmp_path / "broken" / "checkpoint-2" / "budget.pt"
+    saved.rename(tmp_path / "budget.pt")
+    with pytest.raises(ValueError, match="the checkpoint's state of the budget lacks controls, step, gaps"):
+        trained(tmp_path / "broken", True, 4)
+    (tmp_path / "budget.pt").rename(saved)
     assert float(state["controls"]["before_1"]["multiplier"]) != 0
     assert str(again) == str(state)
     assert all(torch.equal(value, resumed[name]) for name, value in weights.items())

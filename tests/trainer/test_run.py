@@ -79,8 +79,12 @@ def test_tensorboard_has_scalars_histograms_and_pictures(tmp_path: Path, quick: 
         "before_0/keep_achieved",
         "before_0/keep_soft",
         "budget/regularizer",
+        "train/grad_norm_routers",
+        "train/grad_norm_rest",
+        "before_0/grad_norm",
     }
     assert wanted <= set(tags["scalars"])
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["gradients"]["routers"]["mean"] > 0
     assert tags["histograms"] == ["before_0/scores"]
     assert any(tag.startswith("kept_tokens") for tag in tags["images"])
 

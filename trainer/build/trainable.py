@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...modules.checkpoints.adapter_folder import Adapter
@@ -160,16 +161,24 @@ def check_same_lora(model: PreTrainedModel, adapter: Adapter) -> None:
 def parameter_counts(model: PreTrainedModel) -> dict[str, dict[str, int]]:
     """``total`` and ``trainable`` parameters of ``lora``, ``routers`` and the ``rest``, which in a model of several parts are these parts
     by name; of whole parameters, even if partitioned."""
+    counts = {group: {"total": 0, "trainable": 0} for group in ("lora", "routers", *(dict.fromkeys(parts_of(model).values()) or ["rest"]))}
+    for group, parameters in grouped(model).items():
+        for parameter in parameters:
+            # A byte stores two 4-bit weights.
+            size = shape_of(parameter).numel() * (2 if parameter.dtype == torch.uint8 else 1)
+            counts[group]["total"] += size
+            counts[group]["trainable"] += size * parameter.requires_grad
+    return counts
+
+
+def grouped(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
+    """The parameters of ``lora``, ``routers`` and the ``rest``, or the parts of a model of several; without empty groups."""
     of_stages = {id(parameter) for stage in stages_of(model).values() for parameter in stage.parameters()}
-    parts = parts_of(model)
-    counts = {group: {"total": 0, "trainable": 0} for group in ("lora", "routers", *(dict.fromkeys(parts.values()) or ["rest"]))}
+    parts, groups = parts_of(model), dict[str, list[nn.Parameter]]()
     for name, parameter in model.named_parameters():
         group = "routers" if id(parameter) in of_stages else "lora" if is_lora(name) else parts.get(name, "rest")
-        # A byte stores two 4-bit weights.
-        size = shape_of(parameter).numel() * (2 if parameter.dtype == torch.uint8 else 1)
-        counts[group]["total"] += size
-        counts[group]["trainable"] += size * parameter.requires_grad
-    return counts
+        groups.setdefault(group, []).append(parameter)
+    return groups
 
 
 def _merge_in(model: PreTrainedModel, adapter: Adapter) -> None:

@@ -42,6 +42,8 @@ class Arm:
         of_oracle: oracle ÷ this arm, from pairs; None if not measured.
         memory: bytes of a training step; None if not measured.
         fitted: rank correlation of scorers with the updates that they were fitted to, over held-out tokens, by stage.
+        gradients: ``mean`` and ``largest`` norm of the gradient over the logged steps, before clipping, by the groups of ``parameters``;
+            empty with DeepSpeed.
         remarks: what the reader should change.
     """
 
@@ -61,6 +63,7 @@ class Arm:
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stacks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     fitted: Mapping[str, float] = field(default_factory=dict)
+    gradients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     remarks: Sequence[str] = ()
 
 
@@ -84,6 +87,7 @@ class Report:
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stacks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     fitted: Mapping[str, float] = field(default_factory=dict)
+    gradients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     remarks: Sequence[str] = ()
     export: Mapping[str, Any] = field(default_factory=lambda: {"format": None, "dtype": None, "max_abs_logit_diff": None})
     bad_rows: str | None = None

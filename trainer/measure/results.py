@@ -125,6 +125,7 @@ def report_of(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench
         parameters=arm.parameters,
         stacks=arm.stacks,
         fitted=arm.fitted,
+        gradients=arm.gradients,
         remarks=arm.remarks,
         bad_rows=main.module.bad_rows.summary(),
         data=main.parts.data.facts,

@@ -1,0 +1,122 @@
+"""Signs of routers that do not learn: dead, collapsed, saturated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...modules.stage import Stage
+from ...modules.tokens.trace import Routing
+
+# Logged steps in a row that have to show a sign.
+WINDOW = 3
+# Scores whose sigmoid is nearer than 0.001 to 0 or 1.
+_SATURATED = 6.9068
+# Rows of the window below which equal places are chance.
+_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What one logged step shows of a stage, over the rows of this process's last batch.
+
+    Attributes:
+        kept: routable tokens that were kept.
+        present: routable tokens.
+        rows: rows with routable tokens.
+        requested: keep that was requested.
+        saturated: share of the scores whose sigmoid is within 0.001 of 0 or 1; None for a scorer without probabilities.
+        at: (2, N) float32 on the CPU: rows that kept the token at a position, and rows that have one there.
+        gradient: norm of the gradient of the scorer's weights in the step; None where it is not known, with DeepSpeed for example.
+    """
+
+    kept: int
+    present: int
+    rows: int
+    requested: float
+    saturated: float | None
+    at: Tensor
+    gradient: float | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, routing: Routing, gradient: float | None) -> Signs:
+        """The signs of one forward. Synchronises with the device."""
+        routable, position = routing.routable, routing.state.position
+        kept, present = routing.counts()
+        there = position[routable]
+        mask = routing.kept_mask[routable].float()
+        size = int(there.max()) + 1 if len(there) else 0
+        at = torch.zeros(2, size, device=mask.device).index_add_(1, there, torch.stack([mask, torch.ones_like(mask)]))
+        scores = routing.scores[routable]
+        far = float((scores.abs() > _SATURATED).float().mean()) if routing.probabilities and len(scores) else None
+        return cls(kept, present, int(routable.any(-1).sum()), routing.requested, far, at.cpu(), gradient)
+
+
+def warnings_of(stage: Stage, window: Sequence[Signs], largest: float | None) -> dict[str, str]:
+    """What the last logged steps say of a stage that learns: a message by the kind of fault; none for a healthy one.
+
+    Args:
+        stage: the stage.
+        window: signs of ``WINDOW`` logged steps, one after the other.
+        largest: largest gradient norm of its scorer in any logged step so far; None if no gradient is known.
+    """
+    name, found = f"stage {stage.config.key}", {}
+    kept, present, rows = (sum(getattr(signs, key) for signs in window) for key in ("kept", "present", "rows"))
+    requested = sum(signs.requested for signs in window) / len(window)
+    if not present:
+        return {}
+    keep = kept / present
+    seen = f"in {len(window)} logged steps in a row"
+    decides = stage.selector.needs_probabilities
+    # A row without a token above the cut keeps its best one.
+    least = max(rows / present, 0.005)
+    if decides and keep <= least and requested > 2 * least:
+        found["dead"] = (
+            f"{name} is dead: {seen} it kept {kept:,} of {present:,} tokens, and {requested:.3f} was requested; raise budget.noise or "
+            "budget.noise_until, lower optimizer.router_lr, or give budget.controller a smaller rate; if nothing is needed there, keep: 0 "
+            "around the layer costs no router"
+        )
+    elif decides and keep >= 0.995 and requested < 0.9:
+        found["collapsed"] = (
+            f"{name} has collapsed: {seen} it kept every token, and {requested:.3f} was requested; lower budget.target, raise budget.noise, "
+            "or remove the stage if others do what it should"
+        )
+    gradients = [signs.gradient for signs in window if signs.gradient is not None]
+    if len(gradients) == len(window) and max(gradients) == 0 and requested < 1:
+        found["dead"] = (
+            f"{name} is dead: {seen} the gradient of its scorer was 0; take another estimator (key_bias, or gate around a layer), or check "
+            "that layers which compute something follow"
+        )
+    if "collapsed" not in found and _same_places(window, rows, keep):
+        found["collapsed"] = (
+            f"{name} has collapsed: {seen} it kept the same places in every row ({keep:.3f} of {rows} rows); scorer uniform_grid does the "
+            "same for less; set budget.regularizer=diversity or uniformity, raise budget.noise, or move it to an earlier layer"
+        )
+    vanished = largest is not None and len(gradients) == len(window) and max(gradients) <= max(0.01 * largest, 1e-8)
+    if vanished and "dead" not in found and all(signs.saturated is not None and signs.saturated >= 0.99 for signs in window):
+        found["saturated"] = (
+            f"{name} is saturated: {seen} 99 % of its probabilities were within 0.001 of 0 or 1, and the gradient of its scorer was at most "
+            f"{max(gradients):.1e}, of {largest:.1e} before; set budget.regularizer=z_loss, raise the estimator's temperature, or lower "
+            "optimizer.router_lr"
+        )
+    return found
+
+
+def _same_places(window: Sequence[Signs], rows: int, keep: float) -> bool:
+    """Rows keep the same places: their variance at a place is below a fiftieth of what this keep allows."""
+    if rows < _ROWS or not 0.02 < keep < 0.98:
+        return False
+    at = torch.zeros(2, max(signs.at.shape[1] for signs in window))
+    for signs in window:
+        at[:, : signs.at.shape[1]] += signs.at
+    # A place that few rows have says nothing.
+    share, number = (at[0] / at[1].clamp(min=1))[at[1] >= _ROWS], at[1][at[1] >= _ROWS]
+    if len(number) < 2:
+        return False
+    mean = float((share * number).sum() / number.sum())
+    between = float((share * (1 - share) * number).sum() / number.sum())
+    return between < 0.02 * mean * (1 - mean)
