@@ -23,6 +23,7 @@ from .build.lightning_trainer import lightning_trainer, quiet
 from .build.part_rates import described, groups_of, parts_of, rates_of
 from .build.parts import RunParts
 from .build.routers import started
+from .build.step_target import with_macs
 from .build.trainable import parameter_counts
 from .callbacks.checkpoints import Checkpoints
 from .callbacks.guards import NanGuard, RandomState
@@ -39,10 +40,11 @@ from .distributed.strategies import needs_group, processes_of, resolved
 from .distributed.zero3 import save_trained
 from .errors import RecipeError
 from .measure.answers import write_answers
-from .measure.arms import bench_models, print_claims
+from .measure.arms import bench_models, print_claims, print_step_times
 from .measure.bench import Bench
 from .measure.report import Report, table, with_bench
 from .measure.results import Trained, arm_of, ratio_of, report_of
+from .measure.step_time import calibration_of
 from .measure.strayed import strayed
 from .recipe.baselines import load_baselines
 from .recipe.files import LoadedRecipe, dump
@@ -150,6 +152,7 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
     console.print(table(shown, task_named(loaded.recipe.task).metric, measured.memory_kind if measured else None))
     if measured is not None:
         print_claims(measured, console)
+    print_step_times(shown, console)
     console.print(f"report: {run.report}", highlight=False, soft_wrap=True)
     return report
 
@@ -204,7 +207,8 @@ def train_arm(
     checkpoint = collective.from_rank_zero(lambda: _checkpoint(run, recipe, resume, console))
     stage = stage_of(recipe.trainer)
     shards = deepspeed_config(recipe.trainer, recipe.data.batch_size) if stage == 3 else None
-    parts = build(recipe, data, shards, None if checkpoint is None else RunFolder.of(checkpoint))
+    calibration, data = calibration_of(recipe, run, data, console, checkpoint is not None)
+    parts = build(with_macs(recipe, calibration), data, shards, None if checkpoint is None else RunFolder.of(checkpoint))
     collective.from_rank_zero(lambda: _open_folder(run, recipe, parts))
     with (run.log if collective.rank() == 0 else Path(os.devnull)).open("a" if checkpoint else "w", encoding="utf-8") as log:
         output = RunLog(console, log)
@@ -245,7 +249,9 @@ def train_arm(
     if collective.rank() == 0 and (answers := module.quality.answered(parts.data)):
         write_answers(run.answers, answers)
     remarks = (*health.warnings, *far)
-    arm = replace(arm_of(loaded.name, parts, module, line.throughput), fitted=ranks, gradients=health.report, remarks=remarks)
+    times = {} if calibration is None else {**calibration.to_dict(), "macs_ratio": calibration.macs_ratio, "floor": calibration.floor}
+    arm = arm_of(loaded.name, parts, module, line.throughput)
+    arm = replace(arm, fitted=ranks, gradients=health.report, step_time=times, remarks=remarks)
     stages = list(stages_of(parts.model).values())
     if parts.base is None and stages and all(stage.idle for stage in stages):
         # A schedule that ended at full length, such as random-LTD: the result is an ordinary model.

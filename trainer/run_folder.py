@@ -95,6 +95,11 @@ class RunFolder:
         return self.path / "kept_tokens.png"
 
     @property
+    def step_time(self) -> Path:
+        """What a step takes on the device of the run, by macs_ratio, where the budget's measure is ``step_time``."""
+        return self.path / "step_time.json"
+
+    @property
     def answers(self) -> Path:
         """The single answers on held-out data, one a line."""
         return self.path / "answers.jsonl"
@@ -184,7 +189,7 @@ class RunFolder:
         self.report.unlink(missing_ok=True)
         for name in (MODEL, ADAPTER, DATA, self.checkpoints.name, "tensorboard", *([ARMS] if arms else [])):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for path in (self.recipe, self.log, self.kept_tokens, self.answers):
+        for path in (self.recipe, self.log, self.kept_tokens, self.answers, self.step_time):
             path.unlink(missing_ok=True)
 
     def remove_partial(self) -> None:

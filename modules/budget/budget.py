@@ -56,7 +56,7 @@ class Budget:
         size: input size, as for CostModel; None means the model's configured size.
 
     Raises:
-        ValueError: the target cannot be met, or every stage sets its own keep.
+        ValueError: the target cannot be met, every stage sets its own keep, or the measure is ``step_time``, which has to be calibrated.
 
     Example:
         budget = Budget(BudgetConfig(target=0.5), model, CompressionConfig([StageConfig(layer=3)]), total_steps=1000)
@@ -79,6 +79,11 @@ class Budget:
         seed: int = 0,
         size: tuple[int, int] | int | None = None,
     ) -> None:
+        if config.measure == "step_time":
+            raise ValueError(
+                "budget.measure = 'step_time' depends on the device, and is calibrated by laconic train: in a loop of your own set "
+                "budget.measure = 'macs_ratio' and a budget.target whose measured step takes as long as it may"
+            )
         self.config = config
         self.total_steps = total_steps
         self.seed = seed
@@ -145,6 +150,11 @@ class Budget:
             middle = (low + high) // 2
             low, high = (middle, high) if self._ratio(middle) <= target else (low, middle)
         return low / 10_000
+
+    @property
+    def floor(self) -> float:
+        """The measure with one token left: no target can be below it."""
+        return self._ratio(1)
 
     def _ratio(self, keep: int) -> float:
         """The measure at keep = ``keep`` / 10,000."""

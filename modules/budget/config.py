@@ -11,7 +11,7 @@ from .. import registry
 from ..config import PartConfig
 from .schedules import SCHEDULES
 
-MEASURES = ("macs_ratio", "keep", "mean_token_fraction")
+MEASURES = ("macs_ratio", "keep", "mean_token_fraction", "step_time")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class BudgetConfig:
     Attributes:
         target: requested value of the measure, in (0, 1].
         measure: ``macs_ratio`` (MACs of the compressed forward ÷ dense) or ``mean_token_fraction`` (tokens that layers process ÷ dense),
-            for which the budget computes the keeps; or ``keep`` (of every stage without its own).
+            for which the budget computes the keeps; ``keep`` (of every stage without its own); or ``step_time`` (time of a training step
+            ÷ dense), which ``laconic train`` turns into a ``macs_ratio`` on the device that it runs on.
         shares: in a model of several stacks, how the reduction is shared out, by stack: the stages of a stack have the keep that the
             target gives to this power, 1 by default. At 2 a stack gives up about twice as much as another one, at 0 nothing.
         regularizer: pulls the soft ratio of trained scorers to the target; None for selectors that hold the count by themselves.
@@ -69,6 +70,10 @@ class BudgetConfig:
             raise ValueError(f"budget.schedule = {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
         if not 0 <= self.increment < 1:
             raise ValueError(f"budget.increment = {self.increment} must be in [0, 1): a part of the target, 16 of 512 tokens are 0.03125")
+        if self.increment and self.measure == "step_time":
+            raise ValueError(
+                f"budget.increment = {self.increment} is a part of the tokens, and budget.measure = 'step_time' counts seconds: leave it out"
+            )
         if self.increment and self.schedule in ("constant", "step"):
             raise ValueError(
                 f"budget.increment = {self.increment} is for a target that moves by degrees: give budget.schedule = linear, cosine or reciprocal"

@@ -39,6 +39,7 @@ from .keeps import check_keeps
 from .model_settings import check_settings, with_settings
 from .part_rates import check_part_lr, freeze_parts
 from .parts import RunParts
+from .step_target import with_macs
 from .tower import load_tower, tower_config, with_own_tower
 from .trainable import quantization, train_parts
 from .vocabulary import fit_vocabulary, set_vocabulary
@@ -58,7 +59,7 @@ def build(
     Raises:
         ValueError: the recipe does not fit the real model or data: a layer or a column does not exist …
     """
-    task = task_named(recipe.task)
+    recipe, task = with_macs(recipe), task_named(recipe.task)
     task.check(recipe)
     recipe = recipe.model_copy(update={"model": with_own_tower(recipe.model, resumed)})
     start = start_of(recipe.model)

@@ -25,6 +25,7 @@ from .initial_weights import check_start, start_of
 from .keeps import check_keeps
 from .opened_data import check_rows
 from .part_rates import check_part_lr, freeze_parts, groups_of, part_names, rates_of
+from .step_target import needs_calibration, with_macs
 from .tower import with_own_tower
 from .trainable import check_lora, parameter_counts, train_parts
 from .vocabulary import fit_vocabulary
@@ -79,6 +80,7 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
     check_lora(recipe)
     task = task_named(recipe.task)
     task.check(recipe)
+    assumed, recipe = needs_calibration(recipe), with_macs(recipe)
     recipe = recipe.model_copy(update={"model": with_own_tower(recipe.model, resumed)})
     start = start_of(recipe.model)
     config = model_config(recipe.model, task, start)
@@ -114,6 +116,11 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
         cost = None if counted is None else counted()
     # After the model, whose settings the rows must fit.
     remarks = check_rows(recipe, data)
+    if assumed:
+        remarks = [
+            *remarks,
+            "budget.measure = step_time: training measures steps on its device first; keeps and macs_ratio here are as if time were MACs",
+        ]
     counts = parameter_counts(model)
     counts["routers"] = dict.fromkeys(("total", "trainable"), routers)
     parameters, trainable = (sum(group[kind] for group in counts.values()) for kind in ("total", "trainable"))

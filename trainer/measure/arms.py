@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,12 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...data.rows import collate, good_rows
+from ...data.splits import Splits
 from ...modules.compress import decompress
 from ...modules.tokens.trace import Trace
 from ..build.parts import RunParts
 from ..recipe.schema import Recipe
 from ..tasks.base import task_named
 from .bench import Bench, bench
+from .report import Arm
 
 
 def bench_models(parts: Mapping[str, RunParts], recipe: Recipe, console: Console, seconds: float = math.inf) -> Bench:
@@ -30,35 +33,67 @@ def bench_models(parts: Mapping[str, RunParts], recipe: Recipe, console: Console
         seconds: time after which no further round begins.
     """
     first = next(iter(parts.values()))
-    task = task_named(first.recipe.task)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # A stream has no length; its bad rows are left out when it is read.
-    streamed = first.data.train_rows is None
-    rows = (
-        [first.data.train[index] for index in range(recipe.data.batch_size)]
-        if streamed
-        else good_rows(first.data.train, recipe.data.batch_size)
-    )
-    whole = collate(rows)
-    batch = {key: value.to(device) for key, value in whole.items() if isinstance(value, Tensor)}
+    task, device = task_named(first.recipe.task), device_of_steps()
+    whole, batch = batch_of(first.data, recipe, device)
     models = {name: copy.deepcopy(item.model).to(device) for name, item in parts.items()}
     dense = decompress(copy.deepcopy(first.model)).to(device)
 
     def loss(name: str, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.trainer.precision == "bf16"):
-            if name == "dense":
-                return task.loss(model, inputs)
-            budget = parts[name].budget
-            last = parts[name].total_steps
-            trace = budget.trace(last, inputs["sample_ids"]) if budget is not None else Trace(sample_ids=inputs["sample_ids"])
-            of_task = task.loss(model, inputs, trace=trace)
-            if budget is not None:
-                return of_task + budget.loss(trace, last).total
-            return of_task if trace.auxiliary_loss is None else of_task + trace.auxiliary_loss
+        return loss_of(first if name == "dense" else parts[name], model, inputs)
 
     rounds = recipe.trainer.bench_rounds or 40
     with console.status(f"measuring training steps: {rounds} paired rounds"):
         return bench(dense, models, batch, loss, rounds, seconds, forward=task.forward, amount=task.amount(whole))
+
+
+def device_of_steps() -> torch.device:
+    """The device that steps are measured on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def batch_of(data: Splits, recipe: Recipe, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The first batch of a recipe's training data, and its tensors on a device."""
+    size = recipe.data.batch_size
+    # A stream has no length; its bad rows are left out when it is read.
+    rows = [data.train[index] for index in range(size)] if data.train_rows is None else good_rows(data.train, size)
+    whole = collate(rows)
+    return whole, {key: value.to(device) for key, value in whole.items() if isinstance(value, Tensor)}
+
+
+def loss_of(parts: RunParts, model: PreTrainedModel, inputs: Mapping[str, Tensor], keep: Mapping[str, float] | None = None) -> Tensor:
+    """The loss of a training step at the end of a run's schedule.
+
+    Args:
+        parts: parts of the run.
+        model: dense or compressed model.
+        inputs: a batch.
+        keep: requested keep by stage name in place of the run's own; None for the run's.
+    """
+    task, budget, last = task_named(parts.recipe.task), parts.budget, parts.total_steps
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=parts.recipe.trainer.precision == "bf16"):
+        if not hasattr(model.config, "compression"):
+            return task.loss(model, inputs)
+        trace = budget.trace(last, inputs["sample_ids"]) if budget is not None else Trace(sample_ids=inputs["sample_ids"])
+        if keep is not None:
+            trace.keep = keep
+        of_task = task.loss(model, inputs, trace=trace)
+        if budget is not None:
+            return of_task + budget.loss(trace, last).total
+        return of_task if trace.auxiliary_loss is None else of_task + trace.auxiliary_loss
+
+
+def print_step_times(arms: Mapping[str, Arm], console: Console) -> None:
+    """Prints one line for each arm whose budget is in step time: what was requested, and what was measured at the end."""
+    for name, arm in arms.items():
+        found = arm.step_time
+        if found:
+            end = f"{found['measured']:.3f} ({found['low']:.3f}–{found['high']:.3f})" if "measured" in found else "not"
+            console.print(
+                f"{name}: step time {found['target']:.3f} of dense requested, macs_ratio {found['macs_ratio']:.3f} by calibration, "
+                f"{end} measured at the end",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def print_claims(measured: Bench, console: Console) -> None:

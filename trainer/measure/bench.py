@@ -139,17 +139,7 @@ def bench(
             contestants[copy_name] = ("dense", sliced(copy.deepcopy(dense), *counts))
     steps = {name: _step(kind, model, batch, loss) for name, (kind, model) in contestants.items()}
     memory = {name: _memory(steps[name], contestants[name][1], device) for name in ("dense", *arms)}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order, began = list(steps), time.perf_counter()
-    for round_index in range(-WARM_UP_ROUNDS, rounds):
-        if round_index >= LEAST_ROUNDS and time.perf_counter() - began > seconds:
-            break
-        shift = round_index % len(order)
-        for name in order[shift:] + order[:shift]:
-            taken = _timed(steps[name], device)
-            if round_index >= 0:
-                times[name].append(taken)
-        progress(max(0, round_index + 1), rounds)
+    times = paired_times(steps, device, rounds, seconds, progress)
     return Bench(
         dense_seconds=statistics.median(times["dense"]),
         arms={
@@ -167,6 +157,36 @@ def bench(
         rounds=len(times["dense"]),
         amount=len(next(iter(batch.values()))) if amount is None else amount,
     )
+
+
+def paired_times(
+    steps: Mapping[str, Callable[[], None]],
+    device: torch.device,
+    rounds: int,
+    seconds: float = math.inf,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, list[float]]:
+    """Seconds of each step by name, one a round: every round runs all steps, in rotating order, after a few rounds that do not count.
+
+    Args:
+        steps: what to time.
+        device: device of the steps.
+        rounds: number of rounds.
+        seconds: time after which no further round begins, if there are eight.
+        progress: called with the number of finished rounds and of all rounds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    order, began = list(steps), time.perf_counter()
+    for round_index in range(-WARM_UP_ROUNDS, rounds):
+        if round_index >= LEAST_ROUNDS and time.perf_counter() - began > seconds:
+            break
+        shift = round_index % len(order)
+        for name in order[shift:] + order[:shift]:
+            taken = _timed(steps[name], device)
+            if round_index >= 0:
+                times[name].append(taken)
+        progress(max(0, round_index + 1), rounds)
+    return times
 
 
 def sliced(model: PreTrainedModel, tokens: Mapping[int, RowTokens], final: int | None = None) -> PreTrainedModel:

@@ -111,6 +111,7 @@ def report_of(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench
             "speedup": times.speedup.median if times else None,
             "of_oracle": times.of_oracle.median if times else None,
             "paired": measured.to_dict() if measured else None,
+            "target": dict(with_bench(arm, name, measured).step_time) or None,
         },
         peak_memory={
             "kind": measured.memory_kind if measured else None,

@@ -14,6 +14,7 @@ from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.cost.cost import Cost, CostModel
 from ...modules.cost.shape import StackShape
 from ..build.build import build, build_model, model_config, total_steps
+from ..build.step_target import with_macs
 from ..build.vocabulary import fit_vocabulary
 from ..errors import RecipeError
 from ..recipe.files import LoadedRecipe, load
@@ -24,7 +25,7 @@ from .arms import bench_models
 
 def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     """Cost of a recipe's model, without initialising weights."""
-    recipe = load(name, overrides).recipe
+    recipe = with_macs(load(name, overrides).recipe)
     task = task_named(recipe.task)
     config = model_config(recipe.model, task)
     data = task.open_data(recipe, config)
