@@ -115,7 +115,7 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_stages_of_a_tower_train_nothing_in_a_batch_without_an_image(tmp_path: Path) -> None:
-    stages = CompressionConfig([StageConfig(layer=1, stack="vision", scorer="learned", selector="gumbel")])
+    stages = CompressionConfig([StageConfig(layer=0, stack="vision", scorer="learned", selector="gumbel")])
     budget = Budget(BudgetConfig(target=0.5, measure="keep"), visual.dense(), stages, total_steps=1)
     model = compress(visual.dense(), budget.compression).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
