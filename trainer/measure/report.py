@@ -33,6 +33,7 @@ class Arm:
         stacks: by stack of a vision-language model, ``requested`` and ``achieved`` of ``visual_keep``, visual tokens processed ÷ present
             as a mean over its layers, and of its ``macs_ratio``; empty for other models.
         macs_ratio: mean over the held-out rows, from the token counts of each row.
+        macs_ratio_requested: target of the budget, if it is a ``macs_ratio``; None otherwise.
         mean_token_fraction: mean over the held-out rows.
         train_seconds: seconds of training steps, with loading.
         per_second: images or tokens per second, by the task's unit, over ``train_seconds``; None if nothing was trained.
@@ -55,6 +56,7 @@ class Arm:
     macs_ratio: float
     mean_token_fraction: float
     train_seconds: float
+    macs_ratio_requested: float | None = None
     per_second: float | None = None
     train_macs_ratio: float = 1.0
     step_seconds: float | None = None
@@ -84,6 +86,7 @@ class Report:
     peak_memory: Mapping[str, Any]
     baselines: Mapping[str, Any]
     seed: int
+    macs_ratio_requested: float | None = None
     train_seconds: float | None = None
     train_macs_ratio: float | None = None
     throughput: Mapping[str, Any] = field(default_factory=dict)
@@ -170,7 +173,7 @@ def table(arms: Mapping[str, Arm], metric: str, memory_kind: str | None) -> Tabl
             f"{arm.quality:.4f}",
             requested,
             achieved,
-            f"{arm.macs_ratio:.3f}",
+            f"{arm.macs_ratio:.3f}" + ("" if arm.macs_ratio_requested is None else f"\nof {arm.macs_ratio_requested:.3f}"),
             _shown(arm.step_seconds, lambda value: f"{value * 1000:.0f} ms"),
             _shown(arm.speedup, lambda value: f"{value:.2f}×"),
             _shown(arm.of_oracle, lambda value: f"{100 * value:.1f}"),

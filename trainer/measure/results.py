@@ -34,6 +34,9 @@ def arm_of(recipe: str, parts: RunParts, module: TaskModule, throughput: Through
         details=_details(parts, module),
         keep={"requested": {} if cost is None else dict(cost.keep), "achieved": module.achieved_keep},
         macs_ratio=module.achieved_macs_ratio,
+        macs_ratio_requested=parts.budget.config.target
+        if parts.budget is not None and parts.budget.config.measure == "macs_ratio"
+        else None,
         mean_token_fraction=1.0 if cost is None else cost.mean_token_fraction,
         train_seconds=throughput.seconds,
         per_second=throughput.mean,
@@ -103,6 +106,7 @@ def report_of(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench
         },
         keep=arm.keep,
         macs_ratio=arm.macs_ratio,
+        macs_ratio_requested=arm.macs_ratio_requested,
         mean_token_fraction=arm.mean_token_fraction,
         step_time={
             "dense": measured.dense_seconds if measured else None,
