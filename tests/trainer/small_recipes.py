@@ -15,7 +15,7 @@ from tests.data.texts import chats, chats_about_images, jsonl, small_tokenizer
 from tests.matrix.processors import chat_file
 
 # What the name of a recipe ends with that is laid over another one as a control arm.
-ENDINGS = ("_dense", "_random", "_random_choice", "_uniform", "_energy", "_bipartite", "_last_query")
+ENDINGS = ("_dense", "_random", "_random_choice", "_uniform", "_energy", "_bipartite", "_last_query", "_learned")
 CONTROLS = [name for name, path in shipped().items() if name.endswith(ENDINGS) and "base" in yaml.safe_load(path.read_text())]
 
 
@@ -65,7 +65,7 @@ def small(name: str, folder: Path, quick: Sequence[str]) -> list[str]:
         return [*overrides, "baselines=[]", f"model.name={folder / 'base'}"]
     if not name.startswith("vit_image_folder"):
         # Restores and stages are at layers that a shallower model does not have.
-        deep = ["model.config.num_hidden_layers=6"] if name.startswith("segment") else []
+        deep = ["model.config.num_hidden_layers=6"] if name.startswith("segment") or name.endswith("_learned") else []
         return [*quick, *deep, "baselines=[]"]
     config = ViTConfig(hidden_size=16, num_hidden_layers=10, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4)
     ViTForImageClassification(config).save_pretrained(folder / "vit")

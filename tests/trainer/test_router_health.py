@@ -105,6 +105,7 @@ def test_norms_are_those_of_logged_steps_by_group_and_a_warning_is_given_once() 
     again = RouterHealth(health.lines, 9, 2)
     again.load_state_dict(health.state_dict())
     assert (again.report, again.warnings) == (health.report, health.warnings)
+    assert str(again.state_dict()) == str(health.state_dict())
 
 
 def test_partitioned_gradients_have_no_norm() -> None:

@@ -43,11 +43,19 @@ class RouterHealth(Callback):
         self._step_norms: dict[str, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"warnings": self.warnings, "known": sorted(self._known), "norms": self.norms, "largest": self._largest}
+        windows = {name: [vars(signs) for signs in window] for name, window in self._windows.items()}
+        return {
+            "warnings": self.warnings,
+            "known": sorted(self._known),
+            "norms": self.norms,
+            "largest": self._largest,
+            "windows": windows,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.warnings, self.norms, self._largest = (state_dict[key] for key in ("warnings", "norms", "largest"))
         self._known = {(stage, kind) for stage, kind in state_dict["known"]}
+        self._windows = {name: deque((Signs(**signs) for signs in window), maxlen=WINDOW) for name, window in state_dict["windows"].items()}
 
     @property
     def report(self) -> dict[str, dict[str, float]]:
