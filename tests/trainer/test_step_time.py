@@ -63,7 +63,7 @@ def _operations(step: Callable[[], None], device: torch.device) -> float:
     return (counter.get_total_flops() + OVERHEAD) / 1e12
 
 
-@pytest.mark.parametrize("selector", ["top_k", "gumbel"])
+@pytest.mark.parametrize("selector", ["top_k", pytest.param("gumbel", marks=pytest.mark.slow)])
 def test_a_requested_step_time_is_met_and_a_run_that_goes_on_keeps_its_calibration(
     selector: str, tmp_path: Path, quick: list[str], console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +72,8 @@ def test_a_requested_step_time_is_met_and_a_run_that_goes_on_keeps_its_calibrati
         monkeypatch.setattr(f"laconic.trainer.measure.{name}", 1)
     router = ["compression.stages.0.scorer=learned", f"compression.stages.0.selector={selector}"]
     loaded = load(
-        "vit_digits", [*quick, *router, "baselines=[]", "trainer.bench_rounds=1", "budget.measure=step_time", "budget.target=0.7"]
+        "vit_digits",
+        [*quick, *router, "baselines=[]", "trainer.bench_rounds=1", "trainer.pictures=0", "budget.measure=step_time", "budget.target=0.7"],
     )
     assert any("training measures steps on its device first" in remark for remark in validate(loaded.recipe).remarks)
     train(loaded, [], console)

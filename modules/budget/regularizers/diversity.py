@@ -54,4 +54,5 @@ class Diversity(StageRegularizer):
         total = rows.sum().clamp(min=torch.finfo(rows.dtype).tiny)
         keep = (first.sum() / total).detach()
         # Without gradient: the bound would pull the keep to one half.
-        return 1 - (variance * rows).sum() / total / (keep * (1 - keep)).clamp(min=1e-6)
+        share: Tensor = (variance * rows).sum() / total / (keep * (1 - keep)).clamp(min=1e-6)
+        return 1 - share
