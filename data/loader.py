@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -89,18 +90,35 @@ class BucketedBatches(StepBatches):
 class StreamBatches(StepBatches):
     """Batches of an endless stream in its order; an index counts items from the beginning of the stream.
 
-    Arguments as in StepBatches, without ``length`` and ``seed``.
+    Args:
+        batch_size, batches, rank, world_size: as in StepBatches.
+        ahead: by how many items the stream is ahead of batches of this size, after other ones.
     """
 
-    def __init__(self, batch_size: int, batches: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, batch_size: int, batches: int, rank: int = 0, world_size: int = 1, ahead: int = 0) -> None:
         self.length, self.batch_size, self.batches, self.seed = 0, batch_size, batches, 0
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.ahead = rank, world_size, ahead
         self.start = 0
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start, self.batches):
-            first = (step * self.world_size + self.rank) * self.batch_size
+            first = (step * self.world_size + self.rank) * self.batch_size + self.ahead
             yield list(range(first, first + self.batch_size))
+
+
+@dataclass(frozen=True)
+class DataPhase:
+    """The training batches of one phase on one process.
+
+    Attributes:
+        batches: number of them.
+        batch_size: rows of each.
+        bag: consecutive tokens that a model reads as one; None for ordinary rows.
+    """
+
+    batches: int
+    batch_size: int
+    bag: int | None = None
 
 
 class EvalBatches(Sampler[list[int]]):
@@ -134,6 +152,16 @@ class EvalBatches(Sampler[list[int]]):
             yield list(range(first + self.rank, min(first + together, self.length), self.world_size)) or [0]
 
 
+class RunBatches(Protocol):
+    """Batches of a whole training run: the next is number ``start``, and the order depends on what ``_ORDER`` names."""
+
+    start: int
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[Any]]: ...
+
+
 class ResumableLoader(DataLoader[Any]):
     """DataLoader over StepBatches whose state is the number of batches taken: resuming repeats and skips none.
 
@@ -147,7 +175,7 @@ class ResumableLoader(DataLoader[Any]):
         options: arguments of DataLoader.
     """
 
-    def __init__(self, dataset: Dataset[Any], batches: StepBatches, accumulate: int = 1, **options: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], batches: RunBatches, accumulate: int = 1, **options: Any) -> None:
         # A separate generator: creating an iterator draws a seed, which must not advance the default generator of dropout.
         super().__init__(dataset, batch_sampler=batches, generator=torch.Generator(), **options)
         self._batches = batches
@@ -164,11 +192,11 @@ class ResumableLoader(DataLoader[Any]):
                 self._taken += 1
                 yield batch | of_step
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Number of batches taken, and the settings that the order depends on."""
         return {"taken": self._taken} | {name: getattr(self._batches, name) for name in _ORDER}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues after the batches taken. Raises ValueError if the order would differ."""
         for name in _ORDER:
             now = getattr(self._batches, name)

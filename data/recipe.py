@@ -70,10 +70,12 @@ class DataRecipe(Block):
     Attributes:
         holds: description of the rows, used in messages.
         known: values of ``name`` besides hub names: data sets that come with Laconic, and builders of files.
+        predicts_next: whether every token of the rows predicts the next one.
     """
 
     holds: ClassVar[str]
     known: ClassVar[tuple[str, ...]]
+    predicts_next: ClassVar[bool] = False
 
     name: str = Field(description="a data set that comes with Laconic, a type of files, or a hub name")
     data_dir: str | None = Field(None, description="folder of the files")

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .labels.classes import without
-from .loader import EvalBatches, ResumableLoader, StepBatches, leave_to_parent
+from .loader import DataPhase, EvalBatches, ResumableLoader, RunBatches, StepBatches, leave_to_parent
 from .rows import BadRowCount, collate
 
 # Rows of a split whose content is hashed.
@@ -64,6 +64,19 @@ class Splits:
     def train_batches(self, batch_size: int, batches: int, seed: int, rank: int = 0, world_size: int = 1) -> StepBatches:
         """Indices of the items of each batch of a training run on one process."""
         return StepBatches(len(self.train), batch_size, batches, seed, rank, world_size)  # type: ignore[arg-type]
+
+    def in_bags(self, bag: int) -> Splits:
+        """These splits with training rows of bags of ``bag`` tokens, of as many bags as the rows have tokens; of text only."""
+        raise NotImplementedError
+
+    def train_phases(self, phases: Sequence[DataPhase], seed: int, rank: int = 0, world_size: int = 1) -> tuple[Dataset[Any], RunBatches]:
+        """Training rows and their batches on one process, in a run whose phases read rows of different kinds; of text only.
+
+        Args:
+            phases: the phases, in their order.
+            seed, rank, world_size: as in ``train_batches``.
+        """
+        raise NotImplementedError
 
     def train_batch(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """A training batch of items of ``train``."""
@@ -120,19 +133,34 @@ class DataModule(lightning.LightningDataModule):
         workers: loader processes.
         seed: seed of the training order.
         accumulate: training batches of an optimizer step.
+        phases: phases whose rows differ, with as many batches together; empty if all batches are alike.
     """
 
     def __init__(
-        self, data: Splits, batch_size: int, eval_batch_size: int, batches: int, workers: int, seed: int, accumulate: int = 1
+        self,
+        data: Splits,
+        batch_size: int,
+        eval_batch_size: int,
+        batches: int,
+        workers: int,
+        seed: int,
+        accumulate: int = 1,
+        phases: Sequence[DataPhase] = (),
     ) -> None:
         super().__init__()
         self.data = data
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.batches, self.workers, self.seed, self.accumulate = batches, workers, seed, accumulate
+        self.phases = phases
 
     def train_dataloader(self) -> ResumableLoader:
-        batches = self.data.train_batches(self.batch_size, self.batches, self.seed, *self._place())
-        return ResumableLoader(self.data.train, batches, self.accumulate, collate_fn=self.data.train_batch, **self._options())
+        rows, batches = self._rows()
+        return ResumableLoader(rows, batches, self.accumulate, collate_fn=self.data.train_batch, **self._options())
+
+    def _rows(self) -> tuple[Dataset[Any], RunBatches]:
+        if self.phases:
+            return self.data.train_phases(self.phases, self.seed, *self._place())
+        return self.data.train, self.data.train_batches(self.batch_size, self.batches, self.seed, *self._place())
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluated(self.data.validation)

@@ -42,6 +42,7 @@ from .errors import RecipeError
 from .measure.answers import write_answers
 from .measure.arms import bench_models, print_claims, print_step_times
 from .measure.bench import Bench
+from .measure.phase_costs import phase_facts, phase_lines
 from .measure.report import Report, table, with_bench
 from .measure.results import Trained, arm_of, ratio_of, report_of
 from .measure.step_time import calibration_of
@@ -172,11 +173,12 @@ def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -
     for arm in [*load_baselines(loaded, overrides).arms, loaded]:
         parts = build(arm.recipe)
         module = task_named(parts.recipe.task).module(parts)
-        rows = [parts.data.train[index] for index in range(arm.recipe.data.batch_size)]
-        batch = collate(rows)
         module.model.train()
-        loss = module.training_step(batch, 0)["loss"]
-        loss.backward()
+        for bag in {phase.bag for phase in arm.recipe.phases or ()} or {None}:
+            rows: Any = (parts.data if bag is None else parts.data.in_bags(bag)).train
+            batch = collate([rows[index] for index in range(arm.recipe.data.batch_size)])
+            loss = module.training_step(batch, 0)["loss"]
+            loss.backward()
         result[arm.name] = {"loss": float(loss.detach()), "steps": parts.total_steps}
         console.print(
             f"{arm.name}: built, one step's loss {float(loss.detach()):.3f}; would train {parts.total_steps:,} steps", highlight=False
@@ -185,7 +187,9 @@ def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -
 
 
 def _arm_name(arm: LoadedRecipe) -> str:
-    """``dense``, or the names of the scorers; ``static`` for layers that are left out."""
+    """``dense``, or the names of the scorers or of the phases' bags; ``static`` for layers that are left out."""
+    if bags := {phase.kind for phase in arm.recipe.phases or () if phase.bag is not None}:
+        return "+".join(sorted(bags))
     if arm.recipe.compression is None:
         return "dense"
     return "+".join(sorted({"static" if stage.left_out else stage.part("scorer").name for stage in arm.recipe.compression.stages}))
@@ -220,7 +224,7 @@ def train_arm(
             shown = "  ".join(f"{stage} {value:.2f}" for stage, value in ranks.items())
             output.line(f"scorers fitted to updates, rank correlation on held-out tokens: {shown}")
         module = task_named(parts.recipe.task).module(parts)
-        line = StepLine(output, parts.total_steps, recipe.trainer.log_every, name, module.task)
+        line = StepLine(output, parts.total_steps, recipe.trainer.log_every, name, module.task, parts.phases)
         saving = Checkpoints(run, parts.total_steps, recipe.trainer.checkpoint_every, signals or StopSignals(), checkpoint)
         health = RouterHealth(output, parts.total_steps, recipe.trainer.log_every)
         callbacks = [NanGuard(), line, health, RandomState(recipe.seed), saving]
@@ -244,13 +248,13 @@ def train_arm(
         shared = [stage.config.key for stage in budget.held] if budget is not None and one else []
         ratio = (module.achieved_macs_ratio, budget.config.target) if budget is not None and budget.config.measure == "macs_ratio" else None
         far = strayed(built, {} if parts.cost is None else parts.cost().keep, module.achieved_keep, str(folder), shared, ratio)
-        for remark in (*module.quality.remarks(parts.data), *far):
+        for remark in (*module.quality.remarks(parts.data), *far, *phase_lines(phase_facts(parts, line.spent), module.task.unit)):
             output.line(remark)
     if collective.rank() == 0 and (answers := module.quality.answered(parts.data)):
         write_answers(run.answers, answers)
     remarks = (*health.warnings, *far)
     times = {} if calibration is None else {**calibration.to_dict(), "macs_ratio": calibration.macs_ratio, "floor": calibration.floor}
-    arm = arm_of(loaded.name, parts, module, line.throughput)
+    arm = arm_of(loaded.name, parts, module, line)
     arm = replace(arm, fitted=ranks, gradients=health.report, step_time=times, remarks=remarks)
     stages = list(stages_of(parts.model).values())
     if parts.base is None and stages and all(stage.idle for stage in stages):
@@ -296,7 +300,7 @@ def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:
     """True if a training step leaves parameters without gradient, found on a step of one row; DDP needs to know."""
     if stage_of(parts.recipe.trainer) or collective.world_size() == 1:
         return False
-    if parts.recipe.training_keep is not None:
+    if parts.recipe.training_keep is not None or any(phase.keep is not None for phase in parts.recipe.phases or ()):
         # A step with all tokens trains no router.
         return True
     rows = parts.data.train_rows
@@ -341,6 +345,7 @@ def _describe(parts: RunParts, name: str, log: RunLog) -> None:
             if cost is None
             else f"; macs_ratio {cost.macs_ratio:.3f}, tokens by layer {' '.join(f'{tokens.attention:g}' for tokens in cost.layers)}"
         )
+        + ("" if parts.phases is None else f"; {parts.phases.described}")
     )
 
 

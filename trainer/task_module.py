@@ -56,6 +56,7 @@ class TaskModule(lightning.LightningModule):
         self.cost = parts.cost
         self.seed = recipe.seed
         self.training_keep = recipe.training_keep
+        self.phases = parts.phases
         self.teacher = teacher_of(parts)
         self.base = parts.base
         self.save_beside = parts.data.save_beside
@@ -128,6 +129,8 @@ class TaskModule(lightning.LightningModule):
         if self.training_keep is not None:
             drawn = self.training_keep.keep(self.global_step, self.total_steps, self.seed)
             trace.keep = {name: drawn for name, stage in stages_of(self.model).items() if not stage.config.left_out}
+        elif self.phases is not None:
+            trace.keep = self.phases.keep(self.phases.at(self.global_step))
         return trace
 
     @staticmethod

@@ -6,8 +6,8 @@ attention to each token's own document.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,26 @@ class Tokens:
     """Length and token ids of packed rows.
 
     Attributes:
-        length: tokens of a row.
+        length: tokens of a row; a multiple of ``bag``.
         filler: token id of padding.
         sizes: (entries,) int64 bytes of text by token id.
+        bag: consecutive tokens that a model reads as one, for rows of bags; None for rows of tokens. No bag has tokens of two documents:
+            a document begins a bag, and its last one may be filled with padding.
     """
 
     length: int
     filler: int
     sizes: np.ndarray
+    bag: int | None = None
+
+    def with_bags(self, bag: int) -> Tokens:
+        """The same for rows of as many bags of ``bag`` tokens as these rows have tokens."""
+        return replace(self, length=self.length * bag, bag=bag)
+
+    @property
+    def grain(self) -> int:
+        """Tokens at whose multiples a document may begin."""
+        return self.bag or 1
 
     def row(self, parts: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> dict[str, Any]:
         """A packed row.
@@ -44,26 +56,35 @@ class Tokens:
             ``input_ids``, ``labels`` (IGNORE_TOKEN at the first token of a part, which has no predecessor), ``position_ids`` (0 … in each
             part), ``documents`` (0 … by part, PADDING in padding), all (length,) int64; and the integers ``bytes`` (of the predicted
             text), ``tokens`` (without padding) and ``predicted`` (number of predicted tokens).
+
+            Of bags: ``input_ids`` and ``labels`` are (length / bag, bag), the first bag of a part is not predicted, and IGNORE_TOKEN is
+            also the id of a slot without a token; ``position_ids`` and ``documents`` are (length / bag,) and count bags.
         """
-        ids = np.full(self.length, self.filler, np.int64)
+        grain = self.grain
+        # In a bag a slot without a token adds nothing to the mean; in a row of tokens it is a place like others, and has an entry.
+        ids = np.full(self.length, self.filler if self.bag is None else IGNORE_TOKEN, np.int64)
         labels = np.full(self.length, IGNORE_TOKEN, np.int64)
         positions, documents = np.zeros(self.length, np.int64), np.full(self.length, PADDING, np.int64)
-        start = 0
+        start, number_of_tokens = 0, 0
         for number, (tokens, learned) in enumerate(parts):
             stop = start + len(tokens)
             ids[start:stop] = tokens
             labels[start:stop] = tokens if learned is None else np.where(learned, tokens, IGNORE_TOKEN)
-            labels[start] = IGNORE_TOKEN
-            positions[start:stop] = np.arange(len(tokens))
+            labels[start : start + grain] = IGNORE_TOKEN
+            positions[start:stop] = np.arange(len(tokens)) // grain
             documents[start:stop] = number
-            start = stop
+            start = up_to(stop, grain)
+            number_of_tokens += len(tokens)
+        if self.bag is not None:
+            ids, labels = ids.reshape(-1, grain), labels.reshape(-1, grain)
+            positions, documents = positions[::grain].copy(), documents[::grain].copy()
         arrays = {"input_ids": ids, "labels": labels, "position_ids": positions, "documents": documents}
         predicted = labels[labels != IGNORE_TOKEN]
         # A model's vocabulary may be larger than its tokenizer's.
         counted = int(self.sizes[predicted[predicted < len(self.sizes)]].sum())
         return {key: torch.from_numpy(value) for key, value in arrays.items()} | {
             "bytes": counted,
-            "tokens": start,
+            "tokens": number_of_tokens,
             "predicted": len(predicted),
         }
 
@@ -116,22 +137,38 @@ class Plan:
     stop: np.ndarray
 
 
-def cut_end_to_end(corpus: Corpus, length: int) -> Plan:
-    """All tokens in order, cut into full rows: the rest of a document continues in the next row, as a separate document."""
-    rows = np.arange(0, corpus.size, length)
-    start = np.union1d(corpus.starts[:-1][np.diff(corpus.starts) > 0], rows)
-    stop = np.append(start[1:], corpus.size)
-    return Plan(np.append(np.searchsorted(start, rows), len(start)), start, stop)
+def up_to(number: int, grain: int) -> int:
+    """The next multiple of ``grain``, ``number`` itself if it is one."""
+    return -(-number // grain) * grain
 
 
-def keep_whole(corpus: Corpus, length: int) -> Plan:
+def cut_end_to_end(corpus: Corpus, length: int, grain: int = 1) -> Plan:
+    """All tokens in order, cut into full rows: the rest of a document continues in the next row, as a separate document.
+
+    Args:
+        corpus: the documents.
+        length: tokens of a row, a multiple of ``grain``.
+        grain: tokens at whose multiples a document begins.
+    """
+    # In grains: a document's last one may be incomplete.
+    first = np.concatenate([[0], np.cumsum(-(-np.diff(corpus.starts) // grain))]).astype(np.int64)
+    rows = np.arange(0, first[-1], length // grain)
+    start = np.union1d(first[:-1][np.diff(first) > 0], rows)
+    document = np.searchsorted(first, start, "right") - 1
+    begin, last = corpus.starts[document] - first[document] * grain, corpus.starts[document + 1]
+    stop = np.minimum(begin + np.append(start[1:], first[-1]) * grain, last)
+    return Plan(np.append(np.searchsorted(start, rows), len(start)), begin + start * grain, stop)
+
+
+def keep_whole(corpus: Corpus, length: int, grain: int = 1) -> Plan:
     """Uncut documents, longest first, each in the row that it fills best (best-fit decreasing, arXiv 2404.10830).
 
     Args:
         corpus: documents of at most ``length`` tokens.
-        length: tokens of a row.
+        length: tokens of a row, a multiple of ``grain``.
+        grain: tokens at whose multiples a document begins.
     """
-    sizes = np.diff(corpus.starts)
+    sizes = -(-np.diff(corpus.starts) // grain) * grain
     order = [int(number) for number in np.argsort(-sizes, kind="stable") if sizes[number]]
     rows: list[list[int]] = []
     # Rows by free tokens, and a bit mask of the free sizes that exist: the lowest bit from ``size`` up is the best fit.
@@ -159,12 +196,17 @@ class PackedRows(Dataset[dict[str, Any]]):
 
     Args:
         corpus: the documents.
-        plan: the tokens of each row.
         tokens: length and token ids of the rows.
+        whole: if True, documents are not cut; otherwise they continue in the next row.
     """
 
-    def __init__(self, corpus: Corpus, plan: Plan, tokens: Tokens) -> None:
-        self.corpus, self.plan, self.tokens = corpus, plan, tokens
+    def __init__(self, corpus: Corpus, tokens: Tokens, whole: bool) -> None:
+        self.corpus, self.tokens, self.whole = corpus, tokens, whole
+        self.plan: Plan = (keep_whole if whole else cut_end_to_end)(corpus, tokens.length, tokens.grain)
+
+    def with_bags(self, bag: int) -> PackedRows:
+        """The same documents in rows of bags."""
+        return PackedRows(self.corpus, self.tokens.with_bags(bag), self.whole)
 
     def __len__(self) -> int:
         return len(self.plan.first) - 1
@@ -181,12 +223,13 @@ class Packer:
     """Packs the documents of a stream in their order.
 
     Args:
-        tokens: length and token ids of the rows.
+        tokens: from the number of a row to its length and token ids.
         whole: if True, documents are not cut; otherwise they continue in the next row.
     """
 
-    def __init__(self, tokens: Tokens, whole: bool) -> None:
-        self.tokens, self.whole = tokens, whole
+    def __init__(self, tokens: Callable[[int], Tokens], whole: bool) -> None:
+        self.tokens_of, self.tokens, self.whole = tokens, tokens(0), whole
+        self._taken = 0
         self._parts: list[tuple[np.ndarray, np.ndarray | None]] = []
         self._filled = 0
 
@@ -198,7 +241,7 @@ class Packer:
         while len(tokens):
             room = self.tokens.length - self._filled
             self._parts.append((tokens[:room], None if learned is None else learned[:room]))
-            self._filled += len(self._parts[-1][0])
+            self._filled = up_to(self._filled + len(self._parts[-1][0]), self.tokens.grain)
             tokens, learned = tokens[room:], None if learned is None else learned[room:]
             if self._filled == self.tokens.length:
                 yield self._take()
@@ -206,4 +249,6 @@ class Packer:
     def _take(self) -> dict[str, Any]:
         row = self.tokens.row(self._parts)
         self._parts, self._filled = [], 0
+        self._taken += 1
+        self.tokens = self.tokens_of(self._taken)
         return row

@@ -30,6 +30,7 @@ class DocumentRecipe(TextRecipe):
     """Documents packed into rows of ``sequence_length`` tokens: plain text, prompts with completions, or chats."""
 
     holds: ClassVar[str] = "text without labels"
+    predicts_next: ClassVar[bool] = True
     embedded: ClassVar[tuple[str, ...]] = ("python_library", "python_functions")
     known: ClassVar[tuple[str, ...]] = (*embedded, "text", *_FILES)
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from ..embedded.python_functions import library_functions
 from ..embedded.python_library import library_files
 from ..hub import named_splits, open_source, open_splits
-from ..loader import StepBatches, StreamBatches
+from ..loader import DataPhase, StepBatches, StreamBatches
 from ..rows import BadRow, BadRowCount
 from ..source import DataSource, SplitNames
 from ..splits import Splits
 from .columns import SHOWN, find_columns
 from .documents import Encoder, encoder_for
 from .files import read_from
-from .packing import Corpus, PackedRows, Tokens, cut_end_to_end, keep_whole
-from .stream import StreamedRows
+from .packing import Corpus, PackedRows, Tokens
+from .phases import PhasedBatches, PhasedRows
+from .stream import StreamedRows, TokensByRow
 from .tokenizer import token_bytes
 
 # Makes or loads a tokenizer; the argument is the training texts, or None if rows have prompts.
@@ -78,6 +80,30 @@ class TextData(Splits):
         if self.streamed:
             return StreamBatches(batch_size, batches, rank, world_size)
         return super().train_batches(batch_size, batches, seed, rank, world_size)
+
+    def in_bags(self, bag: int) -> TextData:
+        rows: Any = self.train
+        return replace(self, train=rows.with_bags(bag))
+
+    def train_phases(
+        self, phases: Sequence[DataPhase], seed: int, rank: int = 0, world_size: int = 1
+    ) -> tuple[Dataset[Any], PhasedBatches]:
+        numbers, sizes = [phase.batches for phase in phases], [phase.batch_size for phase in phases]
+        parts: list[StepBatches] = []
+        if self.streamed:
+            # One stream, which goes on where the phase before has ended.
+            stream: Any = self.train
+            taken = list(itertools.accumulate(number * size * world_size for number, size in zip(numbers, sizes, strict=True)))
+            rows = [stream.packed([phase.bag for phase in phases], taken[:-1])] * len(phases)
+            begin = 0
+            for number, size, before in zip(numbers, sizes, [0, *taken], strict=False):
+                parts.append(StreamBatches(size, sum(numbers), rank, world_size, before - begin * size * world_size))
+                begin += number
+        else:
+            kinds = [self if phase.bag is None else self.in_bags(phase.bag) for phase in phases]
+            rows = [kind.train for kind in kinds]
+            parts = [kind.train_batches(size, sum(numbers), seed, rank, world_size) for kind, size in zip(kinds, sizes, strict=True)]
+        return PhasedRows(rows), PhasedBatches(parts, numbers)
 
     def bad_rows(self, allowed: float) -> BadRowCount:
         return copy.deepcopy(self.counted)
@@ -170,7 +196,7 @@ def streamed_text(source: DataSource, names: SplitNames, tokenizer_of: Tokenizer
     counted = BadRowCount(settings.max_bad_fraction, SHUFFLED)
     evaluated = _packed("validation", validation, encoder, tokens, counted)
     return TextData(
-        train=StreamedRows(train.shuffle(seed=settings.seed, buffer_size=SHUFFLED), source, encoder, tokens),
+        train=StreamedRows(train.shuffle(seed=settings.seed, buffer_size=SHUFFLED), source, encoder, TokensByRow((tokens,))),
         validation=evaluated,
         test=evaluated if test is None else _packed("test", test, encoder, tokens, counted),
         has_test=test is not None,
@@ -229,7 +255,7 @@ def _packed(split: str, rows: Any, encoder: Encoder, tokens: Tokens, counted: Ba
         ValueError: no token of the split is predicted.
     """
     corpus, bad = encoded(split, rows, encoder, counted)
-    packed = PackedRows(corpus, (keep_whole if encoder.prompts else cut_end_to_end)(corpus, tokens.length), tokens)
+    packed = PackedRows(corpus, tokens, whole=encoder.prompts)
     # The first token of a part is not predicted. A document with a prompt has a learned token after it, or is bad.
     if not (packed.plan.stop - packed.plan.start > 1).any():
         raise ValueError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,23 @@ from .packing import Packer, Tokens
 
 # Rows encoded in one call of the tokenizer.
 _TOGETHER = 64
+
+
+@dataclass(frozen=True)
+class TokensByRow:
+    """Length and token ids of the rows of a stream that packs its rows otherwise from some row on.
+
+    Attributes:
+        kinds: each way of packing.
+        ends: number of the first row that is not packed so, for each of them but the last.
+    """
+
+    kinds: tuple[Tokens, ...]
+    ends: tuple[int, ...] = ()
+
+    def __call__(self, number: int) -> Tokens:
+        """The packing of a row."""
+        return self.kinds[bisect.bisect_right(self.ends, number)]
 
 
 class StreamedRows(Dataset[dict[str, Any]]):
@@ -32,10 +51,25 @@ class StreamedRows(Dataset[dict[str, Any]]):
         tokens: length and token ids of the packed rows.
     """
 
-    def __init__(self, rows: Any, source: DataSource, encoder: Encoder, tokens: Tokens) -> None:
+    def __init__(self, rows: Any, source: DataSource, encoder: Encoder, tokens: TokensByRow) -> None:
         self.rows, self.source, self.encoder, self.tokens = rows, source, encoder, tokens
         self._items: Iterator[list[dict[str, Any]]] | None = None
         self._next = 0
+
+    def with_bags(self, bag: int) -> StreamedRows:
+        """The same stream in rows of bags."""
+        return self.packed((bag,), ())
+
+    def packed(self, bags: Sequence[int | None], ends: Sequence[int]) -> StreamedRows:
+        """The same stream in rows that change their kind.
+
+        Args:
+            bags: tokens of a bag, for each kind of rows; None for rows of tokens.
+            ends: number of the first row of each kind but the first.
+        """
+        plain = self.tokens(0)
+        kinds = tuple(plain if bag is None else plain.with_bags(bag) for bag in bags)
+        return StreamedRows(self.rows, self.source, self.encoder, TokensByRow(kinds, tuple(ends)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_items": None, "_next": 0}

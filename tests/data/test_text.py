@@ -19,7 +19,7 @@ from laconic.data.source import DataSource, SplitNames
 from laconic.data.splits import DataModule
 from laconic.data.text.columns import find_columns
 from laconic.data.text.documents import Encoder, encoder_for
-from laconic.data.text.packing import PADDING, Corpus, PackedRows, Tokens, cut_end_to_end, keep_whole
+from laconic.data.text.packing import PADDING, Corpus, PackedRows, Tokens, keep_whole
 from laconic.data.text.splits import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
 from laconic.data.text.tokenizer import END, load_tokenizer, token_bytes, trained_tokenizer
 from laconic.modules.tokens.labels import IGNORE_TOKEN
@@ -40,10 +40,10 @@ def _tokens(length: int = 8) -> Tokens:
     return Tokens(length, 99, np.ones(100, np.int64))
 
 
-@pytest.mark.parametrize("plan", [cut_end_to_end, keep_whole])
-def test_every_token_is_in_one_row_and_filler_is_only_at_the_end(plan: Any) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_every_token_is_in_one_row_and_filler_is_only_at_the_end(whole: bool) -> None:
     corpus = _corpus([5, 8, 1, 3, 6, 2, 7])
-    rows = _rows(PackedRows(corpus, plan(corpus, 8), _tokens()))
+    rows = _rows(PackedRows(corpus, _tokens(), whole))
     seen = []
     for row in rows:
         real = row["documents"] != PADDING
@@ -60,7 +60,7 @@ def test_every_token_is_in_one_row_and_filler_is_only_at_the_end(plan: Any) -> N
 
 def test_positions_and_documents_start_again_at_every_border_and_no_document_predicts_the_next() -> None:
     corpus = _corpus([5, 8, 1, 10])
-    rows = _rows(PackedRows(corpus, cut_end_to_end(corpus, 8), _tokens()))
+    rows = _rows(PackedRows(corpus, _tokens(), whole=False))
     assert [row["position_ids"].tolist() for row in rows] == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 4, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7]]
     assert [row["documents"].tolist() for row in rows] == [[0] * 5 + [1] * 3, [0] * 5 + [1] + [2] * 2, [0] * 8]
     for row in rows:

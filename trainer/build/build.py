@@ -28,6 +28,7 @@ from ...modules.stage import stages_of
 from ..distributed import collective
 from ..distributed.strategies import processes_of
 from ..distributed.zero3 import broadcast_weights, zero3_init
+from ..recipe.phases import PhasePlan
 from ..recipe.schema import ModelRecipe, Recipe
 from ..run_folder import RunFolder
 from ..tasks.base import Task, task_named
@@ -71,6 +72,7 @@ def build(
     of_weights = fit_vocabulary(recipe.model, config, data)
     lightning.seed_everything(recipe.seed, verbose=False)
     steps = total_steps(recipe, data)
+    phases = PhasePlan.of(recipe.phases, recipe.compression, steps)
     base = collective.from_rank_zero(lambda: _base(recipe, start))
     if shards is None:
         dense, new, start = _starting_model(recipe, config, data, task, start, of_weights)
@@ -88,7 +90,7 @@ def build(
             model, cost, budget = _assemble(recipe, build_model(bare, config, data, task), steps, start, new, filled=False)
         broadcast_weights(model, source)
     data = task.fit_data(recipe, data, config, cost)
-    return RunParts(recipe, data, model, cost, budget, steps, base)
+    return RunParts(recipe, data, model, cost, budget, steps, base, phases)
 
 
 def located_stages(recipe: Recipe, config: PretrainedConfig) -> Recipe:
@@ -175,6 +177,9 @@ def _assemble(
         if recipe.budget is not None:
             budget = Budget(recipe.budget, model, compression, steps, recipe.seed, size)
             compression = budget.compression
+        elif recipe.phases:
+            # Stages that phases decide for do nothing outside of them.
+            compression = compression.with_keep({stage.key: 1.0 for stage in compression.stages if stage.free})
         model = compress(model, compression)
         if budget is None:
             check_held(stages_of(model).values(), held=False)

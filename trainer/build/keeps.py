@@ -10,7 +10,7 @@ from ..recipe.schema import ITSELF, Recipe
 
 
 def check_keeps(recipe: Recipe, stages: Iterable[Stage]) -> None:
-    """Raises ValueError if a stage cannot follow the keeps that ``training_keep``, ``distillation`` and a moving budget request.
+    """Raises ValueError if a stage cannot follow the keeps that ``training_keep``, ``phases``, ``distillation`` and a moving budget request.
 
     Args:
         recipe: the recipe.
@@ -20,6 +20,7 @@ def check_keeps(recipe: Recipe, stages: Iterable[Stage]) -> None:
     itself = teacher is not None and teacher.teacher == ITSELF
     if drawn is not None:
         check_movable(stages, "training_keep", drawn.least)
+    _check_phases(recipe, stages)
     if teacher is not None and itself and teacher.milder is not None:
         # The teacher's keeps are above the stages' own.
         check_movable(stages, "distillation.milder", 1.0)
@@ -34,3 +35,19 @@ def check_keeps(recipe: Recipe, stages: Iterable[Stage]) -> None:
         assert recipe.compression is not None
         free = {stage.key for stage in recipe.compression.stages if stage.free}
         check_halves((stage for stage in stages if stage.config.key in free), "budget.start", budget.start)
+
+
+def _check_phases(recipe: Recipe, stages: Iterable[Stage]) -> None:
+    keeps = {f"phases.{number}.keep": phase.keep for number, phase in enumerate(recipe.phases or ()) if phase.keep is not None}
+    if not keeps or recipe.compression is None:
+        return
+    free = {stage.key for stage in recipe.compression.stages if stage.free}
+    phased = [stage for stage in stages if stage.config.key in free]
+    for key, keep in keeps.items():
+        check_movable(phased, key, keep)
+    for stage in phased:
+        if not stage.idle_at(1.0):
+            raise ValueError(
+                f"stage {stage.config.key!r} has an effect on tokens that are kept, so that it does nothing in no phase, and phases leave an "
+                "ordinary model: take scorer 'random' without an estimator, or give the stage a keep of its own"
+            )

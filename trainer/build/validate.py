@@ -15,6 +15,7 @@ from ...modules.compatibility import check_deployable
 from ..distributed.strategies import check as check_strategy
 from ..errors import RecipeError
 from ..losses.teachers import check_teacher
+from ..recipe.phases import PhasePlan
 from ..recipe.schema import ITSELF, Recipe
 from ..run_folder import RunFolder
 from ..tasks.base import task_named
@@ -90,6 +91,7 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
     data = open_data(recipe, config, start, None if trained is None else trained_classes(trained, "the trained model"))
     fit_vocabulary(recipe.model, config, data)
     steps = total_steps(recipe, data)
+    PhasePlan.of(recipe.phases, recipe.compression, steps)
     teacher = None
     if recipe.distillation is not None and recipe.distillation.teacher != ITSELF:
         teacher = check_teacher(recipe.distillation, recipe.model, config, data.classes)

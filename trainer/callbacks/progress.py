@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 import lightning
@@ -13,7 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..build.part_rates import rates_of
 from ..distributed import collective
 from ..measure.shares import shares, static_of
+from ..recipe.phases import PhasePlan
 from ..tasks.base import Task
+
+
+@dataclass
+class Spent:
+    """Images or tokens that a phase of training has read, and seconds of its steps."""
+
+    amount: int = 0
+    seconds: float = 0.0
 
 
 class Throughput:
@@ -80,10 +90,16 @@ class StepLine(Callback):
         every: steps between lines.
         title: name of the arm.
         task: task, with its metric and the unit of its speed.
+        phases: phases of the run; None if it has none.
+
+    Attributes:
+        spent: what each phase has read so far, and in which time.
     """
 
-    def __init__(self, log: RunLog, total_steps: int, every: int, title: str, task: type[Task]) -> None:
+    def __init__(self, log: RunLog, total_steps: int, every: int, title: str, task: type[Task], phases: PhasePlan | None = None) -> None:
         self.lines, self.total_steps, self.every, self.title, self.task = log, total_steps, every, title, task
+        self.phases = phases
+        self.spent = [Spent() for _ in phases.phases] if phases is not None else []
         self.throughput = Throughput()
         self._bar: Progress | None = None
         self._began = 0.0
@@ -100,21 +116,31 @@ class StepLine(Callback):
             self._bar.start()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"train_seconds": self.throughput.seconds, "amount": self.throughput.amount}
+        spent = [[phase.amount, phase.seconds] for phase in self.spent]
+        return {"train_seconds": self.throughput.seconds, "amount": self.throughput.amount, "phases": spent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.throughput.resume(state_dict["amount"], state_dict["train_seconds"])
+        self.spent = [Spent(amount, seconds) for amount, seconds in state_dict["phases"]]
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.throughput.add(self.task.amount(batch) * trainer.world_size)
+        amount, before = self.task.amount(batch) * trainer.world_size, self.throughput.seconds
+        self.throughput.add(amount)
         # The task's losses of a step's batches have their weights already.
         self._loss = self._loss + outputs["task_loss"] / trainer.accumulate_grad_batches
         step = trainer.global_step
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        phase = ""
+        if self.phases is not None:
+            # A batch that ends a step has raised the count of steps.
+            number = self.phases.number(step - whole)
+            phase = f"  {self.phases.phases[number].name}"
+            self.spent[number].amount += amount
+            self.spent[number].seconds += self.throughput.seconds - before
         if not whole:
             return
         of_step, self._loss = self._loss, 0.0
@@ -170,7 +196,7 @@ class StepLine(Callback):
         keep = (f"  keep {shares(keeps, static)}" if keeps else "") + (f"  visual keep {', '.join(visual)}" if visual else "")
         if trainer.is_global_zero:
             self.lines.line(
-                f"{self.title}  step {step}/{self.total_steps}  loss {loss:.3f}{keep}  {rate:,.0f} {self.task.unit}/s  {_clock(left)} left"
+                f"{self.title}  step {step}/{self.total_steps}{phase}  loss {loss:.3f}{keep}  {rate:,.0f} {self.task.unit}/s  {_clock(left)} left"
             )
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:

@@ -48,7 +48,7 @@ class Read:
 
     Attributes:
         hidden_states: (B · N, C) last hidden states of the base model.
-        following: (B · N,) int64 next tokens, IGNORE_TOKEN where none is predicted.
+        following: (B · N,) int64 next tokens, IGNORE_TOKEN where none is predicted; (B · N, s) if several are predicted at once.
     """
 
     hidden_states: Tensor
@@ -139,12 +139,20 @@ def loss_of(
 def _part(model: PreTrainedModel, hidden_states: Tensor, labels: Tensor, taught: Tensor | None, divergence: Divergence | None) -> Tensor:
     """(2,) loss and divergence of a part, summed over its tokens."""
     logits = logits_of(model, hidden_states)
-    loss = functional.cross_entropy(logits, labels, ignore_index=IGNORE_TOKEN, reduction="sum")
+    loss = _cross_entropy(logits, labels)
     if taught is None or divergence is None:
         return torch.stack([loss, torch.zeros_like(loss)])
     with torch.no_grad():
         expected = logits_of(model, taught)
     return torch.stack([loss, divergence(logits, expected).masked_fill(labels == IGNORE_TOKEN, 0.0).sum()])
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Scalar: negative log-likelihoods of the labels (P,) or (P, s) by logits (P, entries), summed."""
+    likelihoods = logits.log_softmax(-1)
+    sets = labels.unbind(1) if labels.ndim == 2 else [labels]
+    losses = [functional.nll_loss(likelihoods, each, ignore_index=IGNORE_TOKEN, reduction="sum") for each in sets]
+    return sum(losses[1:], losses[0])
 
 
 def logits_of(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:

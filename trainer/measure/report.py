@@ -37,7 +37,10 @@ class Arm:
         mean_token_fraction: mean over the held-out rows.
         train_seconds: seconds of training steps, with loading.
         per_second: images or tokens per second, by the task's unit, over ``train_seconds``; None if nothing was trained.
-        train_macs_ratio: mean over the training steps, from the budget's schedule or the drawn keeps.
+        train_macs_ratio: MACs of the training steps ÷ those of as many dense steps, from the budget's schedule, the drawn keeps or the
+            phases.
+        train_macs: multiply-accumulates of all forwards in training, of rows of the configured size; None without a cost model.
+        phases: steps, amount, seconds and MACs of each phase; empty if the run has no phases.
         step_seconds: median time of a training step; None if not measured.
         speedup: dense ÷ this arm, from pairs; None if not measured.
         of_oracle: oracle ÷ this arm, from pairs; None if not measured.
@@ -59,6 +62,8 @@ class Arm:
     macs_ratio_requested: float | None = None
     per_second: float | None = None
     train_macs_ratio: float = 1.0
+    train_macs: int | None = None
+    phases: Sequence[Mapping[str, Any]] = ()
     step_seconds: float | None = None
     speedup: float | None = None
     of_oracle: float | None = None
@@ -89,6 +94,8 @@ class Report:
     macs_ratio_requested: float | None = None
     train_seconds: float | None = None
     train_macs_ratio: float | None = None
+    train_macs: int | None = None
+    phases: Sequence[Mapping[str, Any]] = ()
     throughput: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stacks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)

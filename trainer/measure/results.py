@@ -9,10 +9,11 @@ from typing import Any
 from ...modules.cost.cost import Cost
 from ..build.parts import RunParts
 from ..build.trainable import parameter_counts
-from ..callbacks.progress import Throughput
+from ..callbacks.progress import StepLine
 from ..recipe.files import LoadedRecipe
 from ..task_module import TaskModule
 from .bench import Bench
+from .phase_costs import mean_phase_ratio, phase_facts, training_rows
 from .report import Arm, Report, versions, with_bench
 
 
@@ -25,9 +26,10 @@ class Trained:
     arm: Arm
 
 
-def arm_of(recipe: str, parts: RunParts, module: TaskModule, throughput: Throughput) -> Arm:
+def arm_of(recipe: str, parts: RunParts, module: TaskModule, line: StepLine) -> Arm:
     """The results of a trained arm, without its measured speed."""
-    cost = None if parts.cost is None else parts.cost()
+    cost, throughput = None if parts.cost is None else parts.cost(), line.throughput
+    ratio = 1.0 if cost is None else _training_ratio(parts, cost)
     return Arm(
         recipe=recipe,
         quality=module.quality.value,
@@ -40,7 +42,9 @@ def arm_of(recipe: str, parts: RunParts, module: TaskModule, throughput: Through
         mean_token_fraction=1.0 if cost is None else cost.mean_token_fraction,
         train_seconds=throughput.seconds,
         per_second=throughput.mean,
-        train_macs_ratio=1.0 if cost is None else _training_ratio(parts, cost),
+        train_macs_ratio=ratio,
+        train_macs=None if cost is None else round(training_rows(parts) * cost.dense_macs * ratio),
+        phases=phase_facts(parts, line.spent),
         parameters=parameter_counts(parts.model),
         stacks={
             name: {
@@ -56,6 +60,8 @@ def _training_ratio(parts: RunParts, cost: Cost) -> float:
     """Mean ``macs_ratio`` of the student's forward in training."""
     if parts.budget is not None:
         return parts.budget.training_macs_ratio
+    if parts.phases is not None:
+        return mean_phase_ratio(parts, parts.phases)
     drawn = parts.recipe.training_keep
     if drawn is None:
         return cost.macs_ratio
@@ -126,6 +132,8 @@ def report_of(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench
         seed=loaded.recipe.seed,
         train_seconds=arm.train_seconds,
         train_macs_ratio=arm.train_macs_ratio,
+        train_macs=arm.train_macs,
+        phases=arm.phases,
         throughput={"unit": main.module.task.unit, "per_second": arm.per_second},
         parameters=arm.parameters,
         stacks=arm.stacks,

@@ -47,9 +47,11 @@ def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> Baselines:
         for key in ("task", "seed", "model", "data"):
             _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
         if arm.recipe.compression is not None:
-            for key in ("distillation", "lora", "training_keep"):
+            for key in ("distillation", "lora", "training_keep", "phases"):
                 _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
-        for key in ("max_steps", "max_epochs", "accumulate", "precision", "devices", "num_nodes"):
+        # Steps of phases cost more or less than others, so that a dense arm of as much computation has another number of them.
+        length = () if loaded.recipe.phases and dense else ("max_steps",)
+        for key in (*length, "max_epochs", "accumulate", "precision", "devices", "num_nodes"):
             _require_equal(loaded, arm, f"trainer.{key}", getattr(loaded.recipe.trainer, key), getattr(arm.recipe.trainer, key))
         arms.append(arm)
     return Baselines(arms, notes)
@@ -75,7 +77,7 @@ def _shared(override: str, dense: bool) -> bool:
     if path.split(".")[0] in ("baselines", "output") or _defines(path):
         return False
     if dense:
-        return not path.startswith(("compression", "budget", "distillation", "training_keep")) and path not in OF_STAGES
+        return not path.startswith(("compression", "budget", "distillation", "training_keep", "phases")) and path not in OF_STAGES
     return not (path.startswith("compression.stages.") and path.split(".")[3:4] in (["scorer"], ["estimator"]))
 
 

@@ -21,6 +21,7 @@ from ...modules.budget.config import BudgetConfig
 from ...modules.budget.drawn_keep import DrawnKeep
 from ...modules.config import CompressionConfig
 from .data_kinds import KINDS, checked
+from .phases import PhaseRecipe, check_phases
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -337,6 +338,9 @@ class Recipe(Block):
     training_keep: DrawnKeep | None = Field(
         None, description="keep of every stage drawn anew for each training step; evaluation and the saved model have the stages' own"
     )
+    phases: list[PhaseRecipe] | None = Field(
+        None, description="phases of training, each with its share of the steps; the last is ordinary training"
+    )
     distillation: DistillationRecipe | None = Field(None, description="learn from a teacher too")
     data: Annotated[SerializeAsAny[DataRecipe], PlainValidator(_data)] = Field(
         default_factory=dict, validate_default=True, description="training data; the keys depend on the task's kind of data"
@@ -360,10 +364,11 @@ class Recipe(Block):
                 if self.compression is None
                 else "training_keep and budget both set the keep of a training step: remove one of them"
             )
+        check_phases(self)
         open_stages = [stage.key for stage in self.compression.stages if stage.free] if self.compression else []
         if self.compression is None and self.budget is not None:
             raise ValueError("budget is set but compression is not: a dense model has no budget; add compression.stages")
-        if open_stages and self.budget is None:
+        if open_stages and self.budget is None and all(phase.keep is None for phase in self.phases or ()):
             raise ValueError(f"stages {', '.join(open_stages)} have no keep and there is no budget: set keep, or budget.target")
         if self.compression is not None and self.budget is not None and not open_stages:
             raise ValueError("budget.target has no effect: every stage has its own keep; remove keep from one of them")

@@ -15,6 +15,7 @@ from ...data.text.recipe import DocumentRecipe, PromptRecipe
 from ...data.text.splits import TextData
 from ...data.text.tokenizer import with_template
 from ..build.parts import RunParts
+from ..losses.bags import check_reads_embeddings
 from ..losses.token_loss import check_model
 from ..recipe.schema import ModelRecipe, Recipe
 from ..run_folder import RunFolder
@@ -30,6 +31,8 @@ class LanguageModelModule(TaskModule):
         # Compressed models are skipped: stages may need a real batch, and only supported families can have them.
         if not hasattr(self.model.config, "compression"):
             check_model(self.model)
+        if self.phases is not None and any(phase.bag is not None for phase in self.phases.phases):
+            check_reads_embeddings(self.model)
 
 
 class LanguageModel(TextTask):

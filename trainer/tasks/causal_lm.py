@@ -13,6 +13,7 @@ from ...data.labels.classes import KnownClasses
 from ...data.text.recipe import DocumentRecipe
 from ...data.text.splits import TextData, TextSettings, hub_text, python_functions, python_library, streamed_text
 from ...modules.tokens.labels import IGNORE_TOKEN
+from ..losses.bags import read_bags
 from ..losses.distillation import DistillationLoss, Taught, divergence, token_difference, weighted
 from ..losses.token_loss import Read, TokenLoss, loss_of, read
 from ..metrics.perplexity import Perplexity
@@ -59,6 +60,9 @@ class CausalLM(LanguageModel):
 
     @classmethod
     def _read(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Read:
+        if batch["input_ids"].ndim == 3:
+            # Rows of bags, in a phase of training.
+            return read_bags(model, batch["input_ids"], batch["labels"], batch["position_ids"])
         return read(model, batch["input_ids"], batch["labels"], batch["position_ids"], _apart(batch["documents"]), **options)
 
     @classmethod
