@@ -262,6 +262,10 @@ def train_arm(
         decompress(parts.model)
     save_trained(parts.model, folder, parts.base, ratio_of(arm, parts), parts.data.save_beside)
     if not stage:
+        # They would stay in memory while other arms train.
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.state.clear()
         parts.model.to("cpu")
     elif collective.rank() == 0:
         parts = replace(parts, model=_read_back(run, recipe))

@@ -47,6 +47,8 @@ class Checked:
         macs_ratio: MACs of the compressed forward ÷ dense; 1 for a dense recipe.
         memory_bytes: estimated training memory of one process: weights, gradients, AdamW, the weight average, a teacher, and the
             activations of a batch if the family has an adapter.
+        weight_bytes: weights alone, which stay in memory after training.
+        dense_activation_bytes: activations of a batch in the dense model; 0 for a family without an adapter.
         remarks: what to know of the data, one line each: classes without rows, bad rows within the allowed share.
         groups: ``total`` and ``trainable`` parameters of each part, of LoRA and of routers; empty for a model of one part.
         rates: peak learning rate by group of the optimizer.
@@ -61,6 +63,8 @@ class Checked:
     tokens: list[int]
     macs_ratio: float
     memory_bytes: int
+    weight_bytes: int
+    dense_activation_bytes: int
     remarks: list[str]
     groups: dict[str, dict[str, int]]
     rates: dict[str, float]
@@ -128,11 +132,15 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
     parameters, trainable = (sum(group[kind] for group in counts.values()) for kind in ("total", "trainable"))
     # Weights; for trainable ones also gradients and two moments, and one more copy for an average.
     frozen = 0.5 if recipe.lora is not None and recipe.lora.quantize == "4bit" else 4
-    weights = round(frozen * (parameters - trainable)) + trainable * (16 if recipe.trainer.ema is None else 20)
+    held = round(frozen * (parameters - trainable)) + trainable * 4
+    weights = held + trainable * (12 if recipe.trainer.ema is None else 16)
     if teacher is not None:
         with settings_errors("distillation.teacher cannot be built"), torch.device("meta"):
             weights += 4 * sum(p.numel() for p in AutoModelForImageClassification.from_config(teacher).parameters())
-    activations = 0 if cost is None else cost.activation_bytes * recipe.data.batch_size // (2 if recipe.trainer.precision == "bf16" else 1)
+    batch = recipe.data.batch_size / (2 if recipe.trainer.precision == "bf16" else 1)
+    activations, dense_activations = (
+        (0, 0) if cost is None else (round(item * batch) for item in (cost.activation_bytes, cost.dense_activation_bytes))
+    )
     return Checked(
         parameters=parameters,
         trainable=trainable,
@@ -143,6 +151,8 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
         tokens=[] if cost is None else [tokens.attention for tokens in cost.layers],
         macs_ratio=1.0 if cost is None else cost.macs_ratio,
         memory_bytes=weights + activations,
+        weight_bytes=held,
+        dense_activation_bytes=dense_activations,
         remarks=remarks,
         groups=counts if part_names(config.model_type) else {},
         rates=rates_of(groups_of(model, recipe.optimizer))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .calibrate import calibrate
-from .output import console, emit, keep_stdout_clean, running, user_input
+from .output import console, emit, first_process, keep_stdout_clean, running, user_input
 from .probe import probe
 
 app = typer.Typer(
@@ -84,6 +84,7 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
         from ..recipe.files import load
 
         loaded = load(recipe, overrides or [])
+        from ..build.memory import memory_here, run_memory
         from ..build.part_rates import described
         from ..build.validate import validate as check
         from ..measure.shares import shares, static_of
@@ -120,6 +121,9 @@ def validate(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fa
             out.print(f"{name}: {described(item.groups, item.rates)}", highlight=False, soft_wrap=True)
         for line in item.remarks:
             out.print(f"{name}: {line}", highlight=False, soft_wrap=True)
+    # The recipe itself is trained last.
+    order = {**{name: item for name, item in checked.items() if name != loaded.name}, loaded.name: checked[loaded.name]}
+    out.print(run_memory(order, loaded.recipe).remark(memory_here()), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -137,6 +141,7 @@ def train(
         from ..recipe.files import load
 
         loaded = load(recipe, given)
+        from ..build.memory import memory_here, run_memory
         from ..build.validate import check_memory
         from ..build.validate import validate as check
         from ..distributed.processes import leave
@@ -150,9 +155,14 @@ def train(
         if dry_run and (resume is not None or overwrite):
             raise ValueError("--dry-run saves nothing, and neither resumes nor overwrites: remove --resume and --overwrite")
         folder = RunFolder(output_folder(loaded))
-        for arm in [loaded, *load_baselines(loaded, given).arms]:
+        checked = {}
+        for arm in [*load_baselines(loaded, given).arms, loaded]:
             begun = None if resume is None else folder if arm is loaded else folder.arm(arm.name)
-            check_memory(check(arm.recipe, resumed=begun), arm.recipe)
+            checked[arm.name] = check(arm.recipe, resumed=begun)
+            check_memory(checked[arm.name], arm.recipe)
+        needed, memory = run_memory(checked, loaded.recipe), memory_here()
+        if needed.peak > memory and first_process():
+            console(as_json).print(needed.remark(memory), highlight=False, soft_wrap=True)
     with running():
         if dry_run:
             emit(rehearse(loaded, given, console(as_json)), as_json)
