@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .modules.config import CompressionConfig, StageConfig
     from .modules.decoding.cache import RoutedCache
     from .modules.stage import stages_of
+    from .modules.tokens.pooling import pooled
     from .modules.tokens.trace import Trace
     from .trainer.hf import BudgetMixin, BudgetTrainer
     from .trainer.run_folder import from_pretrained
@@ -42,6 +43,7 @@ _HOMES = {
     "decompress": "modules.compress",
     "from_pretrained": "trainer.run_folder",
     "merge_lora": "modules.checkpoints.lora",
+    "pooled": "modules.tokens.pooling",
     "set_keep": "modules.checkpoints.keeps",
     "save_adapter": "modules.checkpoints.adapter_saving",
     "stages_of": "modules.stage",
@@ -64,6 +66,7 @@ __all__ = [
     "decompress",
     "from_pretrained",
     "merge_lora",
+    "pooled",
     "save_adapter",
     "set_keep",
     "stages_of",

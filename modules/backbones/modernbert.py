@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..tokens.flow import Flow
+from ..tokens.pooling import mean_of_tokens
 from ..tokens.state import TokenState
 from ..tokens.trace import Trace
 from .text_encoder import TextEncoder, TextEncoderLayers
@@ -65,10 +66,7 @@ class ModernBert(TextEncoder):
         if not cls.head_counts_places(model) or not flow.under_head or state is None or hidden_states is None or _as_it_came(state, flow):
             return outputs
         # The head averages over all positions in its mask. With the mean of the kept tokens at each position, it computes that mean.
-        weight = state.size if state.proportional else torch.ones_like(state.size)
-        weight = (weight if state.valid is None else weight * state.valid).unsqueeze(-1)
-        mean = (hidden_states.float() * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-        outputs.last_hidden_state = mean.to(hidden_states.dtype).expand(-1, state.source.shape[1], -1)
+        outputs.last_hidden_state = mean_of_tokens(hidden_states, state).expand(-1, state.source.shape[1], -1)
         return outputs
 
 

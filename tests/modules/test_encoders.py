@@ -7,9 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, BertLMHeadModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    PreTrainedModel,
+)
 
-from laconic import CompressionConfig, StageConfig, compress
+from laconic import CompressionConfig, StageConfig, Trace, compress, pooled
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.cost.count_rules import tokens_kept
 from laconic.modules.tokens.state import TokenState
@@ -141,3 +149,23 @@ def test_segments_and_places_are_those_of_the_whole_text() -> None:
     assert torch.equal(with_segments, again)
     assert isinstance(trace.state, TokenState)
     assert trace.state.tokens == 1 + tokens_kept(tokens_kept(ROUTABLE, 0.5), 0.6)
+
+
+@pytest.mark.parametrize("merging", [False, True])
+def test_a_pooled_row_of_a_padded_batch_is_the_mean_of_its_own_tokens_each_for_as_many_as_it_stands_for(merging: bool) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    stage = StageConfig(layer=1, keep=0.6, **({"site": "between", "scorer": "bipartite", "merger": "bipartite"} if merging else {"scorer": "cls_attention"}))  # fmt: skip
+    model, trace, mask = compress(BertModel(config).eval(), CompressionConfig([stage])), Trace(), lengths_mask(*LENGTHS)
+    ids = torch.randint(64, (3, LENGTH))
+    with torch.no_grad():
+        found = pooled(model(ids, attention_mask=mask, trace=trace).last_hidden_state, trace)
+        for row, length in enumerate(LENGTHS):
+            own = Trace()
+            states = model(ids[row : row + 1, :length], trace=own).last_hidden_state[0]
+            assert states.shape[0] < length
+            weight = own.flow().tokens.size[0] if merging else torch.ones(states.shape[0])
+            assert weight.sum() == (length if merging else states.shape[0])
+            torch.testing.assert_close(found[row], (weight @ states) / weight.sum(), **CLOSE)
+        with pytest.raises(ValueError, match="have 24 tokens a row, and the trace has seen no tokens: give the last_hidden_state"):
+            pooled(torch.zeros(1, 24, 16), Trace())
