@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedModel
 
 from ..data.rows import collate
@@ -50,6 +51,7 @@ from .measure.strayed import strayed
 from .recipe.baselines import load_baselines
 from .recipe.files import LoadedRecipe, dump
 from .recipe.schema import Recipe
+from .report_page.page import write_page
 from .run_folder import RunFolder, from_pretrained, load_model
 from .task_module import TaskModule
 from .tasks.base import task_named
@@ -154,8 +156,23 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
     if measured is not None:
         print_claims(measured, console)
     print_step_times(shown, console)
-    console.print(f"report: {run.report}", highlight=False, soft_wrap=True)
+    written = _write_page(run, console) if first else None
+    line = Text(f"report: {run.report}")
+    if written is not None:
+        # A terminal opens the page where the name is pressed.
+        line.append(", as a page: ").append(str(written), style=f"link {written.resolve().as_uri()}")
+    console.print(line, highlight=False, soft_wrap=True)
     return report
+
+
+def _write_page(run: RunFolder, console: Console) -> Path | None:
+    """Writes the run's page; everything is saved already, and no page is worth an error."""
+    try:
+        write_page([run.path], run.page)
+    except Exception as error:
+        console.print(f"no page was written: {type(error).__name__}: {error}", soft_wrap=True)
+        return None
+    return run.page
 
 
 def _draw(recipe: Recipe, arms: Mapping[str, RunParts], run: RunFolder, console: Console) -> None:

@@ -85,6 +85,21 @@ class RunFolder:
         return self.path / "report.json"
 
     @property
+    def page(self) -> Path:
+        """The report as a page, with curves and pictures."""
+        return self.path / "report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def csv(self) -> Path:
+        """Folder of the CSV logger, with a folder ``version_N`` for each time that the run was started."""
+        return self.path / "csv"
+
+    @property
     def log(self) -> Path:
         """Output of the run, ``log.txt``."""
         return self.path / "log.txt"
@@ -187,9 +202,10 @@ class RunFolder:
         if not self.recipe.is_file() and not self.started:
             return
         self.report.unlink(missing_ok=True)
-        for name in (MODEL, ADAPTER, DATA, self.checkpoints.name, "tensorboard", *([ARMS] if arms else [])):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for path in (self.recipe, self.log, self.kept_tokens, self.answers, self.step_time):
+        folders = (self.checkpoints, self.tensorboard, self.csv, *(self.path / name for name in (MODEL, ADAPTER, DATA)))
+        for path in (*folders, *([self.path / ARMS] if arms else [])):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (self.recipe, self.log, self.page, self.kept_tokens, self.answers, self.step_time):
             path.unlink(missing_ok=True)
 
     def remove_partial(self) -> None:

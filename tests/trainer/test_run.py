@@ -46,6 +46,7 @@ def test_the_main_job_writes_its_folder_and_a_report_with_its_control_arms(tmp_p
     assert {path.name for path in run.iterdir()} >= {
         "recipe.yaml",
         "report.json",
+        "report.html",
         "tensorboard",
         "checkpoints",
         "log.txt",

@@ -10,6 +10,7 @@ import typer
 from .calibrate import calibrate
 from .output import console, emit, first_process, keep_stdout_clean, running, user_input
 from .probe import probe
+from .report import report
 
 app = typer.Typer(
     name="laconic",
@@ -19,8 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.command()(probe)
-app.command()(calibrate)
+for command in (probe, calibrate, report):
+    app.command()(command)
 
 RecipeName = Annotated[str, typer.Argument(help="name of a shipped recipe, or path of a YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="overrides, key.path=value")]
@@ -167,9 +168,9 @@ def train(
         if dry_run:
             emit(rehearse(loaded, given, console(as_json)), as_json)
         else:
-            report = run(loaded, given, console(as_json), resume, overwrite)
-            if report is not None:
-                emit(report.to_dict(), as_json)
+            results = run(loaded, given, console(as_json), resume, overwrite)
+            if results is not None:
+                emit(results.to_dict(), as_json)
             leave()
 
 

@@ -79,7 +79,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Report:
-    """Content of ``report.json``; a value that was not measured is null."""
+    """Content of ``report.json``; a value that was not measured is null. ``cost`` is as ``laconic cost`` counts it for one row."""
 
     recipe: str
     task: str
@@ -102,6 +102,7 @@ class Report:
     fitted: Mapping[str, float] = field(default_factory=dict)
     gradients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     remarks: Sequence[str] = ()
+    cost: Mapping[str, Any] = field(default_factory=dict)
     export: Mapping[str, Any] = field(default_factory=lambda: {"format": None, "dtype": None, "max_abs_logit_diff": None})
     bad_rows: str | None = None
     data: Mapping[str, Any] = field(default_factory=dict)

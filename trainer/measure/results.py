@@ -15,6 +15,7 @@ from ..task_module import TaskModule
 from .bench import Bench
 from .phase_costs import mean_phase_ratio, phase_facts, training_rows
 from .report import Arm, Report, versions, with_bench
+from .tables import cost_rows
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def report_of(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench
         fitted=arm.fitted,
         gradients=arm.gradients,
         remarks=arm.remarks,
+        cost={} if main.parts.cost is None else cost_rows(main.parts.cost),
         bad_rows=main.module.bad_rows.summary(),
         data=main.parts.data.facts,
         versions=versions(),

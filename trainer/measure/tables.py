@@ -35,7 +35,7 @@ def cost_of_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:
             compression = Budget(recipe.budget, model, compression, total_steps(recipe, data), recipe.seed, task.size(recipe)).compression
-        return _rows(CostModel(model, compression, task.size(recipe)))
+        return cost_rows(CostModel(model, compression, task.size(recipe)))
 
 
 def cost_of_model(folder: str) -> dict[str, Any]:
@@ -50,10 +50,11 @@ def cost_of_model(folder: str) -> dict[str, Any]:
     if run.recipe.is_file():
         recipe = run.read_recipe()
         size = task_named(recipe.task).size(recipe)
-    return _rows(CostModel(model, size=size))
+    return cost_rows(CostModel(model, size=size))
 
 
-def _rows(model: CostModel) -> dict[str, Any]:
+def cost_rows(model: CostModel) -> dict[str, Any]:
+    """Cost of one row, in all and by layer, JSON-able."""
     cost = model()
     return {
         "tokens": model.main.tokens,

@@ -1,0 +1,77 @@
+"""Curves of a run, from the files that its loggers wrote."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..run_folder import RunFolder
+
+# Points of a curve that a page holds.
+POINTS = 240
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value over training.
+
+    Attributes:
+        steps: optimizer steps, rising.
+        values: finite value at each of them.
+    """
+
+    steps: list[float]
+    values: list[float]
+
+    @property
+    def last(self) -> float:
+        """The value at the end."""
+        return self.values[-1]
+
+
+def curves_of(run: RunFolder) -> dict[str, Curve]:
+    """Curves of a run by tag: from TensorBoard's event files, otherwise from CSV files, otherwise none.
+
+    The steps that a resumed run repeats count as they were in the end. A curve with more than POINTS values becomes means of neighbours.
+    """
+    found = _of_events(run.tensorboard) if run.tensorboard.is_dir() else {}
+    if not found:
+        found = _of_csv(run)
+    return {tag: curve for tag, points in found.items() if (curve := _curve(points)) is not None}
+
+
+def _of_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing import event_accumulator as events
+
+    # Every scalar, and no more of the rest than has to be.
+    sizes = {events.SCALARS: 0, events.TENSORS: 0, events.IMAGES: 1, events.HISTOGRAMS: 1, events.COMPRESSED_HISTOGRAMS: 1}
+    accumulator = events.EventAccumulator(str(folder), size_guidance=sizes, purge_orphaned_data=False)
+    accumulator.Reload()
+    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()[events.SCALARS]}
+
+
+def _of_csv(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
+    """Points of the files of all times that the run was started, the first time first."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted(run.csv.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.removeprefix("version_"))):
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for tag, value in row.items():
+                    if tag != "step" and value:
+                        found.setdefault(tag, []).append((int(row["step"]), float(value)))
+    return found
+
+
+def _curve(points: Iterable[tuple[int, float]]) -> Curve | None:
+    """The last value of each step, thinned; None if none is finite."""
+    kept = sorted({step: value for step, value in points if math.isfinite(value)}.items())
+    if not kept:
+        return None
+    groups = min(len(kept), POINTS)
+    bounds = [len(kept) * group // groups for group in range(groups + 1)]
+    parts = [kept[low:high] for low, high in itertools.pairwise(bounds)]
+    return Curve(*([sum(point[side] for point in part) / len(part) for part in parts] for side in (0, 1)))
