@@ -33,7 +33,6 @@ class Arm:
         stacks: by stack of a vision-language model, ``requested`` and ``achieved`` of ``visual_keep``, visual tokens processed ÷ present
             as a mean over its layers, and of its ``macs_ratio``; empty for other models.
         macs_ratio: mean over the held-out rows, from the token counts of each row.
-        macs_ratio_requested: target of the budget, if it is a ``macs_ratio``; None otherwise.
         mean_token_fraction: mean over the held-out rows.
         train_seconds: seconds of training steps, with loading.
         per_second: images or tokens per second, by the task's unit, over ``train_seconds``; None if nothing was trained.
@@ -45,6 +44,7 @@ class Arm:
         speedup: dense ÷ this arm, from pairs; None if not measured.
         of_oracle: oracle ÷ this arm, from pairs; None if not measured.
         memory: bytes of a training step; None if not measured.
+        macs_ratio_requested: target of the budget, if it is a ``macs_ratio``; None otherwise.
         fitted: rank correlation of scorers with the updates that they were fitted to, over held-out tokens, by stage.
         gradients: ``mean`` and ``largest`` norm of the gradient over the logged steps, before clipping, by the groups of ``parameters``;
             empty with DeepSpeed.
@@ -59,7 +59,6 @@ class Arm:
     macs_ratio: float
     mean_token_fraction: float
     train_seconds: float
-    macs_ratio_requested: float | None = None
     per_second: float | None = None
     train_macs_ratio: float = 1.0
     train_macs: int | None = None
@@ -68,6 +67,7 @@ class Arm:
     speedup: float | None = None
     of_oracle: float | None = None
     memory: int | None = None
+    macs_ratio_requested: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stacks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
