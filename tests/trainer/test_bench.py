@@ -72,7 +72,8 @@ def test_a_closed_router_is_no_static_stage() -> None:
 @pytest.mark.parametrize("stages", [1, 12, 30])
 def test_the_table_of_a_run_cuts_no_figure_in_a_terminal_of_80_columns(stages: int) -> None:
     keep = {f"around_{index}": 0.5 if index < (6 if stages > 12 else 1) else 0.0 for index in range(stages)}
-    arm = Arm("smollm2_lora", 12.3456, {"requested": keep, "achieved": keep}, 0.8, 0.8, 1.0, None, 1.0, 12.345, 1.23, 0.987, 2**30, 0.75)
+    measured = {"step_seconds": 12.345, "speedup": 1.23, "of_oracle": 0.987, "memory": 2**30, "macs_ratio_requested": 0.75}
+    arm = Arm("smollm2_lora", 12.3456, {"requested": keep, "achieved": keep}, 0.8, 0.8, 1.0, **measured)  # type: ignore[arg-type]
     console = Console(file=io.StringIO(), width=80)
     console.print(table(dict.fromkeys(("dense", "smollm2_lora_uniform", "smollm2_lora"), arm), "perplexity", None))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
