@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from rich.console import Console
 from laconic.trainer import run
 from laconic.trainer.build.memory import RunMemory, run_memory
 from laconic.trainer.build.parts import RunParts
-from laconic.trainer.build.validate import Checked, validate
+from laconic.trainer.build.validate import Checked, _logits_bytes, validate
+from laconic.trainer.losses.token_loss import WHOLE
 from laconic.trainer.measure import bench
 from laconic.trainer.recipe.baselines import load_baselines
 from laconic.trainer.recipe.files import load
@@ -71,6 +73,13 @@ def test_the_closing_measurement_holds_what_is_estimated_and_no_state_of_trainin
     assert memory.models == 7
     assert memory.bench - activations - sum(item.weight_bytes for item in checked.values()) == pytest.approx(held["bench"], rel=0.02)
     assert sum(item.weight_bytes for item in checked.values() if item.keep) == pytest.approx(held["weights"], rel=0.02)
+
+
+def test_logits_count_up_to_the_part_that_a_loss_holds() -> None:
+    cost: Any = SimpleNamespace(main=SimpleNamespace(tokens=256, hidden=576, head_macs_per_token=576 * 49152))
+    recipe = load("vit_digits").recipe
+    for rows, values in ((1, 256 * 49152), (100, WHOLE)):
+        assert _logits_bytes(cost, recipe.model_copy(update={"data": recipe.data.model_copy(update={"batch_size": rows})})) == 12 * values
 
 
 def test_a_run_that_exceeds_the_memory_is_told_what_to_change() -> None:

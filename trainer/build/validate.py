@@ -12,9 +12,11 @@ from ...modules.backbones import adapter_of
 from ...modules.budget.budget import Budget
 from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.compatibility import check_deployable
+from ...modules.cost.cost import CostModel
 from ..distributed.strategies import check as check_strategy
 from ..errors import RecipeError
 from ..losses.teachers import check_teacher
+from ..losses.token_loss import WHOLE
 from ..recipe.phases import PhasePlan
 from ..recipe.schema import ITSELF, Recipe
 from ..run_folder import RunFolder
@@ -139,7 +141,9 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
             weights += 4 * sum(p.numel() for p in AutoModelForImageClassification.from_config(teacher).parameters())
     batch = recipe.data.batch_size / (2 if recipe.trainer.precision == "bf16" else 1)
     activations, dense_activations = (
-        (0, 0) if cost is None else (round(item * batch) for item in (cost.activation_bytes, cost.dense_activation_bytes))
+        (0, 0)
+        if cost is None or counted is None
+        else (round(item * batch) + _logits_bytes(counted, recipe) for item in (cost.activation_bytes, cost.dense_activation_bytes))
     )
     return Checked(
         parameters=parameters,
@@ -158,6 +162,13 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
         rates=rates_of(groups_of(model, recipe.optimizer))
         | ({"router": recipe.optimizer.router_lr or recipe.optimizer.lr} if routers else {}),
     )
+
+
+def _logits_bytes(cost: CostModel, recipe: Recipe) -> int:
+    """Bytes of the logits of a batch where each token has some, with their softmax and gradient; of large ones, the part that a loss in
+    parts holds."""
+    values = recipe.data.batch_size * cost.main.tokens * cost.main.head_macs_per_token / cost.main.hidden
+    return round(3 * 4 * min(values, WHOLE))
 
 
 def check_memory(checked: Checked, recipe: Recipe) -> None:
