@@ -31,14 +31,14 @@ from .run_folder import EXPORTED, RunFolder, load_model
 from .tasks.base import task_named
 
 
-def calibrate(target: str, recipe: Recipe, weights: str, batches: int, console: Console) -> dict[str, Any]:
+def calibrate(target: str, recipe: Recipe, weights: str, rows: int, console: Console) -> dict[str, Any]:
     """Sets thresholds so that each stage keeps what it requests, and writes them into the folder of the weights.
 
     Args:
         target: run, or folder of a model with stages.
         recipe: recipe of its task and data.
         weights: folder of its weights or adapter.
-        batches: number of batches of training rows.
+        rows: number of training rows.
         console: console for progress.
 
     Returns:
@@ -60,21 +60,20 @@ def calibrate(target: str, recipe: Recipe, weights: str, batches: int, console: 
     for stage in chosen:
         stage.selector.reset()
     data = open_data(task.of_run(recipe, RunFolder.of(target)), model.config, None, trained_classes(model.config, target))
-    size = recipe.data.batch_size
-    rows = [
+    batches = [
         {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        for batch in batches_of(data, batches * size, size)
+        for batch in batches_of(data, rows, recipe.data.batch_size)
     ]
 
     def run(model: PreTrainedModel, batch: dict[str, Any], trace: Trace) -> Any:
         trace.sample_ids = batch["sample_ids"]
         return task.forward(model, batch, trace=trace)
 
-    start_routers(model, rows, run, recipe.seed)
+    start_routers(model, batches, run, recipe.seed)
     count, cost = KeepCount(), cost_model(model, size=task.size(recipe))
     assert cost is not None
     with torch.no_grad():
-        for number, batch in enumerate(rows):
+        for number, batch in enumerate(batches):
             trace = Trace(seed=recipe.seed, step=number)
             run(model, batch, trace=trace)
             count.add(trace, cost, len(batch["sample_ids"]))

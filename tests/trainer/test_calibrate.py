@@ -38,7 +38,7 @@ def test_a_folder_that_could_not_be_evaluated_keeps_what_it_requests_afterwards(
     with pytest.raises(ValueError, match=r"stage 'around_1': its threshold has seen no score.* or run laconic calibrate on its folder"):
         before(ids)
     recipe, weights = recipe_of(str(folder), ["data.name=json", f"data.data_files={tmp_path / 'rows.jsonl'}", "data.sequence_length=32"])
-    found = calibrate(str(folder), recipe, weights, 2, Console(quiet=True))
+    found = calibrate(str(folder), recipe, weights, 8, Console(quiet=True))
     assert found["achieved"] == pytest.approx({"around_1": 0.4}, abs=0.05)
     after = laconic.from_pretrained(folder)
     after(ids)

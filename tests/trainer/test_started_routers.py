@@ -24,6 +24,6 @@ def test_a_run_fits_its_scorers_and_sets_its_thresholds_before_the_first_step(tm
     assert ranks.keys() == {"around_2", "around_3"}
     assert all(stage.scorer.fitted and not stage.selector.uncalibrated for stage in stages_of(parts.model).values())
     assert started(parts) == {}
-    without = build(load("llm_pretrain", [*given, "trainer.start_batches=0"]).recipe, parts.data)
-    with pytest.raises(RecipeError, match="fitted before the first step, and trainer.start_batches = 0"):
+    without = build(load("llm_pretrain", [*given, "trainer.start_rows=0"]).recipe, parts.data)
+    with pytest.raises(RecipeError, match="fitted before the first step, and trainer.start_rows = 0"):
         started(without)

@@ -21,7 +21,7 @@ VALUES = {
     "data.ignore_index": "9", "data.mean": "[0.4]", "data.std": "[0.4]", "data.max_bad_fraction": "0.1", "data.canvas.size": "64",
     "distillation.keep": "0.5", "distillation.milder": "{}", "distillation.reverse": "true", "data.kinds": "[reading]", "data.train_samples": "70", "data.eval_samples": "70", "data.mixing.switch": "0.3", "data.label_smoothing": "0.1",
     "model.revision": "v1", "distillation.revision": "v1", "distillation.temperature": "3", "distillation.teacher": "x",
-    "optimizer.router_lr": "1", "optimizer.router_weight_decay": "1", "trainer.pictures": "3", "trainer.start_batches": "3", "optimizer.lora_lr": "1",
+    "optimizer.router_lr": "1", "optimizer.router_weight_decay": "1", "trainer.pictures": "3", "trainer.start_rows": "3", "optimizer.lora_lr": "1",
     "optimizer.lora_weight_decay": "1", "optimizer.final": "0.5", "budget.ramp_until": "0.5", "budget.start": "0.5",
     "budget.schedule_from": "0.1", "budget.schedule_until": "0.5", "budget.noise_until": "0.5", "data.lengths": "[300]", "data.questions": "3",
 }  # fmt: skip
@@ -70,7 +70,7 @@ READ = [
     ("prompt_lora", [], ["data.lengths", "data.questions"]),
     ("vlm_digits", ["distillation={teacher: self}"], ["data.kinds", "distillation.keep", "distillation.milder", "distillation.reverse"]),
     ("vit_digits", ["model.config.image_size=64"], ["data.canvas.size", "data.train_samples", "data.eval_samples", "data.label_smoothing",
-                                                    "optimizer.router_lr", "optimizer.router_weight_decay", "trainer.pictures", "trainer.start_batches",
+                                                    "optimizer.router_lr", "optimizer.router_weight_decay", "trainer.pictures", "trainer.start_rows",
                                                     "optimizer.final"]),
     ("vit_digits", ["data.mixing={mixup: 1, cutmix: 1}"], ["data.mixing.switch"]),
     ("vit_digits", TAUGHT, ["model.revision", "distillation.revision", "distillation.temperature", "distillation.teacher"]),

@@ -34,22 +34,21 @@ def started(parts: RunParts) -> dict[str, float]:
     if not fits and not any(stage.needs_threshold for stage in stages.values()):
         return {}
     partitioned = stage_of(recipe.trainer) == 3
-    if fits and (partitioned or not recipe.trainer.start_batches):
-        why = "trainer.strategy = 'deepspeed_3' partitions the weights" if partitioned else "trainer.start_batches = 0"
+    if fits and (partitioned or not recipe.trainer.start_rows):
+        why = "trainer.strategy = 'deepspeed_3' partitions the weights" if partitioned else "trainer.start_rows = 0"
         raise RecipeError(
-            f"stages {', '.join(fits)}: scorer 'update' is fitted before the first step, and {why}: take deepspeed_2 and start_batches=4, or "
+            f"stages {', '.join(fits)}: scorer 'update' is fitted before the first step, and {why}: take deepspeed_2 and start_rows=32, or "
             "start from a run in which it was fitted, or take scorer 'linear'"
         )
-    if partitioned or not recipe.trainer.start_batches:
+    if partitioned or not recipe.trainer.start_rows:
         # The first training batch sets the thresholds.
         return {}
     task, place = task_named(recipe.task), model.device
     if torch.cuda.is_available():
         model.to("cuda")
-    rows = recipe.trainer.start_batches * recipe.data.batch_size
     batches = [
         {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        for batch in batches_of(parts.data, rows, recipe.data.batch_size)
+        for batch in batches_of(parts.data, recipe.trainer.start_rows, recipe.data.batch_size)
     ]
 
     def run(model: PreTrainedModel, batch: dict[str, Any], trace: Trace) -> Any:

@@ -263,9 +263,9 @@ class TrainerRecipe(Block):
     )
     log_every: Count = Field(10, description="steps between log lines and scalars")
     validate_every: Count | None = Field(None, description="steps between validations; null validates at the end only")
-    start_batches: Annotated[int, Field(ge=0)] = Field(
-        4,
-        description="training batches to which scorer update is fitted, and causal models' thresholds set, before the first step; 0: none",
+    start_rows: Annotated[int, Field(ge=0)] = Field(
+        32,
+        description="training rows to which scorer update is fitted, and causal models' thresholds set, before the first step; 0: none",
     )
     checkpoint_every: Count | None = Field(
         None, description="steps between checkpoints; null writes one every 5 minutes, and the last step always does"

@@ -37,7 +37,7 @@ def _in(block: str, *names: str) -> tuple[str, ...]:
 
 
 # Keys of stages, which a dense recipe has not.
-OF_STAGES = ("optimizer.router_lr", "optimizer.router_weight_decay", "trainer.pictures", "trainer.start_batches")
+OF_STAGES = ("optimizer.router_lr", "optimizer.router_weight_decay", "trainer.pictures", "trainer.start_rows")
 
 TABLE = (
     Unread(
