@@ -70,6 +70,8 @@ def skipped_layers(model: nn.Module) -> list[str]:
 def only_skips(model: PreTrainedModel) -> bool:
     """True if all that the stages of a model do is to leave whole layers out, in a model whose only stack these layers are."""
     skipped = skipped_layers(model)
+    if any(stage.shortcut is not None for stage in stages_of(model).values()):
+        return False
     return bool(skipped) and len(skipped) == len(stages_of(model)) and len(adapter_of(model).stacks(model)) == 1
 
 

@@ -24,13 +24,13 @@ SCOPES = ("all", "prompt", "visual")
 # Scopes that are complete before the first new token is generated: inside them a causal model may use non-causal decisions.
 COMPLETE = ("prompt", "visual")
 RESTORE = ("unmerge", "rejoin", "dechunk")
-PARTS = ("scorer", "selector", "merger", "estimator")
+PARTS = ("scorer", "selector", "merger", "estimator", "shortcut")
 _NAME = re.compile(r"[\w.\-]{1,100}")
 
 
 @dataclass(frozen=True)
 class PartConfig:
-    """A scorer, selector, merger or estimator by name, with its options.
+    """A scorer, selector, merger, estimator or shortcut by name, with its options.
 
     Attributes:
         name: name of the part's file in its folder, or of its entry point in another package.
@@ -50,7 +50,7 @@ class PartConfig:
 
         Args:
             value: one of these forms.
-            kind: ``scorer``, ``selector``, ``merger``, ``estimator``, ``regularizer`` or ``controller``.
+            kind: ``scorer``, ``selector``, ``merger``, ``estimator``, ``shortcut``, ``regularizer`` or ``controller``.
         """
         if isinstance(value, PartConfig):
             return value
@@ -96,7 +96,7 @@ class StageConfig:
         keep: fraction in (0, 1]; None leaves it to the budget. At a shrinking site, routable tokens leaving ÷ entering; at a bypass
             site, routable tokens processed ÷ present (the capacity of Mixture-of-Depths). Only tokens in ``scope`` are routable.
             At a bypass site 0 leaves the layer or its half out: no token of the scope is processed, with scope ``all`` no token at all.
-            Such a stage has no parts.
+            Such a stage has no parts but a shortcut.
         tokens: number of routable tokens kept, at any input size; replaces ``keep``.
         site: position at the layer. ``before`` the layer and ``between`` its attention and its MLP shorten the sequence for all later
             layers. ``around`` the layer, ``around_attention`` and ``around_mlp`` process only the selected tokens in the layer or its half.
@@ -104,6 +104,8 @@ class StageConfig:
         selector: turns scores into a decision.
         merger: removes or merges the tokens that are not kept; unused at bypass sites.
         estimator: gives a trained scorer its gradient in training; None uses the scorer's default.
+        shortcut: what tokens that bypass the layer or its half get in place of its update; None adds nothing to them. Protected tokens get
+            nothing.
         count: rule that turns ``keep`` into a number of tokens, a key of ``COUNT_RULES``; None uses the scorer's, mostly ``round``.
         scope: tokens that the stage may touch: ``all``, ``prompt`` (those before the first predicted token) or ``visual``.
         protect: for causal models. ``first: n`` protects the first n tokens of each document, ``special: true`` those that begin or end a
@@ -124,6 +126,7 @@ class StageConfig:
     selector: Any = PartConfig("top_k")
     merger: Any = PartConfig("drop")
     estimator: Any = None
+    shortcut: Any = None
     count: str | None = None
     scope: str = "all"
     protect: Mapping[str, int | bool] | None = None
@@ -156,10 +159,10 @@ class StageConfig:
             check_protect(self.protect, self.scope)
 
     def _check_left_out(self) -> None:
-        if self.protect is not None:
-            raise ValueError("compression.stages[].protect has no effect where keep = 0 leaves the layer out: remove it")
+        if self.protect is not None and self.shortcut is None:
+            raise ValueError("compression.stages[].protect has no effect where keep = 0 leaves the layer out without a shortcut: remove it")
         for kind in PARTS:
-            if getattr(self, kind) != type(self).__dataclass_fields__[kind].default:
+            if kind != "shortcut" and getattr(self, kind) != type(self).__dataclass_fields__[kind].default:
                 raise ValueError(
                     f"compression.stages[].{kind} = {getattr(self, kind).name!r} has no effect where keep = 0 leaves the layer out: "
                     "remove it, or give keep in (0, 1]"
@@ -187,8 +190,13 @@ class StageConfig:
 
     @property
     def left_out(self) -> bool:
-        """No token of the scope is processed: a static stage, without parts."""
+        """No token of the scope is processed: a static stage, without parts but a shortcut."""
         return self.keep == 0 and self.bypass
+
+    @property
+    def treats_some(self) -> bool:
+        """A bypass stage whose router or shortcut treats some tokens unlike others."""
+        return self.bypass and not (self.left_out and self.shortcut is None)
 
     @property
     def first(self) -> int:
@@ -218,7 +226,7 @@ class StageConfig:
         return _followers(made) if self.share else made
 
     def part(self, kind: str) -> PartConfig:
-        """The stage's part of a kind: ``scorer``, ``selector``, ``merger`` or ``estimator``."""
+        """The stage's part of a kind: ``scorer``, ``selector``, ``merger``, ``estimator`` or ``shortcut``."""
         return PartConfig.of(getattr(self, kind), kind)
 
     def to_dict(self) -> dict[str, Any]:

@@ -51,6 +51,7 @@ KINDS = {
     "selector": Kind("selectors", "Selector", ("spec",)),
     "merger": Kind("mergers", "Merger", ("spec",)),
     "estimator": Kind("estimators", "Estimator"),
+    "shortcut": Kind("shortcuts", "Shortcut", ("spec",)),
     "regularizer": Kind("budget.regularizers", "Regularizer"),
     "controller": Kind("budget.controllers", "Controller"),
 }

@@ -19,6 +19,7 @@ from .estimators.base import Choice, Estimate, Estimator
 from .mergers.base import Merged, Merger
 from .scorers.base import Scored, Scorer
 from .selectors.base import Auxiliary, Request, Selector, everything
+from .shortcuts.base import Shortcut
 from .site import SiteInput, TokenSpec
 from .stages.left_out import NoScores, NoTokens, no_decision
 from .tokens.bypass import passing
@@ -77,10 +78,13 @@ class Stage(CountsTokens, nn.Module):
             self.scorer, self.selector = self._build_router(spec)
             self.merger: Merger = registry.build("merger", config.part("merger"), spec)
             self.estimator: Estimator | None = self._build_estimator()
+            self.shortcut: Shortcut | None = None if config.shortcut is None else registry.build("shortcut", config.shortcut, spec)
             if self.scorer.fits_updates and not config.bypass:
                 raise ValueError(
                     f"site = {config.site!r}: scorer {config.part('scorer').name!r} predicts what a layer adds: take site 'around'"
                 )
+            if self.shortcut is not None and not config.bypass:
+                raise ValueError(f"site = {config.site!r}: no layer is bypassed there that shortcut {config.shortcut.name!r} could replace")
         except ValueError as error:
             raise ValueError(f"stage {config.key!r}: {error}") from None
 
@@ -182,7 +186,7 @@ class Stage(CountsTokens, nn.Module):
         if self._skipped(trace):
             scores = torch.zeros(state.position.shape, device=hidden_states.device)
             self._record(trace, Choice(Scored(scores), no_decision(state), Estimate(), 0.0, False, None, True), state, 0)
-            return hidden_states
+            return self._shortened(hidden_states, hidden_states, state.routable)
         choice = self._choose(self._site(hidden_states, layer, trace, inputs), state)
         decision, estimate = choice.decision, choice.estimate
         inside = flow.tokens
@@ -190,7 +194,7 @@ class Stage(CountsTokens, nn.Module):
             inside = inside.add_key_bias(estimate.key_bias.masked_fill(~state.routable, 0.0))
         if choice.skipped:
             self._record(trace, choice, state, 0)
-            return hidden_states
+            return self._shortened(hidden_states, hidden_states, state.routable)
         through = passing(decision, flow.tokens, decision.rows is not None and self._may_skip(layer, flow))
         part, (before, rest) = through.state(inside), through.take_out(hidden_states)
         # If rows have one token each, ``part`` may hold only the rows whose token is selected.
@@ -210,10 +214,19 @@ class Stage(CountsTokens, nn.Module):
             scale = estimate.scale.masked_fill(~state.routable, 1.0) if protects else estimate.scale
             after = before.to(after.dtype).lerp(after, through.of(scale).unsqueeze(-1).to(after.dtype))
         output = through.put_back(rest, before, after)
-        if estimate.bypassed is None:
+        if (self.shortcut is None or not (choice.routed or self.training)) and estimate.bypassed is None:
             return output
-        processed = decision.kept_mask(state.tokens) | ~state.routable
-        return output * estimate.bypassed.masked_fill(processed, 1.0).unsqueeze(-1).to(output.dtype)
+        bypassing = state.routable & ~decision.kept_mask(state.tokens)
+        if estimate.bypassed is not None:
+            output = output * estimate.bypassed.masked_fill(~bypassing, 1.0).unsqueeze(-1).to(output.dtype)
+        return self._shortened(output, hidden_states, bypassing)
+
+    def _shortened(self, output: Tensor, hidden_states: Tensor, bypassing: Tensor) -> Tensor:
+        """(B, M, C) output of the site, with what the shortcut adds to the (B, M) tokens that bypass it; they are ``hidden_states`` before it."""
+        if self.shortcut is None:
+            return output
+        added: Tensor = self.shortcut(hidden_states)
+        return output + added.masked_fill(~bypassing.unsqueeze(-1), 0.0).to(output.dtype)
 
     def processed(self, trace: Trace) -> int | Tensor:
         """Tokens per row that the layer or its half has processed in a forward, protected ones included."""
@@ -234,7 +247,7 @@ class Stage(CountsTokens, nn.Module):
 
     def _eligible(self, trace: Trace, flow: Flow) -> TokenState:
         """TokenState at the site, with tokens outside the stage's scope marked as protected."""
-        if trace.keep.get(self.config.key, self.config.keep) == 1:
+        if trace.keep.get(self.config.key, self.config.keep) == 1 and not trace.updates:
             return flow.tokens
         config = self.config
         return in_scope(config.scope, trace, flow, config.first, config.last, config.special)
@@ -376,7 +389,8 @@ class Stage(CountsTokens, nn.Module):
     def macs(self, shape: StackShape, tokens: int, kept: int) -> int:
         """MACs of this stage in evaluation for one row, ``tokens`` before and ``kept`` after it, protected tokens included."""
         spreading = smoothing_macs(kept, shape.hidden) if self._smooths else 0
-        return self.scorer.macs(shape, tokens) + self.selector.macs(shape, tokens) + self.merger.macs(shape, tokens, kept) + spreading
+        parts = self.scorer.macs(shape, tokens) + self.selector.macs(shape, tokens) + self.merger.macs(shape, tokens, kept)
+        return parts + spreading + (0 if self.shortcut is None else self.shortcut.macs(shape, tokens))
 
 
 def stages_of(model: nn.Module) -> dict[str, Stage]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..data.rows import collate
 from ..data.splits import Splits
+from ..modules.budget.start_routers import Fitted
 from ..modules.checkpoints.whole_files import whole_folder, write_file, write_json
 from ..modules.compress import checkpoint_activations, decompress
 from ..modules.stage import stages_of
@@ -236,10 +237,13 @@ def train_arm(
         _describe(parts, name, output)
         for remark in parts.data.remarks:
             output.line(remark)
-        ranks = {} if checkpoint is not None else started(parts)
-        if ranks:
-            shown = "  ".join(f"{stage} {value:.2f}" for stage, value in ranks.items())
-            output.line(f"scorers fitted to updates, rank correlation on held-out tokens: {shown}")
+        fitted = Fitted() if checkpoint is not None else started(parts)
+        for what, found in (
+            ("scorers fitted to updates, rank correlation", fitted.scorers),
+            ("shortcuts, explained share", fitted.shortcuts),
+        ):
+            if found:
+                output.line(f"{what} on held-out tokens: {'  '.join(f'{stage} {value:.2f}' for stage, value in found.items())}")
         module = task_named(parts.recipe.task).module(parts)
         line = StepLine(output, parts.total_steps, recipe.trainer.log_every, name, module.task, parts.phases)
         saving = Checkpoints(run, parts.total_steps, recipe.trainer.checkpoint_every, signals or StopSignals(), checkpoint)
@@ -272,7 +276,7 @@ def train_arm(
     remarks = (*health.warnings, *far)
     times = {} if calibration is None else {**calibration.to_dict(), "macs_ratio": calibration.macs_ratio, "floor": calibration.floor}
     arm = arm_of(loaded.name, parts, module, line)
-    arm = replace(arm, fitted=ranks, gradients=health.report, step_time=times, remarks=remarks)
+    arm = replace(arm, fitted=fitted.to_dict(), gradients=health.report, step_time=times, remarks=remarks)
     stages = list(stages_of(parts.model).values())
     if parts.base is None and stages and all(stage.idle for stage in stages):
         # A schedule that ended at full length, such as random-LTD: the result is an ordinary model.

@@ -211,7 +211,7 @@ class ModelAdapter:
         # Visual tokens stand behind the first one, and no text is in their scope.
         stages = [
             replace(stage, protect=dict(SINKS))
-            if stage.protect is None and causal and stage.stack == main and stage.bypass and not stage.left_out and stage.scope != "visual"
+            if stage.protect is None and causal and stage.stack == main and stage.treats_some and stage.scope != "visual"
             else stage
             for stage in stages
         ]

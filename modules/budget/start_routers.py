@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from ..backbones.stack import sharded
 from ..stage import Stage, stages_of
 from ..tokens.trace import Trace
 
-# Tokens of a stage that scorers are fitted to.
-TOKENS = 8192
+# Tokens of a stage that scorers and shortcuts are fitted to, and bytes of tokens before and after layers that are held at the same time.
+TOKENS, HELD_BYTES = 8192, 2 << 30
 # (model, batch, trace=…) -> anything: one forward.
 Run = Callable[..., Any]
 
@@ -23,9 +24,29 @@ def _call(model: PreTrainedModel, batch: Mapping[str, Any], trace: Trace) -> Any
     return model(**batch, trace=trace)
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """How well fitted parts predict tokens that they have not seen, by stage name.
+
+    Attributes:
+        scorers: rank correlation of scores with the sizes of updates.
+        shortcuts: share of the updates' squares that shortcuts predict.
+    """
+
+    scorers: Mapping[str, float] = field(default_factory=dict)
+    shortcuts: Mapping[str, float] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.scorers or self.shortcuts)
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """JSON-able form; empty if nothing was fitted."""
+        return {"scorers": dict(self.scorers), "shortcuts": dict(self.shortcuts)} if self else {}
+
+
 @torch.no_grad()
-def start_routers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], run: Run = _call, seed: int = 0) -> dict[str, float]:
-    """Fits scorers that predict the updates of their layers, and sets thresholds so that stages keep what they request.
+def start_routers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], run: Run = _call, seed: int = 0) -> Fitted:
+    """Fits scorers and shortcuts that predict the updates of their layers, and sets thresholds so that stages keep what they request.
 
     The model's own weights do not change, and no random number is drawn. A stage that is trained already is left as it is.
 
@@ -35,11 +56,8 @@ def start_routers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], 
         run: one forward; by default ``model(**batch, trace=trace)``.
         seed: seed of random scores.
 
-    Returns:
-        Rank correlation of fitted scores with the sizes of updates, over held-out tokens, by stage name.
-
     Raises:
-        ValueError: a scorer has to be fitted and the weights are partitioned (ZeRO-3).
+        ValueError: a part has to be fitted and the weights are partitioned (ZeRO-3).
     """
     stages, given, training = stages_of(model), list(batches), model.training
     model.train(False)
@@ -52,35 +70,57 @@ def start_routers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], 
 
 
 def needs_fit(stage: Stage) -> bool:
-    """The scorer predicts updates and is not fitted yet."""
-    return stage.scorer.fits_updates and not bool(getattr(stage.scorer, "fitted", False))
+    """The scorer or the shortcut predicts updates and is not fitted yet."""
+    scorer = stage.scorer.fits_updates and not bool(getattr(stage.scorer, "fitted", False))
+    return scorer or (stage.shortcut is not None and not stage.shortcut.fitted)
 
 
-def _fit(stages: Mapping[str, Stage], model: PreTrainedModel, batches: list[Mapping[str, Any]], run: Run, seed: int) -> dict[str, float]:
+def _fit(stages: Mapping[str, Stage], model: PreTrainedModel, batches: list[Mapping[str, Any]], run: Run, seed: int) -> Fitted:
     if not stages:
-        return {}
+        return Fitted()
     if any(sharded(module) for module in model.modules() if next(module.parameters(recurse=False), None) is not None):
         raise ValueError(
-            f"stages {', '.join(stages)}: scorer 'update' is fitted on whole weights, which deepspeed_3 partitions: fit it in a short run "
-            "with trainer.strategy=deepspeed_2 and start from it, or take scorer 'linear'"
+            f"stages {', '.join(stages)}: scorer 'update' and shortcuts are fitted on whole weights, which deepspeed_3 partitions: fit them in a "
+            "short run with trainer.strategy=deepspeed_2 and start from it, or take scorer 'linear' and no shortcut"
         )
-    tokens: dict[str, list[Tensor]] = {name: [] for name in stages}
-    sizes: dict[str, list[Tensor]] = {name: [] for name in stages}
+    scorers: dict[str, float] = {}
+    shortcuts: dict[str, float] = {}
+    names = list(stages)
+    each = 2 * TOKENS * int(model.config.get_text_config().hidden_size) * model.dtype.itemsize
+    together = max(1, HELD_BYTES // each)
+    for start in range(0, len(names), together):
+        seen = _seen(names[start : start + together], model, batches, run, seed)
+        for name, (before, after, sizes) in seen.items():
+            stage = stages[name]
+            if stage.scorer.fits_updates and not bool(getattr(stage.scorer, "fitted", False)):
+                scorers[name] = stage.scorer.fit(before, sizes)
+            if stage.shortcut is not None and not stage.shortcut.fitted:
+                shortcuts[name] = stage.shortcut.fit(before, after.float() - before.float())
+    return Fitted(scorers, shortcuts)
+
+
+def _seen(
+    names: Sequence[str], model: PreTrainedModel, batches: list[Mapping[str, Any]], run: Run, seed: int
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """(P, C) tokens before the layers of these stages and after them, and the (P,) relative sizes of what they add.
+
+    These layers and those after them process every token, and so do earlier ones that are not left out."""
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in names}
     each = max(1, TOKENS // max(1, len(batches)))
-    everything = {name: 1.0 for name, stage in stages_of(model).items() if stage.bypass and not stage.config.left_out}
+    # Layers that are left out are whole only until their shortcuts are fitted.
+    everything = {name: 1.0 for name, stage in stages_of(model).items() if stage.bypass and (not stage.config.left_out or needs_fit(stage))}
     for number, batch in enumerate(batches):
         trace = Trace(seed=seed, step=number, keep=everything, updates=True)
         run(model, batch, trace=trace)
-        for name in stages:
+        for name in names:
             routing = trace.routings[name]
             assert routing.update is not None
             real = routing.routable & routing.update.real
-            rows = routing.update.tokens[real]
+            before = routing.update.tokens[real]
             # From all over the batch.
-            places = torch.linspace(0, len(rows) - 1, min(each, len(rows)), device=rows.device).long()
-            tokens[name].append(rows[places])
-            sizes[name].append(routing.update.size[real][places])
-    return {name: stage.scorer.fit(torch.cat(tokens[name]), torch.cat(sizes[name])) for name, stage in stages.items()}
+            places = torch.linspace(0, len(before) - 1, min(each, len(before)), device=before.device).long()
+            found[name].append((before[places], routing.update.after[real][places], routing.update.size[real][places]))
+    return {name: (torch.cat(a), torch.cat(b), torch.cat(c)) for name, parts in found.items() for a, b, c in [zip(*parts, strict=True)]}
 
 
 def _calibrate(stages: list[Stage], model: PreTrainedModel, batches: list[Mapping[str, Any]], run: Run, seed: int) -> None:

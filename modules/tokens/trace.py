@@ -28,19 +28,21 @@ class Update:
         cosine: (B, K) float32, cosine of the token before and after it.
         valid: (B, K) bool, False for padding; None without padding.
         tokens: (B, K, C) the tokens before the layer, detached.
+        after: (B, K, C) the tokens after it, detached.
     """
 
     size: Tensor
     cosine: Tensor
     valid: Tensor | None
     tokens: Tensor
+    after: Tensor
 
     @staticmethod
     def of(before: Tensor, after: Tensor, valid: Tensor | None) -> Update:
         """The update from (B, K, C) tokens to (B, K, C), without gradient."""
         old, new = before.detach().float(), after.detach().float()
         size = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-12)
-        return Update(size, torch.cosine_similarity(old, new, dim=-1), valid, before.detach())
+        return Update(size, torch.cosine_similarity(old, new, dim=-1), valid, before.detach(), after.detach())
 
     @property
     def real(self) -> Tensor:

@@ -32,7 +32,7 @@ def hide_and_keep(model: PreTrainedModel, stack: Stack, trace: Trace, method: Me
     for index, layer in enumerate(stack.layers):
         routing = next((one for name, one in trace.routings.items() if name.endswith(f"_{index}")), None)
         weight: Tensor | float = 1.0
-        outside: Tensor | float = 1.0
+        outside: Any = _unchanged
         if routing is not None and method.bypass:
             stage = stages_of(model)[routing.stage]
             alive, weight, outside = routing.kept_mask, _gate(stage, routing), _outside(stage, routing)
@@ -88,19 +88,31 @@ def _gate(stage: Any, routing: Routing) -> Tensor | float:
     return (1 + strength * gate).masked_fill(~routing.routable, 1.0).unsqueeze(-1)
 
 
-def _outside(stage: Any, routing: Routing) -> Tensor | float:
-    """Weight of the tokens that were not chosen."""
-    return _gate(stage, routing) if stage.estimator is not None and stage.estimator.of_bypassed else 1.0
+def _unchanged(tokens: Tensor) -> Tensor:
+    return tokens
 
 
-def _keep_as_it_was(layer: Any, chosen: Tensor, weight: Tensor | float, outside: Tensor | float, site: str, adapter: Any) -> None:
+def _outside(stage: Any, routing: Routing) -> Any:
+    """What becomes of the tokens that were not chosen."""
+    weighed = _gate(stage, routing) if stage.estimator is not None and stage.estimator.of_bypassed else 1.0
+
+    def become(tokens: Tensor) -> Tensor:
+        if stage.shortcut is None:
+            return weighed * tokens
+        down, up, length = stage.shortcut.down.weight, stage.shortcut.up, tokens.pow(2).mean(-1, keepdim=True).sqrt()
+        return tokens + length * (tokens / length @ down.T @ up.weight.T + up.bias)
+
+    return become
+
+
+def _keep_as_it_was(layer: Any, chosen: Tensor, weight: Tensor | float, outside: Any, site: str, adapter: Any) -> None:
     original = layer.forward
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         stays = chosen[..., None]
         if site == "around":
             out = hidden_states + weight * (original(hidden_states, *args, **kwargs) - hidden_states)
-            return torch.where(stays, out, outside * hidden_states)
+            return torch.where(stays, out, outside(hidden_states))
         given = dict(zip(adapter.positional, args, strict=False)) | kwargs
         attended = adapter.attention_half(layer, hidden_states, **given)
         if site == "around_attention":

@@ -32,6 +32,7 @@ METHODS = [
     _around("threshold", {**_LINEAR, "selector": "threshold"}),
     _around("predictor", {**_LINEAR, "selector": "predictor"}),
     _around("gate", {**_LINEAR, "selector": "threshold", "estimator": "gate"}),
+    _around("shortcut", {**_LINEAR, "selector": "threshold", "shortcut": {"name": "linear", "rank": 4}}),
     _around("gate_random", {**_LINEAR, "selector": "random", "estimator": "gate"}, positional=True),
     _around("gate_predictor_mlp", {**_LINEAR, "selector": "predictor", "estimator": "gate"}, site="around_mlp"),
     _around("predictor_attached", {"scorer": "linear", "selector": "predictor"}, detached=False),

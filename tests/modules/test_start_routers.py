@@ -28,7 +28,7 @@ def _model(site: str = "around", weight: float = 0.0, **parts: str) -> PreTraine
 def test_tokens_that_a_layer_changes_most_pass_and_as_many_as_requested(site: str) -> None:
     model = _model(site)
     weights = {name: value.clone() for name, value in model.state_dict().items() if ".stages." not in name}
-    ranks = start_routers(model, BATCHES)
+    ranks = start_routers(model, BATCHES).scorers
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights.items())
     assert not model.training
     assert min(ranks.values()) > 0.5
@@ -51,7 +51,7 @@ def test_a_router_that_is_fitted_stays_as_it_is() -> None:
     model = _model()
     start_routers(model, BATCHES)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert start_routers(model, [HELD_OUT]) == {}
+    assert not start_routers(model, [HELD_OUT])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -61,7 +61,7 @@ def test_any_threshold_of_a_causal_model_is_set() -> None:
     with pytest.raises(ValueError, match=r"thresholds of stages around_1, around_2 have seen no score.*laconic.start_routers"):
         model.eval().generate(tokens(1), max_new_tokens=2)
     model.train()
-    assert start_routers(model, BATCHES) == {}
+    assert not start_routers(model, BATCHES)
     assert model.training
     model.eval()(**HELD_OUT, trace=trace)
     assert [routing.achieved for routing in trace.routings.values()] == pytest.approx([0.25, 0.25], abs=0.08)

@@ -233,3 +233,20 @@ def test_a_plan_that_cannot_be_met_is_refused() -> None:
 def test_wrong_plans_are_refused(plan: str, keeps: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         PlanOptions.of(plan, tmp_path / "p.yaml", None, True, keeps, "linear")
+
+
+@pytest.mark.slow
+def test_a_plan_with_shortcuts_is_measured_with_them_and_with_the_tokens_of_its_scorer(folder: Path, tmp_path: Path) -> None:
+    probe = _probe(folder, tmp_path / "p.json")
+    part = Part(1, "around", shortcut="linear")
+    assert probe.measure([part]).change < 0.9 * probe.measure([Part(1, "around")]).change
+    some = Part(2, "around", 0.5, "update")
+    assert probe.measure([some]).loss != probe.measure([Part(2, "around", 0.5)]).loss
+    options = PlanOptions.of("macs_ratio=0.7", tmp_path / "p.yaml", None, False, "0.5", "update", "linear")
+    recipe, _ = recipe_of(str(folder / "model"), _given(folder))
+    write_plan(probe, options, recipe, _given(folder))
+    planned = load(str(tmp_path / "p.yaml")).recipe
+    assert planned.compression is not None
+    assert all(stage.part("shortcut").name == "linear" for stage in planned.compression.stages)
+    again = _probe(folder, tmp_path / "p.json")
+    assert again.measure([part]) == probe.measure([part])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...modules.budget.start_routers import needs_fit, start_routers
+from ...modules.budget.start_routers import Fitted, needs_fit, start_routers
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..distributed.deepspeed import stage_of
@@ -18,31 +18,28 @@ from ..tasks.base import task_named
 from .parts import RunParts
 
 
-def started(parts: RunParts) -> dict[str, float]:
-    """Fits scorers that predict updates and sets thresholds of causal models, on a few batches of training rows.
+def started(parts: RunParts) -> Fitted:
+    """Fits scorers and shortcuts that predict updates and sets thresholds of causal models, on a few batches of training rows.
 
     Every process does the same on the same rows.
 
-    Returns:
-        Rank correlation of fitted scores with the sizes of updates, over held-out tokens, by stage name.
-
     Raises:
-        RecipeError: a scorer has to be fitted, and the model is partitioned or there are no batches for it.
+        RecipeError: a scorer or a shortcut has to be fitted, and the model is partitioned or there are no batches for it.
     """
     recipe, model, stages = parts.recipe, parts.model, stages_of(parts.model)
     fits = [name for name, stage in stages.items() if needs_fit(stage)]
     if not fits and not any(stage.needs_threshold for stage in stages.values()):
-        return {}
+        return Fitted()
     partitioned = stage_of(recipe.trainer) == 3
     if fits and (partitioned or not recipe.trainer.start_rows):
         why = "trainer.strategy = 'deepspeed_3' partitions the weights" if partitioned else "trainer.start_rows = 0"
         raise RecipeError(
-            f"stages {', '.join(fits)}: scorer 'update' is fitted before the first step, and {why}: take deepspeed_2 and start_rows=32, or "
-            "start from a run in which it was fitted, or take scorer 'linear'"
+            f"stages {', '.join(fits)}: scorer 'update' and shortcuts are fitted before the first step, and {why}: take deepspeed_2 and start_rows=32, or "
+            "start from a run in which they were fitted, or take scorer 'linear' and no shortcut"
         )
     if partitioned or not recipe.trainer.start_rows:
         # The first training batch sets the thresholds.
-        return {}
+        return Fitted()
     task, place = task_named(recipe.task), model.device
     if torch.cuda.is_available():
         model.to("cuda")

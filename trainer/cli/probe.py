@@ -24,7 +24,8 @@ def probe(
     base: Annotated[str | None, typer.Option(help="recipe that the plan is laid over; default: one for fine-tuning, by the task")] = None,
     halves: Annotated[bool, typer.Option(help="a plan may leave out attention or MLP alone")] = True,
     keeps: Annotated[str, typer.Option(help="shares of the tokens that a layer of a plan may process; '' for none")] = "0.5",
-    scorer: Annotated[str, typer.Option(help="scorer of layers that process some tokens; measured with random ones")] = "update",
+    scorer: Annotated[str, typer.Option(help="scorer of layers that process some tokens; update is fitted and measured")] = "update",
+    shortcut: Annotated[str | None, typer.Option(help="linear: what tokens that bypass a layer get, in place of what it adds")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object to stdout, progress to stderr")] = False,
 ) -> None:
     """Measure the loss of a model without each layer and half of a layer; plan where to save MACs."""
@@ -34,7 +35,7 @@ def probe(
         from ..probe.plot import plot
         from ..probe.probe import Options, Probe
 
-        wanted = None if plan is None else PlanOptions.of(plan, overlay or to.with_suffix(".yaml"), base, halves, keeps, scorer)
+        wanted = None if plan is None else PlanOptions.of(plan, overlay or to.with_suffix(".yaml"), base, halves, keeps, scorer, shortcut)
         recipe, weights = recipe_of(target, overrides or [])
         out = console(as_json)
         probing = Probe(target, recipe, weights, Options(rows, batch_size, scope), to, out)

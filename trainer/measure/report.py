@@ -45,7 +45,8 @@ class Arm:
         of_oracle: oracle ÷ this arm, from pairs; None if not measured.
         memory: bytes of a training step; None if not measured.
         macs_ratio_requested: target of the budget, if it is a ``macs_ratio``; None otherwise.
-        fitted: rank correlation of scorers with the updates that they were fitted to, over held-out tokens, by stage.
+        fitted: ``scorers``, rank correlation with the updates that they were fitted to, and ``shortcuts``, share of the updates' squares that
+            they predict, over held-out tokens, by stage; empty if nothing was fitted.
         gradients: ``mean`` and ``largest`` norm of the gradient over the logged steps, before clipping, by the groups of ``parameters``;
             empty with DeepSpeed.
         step_time: for a budget in step time, the Calibration, the ``macs_ratio`` that it gave, and the ``measured`` time of a step ÷ dense at
@@ -71,7 +72,7 @@ class Arm:
     details: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stacks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
-    fitted: Mapping[str, float] = field(default_factory=dict)
+    fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     gradients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     step_time: Mapping[str, Any] = field(default_factory=dict)
     remarks: Sequence[str] = ()
@@ -99,7 +100,7 @@ class Report:
     throughput: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stacks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
-    fitted: Mapping[str, float] = field(default_factory=dict)
+    fitted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     gradients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     remarks: Sequence[str] = ()
     cost: Mapping[str, Any] = field(default_factory=dict)

@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...data.rows import BadRows, collate
 from ...data.splits import Splits
 from ...modules.backbones import adapter_of
+from ...modules.budget.start_routers import Fitted, start_routers
 from ...modules.checkpoints.adapter_saving import stage_state
 from ...modules.checkpoints.tensors import copy_all
 from ...modules.compress import compress, decompress
 from ...modules.config import CompressionConfig, StageConfig
 from ...modules.cost.cost import CostModel
-from ...modules.stage import stages_of
+from ...modules.stage import Stage, stages_of
 from ...modules.tokens.trace import Trace
 from ..losses.distillation import Taught
 from ..recipe.schema import ITSELF, DistillationRecipe
@@ -44,14 +45,25 @@ class Measured:
     change: float
 
 
-def batches_of(data: Splits, rows: int, batch_size: int) -> list[dict[str, Any]]:
+def batches_of(data: Splits, rows: int, batch_size: int, without: int = 0) -> list[dict[str, Any]]:
     """Batches of training rows from all over the split, or of its first rows if it is a stream.
+
+    Args:
+        data: the data.
+        rows: number of rows.
+        batch_size: rows of a batch.
+        without: none of the rows that a call with this number of rows gives.
 
     Raises:
         BadRows: all of these rows are bad.
     """
     number = data.train_rows
-    places = range(rows) if number is None else np.unique(np.linspace(0, number - 1, min(rows, number)).astype(int)).tolist()
+
+    def spread(rows: int) -> list[int]:
+        return list(range(rows)) if number is None else np.unique(np.linspace(0, number - 1, min(rows, number)).astype(int)).tolist()
+
+    others = set(spread(without)) if without else set()
+    places = [place for place in spread(rows + without) if place not in others]
     good = [item for item in (data.train[place] for place in places) if "bad" not in item]
     if not good:
         raise BadRows(f"all of the {len(places)} rows that would be measured are bad")
@@ -84,6 +96,7 @@ class Meter:
         ]
         self.config: CompressionConfig | None = None
         self._trained: dict[str, Tensor] = {}
+        self._fitted: dict[str, dict[str, Tensor]] = {}
         if stages_of(model):
             self.config = CompressionConfig.from_dict(model.config.compression)
             self._trained = {name: value.clone() for name, value in stage_state(model).items()}
@@ -104,6 +117,25 @@ class Meter:
                 loss += float(found.labels) * int(batch["terms"])
                 change += float(found.answers) * int(batch["terms"])
         return Measured(loss / max(1, self.answers), change / max(1, self.answers))
+
+    def fit(self, stages: Sequence[StageConfig], batches: Sequence[dict[str, Any]]) -> Fitted:
+        """Fits scorers and shortcuts of stages to other batches of the model as it is; measurements with these parts use them from now on.
+
+        Args:
+            stages: at most one at a site.
+            batches: batches with other rows than the measured ones.
+        """
+
+        def run(model: PreTrainedModel, batch: dict[str, Any], trace: Trace) -> Any:
+            given = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            trace.sample_ids = given["sample_ids"]
+            return self.task.forward(model, given, trace=trace)
+
+        with self._with(stages) as model:
+            found = start_routers(model, batches, run, self.seed)
+            for name, stage in stages_of(model).items():
+                self._fitted[name] = {key: value.clone() for key, value in _parts_of(stage).state_dict().items()}
+        return found
 
     @torch.no_grad()
     def _taught(self) -> list[Taught]:
@@ -146,7 +178,10 @@ class Meter:
         return adapter_of(self.model).resolved(CompressionConfig(stages), self.model.config) if stages else None
 
     def _traced(self, model: PreTrainedModel, batch: dict[str, Any], **given: Any) -> dict[str, Trace]:
-        return {"trace": Trace(seed=self.seed, sample_ids=batch["sample_ids"], **given)} if stages_of(model) else {}
+        stages = stages_of(model).values()
+        # An exact choice among all tokens of a row.
+        ahead = any(not stage.deployable for stage in stages)
+        return {"trace": Trace(seed=self.seed, sample_ids=batch["sample_ids"], lookahead=ahead, **given)} if stages else {}
 
     @contextmanager
     def _with(self, stages: Sequence[StageConfig]) -> Iterator[PreTrainedModel]:
@@ -160,9 +195,19 @@ class Meter:
             copy_all({name: state[name] for name in self._trained}, self._trained, "the model's own stages")
             own = set() if self.config is None else {stage.key for stage in self.config.stages}
             for name, stage in stages_of(model).items():
+                if name not in own and name in self._fitted:
+                    # A stage without tokens has no scorer.
+                    parts = _parts_of(stage)
+                    known = {key: value for key, value in self._fitted[name].items() if key in parts.state_dict()}
+                    parts.load_state_dict(known, strict=False)
                 if name not in own and stage.config.keep is not None:
                     # Random scores are uniform in (0, 1).
                     stage.selector.set_cut(stage.config.keep)
             yield model
         finally:
             self.model = decompress(model)
+
+
+def _parts_of(stage: Stage) -> nn.ModuleDict:
+    """The parts of a stage that are fitted."""
+    return nn.ModuleDict({"scorer": stage.scorer} | ({} if stage.shortcut is None else {"shortcut": stage.shortcut}))

@@ -41,6 +41,8 @@ def _settings(stage: StageConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"site": stage.site, "keep": stage.keep}
     if not stage.left_out:
         settings |= {kind: part.name for kind in ("scorer", "selector", "estimator") if (part := getattr(stage, kind)) is not None}
+    if stage.shortcut is not None:
+        settings["shortcut"] = stage.shortcut.name
     if stage.scope != "all":
         settings["scope"] = stage.scope
     if stage.stack:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...modules.checkpoints.whole_files import write_file
-from ...modules.config import COMPLETE, StageConfig
+from ...modules.config import COMPLETE, PartConfig, StageConfig
 from ...modules.registry import part_class
 from ..errors import RecipeError
 from ..recipe.files import apply_override, check, find, read
@@ -36,6 +36,7 @@ class PlanOptions:
         halves: parts may be halves of layers.
         keeps: shares of the tokens that a layer may process, each in (0, 1).
         scorer: scorer of these layers.
+        shortcut: what tokens get that bypass a layer or a half; None for nothing.
     """
 
     target: float
@@ -44,9 +45,10 @@ class PlanOptions:
     halves: bool
     keeps: tuple[float, ...]
     scorer: str
+    shortcut: str | None = None
 
     @staticmethod
-    def of(plan: str, path: Path, base: str | None, halves: bool, keeps: str, scorer: str) -> PlanOptions:
+    def of(plan: str, path: Path, base: str | None, halves: bool, keeps: str, scorer: str, shortcut: str | None = None) -> PlanOptions:
         """The options as the command line has them. Raises RecipeError."""
         measure, equals, value = plan.partition("=")
         target = _share(value)
@@ -55,7 +57,7 @@ class PlanOptions:
         shares = [_share(item) for item in keeps.split(",") if item.strip()]
         if None in shares:
             raise RecipeError(f"--keeps {keeps} must be shares between 0 and 1, divided by commas: 0.75,0.5 for example; '' for none")
-        return PlanOptions(target, path, base, halves, tuple(share for share in shares if share is not None), scorer)
+        return PlanOptions(target, path, base, halves, tuple(share for share in shares if share is not None), scorer, shortcut)
 
 
 def _share(text: str) -> float | None:
@@ -72,7 +74,7 @@ def check_plan(probe: Probe, options: PlanOptions) -> None:
         raise RecipeError("--plan is for a dense model, and this one has stages of its own: plan for the model that it was trained from")
     find(base_of(probe, options))
     # Unknown scorers are named before anything is measured.
-    stage_of(probe, Part(0, "around", 0.5), options)
+    stage_of(probe, Part(0, "around", 0.5, shortcut=options.shortcut), options)
 
 
 def base_of(probe: Probe, options: PlanOptions) -> str:
@@ -92,9 +94,11 @@ def stage_of(probe: Probe, part: Part, options: PlanOptions) -> StageConfig:
 
 
 def write_plan(probe: Probe, options: PlanOptions, recipe: Recipe, overrides: Sequence[str]) -> None:
-    """Plans by measured loss, with random tokens where a layer processes some, and writes the recipe and the record."""
-    sites = [part for part in probe.parts if options.halves or part.site == "around"]
-    some = [Part(part.layer, part.site, keep) for part in probe.parts if part.site == "around" for keep in options.keeps]
+    """Plans by measured loss, and writes the recipe and the record. Where a layer processes some tokens, they are those of a scorer that is
+    fitted, and random ones for any other."""
+    scorer = options.scorer if part_class("scorer", PartConfig.of(options.scorer, "scorer")).fits_updates else "random"
+    sites = [replace(part, shortcut=options.shortcut) for part in probe.parts if options.halves or part.site == "around"]
+    some = [replace(part, keep=keep, scorer=scorer) for part in sites if part.site == "around" for keep in options.keeps]
 
     def cost(parts: Sequence[Part]) -> float:
         return probe.meter.macs_ratio([stage_of(probe, part, options) for part in parts])
@@ -109,7 +113,7 @@ def write_plan(probe: Probe, options: PlanOptions, recipe: Recipe, overrides: Se
     dense = probe.meter.whole.loss
     remark = (
         f"Written by laconic probe {probe.record.settings['model']}: loss {dense:.4f} → {steps[-1].loss:.4f} on {probe.meter.answers:,} answers "
-        f"at macs_ratio {steps[-1].macs_ratio:.4f}, untrained, with random tokens where keep is above 0."
+        f"at macs_ratio {steps[-1].macs_ratio:.4f}, before training, by tokens of scorer '{scorer}' where keep is above 0."
     )
     blocks: dict[str, Any] = {
         "model": {"name": recipe.model.name} if recipe.model.gguf_file is None else {"name": None, "gguf_file": recipe.model.gguf_file}

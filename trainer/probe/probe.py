@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from .part import SITES, Part, offered, state_key
 from .record import Record
 
 HALF = 0.5
+# Rows that parts are fitted to.
+FIT_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Probe:
             raise RecipeError(f"task = {recipe.task} has no labels by which a layer could be measured: probe a model of another task")
         data = open_data(task.of_run(recipe, RunFolder.of(weights)), model.config, None, trained_classes(model.config, target))
         self.meter = Meter(model, task, batches_of(data, options.rows, options.batch_size), task.size(recipe), recipe.seed)
+        self._others = functools.partial(batches_of, data, FIT_ROWS, options.batch_size, options.rows)
+        self._fitted: set[tuple[int, str]] = set()
         own = () if self.meter.config is None else self.meter.config.of_stack(self.stack.name)
         self.parts = offered(self.stack, [int(stage.layer) for stage in own])
         self._done, self._began = 0, time.monotonic()
@@ -98,13 +103,27 @@ class Probe:
         """
         key = state_key(parts)
         if key not in self.record.measured:
-            found = self.meter([part.stage(self.stack, self.scope) for part in parts])
+            self._fit(parts)
+            found = self.meter([part.measured(self.stack, self.scope) for part in parts])
             self.record.add(key, found)
             self._done += 1
             ahead = "" if left is None else f"; {left} left, about {(time.monotonic() - self._began) / self._done * left:.0f} s"
             shown = key if len(parts) < 2 else f"{len(parts)} parts"
             self.console.print(f"{shown}: loss {found.loss:.4f} ({found.loss - self.meter.whole.loss:+.4f}){ahead}", highlight=False)
         return self.record.measured[key]
+
+    def _fit(self, parts: Sequence[Part]) -> None:
+        """Fits what these parts have to fit, at all layers at once, to rows that are not measured."""
+        wanted = [part for part in parts if part.fitted and (part.layer, part.site) not in self._fitted]
+        if not wanted:
+            return
+        sites = {part.site for part in self.parts} - {site for _, site in self._fitted}
+        for together in ({"around"} & sites, {"around_attention", "around_mlp"} & sites):
+            these = [replace(wanted[0], layer=part.layer, site=part.site, keep=HALF) for part in self.parts if part.site in together]
+            if these:
+                self.console.print(f"fitting {', '.join(sorted(together))} to {FIT_ROWS} rows", highlight=False)
+                self.meter.fit([part.measured(self.stack, self.scope) for part in these], self._others())
+                self._fitted |= {(part.layer, part.site) for part in these}
 
     def run(self) -> None:
         """Measures every part left out, every layer with a random half of its tokens, what each part changes in a token, and ranks of attention."""
