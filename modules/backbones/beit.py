@@ -91,6 +91,7 @@ class Beit(VisionModel):
         "take ViTForSemanticSegmentation or Dinov2ForSemanticSegmentation of laconic.modules.heads.vit and .dinov2"
     }
     averages = True
+    interpolates = False
 
     @classmethod
     def bind_inputs(cls, model: PreTrainedModel, trace: Trace, inputs: Mapping[str, Any]) -> None:

@@ -70,9 +70,11 @@ class VisionModel(ModelAdapter):
 
     Attributes:
         averages: a head averages all routable tokens that leave the layers.
+        interpolates: trained positions can be interpolated to images of another size.
     """
 
     layer_adapter: ClassVar[type[VisionLayers]]
+    interpolates: ClassVar[bool] = True
     averages: ClassVar[bool] = False
 
     @classmethod

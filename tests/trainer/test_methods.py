@@ -19,7 +19,7 @@ from laconic.trainer.recipe.methods import methods
 from laconic.trainer.run import silent, train
 from laconic.trainer.run_folder import RunFolder, load_model
 from tests.trainer.conftest import QUICK
-from tests.trainer.small_recipes import small
+from tests.trainer.small_recipes import OWN_TOWER, small
 
 
 def _of(name: str, *overrides: str) -> list[str]:
@@ -69,8 +69,8 @@ def test_down_sampled_images_have_a_quarter_of_the_tokens_in_all_layers_and_what
     for wrong, message in (("0.01", "not one patch of 4 pixels is left of images of 32"), ("3", "less than or equal to 2")):
         with pytest.raises((RecipeError, ValueError), match=message):
             build(load("vlm_finetune", [*overrides, "compression=null", f"model.image_scale={wrong}"]).recipe)
-    with pytest.raises(RecipeError, match="model.image_scale changes the image size of model.name, which is not set"):
-        load("vlm_digits_base", ["model.image_scale=0.5"])
+    with pytest.raises(ValueError, match="model.image_scale = 0.5 changes the image size of model.name, which is not set"):
+        build(load("vlm_digits_base", [*OWN_TOWER, "model.image_scale=0.5"]).recipe)
 
 
 def test_settings_of_a_method_go_to_all_of_its_stages_and_fractions_are_of_the_depth() -> None:

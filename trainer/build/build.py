@@ -216,6 +216,7 @@ def model_config(recipe: ModelRecipe, task: type[Task], start: Start | None = No
             # transformers validates its configs with several exception types; all of them are errors in the recipe here.
             raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
         check_size(config, "model.config")
+        scale_images(recipe, config)
         return config
     if recipe.encoder_of is not None:
         return _of_task(_encoder_config(recipe), recipe, task)

@@ -56,7 +56,9 @@ class ModelRecipe(Block):
         False, description="give the embeddings of model.name as many entries as the tokenizer has, if it has more; new entries are random"
     )
     image_scale: Annotated[float, Field(gt=0, le=2)] = Field(
-        1.0, description="side of the images as a factor on that of model.name, whose position embeddings are interpolated"
+        1.0,
+        description="side of the images as a factor on that of the model, in whole patches: of image classifiers and LLaVA, whose position "
+        "embeddings are interpolated",
     )
     settings: dict[str, Any] = Field(
         default_factory=dict, description="changes to the model's own config: hidden_dropout_prob, drop_path_rate if the family has it …"
@@ -75,8 +77,6 @@ class ModelRecipe(Block):
             raise ValueError("model.encoder_routers = true needs model.encoder_of, which is not set: set it to a masked pretraining")
         if self.tower_of is not None and self.config is None:
             raise ValueError("model.tower_of is for a new model, and model.config is not set: remove model.tower_of, or set model.config")
-        if self.image_scale != 1 and self.name is None:
-            raise ValueError("model.image_scale changes the image size of model.name, which is not set: set the size in model.config")
         if self.new_head and self.name is None:
             raise ValueError("model.new_head = true replaces the head of model.name, which is not set: remove model.new_head")
         if self.resize_vocabulary and not self.has_weights:

@@ -237,6 +237,32 @@ class Task:
         raise ValueError(f"task {recipe.task!r} does not support laconic inspect")
 
     @classmethod
+    def pooled(cls, recipe: Recipe, keep: float) -> list[str]:
+        """Overrides of an arm whose images are averaged over squares of patches before the first layer.
+
+        Args:
+            recipe: the recipe that it is compared with.
+            keep: share of the tokens.
+
+        Raises:
+            ValueError: the task has no images.
+        """
+        raise ValueError(f"task = {recipe.task} has no images whose patches could be pooled")
+
+    @classmethod
+    def downsampled(cls, recipe: Recipe, scale: float) -> list[str]:
+        """Overrides of an arm whose images are smaller.
+
+        Args:
+            recipe: the recipe that it is compared with.
+            scale: their side, as a factor on that of the model's images.
+
+        Raises:
+            ValueError: the task has no images, or none of another size.
+        """
+        raise ValueError(f"task = {recipe.task} cannot be given smaller images: its arms have inputs of one size")
+
+    @classmethod
     def prompts(cls, data: Any, number: int) -> list[Tensor]:
         """Token ids (n,) of the longest of the first held-out prompts.
 

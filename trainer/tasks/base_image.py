@@ -14,16 +14,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ...data.images.recipe import DRAWN, ImageRecipe
+from ...data.images.resized import resized
 from ...data.images.splits import ImageData
 from ...data.images.transform import ImageTransform
 from ...data.labels.classes import KnownClasses
 from ...data.rows import collate, good_rows
 from ...data.splits import Splits
 from ...modules.backbones import families
-from ...modules.backbones.vision import VisionModel
+from ...modules.backbones.vision import VisionModel, pair
 from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.tokens.trace import Trace
 from ..build.heads import trained_classes
+from ..build.image_size import scaled_side
 from ..build.initial_weights import encoder_weights, start_of
 from ..build.parts import RunParts
 from ..metrics.kept_places import kept_cells
@@ -38,7 +40,13 @@ LARGEST = 65_536
 
 
 class ImageTask(LogitsTask):
-    """A task whose model input is ``pixel_values``."""
+    """A task whose model input is ``pixel_values``.
+
+    Attributes:
+        resizes: images of another size are the same task; pixels that are predicted or labelled would be others.
+    """
+
+    resizes: ClassVar[bool] = False
 
     unit: ClassVar[str] = "images"
     item: ClassVar[str] = "images"
@@ -107,6 +115,14 @@ class ImageTask(LogitsTask):
         return {name: routing.achieved for name, routing in trace.routings.items()}
 
     @classmethod
+    def pooled(cls, recipe: Recipe, keep: float) -> list[str]:
+        restores = {} if recipe.compression is None else recipe.compression.restores
+        # What is pooled has the state of its square.
+        restore = "".join(f", restore: {{layer: {where.layer}, by: unmerge}}" for where in restores.values())
+        merger = "{name: nearest, corners: true}"
+        return [f"compression={{stages: [{{layer: 0, scorer: uniform_grid, merger: {merger}, keep: {keep}}}]{restore}}}"]
+
+    @classmethod
     def embedded_data(cls, recipe: ImageRecipe, seed: int, channels: int) -> ImageData:
         """The splits of ``scattered_digits``, with 1 channel or 3."""
         raise NotImplementedError
@@ -154,6 +170,14 @@ def image_input(config: Any) -> tuple[int, int]:
     return height, channels
 
 
+def size_of_patch(config: Any) -> int:
+    """Side of a patch in pixels."""
+    adapter = families()[config.model_type]
+    assert issubclass(adapter, VisionModel)
+    settings: Any = adapter.stack_config(config)
+    return pair(settings.patch_size)[0]
+
+
 def with_normalisation(recipe: Recipe) -> Recipe:
     """The recipe with ``data.mean`` and ``data.std`` filled in: from the recipe itself, else from the run of ``model.name``, else from the
     model's image processor, else 0.5."""
@@ -192,10 +216,16 @@ def _open_data(task: type[ImageTask], whole: Recipe, config: Any, known: KnownCl
     assert recipe.mean is not None
     assert recipe.std is not None
     size, channels = image_input(config)
+    if whole.model.image_scale != 1 and not task.resizes:
+        raise ValueError(
+            f"model.image_scale = {whole.model.image_scale} would change the pixels that task = {whole.task} is about: remove it"
+        )
     if recipe.name == DRAWN:
-        if size != recipe.canvas.size:
-            raise ValueError(f"data.canvas.size = {recipe.canvas.size} does not fit model.config: image_size = {size}")
-        return task.embedded_data(recipe, seed, channels)
+        drawn, scale = recipe.canvas.size, whole.model.image_scale
+        if size != scaled_side(drawn, size_of_patch(config), scale):
+            raise ValueError(f"data.canvas.size = {drawn} does not fit model.config: image_size = {size}")
+        data = task.embedded_data(recipe, seed, channels)
+        return data if size == drawn else resized(data, size)
     mean, std = _per_channel(recipe.mean, channels), _per_channel(recipe.std, channels)
     return task.hub_data(recipe, ImageTransform(size, channels, mean, std, **recipe.augmentations), seed, known)
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import transformers
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from ...data.images.mixing import Mixing, soft_labels
@@ -17,13 +17,15 @@ from ...data.images.splits import ImageData, hub_images, scattered_digits
 from ...data.images.transform import ImageTransform
 from ...data.labels.classes import KnownClasses
 from ...modules.backbones import adapter_for, families
+from ...modules.checkpoints.foreign_config import load_config
+from ..build.image_size import load_at_own_size
 from ..build.parts import RunParts
 from ..metrics.accuracy import Accuracy
 from ..metrics.quality import Quality
-from ..recipe.schema import ITSELF, Recipe
+from ..recipe.schema import ITSELF, ModelRecipe, Recipe
 from ..task_module import TaskModule
 from .base import Task, check_teacher_itself, give_labels
-from .base_image import ImageTask
+from .base_image import ImageTask, image_input
 
 _CLASSIFIER_FOR = {
     "siglip_vision_model": "the whole SigLIP model (model_type siglip), whose classifier uses its vision tower only",
@@ -59,6 +61,7 @@ class ImageClassification(ImageTask):
     """One label an image, with any backbone that has a classifier in transformers."""
 
     metric = "accuracy"
+    resizes = True
     quality: ClassVar[type[Quality]] = Accuracy
 
     @classmethod
@@ -81,6 +84,15 @@ class ImageClassification(ImageTask):
         return model
 
     @classmethod
+    def loaded_model(cls, recipe: ModelRecipe, config: PretrainedConfig, **options: Any) -> Any:
+        load = super().loaded_model
+        if recipe.image_scale == 1:
+            return load(recipe, config, **options)
+        assert recipe.name is not None
+        own, _ = image_input(load_config(recipe.name, recipe.revision))
+        return load_at_own_size(lambda of: load(recipe, of, **options), config, own)
+
+    @classmethod
     def step(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> tuple[Tensor, Any]:
         if not batch["labels"].is_floating_point():
             return super().step(model, batch, **options)
@@ -88,6 +100,10 @@ class ImageClassification(ImageTask):
         give_labels(options, batch)
         out = model(pixel_values=batch["pixel_values"], **options)
         return functional.cross_entropy(out.logits.float(), batch["labels"]), out
+
+    @classmethod
+    def downsampled(cls, recipe: Recipe, scale: float) -> list[str]:
+        return [f"model.image_scale={scale}"]
 
     @classmethod
     def embedded_data(cls, recipe: ImageRecipe, seed: int, channels: int) -> ImageData:

@@ -83,6 +83,14 @@ class VisionLanguage(Task):
         return load_at_own_size(load, config, _image_size(load_config(recipe.name, recipe.revision)))
 
     @classmethod
+    def pooled(cls, recipe: Recipe, keep: float) -> list[str]:
+        return ["compression.method=pooled", f"compression.keep={keep}"]
+
+    @classmethod
+    def downsampled(cls, recipe: Recipe, scale: float) -> list[str]:
+        return [f"model.image_scale={scale}"]
+
+    @classmethod
     def of_run(cls, recipe: Recipe, run: RunFolder) -> Recipe:
         folder = run.with_file(PROCESSOR_OF_CHATS)
         if folder is None:
