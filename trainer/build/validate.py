@@ -47,6 +47,8 @@ class Checked:
         keep: resolved keep by stage.
         tokens: number of tokens by layer; empty for a family without an adapter.
         macs_ratio: MACs of the compressed forward ÷ dense; 1 for a dense recipe.
+        mean_keep: routable tokens processed ÷ those of the dense model, mean over the layers of the main stack; 1 for a dense recipe.
+        dense_macs: MACs of the dense forward of a row; 0 for a family without an adapter.
         memory_bytes: estimated training memory of one process: weights, gradients, AdamW, the weight average, a teacher, and the
             activations of a batch if the family has an adapter.
         weight_bytes: weights alone, which stay in memory after training.
@@ -64,6 +66,8 @@ class Checked:
     keep: dict[str, float]
     tokens: list[int]
     macs_ratio: float
+    mean_keep: float
+    dense_macs: int
     memory_bytes: int
     weight_bytes: int
     dense_activation_bytes: int
@@ -154,6 +158,8 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
         keep={} if cost is None else dict(cost.keep),
         tokens=[] if cost is None else [tokens.attention for tokens in cost.layers],
         macs_ratio=1.0 if cost is None else cost.macs_ratio,
+        mean_keep=1.0 if cost is None else cost.stack_keep.get(adapter_of(model).stack_name, 1.0),
+        dense_macs=0 if cost is None else cost.dense_macs,
         memory_bytes=weights + activations,
         weight_bytes=held,
         dense_activation_bytes=dense_activations,

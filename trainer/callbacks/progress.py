@@ -196,7 +196,7 @@ class StepLine(Callback):
         keep = (f"  keep {shares(keeps, static)}" if keeps else "") + (f"  visual keep {', '.join(visual)}" if visual else "")
         if trainer.is_global_zero:
             self.lines.line(
-                f"{self.title}  step {step}/{self.total_steps}{phase}  loss {loss:.3f}{keep}  {rate:,.0f} {self.task.unit}/s  {_clock(left)} left"
+                f"{self.title}  step {step}/{self.total_steps}{phase}  loss {loss:.3f}{keep}  {rate:,.0f} {self.task.unit}/s  {clock(left)} left"
             )
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -215,7 +215,7 @@ class StepLine(Callback):
             self._bar.stop()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .calibrate import calibrate
+from .compare import compare
 from .output import console, emit, first_process, keep_stdout_clean, running, user_input
 from .probe import probe
 from .report import report
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (probe, calibrate, report):
+for command in (probe, calibrate, compare, report):
     app.command()(command)
 
 RecipeName = Annotated[str, typer.Argument(help="name of a shipped recipe, or path of a YAML file")]

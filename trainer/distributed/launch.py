@@ -31,8 +31,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from . import collective
 
-# Process id of the launcher, for the processes that it started.
-_LAUNCHER = "LACONIC_LAUNCHER"
+# Variable with the process id of the launcher, for the processes that it started.
+LAUNCHER = "LACONICLAUNCHER"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -111,7 +111,7 @@ def _as_launcher(devices: int) -> Iterator[None]:
     """Inside, this process is a launcher: what torch's agent changes in it is put back, and what the agent logs is left to ``Ended``."""
     variables, disabled = dict(os.environ), logging.root.manager.disable
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    os.environ[_LAUNCHER] = str(os.getpid())
+    os.environ[LAUNCHER] = str(os.getpid())
     # Threads of several processes on the same cores slow each other down.
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // devices)))
@@ -128,8 +128,9 @@ def _as_launcher(devices: int) -> Iterator[None]:
 
 
 def end_with_launcher() -> None:
-    """Ends this process when the one that launched it is gone, however it went; nothing where ``launch`` did not start it."""
-    launcher = os.environ.get(_LAUNCHER)
+    """Ends this process when the one that launched it is gone, however it went; nothing where neither ``launch`` nor a
+    comparison started it."""
+    launcher = os.environ.get(LAUNCHER)
     if launcher is None:
         return
 

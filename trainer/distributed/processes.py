@@ -93,6 +93,7 @@ def join(devices: int, num_nodes: int, group: bool) -> None:
     Raises:
         RecipeError: the program runs another number of processes already.
     """
+    end_with_launcher()
     world = devices * num_nodes
     if world == 1 and not group:
         return
@@ -100,7 +101,6 @@ def join(devices: int, num_nodes: int, group: bool) -> None:
         if distributed.get_world_size() != world:
             raise RecipeError(f"this program runs {distributed.get_world_size()} processes, the recipe asks for {world}: start a new one")
         return
-    end_with_launcher()
     _join_group(environment_or_error(world), devices, num_nodes)
 
 

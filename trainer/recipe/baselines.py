@@ -37,27 +37,30 @@ def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> Baselines:
         RecipeError: an arm is not comparable with the recipe as it is written.
     """
     arms, notes = [], []
-    other = next((path for path in (item.partition("=")[0] for item in overrides) if _defines(path)), None)
+    other = next((path for path in (item.partition("=")[0] for item in overrides) if defines(path)), None)
     for name in loaded.recipe.baselines:
         dense = load(name).recipe.compression is None
-        arm = load(name, [item for item in overrides if _shared(item, dense)])
-        if other is not None and (reason := _incomparable(loaded.recipe, arm.recipe)) is not None:
+        arm = load(name, [item for item in overrides if shared(item, dense)])
+        if other is not None and (reason := incomparable(loaded.recipe, arm.recipe)) is not None:
             notes.append(f"control arm {name} is left out, because {other} is set: {reason}")
             continue
-        for key in ("task", "seed", "model", "data"):
-            _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
-        if arm.recipe.compression is not None:
-            for key in ("distillation", "lora", "training_keep", "phases"):
-                _require_equal(loaded, arm, key, getattr(loaded.recipe, key), getattr(arm.recipe, key))
-        # Steps of phases cost more or less than others, so that a dense arm of as much computation has another number of them.
-        length = () if loaded.recipe.phases and dense else ("max_steps",)
-        for key in (*length, "max_epochs", "accumulate", "precision", "devices", "num_nodes"):
-            _require_equal(loaded, arm, f"trainer.{key}", getattr(loaded.recipe.trainer, key), getattr(arm.recipe.trainer, key))
+        own = ("distillation", "lora", "training_keep", "phases") if arm.recipe.compression is not None else ()
+        check_alike(loaded, arm, ("model", *own))
         arms.append(arm)
     return Baselines(arms, notes)
 
 
-def _incomparable(main: Recipe, arm: Recipe) -> str | None:
+def check_alike(main: LoadedRecipe, arm: LoadedRecipe, blocks: Sequence[str] = ()) -> None:
+    """Raises RecipeError unless an arm trains as long as the recipe on the same samples, and has the same of these blocks."""
+    for key in ("task", "seed", "data", *blocks):
+        _require_equal(main, arm, key, getattr(main.recipe, key), getattr(arm.recipe, key))
+    # Steps of phases cost more or less than others, so that a dense arm of as much computation has another number of them.
+    length = () if main.recipe.phases and arm.recipe.compression is None else ("max_steps",)
+    for key in (*length, "max_epochs", "accumulate", "precision", "devices", "num_nodes"):
+        _require_equal(main, arm, f"trainer.{key}", getattr(main.recipe.trainer, key), getattr(arm.recipe.trainer, key))
+
+
+def incomparable(main: Recipe, arm: Recipe) -> str | None:
     """Why an arm says nothing about a recipe whose stages were replaced by others; None if it does."""
     if arm.compression is not None:
         return "it has stages of its own; train it as a recipe"
@@ -66,15 +69,15 @@ def _incomparable(main: Recipe, arm: Recipe) -> str | None:
     return "it is the recipe itself" if main.compression is None else None
 
 
-def _defines(path: str) -> bool:
+def defines(path: str) -> bool:
     """True if an override puts other stages into a recipe, or changes a setting of all stages of its method."""
     return path in ("compression", "compression.stages") or (path.startswith("compression.") and path.split(".")[1] in SETTINGS)
 
 
-def _shared(override: str, dense: bool) -> bool:
+def shared(override: str, dense: bool) -> bool:
     """True if an override of the main recipe also applies to control arms: keys that define an arm are not shared."""
     path = override.partition("=")[0]
-    if path.split(".")[0] in ("baselines", "output") or _defines(path):
+    if path.split(".")[0] in ("baselines", "output") or defines(path):
         return False
     if dense:
         return not path.startswith(("compression", "budget", "distillation", "training_keep", "phases")) and path not in OF_STAGES

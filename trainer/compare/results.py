@@ -1,0 +1,183 @@
+"""Results of a comparison: what the reports of its runs say, by arm, with paired differences."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from ..measure.shares import shares, static_of
+from .arms import Arm
+from .job import Job
+from .statistics import Mean, difference
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """Results of one arm over the seeds.
+
+    Attributes:
+        kind: name of the arm without its ratio.
+        seeds: the seeds, in the order of the values below.
+        values: the metric on held-out data, by seed.
+        quality: their mean.
+        difference: mean difference to the reference arm, paired by seed; None for the reference itself.
+        requested: mean over seeds of the requested keep, by stage.
+        achieved: mean over seeds of the achieved keep, by stage.
+        macs_ratio: MACs of a forward ÷ those of the recipe's dense model, by seed, from the token counts of the held-out rows.
+        train_seconds: seconds of training steps with loading, by seed.
+        steps: optimizer steps of a run.
+    """
+
+    kind: str
+    seeds: Sequence[int]
+    values: Sequence[float]
+    quality: Mean
+    difference: Mean | None
+    requested: Mapping[str, float]
+    achieved: Mapping[str, float]
+    macs_ratio: Sequence[float]
+    train_seconds: Sequence[float]
+    steps: int
+
+    @property
+    def macs(self) -> Mean:
+        """``macs_ratio`` over the seeds."""
+        return Mean.of(self.macs_ratio)
+
+    @property
+    def seconds(self) -> Mean:
+        """``train_seconds`` over the seeds."""
+        return Mean.of(self.train_seconds)
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean seconds of a training step, with loading."""
+        return self.seconds.mean / self.steps
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results of all arms.
+
+    Attributes:
+        recipe: name of the recipe.
+        metric: name of the metric.
+        higher_is_better: direction of the metric.
+        split: split that the metric is of.
+        reference: arm that the differences are to.
+        equal: what the arms have alike: ``steps`` or ``time``.
+        arms: results by arm.
+    """
+
+    recipe: str
+    metric: str
+    higher_is_better: bool
+    split: str
+    reference: str
+    equal: str
+    arms: Mapping[str, ArmResult]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        data = asdict(self)
+        for name, arm in self.arms.items():
+            data["arms"][name] |= {"macs": asdict(arm.macs), "seconds": asdict(arm.seconds), "step_seconds": arm.step_seconds}
+        return data
+
+    def csv(self) -> str:
+        """One line a run."""
+        text = io.StringIO()
+        out = csv.writer(text, lineterminator="\n")
+        out.writerow(["arm", "seed", self.metric, "macs_ratio", "train_seconds", "steps"])
+        for name, arm in self.arms.items():
+            for row in zip(arm.seeds, arm.values, arm.macs_ratio, arm.train_seconds, strict=True):
+                out.writerow([name, *row, arm.steps])
+        return text.getvalue()
+
+    def table(self) -> Table:
+        """One line an arm."""
+        seeds = len(next(iter(self.arms.values())).seeds)
+        metric = self.metric.replace("_", " ")
+        title = f"{self.recipe}: {metric} on {self.split} data, {seeds} seed{'s' * (seeds > 1)}, equal {self.equal}"
+        out = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
+        to = f"to {self.reference}\n(paired, 95 %)"
+        headers = (
+            "arm",
+            f"{metric}\nmean",
+            "min – max",
+            to,
+            "keep\nrequested",
+            "keep\nachieved",
+            "macs_\nratio",
+            "train\ns",
+            "train\nstep",
+        )
+        for header in headers:
+            out.add_column(header, justify="left" if header == "arm" else "right", no_wrap=True)
+        for name, arm in self.arms.items():
+            out.add_row(
+                name,
+                f"{arm.quality.mean:.4f}",
+                f"{arm.quality.low:.4f} – {arm.quality.high:.4f}",
+                _difference(arm.difference),
+                shares(arm.requested, static_of(arm.requested), cell=True),
+                shares(arm.achieved, static_of(arm.requested), cell=True),
+                f"{arm.macs.mean:.3f}",
+                f"{arm.seconds.mean:,.0f}",
+                f"{1000 * arm.step_seconds:.0f} ms",
+            )
+        return out
+
+
+def results_of(recipe: str, arms: Sequence[Arm], jobs: Sequence[Job], scale: Mapping[str, float], reference: str, equal: str) -> Comparison:
+    """Reads the reports of all runs.
+
+    Args:
+        recipe: name of the recipe.
+        arms: the arms.
+        jobs: their trainings, all of which have ended.
+        scale: by arm, dense MACs of its model ÷ those of the recipe's.
+        reference: arm that the differences are to.
+        equal: what the arms have alike.
+    """
+    reports = {arm.name: [(job, job.run.read_report() or {}) for job in jobs if job.arm == arm.name] for arm in arms}
+    values = {name: [_quality(report) for _, report in runs] for name, runs in reports.items()}
+    results = {}
+    for arm in arms:
+        runs = [report for _, report in reports[arm.name]]
+        results[arm.name] = ArmResult(
+            kind=arm.kind,
+            seeds=[job.seed for job, _ in reports[arm.name]],
+            values=values[arm.name],
+            quality=Mean.of(values[arm.name]),
+            difference=None if arm.name == reference else difference(values[arm.name], values[reference]),
+            requested=_mean_keep(runs, "requested"),
+            achieved=_mean_keep(runs, "achieved"),
+            macs_ratio=[report["macs_ratio"] * scale[arm.name] for report in runs],
+            train_seconds=[report["train_seconds"] for report in runs],
+            steps=reports[arm.name][0][0].steps,
+        )
+    quality = runs[0]["quality"]
+    return Comparison(recipe, quality["metric"], quality["higher_is_better"], quality["split"], reference, equal, results)
+
+
+def _quality(report: Mapping[str, Any]) -> float:
+    quality = report["quality"]
+    return float(quality["dense"] if quality["compressed"] is None else quality["compressed"])
+
+
+def _mean_keep(reports: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
+    """Mean over runs of the keep of each stage."""
+    keeps = [report["keep"][kind] for report in reports]
+    return {stage: sum(keep[stage] for keep in keeps) / len(keeps) for stage in keeps[0]}
+
+
+def _difference(found: Mean | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found.mean:+.4f}" + ("" if found.interval is None else f" ± {found.interval:.4f}")
