@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .answers import answers
 from .calibrate import calibrate
 from .compare import compare
 from .output import console, emit, first_process, keep_stdout_clean, running, user_input
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (probe, calibrate, compare, report):
+for command in (answers, probe, calibrate, compare, report):
     app.command()(command)
 
 RecipeName = Annotated[str, typer.Argument(help="name of a shipped recipe, or path of a YAML file")]
@@ -225,34 +226,6 @@ def evaluate(
     if plot is not None:
         draw(result, plot)
         out.print(f"written: {plot}", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def answers(
-    reference: Annotated[str, typer.Argument(help="run folder that the others are compared with, of the dense model for example")],
-    runs: Annotated[list[str], typer.Argument(help="run folders")],
-    downsampled: Annotated[
-        str | None, typer.Option(help="run on smaller images: splits the reference's right answers into hard and easy")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Runs of chats compared answer by answer on the same held-out questions."""
-    from rich.table import Table
-
-    with user_input():
-        from ..measure.answers import compare
-
-        found = compare(reference, runs, downsampled)
-    emit({folder: vars(paired) for folder, paired in found.items()}, as_json)
-    kinds = list(found[reference].accuracy)
-    table = Table(title=f"right answers, beside {reference}", title_justify="left", box=None)
-    for column in ("run", *kinds, "difference", "agreement", *(("hard", "easy") if downsampled else ())):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    for folder, paired in found.items():
-        apart = () if paired.hard is None or paired.easy is None else (f"{paired.hard:.3f}", f"{paired.easy:.3f}")
-        shown = (f"{paired.difference:+.3f} ± {paired.interval:.3f}", f"{paired.agreement:.3f}", *apart)
-        table.add_row(folder, *(f"{paired.accuracy[kind]:.3f}" for kind in kinds), *shown)
-    console(as_json).print(table)
 
 
 @app.command()
