@@ -111,7 +111,8 @@ def _values(arm: Arm) -> dict[str, dict[str, Any]]:
         "keep": arm.keep if len(arm.keep.get("requested", {})) > 1 else {},
         "stacks": arm.stacks,
         "parameters": {group: counts for group, counts in arm.parameters.items() if counts.get("total")},
-        "rank correlation of fitted scorers": arm.fitted,
+        "rank correlation of fitted scorers": arm.fitted.get("scorers", {}),
+        "share of the updates that shortcuts predict": arm.fitted.get("shortcuts", {}),
         "norm of the gradient": arm.gradients,
         "step time": arm.step_time,
         "further values": {
