@@ -56,6 +56,7 @@ from .report_page.page import write_page
 from .run_folder import RunFolder, from_pretrained, load_model
 from .task_module import TaskModule
 from .tasks.base import task_named
+from .trackers.loggers import finish_loggers
 
 
 def output_folder(loaded: LoadedRecipe) -> Path:
@@ -260,6 +261,7 @@ def train_arm(
             saving.check()
             trainer.test(module, datamodule=data_module, verbose=False)
             saving.check()
+        finish_loggers(trainer.loggers)
         for count in (module.bad_rows, module.validation_rows):
             if count.reasons:
                 output.line(f"bad rows{f' of the {count.split} data' if count.split else ''}: {count.summary()}")

@@ -100,6 +100,11 @@ class RunFolder:
         return self.path / "csv"
 
     @property
+    def trackers(self) -> Path:
+        """What trackers of experiments know the run by."""
+        return self.path / "trackers.json"
+
+    @property
     def log(self) -> Path:
         """Output of the run, ``log.txt``."""
         return self.path / "log.txt"
@@ -205,7 +210,7 @@ class RunFolder:
         folders = (self.checkpoints, self.tensorboard, self.csv, *(self.path / name for name in (MODEL, ADAPTER, DATA)))
         for path in (*folders, *([self.path / ARMS] if arms else [])):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.recipe, self.log, self.page, self.kept_tokens, self.answers, self.step_time):
+        for path in (self.recipe, self.log, self.page, self.trackers, self.kept_tokens, self.answers, self.step_time):
             path.unlink(missing_ok=True)
 
     def remove_partial(self) -> None:

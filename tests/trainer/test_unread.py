@@ -52,6 +52,7 @@ CASES = [
     [("vit_digits_dense", []), ("vit_digits", ["compression=null", "budget=null"])],
     [("vit_digits", []), ("vit_lora", ["lora={mode: routers}"]), ("vit_lora", ["lora={mode: full}"])],
     [("vit_digits", ["optimizer.schedule=constant"])],
+    [("vit_digits", ["trainer.loggers=[csv]"])],
     [("llm_pretrain", []), ("text_classify", [])],
     [("vlm_digits", [])],
     [("vit_digits", [])],

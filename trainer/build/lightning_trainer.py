@@ -10,7 +10,6 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from transformers.utils.logging import disable_progress_bar
 
 from ..callbacks.ema import WeightEma
@@ -21,6 +20,7 @@ from ..distributed.processes import environment
 from ..distributed.strategies import lightning_strategy, needs_group, processes_of
 from ..recipe.schema import Recipe
 from ..run_folder import RunFolder
+from ..trackers.loggers import start_loggers
 
 
 def lightning_trainer(
@@ -60,7 +60,7 @@ def lightning_trainer(
         val_check_interval=(settings.validate_every * settings.accumulate) if settings.validate_every else None,
         check_val_every_n_epoch=None if settings.validate_every else 1,
         num_sanity_val_steps=0,
-        logger=TensorBoardLogger(run.path, name="tensorboard", version=""),
+        logger=start_loggers(recipe, run),
         log_every_n_steps=settings.log_every,
         callbacks=[*averaged, *callbacks, RoutingPictures(settings.pictures)],
         use_distributed_sampler=False,

@@ -21,6 +21,7 @@ from ..recipe.phases import PhasePlan
 from ..recipe.schema import ITSELF, Recipe
 from ..run_folder import RunFolder
 from ..tasks.base import task_named
+from ..trackers.loggers import check_loggers
 from .build import build_model, cost_model, located_stages, model_config, open_data, total_steps
 from .floor import check_floor
 from .heads import trained_classes
@@ -89,6 +90,8 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
     """
     check_strategy(recipe)
     check_lora(recipe)
+    if trained is None:
+        check_loggers(recipe.trainer.loggers)
     task = task_named(recipe.task)
     task.check(recipe)
     assumed, recipe = needs_calibration(recipe), with_macs(recipe)

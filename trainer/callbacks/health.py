@@ -88,8 +88,8 @@ class RouterHealth(Callback):
                 self.norms[name] = [number + 1, total + value, max(most, value)]
             else:
                 self._largest[router] = max(self._largest.get(router, 0.0), value)
-        if trainer.logger is not None and scalars:
-            trainer.logger.log_metrics(scalars, step)
+        for logger in trainer.loggers if scalars else ():
+            logger.log_metrics(scalars, step)
         model: Any = module.model
         stages = stages_of(model)
         for name, routing in ({} if outputs["trace"] is None else outputs["trace"].routings).items():

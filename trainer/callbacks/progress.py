@@ -188,8 +188,8 @@ class StepLine(Callback):
             scalars["train/distillation"] = float(outputs["distillation"].answers)
             if outputs["distillation"].hidden is not None:
                 scalars["train/distillation_hidden"] = float(outputs["distillation"].hidden)
-        if trainer.logger is not None:
-            trainer.logger.log_metrics(scalars, step)
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step)
         done = max(1, step - self._first_step)
         left = (time.perf_counter() - self._began) / done * (self.total_steps - step)
         static = static_of({name: routing.requested for name, routing in routings.items()})

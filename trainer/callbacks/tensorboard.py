@@ -32,15 +32,10 @@ class RoutingPictures(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         trace = outputs["trace"]
-        if (
-            batch_idx
-            or trace is None
-            or not trainer.is_global_zero
-            or trainer.sanity_checking
-            or not isinstance(trainer.logger, TensorBoardLogger)
-        ):
+        logger = next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+        if batch_idx or trace is None or not trainer.is_global_zero or trainer.sanity_checking or logger is None:
             return
-        writer, step = trainer.logger.experiment, trainer.global_step
+        writer, step = logger.experiment, trainer.global_step
         for name, routing in trace.routings.items():
             scores = torch.masked_select(routing.scores, routing.routable).float()
             if routing.routed and len(scores) and bool(torch.isfinite(scores).all()):

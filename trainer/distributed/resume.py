@@ -122,8 +122,9 @@ def check_same_run(run: RunFolder, recipe: Recipe) -> None:
     if worlds[0] != worlds[1]:
         raise RecipeError(_other_world(run.path, *worlds))
     # The number of processes per machine may differ.
+    intervals = ("log_every", "validate_every", "checkpoint_every")
     free = {"output", "baselines"} | {
-        f"trainer.{key}" for key in ("log_every", "validate_every", "checkpoint_every", "pictures", "bench_rounds", "devices", "num_nodes")
+        f"trainer.{key}" for key in (*intervals, "loggers", "pictures", "bench_rounds", "devices", "num_nodes")
     }
     for block, value in now.items():
         pairs = {f"{block}.{key}": (before.get(block, {}).get(key), item) for key, item in value.items()} if block == "trainer" else {}

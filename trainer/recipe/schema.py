@@ -235,6 +235,12 @@ class OptimizerRecipe(Block):
         return self
 
 
+def _once(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"trainer.loggers = {names} has a name twice: name each logger once")
+    return names
+
+
 class TrainerRecipe(Block):
     """Length of training, hardware, and intervals of logs, validations and checkpoints."""
 
@@ -262,6 +268,9 @@ class TrainerRecipe(Block):
         None, description="path of a DeepSpeed JSON, or its content; keys that the recipe sets are refused in it"
     )
     log_every: Count = Field(10, description="steps between log lines and scalars")
+    loggers: Annotated[list[Literal["tensorboard", "csv", "trackio", "wandb", "mlflow"]], AfterValidator(_once)] = Field(
+        ["tensorboard"], description="where scalars go; pictures and histograms go to tensorboard alone"
+    )
     validate_every: Count | None = Field(None, description="steps between validations; null validates at the end only")
     start_rows: Annotated[int, Field(ge=0)] = Field(
         32,

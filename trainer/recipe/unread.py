@@ -156,6 +156,11 @@ TABLE = (
     ),
     Unread(
         ("trainer.pictures",),
+        lambda r: "tensorboard" not in r.trainer.loggers,
+        "pictures are drawn for tensorboard, which trainer.loggers does not have: remove it, or add tensorboard to trainer.loggers",
+    ),
+    Unread(
+        ("trainer.pictures",),
         lambda r: isinstance(r.data, TextRecipe),
         "task = {r.task} has no images: remove it; laconic inspect shows the kept tokens of a text",
     ),
