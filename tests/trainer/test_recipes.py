@@ -8,10 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from laconic.modules.compress import compress
 from laconic.modules.config import PartConfig
+from laconic.modules.cost.cost import CostModel
 from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.recipe.data_kinds import KINDS
@@ -25,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("few_passages", "few_functions")
 
 # Control arms, and models whose kind another recipe runs.
 _SLOW = (*CONTROLS, "vlm_digits_tower", "vlm_digits_base", "vlm_lora", "prompt_lora", "llm_continue", "smollm2_lora")
-# The arms of smollm2_lora have its thirty layers, and take their step as control arms below.
+# The arms of smollm2_lora have its thirty layers; their plans are checked below.
 _RUN = [name for name in shipped() if not name.startswith("smollm2_lora_")]
 
 
@@ -61,8 +65,8 @@ def test_every_shipped_recipe_is_valid_and_runs_two_steps(name: str, tmp_path: P
 _QUICK = [name for name in CONTROLS if name.endswith("_random") and not name.startswith(("prompt_", "llm_lora"))]
 
 
-# The other arms of smollm2_lora have its plan, and the scorers of llm_lora's arms.
-_STEPS = [name for name in CONTROLS if not name.startswith("smollm2_") or name.endswith("_static")]
+# The arms of smollm2_lora have its depth, its plan or other layers left out, and the scorers of llm_lora's arms.
+_STEPS = [name for name in CONTROLS if not name.startswith("smollm2_")]
 
 
 @pytest.mark.parametrize("name", [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in _STEPS])
@@ -91,6 +95,19 @@ def test_arms_of_a_plan_differ_in_the_choice_of_tokens_alone() -> None:
         assert arm.model_copy(update={"compression": None, "baselines": []}) == routed.model_copy(
             update={"compression": None, "baselines": []}
         )
+
+
+@pytest.mark.parametrize("arm", ["", "_static", "_random", "_uniform"])
+def test_a_plan_fits_smollm2_and_costs_four_fifths_of_its_macs(arm: str) -> None:
+    compression = load(f"smollm2_lora{arm}").recipe.compression
+    assert compression is not None
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = compress(LlamaForCausalLM(config), compression)
+        assert CostModel(model, size=256)().macs_ratio == pytest.approx(0.8, abs=0.01)
 
 
 def test_weights_in_a_package_that_is_not_installed_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
