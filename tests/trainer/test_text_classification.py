@@ -17,8 +17,10 @@ from laconic.data.text.tokenizer import trained_tokenizer
 from laconic.modules.cost.cost import CostModel
 from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
+from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import evaluate, inspect_run
 from laconic.trainer.export.base import format_named
+from laconic.trainer.export.capture import check_static
 from laconic.trainer.export.card import facts, write_card
 from laconic.trainer.export.export import export
 from laconic.trainer.export.source import ExportSource, Settings
@@ -139,6 +141,9 @@ def test_a_folder_of_weights_learns_pairs_with_their_segments(tmp_path: Path) ->
     parts.model.train()
     task_named(parts.recipe.task).loss(parts.model, batch, trace=(taught := Trace())).backward()
     assert taught.auxiliary_loss is not None
+    # Padded rows keep numbers of their own, under top-k too, and a graph needs one.
+    with pytest.raises(RecipeError, match="in stage before_0 .*differs between rows.*use merged or standalone"):
+        check_static(parts.model.eval(), task_named(parts.recipe.task).probe(parts.model.config, 32), "onnx")
 
 
 MISTAKES = [
