@@ -74,6 +74,13 @@ def test_a_selector_that_fixes_the_count_is_not_blamed_for_it() -> None:
     assert warnings_of(_stage("top_k"), [_signs(_scores() - 20)] * WINDOW, 1.0) == {}
 
 
+def test_stages_that_share_a_target_may_keep_everything_or_nothing_while_they_learn() -> None:
+    for shift, kind in ((-20.0, "dead"), (20.0, "collapsed")):
+        found = [warnings_of(_stage(), [_signs(_scores() + shift, gradient)] * WINDOW, 1.0, shared=True) for gradient in (1.0, 1e-3)]
+        assert found[0] == {}
+        assert kind in found[1]
+
+
 def test_norms_are_those_of_logged_steps_by_group_and_a_warning_is_given_once() -> None:
     shown, logged = io.StringIO(), dict[str, float]()
     stages = CompressionConfig([StageConfig(layer=1, scorer="learned", selector="gumbel", keep=0.5)])
@@ -85,7 +92,7 @@ def test_norms_are_those_of_logged_steps_by_group_and_a_warning_is_given_once() 
     logits.square().sum().backward()
     health = RouterHealth(RunLog(Console(quiet=True), shown), total_steps=9, every=2)
     trainer: Any = SimpleNamespace(accumulate_grad_batches=1, logger=SimpleNamespace(log_metrics=lambda found, step: logged.update(found)))
-    module: Any = SimpleNamespace(model=model)
+    module: Any = SimpleNamespace(model=model, budget=None)
     for step in range(9):
         trainer.global_step = step
         health.on_before_optimizer_step(trainer, module, object())

@@ -56,13 +56,15 @@ class Signs:
         return cls(kept, present, int(routable.any(-1).sum()), routing.requested, far, at.cpu(), gradient)
 
 
-def warnings_of(stage: Stage, window: Sequence[Signs], largest: float | None) -> dict[str, str]:
+def warnings_of(stage: Stage, window: Sequence[Signs], largest: float | None, shared: bool = False) -> dict[str, str]:
     """What the last logged steps say of a stage that learns: a message by the kind of fault; none for a healthy one.
 
     Args:
         stage: the stage.
         window: signs of ``WINDOW`` logged steps, one after the other.
         largest: largest gradient norm of its scorer in any logged step so far; None if no gradient is known.
+        shared: several stages share one target of the model out among themselves. Then one that keeps everything, or next to nothing, may
+            have learned to, and is named only if its gradient has vanished too.
     """
     name, found = f"stage {stage.config.key}", {}
     kept, present, rows = (sum(getattr(signs, key) for signs in window) for key in ("kept", "present", "rows"))
@@ -71,7 +73,10 @@ def warnings_of(stage: Stage, window: Sequence[Signs], largest: float | None) ->
         return {}
     keep = kept / present
     seen = f"in {len(window)} logged steps in a row"
-    decides = stage.selector.needs_probabilities
+    gradients = [signs.gradient for signs in window if signs.gradient is not None]
+    known = largest is not None and len(gradients) == len(window)
+    vanished = known and max(gradients) <= max(0.01 * float(largest or 0), 1e-8)
+    decides = stage.selector.needs_probabilities and (vanished or not shared)
     # A row without a token above the cut keeps its best one.
     least = max(rows / present, 0.005)
     if decides and keep <= least and requested > 2 * least:
@@ -85,8 +90,7 @@ def warnings_of(stage: Stage, window: Sequence[Signs], largest: float | None) ->
             f"{name} has collapsed: {seen} it kept every token, and {requested:.3f} was requested; lower budget.target, raise budget.noise, "
             "or remove the stage if others do what it should"
         )
-    gradients = [signs.gradient for signs in window if signs.gradient is not None]
-    if len(gradients) == len(window) and max(gradients) == 0 and requested < 1:
+    if known and max(gradients) == 0 and requested < 1:
         found["dead"] = (
             f"{name} is dead: {seen} the gradient of its scorer was 0; take another estimator (key_bias, or gate around a layer), or check "
             "that layers which compute something follow"
@@ -96,7 +100,6 @@ def warnings_of(stage: Stage, window: Sequence[Signs], largest: float | None) ->
             f"{name} has collapsed: {seen} it kept the same places in every row ({keep:.3f} of {rows} rows); scorer uniform_grid does the "
             "same for less; set budget.regularizer=diversity or uniformity, raise budget.noise, or move it to an earlier layer"
         )
-    vanished = largest is not None and len(gradients) == len(window) and max(gradients) <= max(0.01 * largest, 1e-8)
     if vanished and "dead" not in found and all(signs.saturated is not None and signs.saturated >= 0.99 for signs in window):
         found["saturated"] = (
             f"{name} is saturated: {seen} 99 % of its probabilities were within 0.001 of 0 or 1, and the gradient of its scorer was at most "
