@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from laconic.trainer.build.build import model_config
 from laconic.trainer.build.validate import validate
 from laconic.trainer.cli.app import app
-from laconic.trainer.compare import equal_time
+from laconic.trainer.compare import equal_time, running
 from laconic.trainer.compare.arms import Arm, arms_of
 from laconic.trainer.compare.compare import Options, plan
 from laconic.trainer.compare.equal_time import of_equal_time, step_times
@@ -24,6 +25,7 @@ from laconic.trainer.compare.plot import draw
 from laconic.trainer.compare.results import results_of
 from laconic.trainer.compare.running import Failed, check_at_once, environment, run_all, time_left
 from laconic.trainer.compare.statistics import Mean, difference
+from laconic.trainer.distributed.signals import Stopped
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.recipe.files import dump, load
 from laconic.trainer.recipe.schema import Recipe
@@ -31,7 +33,7 @@ from laconic.trainer.run import train
 from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base import task_named
 from tests.trainer.conftest import QUICK
-from tests.trainer.stopping import train_until
+from tests.trainer.stopping import StopAfter, train_until
 
 
 def _arms(recipe: str, names: str, *overrides: str) -> dict[str, Arm]:
@@ -241,11 +243,23 @@ def test_whole_runs_are_kept_and_the_others_run_at_most_so_many_at_once(tmp_path
 
 def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_are_asked_to_save(tmp_path: Path) -> None:
     jobs = [
-        _job(tmp_path, "good", 0, f"trap 'touch {tmp_path}/saved; exit 143' TERM; while true; do sleep 0.05; done"),
+        _job(tmp_path, "good", 0, f"trap 'touch {tmp_path}/saved; exit 143' TERM; for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.3; done"),
         _job(tmp_path, "bad", 3, "sleep 0.4; echo the data are gone >&2; exit 2"),
     ]
     with pytest.raises(Failed, match=r"(?s)bad, seed 3 ended with exit code 2\n.*\nthe data are gone"):
         run_all(jobs, 2, Console(quiet=True))
+    assert (tmp_path / "saved").is_file()
+
+
+def test_a_signal_lets_runs_save_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "StopSignals", lambda: StopAfter(4))
+    jobs = [
+        _job(tmp_path, "a", 0, f"trap 'touch {tmp_path}/saved; exit 143' TERM; for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.3; done"),
+        _job(tmp_path, "a", 1, ""),
+    ]
+    with pytest.raises(Stopped, match="stopped by SIGTERM; repeat the same command to continue") as stopped:
+        run_all(jobs, 1, Console(quiet=True))
+    assert stopped.value.code == 143
     assert (tmp_path / "saved").is_file()
 
 
@@ -325,7 +339,12 @@ def test_a_comparison_keeps_the_whole_run_resumes_the_interrupted_one_and_writes
     assert [line.split("step ")[1][0] for line in log.splitlines() if "  step " in line and "loss" in line] == ["1", "2", "3", "4"]
     result = json.loads((tmp_path / "compare.json").read_text())
     assert set(result["arms"]) == {"dense", "learned"}
-    assert {path.name for path in tmp_path.glob("compare.*")} == {"compare.json", "compare.csv", "compare.png", "compare.svg"}
+    assert {path.name for path in tmp_path.glob("compare.*")} == {f"compare.{kind}" for kind in ("json", "csv", "png", "svg", "html")}
+    page = (tmp_path / "compare.html").read_text()
+    # The reference is marked, and the plot is in the page.
+    assert re.search(r'<tr class="marked"><th [^>]*>dense</th>', page)
+    assert page.index("Comparison") < page.index("Curves")
+    assert "data:image/png;base64" in page
     # Again: nothing is left to train.
     again = CliRunner().invoke(
         app, ["compare", "vit_digits", "--arms", "dense,learned", "--seeds", "1", "--output", str(tmp_path), *overrides, "--json"]

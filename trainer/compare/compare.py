@@ -18,6 +18,7 @@ from ..run_folder import RunFolder
 from .arms import Arm, arms_of
 from .equal_time import of_equal_time
 from .job import jobs_of
+from .page import write
 from .plot import draw
 from .results import results_of
 from .running import check_at_once, run_all
@@ -127,7 +128,7 @@ def _checked(name: str, recipe: Recipe, at_once: int) -> Checked:
 
 
 def compare(planned: Plan, console: Console) -> dict[str, Any]:
-    """Trains what is not trained yet, writes ``compare.json``, ``.csv``, ``.png`` and ``.svg``, and prints the table.
+    """Trains what is not trained yet, writes ``compare.json``, ``.csv``, ``.png``, ``.svg`` and ``.html``, and prints the table.
 
     Args:
         planned: a checked comparison.
@@ -150,7 +151,13 @@ def compare(planned: Plan, console: Console) -> dict[str, Any]:
         write_json(folder / "compare.json", result)
         write_file(folder / "compare.csv", found.csv())
         pictures = draw(found, folder)
-    console.print(found.table())
-    written = ", ".join(str(path) for path in (folder / "compare.json", folder / "compare.csv", *pictures))
-    console.print(f"written: {written}", highlight=False, soft_wrap=True)
+        console.print(found.table())
+        files = [folder / "compare.json", folder / "compare.csv", *pictures]
+        try:
+            write(found, jobs, pictures[0], folder / "compare.html")
+            files.append(folder / "compare.html")
+        except Exception as error:
+            # Everything is saved already, and no page is worth an error.
+            console.print(f"no page was written: {type(error).__name__}: {error}", soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
     return result

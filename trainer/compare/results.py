@@ -99,28 +99,23 @@ class Comparison:
                 out.writerow([name, *row, arm.steps])
         return text.getvalue()
 
-    def table(self) -> Table:
-        """One line an arm."""
+    @property
+    def title(self) -> str:
+        """What the table shows."""
         seeds = len(next(iter(self.arms.values())).seeds)
         metric = self.metric.replace("_", " ")
-        title = f"{self.recipe}: {metric} on {self.split} data, {seeds} seed{'s' * (seeds > 1)}, equal {self.equal}"
-        out = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
-        to = f"to {self.reference}\n(paired, 95 %)"
-        headers = (
-            "arm",
-            f"{metric}\nmean",
-            "min – max",
-            to,
-            "keep\nrequested",
-            "keep\nachieved",
-            "macs_\nratio",
-            "train\ns",
-            "train\nstep",
-        )
-        for header in headers:
-            out.add_column(header, justify="left" if header == "arm" else "right", no_wrap=True)
-        for name, arm in self.arms.items():
-            out.add_row(
+        return f"{self.recipe}: {metric} on {self.split} data, {seeds} seed{'s' * (seeds > 1)}, equal {self.equal}"
+
+    @property
+    def columns(self) -> list[str]:
+        """Headers of the table."""
+        quality, to = f"{self.metric.replace('_', ' ')}\nmean", f"to {self.reference}\n(paired, 95 %)"
+        return ["arm", quality, "min – max", to, "keep\nrequested", "keep\nachieved", "macs_\nratio", "train\ns", "train\nstep"]
+
+    def rows(self) -> list[list[str]]:
+        """Cells of the table, a row an arm."""
+        return [
+            [
                 name,
                 f"{arm.quality.mean:.4f}",
                 f"{arm.quality.low:.4f} – {arm.quality.high:.4f}",
@@ -130,7 +125,17 @@ class Comparison:
                 f"{arm.macs.mean:.3f}",
                 f"{arm.seconds.mean:,.0f}",
                 f"{1000 * arm.step_seconds:.0f} ms",
-            )
+            ]
+            for name, arm in self.arms.items()
+        ]
+
+    def table(self) -> Table:
+        """The table for a terminal."""
+        out = Table(title=self.title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
+        for header in self.columns:
+            out.add_column(header, justify="left" if header == "arm" else "right", no_wrap=True)
+        for row in self.rows():
+            out.add_row(*row)
         return out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
@@ -20,26 +20,28 @@ from .style import STYLE
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def write_page(folders: Sequence[str | Path], to: Path) -> None:
+def write_page(folders: Sequence[str | Path], to: Path, before: Mapping[str, Sequence[Element]] | None = None) -> None:
     """Writes one self-contained HTML page about runs.
 
     Args:
         folders: folders of runs; a single one is shown with its control arms.
         to: file to write.
+        before: further sections by title, which come first.
 
     Raises:
         RecipeError: a folder is no run, or is given twice.
         DamagedFile: a report is damaged.
         OSError: a file could not be read or written.
     """
-    write_file(to, page(read_runs(folders)))
+    write_file(to, page(read_runs(folders), before))
 
 
-def page(runs: Sequence[Shown]) -> str:
+def page(runs: Sequence[Shown], before: Mapping[str, Sequence[Element]] | None = None) -> str:
     """The page as HTML. All texts of the runs are escaped; the page has no script and needs no other file."""
     own = [shown for shown in runs if not shown.control]
     costs = [cost for shown in own if (cost := cost_by_layer(shown)) is not None]
-    sections = {
+    sections: dict[str, Sequence[Element]] = {
+        **(before or {}),
         "Results": results(own),
         "Curves": curves(runs),
         "Kept tokens": [_picture(shown) for shown in own if shown.run.kept_tokens.is_file()],
@@ -89,8 +91,14 @@ def _remarks(runs: Sequence[Shown]) -> Element | None:
 
 
 def _picture(shown: Shown) -> Element:
-    data = base64.b64encode(shown.run.kept_tokens.read_bytes()).decode("ascii")
-    text = f"Tokens that the arms of {shown.name} keep: the same images for each arm, with dropped patches darkened"
+    return picture(
+        shown.run.kept_tokens, f"Tokens that the arms of {shown.name} keep: the same images for each arm, with dropped patches darkened"
+    )
+
+
+def picture(path: Path, text: str) -> Element:
+    """A figure of a PNG file, which becomes a part of the page, with a text that says what it shows."""
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
     image = tag("img", src=f"data:image/png;base64,{data}", alt=text, kind="picture")
     box = tag("div", image, kind="scroll", tabindex="0", role="region", aria_label=text)
     return tag("figure", box, tag("figcaption", text, kind="soft"))
