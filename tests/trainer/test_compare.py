@@ -282,6 +282,8 @@ def test_a_run_with_other_settings_is_refused_by_the_key(tmp_path: Path) -> None
     assert [job.done for job in jobs("trainer.log_every=7")] == [False, True]
     with pytest.raises(RecipeError, match=r"cannot resume .*learned-0: trainer.max_steps was 2 and is now 3"):
         jobs("trainer.max_steps=3")
+    with pytest.raises(RecipeError, match=r"learned-0: compression.stages.0.layer was 0 and is now 1;"):
+        jobs("compression.stages.0.layer=1")
     # The dense arm has not begun: what is its own may change.
     assert len(jobs("dense:optimizer.lr=0.1")) == 2
 

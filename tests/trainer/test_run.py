@@ -221,7 +221,7 @@ def test_resuming_another_recipe_is_refused_and_a_new_run_leaves_no_old_checkpoi
         train_arm(loaded, "arm", tmp_path / "run", console, resume=resume)
 
     run()
-    with pytest.raises(RecipeError, match=r"cannot resume .*: optimizer was .* and is now"):
+    with pytest.raises(RecipeError, match=r"cannot resume .*: optimizer.lr was 0.0015 and is now 1e-05;"):
         run("optimizer.lr=1e-5", resume="auto")
     with pytest.raises(RecipeError, match=r"cannot resume .*: trainer.max_steps was 2 and is now 3"):
         run("trainer.max_steps=3", resume="auto")
