@@ -47,7 +47,11 @@ def check_lora(recipe: Recipe) -> None:
         )
     if lora.mode == "routers" and recipe.compression is None:
         raise RecipeError(f"{where} trains routers, and the recipe has no compression: add compression.stages, or set lora.mode=lora")
-    if lora.mode == "routers" and recipe.compression is not None and all(stage.left_out for stage in recipe.compression.stages):
+    if (
+        lora.mode == "routers"
+        and recipe.compression is not None
+        and not any(stage.treats_some or not stage.bypass for stage in recipe.compression.stages)
+    ):
         raise RecipeError(f"{where} trains routers, and all stages have keep = 0, which need none: set lora.mode=lora")
     if recipe.trainer.ema is not None:
         raise RecipeError(f"trainer.ema = {recipe.trainer.ema} averages all weights, and {where} trains few of them: set trainer.ema=null")
@@ -116,7 +120,10 @@ def train_parts(recipe: LoraRecipe | None, model: PreTrainedModel, new: Iterable
         _train_few(recipe, model, new, adapter, filled)
     for name in skipped_layers(model):
         # No gradient reaches them: an optimizer would hold states for nothing, and several processes would wait for their gradients.
-        model.get_submodule(name).requires_grad_(False)
+        for own, parameter in model.get_submodule(name).named_parameters():
+            # A shortcut is in use.
+            if not own.startswith("stages."):
+                parameter.requires_grad_(False)
 
 
 def _train_few(recipe: LoraRecipe, model: PreTrainedModel, new: Iterable[str], adapter: Adapter | None, filled: bool) -> None:
