@@ -145,7 +145,7 @@ class Stage(CountsTokens, nn.Module):
         """The router need not run: every token is kept, and nothing learns from the scores or compares them with updates."""
         learns = self.training and (self.estimator is not None or self.scorer.learns_updates)
         name = self.config.key
-        return not (learns or trace.updates or name in trace.replay) and self.idle_at(trace.keep.get(name, self.config.keep))
+        return not (learns or name in trace.updates or name in trace.replay) and self.idle_at(trace.keep.get(name, self.config.keep))
 
     @property
     def whole(self) -> bool:
@@ -205,7 +205,7 @@ class Stage(CountsTokens, nn.Module):
         self._record(trace, choice, state, kept)
         after = inner(before, part)
         learns = self.training and self.scorer.learns_updates
-        if trace.updates or learns:
+        if self.config.key in trace.updates or learns:
             update = Update.of(before, after, part.valid)
             loss = self.scorer.update_loss(through.of(choice.scored.scores), update) if learns else None
             trace.routings[self.config.key] = trace.routings[self.config.key].with_update(update, loss)
@@ -247,7 +247,7 @@ class Stage(CountsTokens, nn.Module):
 
     def _eligible(self, trace: Trace, flow: Flow) -> TokenState:
         """TokenState at the site, with tokens outside the stage's scope marked as protected."""
-        if trace.keep.get(self.config.key, self.config.keep) == 1 and not trace.updates:
+        if trace.keep.get(self.config.key, self.config.keep) == 1 and self.config.key not in trace.updates:
             return flow.tokens
         config = self.config
         return in_scope(config.scope, trace, flow, config.first, config.last, config.special)

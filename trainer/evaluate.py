@@ -172,7 +172,7 @@ def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Map
 
 
 def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float]) -> PreTrainedModel:
-    """The same weights with a control scorer; each stage keeps as many tokens as the model did on average, equally many in every row."""
+    """The same weights, shortcuts among them, with a control scorer; each stage keeps as many tokens as the model did on average, equally many in every row."""
     config = CompressionConfig.from_dict(model.config.compression)
     built, stages = stages_of(model), []
     for stage in config.stages:
@@ -200,6 +200,8 @@ def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float])
     given = config.with_stages(stages).with_keep({key: max(keep, 1e-6) for key, keep in kept.items() if key not in fixed})
     variant = compress(decompress(copy.deepcopy(model)), given).to(model.device)
     for name, control in stages_of(variant).items():
+        if (trained_shortcut := built[name].shortcut) is not None and control.shortcut is not None:
+            control.shortcut.load_state_dict(trained_shortcut.state_dict())
         # The control scorers of causal models are uniform in (0, 1), so a threshold needs no calibration.
         control.selector.set_cut(kept[name])
     return variant

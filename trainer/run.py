@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -238,7 +239,7 @@ def train_arm(
         _describe(parts, name, output)
         for remark in parts.data.remarks:
             output.line(remark)
-        fitted = Fitted() if checkpoint is not None else started(parts)
+        fitted = _fitted(run, parts, checkpoint is not None)
         for what, found in (
             ("scorers fitted to updates, rank correlation", fitted.scorers),
             ("shortcuts, explained share", fitted.shortcuts),
@@ -308,6 +309,16 @@ def _checkpoint(run: RunFolder, recipe: Recipe, resume: str | None, console: Con
         check_same_run(run, recipe)
         check_same_processes(checkpoint, processes_of(recipe.trainer), stage_of(recipe.trainer))
     return checkpoint
+
+
+def _fitted(run: RunFolder, parts: RunParts, resumed: bool) -> Fitted:
+    """How well fitted parts predict, of a run that goes on as it was when they were fitted."""
+    if resumed:
+        return Fitted.of(json.loads(run.fitted.read_text("utf-8"))) if run.fitted.is_file() else Fitted()
+    fitted = started(parts)
+    if fitted and collective.rank() == 0:
+        write_json(run.fitted, fitted.to_dict())
+    return fitted
 
 
 def _open_folder(run: RunFolder, recipe: Recipe, parts: RunParts) -> None:

@@ -120,6 +120,11 @@ class RunFolder:
         return self.path / "step_time.json"
 
     @property
+    def fitted(self) -> Path:
+        """How well the parts that were fitted before the first step predict."""
+        return self.path / "fitted.json"
+
+    @property
     def answers(self) -> Path:
         """The single answers on held-out data, one a line."""
         return self.path / "answers.jsonl"

@@ -39,6 +39,11 @@ class Fitted:
     def __bool__(self) -> bool:
         return bool(self.scorers or self.shortcuts)
 
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> Fitted:
+        """The inverse of ``to_dict``."""
+        return Fitted(**data)
+
     def to_dict(self) -> dict[str, dict[str, float]]:
         """JSON-able form; empty if nothing was fitted."""
         return {"scorers": dict(self.scorers), "shortcuts": dict(self.shortcuts)} if self else {}
@@ -62,6 +67,8 @@ def start_routers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], 
     stages, given, training = stages_of(model), list(batches), model.training
     model.train(False)
     try:
+        # Parts are fitted to the tokens that shrinking stages leave.
+        _calibrate([stage for stage in stages.values() if stage.needs_threshold and not stage.bypass], model, given, run, seed)
         found = _fit({name: stage for name, stage in stages.items() if needs_fit(stage)}, model, given, run, seed)
         _calibrate([stage for stage in stages.values() if stage.needs_threshold], model, given, run, seed)
     finally:
@@ -107,10 +114,8 @@ def _seen(
     These layers and those after them process every token, and so do earlier ones that are not left out."""
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in names}
     each = max(1, TOKENS // max(1, len(batches)))
-    # Layers that are left out are whole only until their shortcuts are fitted.
-    everything = {name: 1.0 for name, stage in stages_of(model).items() if stage.bypass and (not stage.config.left_out or needs_fit(stage))}
     for number, batch in enumerate(batches):
-        trace = Trace(seed=seed, step=number, keep=everything, updates=True)
+        trace = Trace(seed=seed, step=number, keep=_whole(model), updates=names)
         run(model, batch, trace=trace)
         for name in names:
             routing = trace.routings[name]
@@ -123,13 +128,19 @@ def _seen(
     return {name: (torch.cat(a), torch.cat(b), torch.cat(c)) for name, parts in found.items() for a, b, c in [zip(*parts, strict=True)]}
 
 
+def _whole(model: PreTrainedModel) -> dict[str, float]:
+    """Keeps with which all layers process every token; those that are left out only until their shortcuts are fitted."""
+    return {name: 1.0 for name, stage in stages_of(model).items() if stage.bypass and (not stage.config.left_out or needs_fit(stage))}
+
+
 def _calibrate(stages: list[Stage], model: PreTrainedModel, batches: list[Mapping[str, Any]], run: Run, seed: int) -> None:
-    """Thresholds as after a few training batches: decisions by rank, which they follow."""
+    """Thresholds as after a few training batches: decisions by rank, which they follow. Other stages that have none yet are whole."""
     if not stages:
         return
     for stage in stages:
         stage.selector.train()
+    whole = {} if all(stage.bypass for stage in stages) else _whole(model)
     for number, batch in enumerate(batches):
-        run(model, batch, trace=Trace(seed=seed, step=number, lookahead=True))
+        run(model, batch, trace=Trace(seed=seed, step=number, keep=whole, lookahead=True))
     for stage in stages:
         stage.selector.eval()

@@ -92,8 +92,8 @@ class UpdateScorer(LinearScorer):
         x = torch.cat([normed, _length(tokens)[:, None]], 1).double()
         y = _logarithm(sizes).double()
         mean, deviation = y.mean(), y.std().clamp(min=1e-6)
-        # Neighbouring tokens of a row are in different parts.
-        part = torch.arange(len(y), device=y.device) % 5
+        # No row is in two parts, but for those at their ends.
+        part = torch.arange(len(y), device=y.device) * 5 // len(y)
         first, choosing, last = part < 3, part == 3, part == 4
         center, target = x[first].mean(0), (y - mean) / deviation
         x = x - center

@@ -5,7 +5,7 @@ Shapes: B rows of a batch, N tokens before the first stage, M tokens now, K toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -157,7 +157,7 @@ class Trace:
         protected: (B, N) bool, tokens that no stage may touch, in addition to those that the model family protects; None without any.
         blank: the images of this forward are in padding, so that all processes call the same modules: stages before the language model
             keep all of their tokens and count none.
-        updates: bypass stages record what their layer changes, ``Routing.update``.
+        updates: names of the bypass stages that record what their layer changes, ``Routing.update``.
 
     Set by the forward:
 
@@ -179,7 +179,7 @@ class Trace:
     prompt: Tensor | None = None
     protected: Tensor | None = None
     blank: bool = False
-    updates: bool = False
+    updates: Container[str] = ()
     routings: dict[str, Routing] = field(default_factory=dict)
     flows: dict[str, Flow] = field(default_factory=dict)
 

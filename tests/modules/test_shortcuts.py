@@ -10,6 +10,7 @@ import torch
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, from_pretrained, stages_of, start_routers
 from laconic.modules.compress import only_skips
+from laconic.modules.config import RestoreConfig
 from laconic.modules.cost.cost import CostModel
 from laconic.modules.shortcuts.linear import LinearShortcut
 from laconic.modules.site import TokenSpec
@@ -66,7 +67,8 @@ def test_protected_tokens_get_nothing() -> None:
 
 
 def test_a_model_without_layers_but_with_shortcuts_generates_alike_with_a_cache_is_saved_and_is_no_ordinary_model(tmp_path: Path) -> None:
-    model = spread(_left_out(LINEAR))
+    model = _left_out(LINEAR)
+    start_routers(model, BATCHES)
     assert not only_skips(model)
     ids = tokens(2, 12)
     answers = [model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cached) for cached in (True, False)]
@@ -74,9 +76,22 @@ def test_a_model_without_layers_but_with_shortcuts_generates_alike_with_a_cache_
     model.save_pretrained(tmp_path)
     again = from_pretrained(tmp_path).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)
-    (one, other) = (stages_of(loaded)["around_2"] for loaded in (again, model))
-    assert one.shortcut is not None
-    assert one.shortcut.fitted == other.shortcut.fitted
+    loaded = stages_of(again)["around_2"].shortcut
+    assert loaded is not None
+    assert loaded.fitted
+    assert loaded.up.weight.abs().sum() > 0
+
+
+def test_thresholds_of_shorter_sequences_are_set_before_parts_are_fitted() -> None:
+    stages = [
+        StageConfig(layer=1, site="before", keep=0.5, scorer="linear", selector="threshold", merger="drop"),
+        StageConfig(layer=2, site="around", keep=0.5, scorer="update", selector="threshold", shortcut=LINEAR),
+    ]
+    config = CompressionConfig(stages, RestoreConfig(3, "dechunk"))
+    model = compress(dense("llama"), config)
+    found = start_routers(model, BATCHES)
+    assert found.scorers.keys() == found.shortcuts.keys() == {"around_2"}
+    model(tokens(2, 24))
 
 
 def test_its_macs_count() -> None:

@@ -32,7 +32,7 @@ def test_tokens_that_a_layer_changes_most_pass_and_as_many_as_requested(site: st
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights.items())
     assert not model.training
     assert min(ranks.values()) > 0.5
-    everything = Trace(keep=dict.fromkeys(ranks, 1.0), updates=True)
+    everything = Trace(keep=dict.fromkeys(ranks, 1.0), updates=ranks)
     chosen = Trace()
     with torch.no_grad():
         model(**HELD_OUT, trace=everything)
@@ -68,7 +68,8 @@ def test_any_threshold_of_a_causal_model_is_set() -> None:
 
 
 def test_the_auxiliary_loss_is_the_error_of_the_prediction_for_processed_tokens() -> None:
-    model, trace = _model(weight=0.5), Trace(step=1, updates=True)
+    model = _model(weight=0.5)
+    trace = Trace(step=1, updates=stages_of(model))
     start_routers(model, BATCHES)
     model.train()(**HELD_OUT, trace=trace)
     for name, routing in trace.routings.items():

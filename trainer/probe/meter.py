@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ...data.rows import BadRows, collate
 from ...data.splits import Splits
 from ...modules.backbones import adapter_of
-from ...modules.budget.start_routers import Fitted, start_routers
+from ...modules.budget.start_routers import Fitted, needs_fit, start_routers
 from ...modules.checkpoints.adapter_saving import stage_state
 from ...modules.checkpoints.tensors import copy_all
 from ...modules.compress import compress, decompress
@@ -55,7 +55,7 @@ def batches_of(data: Splits, rows: int, batch_size: int, without: int = 0) -> li
         without: none of the rows that a call with this number of rows gives.
 
     Raises:
-        BadRows: all of these rows are bad.
+        BadRows: all of these rows are bad, or there are none.
     """
     number = data.train_rows
 
@@ -63,7 +63,12 @@ def batches_of(data: Splits, rows: int, batch_size: int, without: int = 0) -> li
         return list(range(rows)) if number is None else np.unique(np.linspace(0, number - 1, min(rows, number)).astype(int)).tolist()
 
     others = set(spread(without)) if without else set()
-    places = [place for place in spread(rows + without) if place not in others]
+    free = [place for place in range(rows + without if number is None else number) if place not in others] if others else []
+    if others and not free:
+        raise BadRows(f"all {number} training rows are measured, and parts are fitted to others: measure fewer rows")
+    places = (
+        [free[index] for index in np.unique(np.linspace(0, len(free) - 1, min(rows, len(free))).astype(int))] if others else spread(rows)
+    )
     good = [item for item in (data.train[place] for place in places) if "bad" not in item]
     if not good:
         raise BadRows(f"all of the {len(places)} rows that would be measured are bad")
@@ -111,6 +116,8 @@ class Meter:
         """Loss and change of answers with these stages."""
         loss, change = 0.0, 0.0
         with self._with(stages) as model:
+            if unfitted := [name for name, stage in stages_of(model).items() if needs_fit(stage)]:
+                raise ValueError(f"stages {', '.join(unfitted)} have parts that are not fitted: call fit before")
             for batch, taught in zip(self.batches, self._reference, strict=True):
                 known = Taught(taught.answers.to(model.device))
                 found = self.task.learn(model, batch, known, _APART, **self._traced(model, batch))
@@ -134,7 +141,7 @@ class Meter:
         with self._with(stages) as model:
             found = start_routers(model, batches, run, self.seed)
             for name, stage in stages_of(model).items():
-                self._fitted[name] = {key: value.clone() for key, value in _parts_of(stage).state_dict().items()}
+                self._fitted.setdefault(name, {}).update({key: value.clone() for key, value in _parts_of(stage).state_dict().items()})
         return found
 
     @torch.no_grad()
@@ -150,7 +157,7 @@ class Meter:
         sums: dict[str, list[tuple[float, float]]] = {}
         with self._with(stages) as model:
             for batch in self.batches:
-                options = self._traced(model, batch, updates=True)
+                options = self._traced(model, batch, updates=stages_of(model))
                 self.task.forward(model, batch, **options)
                 for name, routing in options["trace"].routings.items():
                     if routing.update is not None:

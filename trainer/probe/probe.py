@@ -82,7 +82,7 @@ class Probe:
         data = open_data(task.of_run(recipe, RunFolder.of(weights)), model.config, None, trained_classes(model.config, target))
         self.meter = Meter(model, task, batches_of(data, options.rows, options.batch_size), task.size(recipe), recipe.seed)
         self._others = functools.partial(batches_of, data, FIT_ROWS, options.batch_size, options.rows)
-        self._fitted: set[tuple[int, str]] = set()
+        self._fitted: set[tuple[str, str | None]] = set()
         own = () if self.meter.config is None else self.meter.config.of_stack(self.stack.name)
         self.parts = offered(self.stack, [int(stage.layer) for stage in own])
         self._done, self._began = 0, time.monotonic()
@@ -114,16 +114,14 @@ class Probe:
 
     def _fit(self, parts: Sequence[Part]) -> None:
         """Fits what these parts have to fit, at all layers at once, to rows that are not measured."""
-        wanted = [part for part in parts if part.fitted and (part.layer, part.site) not in self._fitted]
-        if not wanted:
-            return
-        sites = {part.site for part in self.parts} - {site for _, site in self._fitted}
-        for together in ({"around"} & sites, {"around_attention", "around_mlp"} & sites):
-            these = [replace(wanted[0], layer=part.layer, site=part.site, keep=HALF) for part in self.parts if part.site in together]
-            if these:
-                self.console.print(f"fitting {', '.join(sorted(together))} to {FIT_ROWS} rows", highlight=False)
-                self.meter.fit([part.measured(self.stack, self.scope) for part in these], self._others())
-                self._fitted |= {(part.layer, part.site) for part in these}
+        for scorer, shortcut in {(part.scorer if part.keep else "random", part.shortcut) for part in parts if part.fitted} - self._fitted:
+            for together in (("around",), ("around_attention", "around_mlp")):
+                these = [replace(part, keep=HALF, scorer=scorer, shortcut=shortcut) for part in self.parts if part.site in together]
+                if these:
+                    what = " and ".join(name for name in (scorer, shortcut) if name not in ("random", None))
+                    self.console.print(f"fitting {what} {', '.join(together)} to {FIT_ROWS} rows", highlight=False)
+                    self.meter.fit([part.measured(self.stack, self.scope) for part in these], self._others())
+            self._fitted.add((scorer, shortcut))
 
     def run(self) -> None:
         """Measures every part left out, every layer with a random half of its tokens, what each part changes in a token, and ranks of attention."""
