@@ -57,12 +57,11 @@ class Tokens:
             part), ``documents`` (0 … by part, PADDING in padding), all (length,) int64; and the integers ``bytes`` (of the predicted
             text), ``tokens`` (without padding) and ``predicted`` (number of predicted tokens).
 
-            Of bags: ``input_ids`` and ``labels`` are (length / bag, bag), the first bag of a part is not predicted, and IGNORE_TOKEN is
-            also the id of a slot without a token; ``position_ids`` and ``documents`` are (length / bag,) and count bags.
+            Of bags: ``input_ids`` and ``labels`` are (length / bag, bag), and the first bag of a part is not predicted;
+            ``position_ids`` and ``documents`` are (length / bag,) and count bags.
         """
         grain = self.grain
-        # In a bag a slot without a token adds nothing to the mean; in a row of tokens it is a place like others, and has an entry.
-        ids = np.full(self.length, self.filler if self.bag is None else IGNORE_TOKEN, np.int64)
+        ids = np.full(self.length, self.filler, np.int64)
         labels = np.full(self.length, IGNORE_TOKEN, np.int64)
         positions, documents = np.zeros(self.length, np.int64), np.full(self.length, PADDING, np.int64)
         start, number_of_tokens = 0, 0

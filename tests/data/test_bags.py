@@ -17,11 +17,13 @@ from laconic.data.text.splits import TextSettings, streamed_text
 from laconic.modules.tokens.labels import IGNORE_TOKEN
 from tests.data.texts import jsonl, small_tokenizer
 
+FILLER = 99
+
 
 def _rows(lengths: list[int], bag: int, whole: bool) -> list[dict[str, Any]]:
     """Rows of 4 bags of documents whose tokens count on from one to the next."""
     corpus = Corpus([np.arange(sum(lengths), dtype=np.int32)], np.asarray(lengths))
-    rows = PackedRows(corpus, Tokens(4, 99, np.ones(100, np.int64)).with_bags(bag), whole)
+    rows = PackedRows(corpus, Tokens(4, FILLER, np.ones(100, np.int64)).with_bags(bag), whole)
     return [rows[index] for index in range(len(rows))]
 
 
@@ -33,19 +35,19 @@ def test_every_token_is_in_one_bag_and_no_bag_has_tokens_of_two_documents(whole:
     for row in _rows(lengths, 3, whole):
         assert row["input_ids"].shape == row["labels"].shape == (4, 3)
         for bag, place, document in zip(row["input_ids"], row["position_ids"], row["documents"], strict=True):
-            tokens = bag[bag != IGNORE_TOKEN]
-            assert len({int(np.searchsorted(borders, token, "right")) for token in tokens}) == (document != PADDING)
+            tokens = bag[bag != FILLER]
+            assert len({int(np.searchsorted(borders, int(token), "right")) for token in tokens}) == (document != PADDING)
             # What a document lacks for its last bag is at its end.
             assert (bag[: len(tokens)] == tokens).all()
             assert place == 0 or document != PADDING
             seen += tokens.tolist()
-        assert row["tokens"] == int((row["input_ids"] != IGNORE_TOKEN).sum())
+        assert row["tokens"] == int((row["input_ids"] != FILLER).sum())
     assert sorted(seen) == list(range(sum(lengths)))
 
 
 def test_the_first_bag_of_a_document_is_not_predicted_and_positions_count_bags() -> None:
     first, second = _rows([5, 8], 2, whole=False)
-    assert first["input_ids"].tolist() == [[0, 1], [2, 3], [4, IGNORE_TOKEN], [5, 6]]
+    assert first["input_ids"].tolist() == [[0, 1], [2, 3], [4, FILLER], [5, 6]]
     assert first["labels"].tolist() == [[IGNORE_TOKEN] * 2, [2, 3], [4, IGNORE_TOKEN], [IGNORE_TOKEN] * 2]
     assert (first["position_ids"].tolist(), first["documents"].tolist()) == ([0, 1, 2, 0], [0, 0, 0, 1])
     assert (first["tokens"], first["predicted"], first["bytes"]) == (7, 3, 3)
@@ -78,16 +80,20 @@ def test_a_stream_goes_on_with_ordinary_rows_where_its_rows_of_bags_ended(tmp_pa
     data = streamed_text(
         DataSource("json", data_files=path), SplitNames(), lambda texts: small_tokenizer(), TextSettings(length=16, held_out=4)
     )
-    rows, batches = data.train_phases([DataPhase(2, 2, 2), DataPhase(3, 2)], 0)
+    rows, batches = data.train_phases([DataPhase(2, 2, 2), DataPhase(3, 4)], 0)
     found: Any = [rows.__getitems__(batch) for batch in batches]  # type: ignore[attr-defined]
-    text = torch.cat([data.train[index]["input_ids"] for index in range(14)])
-    bags = torch.cat([row["input_ids"].flatten() for batch in found[:2] for row in batch])
+    text = torch.cat([data.train[index]["input_ids"] for index in range(24)])
+    # A place of a bag without a token is behind the last one of its document, the end of text.
+    bags = torch.cat([row["input_ids"][row["documents"] >= 0].flatten() for batch in found[:2] for row in batch])
+    end = data.tokenizer.eos_token_id
+    again = torch.cat([torch.tensor([True]), (bags[1:] != end) | (bags[:-1] != end)])
     ordinary = torch.cat([row["input_ids"] for batch in found[2:] for row in batch])
-    read = torch.cat([bags[bags != IGNORE_TOKEN], ordinary])
+    read = torch.cat([bags[again], ordinary])
     assert torch.equal(read, text[: len(read)])
-    assert [len(batch) for batch in found] == [2] * 5
+    assert [len(batch) for batch in found] == [2, 2, 4, 4, 4]
     # Of two processes, from the second phase on.
-    of_rank, second = data.train_phases([DataPhase(2, 1, 2), DataPhase(3, 1)], 0, 1, 2)
+    of_rank, second = data.train_phases([DataPhase(2, 1, 2), DataPhase(3, 2)], 0, 1, 2)
     second.start = 2
     for batch, both in zip(second, found[2:], strict=True):
-        assert torch.equal(of_rank.__getitems__(batch)[0]["input_ids"], both[1]["input_ids"])  # type: ignore[attr-defined]
+        for mine, its in zip(of_rank.__getitems__(batch), both[2:], strict=True):  # type: ignore[attr-defined]
+            assert torch.equal(mine["input_ids"], its["input_ids"])

@@ -21,7 +21,7 @@ def read_bags(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, positio
 
     Args:
         model: dense model with a head on a base model.
-        input_ids: (B, N, s) int64, IGNORE_TOKEN where a bag has fewer than s tokens.
+        input_ids: (B, N, s) int64; where the last bag of a document has fewer than s tokens, padding.
         labels: (B, N, s) int64, each token's own id, IGNORE_TOKEN where it is not predicted.
         position_ids: (B, N) int64, bags from 0 in each document, from which the model derives the documents' borders.
     """
@@ -33,14 +33,15 @@ def read_bags(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, positio
 
 
 def bag_embeddings(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """(B, N, C) mean embedding of the tokens of each bag of (B, N, s) token ids; 0 for a bag without a token."""
+    """(B, N, C) mean embedding of the tokens of each bag of (B, N, s) token ids.
+
+    Padding counts in the mean: only the last bag of a document has some, and nothing reads that place.
+    """
     embed: nn.Module | None = model.get_input_embeddings()
     assert embed is not None, type(model)
-    real = input_ids != IGNORE_TOKEN
     # One call of the module: its hooks gather a partitioned weight. Some families scale inside it, and a mean of scaled tokens is a scaled mean.
-    tokens = embed(input_ids.masked_fill(~real, 0).flatten(1)).unflatten(1, input_ids.shape[1:])
-    weights = real.to(tokens.dtype).unsqueeze(-1)
-    return (tokens * weights).sum(2) / weights.sum(2).clamp(min=1)
+    tokens: Tensor = embed(input_ids.flatten(1))
+    return tokens.unflatten(1, input_ids.shape[1:]).mean(2)
 
 
 @torch.no_grad()

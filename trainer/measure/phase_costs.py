@@ -26,7 +26,7 @@ def phase_ratio(parts: RunParts, plan: PhasePlan, phase: PhaseRecipe) -> float:
 def mean_phase_ratio(parts: RunParts, plan: PhasePlan) -> float:
     """MACs of the steps of all phases ÷ MACs of as many ordinary steps of the dense model."""
     phases = zip(plan.steps, plan.phases, strict=True)
-    return sum(steps * phase_ratio(parts, plan, phase) for steps, phase in phases) / parts.total_steps
+    return sum(steps * phase_ratio(parts, plan, phase) for steps, phase in phases) / plan.ends[-1]
 
 
 def phase_facts(parts: RunParts, spent: Sequence[Spent]) -> list[dict[str, Any]]:
