@@ -14,7 +14,7 @@ from .markup import number, tag
 # Colours that the page has for lines.
 COLOURS = 6
 # Size of a chart in units of its own; a telephone shows about one of them as a pixel.
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 200, 50, 12, 8, 22
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 200, 58, 12, 8, 22
 # Points that a curve has at most where each of them is marked.
 _MARKED = 12
 
