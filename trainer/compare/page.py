@@ -21,7 +21,8 @@ def write(found: Comparison, jobs: Sequence[Job], plot: Path, to: Path) -> None:
         to: file to write.
     """
     rows = found.rows()
-    text = f"{found.metric.replace('_', ' ')} against MACs of a forward and seconds of training: means over seeds with 95 % intervals"
+    means = ": means over seeds with 95 % intervals" if found.seeds > 1 else ""
+    text = f"{found.metric.replace('_', ' ')} against MACs of a forward and seconds of training{means}"
     marked = [place for place, name in enumerate(found.arms) if name == found.reference]
     section = [table(found.title, [" ".join(name.split()) for name in found.columns], rows, marked=marked), picture(plot, text)]
     write_page([job.run.path for job in jobs if job.seed == jobs[0].seed], to, {"Comparison": section})

@@ -46,9 +46,8 @@ def draw(found: Comparison, folder: Path) -> list[Path]:
     for axes in (left, right):
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
-    seeds = len(next(iter(found.arms.values())).seeds)
-    bars = "95 % interval of the mean, smallest to largest cost" if seeds > 1 else "one seed"
-    figure.suptitle(f"{found.recipe}, {found.split} data, {seeds} seed{'s' * (seeds > 1)}, equal {found.equal} (bars: {bars})", fontsize=10)
+    bars = "\nbars: 95 % interval of the mean; smallest to largest cost" if found.seeds > 1 else ""
+    figure.suptitle(f"{found.title}{bars}", fontsize=10)
     left.legend(fontsize=8)
     paths = [folder / "compare.png", folder / "compare.svg"]
     for path in paths:

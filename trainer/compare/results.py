@@ -100,11 +100,15 @@ class Comparison:
         return text.getvalue()
 
     @property
+    def seeds(self) -> int:
+        """Number of seeds."""
+        return len(next(iter(self.arms.values())).seeds)
+
+    @property
     def title(self) -> str:
         """What the table shows."""
-        seeds = len(next(iter(self.arms.values())).seeds)
         metric = self.metric.replace("_", " ")
-        return f"{self.recipe}: {metric} on {self.split} data, {seeds} seed{'s' * (seeds > 1)}, equal {self.equal}"
+        return f"{self.recipe}: {metric} on {self.split} data, {self.seeds} seed{'s' * (self.seeds > 1)}, equal {self.equal}"
 
     @property
     def columns(self) -> list[str]:

@@ -87,12 +87,8 @@ def run_all(jobs: Sequence[Job], at_once: int, console: Console) -> None:
                 left = time_left(
                     [job.arm for job in waiting], [(one.job.arm, time.monotonic() - one.began) for one in running], taken, at_once
                 )
-                console.print(
-                    f"{item.job.title}: ended after {clock(taken[-1][1])}; {len(waiting) + len(running)} of {len(jobs)} runs left"
-                    + (f", about {clock(left)}" if left else ""),
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                runs = f"{len(waiting) + len(running)} of {len(jobs)} runs{f' and about {clock(left)}' if left else ''} left"
+                console.print(f"{item.job.title}: ended after {clock(taken[-1][1])}; {runs}", highlight=False, soft_wrap=True)
 
 
 def time_left(waiting: Sequence[str], running: Sequence[tuple[str, float]], taken: Sequence[tuple[str, float]], at_once: int) -> float:
