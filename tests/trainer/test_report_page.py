@@ -182,10 +182,11 @@ def test_a_resumed_runs_curves_hold_each_step_once_as_it_was_in_the_end(tmp_path
     for first, value in ((1, 1.0), (3, 2.0)):
         logger = TensorBoardLogger(tmp_path, name="tensorboard", version="")
         for step in range(first, first + 4):
-            logger.log_metrics({"train/loss": math.inf if step == 6 else value}, step)
+            logger.log_metrics({"train/loss": math.inf if first == 3 and step in (4, 6) else value}, step)
         logger.finalize("success")
     curve = curves_of(RunFolder(tmp_path))["train/loss"]
-    assert (curve.steps, curve.values) == ([1, 2, 3, 4, 5], [1, 1, 2, 2, 2])
+    # Not the value that the run had at step 4 before it went back.
+    assert (curve.steps, curve.values) == ([1, 2, 3, 5], [1, 1, 2, 2])
 
 
 def test_long_curves_are_means_of_neighbours_and_csv_files_serve_too(tmp_path: Path) -> None:
@@ -197,6 +198,7 @@ def test_long_curves_are_means_of_neighbours_and_csv_files_serve_too(tmp_path: P
     curve = curves_of(RunFolder(tmp_path))["train/loss"]
     assert curve.steps == [4 * group + 1.5 for group in range(POINTS)]
     assert curve.values == [1.5] * POINTS
+    assert curve.last == 3
 
 
 @pytest.mark.slow

@@ -22,15 +22,12 @@ class Curve:
     Attributes:
         steps: optimizer steps, rising.
         values: finite value at each of them.
+        last: the value at the end, of the last step alone.
     """
 
     steps: list[float]
     values: list[float]
-
-    @property
-    def last(self) -> float:
-        """The value at the end."""
-        return self.values[-1]
+    last: float
 
 
 def curves_of(run: RunFolder) -> dict[str, Curve]:
@@ -68,10 +65,12 @@ def _of_csv(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
 
 def _curve(points: Iterable[tuple[int, float]]) -> Curve | None:
     """The last value of each step, thinned; None if none is finite."""
-    kept = sorted({step: value for step, value in points if math.isfinite(value)}.items())
+    # What a resumed run repeats replaces what it was, also by a value that is not finite.
+    kept = sorted((step, value) for step, value in dict(points).items() if math.isfinite(value))
     if not kept:
         return None
     groups = min(len(kept), POINTS)
     bounds = [len(kept) * group // groups for group in range(groups + 1)]
     parts = [kept[low:high] for low, high in itertools.pairwise(bounds)]
-    return Curve(*([sum(point[side] for point in part) / len(part) for part in parts] for side in (0, 1)))
+    steps, values = ([sum(point[side] for point in part) / len(part) for part in parts] for side in (0, 1))
+    return Curve(steps, values, kept[-1][1])
