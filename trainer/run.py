@@ -34,7 +34,7 @@ from .callbacks.health import RouterHealth
 from .callbacks.progress import RunLog, StepLine
 from .distributed import collective
 from .distributed.deepspeed import deepspeed_config, stage_of
-from .distributed.launch import launch
+from .distributed.launch import end_with_launcher, launch
 from .distributed.lock import locked
 from .distributed.processes import join, unstarted
 from .distributed.resume import check_same_processes, check_same_run, find_checkpoint
@@ -92,6 +92,8 @@ def train(
     settings = resolved(loaded.recipe).trainer
     devices, num_nodes = int(settings.devices), settings.num_nodes
     if unstarted(devices, num_nodes):
+        # Of a comparison that is killed: its processes end with this one.
+        end_with_launcher()
         launch(
             devices,
             num_nodes,

@@ -9,11 +9,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
+from laconic.trainer import run
 from laconic.trainer.distributed.launch import Ended, launch
 from laconic.trainer.distributed.processes import unstarted
+from laconic.trainer.recipe.files import load
 
 # Of each process: its rank, and a file of its own.
 BEGIN = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\nmine = f'{sys.argv[1]}/{rank}'\n"
@@ -125,3 +129,17 @@ def test_processes_are_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert not unstarted(2, 1)
+
+
+def test_a_run_of_several_processes_watches_its_launcher_before_it_starts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def started(*_: Any) -> None:
+        done.append("launch")
+        raise Ended("", 3)
+
+    monkeypatch.setattr(run, "end_with_launcher", lambda: done.append("watch"))
+    monkeypatch.setattr(run, "launch", started)
+    with pytest.raises(Ended):
+        run.train(load("vit_digits", ["trainer.devices=2", f"output={tmp_path}"]), [], Console(quiet=True))
+    assert done == ["watch", "launch"]
