@@ -152,7 +152,7 @@ def test_two_runs_in_one_folder_at_once_are_refused_and_the_owner_is_named(tmp_p
     owner.start()
     assert ready.wait(30)
     with (
-        pytest.raises(RecipeError, match=f"is in use by another run \\(process {owner.pid} on .* since .*set another output"),
+        pytest.raises(RecipeError, match=f"is in use by another run \\(process {owner.pid} on .* since .*take another output folder"),
         locked(RunFolder(tmp_path)),
     ):
         pass

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,13 @@ def test_overrides_are_for_every_arm_that_can_have_them_or_for_one() -> None:
     assert own["scratch"].load(4).model.encoder_of == "runs/mae_digits"
 
 
+def test_a_file_of_another_folder_is_an_arm(tmp_path: Path) -> None:
+    mine = _overlay(tmp_path, "vit_digits_energy")
+    assert (
+        _arms("vit_digits", f"mine={mine}", "optimizer.lr=0.1")["mine"].load(0).compression == load("vit_digits_energy").recipe.compression
+    )
+
+
 def test_a_ratio_replaces_keeps_of_stages_and_of_methods() -> None:
     recipe = _arms("vlm_digits", "learned@0.8")["learned@0.8"].load(0)
     assert recipe.compression is not None
@@ -131,7 +139,14 @@ WRONG = [
     ("vit_digits", "a b=dense", [], "a label has letters"),
     ("vit_digits", "dense", ["learned:seed=1"], "is for the arm learned, which is not among --arms dense"),
     ("vit_digits", "dense", ["output=here"], "give --output"),
-    ("vit_digits", "longer=vit_image_folder_dense", [], "its data differs from that of vit_digits"),
+    ("vit_digits", "longer=vit_image_folder_dense", [], "its data differs from that of vit_digits.*, or leave the arm out"),
+    (
+        "vit_digits",
+        "dense,learned",
+        ["learned:data.train_samples=9"],
+        "arm learned: data.train_samples is 9, and the recipe's is .*set it for all arms",
+    ),
+    ("vit_digits", "mine=there/no.yaml", [], r"vit_digits has no such arm"),
     (
         "vit_digits",
         "energy",
@@ -215,8 +230,26 @@ def test_the_table_the_data_and_the_plot_say_mean_spread_and_paired_difference(t
     assert found.csv().splitlines()[:2] == ["arm,seed,accuracy,macs_ratio,train_seconds,steps", "dense,0,0.9,1.0,50,10"]
     console = Console(width=160, record=True)
     console.print(found.table())
+    assert "equal steps" in found.title
+    longer = [replace(job, steps=20) if job.arm == "small" else job for job in jobs]
+    assert "different steps" in results_of("digits", arms, longer, dict.fromkeys([arm.name for arm in arms], 1.0), "dense", "steps").title
     row = next(line for line in console.export_text().splitlines() if line.startswith("learned "))
-    assert row.split()[1:] == ["0.7800", "0.6700", "–", "0.8800", "-0.0200", "±", "0.0248", "0.300", "0.300", "0.300", "20", "2000", "ms"]
+    assert row.split()[1:] == [
+        "0.7800",
+        "0.6700",
+        "–",
+        "0.8800",
+        "-0.0200",
+        "±",
+        "0.0248",
+        "0.300",
+        "0.300",
+        "0.300",
+        "10",
+        "20",
+        "2000",
+        "ms",
+    ]
     pictures = draw(found, tmp_path)
     assert [path.name for path in pictures] == ["compare.png", "compare.svg"]
     assert pictures[0].read_bytes().startswith(b"\x89PNG")

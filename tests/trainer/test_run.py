@@ -209,7 +209,7 @@ def test_a_control_arm_stays_what_it_is_and_comparable(tmp_path: Path, quick: li
     others = [*quick, "compression.stages=[{layer: 0}]"]
     assert [arm.name for arm in load_baselines(load("vit_digits", others), others).arms] == ["vit_digits_dense"]
     (tmp_path / "mine.yaml").write_text("base: vit_digits\ntrainer: {max_steps: 900}")
-    with pytest.raises(RecipeError, match="baseline vit_digits_dense: its trainer.max_steps differs from that of mine"):
+    with pytest.raises(RecipeError, match="arm vit_digits_dense: its trainer.max_steps differs from that of mine"):
         load_baselines(load(str(tmp_path / "mine.yaml")), [])
 
 

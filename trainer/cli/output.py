@@ -104,9 +104,10 @@ def running() -> Iterator[None]:
 
         from ...data.rows import BadRows
         from ..callbacks.guards import NotANumber
+        from ..compare.running import Failed
 
         # These errors end all processes; any other error may have happened in this process only.
-        expected = isinstance(error, BadRows | NotANumber | NotSaved)
+        expected = isinstance(error, BadRows | NotANumber | NotSaved | Failed)
         place = "" if first_process() else f"rank {os.environ.get('RANK', '?')} "
         message = ("" if expected else traceback.format_exc()) + f"{place}failed: {error}"
         raise end(message, FAILED, first_process() or not expected) from None

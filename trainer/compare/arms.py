@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..distributed.resume import differences
 from ..errors import RecipeError
 from ..recipe.baselines import check_alike, defines, incomparable, shared
 from ..recipe.files import SHIPPED, LoadedRecipe, find, load
@@ -56,7 +57,7 @@ def arms_of(source: str, names: Sequence[str], overrides: Sequence[str]) -> tupl
             front, for that arm alone.
 
     Raises:
-        RecipeError: an arm does not exist or is not comparable with the recipe.
+        RecipeError: an arm does not exist or is not comparable with the recipe, by its own overrides for example.
     """
     labels = [_label(name) for name in names]
     if len(set(labels)) < len(labels) or not labels:
@@ -98,7 +99,17 @@ def _arm(main: LoadedRecipe, label: str, name: str, common: Sequence[str], own: 
         source, overrides = _made(main, wanted, ratio, common)
     except ValueError as error:
         raise RecipeError(f"--arms {name}: {error}") from None
-    return Arm(label, label.partition("@")[0], source, (*overrides, *own))
+    arm = Arm(label, label.partition("@")[0], source, (*overrides, *own))
+    if own:
+        _check_same_data(main.recipe, arm)
+    return arm
+
+
+def _check_same_data(main: Recipe, arm: Arm) -> None:
+    """Raises RecipeError if an arm's own overrides give it another task or other samples; lengths may differ, and the table has them."""
+    ours, its = (recipe.model_dump(mode="json", include={"task", "data"}) for recipe in (main, arm.load(main.seed)))
+    for key, old, new in differences(ours, its):
+        raise RecipeError(f"arm {arm.name}: {key} is {new!r}, and the recipe's is {old!r}: arms see the same samples; set it for all arms")
 
 
 def _ratio(text: str) -> float:
@@ -148,7 +159,9 @@ def _at_own_ratio(main: LoadedRecipe, name: str, common: Sequence[str]) -> tuple
 
 
 def _beside(main: LoadedRecipe, name: str) -> str | None:
-    """The overlay of an arm: RECIPE_NAME.yaml beside the recipe's own file."""
+    """The overlay of an arm: RECIPE_NAME.yaml beside the recipe's own file; None of a path."""
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        return None
     path = find(main.source)
     file = path.with_name(f"{path.stem}_{name}.yaml")
     if not file.is_file():
@@ -163,7 +176,7 @@ def _of_file(main: LoadedRecipe, source: str, common: Sequence[str], replaced: b
     arm = load(source, _of_first(overrides, source))
     if replaced and (reason := incomparable(main.recipe, arm.recipe)) is not None:
         raise RecipeError(f"not comparable with the stages of the overrides: {reason}")
-    check_alike(main, arm)
+    check_alike(main, arm, otherwise="leave the arm out")
     return source, overrides
 
 

@@ -108,13 +108,16 @@ class Comparison:
     def title(self) -> str:
         """What the table shows."""
         metric = self.metric.replace("_", " ")
-        return f"{self.recipe}: {metric} on {self.split} data, {self.seeds} seed{'s' * (self.seeds > 1)}, equal {self.equal}"
+        # Arms may have been given lengths of their own.
+        differ = self.equal == "steps" and len({arm.steps for arm in self.arms.values()}) > 1
+        alike = "different steps" if differ else f"equal {self.equal}"
+        return f"{self.recipe}: {metric} on {self.split} data, {self.seeds} seed{'s' * (self.seeds > 1)}, {alike}"
 
     @property
     def columns(self) -> list[str]:
         """Headers of the table."""
         quality, to = f"{self.metric.replace('_', ' ')}\nmean", f"to {self.reference}\n(paired, 95 %)"
-        return ["arm", quality, "min – max", to, "keep\nrequested", "keep\nachieved", "macs_\nratio", "train\ns", "train\nstep"]
+        return ["arm", quality, "min – max", to, "keep\nrequested", "keep\nachieved", "macs_\nratio", "steps", "train\ns", "train\nstep"]
 
     def rows(self) -> list[list[str]]:
         """Cells of the table, a row an arm."""
@@ -127,6 +130,7 @@ class Comparison:
                 shares(arm.requested, static_of(arm.requested), cell=True),
                 shares(arm.achieved, static_of(arm.requested), cell=True),
                 f"{arm.macs.mean:.3f}",
+                f"{arm.steps:,}",
                 f"{arm.seconds.mean:,.0f}",
                 f"{1000 * arm.step_seconds:.0f} ms",
             ]

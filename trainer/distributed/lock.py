@@ -28,7 +28,7 @@ def locked(run: RunFolder) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise RecipeError(
-                f"{run.path} is in use by another run ({_owner(run)}): wait for its end, stop it, or set another output"
+                f"{run.path} is in use by another run ({_owner(run)}): wait for its end, stop it, or take another output folder"
             ) from None
         except OSError:
             # Some network file systems have no locks.

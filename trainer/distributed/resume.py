@@ -127,20 +127,20 @@ def check_same_run(run: RunFolder, recipe: Recipe) -> None:
     free = {"output", "baselines"} | {
         f"trainer.{key}" for key in (*intervals, "loggers", "pictures", "bench_rounds", "devices", "num_nodes")
     }
-    for key, old, new in _differences(before, now):
+    for key, old, new in differences(before, now):
         if not any(key == name or key.startswith(f"{name}.") for name in free):
             raise RecipeError(
-                f"cannot resume {run.path}: {key} was {old!r} and is now {new!r}; use the same overrides, or set another output"
+                f"cannot resume {run.path}: {key} was {old!r} and is now {new!r}; use the same overrides, or another output folder"
             )
 
 
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Each innermost key whose value differs, with both values; a list of another length is one value."""
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         before, now = (dict(enumerate(items)) for items in (before, now))
     if isinstance(before, dict) and isinstance(now, dict):
         for name, value in now.items():
-            yield from _differences(before.get(name), value, f"{key}.{name}" if key else str(name))
+            yield from differences(before.get(name), value, f"{key}.{name}" if key else str(name))
     elif before != now:
         yield key, before, now
 

@@ -50,14 +50,21 @@ def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> Baselines:
     return Baselines(arms, notes)
 
 
-def check_alike(main: LoadedRecipe, arm: LoadedRecipe, blocks: Sequence[str] = ()) -> None:
-    """Raises RecipeError unless an arm trains as long as the recipe on the same samples, and has the same of these blocks."""
+def check_alike(main: LoadedRecipe, arm: LoadedRecipe, blocks: Sequence[str] = (), otherwise: str = "set baselines=[]") -> None:
+    """Raises RecipeError unless an arm trains as long as the recipe on the same samples, and has the same of these blocks.
+
+    Args:
+        main: the recipe.
+        arm: the arm.
+        blocks: keys that have to be equal too.
+        otherwise: what to do without the arm, for the message.
+    """
     for key in ("task", "seed", "data", *blocks):
-        _require_equal(main, arm, key, getattr(main.recipe, key), getattr(arm.recipe, key))
+        _require_equal(main, arm, key, getattr(main.recipe, key), getattr(arm.recipe, key), otherwise)
     # Steps of phases cost more or less than others, so that a dense arm of as much computation has another number of them.
     length = () if main.recipe.phases and arm.recipe.compression is None else ("max_steps",)
     for key in (*length, "max_epochs", "accumulate", "precision", "devices", "num_nodes"):
-        _require_equal(main, arm, f"trainer.{key}", getattr(main.recipe.trainer, key), getattr(arm.recipe.trainer, key))
+        _require_equal(main, arm, f"trainer.{key}", getattr(main.recipe.trainer, key), getattr(arm.recipe.trainer, key), otherwise)
 
 
 def incomparable(main: Recipe, arm: Recipe) -> str | None:
@@ -84,9 +91,9 @@ def shared(override: str, dense: bool) -> bool:
     return not (path.startswith("compression.stages.") and path.split(".")[3:4] in (["scorer"], ["estimator"]))
 
 
-def _require_equal(main: LoadedRecipe, arm: LoadedRecipe, key: str, expected: Any, given: Any) -> None:
+def _require_equal(main: LoadedRecipe, arm: LoadedRecipe, key: str, expected: Any, given: Any, otherwise: str) -> None:
     if expected != given:
         raise RecipeError(
-            f"baseline {arm.name}: its {key} differs from that of {main.name}, so the two are not comparable; "
-            f"make them equal (an overlay with 'base: {main.name}' does), or set baselines=[]"
+            f"arm {arm.name}: its {key} differs from that of {main.name}, so the two are not comparable; "
+            f"make them equal (an overlay with 'base: {main.name}' does), or {otherwise}"
         )
