@@ -53,6 +53,24 @@ def mean_keep(routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -
     return mean_and_any(soft_keep(routing), routing.routable.any(-1), over_ranks)
 
 
+def by_place(routing: Routing, places: int) -> tuple[Tensor, Tensor]:
+    """(B, places) sums of the keep probabilities, with gradient, and numbers of the routable tokens of each row at each place, by their position
+    in the row."""
+    soft, position = routing.soft, routing.state.position
+    assert soft is not None
+    weight = routing.routable.to(soft.dtype)
+    last = (position + 1).masked_fill(~routing.routable, 0).amax(-1, keepdim=True).clamp(min=1)
+    place = (position * places // last).clamp(0, places - 1)
+    empty = soft.new_zeros(len(soft), places)
+    return empty.scatter_add(1, place, soft * weight), empty.scatter_add(1, place, weight)
+
+
+def check_places(name: str, places: int) -> None:
+    """Raises ValueError if a row is not divided into places."""
+    if places < 2:
+        raise ValueError(f"regularizer {name!r}: places = {places} must be at least 2")
+
+
 @dataclass(frozen=True)
 class Regularizer:
     """Pulls the soft ratio of trained scorers towards the requested one.

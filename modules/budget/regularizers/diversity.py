@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...tokens.trace import Routing
-from .base import StageRegularizer
+from .base import StageRegularizer, by_place, check_places
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,11 @@ class Diversity(StageRegularizer):
     places: int = 64
 
     def __post_init__(self) -> None:
-        if self.places < 2:
-            raise ValueError(f"regularizer 'diversity': places = {self.places} must be at least 2")
+        check_places("diversity", self.places)
 
     def of_stage(self, routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
-        soft, position = routing.soft, routing.state.position
-        assert soft is not None
-        weight = routing.routable.to(soft.dtype)
-        last = (position + 1).masked_fill(~routing.routable, 0).amax(-1, keepdim=True).clamp(min=1)
-        place = (position * self.places // last).clamp(0, self.places - 1)
-        empty = soft.new_zeros(len(soft), self.places)
-        kept, tokens = (empty.scatter_add(1, place, it) for it in (soft * weight, weight))
-        there = (tokens > 0).to(soft.dtype)
+        kept, tokens = by_place(routing, self.places)
+        there = (tokens > 0).to(kept.dtype)
         mean = kept / tokens.clamp(min=1)
         # (3, places): rows that have the place, and sums of their mean and of its square.
         sums = torch.stack([there.sum(0), (mean * there).sum(0), (mean.square() * there).sum(0)])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...tokens.trace import Routing
-from .base import StageRegularizer
+from .base import StageRegularizer, by_place, check_places
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,10 @@ class Uniformity(StageRegularizer):
     places: int = 16
 
     def __post_init__(self) -> None:
-        if self.places < 2:
-            raise ValueError(f"regularizer 'uniformity': places = {self.places} must be at least 2")
+        check_places("uniformity", self.places)
 
     def of_stage(self, routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
-        soft, position = routing.soft, routing.state.position
-        assert soft is not None
-        weight = routing.routable.to(soft.dtype)
-        last = (position + 1).masked_fill(~routing.routable, 0).amax(-1, keepdim=True).clamp(min=1)
-        place = (position * self.places // last).clamp(0, self.places - 1)
-        kept, counted = (torch.zeros(self.places, dtype=soft.dtype, device=soft.device).index_add(0, place.flatten(), it.flatten())
-                         for it in (soft * weight, weight))  # fmt: skip
+        kept, counted = (it.sum(0) for it in by_place(routing, self.places))
         if over_ranks is not None:
             kept, counted = over_ranks(kept), over_ranks(counted)
         there = counted > 0
