@@ -91,7 +91,9 @@ def test_norms_are_those_of_logged_steps_by_group_and_a_warning_is_given_once() 
     logits, trace = traced(model, images(4))
     logits.square().sum().backward()
     health = RouterHealth(RunLog(Console(quiet=True), shown), total_steps=9, every=2)
-    trainer: Any = SimpleNamespace(accumulate_grad_batches=1, logger=SimpleNamespace(log_metrics=lambda found, step: logged.update(found)))
+    trainer: Any = SimpleNamespace(
+        accumulate_grad_batches=1, loggers=[SimpleNamespace(log_metrics=lambda found, step: logged.update(found))]
+    )
     module: Any = SimpleNamespace(model=model, budget=None)
     for step in range(9):
         trainer.global_step = step
@@ -113,6 +115,19 @@ def test_norms_are_those_of_logged_steps_by_group_and_a_warning_is_given_once() 
     again.load_state_dict(health.state_dict())
     assert (again.report, again.warnings) == (health.report, health.warnings)
     assert str(again.state_dict()) == str(health.state_dict())
+
+
+def test_a_scorer_that_no_gradient_reaches_is_dead() -> None:
+    model = compress(dense("vit"), CompressionConfig([StageConfig(layer=1, scorer="learned", keep=0.5)])).train()
+    _, trace = traced(model, images(4))
+    health = RouterHealth(RunLog(Console(quiet=True), io.StringIO()), total_steps=9, every=1)
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=1, loggers=[])
+    for step in range(WINDOW):
+        trainer.global_step = step
+        health.on_before_optimizer_step(trainer, SimpleNamespace(model=model, budget=None), object())  # type: ignore[arg-type]
+        trainer.global_step = step + 1
+        health.on_train_batch_end(trainer, SimpleNamespace(model=model, budget=None), {"trace": trace}, None, step)  # type: ignore[arg-type]
+    assert any("is dead" in warning and "gradient of its scorer was 0" in warning for warning in health.warnings)
 
 
 def test_partitioned_gradients_have_no_norm() -> None:

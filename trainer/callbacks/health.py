@@ -67,8 +67,13 @@ class RouterHealth(Callback):
         if hasattr(optimizer, "overflow") or not self._logs(step):
             return
         model: Any = module.model
-        groups = grouped(model) | {f"router {name}": list(stage.scorer.parameters()) for name, stage in stages_of(model).items()}
+        stages = {f"router {name}": stage for name, stage in stages_of(model).items()}
+        groups = grouped(model) | {name: list(stage.scorer.parameters()) for name, stage in stages.items()}
         found = {name: _norm([p.grad for p in of_group if p.grad is not None]) for name, of_group in groups.items()}
+        for name, stage in stages.items():
+            if found[name] is None and stage.estimator is not None and any(p.requires_grad for p in groups[name]):
+                # Nothing reached a scorer that should learn.
+                found[name] = torch.zeros((), device=groups[name][0].device)
         self._step_norms = {name: norm for name, norm in found.items() if norm is not None}
 
     def on_train_batch_end(
