@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +19,7 @@ from ..modules.stage import stages_of
 from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.trace import Trace
 from .build.optimization import learning_rate_schedule
-from .build.part_rates import groups_of
+from .build.part_rates import optimizer_of
 from .build.parts import RunParts
 from .distributed import collective
 from .distributed.zero3 import kept_names, save_trained
@@ -278,10 +277,7 @@ class TaskModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         recipe = self.optimizer_recipe
-        groups = groups_of(self.model, recipe)
-        # Lightning cannot clip the gradients of a fused optimizer under autocast.
-        fused = self.trainer.precision == "32-true"
-        optimizer = torch.optim.AdamW(groups, betas=recipe.betas, fused=fused)
+        optimizer = optimizer_of(self.model, recipe, fused=self.trainer.precision == "32-true")
         schedule = learning_rate_schedule(optimizer, recipe.schedule, self.total_steps, recipe.warmup, recipe.final)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -63,6 +63,13 @@ def _operations(step: Callable[[], None], device: torch.device) -> float:
     return (counter.get_total_flops() + OVERHEAD) / 1e12
 
 
+def test_steps_that_train_compiled_are_not_measured_otherwise() -> None:
+    recipe = load("vit_digits", ["budget.measure=step_time", "trainer.compile=true"]).recipe
+    for check in (validate, lambda recipe: calibration_of(recipe, RunFolder(Path()), None, Console(), resumed=False)):
+        with pytest.raises(RecipeError, match="steps that are not compiled, and trainer.compile = true .*set trainer.compile=false or"):
+            check(recipe)
+
+
 @pytest.mark.parametrize("selector", ["top_k", pytest.param("gumbel", marks=pytest.mark.slow)])
 def test_a_requested_step_time_is_met_and_a_run_that_goes_on_keeps_its_calibration(
     selector: str, tmp_path: Path, quick: list[str], console: Console, monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...modules.backbones import families
@@ -85,6 +86,17 @@ def groups_of(model: PreTrainedModel, recipe: OptimizerRecipe) -> list[dict[str,
         recipe.lora_weight_decay,
         recipe.part_lr,
     )
+
+
+def optimizer_of(model: PreTrainedModel, recipe: OptimizerRecipe, fused: bool) -> torch.optim.AdamW:
+    """The optimizer of a training step.
+
+    Args:
+        model: dense or compressed model.
+        recipe: its settings.
+        fused: one kernel for all parameters. Lightning cannot clip the gradients of a fused optimizer under autocast.
+    """
+    return torch.optim.AdamW(groups_of(model, recipe), betas=recipe.betas, fused=fused)
 
 
 def rates_of(groups: list[dict[str, Any]]) -> dict[str, float]:

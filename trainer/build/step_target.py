@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..distributed.deepspeed import stage_of
+from ..errors import RecipeError
 from ..measure.calibration import Calibration, macs_ratio_at
 from ..recipe.schema import Recipe
 
@@ -13,6 +15,22 @@ STEP_TIME = "step_time"
 def needs_calibration(recipe: Recipe) -> bool:
     """The budget's target is the time of a step."""
     return recipe.budget is not None and recipe.budget.measure == STEP_TIME
+
+
+def check_step_time(recipe: Recipe) -> None:
+    """Raises RecipeError if the budget's target is the time of a step, and steps would be measured otherwise than they train."""
+    if not needs_calibration(recipe):
+        return
+    if stage_of(recipe.trainer) == 3:
+        raise RecipeError(
+            "budget.measure = 'step_time' measures the whole model in one process, which deepspeed_3 may not fit: set "
+            "budget.measure=macs_ratio or trainer.strategy=deepspeed_2"
+        )
+    if recipe.trainer.compile:
+        raise RecipeError(
+            "budget.measure = 'step_time' measures steps that are not compiled, and trainer.compile = true trains compiled ones: set "
+            "trainer.compile=false or budget.measure=macs_ratio"
+        )
 
 
 def with_macs(recipe: Recipe, calibration: Calibration | None = None) -> Recipe:

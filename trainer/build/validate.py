@@ -29,7 +29,7 @@ from .initial_weights import check_start, start_of
 from .keeps import check_keeps
 from .opened_data import check_rows
 from .part_rates import check_part_lr, freeze_parts, groups_of, part_names, rates_of
-from .step_target import needs_calibration, with_macs
+from .step_target import check_step_time, needs_calibration, with_macs
 from .tower import with_own_tower
 from .trainable import check_lora, parameter_counts, train_parts
 from .vocabulary import fit_vocabulary
@@ -92,6 +92,7 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
     check_lora(recipe)
     if trained is None:
         check_loggers(recipe.trainer.loggers)
+        check_step_time(recipe)
     task = task_named(recipe.task)
     task.check(recipe)
     assumed, recipe = needs_calibration(recipe), with_macs(recipe)

@@ -143,7 +143,7 @@ def compare(planned: Plan, console: Console) -> dict[str, Any]:
     folder, arms = planned.output, planned.arms
     with locked(RunFolder(folder)):
         if planned.equal == "time":
-            arms = of_equal_time(arms, planned.main, planned.length, folder, console)
+            arms = of_equal_time(arms, planned.main, planned.length, folder, console, planned.at_once)
         jobs = jobs_of(arms, planned.seeds, planned.steps, folder)
         run_all(jobs, planned.at_once, console)
         found = results_of(planned.recipe, arms, jobs, planned.scale, planned.reference, planned.equal)

@@ -68,7 +68,8 @@ def at_ratio(source: str, overrides: Sequence[str], ratio: float) -> list[str]:
 
 
 def smaller_input(main: LoadedRecipe, name: str, common: Sequence[str]) -> list[str]:
-    """Overrides of an arm whose input is smaller: as many tokens in every layer as the recipe's layers process on average.
+    """Overrides of an arm whose input is smaller: as many tokens in every layer as the recipe's layers process on average, and no
+    teacher.
 
     Args:
         main: the recipe.
@@ -85,8 +86,9 @@ def smaller_input(main: LoadedRecipe, name: str, common: Sequence[str]) -> list[
     made(main.recipe, 1.0)
     keep = validate(main.recipe).mean_keep
     if name == "pooled":
-        kept = [item for item in _without_stages(common) if not item.startswith(("budget", "training_keep"))]
-        return [*made(main.recipe, round(keep, 4)), "budget=null", "training_keep=null", *kept]
+        kept = [item for item in _without_stages(common) if not item.startswith(("budget", "training_keep", "distillation"))]
+        # A teacher would see the smaller input too, and of another size most have no weights: neither arm has one.
+        return [*made(main.recipe, round(keep, 4)), "budget=null", "training_keep=null", "distillation=null", *kept]
     return [*dense(common), *made(main.recipe, round(main.recipe.model.image_scale * math.sqrt(keep), 4))]
 
 

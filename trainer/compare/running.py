@@ -106,6 +106,15 @@ def time_left(waiting: Sequence[str], running: Sequence[tuple[str, float]], take
     return left / min(at_once, max(1, len(waiting) + len(running)))
 
 
+def threads(at_once: int) -> int:
+    """Threads of a training that computes on the CPU.
+
+    Args:
+        at_once: number of trainings at the same time.
+    """
+    return torch.get_num_threads() if at_once == 1 else max(1, len(os.sched_getaffinity(0)) // at_once)
+
+
 def environment(slot: int, at_once: int) -> dict[str, str]:
     """Environment of a training: its share of the cores as threads, and one of several GPUs if several run at the same time.
 
@@ -116,7 +125,7 @@ def environment(slot: int, at_once: int) -> dict[str, str]:
     # Should this process be killed, its trainings end too: they would hold their folders.
     variables = {**os.environ, LAUNCHER: str(os.getpid())}
     if at_once > 1:
-        variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // at_once))
+        variables["OMP_NUM_THREADS"] = str(threads(at_once))
         if (devices := torch.cuda.device_count()) > 1:
             given: Mapping[int, str] = dict(enumerate(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
             variables["CUDA_VISIBLE_DEVICES"] = given.get(slot % devices) or str(slot % devices)

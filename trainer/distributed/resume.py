@@ -19,6 +19,9 @@ from ..run_folder import RunFolder
 
 # Last file written into DeepSpeed's checkpoint folders; Lightning's single files are written atomically.
 MARKER = "complete.json"
+_OUTPUT = ("log_every", "validate_every", "checkpoint_every", "loggers", "pictures", "bench_rounds")
+# Keys that may differ in a run that goes on; the number of processes per machine may, their number in all not.
+FREE = ("output", "baselines", *(f"trainer.{key}" for key in (*_OUTPUT, "devices", "num_nodes")))
 
 
 def find_checkpoint(run: RunFolder, resume: str | None) -> tuple[Path | None, list[str]]:
@@ -122,13 +125,8 @@ def check_same_run(run: RunFolder, recipe: Recipe) -> None:
     worlds = [_world(settings) for settings in (before["trainer"], now["trainer"])]
     if worlds[0] != worlds[1]:
         raise RecipeError(_other_world(run.path, *worlds))
-    # The number of processes per machine may differ.
-    intervals = ("log_every", "validate_every", "checkpoint_every")
-    free = {"output", "baselines"} | {
-        f"trainer.{key}" for key in (*intervals, "loggers", "pictures", "bench_rounds", "devices", "num_nodes")
-    }
     for key, old, new in differences(before, now):
-        if not any(key == name or key.startswith(f"{name}.") for name in free):
+        if not any(key == name or key.startswith(f"{name}.") for name in FREE):
             raise RecipeError(
                 f"cannot resume {run.path}: {key} was {old!r} and is now {new!r}; use the same overrides, or another output folder"
             )

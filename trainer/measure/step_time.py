@@ -21,13 +21,12 @@ from ...modules.site import TokenSpec
 from ...modules.stage import stages_of
 from ..build.build import build
 from ..build.parts import RunParts
-from ..build.step_target import needs_calibration
+from ..build.step_target import check_step_time, needs_calibration
 from ..distributed import collective
-from ..distributed.deepspeed import stage_of
 from ..errors import RecipeError
 from ..recipe.schema import Recipe
 from ..run_folder import RunFolder
-from .arms import batch_of, device_of_steps, loss_of
+from .arms import batch_of, device_of_steps, loss_of, name_of_device
 from .bench import paired_ratio, paired_times
 from .calibration import Calibration
 
@@ -56,7 +55,7 @@ def calibrate(parts: RunParts, target: float, console: Console, seconds: float =
     budget, device = parts.budget, device_of_steps()
     assert budget is not None
     _, batch = batch_of(parts.data, parts.recipe, device)
-    dense, model = decompress(copy.deepcopy(parts.model)).to(device), _holding(copy.deepcopy(parts.model)).to(device)
+    dense, model = decompress(copy.deepcopy(parts.model)).to(device), holding(copy.deepcopy(parts.model)).to(device)
     step, dense_step = _step(parts, model, batch), _step(parts, dense, batch)
     points: dict[float, float] = {}
     floor = budget.floor
@@ -73,8 +72,7 @@ def calibrate(parts: RunParts, target: float, console: Console, seconds: float =
         return statistics.median(times["dense"])
 
     def found(dense_seconds: float) -> Calibration:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-        return Calibration(target, tuple(sorted(points.items())), dense_seconds, _ROUNDS, name)
+        return Calibration(target, tuple(sorted(points.items())), dense_seconds, _ROUNDS, name_of_device(device))
 
     first = found(measure(_LEVELS, _FIRST_ROUNDS))
     first.check()
@@ -98,7 +96,7 @@ def calibration_of(
     do not change.
 
     Raises:
-        RecipeError: no keep is as fast as the target, the strategy shares the model out, or the stored calibration is gone.
+        RecipeError: no keep is as fast as the target, steps cannot be measured (``check_step_time``), or the stored calibration is gone.
     """
     if not needs_calibration(recipe):
         return None, data
@@ -106,11 +104,7 @@ def calibration_of(
     target = recipe.budget.target
     if resumed:
         return collective.from_rank_zero(lambda: _stored(run)), data
-    if stage_of(recipe.trainer) == 3:
-        raise RecipeError(
-            "budget.measure = 'step_time' measures the whole model in one process, which deepspeed_3 may not fit: set "
-            "budget.measure=macs_ratio or trainer.strategy=deepspeed_2"
-        )
+    check_step_time(recipe)
     parts = build(recipe, data)
 
     def measured() -> Calibration:
@@ -131,8 +125,8 @@ def _stored(run: RunFolder) -> Calibration:
         ) from None
 
 
-def _holding(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with selectors that keep the requested share of a batch, whatever the scores are."""
+def holding(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with selectors that keep the requested share of a batch, whatever the scores are; changed in place."""
     for stage in stages_of(model).values():
         if stage.selector.needs_probabilities:
             spec = TokenSpec(0, 0, causal=stage.selector.causal)
