@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from laconic.modules.checkpoints.base_weights import weights_hash
 from laconic.modules.checkpoints.foreign_config import check_size
 from laconic.modules.checkpoints.whole_files import DamagedFile
 from laconic.modules.config import CompressionConfig, PartConfig, RestoreConfig, StageConfig
-from laconic.trainer.build.validate import Checked, check_memory, validate
+from laconic.trainer.build.validate import check_memory, validate
 from laconic.trainer.cli.output import user_input
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.recipe.files import load
@@ -158,10 +159,10 @@ def test_settings_that_no_model_can_have_are_refused_before_anything_is_allocate
 
 def test_weights_that_exceed_the_memory_are_refused_before_they_are_allocated() -> None:
     recipe = load("vit_digits").recipe
-    checked = Checked(10**12, 10**12, 1, 10, 1, {}, [], 1.0, 0, [], {}, {})
+    small = validate(load("vit_digits", TINY).recipe)
     with pytest.raises(RecipeError, match=r"the model's 1,000,000,000,000 parameters need 3,725 GiB, and this machine has \d+ GiB"):
-        check_memory(checked, recipe)
-    check_memory(validate(load("vit_digits", TINY).recipe), recipe)
+        check_memory(replace(small, parameters=10**12), recipe)
+    check_memory(small, recipe)
 
 
 @pytest.mark.parametrize("name", ["..", ".", "/", "~", "", "a/b/c", "a b", "../x", "file.txt/../x"])
