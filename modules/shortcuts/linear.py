@@ -51,26 +51,34 @@ class LinearShortcut(Shortcut):
     def fit(self, tokens: Tensor, updates: Tensor) -> float:
         length = _length(tokens)
         x, y = (tokens.float() / length).double(), (updates.float() / length).double()
+        if not len(x):
+            return 0.0
         # No row is in two parts, but for those at their ends.
         part = torch.arange(len(x), device=x.device) * 5 // len(x)
         first, choosing, last = part < 3, part == 3, part == 4
-        center, mean = x[first].mean(0), y[first].mean(0)
-        x, y = x - center, y - mean
-        values, vectors = torch.linalg.eigh(x[first].T @ x[first])
-        turned = vectors.T @ (x[first].T @ y[first])
-        found = []
-        for ridge in _RIDGES:
-            weights = self._of_rank(vectors @ (turned / (values + ridge * values.mean().clamp(min=1e-12))[:, None]), x[first])
-            found.append((float((x[choosing] @ weights - y[choosing]).square().sum()), weights))
-        best = min(found, key=lambda pair: pair[0])[1]
-        left, scale, right = torch.linalg.svd(best, full_matrices=False)
+        found = [(maps, _missed(maps, x[choosing], y[choosing])) for maps in self._maps(x[first], y[first])]
+        best = min(range(len(found)), key=lambda number: found[number][1])
+        share = 1 - _missed(found[best][0], x[last], y[last]) / max(float(y[last].square().sum()), 1e-12)
+        weights, bias = self._maps(x, y)[best]
+        left, scale, right = torch.linalg.svd(weights, full_matrices=False)
         root = scale[: self.rank].sqrt()
         self.down.weight.copy_((left[:, : self.rank] * root).T)
         self.up.weight.copy_(right[: self.rank].T * root)
-        self.up.bias.copy_(mean - center @ best)
+        self.up.bias.copy_(bias)
         self.ready.fill_(1)
-        missed = (x[last] @ best - y[last]).square().sum()
-        return 1 - float(missed / (y[last] + mean).square().sum().clamp(min=1e-12))
+        return share
+
+    def _maps(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(C, C) weights of the rank and (C,) bias from (P, C) tokens to (P, C) updates, for each strength of the regression."""
+        center, mean = x.mean(0), y.mean(0)
+        x, y = x - center, y - mean
+        values, vectors = torch.linalg.eigh(x.T @ x)
+        turned = vectors.T @ (x.T @ y)
+        maps = []
+        for ridge in _RIDGES:
+            weights = self._of_rank(vectors @ (turned / (values + ridge * values.mean().clamp(min=1e-12))[:, None]), x)
+            maps.append((weights, mean - center @ weights))
+        return maps
 
     def _of_rank(self, weights: Tensor, x: Tensor) -> Tensor:
         """(C, C) weights with a prediction of the rank, nearest to theirs."""
@@ -88,3 +96,9 @@ class LinearShortcut(Shortcut):
 def _length(tokens: Tensor) -> Tensor:
     """(..., C) -> (..., 1) float32, root mean square of the tokens, with its gradient."""
     return tokens.float().square().mean(-1, keepdim=True).add(1e-12).sqrt()
+
+
+def _missed(maps: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> float:
+    """Sum of the squares of (P, C) updates that weights and bias do not predict from (P, C) tokens."""
+    weights, bias = maps
+    return float((x @ weights + bias - y).square().sum())

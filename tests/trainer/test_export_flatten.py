@@ -19,6 +19,7 @@ from laconic.modules.estimators.base import Estimator
 from laconic.modules.mergers.base import Merger
 from laconic.modules.scorers.base import Scorer
 from laconic.modules.selectors.base import Selector
+from laconic.modules.shortcuts.base import Shortcut
 from laconic.trainer.export.flatten import files_of, flattened
 from laconic.trainer.export.formats.standalone import Standalone
 from laconic.trainer.export.source import ExportSource, Settings
@@ -29,7 +30,7 @@ ROOT = Path(modules.__file__ or "").parent
 PLACES = {tuple(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.rglob("*.py")} - {("__init__",)}
 PLACES = {place[:-1] if place[-1] == "__init__" else place for place in PLACES}
 
-PARTS = {"scorers": Scorer, "selectors": Selector, "mergers": Merger, "estimators": Estimator}
+PARTS = {"scorers": Scorer, "selectors": Selector, "mergers": Merger, "estimators": Estimator, "shortcuts": Shortcut}
 
 
 def _source(place: tuple[str, ...]) -> str:
