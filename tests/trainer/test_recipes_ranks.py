@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.test_strategies import scalars
-from tests.trainer.two_ranks_recipes import FAMILY, NAMES, OF_FAMILY, STRATEGIES
+from tests.trainer.two_ranks_recipes import CASES, FAMILY, OF_FAMILY
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("strategy", list(STRATEGIES))
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "strategy"), CASES)
 def test_a_recipe_learns_the_same_under_every_strategy(name: str, strategy: str, two_processes: Path) -> None:
     losses, expected = (scalars(two_processes / "recipes" / name / run) for run in (strategy, "plain"))
     assert len(losses) == 2

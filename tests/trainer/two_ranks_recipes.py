@@ -16,7 +16,7 @@ from tests.trainer.conftest import QUICK
 from tests.trainer.small_recipes import CONTROLS, of_family, small
 from tests.trainer.two_ranks_strategies import PARTITION
 
-NAMES = [name for name in shipped() if name not in CONTROLS]
+NAMES = [name for name in shipped() if name not in CONTROLS and not name.startswith("smollm2_lora_")]
 # A family by the recipe for one's own chats: positions in three axes, and steps in which one process has images and the other none.
 FAMILY = "qwen2_5_vl"
 STRATEGIES = {
@@ -26,6 +26,8 @@ STRATEGIES = {
     "deepspeed_3": ["trainer.strategy=deepspeed_3", PARTITION],
 }
 
+# Shortcuts are fitted to whole weights.
+CASES = [(name, strategy) for name in NAMES for strategy in STRATEGIES if (name, strategy) != ("smollm2_lora", "deepspeed_3")]
 OF_FAMILY = ("plain", "deepspeed_2", "deepspeed_3")
 
 
@@ -53,8 +55,8 @@ def recipes(folder: Path) -> dict[str, Any]:
     overrides = json.loads((folder / "overrides.json").read_text())
     for name in NAMES:
         data = None
-        for strategy, settings in STRATEGIES.items():
-            given = [*overrides[name], "trainer.devices=2", *settings]
+        for strategy in (strategy for case, strategy in CASES if case == name):
+            given = [*overrides[name], "trainer.devices=2", *STRATEGIES[strategy]]
             # Opened and hashed once, as the control arms of a run share their data.
             data = train_arm(load(name, given), "arm", folder / name / strategy, silent(), data).parts.data
     return {strategy: _of_family(folder / FAMILY / strategy, overrides[FAMILY], strategy) for strategy in OF_FAMILY}
