@@ -9,12 +9,11 @@ from torch.nn import functional
 from ..cost.shape import StackShape
 from ..precision import Float32Linear
 from ..site import SiteInput, TokenSpec
+from ..tokens.fitting import RIDGES, learn_choose_check
 from ..tokens.trace import Update
 from .base import Scored
 from .linear import LinearScorer
 
-# Strengths of the ridge regression that are tried, as shares of the mean square of the features.
-_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 # Steps, tokens a step and learning rate of Adam for the hidden layer.
 _STEPS, _TOKENS, _RATE = 200, 512, 3e-3
 
@@ -92,13 +91,11 @@ class UpdateScorer(LinearScorer):
         x = torch.cat([normed, _length(tokens)[:, None]], 1).double()
         y = _logarithm(sizes).double()
         mean, deviation = y.mean(), y.std().clamp(min=1e-6)
-        # No row is in two parts, but for those at their ends.
-        part = torch.arange(len(y), device=y.device) * 5 // len(y)
-        first, choosing, last = part < 3, part == 3, part == 4
+        first, choosing, last = learn_choose_check(len(y), y.device)
         center, target = x[first].mean(0), (y - mean) / deviation
         x = x - center
         errors = []
-        for ridge in _RIDGES:
+        for ridge in RIDGES:
             weights = _ridge(x[first], target[first] - target[first].mean(), ridge)
             errors.append((float(functional.mse_loss(x[choosing] @ weights, target[choosing])), weights))
         weights = min(errors, key=lambda pair: pair[0])[1]

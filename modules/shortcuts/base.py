@@ -5,19 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..cost.shape import StackShape
-from ..site import TokenSpec
 
 
 class Shortcut(nn.Module):
     """Computes for one token by itself what it gets in place of the update of the layer, or of the half, that it bypasses.
 
-    Args:
-        spec: the tokens.
+    A shortcut is built with ``spec``, the TokenSpec of the tokens, and its options.
     """
-
-    def __init__(self, spec: TokenSpec) -> None:
-        super().__init__()
-        self.spec = spec
 
     @property
     def fitted(self) -> bool:

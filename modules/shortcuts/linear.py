@@ -7,10 +7,8 @@ from torch import Tensor, nn
 
 from ..cost.shape import StackShape
 from ..site import TokenSpec
+from ..tokens.fitting import RIDGES, learn_choose_check
 from .base import Shortcut
-
-# Strengths of the ridge regression that are tried, as shares of the mean square of the features.
-_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 
 
 class LinearShortcut(Shortcut):
@@ -26,7 +24,7 @@ class LinearShortcut(Shortcut):
     """
 
     def __init__(self, spec: TokenSpec, rank: int | None = None) -> None:
-        super().__init__(spec)
+        super().__init__()
         width = spec.hidden_size
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= width):
             raise ValueError(f"shortcut 'linear': rank = {rank!r} must be an integer from 1 to {width}, the hidden size")
@@ -53,9 +51,7 @@ class LinearShortcut(Shortcut):
         x, y = (tokens.float() / length).double(), (updates.float() / length).double()
         if not len(x):
             return 0.0
-        # No row is in two parts, but for those at their ends.
-        part = torch.arange(len(x), device=x.device) * 5 // len(x)
-        first, choosing, last = part < 3, part == 3, part == 4
+        first, choosing, last = learn_choose_check(len(x), x.device)
         found = [(maps, _missed(maps, x[choosing], y[choosing])) for maps in self._maps(x[first], y[first])]
         best = min(range(len(found)), key=lambda number: found[number][1])
         share = 1 - _missed(found[best][0], x[last], y[last]) / max(float(y[last].square().sum()), 1e-12)
@@ -75,7 +71,7 @@ class LinearShortcut(Shortcut):
         values, vectors = torch.linalg.eigh(x.T @ x)
         turned = vectors.T @ (x.T @ y)
         maps = []
-        for ridge in _RIDGES:
+        for ridge in RIDGES:
             weights = self._of_rank(vectors @ (turned / (values + ridge * values.mean().clamp(min=1e-12))[:, None]), x)
             maps.append((weights, mean - center @ weights))
         return maps

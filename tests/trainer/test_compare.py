@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from laconic.trainer.build.build import model_config
 from laconic.trainer.build.validate import validate
 from laconic.trainer.cli.app import app
-from laconic.trainer.compare import equal_time, running
+from laconic.trainer.compare import running
 from laconic.trainer.compare.arms import Arm, arms_of
 from laconic.trainer.compare.compare import Options, plan
 from laconic.trainer.compare.derived import smaller_input
-from laconic.trainer.compare.equal_time import of_equal_time, step_times
 from laconic.trainer.compare.job import Job, jobs_of
 from laconic.trainer.compare.plot import draw
 from laconic.trainer.compare.results import results_of
@@ -329,94 +325,6 @@ def test_a_run_with_other_settings_is_refused_by_the_key(tmp_path: Path) -> None
         jobs("compression.stages.0.layer=1")
     # The dense arm has not begun: what is its own may change.
     assert len(jobs("dense:optimizer.lr=0.1")) == 2
-
-
-def test_equal_time_sets_steps_by_measured_ratios_and_a_comparison_that_goes_on_has_the_same(
-    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    main, arms = arms_of("vit_digits", ["dense", "learned"], [])
-    asked: list[Sequence[str]] = []
-
-    def measured(recipes: Any, recipe: Recipe) -> dict[str, float]:
-        asked.append(list(recipes))
-        return {name: {"dense": 2.5, "random": 0.8}[name] for name in recipes}
-
-    monkeypatch.setattr(equal_time, "step_times", measured)
-    lengths = {arm.name: arm.load(0).trainer.max_steps for arm in of_equal_time(arms, main.recipe, 500, tmp_path, console)}
-    assert lengths == {"dense": 200, "learned": 500}
-    again = of_equal_time(arms_of("vit_digits", ["dense", "random"], [])[1], main.recipe, 500, tmp_path, console)
-    assert [arm.load(0).trainer.max_steps for arm in again] == [200, 625]
-    # What is the recipe itself is not measured.
-    assert asked == [["dense"], ["random"]]
-    twice = of_equal_time(arms_of("vit_digits", ["learned", "dense", "same=dense"], [])[1], main.recipe, 500, tmp_path, console)
-    assert [arm.load(0).trainer.max_steps for arm in twice] == [500, 200, 200]
-    assert len(asked) == 2
-    compiled = arms_of("vit_digits", ["dense"], ["trainer.compile=true"])[1]
-    with pytest.raises(RecipeError, match="arm dense has trainer.compile = true, and --equal time measures steps that are not compiled"):
-        of_equal_time(compiled, main.recipe, 500, tmp_path, console)
-    own = arms_of("vit_digits", ["dense"], ["dense:trainer.max_steps=9"])[1]
-    with pytest.raises(RecipeError, match="arm dense has a length of its own, and --equal time sets it"):
-        of_equal_time(own, main.recipe, 500, tmp_path, console)
-    bags = arms_of("llm_superposition", ["learned", "dense"], [])[1]
-    assert bags[1].load(0).phases is None
-    with pytest.raises(RecipeError, match="arm learned has phases, whose steps take different times"):
-        of_equal_time(bags, bags[0].load(0), 500, tmp_path, console)
-
-
-def test_step_times_of_other_settings_are_measured_anew_until_a_run_has_begun(
-    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(equal_time, "step_times", lambda recipes, main: (asked.extend(recipes), dict.fromkeys(recipes, 2.0))[1])
-
-    monkeypatch.setattr(equal_time, "threads", lambda at_once: at_once)
-    before = torch.get_num_threads()
-
-    def measure(at_once: int, *overrides: str) -> None:
-        main, arms = arms_of("vit_digits", ["dense", "learned"], overrides)
-        of_equal_time(arms, main.recipe, 500, tmp_path, console, at_once)
-
-    measure(1)
-    # What may differ in a run that goes on is no other setting.
-    measure(1, "trainer.log_every=3")
-    assert len(asked) == 1
-    measure(1, "data.batch_size=8")
-    measure(2, "data.batch_size=8")
-    assert len(asked) == 3
-    _write(_job(tmp_path, "dense", 0, ""), {})
-    measure(2, "data.batch_size=8")
-    for changed in ((1, "data.batch_size=8"), (2, "data.batch_size=16")):
-        with pytest.raises(RecipeError, match=r"runs of arm dense have begun, and .*step_times.json has no step time of it with these"):
-            measure(*changed)
-    (tmp_path / "step_times.json").write_text('{"dense": {"of": "a", "ratio": 0}}')
-    with pytest.raises(RecipeError, match=r"step_times.json is damaged \(a ratio is not above 0\): restore it"):
-        measure(1)
-    assert torch.get_num_threads() == before
-
-
-@pytest.mark.slow
-def test_steps_of_routers_that_decide_the_count_are_timed_at_the_requested_keep(monkeypatch: pytest.MonkeyPatch) -> None:
-    def operations(step: Callable[[], None], device: torch.device) -> float:
-        with FlopCounterMode(display=False) as counter:
-            step()
-        return float(counter.get_total_flops())
-
-    monkeypatch.setattr("laconic.trainer.measure.bench._timed", operations)
-    monkeypatch.setattr("laconic.trainer.measure.bench.WARM_UP_ROUNDS", 0)
-    monkeypatch.setattr(equal_time, "ROUNDS", 1)
-    given = [*QUICK, "model.config.patch_size=4", "budget.measure=keep", "budget.target=0.2", "compression.stages.0.scorer=learned"]
-    free = load("vit_digits", [*given, "compression.stages.0.selector=gumbel"]).recipe
-    # Untrained, gumbel keeps about half.
-    assert step_times({"fixed": load("vit_digits", given).recipe}, free)["fixed"] == pytest.approx(1, abs=0.15)
-
-
-@pytest.mark.slow
-def test_a_step_on_more_tokens_takes_longer() -> None:
-    wide = [*(item for item in QUICK if "hidden_size" not in item), "data.batch_size=64", "budget.target=0.2"]
-    recipes = {name: arm.load(0) for name, arm in _arms("vit_digits", "dense,learned", *wide).items()}
-    # 65 tokens and 13: about three times as long.
-    found = step_times(recipes, recipes["learned"])
-    assert found["dense"] > 1.3 * found["learned"]
 
 
 @pytest.mark.slow
