@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ..recipe.schema import Recipe
-from .validate import Checked
+from .validate import Checked, machine_memory
 
 # Gradient and two moments of AdamW of a float32 parameter.
 _TRAINS = 12
@@ -71,4 +70,4 @@ def memory_here() -> int:
     """Bytes of the memory that a run fills: the first device's, or the machine's."""
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine_memory()

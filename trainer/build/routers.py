@@ -19,7 +19,7 @@ from .parts import RunParts
 
 
 def started(parts: RunParts) -> Fitted:
-    """Fits scorers and shortcuts that predict updates and sets thresholds of causal models, on a few batches of training rows.
+    """Fits scorers and shortcuts that predict updates and sets thresholds of causal models, on ``trainer.start_rows`` training rows.
 
     Every process does the same on the same rows.
 

@@ -181,9 +181,14 @@ def _logits_bytes(cost: CostModel, recipe: Recipe) -> int:
     return round(3 * 4 * min(values, WHOLE))
 
 
+def machine_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_memory(checked: Checked, recipe: Recipe) -> None:
     """Raises RecipeError if the weights alone exceed this machine's memory, where every run builds them, before they are allocated."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = machine_memory()
     needed = checked.parameters * (0.5 if recipe.lora is not None and recipe.lora.quantize == "4bit" else 4)
     if needed > memory:
         raise RecipeError(

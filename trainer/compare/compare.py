@@ -87,7 +87,7 @@ def plan(source: str, overrides: Sequence[str], options: Options) -> Plan:
         options: the settings.
 
     Raises:
-        ValueError: an arm, a recipe or a setting is wrong, or runs in the folder had other settings.
+        ValueError: an arm, a recipe or a setting is wrong.
     """
     main, arms = arms_of(source, options.arms, overrides)
     names = [arm.name for arm in arms]
