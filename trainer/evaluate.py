@@ -172,7 +172,8 @@ def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Map
 
 
 def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float]) -> PreTrainedModel:
-    """The same weights, shortcuts among them, with a control scorer; each stage keeps as many tokens as the model did on average, equally many in every row."""
+    """The same weights, shortcuts among them, with a control scorer; each stage keeps as many tokens as the model did on average, equally
+    many in every row."""
     config = CompressionConfig.from_dict(model.config.compression)
     built, stages = stages_of(model), []
     for stage in config.stages:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -316,7 +315,7 @@ def _checkpoint(run: RunFolder, recipe: Recipe, resume: str | None, console: Con
 def _fitted(run: RunFolder, parts: RunParts, resumed: bool) -> Fitted:
     """How well fitted parts predict, of a run that goes on as it was when they were fitted."""
     if resumed:
-        return Fitted.of(json.loads(run.fitted.read_text("utf-8"))) if run.fitted.is_file() else Fitted()
+        return Fitted(**run.read_fitted())
     fitted = started(parts)
     if fitted and collective.rank() == 0:
         write_json(run.fitted, fitted.to_dict())

@@ -232,15 +232,24 @@ class RunFolder:
 
     def read_report(self) -> dict[str, Any] | None:
         """Content of the report; None if there is none."""
-        if not self.report.is_file():
-            return None
-        try:
-            report = json.loads(self.report.read_text("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise DamagedFile(f"{self.report} is damaged: {error}; delete it, or train again") from None
-        if not isinstance(report, dict):
-            raise DamagedFile(f"{self.report} is damaged: it holds {type(report).__name__}; delete it, or train again")
-        return report
+        return _content(self.report)
+
+    def read_fitted(self) -> dict[str, Any]:
+        """Content of ``fitted``; empty if there is none."""
+        return _content(self.fitted) or {}
+
+
+def _content(path: Path) -> dict[str, Any] | None:
+    """The mapping of a JSON file; None if there is no file. Raises DamagedFile if it holds something else."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path} is damaged: {error}; delete it, or train again") from None
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{path} is damaged: it holds {type(content).__name__}; delete it, or train again")
+    return content
 
 
 def check_files(weights: Path) -> None:

@@ -39,11 +39,6 @@ class Fitted:
     def __bool__(self) -> bool:
         return bool(self.scorers or self.shortcuts)
 
-    @staticmethod
-    def of(data: Mapping[str, Any]) -> Fitted:
-        """The inverse of ``to_dict``."""
-        return Fitted(**data)
-
     def to_dict(self) -> dict[str, dict[str, float]]:
         """JSON-able form; empty if nothing was fitted."""
         return {"scorers": dict(self.scorers), "shortcuts": dict(self.shortcuts)} if self else {}
