@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from laconic import Trace
 from laconic.trainer.measure.bench import bench, paired_ratio, sliced
 from laconic.trainer.measure.report import Arm, table
 from laconic.trainer.measure.shares import shares, static_of
+from laconic.trainer.measure.training_step import TrainingStep, Update
 from tests.matrix import BACKBONES, METHODS, compressed, dense, images, inputs, labels
 
 
@@ -48,6 +50,30 @@ def test_a_slow_model_is_measured_in_few_rounds(monkeypatch: pytest.MonkeyPatch)
     batch = {"pixel_values": images(1), "labels": labels(1)}
     measured = bench(dense("vit"), {"half": model}, batch, lambda name, model, batch: model(**batch).loss, 40, seconds=0)  # type: ignore[arg-type]
     assert measured.rounds == 8
+
+
+def test_a_measured_step_has_the_clipped_gradient_of_all_its_batches_and_hardly_moves_the_weights() -> None:
+    model, whole = dense("vit").double(), dense("vit").double()
+    halves = [{"pixel_values": images(4).double()[part], "labels": labels(4)[part]} for part in (slice(0, 2), slice(2, 4))]
+    whole(pixel_values=images(4).double(), labels=labels(4)).loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.01)
+    assert norm > 0.01
+    before = [parameter.clone() for parameter in model.parameters()]
+    step = TrainingStep(
+        model,
+        lambda batch, factor: factor * model(**batch).loss,
+        itertools.cycle(halves),
+        Update(lambda model: torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0), clip=0.01, accumulate=2),
+    )
+    step(1.0)
+    for ours, theirs, old in zip(model.parameters(), whole.parameters(), before, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-6)
+        assert float((ours - old).detach().abs().max()) < 2e-5
+    # The second step has the gradient of its own loss alone: not enough to be clipped.
+    step(1e-6)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert 0 < norm < 0.005
+    assert TrainingStep(model, lambda batch: model(**batch).loss, itertools.cycle(halves), Update()).optimizer.defaults["fused"]
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,10 @@ from torch import Tensor
 
 from ...modules.checkpoints.whole_files import write_json
 from ..build.build import build
-from ..build.part_rates import optimizer_of
 from ..build.parts import RunParts
-from ..distributed.deepspeed import stage_of
 from ..distributed.resume import FREE
 from ..errors import RecipeError
-from ..measure.arms import device_of_steps, loss_of, name_of_device
+from ..measure.arms import device_of_steps, name_of_device, step_of
 from ..measure.bench import paired_ratio, paired_times
 from ..measure.step_time import holding
 from ..recipe.schema import Recipe
@@ -166,26 +164,13 @@ def _free() -> None:
 def _step(recipe: Recipe) -> Callable[[], None]:
     """A function that makes one training step, from loading to optimizer."""
     parts = build(task_named(recipe.task).resolved(recipe))
-    device, settings = device_of_steps(), recipe.trainer
-    model = holding(parts.model).to(device).train()
-    optimizer = optimizer_of(model, recipe.optimizer, fused=settings.precision == "fp32" or stage_of(settings) > 0)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    batches = _batches(parts)
-
-    def step() -> None:
-        for _ in range(settings.accumulate):
-            batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in next(batches).items()}
-            loss_of(parts, model, batch).backward()
-        if settings.clip:
-            torch.nn.utils.clip_grad_norm_(trained, settings.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    lightning.seed_everything(recipe.seed, verbose=False)
+    return step_of(parts, holding(parts.model).to(device_of_steps()), _batches(parts))
 
 
-def _batches(parts: RunParts) -> Any:
-    """Training batches with a good row, without end."""
-    lightning.seed_everything(parts.recipe.seed, verbose=False)
-    endless = itertools.chain.from_iterable(itertools.repeat(parts.data_module().train_dataloader()))
-    return (batch for batch in endless if "sample_ids" in batch)
+def _batches(parts: RunParts) -> Iterator[dict[str, Any]]:
+    """Training batches with a good row, without end, on the device of steps."""
+    device = device_of_steps()
+    for batch in itertools.chain.from_iterable(itertools.repeat(parts.data_module().train_dataloader())):
+        if "sample_ids" in batch:
+            yield {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

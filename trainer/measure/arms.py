@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,14 @@ from ...data.rows import collate, good_rows
 from ...data.splits import Splits
 from ...modules.compress import decompress
 from ...modules.tokens.trace import Trace
+from ..build.part_rates import optimizer_of
 from ..build.parts import RunParts
+from ..distributed.deepspeed import stage_of
 from ..recipe.schema import Recipe
 from ..tasks.base import task_named
 from .bench import Bench, bench
 from .report import Arm
+from .training_step import TrainingStep, Update
 
 
 def bench_models(parts: Mapping[str, RunParts], recipe: Recipe, console: Console, seconds: float = math.inf) -> Bench:
@@ -43,7 +46,7 @@ def bench_models(parts: Mapping[str, RunParts], recipe: Recipe, console: Console
 
     rounds = recipe.trainer.bench_rounds or 40
     with console.status(f"measuring training steps: {rounds} paired rounds"):
-        return bench(dense, models, batch, loss, rounds, seconds, forward=task.forward, amount=task.amount(whole))
+        return bench(dense, models, batch, loss, rounds, seconds, forward=task.forward, amount=task.amount(whole), update=update_of(recipe))
 
 
 def device_of_steps() -> torch.device:
@@ -85,6 +88,28 @@ def loss_of(parts: RunParts, model: PreTrainedModel, inputs: Mapping[str, Tensor
         if budget is not None:
             return of_task + budget.loss(trace, last).total
         return of_task if trace.auxiliary_loss is None else of_task + trace.auxiliary_loss
+
+
+def step_of(parts: RunParts, model: PreTrainedModel, batches: Iterator[Mapping[str, Any]]) -> TrainingStep:
+    """The training step of a run, with the keeps that its training ends with, or with those that the step is called with.
+
+    Args:
+        parts: parts of the run.
+        model: its model, or another one that is trained in the same way.
+        batches: batches without end, on the model's device.
+    """
+
+    def loss(batch: Mapping[str, Tensor], keep: Mapping[str, float] | None = None) -> Tensor:
+        return loss_of(parts, model, batch, keep)
+
+    return TrainingStep(model, loss, batches, update_of(parts.recipe))
+
+
+def update_of(recipe: Recipe) -> Update:
+    """Optimizer, clipping and batches of a recipe's training step."""
+    settings = recipe.trainer
+    fused = settings.precision == "fp32" or stage_of(settings) > 0
+    return Update(lambda model: optimizer_of(model, recipe.optimizer, fused=fused), settings.clip, settings.accumulate)
 
 
 def print_step_times(arms: Mapping[str, Arm], console: Console) -> None:

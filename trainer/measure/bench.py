@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import statistics
 import time
@@ -22,6 +23,7 @@ from ...modules.layer import base_class
 from ...modules.tokens.flow import RowTokens
 from ...modules.tokens.state import TokenState
 from ...modules.tokens.trace import Trace
+from .training_step import TrainingStep, Update
 
 WARM_UP_ROUNDS = 3
 LEAST_ROUNDS = 8
@@ -114,8 +116,9 @@ def bench(
     progress: Callable[[int, int], None] = lambda done, total: None,
     forward: Callable[..., Any] = lambda model, batch, **options: model(**batch, **options),
     amount: int | None = None,
+    update: Update | None = None,
 ) -> Bench:
-    """Times training steps (forward, backward, optimizer) of all arms in one process, interleaved, in rotating order.
+    """Times training steps of all arms in one process, interleaved, in rotating order.
 
     Args:
         dense: the dense model.
@@ -127,18 +130,24 @@ def bench(
         progress: called with the number of finished rounds and of all rounds.
         forward: function of model, batch and ``trace`` that runs an evaluation forward, for its token counts.
         amount: images or tokens of the batch, by the task's unit; None counts rows.
+        update: optimizer, clipping and batches of a step; None for AdamW after each batch.
     """
     device = next(dense.parameters()).device
-    contestants: dict[str, tuple[str, nn.Module]] = {"dense": ("dense", dense)}
+    update = Update() if update is None else update
+
+    def step_of(kind: str, model: PreTrainedModel) -> TrainingStep:
+        return TrainingStep(model, lambda batch: loss(kind, model, batch), itertools.repeat(batch), update)
+
+    contestants: dict[str, tuple[str, PreTrainedModel]] = {"dense": ("dense", dense)}
     for name, model in arms.items():
         # An adaptive threshold settles in the first step; token counts are valid only after it.
-        _step(name, model, batch, loss)()
+        step_of(name, model)()
         counts = _counts(model, batch, forward)
         contestants[name] = (name, model)
         for copy_name in (f"{name}/oracle", f"{name}/control"):
             contestants[copy_name] = ("dense", sliced(copy.deepcopy(dense), *counts))
-    steps = {name: _step(kind, model, batch, loss) for name, (kind, model) in contestants.items()}
-    memory = {name: _memory(steps[name], contestants[name][1], device) for name in ("dense", *arms)}
+    steps = {name: step_of(kind, model) for name, (kind, model) in contestants.items()}
+    memory = {name: _memory(steps[name], device) for name in ("dense", *arms)}
     times = paired_times(steps, device, rounds, seconds, progress)
     return Bench(
         dense_seconds=statistics.median(times["dense"]),
@@ -155,7 +164,7 @@ def bench(
         memory=memory,
         memory_kind="cuda_peak" if device.type == "cuda" else "saved_for_backward",
         rounds=len(times["dense"]),
-        amount=len(next(iter(batch.values()))) if amount is None else amount,
+        amount=update.accumulate * (len(next(iter(batch.values()))) if amount is None else amount),
     )
 
 
@@ -313,18 +322,6 @@ def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor], forward: Callab
     return dict(flow.layer_tokens), _mean(flow.tokens.tokens_per_row)
 
 
-def _step(kind: str, model: nn.Module, batch: Mapping[str, Tensor], loss: Callable[..., Tensor]) -> Callable[[], None]:
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss(kind, model, batch).backward()
-        optimizer.step()
-
-    return step
-
-
 def _timed(step: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -335,16 +332,16 @@ def _timed(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _memory(step: Callable[[], None], model: nn.Module, device: torch.device) -> int:
+def _memory(step: TrainingStep, device: torch.device) -> int:
     if device.type == "cuda":
         step()
         # The step frees the last gradients first, so they must not count in ``before``.
-        model.zero_grad(set_to_none=True)
+        step.optimizer.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in step.model.parameters()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -353,8 +350,9 @@ def _memory(step: Callable[[], None], model: nn.Module, device: torch.device) ->
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    # Of one batch: those of the next one lie where these did.
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
+        step.backward()
     return sum(saved.values())
 
 

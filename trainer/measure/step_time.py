@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import torch
 from rich.console import Console
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...data.splits import Splits
@@ -26,7 +25,7 @@ from ..distributed import collective
 from ..errors import RecipeError
 from ..recipe.schema import Recipe
 from ..run_folder import RunFolder
-from .arms import batch_of, device_of_steps, loss_of, name_of_device
+from .arms import batch_of, device_of_steps, name_of_device, step_of
 from .bench import paired_ratio, paired_times
 from .calibration import Calibration
 
@@ -56,14 +55,14 @@ def calibrate(parts: RunParts, target: float, console: Console, seconds: float =
     assert budget is not None
     _, batch = batch_of(parts.data, parts.recipe, device)
     dense, model = decompress(copy.deepcopy(parts.model)).to(device), holding(copy.deepcopy(parts.model)).to(device)
-    step, dense_step = _step(parts, model, batch), _step(parts, dense, batch)
+    step, dense_step = (step_of(parts, one, itertools.repeat(batch)) for one in (model, dense))
     points: dict[float, float] = {}
     floor = budget.floor
 
     def measure(levels: tuple[float, ...], rounds: int) -> float:
         """Adds a point for each level to ``points``; returns the seconds of the dense step."""
         keeps = {level: budget.resolve(floor + (1 - floor) * level) for level in levels}
-        steps: dict[str, Callable[[], None]] = {"dense": lambda: dense_step(None)}
+        steps: dict[str, Callable[[], None]] = {"dense": dense_step}
         steps |= {str(level): lambda keep=keep: step(keep) for level, keep in keeps.items()}  # type: ignore[misc]
         with console.status(f"measuring training steps at {len(levels)} keeps, {rounds} paired rounds"):
             times = paired_times(steps, device, rounds, seconds / 2)
@@ -133,16 +132,3 @@ def holding(model: PreTrainedModel) -> PreTrainedModel:
             options = {"equal_rows": False, "bucket": stage.selector.bucket}
             stage.selector = registry.build("selector", PartConfig("threshold", options), spec)
     return model
-
-
-def _step(parts: RunParts, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Callable[[Mapping[str, float] | None], None]:
-    """Forward, backward and optimizer step of a model, as a function of its keeps."""
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def step(keep: Mapping[str, float] | None) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss_of(parts, model, batch, keep).backward()
-        optimizer.step()
-
-    return step
