@@ -198,8 +198,10 @@ class Stage(CountsTokens, nn.Module):
         through = passing(decision, flow.tokens, decision.rows is not None and self._may_skip(layer, flow))
         part, (before, rest) = through.state(inside), through.take_out(hidden_states)
         # If rows have one token each, ``part`` may hold only the rows whose token is selected.
-        if state is not flow.tokens:
-            kept: int | Tensor = (decision.kept_mask(state.tokens) & state.routable).sum(-1)
+        if state.counts is not None and decision.valid is None:
+            kept: int | Tensor = decision.index.shape[1] - state.counts.protected
+        elif state is not flow.tokens:
+            kept = (decision.kept_mask(state.tokens) & state.routable).sum(-1)
         else:
             kept = part.present if decision.rows is None or decision.valid is None else decision.valid.sum(-1)
         self._record(trace, choice, state, kept)

@@ -29,8 +29,12 @@ def in_scope(scope: str, trace: Trace, flow: Flow, first: int = 0, last: int = 0
         ValueError: the forward does not define which tokens are in the scope.
     """
     state = flow.tokens
+    special = special and flow.special is not None
+    if scope == "all" and first and not special and _begin_alike(flow, state):
+        return state.protect_first(first)
     later = _behind(flow, state, first) if first else None
-    if special and flow.special is not None:
+    if special:
+        assert flow.special is not None
         later = ~flow.special if later is None else later & ~flow.special
     if scope == "all":
         return state if later is None else state.restrict(later.gather(1, state.position))
@@ -38,6 +42,11 @@ def in_scope(scope: str, trace: Trace, flow: Flow, first: int = 0, last: int = 0
     if last > 1:
         tokens = tokens & (_number_from_the_end(tokens, flow) >= last)
     return state.restrict((tokens if later is None else tokens & later).gather(1, state.position))
+
+
+def _begin_alike(flow: Flow, state: TokenState) -> bool:
+    """Every row is the beginning of one document, without padding and with all of its tokens."""
+    return state.counts is not None and state.whole and flow.documents is None and isinstance(flow.earlier, int) and flow.earlier == 0
 
 
 def _behind(flow: Flow, state: TokenState, first: int) -> Tensor | None:

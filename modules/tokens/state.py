@@ -158,6 +158,13 @@ class TokenState:
         protected = self.protected if self.counts is None else self.counts.protected
         return TokenState.initial(self.rows, self.tokens, protected, self.valid, device, self.document)
 
+    def protect_first(self, number: int) -> TokenState:
+        """TokenState of whole rows without padding in which the first tokens are protected, so that ``counts`` stay known on the host."""
+        assert self.counts is not None
+        number = max(self.counts.protected, min(number, self.tokens))
+        first = torch.arange(self.tokens, device=self.position.device) < number
+        return replace(self, protected=first.expand(self.rows, -1), counts=Counts(self.tokens - number, number))
+
     def restrict(self, scope: Tensor) -> TokenState:
         """TokenState in which only routable tokens inside a (B, M) bool mask stay routable; the others become protected.
 

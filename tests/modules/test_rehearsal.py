@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, masking_utils
 from transformers.models.beit import modeling_beit
 
-from laconic import Trace, compress
+from laconic import CompressionConfig, StageConfig, Trace, compress
 from laconic import modules as package
 from laconic.modules.tokens.ragged import Packing
 from tests import matrix
@@ -83,6 +83,17 @@ def test_a_training_step_of_a_language_model_asks_no_device(family: str, method:
     monkeypatch.setattr(PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *args: None)
     with torch.device("meta"):
         model = compress(decoders.dense(family), method.config(0.5, 0.6))
+        ids = torch.zeros(3, 24, dtype=torch.int64)
+        _step(model, {"input_ids": ids, "use_cache": False}, ids)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("selector", ["top_k", "threshold"])
+def test_first_tokens_that_pass_every_layer_ask_no_device(selector: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    monkeypatch.setattr(PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *args: None)
+    with torch.device("meta"):
+        stage = StageConfig(layer=1, site="around", keep=0.5, scorer="linear", selector=selector, estimator="gate", protect={"first": 2})
+        model = compress(decoders.dense("llama"), CompressionConfig([stage]))
         ids = torch.zeros(3, 24, dtype=torch.int64)
         _step(model, {"input_ids": ids, "use_cache": False}, ids)  # type: ignore[dict-item]
 

@@ -142,7 +142,7 @@ def bench(
     for name, model in arms.items():
         # An adaptive threshold settles in the first step; token counts are valid only after it.
         step_of(name, model)()
-        counts = _counts(model, batch, forward)
+        counts = token_counts(model, batch, forward)
         contestants[name] = (name, model)
         for copy_name in (f"{name}/oracle", f"{name}/control"):
             contestants[copy_name] = ("dense", sliced(copy.deepcopy(dense), *counts))
@@ -309,8 +309,12 @@ def _longest(count: int | Tensor) -> int:
     return int(count.max()) if isinstance(count, Tensor) else count
 
 
-def _counts(model: PreTrainedModel, batch: Mapping[str, Tensor], forward: Callable[..., Any]) -> tuple[dict[int, RowTokens], int]:
-    """Tokens of each layer, and after the last, from one real forward."""
+def token_counts(
+    model: PreTrainedModel,
+    batch: Mapping[str, Tensor],
+    forward: Callable[..., Any] = lambda model, batch, **options: model(**batch, **options),
+) -> tuple[dict[int, RowTokens], int]:
+    """Tokens of each layer, and after the last, from one evaluation forward of a compressed model."""
     assert isinstance(model, CompressedModel), base_class(type(model))
     # Training is measured, and training may be non-causal.
     trace = Trace(lookahead=True)

@@ -14,7 +14,8 @@ _RATE = 1e-5
 
 
 def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=_RATE, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=_RATE, fused=True)
 
 
 @dataclass(frozen=True)
