@@ -13,6 +13,7 @@ from ..scorers.base import Scored
 from ..site import SiteInput, TokenSpec
 from ..tokens.decision import Decision
 from ..tokens.gather import sum_into, take
+from ..tokens.merging import merge_tokens
 from ..tokens.state import TokenState
 
 
@@ -95,6 +96,8 @@ def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportio
     if decision.keeps_all(inputs.state):
         return keep_all(inputs, proportional)
     hidden_states, state = inputs.hidden_states, replace(inputs.state, proportional=inputs.state.proportional or proportional)
+    if decision.valid is None and state.valid is None and not torch.compiler.is_exporting():
+        return _merge_known(hidden_states, state, decision, partner)
     slots = torch.arange(state.tokens, device=partner.device).expand_as(partner)
     removed = state.routable & ~decision.kept_mask(state.tokens)
     into = torch.where(removed, partner, slots)
@@ -105,6 +108,22 @@ def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportio
     # Tokens that absorbed no other token stay bit-equal.
     grown = (merged.size != state.size).unsqueeze(-1)
     return Merged(take(torch.where(grown, mean, hidden_states), decision.index), merged.select(decision.index, decision.valid))
+
+
+def _merge_known(hidden_states: Tensor, state: TokenState, decision: Decision, partner: Tensor) -> Merged:
+    """``merge_into`` where every row has the same numbers of tokens, before and after."""
+    kept = decision.index
+    leaves = torch.ones_like(state.protected).scatter_(1, kept, False)
+    # Slots of the tokens that leave, in order.
+    gone = leaves.byte().sort(dim=-1, stable=True).indices[:, kept.shape[1] :]
+    # Number among the kept tokens of the one that each token becomes a part of.
+    place = (~leaves).cumsum(-1) - 1
+    into = place.gather(1, partner.gather(1, gone))
+    place = place.scatter(1, gone, into)
+    merged, size = merge_tokens(hidden_states, state.size, kept, gone, into)
+    after = state.select(kept, None)
+    source = place.gather(1, state.source.clamp(min=0)).masked_fill(state.source < 0, -1)
+    return Merged(merged, replace(after, size=size, source=source))
 
 
 def keep_all(inputs: SiteInput, proportional: bool) -> Merged:

@@ -41,7 +41,8 @@ class SqueezeMerger(Merger):
             stay = decision.index.shape[1]
             widths = state.tokens - stay, stay - state.counts.protected
         with torch.no_grad():
-            _, partner = best_partner(token_metric(inputs, self.metric), state.routable & ~kept, state.routable & kept, widths)
+            movable, target = state.routable & ~kept, state.routable & kept
+            _, partner = best_partner(token_metric(inputs, self.metric), movable, target, widths, alike=widths is not None)
         return merge_into(inputs, decision, partner, self.proportional)
 
     def macs(self, shape: StackShape, tokens: int, kept: int) -> int:

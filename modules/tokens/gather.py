@@ -44,7 +44,7 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
     Copies whole tokens, forward and backward; a gather would index each of their D values.
     """
-    flat = _flat(index, values.shape[1])
+    flat = flat_slots(index, values.shape[1])
     if torch.is_grad_enabled() and values.requires_grad:
         taken: Tensor = _Take.apply(values, flat)  # type: ignore[no-untyped-call]
     else:
@@ -54,20 +54,20 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 def look_up(values: Tensor, index: Tensor) -> Tensor:
     """``take`` for slots that may repeat in a row: backward sums the gradients of all copies of a token."""
-    return values.flatten(0, 1).index_select(0, _flat(index, values.shape[1])).view(*index.shape, -1)
+    return values.flatten(0, 1).index_select(0, flat_slots(index, values.shape[1])).view(*index.shape, -1)
 
 
 def take_out(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """(B, M, D) and (B, K) slots, each at most once per row, -> (B, K, D), and the full (B, M, D) tensor, only for ``put_back``."""
     if torch.is_grad_enabled() and values.requires_grad:
-        taken, rest = _TakeOut.apply(values, _flat(index, values.shape[1]))  # type: ignore[no-untyped-call]
+        taken, rest = _TakeOut.apply(values, flat_slots(index, values.shape[1]))  # type: ignore[no-untyped-call]
         return taken.view(*index.shape, -1), rest
     return take(values, index), values
 
 
 def put_back(rest: Tensor, index: Tensor, new: Tensor) -> Tensor:
     """The full tensor from ``take_out`` with the slots at ``index`` replaced by ``new`` (B, K, D)."""
-    flat = _flat(index, rest.shape[1])
+    flat = flat_slots(index, rest.shape[1])
     if torch.is_grad_enabled() and (rest.requires_grad or new.requires_grad):
         whole: Tensor = _PutBack.apply(rest, flat, new.flatten(0, 1))  # type: ignore[no-untyped-call]
         return whole
@@ -96,7 +96,7 @@ def sum_into(values: Tensor, into: Tensor) -> Tensor:
     return torch.zeros_like(values).scatter_add(1, into.unsqueeze(-1).expand_as(values), values)
 
 
-def _flat(index: Tensor, tokens: int) -> Tensor:
+def flat_slots(index: Tensor, tokens: int) -> Tensor:
     """(B, K) slots in rows of ``tokens`` -> (B·K,) slots in the flattened batch."""
     return (index + tokens * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from laconic import Trace, decompress, stages_of
 from laconic.modules.compress import checkpoint_activations
 from laconic.modules.cost.count_rules import COUNT_RULES, StageCount
-from laconic.modules.tokens import gather
+from laconic.modules.tokens import gather, merging
 from laconic.modules.tokens.trace import Routing
 from tests.clean import CleanProcesses
 from tests.matrix import Case, Method, decoders, encoders, stack_of, vision, visual
@@ -301,6 +301,10 @@ def test_no_slot_is_taken_twice_where_backward_copies(case: Case, monkeypatch: p
     for kind in (gather._Take, gather._TakeOut):
         inner = kind.apply
         monkeypatch.setattr(kind, "apply", functools.partial(lambda inner, values, flat: taken.append(flat) or inner(values, flat), inner))
+    merge = merging._Merge.apply
+    monkeypatch.setattr(
+        merging._Merge, "apply", lambda values, kept, gone, *more: taken.append(torch.cat([kept, gone])) or merge(values, kept, gone, *more)
+    )
     trace = Trace()
     case.loss(case.compressed(0.5, 0.6).train(), case.inputs(), trace)
     assert taken
