@@ -46,6 +46,14 @@ class CompressedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         install(self, compression, stages, self.adapter)
         _register_outputs(self)
 
+    def __call__(self, *args: Any, trace: Trace | None = None, **kwargs: Any) -> Any:
+        """The forward. A compiled model reads step, noise and progress of the trace as tensors: as numbers each step would be compiled anew."""
+        call = super().__call__
+        if trace is None or self._compiled_call_impl is None:
+            return call(*args, **kwargs) if trace is None else call(*args, trace=trace, **kwargs)
+        with trace.as_tensors(self.device):
+            return call(*args, trace=trace, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle rebuilds the generated class, which no module holds by name. The state excludes what torch.compile stores on a module.
         return _empty_model, (base_class(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]

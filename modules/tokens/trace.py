@@ -5,7 +5,8 @@ Shapes: B rows of a batch, N tokens before the first stage, M tokens now, K toke
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import contextlib
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -186,6 +187,17 @@ class Trace:
     def flow(self, stack: str = "") -> Flow:
         """The Flow of one stack; created at the first call."""
         return self.flows.setdefault(stack, Flow())
+
+    @contextlib.contextmanager
+    def as_tensors(self, device: torch.device) -> Iterator[None]:
+        """Context in which the numbers that change from step to step are tensors. Noise 0 stays a number: then nothing is drawn."""
+        numbers = self.step, self.noise, self.progress
+        self.step, self.progress = (torch.as_tensor(number, device=device) for number in (self.step, self.progress))
+        self.noise = torch.as_tensor(self.noise, device=device) if isinstance(self.noise, Tensor) or self.noise else self.noise
+        try:
+            yield
+        finally:
+            self.step, self.noise, self.progress = numbers
 
     @property
     def state(self) -> TokenState | None:
