@@ -1,10 +1,8 @@
-"""Evaluation of a trained model: quality, achieved ratios and latency, compared with simpler methods that keep as many tokens."""
+"""Evaluation of a trained model: quality, achieved ratios and latency, compared with simpler ways to process as many tokens."""
 
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,51 +10,146 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..data.rows import BadRowCount, BadRows, collate
+from ..data.rows import BadRows
 from ..data.splits import Splits
-from ..modules.compress import compress, decompress
-from ..modules.config import COMPLETE, CompressionConfig, PartConfig
-from ..modules.cost.cost import CostModel
+from ..modules.backbones import adapter_of
+from ..modules.compress import decompress
 from ..modules.decoding.generation import can_look_ahead
 from ..modules.rules.keeps import check_movable
 from ..modules.stage import stages_of
-from ..modules.tokens.keep_count import KeepCount
-from ..modules.tokens.trace import Trace
 from .build.build import cost_model, model_config, open_data
 from .build.heads import trained_classes
 from .errors import RecipeError
-from .metrics.kept_places import KeptPlaces
+from .evaluation.controls import with_scorer
+from .evaluation.measured import Evaluated, Way, measured
+from .evaluation.reference import load_reference
+from .evaluation.smaller import Smaller, Source, arm_of, smaller
+from .measure.forward_times import Forward, throughput
+from .metrics.predictions import Agreement, Groups
 from .recipe.schema import Recipe
 from .run_folder import RunFolder, load_model
 from .tasks.base import Task, task_named
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """Results of one variant of the weights.
+class Options:
+    """What is measured beside the weights themselves.
 
     Attributes:
-        quality: the task's metric on the held-out split.
-        keep: achieved keep by stage.
-        macs_ratio: mean over the rows.
-        latency: median seconds of the forward of a full batch; None if no batch was full.
-        position_bias: where kept visual tokens lie, by stage: ``KeptPlaces.bias``.
-        remarks: what to know of the quality, one line each.
+        keeps: further keeps of every stage.
+        dense: run, export or any model that predictions and times are compared with; None for the same weights without stages.
+        arms: names of arms with a smaller input, of ``evaluation.smaller.ARMS``.
+        equal: what these have in common with the compressed model: ``tokens`` or ``latency``.
+        batch_sizes: rows of the batches whose forwards are timed in pairs.
     """
 
-    quality: float
-    keep: Mapping[str, float]
-    macs_ratio: float
-    latency: float | None
-    position_bias: Mapping[str, Any]
-    remarks: Sequence[str]
+    keeps: Sequence[float] = ()
+    dense: str | None = None
+    arms: Sequence[str] = ()
+    equal: str = "tokens"
+    batch_sizes: Sequence[int] = ()
 
 
-def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None = None, keeps: Sequence[float] = ()) -> dict[str, Any]:
+class _Evaluation:
+    """One run of ``laconic evaluate``: a model, its data, and what was measured so far."""
+
+    def __init__(self, target: str, recipe: Recipe, console: Console, weights: str | None, options: Options) -> None:
+        self.target, self.console, self.options = target, console, options
+        run, model = RunFolder.of(target), load_model(weights or RunFolder.open(target).trained())
+        _check(model, options)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: PreTrainedModel = model.to(self.device).eval()  # type: ignore[arg-type]
+        self.task: type[Task] = task_named(recipe.task)
+        # A tower that was trained before may be gone.
+        fresh = recipe.model.config is not None and recipe.model.tower_of is None
+        config = model_config(recipe.model, self.task) if fresh else model.config
+        self.recipe = self.task.of_run(recipe, run)
+        self.data = self.open_data(self.recipe, config)
+        self.dense = decompress(copy.deepcopy(model)) if stages_of(model) else model
+        self.source = Source(self.dense, self.data, self.recipe, self.task, self.open_data, target)
+        for name in options.arms:
+            # What cannot be measured is refused before anything is.
+            arm_of(name, self.source)
+        self.reference = (
+            None if options.dense is None else load_reference(options.dense, self.recipe, model.config, self.data).to(self.device)  # type: ignore[arg-type]
+        )
+        self.found: dict[str, Evaluated] = {}
+        self.said = dict.fromkeys(self.data.remarks)
+
+    def open_data(self, recipe: Recipe, config: PretrainedConfig) -> Splits:
+        """The data of a recipe, with their labels mapped by name onto the model's classes. Raises RecipeError if they do not fit."""
+        try:
+            return open_data(recipe, config, None, trained_classes(self.model.config, self.target))
+        except BadRows:
+            raise
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+
+    def measure(self, name: str, forward: Forward, way: Way | None = None) -> Evaluated:
+        """Runs a variant over the test split."""
+        rows: Any = forward.data.test
+        self.console.print(f"evaluating {name} on {len(rows):,} {self.task.item}", highlight=False)
+        cost = cost_model(forward.model, size=self.task.size(forward.recipe))
+        found = measured(forward.model.eval(), forward.data, forward.recipe, self.task, cost, way or Way())
+        self.said.update(dict.fromkeys(found.remarks))
+        self.found[name] = found
+        return found
+
+    def own(self, model: PreTrainedModel) -> Forward:
+        """A model on the evaluated one's data."""
+        return Forward(model, self.data, self.recipe, self.task)
+
+    def stages(self) -> float:
+        """Measures the model with its stages, at other keeps, and with controls; returns the share of tokens in its layers."""
+        model = self.model
+        kept = self.measure("compressed", self.own(model)).keep
+        for keep in self.options.keeps:
+            self.measure(f"keep {keep:g}", self.own(model), Way(keep=keep))
+        if can_look_ahead(model):
+            self.measure("look-ahead", self.own(model), Way(lookahead=True))
+        gated = any(stage.estimator is not None and stage.estimator.in_evaluation for stage in stages_of(model).values())
+        # Without a stage that chooses tokens there is nothing to compare with.
+        for scorer in self.task.controls if any(not stage.config.left_out for stage in stages_of(model).values()) else ():
+            control = with_scorer(model, scorer, kept).eval()
+            # Gates are a part of the weights: they are kept, and the control only decides which tokens are selected.
+            if gated:
+                self.measure(scorer, self.own(model), Way(decider=control))
+            else:
+                self.measure(scorer, self.own(control))
+        cost = cost_model(model, size=self.task.size(self.recipe))
+        assert cost is not None
+        return cost(kept).stack_keep.get(adapter_of(model).stack_name, 1.0)
+
+    def smaller(self, name: str, keep: float) -> tuple[Forward, dict[str, Any]]:
+        """Measures an arm with a smaller input; returns it, and what its input is."""
+        compressed = self.own(self.model) if self.options.equal == "latency" else None
+        if compressed is not None:
+            self.console.print(f"looking for the {name} input that takes as long", highlight=False)
+        arm: Smaller = smaller(name, self.source, keep, compressed, self.recipe.data.eval_batch_size)
+        found = self.measure(name, arm.forward)
+        if not stages_of(arm.forward.model):
+            # All tokens of smaller images, against those of whole ones.
+            small, whole = (cost_model(model, size=self.task.size(self.recipe)) for model in (arm.forward.model, self.dense))
+            if small is not None and whole is not None:
+                self.found[name] = replace(found, macs_ratio=small().dense_macs / whole().dense_macs)
+        return arm.forward, arm.facts
+
+    def agreements(self, reference: str) -> tuple[Groups | None, dict[str, Agreement]]:
+        """Hard and easy samples of the reference, and every variant beside it that predicts the same samples; None without predictions."""
+        logs = {name: predicted for name, found in self.found.items() if (predicted := found.log.whole) is not None}
+        base = logs.get(reference)
+        if base is None:
+            return None, {}
+        same = {name: predicted for name, predicted in logs.items() if predicted.comparable(base)}
+        if any(found.log.cut for found in self.found.values()):
+            self.said[f"agreement and hard and easy samples are of the first {len(base.predicted):,} predictions"] = None
+        groups = Groups.of(base, same.get("downsampled"))
+        return groups, {name: Agreement.of(predicted, base, groups) for name, predicted in same.items()}
+
+
+def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None = None, options: Options | None = None) -> dict[str, Any]:
     """Quality and speed of the weights in ``target``: as trained, dense, and with as many tokens selected by each control scorer.
 
     Args:
@@ -64,90 +157,76 @@ def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None 
         recipe: recipe of its task and data.
         console: console for progress.
         weights: folder or hub name of the weights; None takes those of the run or export ``target``.
-        keeps: further keeps of every stage with which the weights are measured.
+        options: what else is measured.
 
     Raises:
-        RecipeError: the model has no stages, or stages that hold one keep, and ``keeps`` are given.
+        RecipeError: the model has no stages, or stages that hold one keep, and keeps or arms are given; the task or the model has no such
+            arm; or the reference has other inputs or classes.
 
     The controls use the same weights without retraining, so they show the value of the router's selection at inference; models
     trained with a control are in the report's ``baselines``. A gate (``estimator: gate``) is kept for the controls and removed with the
     stages for the dense variant.
     """
-    run, model = RunFolder.of(target), load_model(weights or RunFolder.open(target).trained())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    _check_keeps(model, keeps)
-    task = task_named(recipe.task)
-    # A tower that was trained before may be gone.
-    fresh = recipe.model.config is not None and recipe.model.tower_of is None
-    config = model_config(recipe.model, task) if fresh else model.config
-    data = _open_data(task.of_run(recipe, run), config, model, target)
-    loader = DataLoader(data.test, batch_size=recipe.data.eval_batch_size, collate_fn=collate, num_workers=recipe.data.workers)
-    results: dict[str, Any] = {}
-    static = [name for name, stage in stages_of(model).items() if stage.config.left_out]
-    said = dict.fromkeys(data.remarks)
-
-    def measure(
-        name: str, variant: PreTrainedModel, lookahead: bool = False, decider: PreTrainedModel | None = None, keep: float | None = None
-    ) -> Mapping[str, float]:
-        console.print(f"evaluating {name} on {len(data.test):,} {task.item}", highlight=False)  # type: ignore[arg-type]
-        cost = cost_model(variant, size=task.size(recipe))
-        found = _evaluate(variant.eval(), loader, recipe, task, device, data, cost, lookahead, decider, keep)
-        figures = asdict(found)
-        said.update(dict.fromkeys(figures.pop("remarks")))
-        results[name] = {task.metric: figures.pop("quality"), **figures}
-        return found.keep
-
-    if stages_of(model):
-        kept = measure("compressed", model)
-        for keep in keeps:
-            measure(f"keep {keep:g}", model, keep=keep)
-        if can_look_ahead(model):
-            measure("look-ahead", model, lookahead=True)
-        gated = any(stage.estimator is not None and stage.estimator.in_evaluation for stage in stages_of(model).values())
-        # Without a stage that chooses tokens there is nothing to compare with.
-        for scorer in task.controls if any(not stage.config.left_out for stage in stages_of(model).values()) else ():
-            control = _with_scorer(model, scorer, kept).eval()
-            # Gates are a part of the weights: they are kept, and the control only decides which tokens are selected.
-            if gated:
-                measure(scorer, model, decider=control)
-            else:
-                measure(scorer, control)
-        model = decompress(model)
-    measure("dense", model)
-    for line in said:
+    options = options or Options()
+    this = _Evaluation(target, recipe, console, weights, options)
+    facts: dict[str, dict[str, Any]] = {}
+    forwards: dict[str, Forward] = {}
+    if stages_of(this.model):
+        keep = this.stages()
+        forwards["compressed"] = this.own(this.model)
+        for name in options.arms:
+            forwards[name], facts[name] = this.smaller(name, keep)
+    forwards["dense"] = this.own(this.dense)
+    this.measure("dense", forwards["dense"])
+    against = "dense"
+    if this.reference is not None:
+        against = "reference"
+        forwards[against] = this.own(this.reference)
+        this.measure(against, forwards[against])
+    groups, agreements = this.agreements(against)
+    speeds = {}
+    for rows in options.batch_sizes:
+        console.print(f"forwards of {rows:,} {this.task.item} in pairs", highlight=False)
+        found = throughput(forwards, against, rows)
+        speeds[rows] = None if found is None else {name: asdict(speed) for name, speed in found.items()}
+    for line in this.said:
         console.print(line, soft_wrap=True)
-    split = "test" if data.has_test else "validation"
     return {
         "target": target,
-        "split": split,
-        "metric": task.metric,
-        "static": static,
-        "remarks": list(said),
-        "variants": results,
+        "split": "test" if this.data.has_test else "validation",
+        "metric": this.task.metric,
+        "static": [name for name, stage in stages_of(this.model).items() if stage.config.left_out],
+        "remarks": list(this.said),
+        "reference": options.dense or "dense",
+        "groups": None if groups is None else {"by": groups.by, "hard": int(groups.hard.sum()), "easy": int(groups.easy.sum())},
+        "variants": {
+            name: {
+                this.task.metric: found.quality,
+                "keep": found.keep,
+                "macs_ratio": found.macs_ratio,
+                "latency": found.latency,
+                "position_bias": found.position_bias,
+                "against_reference": asdict(agreements[name]) if name in agreements else None,
+                "input": facts.get(name),
+            }
+            for name, found in this.found.items()
+        },
+        "throughput": {"unit": this.task.unit, "batch_sizes": speeds},
     }
 
 
-def _check_keeps(model: PreTrainedModel, keeps: Sequence[float]) -> None:
-    """Raises RecipeError if the model cannot be measured with these keeps."""
-    stages = list(stages_of(model).values())
+def _check(model: PreTrainedModel, options: Options) -> None:
+    """Raises RecipeError if the model cannot be measured with these keeps or arms."""
+    stages, keeps = list(stages_of(model).values()), options.keeps
     for keep in keeps:
         if not 0 < keep <= 1:
             raise RecipeError(f"--keep {keep} must be in (0, 1]: the fraction that is kept, not removed")
     if keeps and not stages:
         raise RecipeError("--keep is of stages, and the model has none: remove it")
+    if options.arms and not stages:
+        raise RecipeError("--arms have as many tokens as the stages leave, and the model has no stages: remove it")
     try:
         check_movable(stages if keeps else [], "--keep", min(keeps, default=1.0))
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
-
-
-def _open_data(recipe: Recipe, config: PretrainedConfig, model: PreTrainedModel, target: str) -> Splits:
-    """The data of a recipe, with their labels mapped by name onto the model's classes. Raises RecipeError if they do not fit."""
-    try:
-        return open_data(recipe, config, None, trained_classes(model.config, target))
-    except BadRows:
-        raise
     except ValueError as error:
         raise RecipeError(str(error)) from None
 
@@ -169,88 +248,3 @@ def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Map
     if not stages_of(model):
         raise ValueError(f"{target} is a dense model: every layer processes every token, so there is nothing to inspect")
     return task.inspect(target, task.of_run(recipe, run), model, given, to)
-
-
-def _with_scorer(model: PreTrainedModel, scorer: str, kept: Mapping[str, float]) -> PreTrainedModel:
-    """The same weights, shortcuts among them, with a control scorer; each stage keeps as many tokens as the model did on average, equally
-    many in every row."""
-    config = CompressionConfig.from_dict(model.config.compression)
-    built, stages = stages_of(model), []
-    for stage in config.stages:
-        trained = built[stage.key]
-        if stage.left_out:
-            stages.append(stage)
-            continue
-        # In a causal model the selection must not depend on later tokens, unless the scope is complete before generation.
-        by_threshold = trained.adapter.causal and stage.scope not in COMPLETE
-        stages.append(
-            replace(
-                stage,
-                scorer=PartConfig(scorer),
-                estimator=None,
-                # Only matching scorers find pairs; other scorers need a merger that drops.
-                merger="drop" if trained.merger.needs_partner else stage.merger,
-                selector="threshold" if by_threshold else "top_k",
-                count=None if by_threshold else "round",
-                # Control scorers are compared with a threshold for scores that are uniform.
-                spread=0.0,
-            )
-        )
-    fixed = [stage.key for stage in stages if stage.tokens is not None or stage.left_out]
-    # 0 is not a valid keep, so a stage that kept nothing gets a tiny one.
-    given = config.with_stages(stages).with_keep({key: max(keep, 1e-6) for key, keep in kept.items() if key not in fixed})
-    variant = compress(decompress(copy.deepcopy(model)), given).to(model.device)
-    for name, control in stages_of(variant).items():
-        if (trained_shortcut := built[name].shortcut) is not None and control.shortcut is not None:
-            control.shortcut.load_state_dict(trained_shortcut.state_dict())
-        # The control scorers of causal models are uniform in (0, 1), so a threshold needs no calibration.
-        control.selector.set_cut(kept[name])
-    return variant
-
-
-@torch.no_grad()
-def _evaluate(
-    model: PreTrainedModel,
-    loader: DataLoader[Any],
-    recipe: Recipe,
-    task: type[Task],
-    device: torch.device,
-    data: Splits,
-    cost: CostModel | None,
-    lookahead: bool,
-    decider: PreTrainedModel | None,
-    keep: float | None,
-) -> Evaluated:
-    bad, quality, kept, seconds = BadRowCount(recipe.data.max_bad_fraction, len(loader.dataset)), task.quality(), KeepCount(), []
-    places = KeptPlaces()
-    compressed = bool(stages_of(model))
-    requested = {} if keep is None else {name: keep for name, stage in stages_of(model).items() if not stage.config.left_out}
-    for batch in loader:
-        bad.add(batch["rows"], batch["bad"])
-        if "sample_ids" not in batch:
-            continue
-        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        trace = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"], lookahead=lookahead, keep=requested)
-        if decider is not None:
-            # Control scores do not depend on the tokens' values, so a separate forward gives the same decisions.
-            chosen = Trace(seed=recipe.seed, sample_ids=batch["sample_ids"])
-            task.forward(decider, batch, trace=chosen)
-            trace.replay = chosen.decisions()
-        start = time.perf_counter()
-        out = task.forward(model, batch, **({"trace": trace} if compressed else {}))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if len(batch["sample_ids"]) == loader.batch_size:
-            seconds.append(time.perf_counter() - start)
-        quality.add(out, batch)
-        if compressed and cost is not None:
-            kept.add(trace, cost, len(batch["sample_ids"]))
-            places.add(task.kept_cells(model, trace, batch))
-    return Evaluated(
-        quality=quality.value,
-        keep=kept.achieved,
-        macs_ratio=kept.macs_ratio,
-        latency=statistics.median(seconds) if seconds else None,
-        position_bias=places.bias,
-        remarks=quality.remarks(data),
-    )

@@ -39,11 +39,11 @@ def scale_images(recipe: ModelRecipe, config: PretrainedConfig) -> None:
         raise ValueError(
             f"{where}: the positions of a {config.model_type} with weights cannot be interpolated: remove it, or set model.config"
         )
-    sized: Any = _sized(config)
-    side = scaled_side(sized.image_size, sized.patch_size, recipe.image_scale)
+    images = sized(config)
+    side = scaled_side(images.image_size, images.patch_size, recipe.image_scale)
     if side < 1:
-        raise ValueError(f"{where}: not one patch of {sized.patch_size} pixels is left of images of {sized.image_size}: give more")
-    sized.image_size = side
+        raise ValueError(f"{where}: not one patch of {images.patch_size} pixels is left of images of {images.image_size}: give more")
+    images.image_size = side
 
 
 def load_at_own_size(load: Callable[[PretrainedConfig], Any], config: PretrainedConfig, own: int) -> Any:
@@ -54,22 +54,22 @@ def load_at_own_size(load: Callable[[PretrainedConfig], Any], config: Pretrained
         config: config of the model, with the new image size.
         own: image size of the weights.
     """
-    side = _sized(config).image_size
+    side = sized(config).image_size
     if own == side:
         return load(config)
     before = copy.deepcopy(config)
-    _sized(before).image_size = own
+    sized(before).image_size = own
     loaded = load(before)
     model: PreTrainedModel = loaded[0] if isinstance(loaded, tuple) else loaded
     adapter = families()[config.model_type]
     base = adapter.base(model)
     _resize(base if adapter.tower_at is None else base.get_submodule(adapter.tower_at), own, side)
-    _sized(model.config).image_size = side
+    sized(model.config).image_size = side
     return loaded
 
 
-def _sized(config: PretrainedConfig) -> Any:
-    """The part of a config that has the size of the images."""
+def sized(config: PretrainedConfig) -> Any:
+    """The part of a model's config that has the size of its images."""
     return getattr(config, "vision_config", config)
 
 

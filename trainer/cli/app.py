@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from .answers import answers
+from .bench import bench
 from .calibrate import calibrate
 from .compare import compare
+from .evaluate import evaluate
 from .output import console, emit, first_process, keep_stdout_clean, running, user_input
 from .probe import probe
 from .report import report
@@ -22,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (answers, probe, calibrate, compare, report):
+for command in (evaluate, bench, answers, probe, calibrate, compare, report):
     app.command()(command)
 
 RecipeName = Annotated[str, typer.Argument(help="name of a shipped recipe, or path of a YAML file")]
@@ -177,58 +179,6 @@ def train(
 
 
 @app.command()
-def evaluate(
-    target: Annotated[str, typer.Argument(help="run, export, or any folder, hub name or .gguf file of a model")],
-    overrides: Overrides = None,
-    keep: Annotated[list[float] | None, typer.Option(help="measure with this keep of every stage too; may be given several times")] = None,
-    sweep: Annotated[str | None, typer.Option(help="measure with keeps over a range too: LOWEST:HIGHEST, 0.1:1 for example")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG or SVG of quality against MACs, for keeps that are measured")] = None,
-    as_json: Json = False,
-) -> None:
-    """Quality, achieved ratios and latency of a run, the dense model and simpler methods with as many tokens; quality of any model."""
-    from rich.table import Table
-
-    with user_input():
-        from ..build.initial_weights import start_of
-        from ..build.plain_recipe import recipe_of
-        from ..build.validate import validate as check
-        from ..errors import RecipeError
-        from ..evaluate import evaluate as run
-        from ..measure.shares import shares
-        from ..recipe.schema import ModelRecipe
-        from ..show.sweep import draw, swept
-
-        keeps = [*(keep or []), *(swept(sweep) if sweep else [])]
-        if plot is not None and not keeps:
-            raise RecipeError("--plot draws the keeps that are measured: give --sweep 0.1:1, or --keep several times")
-        recipe, weights = recipe_of(target, overrides or [])
-        start = start_of(ModelRecipe(name=weights))
-        assert start is not None
-        check(recipe, start.config)
-    out = console(as_json)
-    with running():
-        result = run(target, recipe, out, weights, keeps)
-    emit(result, as_json)
-    table = Table(title=f"{target}: the same weights, {result['split']} split")
-    metric = result["metric"]
-    for column in ("run as", metric.replace("_", " "), "keep achieved", "macs_ratio", "forward of a batch"):
-        table.add_column(column)
-    for name, item in result["variants"].items():
-        keep = shares(item["keep"], result["static"], cell=True)
-        table.add_row(
-            name,
-            f"{item[metric]:.4f}",
-            keep,
-            f"{item['macs_ratio']:.3f}",
-            "–" if item["latency"] is None else f"{item['latency'] * 1000:.0f} ms",
-        )
-    out.print(table)
-    if plot is not None:
-        draw(result, plot)
-        out.print(f"written: {plot}", highlight=False, soft_wrap=True)
-
-
-@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="run folder, or an earlier export")],
     to: Annotated[str, typer.Option(help="folder to write")],
@@ -330,36 +280,6 @@ def cost(
             f"{result['dense_kv_bytes'] / tokens:,.0f}, in float32",
             highlight=False,
         )
-
-
-@app.command()
-def bench(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(min=1, help="paired rounds; use 30 or more for reported results")] = 40,
-    prefill: Annotated[
-        bool, typer.Option("--prefill", help="time of reading a prompt and bytes of the cache, of a language model")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Training-step time and memory of dense, compressed and oracle, in paired and interleaved rounds."""
-    given = [*(overrides or []), f"trainer.bench_rounds={rounds}", "baselines=[]"]
-    with user_input():
-        from ..recipe.files import load
-
-        loaded = load(recipe, given)
-        if loaded.recipe.compression is None:
-            raise ValueError(f"{recipe} has no compression: bench compares compressed with dense steps")
-        from ..build.validate import check_memory
-        from ..build.validate import validate as check
-
-        check_memory(check(loaded.recipe), loaded.recipe)
-    from ..measure.prefill import prefill_recipe
-    from ..measure.tables import bench_recipe
-
-    with running():
-        out = console(as_json)
-        emit(prefill_recipe(loaded, rounds, out) if prefill else bench_recipe(loaded, out), as_json)
 
 
 @app.command()

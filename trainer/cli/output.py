@@ -66,6 +66,25 @@ def end(message: str, code: int, speaks: bool = True) -> typer.Exit:
     return typer.Exit(code if speaks or first_process(of_machine=True) else 0)
 
 
+def numbers(option: str, given: str, least: int) -> list[int]:
+    """The numbers of an option, with commas; in order, and each once.
+
+    Args:
+        option: name of the option, for messages.
+        given: its value; empty for none.
+        least: smallest number that is allowed.
+
+    Raises:
+        ValueError: something else was given.
+    """
+    parts = [part.strip() for part in given.split(",") if part.strip()]
+    if wrong := [part for part in parts if not part.isascii() or not part.isdigit() or len(part) > 9 or int(part) < least]:
+        raise ValueError(
+            f"{option} {given}: {wrong[0]!r} must be a number of {least} or more; give several with commas, 1,8,32 for example"
+        )
+    return sorted({int(part) for part in parts})
+
+
 @contextlib.contextmanager
 def user_input() -> Iterator[None]:
     """Converts errors in the user's input (ValueError, files that cannot be read, missing packages, sizes that do not fit into the memory)

@@ -30,11 +30,13 @@ class TokenLoss:
         total: scalar float32, sum of the tokens' negative log-likelihoods in nats, with gradient.
         count: scalar int64, number of predicted tokens.
         apart: scalar float32, sum of the tokens' divergences from a teacher, with gradient; None without a teacher.
+        found: what the head read; None if the loss was computed by other means.
     """
 
     total: Tensor
     count: Tensor
     apart: Tensor | None = None
+    found: Read | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -133,7 +135,7 @@ def loss_of(
         again = not fits and torch.is_grad_enabled()
         losses.append(checkpoint(_part, *given, use_reentrant=False) if again else _part(*given))
     total, apart = torch.stack(losses).sum(0)
-    return TokenLoss(total, (following != IGNORE_TOKEN).sum(), None if taught is None else apart)
+    return TokenLoss(total, (following != IGNORE_TOKEN).sum(), None if taught is None else apart, found)
 
 
 def _part(model: PreTrainedModel, hidden_states: Tensor, labels: Tensor, taught: Tensor | None, divergence: Divergence | None) -> Tensor:

@@ -26,7 +26,13 @@ from .report import Arm
 from .training_step import TrainingStep, Update
 
 
-def bench_models(parts: Mapping[str, RunParts], recipe: Recipe, console: Console, seconds: float = math.inf) -> Bench:
+def bench_models(
+    parts: Mapping[str, RunParts],
+    recipe: Recipe,
+    console: Console,
+    seconds: float = math.inf,
+    batch: Mapping[str, Any] | None = None,
+) -> Bench:
     """Measures the compressed arms in pairs, on a batch of the recipe's own training data.
 
     Args:
@@ -34,19 +40,22 @@ def bench_models(parts: Mapping[str, RunParts], recipe: Recipe, console: Console
         recipe: recipe of the run.
         console: console for progress.
         seconds: time after which no further round begins.
+        batch: a batch in place of one of the data.
     """
     first = next(iter(parts.values()))
     task, device = task_named(first.recipe.task), device_of_steps()
-    whole, batch = batch_of(first.data, recipe, device)
+    whole, inputs = batch_of(first.data, recipe, device) if batch is None else (batch, _tensors(batch, device))
     models = {name: copy.deepcopy(item.model).to(device) for name, item in parts.items()}
     dense = decompress(copy.deepcopy(first.model)).to(device)
 
-    def loss(name: str, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-        return loss_of(first if name == "dense" else parts[name], model, inputs)
+    def loss(name: str, model: PreTrainedModel, given: Mapping[str, Tensor]) -> Tensor:
+        return loss_of(first if name == "dense" else parts[name], model, given)
 
     rounds = recipe.trainer.bench_rounds or 40
     with console.status(f"measuring training steps: {rounds} paired rounds"):
-        return bench(dense, models, batch, loss, rounds, seconds, forward=task.forward, amount=task.amount(whole), update=update_of(recipe))
+        return bench(
+            dense, models, inputs, loss, rounds, seconds, forward=task.forward, amount=task.amount(whole), update=update_of(recipe)
+        )
 
 
 def device_of_steps() -> torch.device:
@@ -65,7 +74,11 @@ def batch_of(data: Splits, recipe: Recipe, device: torch.device) -> tuple[dict[s
     # A stream has no length; its bad rows are left out when it is read.
     rows = [data.train[index] for index in range(size)] if data.train_rows is None else good_rows(data.train, size)
     whole = collate(rows)
-    return whole, {key: value.to(device) for key, value in whole.items() if isinstance(value, Tensor)}
+    return whole, _tensors(whole, device)
+
+
+def _tensors(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    return {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
 
 
 def loss_of(parts: RunParts, model: PreTrainedModel, inputs: Mapping[str, Tensor], keep: Mapping[str, float] | None = None) -> Tensor:

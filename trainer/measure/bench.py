@@ -85,7 +85,8 @@ class Bench:
     Attributes:
         dense_seconds: median time of a dense training step.
         arms: times by arm.
-        memory: bytes by arm, with ``dense``: the device's peak on CUDA, otherwise the tensors that autograd saves for backward.
+        memory: bytes by arm, with ``dense``, and ``ARM/oracle`` of an arm's oracle: the device's peak on CUDA, otherwise the tensors that
+            autograd saves for backward.
         memory_kind: ``cuda_peak`` or ``saved_for_backward``.
         rounds: number of paired rounds.
         amount: images or tokens of a step, by the task's unit.
@@ -147,7 +148,7 @@ def bench(
         for copy_name in (f"{name}/oracle", f"{name}/control"):
             contestants[copy_name] = ("dense", sliced(copy.deepcopy(dense), *counts))
     steps = {name: step_of(kind, model) for name, (kind, model) in contestants.items()}
-    memory = {name: _memory(steps[name], device) for name in ("dense", *arms)}
+    memory = {name: _memory(steps[name], device) for name in contestants if not name.endswith("/control")}
     times = paired_times(steps, device, rounds, seconds, progress)
     return Bench(
         dense_seconds=statistics.median(times["dense"]),

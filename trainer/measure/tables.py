@@ -112,7 +112,13 @@ def bench_recipe(loaded: LoadedRecipe, console: Console) -> dict[str, Any]:
         f"{100 * arm.of_oracle.median:.1f} ({100 * arm.of_oracle.low:.1f}–{100 * arm.of_oracle.high:.1f})",
         f"{measured.memory['compressed'] / 2**20:.0f} MiB",
     )
-    table.add_row("oracle", f"{arm.oracle_seconds * 1000:.0f} ms", "–", f"{100 * arm.control.median:.1f} (control)", "–")
+    table.add_row(
+        "oracle",
+        f"{arm.oracle_seconds * 1000:.0f} ms",
+        "–",
+        f"{100 * arm.control.median:.1f} (control)",
+        f"{measured.memory['compressed/oracle'] / 2**20:.0f} MiB",
+    )
     console.print(table)
     console.print(
         f"claimed: speed-up {arm.claimed_speedup:.2f}×, {100 * arm.claimed_of_oracle:.1f} % of oracle speed "

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from ...data.splits import Splits
+from ...modules.tokens.labels import IGNORE_TOKEN
 from ..losses.answer_loss import AnswerLoss
+from .predictions import Predictions
 from .quality import Answered, Quality, mean
 
 # Kind of answers whose kind is unknown.
@@ -90,3 +92,15 @@ class AnswerAccuracy(Quality):
             Answered(row, turn, of.kinds[kind] if kind >= 0 else "", right, tokens, *asked[row][turn])
             for row, turn, kind, right, tokens in self.answers
         )
+
+
+def predictions(out: AnswerLoss, labels: torch.Tensor) -> Predictions:
+    """The predictions of a batch of chats or prompts, an answer being a sample; learned tokens of no answer are left out.
+
+    Args:
+        out: loss of the batch.
+        labels: (B, N) int64, each token's own id, IGNORE_TOKEN where it is not learned.
+    """
+    following, of = labels[:, 1:], out.turn >= 0
+    expected = following[following != IGNORE_TOKEN]
+    return Predictions.of(out.logits[of], expected[of], (out.row * (out.turn.max() + 1) + out.turn)[of] if len(out.turn) else None)

@@ -79,6 +79,21 @@ def check(data: dict[str, Any], where: str) -> Recipe:
     return _overridden(data, data, (), where)
 
 
+def changed(recipe: Recipe, overrides: Sequence[str], where: str) -> Recipe:
+    """A checked recipe with overrides; keys that lose their effect by them are left out.
+
+    Args:
+        recipe: the recipe.
+        overrides: ``key.path=value``, the value in YAML.
+        where: what the recipe is of, for messages.
+
+    Raises:
+        RecipeError: a key or value is wrong.
+    """
+    data = recipe.model_dump(mode="json")
+    return _overridden(data, data, overrides, where)
+
+
 def _overridden(data: dict[str, Any], own: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
     """The recipe of plain data with overrides.
 

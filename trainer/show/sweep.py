@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...modules.checkpoints.whole_files import write_json
 from ..errors import RecipeError
 
 # Keeps of a sweep.
@@ -28,12 +29,23 @@ def swept(sweep: str) -> list[float]:
     return [round(low + (high - low) * point / (_POINTS - 1), 3) for point in range(_POINTS)]
 
 
-def draw(result: Mapping[str, Any], path: Path) -> None:
+def check_plot(path: Path, keeps: Sequence[float]) -> None:
+    """Raises RecipeError if there is nothing to draw, or the file is of another kind."""
+    if not keeps:
+        raise RecipeError("--plot draws the keeps that are measured: give --sweep 0.1:1, or --keep several times")
+    if path.suffix not in (".png", ".svg"):
+        raise RecipeError(f"--plot {path} must end in .png or .svg; both are written, and the data beside them as .json")
+
+
+def draw(result: Mapping[str, Any], path: Path) -> list[Path]:
     """Draws the result of ``evaluate``: the measured keeps as a line over their MACs, everything else as single points.
 
     Args:
         result: result of ``evaluate`` with several keeps.
-        path: file to write; its ending decides the format.
+        path: file to write; the same name with the other ending, and the result as JSON, are written too.
+
+    Returns:
+        The three files.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -50,4 +62,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.set(xlabel="MACs ÷ dense", ylabel=metric.replace("_", " "), xlim=(0, 1.05))
     axes.set_title(f"{result['target']}, {result['split']} split", fontsize=9)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    written = [path.with_suffix(suffix) for suffix in (".png", ".svg", ".json")]
+    for file in written[:2]:
+        figure.savefig(file, dpi=150)
+    write_json(written[2], result)
+    return written

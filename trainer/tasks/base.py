@@ -18,6 +18,7 @@ from ...modules.cost.cost import CostModel
 from ...modules.tokens.trace import Trace
 from ..build.parts import RunParts
 from ..losses.distillation import DistillationLoss, Taught
+from ..metrics.predictions import Predictions
 from ..metrics.quality import Quality
 from ..recipe.schema import ITSELF, DistillationRecipe, ModelRecipe, Recipe
 from ..run_folder import RunFolder
@@ -35,6 +36,7 @@ class Task:
         unit: unit of speed, plural.
         item: unit of a batch, plural.
         controls: scorers that ``laconic evaluate`` compares with the model's own.
+        length_unit: what the length of an input is counted in: ``tokens`` or ``pixels``.
     """
 
     metric: ClassVar[str]
@@ -43,6 +45,7 @@ class Task:
     unit: ClassVar[str]
     item: ClassVar[str]
     controls: ClassVar[tuple[str, ...]] = ("random",)
+    length_unit: ClassVar[str] = "tokens"
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
@@ -201,8 +204,19 @@ class Task:
         raise NotImplementedError
 
     @classmethod
+    def predictions(cls, model: PreTrainedModel, out: Any, batch: Mapping[str, Any]) -> Predictions | None:
+        """What a model predicts of a batch, where it has labels; None in a task without right answers.
+
+        Args:
+            model: the model.
+            out: output of ``forward``.
+            batch: the batch.
+        """
+        return None
+
+    @classmethod
     def kept_cells(cls, model: PreTrainedModel, trace: Trace, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-        """By stage, (rows, columns) bool of each picture of a batch: its visual tokens that the stage keeps; empty for text.
+        """By stage, what it keeps: (rows, columns) bool of each picture of a batch, or (tokens,) of each row of text.
 
         Args:
             model: compressed model.
@@ -263,6 +277,31 @@ class Task:
         raise ValueError(f"task = {recipe.task} cannot be given smaller images: its arms have inputs of one size")
 
     @classmethod
+    def at_length(cls, recipe: Recipe, config: PretrainedConfig, length: int) -> list[str]:
+        """Overrides of a recipe whose inputs have another length.
+
+        Args:
+            recipe: the recipe.
+            config: config of its model.
+            length: tokens of a row of text, or the side of an image in pixels: ``length_unit``.
+
+        Raises:
+            ValueError: the task has no such lengths, or the model not this one.
+        """
+        raise ValueError(f"task = {recipe.task} has inputs of no one length: lengths are of text alone, or of images alone")
+
+    @classmethod
+    def noise(cls, config: PretrainedConfig, rows: int, length: int) -> dict[str, Any]:
+        """A training batch of noise, as ``collate`` makes it.
+
+        Args:
+            config: config of the model.
+            rows: rows of the batch.
+            length: length of each, as in ``at_length``.
+        """
+        raise NotImplementedError
+
+    @classmethod
     def prompts(cls, data: Any, number: int) -> list[Tensor]:
         """Token ids (n,) of the longest of the first held-out prompts.
 
@@ -284,36 +323,6 @@ class Task:
     def compile(cls, model: PreTrainedModel) -> None:
         """Applies torch.compile to the modules of a training step, in place."""
         model.compile()
-
-
-def whole_weights(model_class: type[PreTrainedModel], recipe: ModelRecipe, config: PretrainedConfig, otherwise: str, **options: Any) -> Any:
-    """A dense model all of whose weights are in what the recipe names: a task without a head of its own.
-
-    Args:
-        model_class: class of the model.
-        recipe: ``model`` block with the name of the weights.
-        config: config of the model.
-        otherwise: what weights are that lack some, for the message.
-        options: arguments of ``from_pretrained``; with ``output_loading_info`` the result is (model, report).
-
-    Raises:
-        ValueError: weights are missing.
-    """
-    with_report = options.pop("output_loading_info", False)
-    model, report = model_class.from_pretrained(
-        recipe.name,
-        revision=recipe.revision,
-        config=config,
-        attn_implementation=recipe.attention,
-        # Whatever the checkpoint's dtype: trainer.precision decides what is computed in bf16.
-        dtype=torch.float32,
-        output_loading_info=True,
-        trust_remote_code=False,
-        **options,
-    )
-    if missing := sorted(map(str, report["missing_keys"])):
-        raise ValueError(f"model.name = {recipe.name!r} lacks the weights {', '.join(missing[:3])}: it is {otherwise}")
-    return (model, report) if with_report else model
 
 
 def check_teacher_itself(recipe: Recipe) -> None:

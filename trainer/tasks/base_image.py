@@ -49,6 +49,7 @@ class ImageTask(LogitsTask):
     resizes: ClassVar[bool] = False
 
     unit: ClassVar[str] = "images"
+    length_unit: ClassVar[str] = "pixels"
     item: ClassVar[str] = "images"
     controls: ClassVar[tuple[str, ...]] = ("random", "uniform_grid", "patch_energy")
 
@@ -121,6 +122,33 @@ class ImageTask(LogitsTask):
         restore = "".join(f", restore: {{layer: {where.layer}, by: unmerge}}" for where in restores.values())
         merger = "{name: nearest, corners: true}"
         return [f"compression={{stages: [{{layer: 0, scorer: uniform_grid, merger: {merger}, keep: {keep}}}]{restore}}}"]
+
+    @classmethod
+    def at_length(cls, recipe: Recipe, config: PretrainedConfig, length: int) -> list[str]:
+        (side, _), patch = image_input(config), size_of_patch(config)
+        if length % patch:
+            raise ValueError(f"the side of an image must be a multiple of the model's patches, which have {patch} pixels")
+        if length == side:
+            return []
+        if recipe.model.config is not None:
+            return [f"model.config.image_size={length}", "model.image_scale=1"]
+        if not cls.resizes or recipe.model.name is None:
+            raise ValueError(f"weights that are loaded for task = {recipe.task} have images of one size, {side} pixels: set model.config")
+        return [f"model.image_scale={recipe.model.image_scale * length / side}"]
+
+    @classmethod
+    def noise(cls, config: PretrainedConfig, rows: int, length: int) -> dict[str, Any]:
+        draws, (_, channels) = torch.Generator().manual_seed(0), image_input(config)
+        return {
+            "pixel_values": torch.rand(rows, channels, length, length, generator=draws),
+            "labels": torch.randint(config.num_labels, cls.label_shape(rows, length), generator=draws),
+            "sample_ids": torch.arange(rows),
+        }
+
+    @classmethod
+    def label_shape(cls, rows: int, length: int) -> tuple[int, ...]:
+        """Shape of the labels of images of a side in pixels."""
+        return (rows,)
 
     @classmethod
     def embedded_data(cls, recipe: ImageRecipe, seed: int, channels: int) -> ImageData:

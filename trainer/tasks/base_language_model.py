@@ -20,8 +20,8 @@ from ..losses.token_loss import check_model
 from ..recipe.schema import ModelRecipe, Recipe
 from ..run_folder import RunFolder
 from ..task_module import TaskModule
-from .base import whole_weights
 from .base_text import TextTask
+from .base_weights import whole_weights
 
 
 class LanguageModelModule(TaskModule):

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..losses.distillation import DistillationLoss, Taught, distillation_loss, hidden_loss, hidden_options, last_tokens, weighted
+from ..metrics.predictions import Predictions
 from ..recipe.schema import DistillationRecipe
 from .base import Task
 
@@ -25,6 +26,10 @@ class LogitsTask(Task):
     def at_labels(cls, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """(P, classes) logits of the places with a label, from those of an output."""
         return logits
+
+    @classmethod
+    def predictions(cls, model: PreTrainedModel, out: Any, batch: Mapping[str, Any]) -> Predictions | None:
+        return Predictions.of(out.logits, batch["labels"])
 
     @classmethod
     def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:

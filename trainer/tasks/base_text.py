@@ -13,7 +13,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...data.splits import Splits
 from ...data.text.recipe import TextRecipe
 from ...data.text.tokenizer import load_tokenizer, trained_tokenizer
+from ...modules.tokens.trace import Trace
 from ..build.initial_weights import start_of
+from ..metrics.kept_places import kept_parts
 from ..recipe.schema import Recipe
 from ..run_folder import TOKENIZER, RunFolder
 from ..show.inspection import inspect_text
@@ -94,6 +96,27 @@ class TextTask(Task):
     def probe(cls, config: PretrainedConfig, tokens: int | None = None) -> dict[str, Tensor]:
         size: int = config.get_text_config().vocab_size
         return {"input_ids": torch.randint(size, (PROBES, tokens or _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))}
+
+    @classmethod
+    def at_length(cls, recipe: Recipe, config: PretrainedConfig, length: int) -> list[str]:
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        given = [f"data.sequence_length={length}"]
+        if longest is None or length <= longest:
+            return given
+        if recipe.model.config is None:
+            raise ValueError(f"rows of text may have as many tokens as the model's max_position_embeddings = {longest}")
+        return [*given, f"model.config.max_position_embeddings={length}"]
+
+    @classmethod
+    def noise(cls, config: PretrainedConfig, rows: int, length: int) -> dict[str, Any]:
+        size: int = config.get_text_config().vocab_size
+        ids = torch.randint(size, (rows, length), generator=torch.Generator().manual_seed(0))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "sample_ids": torch.arange(rows), "tokens": ids.numel()}
+
+    @classmethod
+    def kept_cells(cls, model: PreTrainedModel, trace: Trace, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        real = batch["attention_mask"] if "attention_mask" in batch else batch["documents"] >= 0
+        return kept_parts(trace, real.sum(1))
 
     @classmethod
     def inspect(cls, target: str, recipe: Recipe, model: PreTrainedModel, given: str | None, to: Path) -> Mapping[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -15,12 +16,15 @@ from ...data.text.splits import TextData, TextSettings, hub_text, python_functio
 from ...modules.tokens.labels import IGNORE_TOKEN
 from ..losses.bags import read_bags
 from ..losses.distillation import DistillationLoss, Taught, divergence, token_difference, weighted
-from ..losses.token_loss import Read, TokenLoss, loss_of, read
+from ..losses.token_loss import Read, TokenLoss, logits_of, loss_of, read
 from ..metrics.perplexity import Perplexity
+from ..metrics.predictions import PredictionLog, Predictions
 from ..metrics.quality import Quality
 from ..recipe.schema import DistillationRecipe, Recipe
 from .base_language_model import LanguageModel
 
+# Tokens whose logits are in memory at once when predictions are compared.
+_PART = 256
 EMBEDDED = {"python_library": python_library, "python_functions": python_functions}
 
 
@@ -51,12 +55,30 @@ class CausalLM(LanguageModel):
         return ids
 
     @classmethod
+    def noise(cls, config: PretrainedConfig, rows: int, length: int) -> dict[str, Any]:
+        found = super().noise(config, rows, length)
+        ids: Tensor = found["input_ids"]
+        # Every row is one document.
+        places = {"position_ids": torch.arange(length).expand(rows, -1), "documents": torch.zeros_like(ids)}
+        return {**found, **places, "labels": ids, "bytes": 0}
+
+    @classmethod
     def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
         return cls.forward(model, batch, **options).mean
 
     @classmethod
     def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> TokenLoss:
         return loss_of(model, cls._read(model, batch, **options))
+
+    @classmethod
+    def predictions(cls, model: PreTrainedModel, out: TokenLoss, batch: Mapping[str, Any]) -> Predictions | None:
+        assert out.found is not None
+        counted = out.found.following != IGNORE_TOKEN
+        read, following = out.found.hidden_states[counted], out.found.following[counted]
+        log = PredictionLog(limit=len(following))
+        for states, labels in zip(read.split(_PART), following.split(_PART), strict=True):
+            log.add(Predictions.of(logits_of(model, states), labels))
+        return log.whole
 
     @classmethod
     def _read(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Read:

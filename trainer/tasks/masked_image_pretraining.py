@@ -22,6 +22,7 @@ from ...modules.backbones.vision import pair
 from ...modules.backbones.vit_mae import fill_positions, visible
 from ...modules.tokens.draws import masking_order
 from ..build.parts import RunParts
+from ..metrics.predictions import Predictions
 from ..metrics.quality import Quality
 from ..metrics.reconstruction import Reconstruction
 from ..recipe.schema import Recipe
@@ -106,6 +107,10 @@ class MaskedImagePretraining(ImageTask):
     def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
         loss: Tensor = model(**cls.step_inputs(batch, model.config), **options).loss
         return loss
+
+    @classmethod
+    def predictions(cls, model: PreTrainedModel, out: Any, batch: Mapping[str, Any]) -> Predictions | None:
+        return None
 
     @classmethod
     def step_inputs(cls, batch: Mapping[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:

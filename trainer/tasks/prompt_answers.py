@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -15,10 +16,15 @@ from ...data.text.splits import TextSettings
 from ...modules.tokens.labels import IGNORE_TOKEN
 from ..losses.answer_loss import AnswerLoss, learned_answers
 from ..losses.distillation import DistillationLoss, Taught, distillation_loss, mean, token_difference, weighted
+from ..metrics.answers import predictions
+from ..metrics.predictions import Predictions
 from ..metrics.prompt_accuracy import PromptAccuracy
 from ..metrics.quality import Quality
 from ..recipe.schema import DistillationRecipe, Recipe
 from .base_language_model import LanguageModel
+
+# Tokens of an answer in a batch of noise.
+_ANSWER = 8
 
 
 class PromptAnswers(LanguageModel):
@@ -47,6 +53,15 @@ class PromptAnswers(LanguageModel):
         return ids[(row["labels"] != IGNORE_TOKEN).cumsum(0) == 0]
 
     @classmethod
+    def noise(cls, config: PretrainedConfig, rows: int, length: int) -> dict[str, Any]:
+        found = super().noise(config, rows, length)
+        ids: Tensor = found["input_ids"]
+        # The end of a row is its answer.
+        answer = torch.arange(length).expand_as(ids) >= length - min(_ANSWER, length - 1)
+        labels, turns = ids.masked_fill(~answer, IGNORE_TOKEN), answer.long() - 1
+        return {**found, "labels": labels, "turns": turns, "kinds": ids.new_zeros(rows, 0)}
+
+    @classmethod
     def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> AnswerLoss:
         if (trace := options.get("trace")) is not None:
             trace.labels = batch["labels"]
@@ -56,6 +71,10 @@ class PromptAnswers(LanguageModel):
     @classmethod
     def loss(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> Tensor:
         return cls.forward(model, batch, **options).mean
+
+    @classmethod
+    def predictions(cls, model: PreTrainedModel, out: AnswerLoss, batch: Mapping[str, Any]) -> Predictions | None:
+        return predictions(out, batch["labels"])
 
     @classmethod
     def teach(cls, model: PreTrainedModel, batch: Mapping[str, Any], recipe: DistillationRecipe, **options: Any) -> Taught:

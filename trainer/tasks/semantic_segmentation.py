@@ -21,11 +21,15 @@ from ...modules.heads import own_models
 from ...modules.tokens.labels import IGNORE_PIXEL
 from ..build.parts import RunParts
 from ..metrics.mean_iou import MeanIoU
+from ..metrics.predictions import Predictions
 from ..metrics.quality import Quality
 from ..recipe.schema import Recipe
 from ..task_module import TaskModule
 from .base import check_teacher_itself
 from .base_image import ImageTask
+
+# Lines and columns of pixels of which one is compared: pixels beside each other are nearly the same.
+_EVERY = 8
 
 
 class SemanticSegmentation(ImageTask):
@@ -41,6 +45,15 @@ class SemanticSegmentation(ImageTask):
     @classmethod
     def at_labels(cls, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         return logits.movedim(1, -1)[batch["labels"] != IGNORE_PIXEL]
+
+    @classmethod
+    def label_shape(cls, rows: int, length: int) -> tuple[int, ...]:
+        return rows, length, length
+
+    @classmethod
+    def predictions(cls, model: PreTrainedModel, out: Any, batch: Mapping[str, Any]) -> Predictions | None:
+        logits, labels = out.logits[..., ::_EVERY, ::_EVERY], batch["labels"][..., ::_EVERY, ::_EVERY]
+        return Predictions.of(cls.at_labels(logits, {"labels": labels}), labels[labels != IGNORE_PIXEL])
 
     @classmethod
     def model_class(cls, model_type: str) -> type[PreTrainedModel]:

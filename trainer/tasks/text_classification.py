@@ -99,6 +99,11 @@ class TextClassification(LogitsTask, TextTask):
         return {"input_ids": ids, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
 
     @classmethod
+    def noise(cls, config: PretrainedConfig, rows: int, length: int) -> dict[str, Any]:
+        labels = torch.arange(rows) % config.num_labels
+        return {**super().noise(config, rows, length), "labels": labels}
+
+    @classmethod
     def held_out(cls, data: LabelledText) -> str:
         # Without special tokens, because the caller's tokenizer adds them again.
         text: str = data.tokenizer.decode(data.test[0]["input_ids"], skip_special_tokens=True)

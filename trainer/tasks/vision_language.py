@@ -38,14 +38,16 @@ from ..build.initial_weights import start_of
 from ..build.parts import RunParts
 from ..losses.answer_loss import AnswerLoss, answer_loss, family_of
 from ..losses.distillation import DistillationLoss, Taught, distillation_loss, mean, token_difference, weighted
-from ..metrics.answers import AnswerAccuracy
+from ..metrics.answers import AnswerAccuracy, predictions
 from ..metrics.kept_places import kept_cells
+from ..metrics.predictions import Predictions
 from ..metrics.quality import Quality
 from ..recipe.schema import DistillationRecipe, ModelRecipe, Recipe
 from ..run_folder import PROCESSOR_OF_CHATS, RunFolder
 from ..show.pictures import PICTURED, save_kept_tokens, visual_overlays
 from ..task_module import TaskModule
-from .base import PROBES, Task, check_teacher_itself, whole_weights
+from .base import PROBES, Task, check_teacher_itself
+from .base_weights import whole_weights
 
 # Pictures whose questions a new tokenizer is trained on.
 _READ = 200
@@ -265,6 +267,10 @@ class VisionLanguage(Task):
     @classmethod
     def forward(cls, model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> AnswerLoss:
         return answer_loss(model, batch, **options)
+
+    @classmethod
+    def predictions(cls, model: PreTrainedModel, out: AnswerLoss, batch: Mapping[str, Any]) -> Predictions | None:
+        return predictions(out, batch["labels"])
 
     @classmethod
     def teach(cls, model: PreTrainedModel, batch: Mapping[str, Any], recipe: DistillationRecipe, **options: Any) -> Taught:

@@ -1,0 +1,60 @@
+"""``laconic bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import console, emit, numbers, running, user_input
+
+
+def bench(
+    recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or path of a YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="overrides, key.path=value")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="paired rounds; use 30 or more for reported results")] = 40,
+    prefill: Annotated[
+        bool, typer.Option("--prefill", help="time of reading a prompt and bytes of the cache, of a language model")
+    ] = False,
+    lengths: Annotated[
+        str, typer.Option(help="measure at these lengths: tokens of a row of text, or sides of images in pixels; 256,512,1024 for example")
+    ] = "",
+    to: Annotated[Path, typer.Option(help="JSON file of the measurements at --lengths, with the plot beside it as PNG and SVG")] = Path(
+        "lengths.json"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object to stdout, progress to stderr")] = False,
+) -> None:
+    """Training-step time and memory of dense, compressed and oracle, in paired and interleaved rounds; at several lengths with a plot."""
+    given = [*(overrides or []), f"trainer.bench_rounds={rounds}", "baselines=[]"]
+    with user_input():
+        from ..recipe.files import load
+
+        several = numbers("--lengths", lengths, least=2)
+        if several and prefill:
+            raise ValueError("--lengths measures training steps, and --prefill the reading of prompts: give one of them")
+        if to.suffix != ".json":
+            raise ValueError(f"--to {to} must end in .json; the plot is written beside it")
+        loaded = load(recipe, given)
+        if loaded.recipe.compression is None:
+            raise ValueError(f"{recipe} has no compression: bench compares compressed with dense steps")
+        from ..build.validate import check_memory
+        from ..build.validate import validate as check
+        from ..measure.lengths import at_lengths, bench_lengths
+
+        check_memory(check(loaded.recipe), loaded.recipe)
+        recipes = at_lengths(loaded, several)
+    from ..measure.prefill import prefill_recipe
+    from ..measure.tables import bench_recipe
+    from ..show.lengths import lengths_table, write_lengths
+
+    with running():
+        out = console(as_json)
+        if recipes:
+            found = bench_lengths(loaded, recipes, out)
+            out.print(lengths_table(found))
+            written = write_lengths(found, to)
+            emit(found.to_dict(), as_json)
+            out.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+        else:
+            emit(prefill_recipe(loaded, rounds, out) if prefill else bench_recipe(loaded, out), as_json)
