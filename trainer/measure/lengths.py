@@ -173,7 +173,8 @@ def bench_lengths(loaded: LoadedRecipe, recipes: Mapping[int, Recipe], console: 
         if point.reason:
             console.print(f"length {length:,}: {point.reason}", highlight=False)
         points.append(point)
-    return Lengths(loaded.name, task.length_unit, loaded.recipe.data.batch_size, points)
+    rows = loaded.recipe.data.batch_size * loaded.recipe.trainer.accumulate
+    return Lengths(loaded.name, task.length_unit, rows, points)
 
 
 def _point(length: int, recipe: Recipe, data: Splits, console: Console, shorter: str) -> Point:
