@@ -45,8 +45,9 @@ class TokenSpec:
 class LayerView(Protocol):
     """The methods of a layer adapter that parts may call."""
 
-    def keys(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """(B, H, M, D) keys that the layer's attention computes from its (B, M, C) input, including the norm before attention."""
+    def mean_keys(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """(B, M, D) keys that the layer's attention computes from its (B, M, C) input, including the norm before attention, as means over
+        heads."""
 
     def cls_query_and_keys(self, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, float]:
         """Query of the first token (B, H, 1, D), keys of all tokens (B, H, M, D) and the attention scale of this layer."""

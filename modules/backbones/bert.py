@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .head_means import mean_over_heads
 from .text_encoder import TextEncoder, TextEncoderLayers
 
 
@@ -32,6 +33,11 @@ class BertLayers(TextEncoderLayers):
     def keys(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
         parts: Any = layer
         return _heads(parts.attention.self, parts.attention.self.key(hidden_states))
+
+    @classmethod
+    def mean_keys(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        attention: Any = layer.attention.self  # type: ignore[union-attr]
+        return mean_over_heads(attention.key, hidden_states, attention.attention_head_size)
 
     @classmethod
     def cls_query_and_keys(cls, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, float]:

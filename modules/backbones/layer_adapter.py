@@ -137,6 +137,11 @@ class LayerAdapter:
         raise NotImplementedError
 
     @classmethod
+    def mean_keys(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """(B, M, D) mean of ``keys`` over heads."""
+        return cls.keys(layer, hidden_states).mean(1)
+
+    @classmethod
     def cls_query_and_keys(cls, layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, float]:
         """Query of the first token (B, H, 1, D), keys of all tokens (B, H, M, D) and the attention scale of this layer."""
         raise NotImplementedError

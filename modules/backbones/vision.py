@@ -14,6 +14,7 @@ from ..cost.shape import StackShape
 from ..heads.base import PatchSegmentation
 from ..site import TokenSpec
 from ..tokens.trace import Trace
+from .head_means import mean_over_heads
 from .layer_adapter import LayerAdapter
 from .model_adapter import ModelAdapter
 from .stack import Stack
@@ -50,6 +51,11 @@ class VisionLayers(LayerAdapter):
     @classmethod
     def keys(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
         return cls._keys(layer, getattr(layer, cls.norm)(hidden_states))
+
+    @classmethod
+    def mean_keys(cls, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        attention: Any = getattr(layer, cls.attention)
+        return mean_over_heads(attention.k_proj, getattr(layer, cls.norm)(hidden_states), attention.head_dim)
 
     @classmethod
     def _keys(cls, layer: nn.Module, normed: Tensor) -> Tensor:

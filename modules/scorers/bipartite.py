@@ -110,7 +110,7 @@ def token_metric(inputs: SiteInput, metric: str) -> Tensor:
     """(B, M, D) float32 features to compare, of any length."""
     features = inputs.hidden_states.detach()
     if metric == "keys":
-        features = inputs.adapter.keys(inputs.layer, features).mean(1)
+        features = inputs.adapter.mean_keys(inputs.layer, features)
     return features.float()
 
 
@@ -121,7 +121,7 @@ def metric_width(shape: StackShape, metric: str) -> int:
 
 def metric_macs(shape: StackShape, tokens: int, metric: str) -> int:
     """MACs to compute the features."""
-    return tokens * shape.hidden**2 if metric == "keys" else 0
+    return tokens * shape.hidden * metric_width(shape, metric) if metric == "keys" else 0
 
 
 def length(features: Tensor) -> Tensor:

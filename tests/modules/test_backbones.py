@@ -21,6 +21,7 @@ from transformers import (
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, stages_of
 from laconic.modules.backbones import adapter_for, families
+from laconic.modules.backbones.head_means import mean_over_heads
 from laconic.modules.backbones.model_adapter import ModelAdapter
 from laconic.modules.backbones.vision import VisionLayers, VisionModel
 from laconic.modules.cost.cost import CostModel
@@ -126,6 +127,15 @@ def test_keys_are_those_that_the_attention_computes(family: str) -> None:
     keys = adapter.keys(layer, hidden)
     assert keys.shape == (3, 2, hidden.shape[1], 8)
     assert torch.equal(keys.transpose(1, 2).flatten(2), seen[0])
+    torch.testing.assert_close(adapter.mean_keys(layer, hidden), keys.mean(1))
+
+
+def test_means_over_heads_are_those_of_the_layer_that_stands_where_a_linear_one_was() -> None:
+    plain, tokens = nn.Linear(16, 16), torch.randn(2, 5, 16)
+    expected = plain(tokens).view(2, 5, 4, 4).mean(2)
+    torch.testing.assert_close(mean_over_heads(plain, tokens, 4), expected)
+    # Another class may compute something else: LoRA, 4-bit weights.
+    torch.testing.assert_close(mean_over_heads(nn.Sequential(plain, nn.ReLU()), tokens, 4), plain(tokens).relu().view(2, 5, 4, 4).mean(2))
 
 
 @each_family

@@ -32,9 +32,9 @@ class _Angles(ViTLayers):
     angles: Tensor
 
     @classmethod
-    def keys(cls, layer: torch.nn.Module, hidden_states: Tensor) -> Tensor:
+    def mean_keys(cls, layer: torch.nn.Module, hidden_states: Tensor) -> Tensor:
         radians = torch.deg2rad(cls.angles)
-        return torch.stack([radians.cos(), radians.sin()], -1)[None, None]
+        return torch.stack([radians.cos(), radians.sin()], -1)[None]
 
 
 def _site(values: Tensor, angles: list[float], leading: int = 1) -> SiteInput:
