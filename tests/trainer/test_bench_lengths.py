@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import PretrainedConfig
 from typer.testing import CliRunner
 
 from laconic.trainer.cli.app import app
@@ -18,6 +19,7 @@ from laconic.trainer.measure.bench import ArmTimes, Bench, Ratio
 from laconic.trainer.measure.lengths import Exponent, Lengths, Point, at_lengths, bench_lengths
 from laconic.trainer.recipe.files import load
 from laconic.trainer.show.lengths import lengths_table
+from laconic.trainer.tasks.base import task_named
 from tests.trainer.conftest import QUICK
 from tests.trainer.small_recipes import small
 
@@ -98,13 +100,13 @@ def test_the_command_measures_every_length_and_writes_data_and_plots(name: str, 
     assert (tmp_path / "lengths.svg").is_file()
 
 
-def test_lengths_that_a_model_or_task_cannot_have_are_refused(tmp_path: Path) -> None:
-    for name, given, message in (
-        ("vit_digits", [30], "--lengths 30: the side of an image must be a multiple of the model's patches, which have 4 pixels"),
-        ("vlm_digits", [64], "--lengths 64: task = vision_language has inputs of no one length"),
-    ):
-        with pytest.raises(RecipeError, match=message):
-            at_lengths(load(name, small(name, tmp_path, QUICK)), given)
+def test_lengths_that_a_model_or_task_cannot_have_are_refused() -> None:
+    message = "--lengths 30: the side of an image must be a multiple of the model's patches, which have 4 pixels"
+    with pytest.raises(RecipeError, match=message):
+        at_lengths(load("vit_digits", [*QUICK, "baselines=[]"]), [30])
+    chats = load("vlm_digits", ["baselines=[]"]).recipe
+    with pytest.raises(ValueError, match="task = vision_language has inputs of no one length"):
+        task_named("vision_language").at_length(chats, PretrainedConfig(), 64)
     recipe = at_lengths(load("text_classify", ["baselines=[]"]), [1024])[1024]
     assert recipe.model.config is not None
     assert recipe.model.config["max_position_embeddings"] == 1024

@@ -11,7 +11,7 @@ from laconic.trainer.build.build import build
 from laconic.trainer.build.trainable import check_lora
 from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
-from laconic.trainer.evaluate import evaluate
+from laconic.trainer.evaluate import Options, evaluate
 from laconic.trainer.measure.tables import cost_of_recipe
 from laconic.trainer.recipe.baselines import load_baselines
 from laconic.trainer.recipe.files import load
@@ -181,11 +181,11 @@ def test_methods_with_a_keep_of_each_step_train_and_leave_the_stages_own(name: s
     # DualSpeed's model is an ordinary one.
     recipe = RunFolder.open(tmp_path / "run").read_recipe()
     if name == "epic":
-        found = evaluate(str(tmp_path / "run"), recipe, silent(), keeps=[1.0, 0.5])["variants"]
+        found = evaluate(str(tmp_path / "run"), recipe, silent(), options=Options(keeps=[1.0, 0.5]))["variants"]
         assert found["keep 1"]["answer_accuracy"] == found["dense"]["answer_accuracy"]
         assert list(found["keep 0.5"]["keep"].values()) == [0.5]
     else:
         with pytest.raises(RecipeError, match="--keep is of stages, and the model has none: remove it"):
-            evaluate(str(tmp_path / "run"), recipe, silent(), keeps=[0.5])
+            evaluate(str(tmp_path / "run"), recipe, silent(), options=Options(keeps=[0.5]))
     compression = load_model(tmp_path / "run").config.to_dict().get("compression")
     assert (None if compression is None else compression["stages"][0]["keep"]) == {"epic": 0.25, "dualspeed": None}[name]
