@@ -282,7 +282,7 @@ class Stage(CountsTokens, nn.Module):
             # The config gives a number of tokens: convert it to a fraction of this input.
             entering, kept = (float(n.sum()) if isinstance(n, Tensor) else float(n) for n in (present, count))
             keep = kept / entering if entering else 1.0
-        site = replace(site, state=state)
+        site = site if state is site.state else replace(site, state=state)
         scored: Scored = self.scorer(site)
         if units is not None:
             mean = units.mean(scored.scores)
@@ -302,12 +302,9 @@ class Stage(CountsTokens, nn.Module):
         # A threshold decides for each token, whatever their number.
         enough = present * 0 if self.selector.adaptive else count
         # In training, or with shards of weights, all processes must call the same modules, also one whose rows have no token of the scope.
-        together = self.training or sharded(site.layer)
-        if (
-            decision is None
-            and complete
-            and (keep >= 1 or not (together or bool((torch.as_tensor(enough) < torch.as_tensor(present)).any())))
-        ):
+        together = self.training or (complete and sharded(site.layer))
+        fewer = together or bool((torch.as_tensor(enough) < torch.as_tensor(present)).any()) if complete and keep < 1 else False
+        if decision is None and complete and not fewer:
             # The scope has no tokens, as in every generation step after the first, or all of them are kept: no selection is needed.
             decision = everything(state)
         if decision is None and keep < 1 and not noncausal and not self.selector.training and self.needs_threshold:
@@ -354,9 +351,10 @@ class Stage(CountsTokens, nn.Module):
 
     def _selected(self, kept: int | Tensor, present: int | Tensor) -> int | Tensor:
         """Number of tokens that the selector keeps: ``kept`` less the tokens that the merger adds."""
-        if isinstance(kept, Tensor) or isinstance(present, Tensor):
-            return kept - self.merger.extra * (kept < present).long()  # type: ignore[union-attr]
-        return kept - self.merger.extra if kept < present else kept
+        extra = self.merger.extra
+        if extra and (isinstance(kept, Tensor) or isinstance(present, Tensor)):
+            return kept - extra * (kept < present).long()  # type: ignore[union-attr]
+        return kept - extra if extra and kept < present else kept
 
     def _merge(self, site: SiteInput, choice: Choice, eligible: TokenState) -> Merged:
         """Merges, after applying the estimate's scale to the tokens and its bias to their keys."""

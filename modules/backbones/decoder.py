@@ -136,12 +136,17 @@ class Decoder(TextModel):
         assert isinstance(tokens, Tensor)
         number = tokens.shape[1]
         flow.documents, flow.special = _documents(trace, inputs), _special(cls.stack_config(model.config), inputs.get("input_ids"))
+        if number == 1 and flow.special is not None and not bool(flow.special.any()):
+            # One question to the device for a step of generation, instead of work in each layer that has to allow for such tokens.
+            flow.special = None
         mask = inputs.get("attention_mask")
         if flow.documents is not None:
             flow.valid = None if bool((flow.documents >= 0).all()) else flow.documents >= 0
         elif isinstance(mask, Tensor) and mask.ndim == 2:
-            real = mask[:, -number:].bool()
-            flow.valid = None if bool(real.all()) else real
+            # A mask that hides nothing, as ``generate`` gives one, is none: numbers of tokens stay known on the host.
+            mask = None if bool(mask.all()) else mask
+            real = None if mask is None else mask[:, -number:].bool()
+            flow.valid = None if real is None or bool(real.all()) else real
         elif isinstance(mask, Tensor):
             seen = cls.layers_adapter(model.config).valid_tokens(mask)
             flow.valid = None if seen is None or bool(seen[:, -number:].all()) else seen[:, -number:]

@@ -31,6 +31,8 @@ class GateEstimator(Estimator):
         self.strength = nn.Parameter(torch.full((1,), float(start)))
 
     def forward(self, inputs: SiteInput, scored: Scored, decision: Decision) -> Estimate:
-        # A copy: what backward needs of a parameter itself is gone where ZeRO-3 has taken it apart again after the forward.
-        strength = self.strength.float().clone()
+        strength = self.strength.float()
+        if torch.is_grad_enabled():
+            # A copy: what backward needs of a parameter itself is gone where ZeRO-3 has taken it apart again after the forward.
+            strength = strength.clone()
         return Estimate(scale=1 + strength * torch.tanh(scored.scores / 2))

@@ -144,7 +144,8 @@ class Selector(nn.Module):
         if not self.causal:
             best = scores.masked_fill(~state.routable, float("-inf")).argmax(-1, keepdim=True)
             stays = stays.scatter(1, best, True) & state.routable
-        stays = stays | (state.protected if state.valid is None else state.protected & state.valid)
+        if state.counts is None or state.counts.protected:
+            stays = stays | (state.protected if state.valid is None else state.protected & state.valid)
         if self.causal and state.tokens == 1:
             return _of_single_tokens(stays)
         kept = compact(stays, bucket=self.bucket)

@@ -186,7 +186,10 @@ class Trace:
 
     def flow(self, stack: str = "") -> Flow:
         """The Flow of one stack; created at the first call."""
-        return self.flows.setdefault(stack, Flow())
+        flow = self.flows.get(stack)
+        if flow is None:
+            flow = self.flows[stack] = Flow()
+        return flow
 
     @contextlib.contextmanager
     def as_tensors(self, device: torch.device) -> Iterator[None]:

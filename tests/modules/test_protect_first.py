@@ -107,6 +107,22 @@ def test_the_first_token_and_the_ends_of_texts_are_protected_by_default(protect:
     assert model.config.compression["stages"][0]["protect"] == (protect or {"first": 1, "special": True})
 
 
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_numbers_of_a_generation_step_are_known_on_the_host_unless_a_row_protects_its_token(special: bool, masked: bool) -> None:
+    model = spread(compress(dense("llama", eos_token_id=5), CompressionConfig([StageConfig(1, 0.4, site="around", scorer="linear")])))
+    ids = tokens(3, 9).clamp(min=6)
+    if special:
+        ids[1, -1] = 5
+    mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
+    start = model(ids[:, :-1], use_cache=True, trace=Trace(lookahead=True))
+    trace = Trace(lookahead=True)
+    model(ids[:, -1:], past_key_values=start.past_key_values, use_cache=True, trace=trace, **mask)
+    routing = trace.routings["around_1"]
+    assert torch.as_tensor(routing.present).expand(3).tolist() == [1, 0 if special else 1, 1]
+    assert isinstance(routing.present, int) is not special
+
+
 @pytest.mark.parametrize(
     "stage",
     [
