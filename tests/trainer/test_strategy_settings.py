@@ -154,7 +154,7 @@ def test_all_ranks_stop_together_at_a_gradient_that_is_not_finite(name: str, two
 
 
 def test_the_command_starts_its_processes_stops_all_at_sigterm_and_resumes(tmp_path: Path, quick: list[str]) -> None:
-    overrides = [*quick, "baselines=[vit_digits_dense]", "trainer.max_steps=40", "trainer.strategy=deepspeed_2", "trainer.devices=2"]
+    overrides = [*quick, "baselines=[vit_digits_dense]", "trainer.max_steps=12", "trainer.strategy=deepspeed_2", "trainer.devices=2"]
     command = [sys.executable, "-m", "laconic", "train", "vit_digits", *overrides]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
     assert process.stdout is not None
@@ -173,5 +173,5 @@ def test_the_command_starts_its_processes_stops_all_at_sigterm_and_resumes(tmp_p
     assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "report.json").read_text())
     assert "passed over: " in done.stderr
     assert "1000.ckpt is not complete" in done.stderr
-    assert done.stderr.count("step 40/40") == 1
+    assert done.stderr.count("step 12/12") == 1
     assert "evidence  step 3/" not in done.stderr
