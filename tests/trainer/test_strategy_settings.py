@@ -22,6 +22,7 @@ from tests.trainer.two_ranks_settings import (
     FURTHER,
     LANGUAGE,
     MASKED,
+    PHASED,
     SETTINGS,
     TAUGHT,
     TEACHING,
@@ -56,6 +57,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = load("llm_pretrain_dense", [*UNEVEN, *uneven(folder / "uneven"), "data.batch_size=4"])
     train_arm(whole, "arm", folder / "whole", Console(quiet=True))
     train_arm(load("vlm_digits_base", [*TEACHING, "data.batch_size=8"]), "arm", folder / "taught", Console(quiet=True))
+    train_arm(load("llm_pretrain_dense", [*PHASED, "data.batch_size=4"]), "arm", folder / "phased", Console(quiet=True))
     return folder
 
 
@@ -112,6 +114,18 @@ def test_a_model_that_teaches_itself_with_drawn_keeps_and_rates_by_part_learns_a
 def test_dropout_of_every_rank_goes_on_where_it_was(name: str, two_ranks: Path) -> None:
     unbroken, resumed = weights(two_ranks / f"dropout_{name}", "unbroken"), weights(two_ranks / f"dropout_{name}")
     assert all(torch.equal(value, resumed[key]) for key, value in unbroken.items())
+
+
+@pytest.mark.parametrize("name", ["plain", "deepspeed_2", "deepspeed_3"])
+def test_phases_learn_as_on_one_process_and_resume_over_their_border(name: str, two_ranks: Path, one_process: Path) -> None:
+    assert scalars(two_ranks / f"phased_{name}")[:6] == pytest.approx(scalars(one_process / "phased"), abs=1e-5)
+    check_resumed_alike(two_ranks / f"phased_{name}")
+
+
+def test_both_processes_take_the_step_time_that_the_first_measured(two_ranks: Path) -> None:
+    first, second = results_of(two_ranks)["calibrated"]
+    assert first == second
+    assert first["device"] == "rank 0"
 
 
 @pytest.mark.parametrize(

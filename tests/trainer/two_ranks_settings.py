@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from laconic.trainer.callbacks.guards import NotANumber
 from laconic.trainer.distributed import collective
+from laconic.trainer.measure.calibration import Calibration
+from laconic.trainer.measure.step_time import calibration_of
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import silent, train_arm
+from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base_language_model import LanguageModelModule
 from tests.data.texts import jsonl, small_tokenizer
 from tests.trainer.conftest import QUICK
@@ -52,6 +57,9 @@ TEACHING = [*small("vlm_digits_base", Path(), QUICK), "baselines=[]", "trainer.m
             "compression.method=learned", "training_keep={lowest: 0.2, full: 0.3}", "distillation={teacher: self, weight: 0.5, hidden: 0.3}",
             "optimizer.part_lr={vision: 0, projector: 1.0e-3}"]  # fmt: skip
 TAUGHT = ("deepspeed_1", "deepspeed_2")
+# Bags of two tokens in steps 0 to 4, of which the resumed run does the last.
+PHASED = [*(item for item in TEXT if not item.startswith(("budget.", "compression.", "trainer.max_steps", "data.train_samples"))),
+          "data.train_samples=6", "trainer.max_steps=6", "phases=[{share: 0.84, superposition: 2}, {}]"]  # fmt: skip
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -77,6 +85,10 @@ def settings(folder: Path) -> dict[str, Any]:
     for name in TAUGHT:
         overrides = [*TEACHING, "trainer.devices=2", "data.batch_size=4", "data.packing=true", *{**STRATEGIES, **FURTHER}[name]]
         trained(folder / f"taught_{name}", overrides, recipe="vlm_digits_base")
+    for name in STRATEGIES:
+        given = [*PHASED, "trainer.devices=2", "data.batch_size=2", "trainer.checkpoint_every=4", *STRATEGIES[name]]
+        broken(folder / f"phased_{name}", "model", functools.partial(trained, recipe="llm_pretrain_dense"), given)
+    results["calibrated"] = collective.gather(_calibrated(folder / "calibrated"))
     for name in STRATEGIES:
         results[f"nan_{name}"] = collective.gather(_nan([*NAN, *STRATEGIES[name]], folder / f"nan_{name}"))
     return results
@@ -110,6 +122,19 @@ def _routed(folder: Path, overrides: list[str]) -> list[int]:
     finally:
         LanguageModelModule.losses = losses  # type: ignore[method-assign]
     return counts
+
+
+def _calibrated(folder: Path) -> dict[str, Any]:
+    """The calibration of this rank, where the first measures what no other would."""
+    folder.mkdir(exist_ok=True)
+    measured = Calibration(0.6, ((0.2, 0.3 + 0.1 * collective.rank()), (1.0, 1.0)), 0.5, 3, f"rank {collective.rank()}")
+    recipe = load("vit_digits", [*TWO, "budget.measure=step_time", "budget.target=0.6"]).recipe
+    with mock.patch("laconic.trainer.measure.step_time.calibrate", return_value=measured):
+        found, _ = calibration_of(recipe, RunFolder(folder), None, silent(), resumed=False)
+    again, _ = calibration_of(recipe, RunFolder(folder), None, silent(), resumed=True)
+    assert found is not None
+    assert again == found
+    return found.to_dict()
 
 
 def _nan(overrides: list[str], folder: Path) -> str:
