@@ -84,7 +84,7 @@ class Merger(nn.Module):
         return 0
 
 
-def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportional: bool) -> Merged:
+def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportional: bool, alone: bool = False) -> Merged:
     """Merges every token that is not kept into its partner; the result is their mean, weighted by size.
 
     Args:
@@ -92,11 +92,12 @@ def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportio
         decision: the tokens to keep.
         partner: (B, M) int64, for each token that is not kept, the slot of a kept token.
         proportional: in later layers, log(size) is added to the attention logits of each key.
+        alone: a token that is not kept may be its own partner, and is in no mean then.
     """
     if decision.keeps_all(inputs.state):
         return keep_all(inputs, proportional)
     hidden_states, state = inputs.hidden_states, replace(inputs.state, proportional=inputs.state.proportional or proportional)
-    if decision.valid is None and state.valid is None and not torch.compiler.is_exporting():
+    if decision.valid is None and state.valid is None and not alone and not torch.compiler.is_exporting():
         return _merge_known(hidden_states, state, decision, partner)
     slots = torch.arange(state.tokens, device=partner.device).expand_as(partner)
     removed = state.routable & ~decision.kept_mask(state.tokens)
@@ -111,7 +112,7 @@ def merge_into(inputs: SiteInput, decision: Decision, partner: Tensor, proportio
 
 
 def _merge_known(hidden_states: Tensor, state: TokenState, decision: Decision, partner: Tensor) -> Merged:
-    """``merge_into`` where every row has the same numbers of tokens, before and after."""
+    """``merge_into`` where every row has the same numbers of tokens, before and after, and each that is not kept a partner."""
     kept = decision.index
     leaves = torch.ones_like(state.protected).scatter_(1, kept, False)
     # Slots of the tokens that leave, in order.

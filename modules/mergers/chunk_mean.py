@@ -45,7 +45,7 @@ class ChunkMeanMerger(Merger):
         closing = torch.where(closed, closing, slots)
         if state.document is not None:
             closing = torch.where(state.document.gather(1, closing) == state.document, closing, slots)
-        merged = merge_into(inputs, decision, closing, proportional=False)
+        merged = merge_into(inputs, decision, closing, proportional=False, alone=True)
         return merged if inputs.flow.carry is None else self._carried(inputs, inputs.flow.carry, merged, closed)
 
     @staticmethod
