@@ -36,9 +36,9 @@ def _sources() -> Iterator[tuple[str, str]]:
     for folder in ("modules", "trainer", "data", "laconic"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             yield str(path.relative_to(ROOT)), path.read_text("utf-8")
-    for path in sorted((ROOT / "scripts").iterdir()):
+    for path in sorted(path for path in (ROOT / "scripts").rglob("*") if path.is_file() and path.suffix != ".pyc"):
         text = path.read_text("utf-8")
-        if "python" in text.partition("\n")[0]:
+        if path.suffix == ".py" or "python" in text.partition("\n")[0]:
             yield str(path.relative_to(ROOT)), text
     for name in names():
         form = format_named(name)

@@ -31,7 +31,9 @@ def lora_4bit(setting: Setting) -> dict[str, Any]:
 
         def loaded(stages: bool) -> nn.Module:
             options: dict[str, Any] = _four_bits() if packed else {}
-            model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa", **options)
+            model = LlamaForCausalLM.from_pretrained(
+                folder, dtype=torch.bfloat16, attn_implementation="sdpa", trust_remote_code=False, **options
+            )
             model = compress(model, CompressionConfig(around(size))) if stages else model
             return add_lora(model, LoraConfig(r=16, lora_alpha=32)).to(DEVICE)
 

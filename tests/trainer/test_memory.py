@@ -17,6 +17,7 @@ from laconic.trainer.build.parts import RunParts
 from laconic.trainer.build.validate import Checked, _logits_bytes, validate
 from laconic.trainer.losses.token_loss import WHOLE
 from laconic.trainer.measure import bench
+from laconic.trainer.measure.training_step import TrainingStep
 from laconic.trainer.recipe.baselines import load_baselines
 from laconic.trainer.recipe.files import load
 
@@ -51,20 +52,14 @@ def test_the_closing_measurement_holds_what_is_estimated_and_no_state_of_trainin
         held["bench"] = _bytes(steps)
         return found
 
-    class Recorded(torch.optim.AdamW):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            steps.append(self)
+    class Recorded(TrainingStep):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            steps.append(self.optimizer)
 
-    bench_models, step = run.bench_models, bench._step
-
-    def recorded(*arguments: Any) -> Any:
-        with monkeypatch.context() as patched:
-            patched.setattr(torch.optim, "AdamW", Recorded)
-            return step(*arguments)
-
+    bench_models = run.bench_models
     monkeypatch.setattr(run, "bench_models", measured)
-    monkeypatch.setattr(bench, "_step", recorded)
+    monkeypatch.setattr(bench, "TrainingStep", Recorded)
     loaded, checked = load("vit_digits", given), _checked(given)
     assert run.train(loaded, given, console) is not None
     memory = run_memory(checked, loaded.recipe)

@@ -47,7 +47,7 @@ def load_reference(name: str, recipe: Recipe, config: PretrainedConfig, data: Sp
             )
     folder, tokenizer = RunFolder.of(weights).with_file(TOKENIZER), getattr(data, "tokenizer", None)
     if tokenizer is not None and folder is not None:
-        entries = AutoTokenizer.from_pretrained(folder).get_vocab()
+        entries = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
         if entries != tokenizer.get_vocab():
             raise RecipeError(f"--dense {name} has another tokenizer than the evaluated model: predictions are compared token by token")
     return model
