@@ -110,6 +110,11 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch | {"bad": bad, "rows": sum(item.get("rows", 1) for item in items), "terms": terms}
 
 
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
 def _padded(values: list[torch.Tensor], filler: int) -> torch.Tensor:
     if len({value.shape for value in values}) == 1:
         return torch.stack(values)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..data.rows import on_device
 from ..modules.budget.start_routers import start_routers
 from ..modules.checkpoints.adapter_folder import is_adapter, read_adapter, write_adapter
 from ..modules.checkpoints.adapter_saving import stage_state
@@ -60,10 +61,7 @@ def calibrate(target: str, recipe: Recipe, weights: str, rows: int, console: Con
     for stage in chosen:
         stage.selector.reset()
     data = open_data(task.of_run(recipe, RunFolder.of(target)), model.config, None, trained_classes(model.config, target))
-    batches = [
-        {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        for batch in batches_of(data, rows, recipe.data.batch_size)
-    ]
+    batches = [on_device(batch, model.device) for batch in batches_of(data, rows, recipe.data.batch_size)]
 
     def run(model: PreTrainedModel, batch: dict[str, Any], trace: Trace) -> Any:
         trace.sample_ids = batch["sample_ids"]

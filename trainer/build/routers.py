@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...data.rows import on_device
 from ...modules.budget.start_routers import Fitted, needs_fit, start_routers
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
@@ -43,10 +43,7 @@ def started(parts: RunParts) -> Fitted:
     task, place = task_named(recipe.task), model.device
     if torch.cuda.is_available():
         model.to("cuda")
-    batches = [
-        {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        for batch in batches_of(parts.data, recipe.trainer.start_rows, recipe.data.batch_size)
-    ]
+    batches = [on_device(batch, model.device) for batch in batches_of(parts.data, recipe.trainer.start_rows, recipe.data.batch_size)]
 
     def run(model: PreTrainedModel, batch: dict[str, Any], trace: Trace) -> Any:
         trace.sample_ids = batch["sample_ids"]

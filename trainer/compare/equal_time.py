@@ -15,8 +15,8 @@ from typing import Any
 import lightning
 import torch
 from rich.console import Console
-from torch import Tensor
 
+from ...data.rows import on_device
 from ...modules.checkpoints.whole_files import write_json
 from ..build.build import build
 from ..build.parts import RunParts
@@ -173,4 +173,4 @@ def _batches(parts: RunParts) -> Iterator[dict[str, Any]]:
     device = device_of_steps()
     for batch in itertools.chain.from_iterable(itertools.repeat(parts.data_module().train_dataloader())):
         if "sample_ids" in batch:
-            yield {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            yield on_device(batch, device)

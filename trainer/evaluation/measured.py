@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from ...data.rows import BadRowCount, collate
+from ...data.rows import BadRowCount, collate, on_device
 from ...data.splits import Splits
 from ...modules.cost.cost import CostModel
 from ...modules.stage import stages_of
@@ -61,11 +60,6 @@ class Way:
     lookahead: bool = False
     decider: PreTrainedModel | None = None
     keep: float | None = None
-
-
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on a device."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...data.rows import collate, good_rows
+from ...data.rows import collate, good_rows, on_device
 from ...data.splits import Splits
+from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..recipe.schema import Recipe
 from ..tasks.base import Task
@@ -44,12 +44,12 @@ class Forward:
         """The first good test rows, over and over if there are fewer, on the model's device."""
         found = good_rows(self.data.test, rows)
         batch = collate([found[place % len(found)] for place in range(rows)])
-        return {key: value.to(self.model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return on_device(batch, self.model.device)
 
     def run(self, rows: int) -> Callable[[], None]:
         """A function that runs the forward of a batch, in evaluation mode and without gradient."""
         model, batch = self.model.eval(), self.batch(rows)
-        compressed = hasattr(model.config, "compression")
+        compressed = bool(stages_of(model))
 
         def run() -> None:
             trace = {"trace": Trace(seed=self.recipe.seed, sample_ids=batch["sample_ids"])} if compressed else {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...data.rows import BadRows, collate
+from ...data.rows import BadRows, collate, on_device
 from ...data.splits import Splits
 from ...modules.backbones import adapter_of
 from ...modules.budget.start_routers import Fitted, needs_fit, start_routers
@@ -96,9 +96,7 @@ class Meter:
     ) -> None:
         self.task, self.size, self.seed = task, size, seed
         device = model.device
-        self.batches = [
-            {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()} for batch in batches
-        ]
+        self.batches = [on_device(batch, device) for batch in batches]
         self.config: CompressionConfig | None = None
         self._trained: dict[str, Tensor] = {}
         self._fitted: dict[str, dict[str, Tensor]] = {}
@@ -134,7 +132,7 @@ class Meter:
         """
 
         def run(model: PreTrainedModel, batch: dict[str, Any], trace: Trace) -> Any:
-            given = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            given = on_device(batch, model.device)
             trace.sample_ids = given["sample_ids"]
             return self.task.forward(model, given, trace=trace)
 
