@@ -68,6 +68,7 @@ class Part(Protocol):
     def given(self) -> Any: ...
 
 
+@functools.cache
 def files(package: str) -> dict[str, str]:
     """Full module name of every file in a package's folder, by file name.
 
