@@ -75,7 +75,9 @@ def arms_of(source: str, names: Sequence[str], overrides: Sequence[str]) -> tupl
         if (rest or label).split(".")[0] in ("output", "baselines"):
             raise RecipeError(f"override {item!r}: a comparison has its own arms and folders; remove it, or give --output")
         if rest == "seed":
-            raise RecipeError(f"override {item!r}: arms are compared seed by seed; give seed={item.partition('=')[2]} for all arms, or --seeds")
+            raise RecipeError(
+                f"override {item!r}: arms are compared seed by seed; give seed={item.partition('=')[2]} for all arms, or --seeds"
+            )
     main = load(source, _of_first(common, source))
     return main, [_arm(main, label, name, common, own[label]) for label, name in zip(labels, names, strict=True)]
 
