@@ -28,6 +28,18 @@ def exists(path: str) -> bool:
     return _below([Recipe], path.split("."))
 
 
+def default(path: str) -> Any:
+    """Default of a key of a recipe, with dots."""
+    block, *names = path.split(".")
+    places = list(KINDS.values()) if block == "data" else _blocks(Recipe.model_fields[block].annotation)
+    for name in names[:-1]:
+        places = [inner for place in places if name in _fields(place) for inner in _blocks(_fields(place)[name])]
+    place = next(place for place in places if names[-1] in _fields(place))
+    if issubclass(place, BaseModel):
+        return place.model_fields[names[-1]].get_default(call_default_factory=True)
+    return next(field.default for field in dataclasses.fields(place) if field.name == names[-1])
+
+
 def _below(blocks: Sequence[type[Any]], names: Sequence[str]) -> bool:
     types = [kinds[names[0]] for kinds in map(_fields, blocks) if names[0] in kinds]
     if not types or len(names) == 1:

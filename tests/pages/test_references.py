@@ -14,10 +14,10 @@ import yaml
 
 import laconic
 from laconic.modules import registry
-from laconic.modules.config import CompressionConfig
+from laconic.modules.config import CompressionConfig, PartConfig
 from laconic.trainer.recipe.files import shipped
 
-from .keys import BLOCKS, exists
+from .keys import BLOCKS, default, exists
 from .markdown import PAGES, ROOT, Page
 
 README = PAGES[0]
@@ -105,6 +105,29 @@ def test_keys_that_a_page_names_exist(page: Page) -> None:
         key = re.match(r"([a-z_]+\.[a-z_0-9.]+)(?:$|=|: )", span)
         if key and key[1].split(".")[0] in BLOCKS and not key[1].endswith((".py", ".json", ".safetensors")):
             assert exists(key[1]), f"{page.name}: {span}"
+
+
+def test_tables_of_keys_state_their_defaults() -> None:
+    tables = [
+        (page, rows) for page in PAGES for rows in re.findall(r"^\| key \| default \| .*\n\|[-|]*\n((?:\|.*\n)+)", page.prose, re.MULTILINE)
+    ]
+    assert len(tables) > 1
+    for page, first, stated in ((page, *row.split(" | ")[:2]) for page, rows in tables for row in rows.splitlines()):
+        keys: list[str] = []
+        for key in re.findall(r"`([A-Za-z_.]+)`", first):
+            # A key that begins with a dot is of the block of the one before it.
+            keys.append(f"{keys[-1].rpartition('.')[0]}{key}" if key.startswith(".") else key)
+            assert exists(keys[-1]), f"{page.name}: {first}"
+        numbers = [float(number) for number in re.findall(r"(?<!\w)[0-9.]+\b", stated)]
+        if len(numbers) == len(keys) and re.fullmatch(r"[\w ., ()]+", stated):
+            assert numbers == [default(key) for key in keys], f"{page.name}: {first}"
+
+
+def test_weights_of_regularizers_are_those_of_the_code() -> None:
+    ratio = next(page for page in PAGES if page.path.stem == "ratio")
+    stated = dict(re.findall(r"^\| `(\w+)` \| .* \| ([0-9.e-]+) \|$", ratio.prose, re.MULTILINE))
+    made = {name: registry.build("regularizer", PartConfig(name)).weight for name in registry.part_names("regularizer")}
+    assert {name: float(weight) for name, weight in stated.items()} == made
 
 
 @each_page
