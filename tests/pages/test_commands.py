@@ -11,6 +11,7 @@ import typer
 from laconic.trainer.cli.app import app
 from laconic.trainer.compare.arms import arms_of
 from laconic.trainer.recipe.files import load
+from laconic.trainer.recipe.listing import listed
 
 from .keys import exists
 from .markdown import PAGES, Page
@@ -62,6 +63,11 @@ def test_commands_in_the_text_name_verbs_and_options_that_exist(page: Page) -> N
             {option for parameter in VERBS[verb].params for option in (*parameter.opts, *parameter.secondary_opts)} if verb in VERBS else ()
         )
         assert {word for word in rest if word.startswith("--")} <= {*options, "--help"}, f"{page.name}: {span}"
+
+
+def test_the_list_of_recipes_has_whole_sentences() -> None:
+    for lines in listed(controls=True).values():
+        assert [line for line in lines.values() if not line.endswith(".")] == []
 
 
 def test_the_readme_lists_every_verb() -> None:
