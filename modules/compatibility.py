@@ -356,7 +356,7 @@ def check_held(stages: Iterable[Stage], held: bool) -> None:
 
     Args:
         stages: stages of a model.
-        held: a budget's controller or regulariser holds it.
+        held: a budget's controller or regularizer holds it.
     """
     unheld = [stage.config.key for stage in stages if stage.selector.needs_probabilities]
     if unheld and not held:

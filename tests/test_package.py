@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pages.markdown import PAGES
+
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ("modules", "trainer", "data", "recipes")
 
@@ -108,3 +110,15 @@ def test_the_public_names_are_there() -> None:
 def test_the_examples_of_own_loops_run(example: str) -> None:
     main = runpy.run_path(str(ROOT / "docs" / "examples" / f"{example}.py"))["main"]
     assert main(steps=3) == pytest.approx(0.36, abs=0.1)
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 8, "image_size": 16, "patch_size": 2}
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 1])}
+    names = {"model": ViTForImageClassification(ViTConfig(**sizes)), "batch": batch, "step": 0}
+    exec(PAGES[0].blocks("python")[0], names)
+    assert names["trace"].routings.keys() == {"before_3"}  # type: ignore[attr-defined]
+    assert torch.isfinite(names["loss"])  # type: ignore[arg-type]

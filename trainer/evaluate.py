@@ -108,7 +108,7 @@ class _Evaluation:
         for keep in self.options.keeps:
             self.measure(f"keep {keep:g}", self.own(model), Way(keep=keep))
         if can_look_ahead(model):
-            self.measure("look-ahead", self.own(model), Way(lookahead=True))
+            self.measure("lookahead", self.own(model), Way(lookahead=True))
         gated = any(stage.estimator is not None and stage.estimator.in_evaluation for stage in stages_of(model).values())
         # Without a stage that chooses tokens there is nothing to compare with.
         for scorer in self.task.controls if any(not stage.config.left_out for stage in stages_of(model).values()) else ():

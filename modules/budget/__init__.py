@@ -1,1 +1,1 @@
-"""Budget: the target, its measure, the regulariser that holds it, and its schedule over training."""
+"""Budget: the target, its measure, the regularizer that holds it, and its schedule over training."""

@@ -1,4 +1,4 @@
-"""Budget: computes keeps from a target, traces from steps, and the regularisation loss from traces."""
+"""Budget: computes keeps from a target, traces from steps, and the regularization loss from traces."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class BudgetLoss:
     """The loss to add to the task's loss, and values to log.
 
     Attributes:
-        total: scalar with gradient: the weighted regulariser, the controller's term, and the auxiliary losses of estimators and selectors.
-        regularizer: unweighted loss of the regulariser, detached; None without one.
-        weight: weight of the regulariser at this step.
+        total: scalar with gradient: the weighted regularizer, the controller's term, and the auxiliary losses of estimators and selectors.
+        regularizer: unweighted loss of the regularizer, detached; None without one.
+        weight: weight of the regularizer at this step.
         auxiliary: sum of the auxiliary losses, detached; None without any.
         soft_keep: mean keep probability by stage name, detached; the achieved keep is in the Routing.
         gaps: achieved less requested by constraint, detached; empty without a controller.
@@ -48,7 +48,7 @@ class Budget:
     """Computes the keeps of a model's stages, makes the traces of training, and computes the loss that holds the ratio.
 
     Args:
-        config: target, measure, regulariser and schedule.
+        config: target, measure, regularizer and schedule.
         model: the dense model.
         compression: the stages; stages without ``keep`` and ``tokens`` share one keep, which the budget sets.
         total_steps: number of optimizer steps in training, for schedules.
@@ -297,7 +297,7 @@ def _mean_soft(soft: Tensor | None, routable: Tensor) -> Tensor:
 
 
 def build_regularizer(config: BudgetConfig) -> Regularizer | None:
-    """The regulariser of a budget; None if it has none."""
+    """The regularizer of a budget; None if it has none."""
     if config.regularizer is None:
         return None
     built = registry.build("regularizer", PartConfig.of(config.regularizer, "regularizer"))

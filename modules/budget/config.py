@@ -27,8 +27,8 @@ class BudgetConfig:
             target gives to this power, 1 by default. At 2 a stack gives up about twice as much as another one, at 0 nothing.
         regularizer: pulls the soft ratio of trained scorers to the target; None for selectors that hold the count by themselves.
         controller: brings the achieved measure to the requested one, where selectors leave the count to the budget. None takes
-            ``augmented_lagrangian`` there; ``fixed`` is the regulariser alone.
-        ramp_until: fraction of training over which the regulariser's weight grows from 0.
+            ``augmented_lagrangian`` there; ``fixed`` is the regularizer alone.
+        ramp_until: fraction of training over which the regularizer's weight grows from 0.
         schedule: course of the target from ``start`` to ``target``: ``constant``, ``linear``, ``cosine``, ``reciprocal`` (even in the
             compression factor) or ``step`` (all at once). A ``start`` below ``target`` is a reverse curriculum; with ``target`` 1 the rest
             of training is at full length, and leaves an ordinary model.

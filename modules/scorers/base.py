@@ -38,7 +38,7 @@ class Scorer(nn.Module):
     Attributes:
         estimator: name of the default estimator; None for a scorer that is not trained.
         chunk_estimator: name of the default estimator in a stage that makes chunks for a restore by ``dechunk``; None means ``estimator``.
-        probabilities: the sigmoid of a score is a keep probability, which a regulariser can use.
+        probabilities: the sigmoid of a score is a keep probability, which a regularizer can use.
         answers_task: every token answers the task by itself; ``Scored.answers`` is set.
         lookahead: the score of a token depends on later tokens.
         matches: ``Scored.partner`` is set: every token that may be removed, up to half of them, has a partner that is always kept.

@@ -60,7 +60,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Routing:
-    """The result of one stage in one forward. Regularisers, meters, callbacks and pictures read it.
+    """The result of one stage in one forward. Regularizers, meters, callbacks and pictures read it.
 
     Attributes:
         stage: name of the stage, by default its site and layer (``before_3``).

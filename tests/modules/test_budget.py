@@ -1,4 +1,4 @@
-"""Targets, schedules and regularisers (ORACLES 2)."""
+"""Targets, schedules and regularizers."""
 
 from __future__ import annotations
 
@@ -62,21 +62,21 @@ def test_targets_that_cannot_be_met_or_decide_nothing_are_refused() -> None:
 
 
 def test_schedules_pass_through_the_published_points() -> None:
-    # MoR's warm-up (ORACLES 3) is the cosine from 1 to C.
+    # MoR's warm-up is the cosine from 1 to C.
     assert cosine(1, 0.4, 0) == 1
     assert cosine(1, 0.4, 0.5) == pytest.approx((1 + 0.4) / 2)
     assert cosine(1, 0.4, 1) == pytest.approx(0.4)
     assert linear(1, 0.5, 0.25) == 0.875
     assert [progress(step, 0.5, 100) for step in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
     assert [progress(step, 0.6, 100, 0.2) for step in (0, 20, 40, 60, 99)] == [0, 0, 0.5, 1, 1]
-    # DMS (ORACLES 3): the share that is removed while the compression factor goes from 1 to 8.
+    # DMS: the share that is removed while the compression factor goes from 1 to 8.
     removed = [1 - reciprocal(1, 1 / 8, done) for done in (0, 0.25, 0.5, 0.75, 1)]
     assert removed == pytest.approx([0, 0.6363636, 0.7777778, 0.84, 0.875], abs=1e-7)
     assert [SCHEDULES["step"](0.5, 1, done) for done in (0, 0.99, 1)] == [0.5, 0.5, 1]
 
 
 def test_keeps_over_depth_pass_through_the_published_points() -> None:
-    """SpAtten and p-MoD (ORACLES 3)."""
+    """SpAtten and p-MoD."""
     spatten = [1, 1, 1, 0.9111, 0.8222, 0.7333, 0.6444, 0.5556, 0.4667, 0.3778, 0.2889, 0.2]
     assert [linear_keep(0.2, index, 12) for index in range(12)] == pytest.approx(spatten, abs=5e-5)
     p_mod = {0: 1.0, 5: 0.9372, 10: 0.7645, 15: 0.5253, 16: 0.4747, 31: 0.0}
@@ -95,7 +95,7 @@ def test_a_schedule_waits_and_the_rest_of_training_may_be_at_full_length() -> No
         BudgetConfig(schedule="linear", schedule_from=0.5)
 
 
-# random-LTD of a GPT (ORACLES 3): 128 to 2048 tokens in stairs of 16 over 200,000 steps.
+# random-LTD of a GPT: 128 to 2048 tokens in stairs of 16 over 200,000 steps.
 LTD = {"measure": "keep", "schedule": "linear", "start": 128 / 2048, "target": 1.0, "increment": 16 / 2048, "schedule_until": 1.0}
 
 
@@ -173,7 +173,7 @@ def test_noise_is_annealed_to_nothing() -> None:
 
 
 def _loss(budget: Budget, shift: float, step: int = 100) -> tuple[float, float]:
-    """Regulariser and its gradient on the scores' common shift, scores all alike."""
+    """Regularizer and its gradient on the scores' common shift, scores all alike."""
     model = compress(dense("vit"), budget.compression).train()
     for _, stage in ((0, model.vit.layers[1].stages.before), (0, model.vit.layers[2].stages.before)):
         torch.nn.init.zeros_(stage.scorer.score.weight)
@@ -213,7 +213,7 @@ def test_macs_squared_is_0_at_the_target_and_pulls_towards_it() -> None:
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("name", ["ratio_mse", "macs_squared", "h_net"])
-def test_rows_without_a_routable_token_do_not_count_in_a_regulariser(name: str, adaptive: bool) -> None:
+def test_rows_without_a_routable_token_do_not_count_in_a_regularizer(name: str, adaptive: bool) -> None:
     budget = _budget(measure="keep", target=0.5, regularizer=name)
 
     def routing(*present: int) -> Routing:
@@ -243,7 +243,7 @@ def test_a_mean_over_processes_is_that_of_all_their_counted_rows() -> None:
     assert float(mean_over(values, counted & False, None)) == 0
 
 
-def test_the_regulariser_ramps_up() -> None:
+def test_the_regularizer_ramps_up() -> None:
     budget = _budget(target=0.6, regularizer="ratio_mse", ramp_until=0.5)
     model = compress(dense("vit"), budget.compression)
     weights = []

@@ -1,4 +1,4 @@
-"""Tokens around a layer, small enough for paper (ORACLES 2, 4.3, 4.7, 4.8)."""
+"""Tokens around a layer, small enough for paper."""
 
 from __future__ import annotations
 

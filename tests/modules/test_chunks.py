@@ -1,4 +1,4 @@
-"""Chunks of a causal model: their router, their means, and how they are spread again (ORACLES 2, 4.4, 4.5)."""
+"""Chunks of a causal model: their router, their means, and how they are spread again."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_training_holds_the_ratio_and_teaches_the_router(selector: Any, merger: 
         trace = budget.trace(step)
         loss = model(ids, labels=ids, trace=trace, use_cache=False).loss
         if step == 0:
-            # Without the regulariser too.
+            # Without the regularizer too.
             own = torch.autograd.grad(loss, router, retain_graph=True)
             assert all(bool(gradient.any()) for gradient in own)
         (loss + budget.loss(trace, step).total).backward()

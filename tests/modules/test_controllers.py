@@ -1,4 +1,4 @@
-"""Controllers that bring the achieved ratio to the requested one (PRESETS 4), and the regularisers beside them (ORACLES 2)."""
+"""Controllers that bring the achieved ratio to the requested one, and the regularizers beside them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _logit(*probabilities: float) -> torch.Tensor:
         (ZLoss(), 0.8, 0.5, math.log(2.5) ** 2), (ZLoss(), 0.2, 0.5, math.log(2.5) ** 2), (Diversity(), 0.5, 0.5, 1.0), (Binomial(), 0.2, 0.2, 0.119736), (Binomial(), 0.5, 0.2, 0.363348),
     ],
 )  # fmt: skip
-def test_regularisers_have_their_published_values(regularizer: Regularizer, keep: float, requested: float, value: float) -> None:
+def test_regularizers_have_their_published_values(regularizer: Regularizer, keep: float, requested: float, value: float) -> None:
     routing = _routing(_logit(*[keep] * 10).expand(3, 10), requested)
     assert float(regularizer([routing], None, CostModel(dense("vit")))) == pytest.approx(value, abs=1e-6)
 

@@ -1,4 +1,4 @@
-"""Count rules and MACs against published and recomputed figures (ORACLES 1)."""
+"""Count rules and MACs against published and recomputed figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DESIGN's invariants for images, text encoders, causal and vision-language models: every method × every family. What one kind alone has is
+"""The invariants for images, text encoders, causal and vision-language models: every method × every family. What one kind alone has is
 in test_vision.py, test_encoders.py, test_decoders.py and test_vision_language.py."""
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ SPEC = TokenSpec(hidden_size=2, classes=0)
 
 
 class _Angles(ViTLayers):
-    """Layers whose keys are given: those of ORACLES 4.1."""
+    """Layers whose keys are given."""
 
     angles: Tensor
 
@@ -50,7 +50,7 @@ def _at(values: Tensor, state: TokenState, layer: torch.nn.Module, adapter: type
 
 @pytest.mark.parametrize(
     ("removed", "expected", "sizes"),
-    # ORACLES 4.1; ToMe writes the tokens of set A first, here they stay in their order.
+    # ToMe writes the tokens of set A first, here they stay in their order.
     [(1, [0, 1, 2, 3, 4, 5.5], [1, 1, 1, 1, 1, 2]), (3, [0, 1.5, 3.5, 5.5], [1, 2, 2, 2])],
 )
 def test_bipartite_matching_merges_the_pairs_worked_out_on_paper(removed: int, expected: list[float], sizes: list[float]) -> None:
@@ -81,7 +81,7 @@ def test_bipartite_matching_never_takes_away_more_than_half(tokens: int, removed
 
 
 def test_merged_copies_with_proportional_attention_equal_attention_over_all_of_them() -> None:
-    """ORACLES 4.2: duplicates merged, log(size) as a key bias, SDPA on."""
+    """Duplicates merged, log(size) as a key bias, SDPA on."""
     plain = dense("vit").eval()
     distinct = torch.randn(2, 1 + 4, 16)
     doubled = torch.cat([distinct[:, :1], distinct[:, 1:].repeat_interleave(2, 1)], 1)

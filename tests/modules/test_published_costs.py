@@ -1,4 +1,4 @@
-"""ORACLES 1 and PRESETS 2: published costs of published methods, each as a row of parts on a real backbone; no weights are made."""
+"""Published costs of published methods, each as a row of parts on a real backbone; no weights are made."""
 
 from __future__ import annotations
 

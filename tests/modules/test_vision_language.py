@@ -199,7 +199,7 @@ def test_training_decides_by_the_prompt_alone_and_teaches_a_scorer() -> None:
     torch.testing.assert_close(first[0] * asked, second[0] * asked, **CLOSE)
 
 
-# PRESETS' traps: positions and cache are those of the whole row.
+# Positions and cache are those of the whole row.
 
 
 @pytest.mark.parametrize("name", SHRINKING)

@@ -122,10 +122,10 @@ def test_a_routed_run_is_evaluated_as_deployed_and_looking_ahead_and_shown(
     report = train(load("llm_pretrain", overrides), overrides, console)
     run = str(tmp_path / "run")
     variants = evaluate(run, RunFolder.open(run).read_recipe(), console)["variants"]
-    assert set(variants) == {"compressed", "look-ahead", "random", "uniform_grid", "dense"}
+    assert set(variants) == {"compressed", "lookahead", "random", "uniform_grid", "dense"}
     assert variants["compressed"]["perplexity"] == pytest.approx(report.quality["compressed"], rel=1e-4)
     # Top-k of every document; the predictor's threshold meets it on average alone.
-    assert variants["look-ahead"]["keep"]["around_1"] == pytest.approx(report.keep["requested"]["around_1"], abs=0.05)
+    assert variants["lookahead"]["keep"]["around_1"] == pytest.approx(report.keep["requested"]["around_1"], abs=0.05)
     kept = inspect_run(run, RunFolder.open(run).read_recipe(), "if so: pass", tmp_path / "page.html")
     assert set(kept) == {"around_1"}
     assert (tmp_path / "page.html").read_text().count("<span style") == len(

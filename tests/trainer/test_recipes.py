@@ -236,6 +236,7 @@ def test_unknown_recipes_and_circles_are_named(tmp_path: Path) -> None:
         (["model.config.model_type=bert"], r"bert has no image classification head in transformers"),
         (["model.config.hidden_sze=3"], r"hidden_sze"),
         (["data.name=imagefolder", "data.data_dir=none"], r"data.name = 'imagefolder' cannot be opened"),
+        (["model.config=null", "model.name=runs/vit_lora_base"], r"is no run here: laconic train vit_lora_base first"),
     ],
 )
 def test_what_only_the_model_or_the_data_can_tell_is_told_by_validate(overrides: list[str], message: str) -> None:

@@ -24,6 +24,7 @@ from ...modules.checkpoints.training_checkpoint import read_checkpoint
 from ...modules.checkpoints.whole_files import DamagedFile
 from ...modules.config import CompressionConfig, StageConfig
 from ..errors import RecipeError
+from ..recipe.files import shipped
 from ..recipe.schema import ModelRecipe, Recipe
 from ..run_folder import RunFolder, check_files, located
 from .gguf import ordinary_folder
@@ -101,6 +102,10 @@ def start_of(model: ModelRecipe) -> Start | None:
     try:
         config = load_config(weights, model.revision)
     except ValueError as error:
+        if not path.exists() and path.parts[:-1] == ("runs",) and path.name in shipped():
+            raise ValueError(
+                f"model.name = {model.name!r} is no run here: laconic train {path.name} first, or name another start"
+            ) from None
         hint = "" if path.exists() else "; a run can be a start only after it has ended"
         raise ValueError(f"model.name = {model.name!r} cannot be loaded: {str(error).splitlines()[0]}{hint}") from None
     return Start(model.name, config, weights, model.revision, _without_stages(config), run=run)

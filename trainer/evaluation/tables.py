@@ -31,7 +31,7 @@ def _variants(result: Mapping[str, Any]) -> Table:
     table = Table(title=f"{result['target']}: the same weights, {result['split']} split{about}")
     columns = ["run as", metric.replace("_", " "), "keep achieved", "macs_ratio", "forward of a batch"]
     columns += ["position bias"] if any(item["position_bias"] for item in result["variants"].values()) else []
-    columns += ["as dense", "right, hard", "right, easy"] if groups is not None else []
+    columns += ["agreement", "right, hard", "right, easy"] if groups is not None else []
     for column in columns:
         table.add_column(column)
     for name, item in result["variants"].items():

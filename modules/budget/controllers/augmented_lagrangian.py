@@ -17,7 +17,7 @@ class AugmentedLagrangian(Controller):
 
     The same as proportional-integral control: the multiplier moves until the achieved value is the requested one, whatever the task pulls
     towards, and the penalty damps the swings that a multiplier alone would have. The penalty c grows by ``growth`` each time that, over
-    ``every`` steps, the mean gap has not shrunk to ``shrink`` of what it was and is above ``tolerance``. With a regulariser in the budget
+    ``every`` steps, the mean gap has not shrunk to ``shrink`` of what it was and is above ``tolerance``. With a regularizer in the budget
     that one is the penalty, and its weight grows as c does.
 
     Attributes:

@@ -33,7 +33,7 @@ class Controller:
 
     @property
     def holds(self) -> bool:
-        """The controller brings the gap to 0 without a regulariser."""
+        """The controller brings the gap to 0 without a regularizer."""
         return True
 
     def start(self, device: torch.device) -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ class Controller:
         return {"multiplier": torch.zeros((), dtype=torch.float64, device=device)}
 
     def weight(self, state: Mapping[str, Tensor]) -> Tensor | float:
-        """Factor on the weight of the budget's regulariser."""
+        """Factor on the weight of the budget's regularizer."""
         return 1.0
 
     def loss(self, gap: Tensor, state: Mapping[str, Tensor], regularized: bool) -> Tensor:
@@ -50,7 +50,7 @@ class Controller:
         Args:
             gap: scalar, achieved less requested, with gradient.
             state: the state of this constraint.
-            regularized: the budget has a regulariser that holds the ratio, and takes the place of the controller's own penalty.
+            regularized: the budget has a regularizer that holds the ratio, and takes the place of the controller's own penalty.
         """
         raise NotImplementedError
 

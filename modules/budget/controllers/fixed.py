@@ -1,4 +1,4 @@
-"""No control: the regulariser alone, with its fixed weight."""
+"""No control: the regularizer alone, with its fixed weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Controller
 
 @dataclass(frozen=True)
 class Fixed(Controller):
-    """Adds nothing to the regulariser, whose weight is fixed after its ramp.
+    """Adds nothing to the regularizer, whose weight is fixed after its ramp.
 
     A penalty of fixed weight stops where its gradient equals that of the task, so that it misses the target by an amount that depends on
     the task; the other controllers do not.

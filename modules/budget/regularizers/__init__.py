@@ -1,1 +1,1 @@
-"""Regularisers: routings in, a loss out; one class per file, found by the file name."""
+"""Regularizers: routings in, a loss out; one class per file, found by the file name."""

@@ -1,4 +1,4 @@
-"""Regularizer: the base class of all regularisers."""
+"""Regularizer: the base class of all regularizers."""
 
 from __future__ import annotations
 
