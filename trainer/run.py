@@ -54,6 +54,7 @@ from .recipe.files import LoadedRecipe, dump
 from .recipe.schema import Recipe
 from .report_page.page import write_page
 from .run_folder import RunFolder, from_pretrained, load_model
+from .show.optional import optional
 from .task_module import TaskModule
 from .tasks.base import task_named
 from .trackers.loggers import finish_loggers
@@ -170,21 +171,17 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
 
 
 def _write_page(run: RunFolder, console: Console) -> Path | None:
-    """Writes the run's page; everything is saved already, and no page is worth an error."""
-    try:
+    """Writes the run's page; None if that raises an error."""
+    with optional("page was written", console):
         write_page([run.path], run.page)
-    except Exception as error:
-        console.print(f"no page was written: {type(error).__name__}: {error}", soft_wrap=True)
-        return None
-    return run.page
+        return run.page
+    return None
 
 
 def _draw(recipe: Recipe, arms: Mapping[str, RunParts], run: RunFolder, console: Console) -> None:
-    """Draws the run's pictures; the results are saved already, and no picture is worth an error."""
-    try:
+    """Draws the run's pictures, if that raises no error."""
+    with optional("picture was drawn", console):
         task_named(recipe.task).draw(arms, run.path)
-    except Exception as error:
-        console.print(f"no picture was drawn: {type(error).__name__}: {error}", soft_wrap=True)
 
 
 def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -> dict[str, Any]:

@@ -1,0 +1,22 @@
+"""What shows results that are saved already."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from rich.console import Console
+
+
+@contextlib.contextmanager
+def optional(what: str, console: Console) -> Iterator[None]:
+    """Context in which an error is one line: everything is saved already, and no page or picture is worth an error.
+
+    Args:
+        what: what is missing after an error: ``page was written`` for example.
+        console: console for the line.
+    """
+    try:
+        yield
+    except Exception as error:
+        console.print(f"no {what}: {type(error).__name__}: {error}", highlight=False, soft_wrap=True)
