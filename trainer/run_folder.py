@@ -329,7 +329,16 @@ def load_model(folder: str | Path) -> PreTrainedModel:
         model = loading.from_pretrained(place)
     else:
         with settings_errors(f"{place} cannot be loaded", DamagedFile):
-            model = loading.saved_class(place).from_pretrained(place, use_safetensors=True, trust_remote_code=False).eval()
+            loaded: Any = loading.saved_class(place).from_pretrained(
+                place, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+        model, report = loaded
+        if missing := sorted(map(str, report["missing_keys"])):
+            raise DamagedFile(
+                f"{place} lacks {len(missing)} tensors of a {type(model).__name__}, {missing[0]} first, which would be random: train it, or get "
+                "the model again"
+            )
+        model.eval()
     wrong = [name for name, value in model.named_parameters() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
     if wrong:
         raise DamagedFile(f"{place}: {len(wrong)} tensors hold values that are not finite, {wrong[0]} first: train or get the model again")
