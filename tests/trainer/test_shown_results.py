@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from typer.testing import CliRunner
 
+from laconic.trainer import run
 from laconic.trainer.cli.app import app
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.probe.planning import PlanOptions, check_plan
+from laconic.trainer.recipe.files import load
 from laconic.trainer.show.figures import plain, save
 from laconic.trainer.show.optional import optional
 from laconic.trainer.show.target import check_target
+from tests.matrix import METHODS, compressed
 
 
 @pytest.mark.parametrize("name", ["$\\frac$", "a$b$\\frac{c", "_x", "$", "\\$a$"])
@@ -92,3 +96,14 @@ def test_options_without_effect_and_files_that_cannot_be_written_are_refused_fir
     done = CliRunner().invoke(app, [item.format(folder=tmp_path) for item in arguments])
     assert (done.exit_code, message in done.output) == (2, True), done.output
     assert os.listdir(tmp_path) == ["report.json"]
+
+
+def test_a_closing_measurement_that_fails_costs_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "bench_models", fails)
+    trained: Any = SimpleNamespace(parts=SimpleNamespace(model=compressed("vit", METHODS[0], 0.5, 0.6)))
+    console = Console(record=True, width=100, file=(tmp_path / "shown").open("w"))
+    assert run._bench({"arm": trained}, load("vit_digits").recipe, console) is None
+    assert console.export_text() == "no speed was measured: RuntimeError: CUDA out of memory\n"

@@ -1,4 +1,4 @@
-"""What shows results that are saved already."""
+"""What comes after the results, and is not worth losing them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 
 @contextlib.contextmanager
 def optional(what: str, console: Console) -> Iterator[None]:
-    """Context in which an error is one line: everything is saved already, and no page or picture is worth an error.
+    """Context in which an error is one line, and the command goes on.
 
     Args:
         what: what is missing after an error: ``page was written`` for example.
