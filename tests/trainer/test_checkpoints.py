@@ -162,6 +162,15 @@ def test_two_runs_in_one_folder_at_once_are_refused_and_the_owner_is_named(tmp_p
         pass
 
 
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(RecipeError, match=f"{tmp_path}/file/run cannot be a run's folder: Not a directory; take another output folder"),
+        locked(RunFolder(tmp_path / "file" / "run")),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("asked", [3, 4], ids=["in the validation", "in the test"])
 def test_a_signal_in_the_last_validation_or_the_test_stops_the_run_and_nothing_is_lost(
     run: Path, tmp_path: Path, console: Console, asked: int

@@ -146,6 +146,7 @@ WRONG = [
     ("vit_digits", "a b=dense", [], "a label has letters"),
     ("vit_digits", "dense", ["learned:seed=1"], "is for the arm learned, which is not among --arms dense"),
     ("vit_digits", "dense", ["output=here"], "give --output"),
+    ("vit_digits", "dense", ["dense:trainer.bench_rounds=3"], "measure no speed by themselves; remove it"),
     ("vit_digits", "dense,random", ["random:seed=7"], "give seed=7 for all arms, or --seeds"),
     ("vit_digits", "longer=vit_image_folder_dense", [], "its data differs from that of vit_digits.*, or leave the arm out"),
     (

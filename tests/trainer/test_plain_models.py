@@ -21,6 +21,7 @@ from laconic.trainer.errors import RecipeError
 from laconic.trainer.evaluate import Options, evaluate
 from laconic.trainer.probe.probe import Options as ProbeOptions
 from laconic.trainer.probe.probe import Probe
+from laconic.trainer.run_folder import TOKENIZER
 from tests.data.folders import image_folder
 from tests.data.texts import jsonl, small_tokenizer
 
@@ -122,6 +123,17 @@ def test_weights_that_lack_a_tensor_or_are_of_another_task_are_not_measured(tmp_
     save_file(tensors, tmp_path / "a" / "model.safetensors", {"format": "pt"})
     with pytest.raises(DamagedFile, match=r"lacks 1 tensors of a ViTForImageClassification, classifier\.bias first, which would be random"):
         trained_model(target, "image_classification", target)
+
+
+def test_a_tokenizer_beside_the_weights_is_the_one_that_is_read(tmp_path: Path) -> None:
+    folder = str(_folder(tmp_path / "model", False))
+    for given in ("data.tokenizer=other", "data.chat_template=x"):
+        with pytest.raises(
+            RecipeError, match=rf"{given.partition('=')[0]} has no effect on a trained model with a tokenizer .* in {folder}"
+        ):
+            recipe_of(folder, ["data.name=json", "data.data_files=x", given])
+    (tmp_path / "model" / TOKENIZER).unlink()
+    assert recipe_of(folder, ["data.name=json", "data.data_files=x", "data.tokenizer=other"])[0].data.tokenizer == "other"  # type: ignore[attr-defined]
 
 
 def test_what_is_no_model_of_a_task_is_refused(tmp_path: Path) -> None:
