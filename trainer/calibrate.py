@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.rows import on_device
+from ..data.rows import BadRows, on_device
 from ..modules.budget.start_routers import start_routers
 from ..modules.checkpoints.adapter_folder import is_adapter, read_adapter, write_adapter
 from ..modules.checkpoints.adapter_saving import stage_state
@@ -23,12 +23,12 @@ from ..modules.checkpoints.whole_files import HASHES, whole_folder, write_hashes
 from ..modules.stage import stages_of
 from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.trace import Trace
-from .build.build import cost_model, open_data
-from .build.heads import trained_classes
+from .build.build import cost_model
+from .build.trained_model import opened_data, trained_model
 from .errors import RecipeError
 from .probe.meter import batches_of
 from .recipe.schema import Recipe
-from .run_folder import EXPORTED, RunFolder, load_model
+from .run_folder import EXPORTED, RunFolder
 from .tasks.base import task_named
 
 
@@ -46,22 +46,25 @@ def calibrate(target: str, recipe: Recipe, weights: str, rows: int, console: Con
         ``requested`` and ``achieved`` keep by stage, on these rows.
 
     Raises:
-        RecipeError: the folder cannot be written, or no stage has a threshold.
+        RecipeError: the folder cannot be written, no stage has a threshold, or the data cannot be opened.
     """
     folder = Path(weights)
     if not folder.is_dir() or (RunFolder.of(target).path / EXPORTED).is_file():
         raise RecipeError(
             f"{target}: thresholds are written beside the weights of a run or a local folder: calibrate it, and export it again"
         )
-    model, task = load_model(folder).eval(), task_named(recipe.task)
+    model, task = trained_model(folder, recipe.task, target), task_named(recipe.task)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     chosen = [stage for stage in stages_of(model).values() if stage.adapter.causal and stage.selector.calibrates and not stage.whole]
     if not chosen:
         raise RecipeError(f"{target} has no causal stage whose threshold follows its scores: there is nothing to calibrate")
     for stage in chosen:
         stage.selector.reset()
-    data = open_data(task.of_run(recipe, RunFolder.of(target)), model.config, None, trained_classes(model.config, target))
-    batches = [on_device(batch, model.device) for batch in batches_of(data, rows, recipe.data.batch_size)]
+    try:
+        data = opened_data(task.of_run(recipe, RunFolder.of(target)), model.config, model, target)
+        batches = [on_device(batch, model.device) for batch in batches_of(data, rows, recipe.data.batch_size)]
+    except BadRows as error:
+        raise RecipeError(str(error)) from None
 
     def run(model: PreTrainedModel, batch: dict[str, Any], trace: Trace) -> Any:
         trace.sample_ids = batch["sample_ids"]

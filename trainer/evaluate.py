@@ -12,15 +12,15 @@ import torch
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..data.rows import BadRows
 from ..data.splits import Splits
 from ..modules.backbones import adapter_of
 from ..modules.compress import decompress
 from ..modules.decoding.generation import can_look_ahead
 from ..modules.rules.keeps import check_movable
 from ..modules.stage import stages_of
-from .build.build import cost_model, model_config, open_data
-from .build.heads import trained_classes
+from .build.build import cost_model, model_config
+from .build.heads import named_classes
+from .build.trained_model import opened_data, trained_model
 from .errors import RecipeError
 from .evaluation.controls import with_scorer
 from .evaluation.measured import Evaluated, Way, measured
@@ -29,7 +29,7 @@ from .evaluation.smaller import Smaller, Source, arm_of, smaller
 from .measure.forward_times import Forward, throughput
 from .metrics.predictions import Agreement, Groups
 from .recipe.schema import Recipe
-from .run_folder import RunFolder, load_model
+from .run_folder import RunFolder
 from .tasks.base import Task, task_named
 
 
@@ -57,7 +57,7 @@ class _Evaluation:
 
     def __init__(self, target: str, recipe: Recipe, console: Console, weights: str | None, options: Options) -> None:
         self.target, self.console, self.options = target, console, options
-        run, model = RunFolder.of(target), load_model(weights or RunFolder.open(target).trained())
+        run, model = RunFolder.of(target), trained_model(weights or RunFolder.open(target).trained(), recipe.task, target)
         _check(model, options)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: PreTrainedModel = model.to(self.device).eval()  # type: ignore[arg-type]
@@ -77,15 +77,12 @@ class _Evaluation:
         )
         self.found: dict[str, Evaluated] = {}
         self.said = dict.fromkeys(self.data.remarks)
+        if self.data.classes and not named_classes(config):
+            self.said[f"the model's classes have no names: they are taken for {', '.join(self.data.classes)}, in this order"] = None
 
     def open_data(self, recipe: Recipe, config: PretrainedConfig) -> Splits:
         """The data of a recipe, with their labels mapped by name onto the model's classes. Raises RecipeError if they do not fit."""
-        try:
-            return open_data(recipe, config, None, trained_classes(self.model.config, self.target))
-        except BadRows:
-            raise
-        except ValueError as error:
-            raise RecipeError(str(error)) from None
+        return opened_data(recipe, config, self.model, self.target)
 
     def measure(self, name: str, forward: Forward, way: Way | None = None) -> Evaluated:
         """Runs a variant over the test split."""
@@ -244,7 +241,7 @@ def inspect_run(target: str, recipe: Recipe, given: str | None, to: Path) -> Map
         ValueError: the model is dense, or the task cannot show the input.
     """
     run = RunFolder.open(target)
-    task, model = task_named(recipe.task), load_model(run.trained())
+    task, model = task_named(recipe.task), trained_model(run.trained(), recipe.task, target)
     if not stages_of(model):
         raise ValueError(f"{target} is a dense model: every layer processes every token, so there is nothing to inspect")
     return task.inspect(target, task.of_run(recipe, run), model, given, to)

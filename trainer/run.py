@@ -54,6 +54,7 @@ from .recipe.files import LoadedRecipe, dump
 from .recipe.schema import Recipe
 from .report_page.page import write_page
 from .run_folder import RunFolder, from_pretrained, load_model
+from .show.optional import optional
 from .task_module import TaskModule
 from .tasks.base import task_named
 from .trackers.loggers import finish_loggers
@@ -170,21 +171,17 @@ def _train(loaded: LoadedRecipe, overrides: Sequence[str], console: Console, res
 
 
 def _write_page(run: RunFolder, console: Console) -> Path | None:
-    """Writes the run's page; everything is saved already, and no page is worth an error."""
-    try:
+    """Writes the run's page; None if that raises an error."""
+    with optional("page was written", console):
         write_page([run.path], run.page)
-    except Exception as error:
-        console.print(f"no page was written: {type(error).__name__}: {error}", soft_wrap=True)
-        return None
-    return run.page
+        return run.page
+    return None
 
 
 def _draw(recipe: Recipe, arms: Mapping[str, RunParts], run: RunFolder, console: Console) -> None:
-    """Draws the run's pictures; the results are saved already, and no picture is worth an error."""
-    try:
+    """Draws the run's pictures, if that raises no error."""
+    with optional("picture was drawn", console):
         task_named(recipe.task).draw(arms, run.path)
-    except Exception as error:
-        console.print(f"no picture was drawn: {type(error).__name__}: {error}", soft_wrap=True)
 
 
 def rehearse(loaded: LoadedRecipe, overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -315,7 +312,7 @@ def _checkpoint(run: RunFolder, recipe: Recipe, resume: str | None, console: Con
 def _fitted(run: RunFolder, parts: RunParts, resumed: bool) -> Fitted:
     """How well fitted parts predict, of a run that goes on as it was when they were fitted."""
     if resumed:
-        return Fitted(**run.read_fitted())
+        return run.read_fitted()
     fitted = started(parts)
     if fitted and collective.rank() == 0:
         write_json(run.fitted, fitted.to_dict())
@@ -395,4 +392,7 @@ def _bench(arms: Mapping[str, Trained], recipe: Recipe, console: Console) -> Ben
     if recipe.trainer.strategy == "deepspeed_3":
         console.print("speed is not measured: it needs the whole model in one process, which deepspeed_3 may not fit; use laconic bench")
         return None
-    return bench_models({name: trained.parts for name, trained in compressed.items()}, recipe, console, recipe.trainer.bench_seconds)
+    # The arms are trained: a measurement without enough memory, for example, does not cost their report.
+    with optional("speed was measured", console):
+        return bench_models({name: trained.parts for name, trained in compressed.items()}, recipe, console, recipe.trainer.bench_seconds)
+    return None

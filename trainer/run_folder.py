@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
+from ..modules.budget.start_routers import Fitted
 from ..modules.checkpoints import loading
 from ..modules.checkpoints.adapter_folder import is_adapter
 from ..modules.checkpoints.base_weights import Base, check_weights
@@ -215,7 +217,8 @@ class RunFolder:
         folders = (self.checkpoints, self.tensorboard, self.csv, *(self.path / name for name in (MODEL, ADAPTER, DATA)))
         for path in (*folders, *([self.path / ARMS] if arms else [])):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.recipe, self.log, self.page, self.trackers, self.kept_tokens, self.answers, self.step_time):
+        of_results = (self.page, self.kept_tokens, self.answers)
+        for path in (self.recipe, self.log, self.trackers, self.step_time, self.fitted, *of_results):
             path.unlink(missing_ok=True)
 
     def remove_partial(self) -> None:
@@ -234,9 +237,27 @@ class RunFolder:
         """Content of the report; None if there is none."""
         return _content(self.report)
 
-    def read_fitted(self) -> dict[str, Any]:
-        """Content of ``fitted``; empty if there is none."""
-        return _content(self.fitted) or {}
+    def read_fitted(self) -> Fitted:
+        """Content of ``fitted``; empty if there is none. Raises DamagedFile."""
+        return _checked(self.fitted, Fitted) or Fitted()
+
+    def read_trackers(self) -> dict[str, str | list[str]]:
+        """Content of ``trackers``; empty if there is none. Raises DamagedFile."""
+        return _checked(self.trackers, dict[str, str | list[str]]) or {}
+
+    def read_tower(self) -> dict[str, Any] | None:
+        """Content of ``tower``; None if there is none. Raises DamagedFile."""
+        return _content(self.tower)
+
+
+def _checked(path: Path, kind: Any) -> Any:
+    """The content of a JSON file as a type; None if there is no file. Raises DamagedFile if it holds something else."""
+    content = _content(path)
+    try:
+        return None if content is None else TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DamagedFile(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}; delete it, or train again") from None
 
 
 def _content(path: Path) -> dict[str, Any] | None:
@@ -329,7 +350,16 @@ def load_model(folder: str | Path) -> PreTrainedModel:
         model = loading.from_pretrained(place)
     else:
         with settings_errors(f"{place} cannot be loaded", DamagedFile):
-            model = loading.saved_class(place).from_pretrained(place, use_safetensors=True, trust_remote_code=False).eval()
+            loaded: Any = loading.saved_class(place).from_pretrained(
+                place, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+        model, report = loaded
+        if missing := sorted(map(str, report["missing_keys"])):
+            raise DamagedFile(
+                f"{place} lacks {len(missing)} tensors of a {type(model).__name__}, {missing[0]} first, which would be random: train it, or get "
+                "the model again"
+            )
+        model.eval()
     wrong = [name for name, value in model.named_parameters() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
     if wrong:
         raise DamagedFile(f"{place}: {len(wrong)} tensors hold values that are not finite, {wrong[0]} first: train or get the model again")

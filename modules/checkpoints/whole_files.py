@@ -108,7 +108,7 @@ def check_hashes(folder: Path) -> None:
         return
     try:
         recorded = json.loads((folder / HASHES).read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{folder / HASHES} is damaged: {error}") from None
     compare(folder, recorded, HASHES)
 
@@ -124,6 +124,8 @@ def compare(folder: Path, recorded: Mapping[str, Any], record: str) -> None:
     Raises:
         DamagedFile: a file is missing or differs; the message names the first one.
     """
+    if not isinstance(recorded, Mapping):
+        raise DamagedFile(f"{folder / record} is damaged: it holds {type(recorded).__name__} in place of files: get the folder again")
     cure = f"get the folder again, or write it again; if you changed the file yourself, delete its entry in {folder / record}"
     for name, about in recorded.items():
         path = folder / name

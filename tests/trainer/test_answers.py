@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from laconic.data.chats.splits import ChatColumns, ChatData, ChatRows
+from laconic.modules.checkpoints.whole_files import DamagedFile
 from laconic.trainer.cli.app import app
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.losses.answer_loss import AnswerLoss
@@ -86,6 +87,32 @@ def test_other_questions_and_runs_without_answers_are_refused(tmp_path: Path) ->
     (tmp_path / "none").mkdir()
     with pytest.raises(RecipeError, match=r"has no answers\.jsonl"):
         read_answers(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"line 1: Invalid JSON"),
+        ("{}\n", r"line 1: row: Field required"),
+        ("[1]\n", r"line 1: Input should be an object"),
+        ('{"row": 0, "turn": 0, "kind": "", "right": tr', r"line 1: Invalid JSON"),
+        ("GOOD" + '{"row": "x", "turn": 0, "kind": "", "right": true, "tokens": [1], "question": "", "reference": ""}\n', r"line 5: row: "),
+    ],
+)
+def test_damaged_answers_are_named_with_their_line(content: str, message: str, tmp_path: Path) -> None:
+    path = RunFolder(Path(_run(tmp_path / "run", "1111"))).answers
+    path.write_text(content.replace("GOOD", path.read_text()))
+    with pytest.raises(DamagedFile, match=rf"answers\.jsonl is damaged in {message}.*train again"):
+        read_answers(tmp_path / "run")
+
+
+def test_a_share_of_no_answers_is_none(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", "1111")
+    # The smaller model has all of them right: no question is hard.
+    result = CliRunner().invoke(app, ["answers", run, run, "--downsampled", run])
+    assert result.exit_code == 0, result.output
+    assert "–  1.000" in result.stdout
+    assert compare(run, [], run)[run].hard is None
 
 
 def test_the_command_prints_a_table(tmp_path: Path) -> None:

@@ -56,6 +56,19 @@ def test_there_must_be_a_threshold(tmp_path: Path) -> None:
         calibrate(str(folder), recipe, weights, 1, Console(quiet=True))
 
 
+def test_data_that_cannot_be_opened_are_one_message(tmp_path: Path) -> None:
+    folder = str(_saved(tmp_path, "threshold"))
+    (tmp_path / "cut.jsonl").write_text('{"text": "a"}\n{"text": ')
+    for given, message in (
+        (["data.data_files=/nowhere.jsonl"], "cannot be opened from /nowhere.jsonl"),
+        ([f"data.data_files={tmp_path / 'cut.jsonl'}"], "line 2: not a JSON value"),
+        ([f"data.data_files={tmp_path / 'rows.jsonl'}", "data.text_column=none"], "data.text_column = 'none' is missing from the data"),
+    ):
+        recipe, weights = recipe_of(folder, ["data.name=json", *given])
+        with pytest.raises(RecipeError, match=message):
+            calibrate(folder, recipe, weights, 1, Console(quiet=True))
+
+
 def test_the_stages_of_an_adapter_are_replaced_and_its_manifest_knows(tmp_path: Path) -> None:
     folder, _ = adapter_folder(tmp_path / "adapter", base_folder(tmp_path / "base"))
     (folder / "note.txt").write_text("beside")

@@ -19,7 +19,7 @@ from laconic.modules.checkpoints.whole_files import DamagedFile, write_hashes
 from laconic.trainer.callbacks import checkpoints
 from laconic.trainer.callbacks.guards import NotANumber
 from laconic.trainer.distributed.lock import locked
-from laconic.trainer.distributed.resume import find_checkpoint
+from laconic.trainer.distributed.resume import check_same_run, find_checkpoint
 from laconic.trainer.distributed.signals import Stopped
 from laconic.trainer.errors import NotSaved, RecipeError
 from laconic.trainer.evaluate import evaluate
@@ -162,6 +162,15 @@ def test_two_runs_in_one_folder_at_once_are_refused_and_the_owner_is_named(tmp_p
         pass
 
 
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(RecipeError, match=f"{tmp_path}/file/run cannot be a run's folder: Not a directory; take another output folder"),
+        locked(RunFolder(tmp_path / "file" / "run")),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("asked", [3, 4], ids=["in the validation", "in the test"])
 def test_a_signal_in_the_last_validation_or_the_test_stops_the_run_and_nothing_is_lost(
     run: Path, tmp_path: Path, console: Console, asked: int
@@ -247,3 +256,11 @@ def test_a_picture_that_fails_costs_no_result(tmp_path: Path, console: Console, 
     monkeypatch.setattr(ImageClassification, "draw", classmethod(fails))
     overrides = [*ALONE, f"output={tmp_path / 'run'}"]
     assert train(load("vit_digits", overrides), overrides, console) is not None
+
+
+@pytest.mark.parametrize("content", ["- 1", "seed: 0", "trainer: 3", "seed: [1"])
+def test_a_damaged_recipe_of_the_run_to_resume_is_named(content: str, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.recipe.write_text(content)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml is (damaged; restore it, or start again with --overwrite|not YAML)"):
+        check_same_run(run, load("vit_digits").recipe)

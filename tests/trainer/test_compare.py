@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from laconic.modules.checkpoints.whole_files import DamagedFile
 from laconic.trainer.build.build import model_config
 from laconic.trainer.build.validate import validate
 from laconic.trainer.cli.app import app
@@ -145,6 +146,7 @@ WRONG = [
     ("vit_digits", "a b=dense", [], "a label has letters"),
     ("vit_digits", "dense", ["learned:seed=1"], "is for the arm learned, which is not among --arms dense"),
     ("vit_digits", "dense", ["output=here"], "give --output"),
+    ("vit_digits", "dense", ["dense:trainer.bench_rounds=3"], "measure no speed by themselves; remove it"),
     ("vit_digits", "dense,random", ["random:seed=7"], "give seed=7 for all arms, or --seeds"),
     ("vit_digits", "longer=vit_image_folder_dense", [], "its data differs from that of vit_digits.*, or leave the arm out"),
     (
@@ -213,6 +215,16 @@ def _write(job: Job, report: dict[str, Any]) -> None:
     job.run.report.write_text(json.dumps(report))
 
 
+def test_a_damaged_report_of_a_run_is_named_with_the_cure(tmp_path: Path) -> None:
+    job = _job(tmp_path, "dense", 0, "")
+    for damaged in ({}, {**_report(1.0, 1, None), "macs_ratio": None}, {**_report(1.0, 1, None), "keep": []}):
+        _write(job, damaged)
+        with pytest.raises(
+            DamagedFile, match=r"dense-0/report\.json is damaged, or of another version .*: delete .* and repeat the command"
+        ):
+            results_of("digits", [Arm("dense", "dense", "", ())], [job], {"dense": 1.0}, "dense", "steps")
+
+
 def test_the_table_the_data_and_the_plot_say_mean_spread_and_paired_difference(tmp_path: Path) -> None:
     arms = [Arm(name, name.partition("@")[0], "", ()) for name in ("dense", "learned", "learned@0.5", "small")]
     jobs = []
@@ -234,7 +246,7 @@ def test_the_table_the_data_and_the_plot_say_mean_spread_and_paired_difference(t
     # Its model is dense, of a smaller input.
     assert found.arms["small"].macs.mean == 0.25
     assert json.loads(json.dumps(found.to_dict()))["arms"]["learned"]["values"] == [0.88, 0.79, 0.67]
-    assert found.csv().splitlines()[:2] == ["arm,seed,accuracy,macs_ratio,train_seconds,steps", "dense,0,0.9,1.0,50,10"]
+    assert found.csv().splitlines()[:2] == ["arm,seed,accuracy,macs_ratio,train_seconds,steps", "dense,0,0.9,1.0,50.0,10"]
     console = Console(width=160, record=True)
     console.print(found.table())
     assert "equal steps" in found.title

@@ -121,6 +121,8 @@ def test_wrong_names_and_settings_are_refused_with_what_there_is() -> None:
             ["compression.method=pyramid_drop"],
             r"compression.method = 'pyramid_drop' is no method: the methods are .*did you mean pyramiddrop",
         ),
+        (["compression.method=[a]"], r"compression.method = \['a'\] is no method"),
+        (["compression.method={}"], r"compression.method = \{\} is no method"),
         (["compression.method=fastv", "compression.ratio=0.5"], "compression.ratio is no setting of a method: there are layer, keep"),
         (["compression.method=fastv", "compression.stages=[]"], "has stages of its own: remove compression.stages"),
         (["compression.method=fastv", "compression.keep=2"], "keep = 2"),

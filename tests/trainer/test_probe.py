@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Vi
 
 import laconic
 from laconic import CompressionConfig, StageConfig, Trace, compress
+from laconic.data.rows import BadRows
 from laconic.trainer.build.plain_recipe import recipe_of
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.probe.attention_rank import attention_ranks, rank_share
@@ -96,6 +97,13 @@ def test_a_probe_measures_the_model_without_each_part_and_goes_on_where_it_stopp
     monkeypatch.undo()
     with pytest.raises(RecipeError, match="was measured with rows = 6, and now it is 5"):
         _probe(folder, tmp_path / "p.json", rows=5)
+
+
+def test_a_loss_of_nothing_is_not_measured(folder: Path, tmp_path: Path) -> None:
+    probe = _probe(folder, tmp_path / "p.json")
+    batch = {**probe.meter.batches[0], "terms": torch.tensor(0)}
+    with pytest.raises(BadRows, match="have nothing to predict: their loss would be 0"):
+        Meter(probe.meter.model, probe.meter.task, [batch], 32)
 
 
 def test_a_rank_is_that_below_the_diagonal() -> None:

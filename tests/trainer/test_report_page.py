@@ -215,3 +215,11 @@ def test_a_browser_shows_the_page_without_complaint_at_the_width_of_a_phone_and_
             assert tab.value("[...document.querySelectorAll('.scroll')].some(box => box.scrollWidth > box.clientWidth)")
             assert tab.value("[...document.images].every(image => image.naturalWidth > 0)")
     assert tab.complaints == []
+
+
+def test_lines_of_a_csv_file_that_a_kill_has_cut_are_left_out(tmp_path: Path) -> None:
+    for version in ("version_0", "version_x"):
+        (tmp_path / "csv" / version).mkdir(parents=True)
+        (tmp_path / "csv" / version / "metrics.csv").write_bytes(b"train/loss,step\n3.0,1\n2.0,2\n1.0\nx,3\n1.0,y\n4,5,6\n\0\xff")
+    curve = curves_of(RunFolder(tmp_path))["train/loss"]
+    assert (curve.steps, curve.values) == ([1, 2, 5], [3.0, 2.0, 4.0])

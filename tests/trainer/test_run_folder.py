@@ -10,13 +10,15 @@ from transformers import PreTrainedModel
 
 from laconic import from_pretrained
 from laconic.modules.checkpoints import loading
+from laconic.modules.checkpoints.whole_files import DamagedFile
 from laconic.trainer.build.initial_weights import start_of
+from laconic.trainer.build.tower import with_own_tower
 from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.measure.tables import cost_of_model
 from laconic.trainer.recipe.files import dump, load
 from laconic.trainer.recipe.schema import ModelRecipe
-from laconic.trainer.run_folder import TOKENIZER, RunFolder, load_model, located
+from laconic.trainer.run_folder import TOKENIZER, RunFolder, check_files, load_model, located
 from tests.matrix import METHODS, compressed, images
 from tests.modules.adapted import adapter_folder, base_folder
 
@@ -109,3 +111,30 @@ def test_what_is_no_folder_here_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "4.ckpt").write_bytes(b"")
     assert located("google/vit-base-patch16-224") == "google/vit-base-patch16-224"
     assert located(tmp_path / "4.ckpt") == str(tmp_path / "4.ckpt")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"scorers": 3}', '{"scorers": {"around_1": "x"}}'])
+def test_damaged_records_of_a_run_are_named(content: str, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.fitted.write_text(content)
+    with pytest.raises(DamagedFile, match=r"fitted\.json is damaged: .*; delete it, or train again"):
+        run.read_fitted()
+    run.tower.parent.mkdir()
+    run.tower.write_text("[1]")
+    tower = ModelRecipe(config={"model_type": "llava"}, tower_of="gone")
+    with pytest.raises(DamagedFile, match=r"tower\.json is damaged"):
+        with_own_tower(tower, run)
+    (tmp_path / "hashes.json").write_text("[1]")
+    with pytest.raises(DamagedFile, match=r"hashes\.json is damaged: it holds list"):
+        check_files(tmp_path)
+
+
+def test_nothing_of_an_earlier_run_is_left(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for path in (run.recipe, run.report, run.page, run.log, run.trackers, run.kept_tokens, run.answers, run.step_time, run.fitted):
+        path.write_text("{}")
+    for folder in (run.checkpoints, run.tensorboard, run.csv, run.data, tmp_path / "model", tmp_path / "adapter", run.arm("dense").path):
+        folder.mkdir(parents=True)
+    (tmp_path / "mine.txt").write_text("kept")
+    run.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

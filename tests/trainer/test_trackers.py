@@ -17,11 +17,13 @@ from lightning.pytorch.loggers import wandb as lightning_wandb
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
+from laconic.modules.checkpoints.whole_files import DamagedFile
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.recipe.files import load
 from laconic.trainer.report_page.curves import curves_of
 from laconic.trainer.run import train_arm
 from laconic.trainer.run_folder import RunFolder
+from laconic.trainer.trackers import loggers as loggers_module
 from laconic.trainer.trackers.loggers import TRACKERS, check_loggers, finish_loggers, start_loggers
 
 Told = list[tuple[Any, ...]]
@@ -141,6 +143,28 @@ def test_other_ranks_than_the_first_tell_trackers_nothing(
     _session(load("vit_digits", [*quick, f"trainer.loggers=[{name}]"]).recipe, run, 1.0)
     assert told == []
     assert not run.trackers.exists()
+
+
+def test_a_tracker_that_fails_in_training_is_a_warning_and_one_that_cannot_start_is_refused(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("no server")
+
+    recipe, run = load("vit_digits", [*quick, "trainer.loggers=[trackio]"]).recipe, RunFolder(tmp_path / "run")
+    started = SimpleNamespace(log=fails)
+    _module(monkeypatch, "trackio", init=lambda **settings: started, finish=fails)
+    loggers = start_loggers(recipe, run)
+    with pytest.warns(UserWarning, match="trackio of trainer.loggers failed, and training goes on: ConnectionError: no server"):
+        loggers[0].log_metrics({"a": 1.0}, 5)
+    with pytest.warns(UserWarning, match="trackio of trainer.loggers failed"):
+        finish_loggers(loggers)
+    run.trackers.write_text('{"id": 3}')
+    with pytest.raises(DamagedFile, match=r"trackers\.json is damaged: id\..*; delete it, or train again"):
+        start_loggers(recipe, run)
+    monkeypatch.setitem(loggers_module._MADE, "trackio", fails)
+    with pytest.raises(RecipeError, match="trainer.loggers has trackio, which cannot start a run: ConnectionError: no server; set it up"):
+        start_loggers(recipe, RunFolder(tmp_path / "other"))
 
 
 def test_a_run_writes_scalars_to_every_logger_and_pictures_to_tensorboard(tmp_path: Path, quick: list[str], console: Console) -> None:

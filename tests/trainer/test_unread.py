@@ -24,6 +24,7 @@ VALUES = {
     "optimizer.router_lr": "1", "optimizer.router_weight_decay": "1", "trainer.pictures": "3", "trainer.start_rows": "3", "optimizer.lora_lr": "1",
     "optimizer.lora_weight_decay": "1", "optimizer.final": "0.5", "budget.ramp_until": "0.5", "budget.start": "0.5",
     "budget.schedule_from": "0.1", "budget.schedule_until": "0.5", "budget.noise_until": "0.5", "data.lengths": "[300]", "data.questions": "3",
+    "trainer.bench_seconds": "9",
 }  # fmt: skip
 FILES = ["data.name=parquet", "data.data_files=x.parquet"]
 TAUGHT = ["model.config=null", "model.name=runs/x", "distillation={teacher: runs/y, weight: 0.5}"]
@@ -55,6 +56,7 @@ CASES = [
     [("vit_digits", ["trainer.loggers=[csv]"])],
     [("llm_pretrain", []), ("text_classify", [])],
     [("vlm_digits", [])],
+    [("vit_digits", ["trainer.bench_rounds=0"])],
     [("vit_digits", [])],
     [("vit_digits", []), ("vit_digits", ["budget.schedule=constant"])],
     [("vit_digits", [])],
@@ -72,7 +74,7 @@ READ = [
     ("vlm_digits", ["distillation={teacher: self}"], ["data.kinds", "distillation.keep", "distillation.milder", "distillation.reverse"]),
     ("vit_digits", ["model.config.image_size=64"], ["data.canvas.size", "data.train_samples", "data.eval_samples", "data.label_smoothing",
                                                     "optimizer.router_lr", "optimizer.router_weight_decay", "trainer.pictures", "trainer.start_rows",
-                                                    "optimizer.final"]),
+                                                    "optimizer.final", "trainer.bench_seconds"]),
     ("vit_digits", ["data.mixing={mixup: 1, cutmix: 1}"], ["data.mixing.switch"]),
     ("vit_digits", TAUGHT, ["model.revision", "distillation.revision", "distillation.temperature", "distillation.teacher"]),
     ("vit_lora", [], ["optimizer.lora_lr", "optimizer.lora_weight_decay"]),

@@ -12,12 +12,18 @@ from ...modules.layer import CLASS_PREFIX
 from ..errors import RecipeError
 from ..recipe.files import apply_override, check
 from ..recipe.schema import ModelRecipe, Recipe
-from ..run_folder import RunFolder
+from ..run_folder import PROCESSOR_OF_CHATS, TOKENIZER, RunFolder
 from ..tasks.base import names, task_named
 from .initial_weights import start_of
 
 # Overrides that a trained model can have; of a model without a recipe also the task.
 _READ = ("data", "seed")
+# Keys whose values a trained model has in files beside its weights.
+_BESIDE = {
+    "data.tokenizer": (TOKENIZER,),
+    "data.processor": (PROCESSOR_OF_CHATS,),
+    "data.chat_template": (TOKENIZER, PROCESSOR_OF_CHATS),
+}
 
 
 def recipe_of(target: str, overrides: Sequence[str]) -> tuple[Recipe, str]:
@@ -37,6 +43,7 @@ def recipe_of(target: str, overrides: Sequence[str]) -> tuple[Recipe, str]:
     check_overrides(overrides, recorded)
     if recorded:
         run = RunFolder.open(target)
+        check_beside(overrides, run)
         return run.read_recipe(overrides), str(run.trained())
     packed = target.endswith(".gguf")
     if not packed and not Path(target).is_dir() and target.count("/") != 1:
@@ -51,6 +58,8 @@ def recipe_of(target: str, overrides: Sequence[str]) -> tuple[Recipe, str]:
     assert start is not None
     if start.weights is None or start.adapter is not None:
         raise RecipeError(f"{target} is a part of a run whose recipe is gone: name the run folder, or a folder of weights")
+    if start.run is not None:
+        check_beside(overrides, start.run)
     compression = None if start.compression is None else start.compression.to_dict()
     # A task that is given need not be found.
     task = None if any(override.startswith("task=") for override in overrides) else _task_of(start.config, target)
@@ -73,6 +82,20 @@ def check_overrides(overrides: Sequence[str], recorded: bool = True) -> None:
         path = override.partition("=")[0]
         if path.split(".")[0] not in allowed:
             raise RecipeError(f"{path} has no effect on a trained model: override data.* or seed here, and other keys in laconic train")
+
+
+def check_beside(overrides: Sequence[str], run: RunFolder) -> None:
+    """Raises RecipeError for an override of what lies beside the weights, from where it is taken.
+
+    Args:
+        overrides: ``key.path=value``.
+        run: folder of the weights.
+    """
+    given = {override.partition("=")[0] for override in overrides}
+    for key, files in _BESIDE.items():
+        found = next((folder for file in files if (folder := run.with_file(file)) is not None), None)
+        if key in given and found is not None:
+            raise RecipeError(f"{key} has no effect on a trained model with a tokenizer or processor of its own, in {found}: remove it")
 
 
 def _task_of(config: PretrainedConfig, target: str) -> str:

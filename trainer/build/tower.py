@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -55,11 +54,14 @@ def with_own_tower(model: ModelRecipe, run: RunFolder | None) -> ModelRecipe:
     Args:
         model: the recipe's block.
         run: the run that goes on; None for a new one.
+
+    Raises:
+        DamagedFile: what the run recorded is damaged.
     """
-    if model.tower_of is None or run is None or not run.tower.is_file():
+    recorded = None if model.tower_of is None or run is None else run.read_tower()
+    if recorded is None:
         return model
     assert model.config is not None
-    recorded = json.loads(run.tower.read_text("utf-8"))
     return model.model_copy(update={"tower_of": None, "config": {**model.config, "vision_config": recorded}})
 
 

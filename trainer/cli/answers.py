@@ -30,7 +30,7 @@ def answers(
     for column in ("run", *kinds, "difference", "agreement", *(("hard", "easy") if downsampled else ())):
         table.add_column(column, justify="left" if column == "run" else "right")
     for folder, paired in found.items():
-        apart = () if paired.hard is None or paired.easy is None else (f"{paired.hard:.3f}", f"{paired.easy:.3f}")
+        apart = ["–" if share is None else f"{share:.3f}" for share in (paired.hard, paired.easy)] if downsampled else []
         shown = (f"{paired.difference:+.3f} ± {paired.interval:.3f}", f"{paired.agreement:.3f}", *apart)
         table.add_row(folder, *(f"{paired.accuracy[kind]:.3f}" for kind in kinds), *shown)
     console(as_json).print(table)

@@ -226,12 +226,14 @@ def inspect(
 ) -> None:
     """Show the tokens that every stage of a trained model keeps."""
     with user_input():
-        from ..build.plain_recipe import check_overrides
+        from ..build.plain_recipe import check_beside, check_overrides
         from ..evaluate import inspect_run
         from ..run_folder import RunFolder
 
         check_overrides(overrides or [])
-        kept = inspect_run(target, RunFolder.open(target).read_recipe(overrides or []), given, to)
+        run = RunFolder.open(target)
+        check_beside(overrides or [], run)
+        kept = inspect_run(target, run.read_recipe(overrides or []), given, to)
     emit({"target": target, "written": str(to), "keep": dict(kept)}, as_json)
     shares = "  ".join(f"{name} {value:.3f}" for name, value in kept.items())
     console(as_json).print(f"written: {to}; achieved keep by stage: {shares}", highlight=False, soft_wrap=True)

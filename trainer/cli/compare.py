@@ -21,7 +21,7 @@ def compare(
             help="arms with commas: dense, learned, random, uniform, pooled, downsampled, …; NAME@0.3 at that ratio; LABEL=FILE.yaml"
         ),
     ] = "dense,learned,random",
-    seeds: Annotated[int, typer.Option(min=1, help="runs of each arm, with the recipe's seed and those after it")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="runs of each arm, with the recipe's seed and those after it")] = 3,
     reference: Annotated[str | None, typer.Option(help="arm that differences are to; default: dense, or the first")] = None,
     equal: Annotated[
         str,

@@ -40,7 +40,8 @@ def evaluate(
         from ..evaluation.smaller import arms_of
         from ..evaluation.tables import tables
         from ..recipe.schema import ModelRecipe
-        from ..show.sweep import check_plot, draw, swept
+        from ..show.optional import optional
+        from ..show.sweep import check_plot, draw, swept, write_data
 
         keeps = [*(keep or []), *(swept(sweep) if sweep else [])]
         if plot is not None:
@@ -53,9 +54,11 @@ def evaluate(
     out = console(as_json)
     with running():
         result = run(target, recipe, out, weights, options)
+        written = [] if plot is None else [write_data(result, plot)]
     emit(result, as_json)
     for table in tables(result):
         out.print(table)
     if plot is not None:
-        written = draw(result, plot)
+        with optional("plot was drawn", out):
+            written += draw(result, plot)
         out.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)

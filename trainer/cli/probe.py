@@ -9,6 +9,8 @@ import typer
 
 from .output import console, emit, running, user_input
 
+KEEPS, SCORER = "0.5", "update"
+
 
 def probe(
     target: Annotated[str, typer.Argument(help="any folder, hub name or .gguf file of a model, or a run")],
@@ -23,8 +25,8 @@ def probe(
     overlay: Annotated[Path | None, typer.Option(help="recipe to write for the plan; default: beside --to, with .yaml")] = None,
     base: Annotated[str | None, typer.Option(help="recipe that the plan is laid over; default: one for fine-tuning, by the task")] = None,
     halves: Annotated[bool, typer.Option(help="a plan may leave out attention or MLP alone")] = True,
-    keeps: Annotated[str, typer.Option(help="shares of the tokens that a layer of a plan may process; '' for none")] = "0.5",
-    scorer: Annotated[str, typer.Option(help="scorer of layers that process some tokens; update is fitted and measured")] = "update",
+    keeps: Annotated[str, typer.Option(help="shares of the tokens that a layer of a plan may process; '' for none")] = KEEPS,
+    scorer: Annotated[str, typer.Option(help="scorer of layers that process some tokens; update is fitted and measured")] = SCORER,
     shortcut: Annotated[str | None, typer.Option(help="linear: what tokens that bypass a layer get, in place of what it adds")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object to stdout, progress to stderr")] = False,
 ) -> None:
@@ -34,7 +36,13 @@ def probe(
         from ..probe.planning import PlanOptions, check_plan, write_plan
         from ..probe.plot import plot
         from ..probe.probe import Options, Probe
+        from ..show.optional import optional
 
+        if to.suffix != ".json":
+            raise ValueError(f"--to {to} must end in .json; plot and plan are written beside it")
+        given = {"overlay": overlay, "base": base, "no-halves": not halves, "keeps": keeps != KEEPS, "scorer": scorer != SCORER}
+        if plan is None and (unread := [name for name, value in {**given, "shortcut": shortcut}.items() if value]):
+            raise ValueError(f"--{unread[0]} is of a plan, and --plan is not given: remove it, or give --plan macs_ratio=0.8")
         wanted = None if plan is None else PlanOptions.of(plan, overlay or to.with_suffix(".yaml"), base, halves, keeps, scorer, shortcut)
         recipe, weights = recipe_of(target, overrides or [])
         out = console(as_json)
@@ -43,9 +51,13 @@ def probe(
             check_plan(probing, wanted)
     with running():
         probing.run()
-        out.print(probing.table())
-        plot(probing.rows(), f"{target}: {probing.meter.answers:,} answers", to.with_suffix(".png"))
+        written = [to]
         if wanted is not None:
             write_plan(probing, wanted, recipe, overrides or [])
+            written.append(wanted.overlay)
         emit(probing.record.to_dict() | {"layers": probing.rows()}, as_json)
-        out.print(f"written: {to}, {to.with_suffix('.png')}{f', {wanted.overlay}' if wanted else ''}", highlight=False, soft_wrap=True)
+        out.print(probing.table())
+        with optional("plot was drawn", out):
+            plot(probing.rows(), f"{target}: {probing.meter.answers:,} answers", to.with_suffix(".png"))
+            written.append(to.with_suffix(".png"))
+        out.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)

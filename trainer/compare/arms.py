@@ -74,6 +74,8 @@ def arms_of(source: str, names: Sequence[str], overrides: Sequence[str]) -> tupl
             raise RecipeError(f"override {item!r} is for the arm {label}, which is not among --arms {','.join(labels)}")
         if (rest or label).split(".")[0] in ("output", "baselines"):
             raise RecipeError(f"override {item!r}: a comparison has its own arms and folders; remove it, or give --output")
+        if (rest or label) == "trainer.bench_rounds" and item.partition("=")[2] != "0":
+            raise RecipeError(f"override {item!r} has no effect: runs of a comparison measure no speed by themselves; remove it")
         if rest == "seed":
             raise RecipeError(
                 f"override {item!r}: arms are compared seed by seed; give seed={item.partition('=')[2]} for all arms, or --seeds"

@@ -15,6 +15,7 @@ from ..distributed.lock import locked
 from ..errors import RecipeError
 from ..recipe.schema import Recipe
 from ..run_folder import RunFolder
+from ..show.optional import optional
 from .arms import Arm, arms_of
 from .equal_time import of_equal_time
 from .job import jobs_of
@@ -150,14 +151,11 @@ def compare(planned: Plan, console: Console) -> dict[str, Any]:
         result = found.to_dict()
         write_json(folder / "compare.json", result)
         write_file(folder / "compare.csv", found.csv())
-        pictures = draw(found, folder)
         console.print(found.table())
-        files = [folder / "compare.json", folder / "compare.csv", *pictures]
-        try:
-            write(found, jobs, pictures[0], folder / "compare.html")
+        files = [folder / "compare.json", folder / "compare.csv"]
+        with optional("plot and page were written", console):
+            files += draw(found, folder)
+            write(found, jobs, files[2], folder / "compare.html")
             files.append(folder / "compare.html")
-        except Exception as error:
-            # Everything is saved already, and no page is worth an error.
-            console.print(f"no page was written: {type(error).__name__}: {error}", soft_wrap=True)
     console.print(f"written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
     return result

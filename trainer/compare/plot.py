@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..show.figures import plain, save
 from .results import ArmResult, Comparison
 from .statistics import Mean
 
@@ -38,7 +39,7 @@ def draw(found: Comparison, folder: Path) -> list[Path]:
                 markersize=5,
                 capsize=3,
                 linewidth=1.2,
-                label=label,
+                label=plain(label),
             )
     metric = found.metric.replace("_", " ")
     left.set(xlabel="MACs ÷ dense", ylabel=f"{metric} ({'higher' if found.higher_is_better else 'lower'} is better)")
@@ -47,9 +48,8 @@ def draw(found: Comparison, folder: Path) -> list[Path]:
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
     bars = "\nbars: 95 % interval of the mean; smallest to largest cost" if found.seeds > 1 else ""
-    figure.suptitle(f"{found.title}{bars}", fontsize=10)
+    figure.suptitle(plain(f"{found.title}{bars}"), fontsize=10)
     left.legend(fontsize=8)
     paths = [folder / "compare.png", folder / "compare.svg"]
-    for path in paths:
-        figure.savefig(path, dpi=150)
+    save(figure, paths, dpi=150)
     return paths

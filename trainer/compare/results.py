@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ...modules.checkpoints.whole_files import DamagedFile
 from ..measure.shares import shares, static_of
 from .arms import Arm
 from .job import Job
@@ -157,36 +158,71 @@ def results_of(recipe: str, arms: Sequence[Arm], jobs: Sequence[Job], scale: Map
         scale: by arm, dense MACs of its model ÷ those of the recipe's.
         reference: arm that the differences are to.
         equal: what the arms have alike.
+
+    Raises:
+        DamagedFile: a report is damaged.
     """
-    reports = {arm.name: [(job, job.run.read_report() or {}) for job in jobs if job.arm == arm.name] for arm in arms}
-    values = {name: [_quality(report) for _, report in runs] for name, runs in reports.items()}
-    results = {}
-    for arm in arms:
-        runs = [report for _, report in reports[arm.name]]
-        results[arm.name] = ArmResult(
+    of_arm = {arm.name: [job for job in jobs if job.arm == arm.name] for arm in arms}
+    runs = {name: [_Run.of(job) for job in of_this] for name, of_this in of_arm.items()}
+    values = {name: [run.value for run in of_this] for name, of_this in runs.items()}
+    results = {
+        arm.name: ArmResult(
             kind=arm.kind,
-            seeds=[job.seed for job, _ in reports[arm.name]],
+            seeds=[job.seed for job in of_arm[arm.name]],
             values=values[arm.name],
             quality=Mean.of(values[arm.name]),
             difference=None if arm.name == reference else difference(values[arm.name], values[reference]),
-            requested=_mean_keep(runs, "requested"),
-            achieved=_mean_keep(runs, "achieved"),
-            macs_ratio=[report["macs_ratio"] * scale[arm.name] for report in runs],
-            train_seconds=[report["train_seconds"] for report in runs],
-            steps=reports[arm.name][0][0].steps,
+            requested=_mean_keep([run.requested for run in runs[arm.name]]),
+            achieved=_mean_keep([run.achieved for run in runs[arm.name]]),
+            macs_ratio=[run.macs_ratio * scale[arm.name] for run in runs[arm.name]],
+            train_seconds=[run.seconds for run in runs[arm.name]],
+            steps=of_arm[arm.name][0].steps,
         )
-    quality = runs[0]["quality"]
-    return Comparison(recipe, quality["metric"], quality["higher_is_better"], quality["split"], reference, equal, results)
+        for arm in arms
+    }
+    first = runs[arms[0].name][0]
+    return Comparison(recipe, first.metric, first.higher_is_better, first.split, reference, equal, results)
 
 
-def _quality(report: Mapping[str, Any]) -> float:
-    quality = report["quality"]
-    return float(quality["dense"] if quality["compressed"] is None else quality["compressed"])
+@dataclass(frozen=True)
+class _Run:
+    """What a comparison reads of a report."""
+
+    metric: str
+    higher_is_better: bool
+    split: str
+    value: float
+    requested: Mapping[str, float]
+    achieved: Mapping[str, float]
+    macs_ratio: float
+    seconds: float
+
+    @staticmethod
+    def of(job: Job) -> _Run:
+        """The report of a training that has ended. Raises DamagedFile if it is damaged."""
+        report = job.run.read_report() or {}
+        try:
+            quality, keep = report["quality"], report["keep"]
+            requested, achieved = ({stage: float(value) for stage, value in keep[kind].items()} for kind in ("requested", "achieved"))
+            return _Run(
+                metric=str(quality["metric"]),
+                higher_is_better=bool(quality["higher_is_better"]),
+                split=str(quality["split"]),
+                value=float(quality["dense"] if quality["compressed"] is None else quality["compressed"]),
+                requested=requested,
+                achieved=achieved,
+                macs_ratio=float(report["macs_ratio"]),
+                seconds=float(report["train_seconds"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedFile(
+                f"{job.run.report} is damaged, or of another version ({type(error).__name__}: {error}): delete {job.run.path} and repeat the "
+                "command, which trains this run again"
+            ) from None
 
 
-def _mean_keep(reports: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
+def _mean_keep(keeps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean over runs of the keep of each stage."""
-    keeps = [report["keep"][kind] for report in reports]
     return {stage: sum(keep[stage] for keep in keeps) / len(keeps) for stage in keeps[0]}
 
 

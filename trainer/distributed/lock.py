@@ -19,10 +19,14 @@ def locked(run: RunFolder) -> Iterator[None]:
     """Context in which this process owns a run folder. The system releases the lock when the process ends, however it ends.
 
     Raises:
-        RecipeError: another process owns the folder; the message names it.
+        RecipeError: another process owns the folder, which the message names, or the folder cannot be written.
     """
-    run.path.mkdir(parents=True, exist_ok=True)
-    with run.lock.open("a+") as file:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        opened = run.lock.open("a+")
+    except OSError as error:
+        raise RecipeError(f"{run.path} cannot be a run's folder: {error.strerror}; take another output folder") from None
+    with opened as file:
         try:
             # Of the process alone: loader processes, which may live a little longer, do not inherit it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

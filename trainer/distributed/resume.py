@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...modules.checkpoints.training_checkpoint import damage
 from ...modules.checkpoints.whole_files import DamagedFile, compare
 from ..errors import RecipeError
 from ..recipe.files import dump
+from ..recipe.plain_yaml import parsed, read_file
 from ..recipe.schema import Recipe
 from ..run_folder import RunFolder
 
@@ -121,7 +120,9 @@ def check_same_run(run: RunFolder, recipe: Recipe) -> None:
     """Raises RecipeError if the recipe differs from that of the run to resume."""
     if not run.recipe.is_file():
         return
-    before, now = yaml.safe_load(run.recipe.read_text()), yaml.safe_load(dump(recipe))
+    before, now = read_file(run.recipe), parsed(dump(recipe), "the recipe")
+    if not isinstance(before, dict) or not isinstance(before.get("trainer"), dict):
+        raise RecipeError(f"cannot resume {run.path}: its {run.recipe.name} is damaged; restore it, or start again with --overwrite")
     worlds = [_world(settings) for settings in (before["trainer"], now["trainer"])]
     if worlds[0] != worlds[1]:
         raise RecipeError(_other_world(run.path, *worlds))

@@ -11,9 +11,10 @@ from ...data.splits import Splits
 from ...modules.stage import stages_of
 from ..build.heads import named_classes
 from ..build.plain_recipe import recipe_of
+from ..build.trained_model import trained_model
 from ..errors import RecipeError
 from ..recipe.schema import Recipe
-from ..run_folder import TOKENIZER, RunFolder, load_model
+from ..run_folder import TOKENIZER, RunFolder
 from ..tasks.base import task_named
 
 
@@ -31,12 +32,13 @@ def load_reference(name: str, recipe: Recipe, config: PretrainedConfig, data: Sp
     """
     recorded = Path(name).is_dir() and RunFolder.of(name).recipe.is_file()
     own, weights = recipe_of(name, [] if recorded else [f"task={recipe.task}"])
-    model = load_model(weights)
-    if own.task != recipe.task or not isinstance(model, task_named(recipe.task).model_class(model.config.model_type)):
-        raise RecipeError(
-            f"--dense {name} is a {type(model).__name__}{f' of task {own.task}' if recorded else ''}, and the evaluated model is of task "
-            f"{recipe.task}: name one of the same task"
-        )
+    if own.task != recipe.task:
+        raise RecipeError(f"--dense {name} is of task {own.task}, and the evaluated model of task {recipe.task}: name one of the same task")
+    if not recorded:
+        # It reads the evaluated model's data, with the normalisation of its own processor.
+        unset = {key: None for key in ("mean", "std") if hasattr(recipe.data, key)}
+        own = task_named(recipe.task).resolved(own.model_copy(update={"data": recipe.data.model_copy(update=unset)}))
+    model = trained_model(weights, recipe.task, f"--dense {name}")
     if stages_of(model):
         raise RecipeError(f"--dense {name} has stages: name the run of a dense arm, or any model without stages")
     here, there = _inputs(recipe, config), _inputs(own, model.config)

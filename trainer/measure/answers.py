@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ...modules.checkpoints.whole_files import write_file
+from pydantic import TypeAdapter, ValidationError
+
+from ...modules.checkpoints.whole_files import DamagedFile, write_file
 from ..errors import RecipeError
 from ..metrics.quality import Answered
 from ..run_folder import RunFolder
@@ -19,6 +21,7 @@ _NORMAL = 1.96
 # Characters of a text in a message.
 _SHOWN = 60
 Answers = Mapping[tuple[int, int], Answered]
+_ANSWER = TypeAdapter(Answered)
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Paired:
         agreement: share of the answers whose tokens are those of the reference, right or wrong.
         difference: accuracy minus that of the reference, in all answers.
         interval: half of the width of the difference's 95 % interval; the answers of one row are not taken for independent.
-        hard: share of right answers among those that the reference has right and the down-sampled model wrong; None without one.
-        easy: share among those that both have right.
+        hard: share of right answers among those that the reference has right and the down-sampled model wrong; None without such answers
+            or without such a model.
+        easy: likewise among those that both have right.
     """
 
     accuracy: Mapping[str, float]
@@ -48,12 +52,28 @@ def write_answers(path: Path, answers: Sequence[Answered]) -> None:
 
 
 def read_answers(folder: str | Path) -> Answers:
-    """The answers of a run on held-out data, by row and turn. Raises RecipeError if it has none."""
+    """The answers of a run on held-out data, by row and turn.
+
+    Raises:
+        RecipeError: it has none.
+        DamagedFile: a line is no answer.
+    """
     path = RunFolder.of(folder).answers
     if not path.is_file():
         raise RecipeError(f"{folder} has no {path.name}: it is written at the end of laconic train by tasks with chats")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {(row["row"], row["turn"]): Answered(**{**row, "tokens": tuple(row["tokens"])}) for row in rows}
+    found: dict[tuple[int, int], Answered] = {}
+    # Texts may hold other ends of lines, which JSON leaves as they are.
+    for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
+        try:
+            answer = _ANSWER.validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise DamagedFile(
+                f"{path} is damaged in line {number}: {f'{where}: ' if where else ''}{first['msg']}; get it again, or train again"
+            ) from None
+        found[answer.row, answer.turn] = answer
+    return found
 
 
 def compare(reference: str, runs: Sequence[str], downsampled: str | None = None) -> dict[str, Paired]:
@@ -69,6 +89,7 @@ def compare(reference: str, runs: Sequence[str], downsampled: str | None = None)
 
     Raises:
         RecipeError: a run has no answers, or it was asked other questions.
+        DamagedFile: a file of answers is damaged.
     """
     base = read_answers(reference)
     small = None if downsampled is None else _same(base, downsampled, reference)
@@ -98,8 +119,8 @@ def _shown(answer: Answered | None) -> str:
 
 def _paired(base: Answers, found: Answers, small: Answers | None) -> Paired:
     kinds = sorted({answer.kind for answer in base.values()} - {""})
-    accuracy = {"all": _share(found, lambda place: True)}
-    accuracy |= {kind: _share(found, lambda place, kind=kind: found[place].kind == kind) for kind in kinds}  # type: ignore[misc]
+    by_kind = {kind: _share(found, lambda place, kind=kind: kind in ("all", found[place].kind)) for kind in ("all", *kinds)}  # type: ignore[misc]
+    accuracy = {kind: share for kind, share in by_kind.items() if share is not None}
     by_row: dict[int, list[int]] = defaultdict(list)
     for place, answer in found.items():
         by_row[place[0]].append(answer.right - base[place].right)
@@ -117,7 +138,7 @@ def _paired(base: Answers, found: Answers, small: Answers | None) -> Paired:
     )
 
 
-def _share(found: Answers, counts: Callable[[tuple[int, int]], bool]) -> float:
-    """Share of right answers among those that count; not a number if none does."""
+def _share(found: Answers, counts: Callable[[tuple[int, int]], bool]) -> float | None:
+    """Share of right answers among those that count; None if none does."""
     right = [answer.right for place, answer in found.items() if counts(place)]
-    return sum(right) / len(right) if right else math.nan
+    return sum(right) / len(right) if right else None

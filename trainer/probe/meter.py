@@ -85,6 +85,9 @@ class Meter:
         size: size of an input, for costs.
         seed: seed of random draws.
 
+    Raises:
+        BadRows: the batches have nothing to predict.
+
     Attributes:
         config: the model's own stages; None for a dense model.
         answers: number of answers of the batches: predicted tokens, or labels.
@@ -106,6 +109,8 @@ class Meter:
             model = decompress(model)
         self.model = model
         self.answers = sum(int(batch["terms"]) for batch in batches)
+        if not self.answers:
+            raise BadRows("the rows that would be measured have nothing to predict: their loss would be 0, whatever the model is")
         self._reference = self._taught()
         self.whole = self(())
 
@@ -121,7 +126,7 @@ class Meter:
                 found = self.task.learn(model, batch, known, _APART, **self._traced(model, batch))
                 loss += float(found.labels) * int(batch["terms"])
                 change += float(found.answers) * int(batch["terms"])
-        return Measured(loss / max(1, self.answers), change / max(1, self.answers))
+        return Measured(loss / self.answers, change / self.answers)
 
     def fit(self, stages: Sequence[StageConfig], batches: Sequence[dict[str, Any]]) -> Fitted:
         """Fits scorers and shortcuts of stages to other batches of the model as it is; measurements with these parts use them from now on.

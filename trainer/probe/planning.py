@@ -13,11 +13,14 @@ from ...modules.registry import part_class
 from ..errors import RecipeError
 from ..recipe.files import apply_override, check, find, read
 from ..recipe.schema import Recipe
+from ..show.target import check_folder
 from .overlay import overlay, planned
 from .part import Part
 from .plan import greedy
 from .probe import Probe
 
+# Begin of the first line of a plan's recipe.
+WRITTEN = "Written by laconic probe"
 # Recipes for fine-tuning, by task.
 BASES = {
     "causal_lm": "llm_finetune", "image_classification": "vit_image_folder", "text_classification": "text_classify",
@@ -72,9 +75,19 @@ def check_plan(probe: Probe, options: PlanOptions) -> None:
     """Raises RecipeError if there can be no such plan."""
     if probe.meter.config is not None:
         raise RecipeError("--plan is for a dense model, and this one has stages of its own: plan for the model that it was trained from")
+    _check_overlay(options.overlay)
     find(base_of(probe, options))
     # Unknown scorers are named before anything is measured.
     stage_of(probe, Part(0, "around", 0.5, shortcut=options.shortcut), options)
+
+
+def _check_overlay(path: Path) -> None:
+    """Raises RecipeError if the file of the recipe cannot be written, or is another one."""
+    if path.suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"--overlay {path} must end in .yaml")
+    check_folder("--overlay", path)
+    if path.exists() and not path.read_bytes().startswith(f"# {WRITTEN}".encode()):
+        raise RecipeError(f"--overlay: {path} exists, and no plan wrote it: name another file, or delete it")
 
 
 def base_of(probe: Probe, options: PlanOptions) -> str:
@@ -112,7 +125,7 @@ def write_plan(probe: Probe, options: PlanOptions, recipe: Recipe, overrides: Se
     stages = [stage_of(probe, part, options) for part in planned(steps)]
     dense = probe.meter.whole.loss
     remark = (
-        f"Written by laconic probe {probe.record.settings['model']}: loss {dense:.4f} → {steps[-1].loss:.4f} on {probe.meter.answers:,} answers "
+        f"{WRITTEN} {probe.record.settings['model']}: loss {dense:.4f} → {steps[-1].loss:.4f} on {probe.meter.answers:,} answers "
         f"at macs_ratio {steps[-1].macs_ratio:.4f}, before training, by tokens of scorer '{scorer}' where keep is above 0."
     )
     blocks: dict[str, Any] = {
@@ -120,12 +133,10 @@ def write_plan(probe: Probe, options: PlanOptions, recipe: Recipe, overrides: Se
     }
     for override in overrides:
         apply_override(blocks, override)
-    text = overlay(base_of(probe, options), blocks, stages, remark)
-    options.overlay.parent.mkdir(parents=True, exist_ok=True)
-    write_file(options.overlay, text)
-    check(read(options.overlay), str(options.overlay))
     probe.record.plan = {
         "target": options.target, "macs_ratio": steps[-1].macs_ratio, "loss": steps[-1].loss, "keeps": options.keeps, "halves": options.halves,
         "steps": [asdict(step) | {"part": step.part.key} for step in steps],
     }  # fmt: skip
     probe.record.write()
+    write_file(options.overlay, overlay(base_of(probe, options), blocks, stages, remark))
+    check(read(options.overlay), str(options.overlay))

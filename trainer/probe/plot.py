@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..show.figures import plain, save
 from .part import SITES
 
 # Columns of the probe's rows that are rises of the loss.
@@ -37,6 +38,6 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes.set_xticks(depths, [str(row["layer"]) for row in rows], fontsize=7)
     axes.set_xlabel("layer")
     axes.set_ylabel("rise of the loss (nats)")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(plain(title), fontsize=10)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save(figure, [path], dpi=120)

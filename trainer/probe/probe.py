@@ -16,11 +16,10 @@ from rich.table import Table
 
 from ...modules.backbones import adapter_of
 from ...modules.backbones.stack import Stack
-from ..build.build import open_data
-from ..build.heads import trained_classes
+from ..build.trained_model import opened_data, trained_model
 from ..errors import RecipeError
 from ..recipe.schema import Recipe
-from ..run_folder import RunFolder, load_model
+from ..run_folder import RunFolder
 from ..tasks.base import Task, task_named
 from .meter import Measured, Meter, batches_of
 from .part import SITES, Part, offered, state_key
@@ -62,8 +61,8 @@ class Probe:
     """
 
     def __init__(self, target: str, recipe: Recipe, weights: str, options: Options, to: Path, console: Console) -> None:
-        task, model = task_named(recipe.task), load_model(weights)
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        task, model = task_named(recipe.task), trained_model(weights, recipe.task, target)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.stack: Stack = adapter_of(model).main_stack(model)
         self.scope = options.scope or self.stack.scopes[0]
         if self.scope not in self.stack.scopes:
@@ -79,7 +78,7 @@ class Probe:
         self.record, self.console = Record(to, settings), console
         if task.teach.__func__ is Task.teach.__func__:  # type: ignore[attr-defined]
             raise RecipeError(f"task = {recipe.task} has no labels by which a layer could be measured: probe a model of another task")
-        data = open_data(task.of_run(recipe, RunFolder.of(weights)), model.config, None, trained_classes(model.config, target))
+        data = opened_data(task.of_run(recipe, RunFolder.of(weights)), model.config, model, target)
         self.meter = Meter(model, task, batches_of(data, options.rows, options.batch_size), task.size(recipe), recipe.seed)
         self._others = functools.partial(batches_of, data, FIT_ROWS, options.batch_size, options.rows)
         self._fitted: set[tuple[str, str | None]] = set()

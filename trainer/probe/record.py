@@ -36,11 +36,11 @@ class Record:
     def _read(self) -> None:
         try:
             data = json.loads(self.path.read_text("utf-8"))
-            before = data["settings"]
-            self.measured = {key: Measured(**value) for key, value in data["measured"].items()}
+            before = dict(data["settings"])
+            self.measured = {key: Measured(float(value["loss"]), float(value["change"])) for key, value in data["measured"].items()}
             self.updates = {key: (float(size), float(influence)) for key, (size, influence) in data["updates"].items()}
             self.ranks = [float(rank) for rank in data["ranks"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RecipeError(f"--to {self.path} is no record of a probe: {error}; name another file, or delete it") from None
         now = json.loads(json.dumps(self.settings))
         differing = [key for key in now.keys() | before.keys() if now.get(key) != before.get(key)]

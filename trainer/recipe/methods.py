@@ -66,7 +66,7 @@ def _method_of(data: Mapping[str, Any]) -> dict[str, Any]:
     name, known = given["method"], methods()
     if name is None:
         raise RecipeError("compression.method = null: set compression=null for a dense model, or name a method")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         near = difflib.get_close_matches(str(name), list(known), 1)
         raise RecipeError(
             f"compression.method = {name!r} is no method: the methods are {', '.join(known)}"

@@ -170,6 +170,11 @@ TABLE = (
         "task = {r.task} draws kept tokens at the end of a run only: remove it; laconic inspect draws them at any time",
     ),
     Unread(
+        ("trainer.bench_seconds",),
+        lambda r: r.trainer.bench_rounds == 0 and (r.budget is None or r.budget.measure != "step_time"),
+        "trainer.bench_rounds = 0 skips the measurement that it would end: remove one of the two",
+    ),
+    Unread(
         ("budget.ramp_until",),
         lambda r: r.budget is not None and r.budget.regularizer is None,
         "it is of the weight of budget.regularizer, which is not set: remove it",

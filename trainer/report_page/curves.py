@@ -52,14 +52,21 @@ def _of_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _of_csv(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
-    """Points of the files of all times that the run was started, the first time first."""
+    """Points of the files of all times that the run was started, the first time first. Lines that a kill has cut are left out."""
     found: dict[str, list[tuple[int, float]]] = {}
-    for path in sorted(run.csv.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.removeprefix("version_"))):
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
+    starts = {path: path.parent.name.removeprefix("version_") for path in run.csv.glob("version_*/metrics.csv")}
+    for path in sorted((path for path, number in starts.items() if number.isdecimal()), key=lambda path: int(starts[path])):
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            # A null character is an error for the reader.
+            for row in csv.DictReader(line.replace("\0", "") for line in file):
                 for tag, value in row.items():
-                    if tag != "step" and value:
-                        found.setdefault(tag, []).append((int(row["step"]), float(value)))
+                    if tag is None or tag == "step" or not value:
+                        continue
+                    try:
+                        point = int(row["step"]), float(value)
+                    except (KeyError, TypeError, ValueError):
+                        continue
+                    found.setdefault(tag, []).append(point)
     return found
 
 

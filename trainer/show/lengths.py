@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ...modules.checkpoints.whole_files import write_json
 from ..measure.lengths import ARMS, Exponent, Lengths
+from .figures import plain, save
 
 
 def lengths_table(found: Lengths) -> Table:
@@ -39,20 +39,19 @@ def lengths_table(found: Lengths) -> Table:
     return table
 
 
-def write_lengths(found: Lengths, to: Path) -> list[Path]:
-    """Writes the result as JSON, and the plot as PNG and SVG beside it.
+def draw_lengths(found: Lengths, to: Path) -> list[Path]:
+    """Draws the plot as PNG and SVG.
 
     Args:
         found: the result.
-        to: JSON file to write.
+        to: JSON file that the plots are written beside.
 
     Returns:
-        The three files.
+        The two files.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    write_json(to, found.to_dict())
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     tokens = [point.tokens for point in found.measured]
@@ -68,11 +67,10 @@ def write_lengths(found: Lengths, to: Path) -> list[Path]:
         axes.set(xscale="log", yscale="log", xlabel="tokens of a row", ylabel=label)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
-    figure.suptitle(f"{found.name}, {found.rows:,} rows a step", fontsize=10)
+    figure.suptitle(plain(f"{found.name}, {found.rows:,} rows a step"), fontsize=10)
     plots = [to.with_suffix(".png"), to.with_suffix(".svg")]
-    for path in plots:
-        figure.savefig(path, dpi=150)
-    return [to, *plots]
+    save(figure, plots, dpi=150)
+    return plots
 
 
 def _shown(found: Exponent | None) -> str:

@@ -17,6 +17,7 @@ from ...modules.tokens.trace import Trace
 from ..build.parts import RunParts
 from ..metrics.kept_places import kept_cells
 from ..tasks.base import task_named
+from .figures import plain, save
 
 PICTURED = 8
 
@@ -111,9 +112,9 @@ def save_kept_tokens(path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]
             axis.set_xticks([])
             axis.set_yticks([])
             if row == 0:
-                axis.set_title(titles[column], fontsize=9)
-        line[0].set_ylabel(label, fontsize=9)
-    figure.savefig(path, dpi=110)
+                axis.set_title(plain(titles[column]), fontsize=9)
+        line[0].set_ylabel(plain(label), fontsize=9)
+    save(figure, [path], dpi=110)
 
 
 def draw_arms(arms: Mapping[str, RunParts], path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from ...modules.checkpoints.whole_files import write_json
 from ..errors import RecipeError
+from .figures import plain, save
+from .target import check_target
 
 # Keeps of a sweep.
 _POINTS = 10
@@ -30,11 +32,19 @@ def swept(sweep: str) -> list[float]:
 
 
 def check_plot(path: Path, keeps: Sequence[float]) -> None:
-    """Raises RecipeError if there is nothing to draw, or the file is of another kind."""
+    """Raises RecipeError if there is nothing to draw, the file is of another kind or cannot be written, or the data would replace other ones."""
     if not keeps:
         raise RecipeError("--plot draws the keeps that are measured: give --sweep 0.1:1, or --keep several times")
     if path.suffix not in (".png", ".svg"):
         raise RecipeError(f"--plot {path} must end in .png or .svg; both are written, and the data beside them as .json")
+    check_target("--plot", path.with_suffix(".json"), ("target", "variants"))
+
+
+def write_data(result: Mapping[str, Any], path: Path) -> Path:
+    """Writes the result of ``evaluate`` as JSON beside its plot; returns the file."""
+    file = path.with_suffix(".json")
+    write_json(file, result)
+    return file
 
 
 def draw(result: Mapping[str, Any], path: Path) -> list[Path]:
@@ -42,10 +52,10 @@ def draw(result: Mapping[str, Any], path: Path) -> list[Path]:
 
     Args:
         result: result of ``evaluate`` with several keeps.
-        path: file to write; the same name with the other ending, and the result as JSON, are written too.
+        path: file to write; the same name with the other ending is written too.
 
     Returns:
-        The three files.
+        The two files.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -58,12 +68,10 @@ def draw(result: Mapping[str, Any], path: Path) -> list[Path]:
     axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label="the same weights at other keeps")
     for name, point in points.items():
         if not name.startswith("keep "):
-            axes.plot(*point, marker="s", linestyle="", label="as trained" if name == "compressed" else name)
+            axes.plot(*point, marker="s", linestyle="", label="as trained" if name == "compressed" else plain(name))
     axes.set(xlabel="MACs ÷ dense", ylabel=metric.replace("_", " "), xlim=(0, 1.05))
-    axes.set_title(f"{result['target']}, {result['split']} split", fontsize=9)
+    axes.set_title(plain(f"{result['target']}, {result['split']} split"), fontsize=9)
     axes.legend(fontsize=8)
-    written = [path.with_suffix(suffix) for suffix in (".png", ".svg", ".json")]
-    for file in written[:2]:
-        figure.savefig(file, dpi=150)
-    write_json(written[2], result)
+    written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    save(figure, written, dpi=150)
     return written

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import uuid
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
@@ -93,29 +94,64 @@ def start_loggers(recipe: Recipe, run: RunFolder) -> list[Logger]:
         run: folder of the run, which keeps what trackers know it by. A new run has an empty one; one that is resumed goes on there too.
 
     Returns:
-        The loggers; on other ranks than the first they log nothing.
+        The loggers; on other ranks than the first they log nothing. A tracker that fails later is a warning.
+
+    Raises:
+        RecipeError: a tracker cannot start a run.
+        DamagedFile: what trackers know the run by is damaged.
     """
     names = recipe.trainer.loggers
-    known = json.loads(run.trackers.read_text()) if run.trackers.is_file() else {}
-    ids = {"id": uuid.uuid4().hex[:8], **known}
+    known = run.read_trackers()
+    before = known.pop("sent", [])
+    ids = {"id": uuid.uuid4().hex[:8], **{name: str(value) for name, value in known.items()}}
     above = [run.path.parent.parent.name] if run.path.parent.name == ARMS else []
     started = Started(run, "/".join([*above, run.path.resolve().name]), ids)
-    loggers = [_MADE[name](started) for name in names]
+    loggers = [_begun(name, lambda name=name: _MADE[name](started)) for name in names]  # type: ignore[misc]
     if collective.rank() == 0 and any(name in TRACKERS for name in names):
-        new = [name for name in names if name in TRACKERS and name not in known.get("sent", [])]
+        new = [name for name in names if name in TRACKERS and name not in before]
         for name, logger in zip(names, loggers, strict=True):
             if name in new:
-                logger.log_hyperparams(recipe.model_dump(mode="json"))
+                _begun(name, lambda logger=logger: logger.log_hyperparams(recipe.model_dump(mode="json")))  # type: ignore[misc]
             if isinstance(logger, MLFlowLogger):
-                ids["mlflow"] = str(logger.run_id)
-        write_json(run.trackers, {**ids, "sent": [*known.get("sent", []), *new]})
+                ids["mlflow"] = _begun(name, lambda logger=logger: str(logger.run_id))  # type: ignore[misc]
+        write_json(run.trackers, {**ids, "sent": [*before, *new]})
+    for name, logger in zip(names, loggers, strict=True):
+        if name in TRACKERS:
+            # Training is worth more than a server that is gone.
+            for call in ("log_metrics", "save", "finalize"):
+                setattr(logger, call, _forgiven(name, getattr(logger, call)))
     return loggers
+
+
+def _begun(name: str, start: Callable[[], Any]) -> Any:
+    """Result of a function that starts a run of a tracker. Raises RecipeError if it fails."""
+    if name not in TRACKERS:
+        return start()
+    try:
+        return start()
+    except Exception as error:
+        raise RecipeError(
+            f"trainer.loggers has {name}, which cannot start a run: {type(error).__name__}: {error}; set it up, or remove it from "
+            "trainer.loggers"
+        ) from error
+
+
+def _forgiven(name: str, call: Callable[..., Any]) -> Callable[..., None]:
+    """A call of a tracker whose errors are warnings."""
+
+    def forgiven(*args: Any, **kwargs: Any) -> None:
+        try:
+            call(*args, **kwargs)
+        except Exception as error:
+            warnings.warn(f"{name} of trainer.loggers failed, and training goes on: {type(error).__name__}: {error}", stacklevel=2)
+
+    return forgiven
 
 
 def finish_loggers(loggers: Sequence[Logger]) -> None:
     """Ends the runs of trackers that have one run a process, so that the next control arm begins its own."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+            _forgiven("wandb", lambda logger=logger: logger.experiment.finish())()
         elif isinstance(logger, TrackioLogger):
-            logger.finish()
+            _forgiven("trackio", logger.finish)()
