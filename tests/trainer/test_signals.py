@@ -6,10 +6,22 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from laconic.trainer.distributed.signals import NUMBERS, Stopped, StopSignals
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """Signals that a shell ignores for a program in the background, or nohup, are not ignored here, and not in programs that start here."""
+    ignored = [number for number in NUMBERS if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
