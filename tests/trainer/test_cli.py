@@ -108,7 +108,8 @@ def test_recipes_env_validate_bench_and_dry_run_speak_json(tmp_path: Path, quick
     assert laconic("recipes", "vit_digits", "--copy", str(copied)).returncode == 0
     assert set(json.loads(laconic("validate", str(copied), *quick, "--json").stdout)) == {"mine", "vit_digits_dense", "vit_digits_random"}
     assert json.loads(laconic("env", "--json").stdout)["torch"]
-    measured = json.loads(laconic("bench", "vit_digits", *quick, "--rounds", "2", "--json").stdout)
+    sizes = [item for item in quick if not item.startswith("trainer.bench_rounds")]
+    measured = json.loads(laconic("bench", "vit_digits", *sizes, "--rounds", "2", "--json").stdout)
     assert measured["rounds"] == 2
     assert set(json.loads(laconic("train", "vit_digits", *quick, "--dry-run", "--json").stdout)) >= {"vit_digits"}
 
