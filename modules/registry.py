@@ -13,6 +13,7 @@ import inspect
 import math
 import pkgutil
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from types import NoneType
@@ -69,7 +70,7 @@ class Part(Protocol):
 
 
 @functools.cache
-def files(package: str) -> dict[str, str]:
+def files(package: str) -> Mapping[str, str]:
     """Full module name of every file in a package's folder, by file name.
 
     Standalone exports have no sub-folders, since transformers loads remote code from one folder: there ``scorers/learned.py`` is

@@ -20,7 +20,7 @@ from ..modules.checkpoints.base_weights import Base, check_weights
 from ..modules.checkpoints.foreign_config import load_config, settings_errors
 from ..modules.checkpoints.lora import merge_lora
 from ..modules.checkpoints.whole_files import PARTIAL, DamagedFile, check_hashes, compare
-from .errors import RecipeError
+from .errors import RecipeError, first_fault
 from .recipe.files import read_recorded
 from .recipe.schema import Recipe
 
@@ -256,8 +256,7 @@ def _checked(path: Path, kind: Any) -> Any:
     try:
         return None if content is None else TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise DamagedFile(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}; delete it, or train again") from None
+        raise DamagedFile(f"{path} is damaged: {first_fault(error)}; delete it, or train again") from None
 
 
 def _content(path: Path) -> dict[str, Any] | None:

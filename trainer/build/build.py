@@ -37,7 +37,7 @@ from .heads import check_known, has_head, known_classes, named_classes, renew_he
 from .image_size import scale_images
 from .initial_weights import PRETRAIN, Start, check_start, encoder_weights, load_stages, load_state, start_of
 from .keeps import check_keeps
-from .model_settings import check_settings, with_settings
+from .model_settings import check_settings, set_outputs, with_settings
 from .part_rates import check_part_lr, freeze_parts
 from .parts import RunParts
 from .step_target import with_macs
@@ -237,8 +237,7 @@ def _of_task(config: PretrainedConfig, recipe: ModelRecipe, task: type[Task]) ->
     """The config of loaded weights with the recipe's settings and the task's architecture."""
     model_class = task.model_class(config.model_type)
     config = with_settings(config, recipe.settings, model_class)
-    # What the outputs are belongs to the task, whatever the checkpoint was saved with.
-    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    set_outputs(config)
     # The task's plain head, even if the checkpoint has another (distilled DeiT's second head takes no labels).
     config.architectures = [model_class.__name__]
     scale_images(recipe, config)

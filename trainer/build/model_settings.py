@@ -18,6 +18,14 @@ OF_TASK = (
 DEPTH = "drop_path_rate"
 
 
+def set_outputs(config: PretrainedConfig) -> None:
+    """Sets what a model answers with, in place and in all parts: that belongs to the task, whatever a checkpoint was saved with."""
+    inner: Any = config
+    for one in (inner, *(getattr(inner, name) for name in inner.sub_configs)):
+        if one is not None:
+            one.return_dict, one.output_hidden_states, one.output_attentions = True, False, False
+
+
 def check_settings(model_type: str, settings: Iterable[str], key: str) -> None:
     """Refuses settings that the family's config does not have: transformers would ignore a misspelled name and train another model.
 

@@ -15,6 +15,7 @@ from ..run_folder import load_model
 from ..tasks.base import task_named
 from .build import open_data
 from .heads import trained_classes
+from .model_settings import set_outputs
 
 
 def trained_model(weights: str | Path, task: str, owner: str) -> PreTrainedModel:
@@ -39,10 +40,8 @@ def trained_model(weights: str | Path, task: str, owner: str) -> PreTrainedModel
         raise RecipeError(
             f"{owner} is a {type(model).__name__}, and task = {task} measures a {expected}: name a model of this task, or set task"
         )
+    set_outputs(model.config)
     inner: Any = model.config
-    for config in (inner, *(getattr(inner, name) for name in inner.sub_configs)):
-        if config is not None:
-            config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     # Otherwise transformers chooses the loss of a classifier by it.
     inner.problem_type = "single_label_classification"
     return model

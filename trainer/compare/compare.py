@@ -154,8 +154,9 @@ def compare(planned: Plan, console: Console) -> dict[str, Any]:
         console.print(found.table())
         files = [folder / "compare.json", folder / "compare.csv"]
         with optional("plot and page were written", console):
-            files += draw(found, folder)
-            write(found, jobs, files[2], folder / "compare.html")
+            pictures = draw(found, folder)
+            files += pictures
+            write(found, jobs, pictures[0], folder / "compare.html")
             files.append(folder / "compare.html")
     console.print(f"written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
     return result

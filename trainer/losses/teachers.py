@@ -14,6 +14,7 @@ from ...modules.checkpoints.foreign_config import load_config
 from ...modules.stage import stages_of
 from ...modules.tokens.trace import Trace
 from ..build.initial_weights import start_of
+from ..build.model_settings import set_outputs
 from ..build.parts import RunParts
 from ..recipe.schema import ITSELF, DistillationRecipe
 from ..run_folder import located
@@ -133,8 +134,7 @@ def check_teacher(recipe: DistillationRecipe, model: Any, student: PretrainedCon
         raise ValueError(f"{given} is compressed, and a teacher must be dense: use the run of a recipe without compression")
     if not any(str(item).endswith("ForImageClassification") for item in config.architectures or []):
         raise ValueError(f"{given} is not an image classifier (its architecture is {config.architectures}): train one on these data first")
-    # What the outputs are belongs to the task, whatever the checkpoint was saved with.
-    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    set_outputs(config)
     _check_labels(given, config, classes)
     if recipe.hidden:
         for key in ("hidden_size", "patch_size", "image_size", "model_type"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from ...modules.checkpoints.whole_files import DamagedFile, write_file
-from ..errors import RecipeError
+from ..errors import RecipeError, first_fault
 from ..metrics.quality import Answered
 from ..run_folder import RunFolder
 
@@ -67,11 +67,7 @@ def read_answers(folder: str | Path) -> Answers:
         try:
             answer = _ANSWER.validate_json(line)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise DamagedFile(
-                f"{path} is damaged in line {number}: {f'{where}: ' if where else ''}{first['msg']}; get it again, or train again"
-            ) from None
+            raise DamagedFile(f"{path} is damaged in line {number}: {first_fault(error)}; get it again, or train again") from None
         found[answer.row, answer.turn] = answer
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ...modules.checkpoints.whole_files import DamagedFile
-from ..errors import RecipeError
+from ..errors import RecipeError, first_fault
 from ..measure.bench import Bench
 from ..measure.report import Arm, Report
 from ..recipe.plain_yaml import read_file
@@ -120,9 +120,7 @@ def _shown(name: str, run: RunFolder, alone: bool) -> Shown:
     try:
         ended = None if read is None else _ended(name, read, alone)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DamagedFile(f"{run.report} is damaged, or of another version: {where}: {first['msg']}; train again") from None
+        raise DamagedFile(f"{run.report} is damaged, or of another version: {first_fault(error)}; train again") from None
     return Shown(name, run, _settings(run), curves_of(run), ended)
 
 
