@@ -135,6 +135,7 @@ def test_a_wrong_override_is_one_message(override: str, message: str) -> None:
 
 TINY = ["model.config.hidden_size=16", "model.config.num_hidden_layers=2", "model.config.intermediate_size=32"]
 SETTINGS = [
+    ("model.config.patch_size=[]", "model.config.patch_size: IndexError"),
     ("model.config.patch_size=0", "the model cannot be built from model, lora and compression: ZeroDivisionError"),
     ("model.config.num_hidden_layers=1000000000000000000", "num_hidden_layers = 1000000000000000000 is larger than any model has"),
     ("model.config.num_hidden_layers=10001", "num_hidden_layers = 10001 is deeper than any model"),

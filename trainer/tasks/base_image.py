@@ -203,7 +203,8 @@ def size_of_patch(config: Any) -> int:
     adapter = families()[config.model_type]
     assert issubclass(adapter, VisionModel)
     settings: Any = adapter.stack_config(config)
-    return pair(settings.patch_size)[0]
+    with settings_errors("model.config.patch_size"):
+        return pair(settings.patch_size)[0]
 
 
 def with_normalisation(recipe: Recipe) -> Recipe:
