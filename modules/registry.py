@@ -58,6 +58,10 @@ KINDS = {
 }
 
 
+# Of a float of 32 bits.
+_LARGEST = 3.4028234663852886e38
+
+
 class Part(Protocol):
     """A part as a config has it: its name and options; ``given`` is the class or object that Python code gave instead."""
 
@@ -212,6 +216,8 @@ def _check_options(cls: type[Any], kind: str, name: str, options: dict[str, Any]
         # A part of another package may name types that only a type checker imports.
         return
     for key, value in options.items():
+        if isinstance(value, int | float) and _LARGEST < abs(value) < math.inf:
+            raise ValueError(f"{kind} {name!r}: {key} = {value!r} is larger than a float of 32 bits can be")
         types = typing.get_args(hints.get(key)) or (hints.get(key),)
         if all(isinstance(item, type) for item in types) and not _fits(value, types):
             allowed_types = " or ".join("null" if item is NoneType else item.__name__ for item in types)

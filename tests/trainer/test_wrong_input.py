@@ -146,6 +146,7 @@ SETTINGS = [
     ("model.config.id2label=3", "model.config.id2label is set by the task and its data: remove it"),
     ("compression.stages.0.scorer={name: learned, width: 100000000000}", "cannot be built"),
     ("compression.stages.0.scorer={name: learned, width: wide}", "an option is of the wrong type: width = 'wide' must be int or null"),
+    ("compression.stages.0.scorer={name: learned, width: 1.0e+300}", "width = 1e\\+300 is larger than a float of 32 bits can be"),
     ("compression.stages.0.scorer={name: learned, detach: 1}", "detach = 1 must be bool"),
 ]
 
