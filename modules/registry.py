@@ -191,6 +191,9 @@ def build(kind: str, part: Part, *given: Any) -> Any:
         return cls(*given, **part.options)
     except TypeError as error:
         raise ValueError(f"{kind} {part.name!r}: an option is of the wrong type: {error}") from None
+    except RuntimeError as error:
+        # Of torch: more memory than there is, for example.
+        raise ValueError(f"{kind} {part.name!r} cannot be built with {dict(part.options)}: {' '.join(str(error).split())[:500]}") from error
 
 
 def name_of(kind: str, cls: type[Any]) -> str | None:

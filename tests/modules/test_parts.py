@@ -234,6 +234,7 @@ def test_compressing_twice_and_decompressing_a_dense_model_are_refused() -> None
         ({"estimator": "gate"}, "estimator 'gate' scales a layer's output at bypass sites: give site = 'around'"),
         ({"scorer": "random", "estimator": "key_bias"}, "scorer 'random' is not trained: leave estimator out"),
         ({"scorer": {"name": "learned", "width": "x"}}, "an option is of the wrong type"),
+        ({"scorer": {"name": "learned", "width": 2**50}}, "scorer 'learned' cannot be built with {'width': 1125899906842624}"),
         ({"site": "around", "scorer": "linear", "estimator": {"name": "gate", "start": 1e300}}, "start = 1e\\+300 is larger than a float"),
         ({"site": "around", "scorer": "linear", "estimator": {"name": "gate", "start": 10**400}}, "is larger than a float"),
     ],
