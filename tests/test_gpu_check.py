@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,10 @@ import pytest
 import torch
 
 from laconic.trainer.measure import bench
+from tests.loaded_script import SCRIPTS, loaded_script
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
-from gpu_checks import measuring, models, part, running  # noqa: E402
+from gpu_checks import measuring, models, part, running
 
 sys.path.remove(str(SCRIPTS))
 
@@ -26,16 +24,7 @@ APART = ("parts_equal_the_cpu", "deepspeed_zero_2", "deepspeed_zero_3")
 OFTEN = ("llm_16k", "adaptive_packing", "decoding")
 
 
-def _script() -> Any:
-    loader = SourceFileLoader("gpu_check_script", str(SCRIPTS / "gpu_check"))
-    spec = spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-script = _script()
+script = loaded_script("gpu_check")
 
 
 @pytest.mark.parametrize(

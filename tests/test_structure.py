@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.loaded_script import loaded_script
+
 FLAT = {"modules": 10, "trainer": 8, "data": 6}
 LINES = 400
 
 
-def _script() -> Any:
-    """scripts/structure as a module; its name has no ending by which Python would find it."""
-    loader = SourceFileLoader("structure_script", str(ROOT / "scripts" / "structure"))
-    spec = spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    # Dataclasses look for the module that they are in.
-    sys.modules[loader.name] = module
-    loader.exec_module(module)
-    return module
-
-
-script = _script()
+script = loaded_script("structure")
 
 
 @pytest.fixture(scope="module")

@@ -363,6 +363,8 @@ def test_a_comparison_keeps_the_whole_run_resumes_the_interrupted_one_and_writes
     page = (tmp_path / "compare.html").read_text()
     # The reference is marked, and the plot is in the page.
     assert re.search(r'<tr class="marked"><th [^>]*>dense</th>', page)
+    assert "<h1>Comparison of vit_digits</h1>" in page
+    assert "the runs of seed 0, side by side" in page
     assert page.index("Comparison") < page.index("Curves")
     assert "data:image/png;base64" in page
     # Again: nothing is left to train.

@@ -21,7 +21,7 @@ from laconic.trainer.probe.attention_rank import attention_ranks, rank_share
 from laconic.trainer.probe.meter import Measured, Meter
 from laconic.trainer.probe.part import Part
 from laconic.trainer.probe.plan import greedy
-from laconic.trainer.probe.planning import PlanOptions, write_plan
+from laconic.trainer.probe.planning import PlanOptions, check_plan, write_plan
 from laconic.trainer.probe.plot import plot
 from laconic.trainer.probe.probe import Options, Probe
 from laconic.trainer.recipe.files import load
@@ -124,12 +124,37 @@ def test_a_record_of_weights_that_have_changed_is_not_continued(folder: Path, tm
         _probe(folder, tmp_path / "p.json")
 
 
+@pytest.mark.parametrize("base", ["llm_pretrain", "smollm2_lora", "llm_lora"])
+def test_a_plan_s_recipe_has_the_probed_weights_in_place_of_those_of_its_base(base: str, folder: Path, tmp_path: Path) -> None:
+    probe = _probe(folder, tmp_path / "p.json")
+    options = PlanOptions.of("macs_ratio=0.99", tmp_path / "p.yaml", base, True, "", "linear")
+    check_plan(probe, options, _given(folder))
+    assert not (tmp_path / "p.yaml").exists()
+    write_plan(probe, options, _given(folder))
+    model = load(str(tmp_path / "p.yaml")).recipe.model
+    assert (model.name, model.gguf_file, model.config) == (str(folder / "model"), None, None)
+
+
+@pytest.mark.parametrize(
+    ("base", "override", "message"),
+    [
+        ("vit_digits", "data.batch_size=4", "is a recipe of task = image_classification, and the model is probed for causal_lm"),
+        ("llm_lora", "data.sequence_length=none", "data.sequence_length"),
+    ],
+)
+def test_a_plan_whose_recipe_would_be_wrong_is_refused_before_anything_is_measured(
+    base: str, override: str, message: str, folder: Path, tmp_path: Path
+) -> None:
+    probe = _probe(folder, tmp_path / "p.json")
+    with pytest.raises(RecipeError, match=message):
+        check_plan(probe, PlanOptions.of("macs_ratio=0.8", tmp_path / "p.yaml", base, True, "", "linear"), [override])
+
+
 @pytest.mark.slow
 def test_a_plan_is_a_recipe_of_the_measured_stages(folder: Path, tmp_path: Path) -> None:
     probe = _probe(folder, tmp_path / "p.json")
     options = PlanOptions.of("macs_ratio=0.6", tmp_path / "p.yaml", None, True, "0.5", "linear")
-    recipe, _ = recipe_of(str(folder / "model"), _given(folder))
-    write_plan(probe, options, recipe, _given(folder))
+    write_plan(probe, options, _given(folder))
     planned = load(str(tmp_path / "p.yaml")).recipe
     assert planned.compression is not None
     assert planned.model.name == str(folder / "model")
@@ -251,8 +276,7 @@ def test_a_plan_with_shortcuts_is_measured_with_them_and_with_the_tokens_of_its_
     some = Part(2, "around", 0.5, "update")
     assert probe.measure([some]).loss != probe.measure([Part(2, "around", 0.5)]).loss
     options = PlanOptions.of("macs_ratio=0.7", tmp_path / "p.yaml", None, False, "0.5", "update", "linear")
-    recipe, _ = recipe_of(str(folder / "model"), _given(folder))
-    write_plan(probe, options, recipe, _given(folder))
+    write_plan(probe, options, _given(folder))
     planned = load(str(tmp_path / "p.yaml")).recipe
     assert planned.compression is not None
     assert all(stage.part("shortcut").name == "linear" for stage in planned.compression.stages)

@@ -69,7 +69,7 @@ def test_card_and_cost_of_a_model_count_rows_of_its_own_length(tmp_path: Path, q
     source, form = ExportSource.open(str(run)), format_named("merged")
     write_card(source, form, Settings(), facts(source), form.usage(source.model), tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert f"| MACs ÷ dense | {ratio:.4f} requested" in card
+    assert f"| macs_ratio (MACs ÷ dense) | {ratio:.4f} requested" in card
     assert "pipeline_tag: text-classification" in card
 
 

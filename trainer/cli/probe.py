@@ -48,12 +48,12 @@ def probe(
         out = console(as_json)
         probing = Probe(target, recipe, weights, Options(rows, batch_size, scope), to, out)
         if wanted is not None:
-            check_plan(probing, wanted)
+            check_plan(probing, wanted, overrides or [])
     with running():
         probing.run()
         written = [to]
         if wanted is not None:
-            write_plan(probing, wanted, recipe, overrides or [])
+            write_plan(probing, wanted, overrides or [])
             written.append(wanted.overlay)
         emit(probing.record.to_dict() | {"layers": probing.rows()}, as_json)
         out.print(probing.table())

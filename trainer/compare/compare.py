@@ -156,7 +156,7 @@ def compare(planned: Plan, console: Console) -> dict[str, Any]:
         with optional("plot and page were written", console):
             pictures = draw(found, folder)
             files += pictures
-            write(found, jobs, pictures[0], folder / "compare.html")
+            write(found, jobs, planned.scale, pictures[0], folder / "compare.html")
             files.append(folder / "compare.html")
     console.print(f"written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
     return result

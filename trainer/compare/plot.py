@@ -42,7 +42,7 @@ def draw(found: Comparison, folder: Path) -> list[Path]:
                 label=plain(label),
             )
     metric = found.metric.replace("_", " ")
-    left.set(xlabel="MACs ÷ dense", ylabel=f"{metric} ({'higher' if found.higher_is_better else 'lower'} is better)")
+    left.set(xlabel="macs_ratio (MACs ÷ dense)", ylabel=f"{metric} ({'higher' if found.higher_is_better else 'lower'} is better)")
     right.set(xlabel="seconds of training")
     for axes in (left, right):
         axes.set_xlim(left=0)

@@ -119,7 +119,7 @@ def _rows(about: Mapping[str, Any], kind: str, settings: Settings) -> list[str]:
     for name, keep in about["keep"].items():
         rows.append((f"keep of stage {name}", _pair(keep)))
     if about["compressed"]:
-        rows.append(("MACs ÷ dense", _pair(about["macs_ratio"])))
+        rows.append(("macs_ratio (MACs ÷ dense)", _pair(about["macs_ratio"])))
         speed = about["step_speedup"]
         rows.append(("training step", "not measured" if speed is None else f"{speed:.2f}× as fast as dense, on {about['cores']} cores"))
     rows.append(("format", f"{kind}, {settings.dtype}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,8 +12,7 @@ from ...modules.checkpoints.whole_files import write_file
 from ...modules.config import COMPLETE, PartConfig, StageConfig
 from ...modules.registry import part_class
 from ..errors import RecipeError
-from ..recipe.files import apply_override, check, find, read
-from ..recipe.schema import Recipe
+from ..recipe.files import apply_override, find, load, read
 from ..show.target import check_folder
 from .overlay import overlay, planned
 from .part import Part
@@ -26,6 +26,8 @@ BASES = {
     "causal_lm": "llm_finetune", "image_classification": "vit_image_folder", "text_classification": "text_classify",
     "vision_language": "vlm_finetune",
 }  # fmt: skip
+# Keys of a recipe's model that name its weights.
+_SOURCES = ("name", "gguf_file", "config", "encoder_of", "tower_of")
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,21 @@ def _share(text: str) -> float | None:
     return share if 0 < share < 1 else None
 
 
-def check_plan(probe: Probe, options: PlanOptions) -> None:
-    """Raises RecipeError if there can be no such plan."""
+def check_plan(probe: Probe, options: PlanOptions, overrides: Sequence[str]) -> None:
+    """Raises RecipeError if there can be no such plan, or its recipe would be wrong: before anything is measured."""
     if probe.meter.config is not None:
         raise RecipeError("--plan is for a dense model, and this one has stages of its own: plan for the model that it was trained from")
     _check_overlay(options.overlay)
-    find(base_of(probe, options))
-    # Unknown scorers are named before anything is measured.
-    stage_of(probe, Part(0, "around", 0.5, shortcut=options.shortcut), options)
+    stages = [stage_of(probe, Part(0, "around", keep, shortcut=options.shortcut), options) for keep in (0.0, 0.5)]
+    with tempfile.TemporaryDirectory() as folder:
+        for stage in stages:
+            trial = Path(folder) / options.overlay.name
+            trial.write_text(_recipe(probe, options, overrides, [stage], ""))
+            recipe = load(str(trial)).recipe
+    if recipe.task != (task := str(probe.record.settings["task"])):
+        raise RecipeError(
+            f"--base {options.base} is a recipe of task = {recipe.task}, and the model is probed for {task}: name another base"
+        )
 
 
 def _check_overlay(path: Path) -> None:
@@ -106,7 +115,19 @@ def stage_of(probe: Probe, part: Part, options: PlanOptions) -> StageConfig:
     return part.stage(probe.stack, probe.scope, options.scorer, estimator="gate" if causal and trained else None)
 
 
-def write_plan(probe: Probe, options: PlanOptions, recipe: Recipe, overrides: Sequence[str]) -> None:
+def _recipe(probe: Probe, options: PlanOptions, overrides: Sequence[str], stages: Sequence[StageConfig], remark: str) -> str:
+    """The plan's recipe: the probed weights in place of those of its base."""
+    base, target = base_of(probe, options), str(probe.record.settings["model"])
+    given = read(find(base)).get("model") or {}
+    model: dict[str, Any] = {key: None for key in _SOURCES if given.get(key) is not None}
+    model["gguf_file" if target.endswith(".gguf") else "name"] = target
+    blocks: dict[str, Any] = {"model": model}
+    for override in overrides:
+        apply_override(blocks, override)
+    return overlay(base, blocks, stages, remark)
+
+
+def write_plan(probe: Probe, options: PlanOptions, overrides: Sequence[str]) -> None:
     """Plans by measured loss, and writes the recipe and the record. Where a layer processes some tokens, they are those of a scorer that is
     fitted, and random ones for any other."""
     scorer = options.scorer if part_class("scorer", PartConfig.of(options.scorer, "scorer")).fits_updates else "random"
@@ -128,15 +149,10 @@ def write_plan(probe: Probe, options: PlanOptions, recipe: Recipe, overrides: Se
         f"{WRITTEN} {probe.record.settings['model']}: loss {dense:.4f} → {steps[-1].loss:.4f} on {probe.meter.answers:,} answers "
         f"at macs_ratio {steps[-1].macs_ratio:.4f}, before training, by tokens of scorer '{scorer}' where keep is above 0."
     )
-    blocks: dict[str, Any] = {
-        "model": {"name": recipe.model.name} if recipe.model.gguf_file is None else {"name": None, "gguf_file": recipe.model.gguf_file}
-    }
-    for override in overrides:
-        apply_override(blocks, override)
     probe.record.plan = {
         "target": options.target, "macs_ratio": steps[-1].macs_ratio, "loss": steps[-1].loss, "keeps": options.keeps, "halves": options.halves,
         "steps": [asdict(step) | {"part": step.part.key} for step in steps],
     }  # fmt: skip
     probe.record.write()
-    write_file(options.overlay, overlay(base_of(probe, options), blocks, stages, remark))
-    check(read(options.overlay), str(options.overlay))
+    write_file(options.overlay, _recipe(probe, options, overrides, stages, remark))
+    load(str(options.overlay))

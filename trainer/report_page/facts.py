@@ -32,7 +32,7 @@ def cost_by_layer(shown: Shown) -> Element | None:
     ]
     ratio, fraction = (number(cost.get(key), ".3f") for key in ("macs_ratio", "mean_token_fraction"))
     header = ["layer", "stages", "tokens in attention", "tokens in MLP", "MACs", "million MACs", "dense"]
-    return table(f"{shown.name}: MACs ÷ dense {ratio}, mean token fraction {fraction}", header, body, texts=2, fold=False)
+    return table(f"{shown.name}: macs_ratio {ratio}, mean token fraction {fraction}", header, body, texts=2, fold=False)
 
 
 def _bar(value: float, dense: float, most: float) -> Element:

@@ -20,23 +20,26 @@ from .style import STYLE
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def write_page(folders: Sequence[str | Path], to: Path, before: Mapping[str, Sequence[Element]] | None = None) -> None:
+def write_page(
+    folders: Sequence[str | Path], to: Path, before: Mapping[str, Sequence[Element]] | None = None, title: str | None = None
+) -> None:
     """Writes one self-contained HTML page about runs.
 
     Args:
         folders: folders of runs; a single one is shown with its control arms.
         to: file to write.
         before: further sections by title, which come first.
+        title: title of the page; None for the names of the runs.
 
     Raises:
         RecipeError: a folder is no run, or is given twice.
         DamagedFile: a report is damaged.
         OSError: a file could not be read or written.
     """
-    write_file(to, page(read_runs(folders), before))
+    write_file(to, page(read_runs(folders), before, title))
 
 
-def page(runs: Sequence[Shown], before: Mapping[str, Sequence[Element]] | None = None) -> str:
+def page(runs: Sequence[Shown], before: Mapping[str, Sequence[Element]] | None = None, title: str | None = None) -> str:
     """The page as HTML. All texts of the runs are escaped; the page has no script and needs no other file."""
     own = [shown for shown in runs if not shown.control]
     costs = [cost for shown in own if (cost := cost_by_layer(shown)) is not None]
@@ -50,7 +53,7 @@ def page(runs: Sequence[Shown], before: Mapping[str, Sequence[Element]] | None =
         "Versions and data": versions(own),
     }
     filled = {title: parts for title, parts in sections.items() if parts}
-    title = ", ".join(shown.name for shown in own)
+    title = title or ", ".join(shown.name for shown in own)
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

@@ -69,7 +69,7 @@ def draw(result: Mapping[str, Any], path: Path) -> list[Path]:
     for name, point in points.items():
         if not name.startswith("keep "):
             axes.plot(*point, marker="s", linestyle="", label="as trained" if name == "compressed" else plain(name))
-    axes.set(xlabel="MACs ÷ dense", ylabel=metric.replace("_", " "), xlim=(0, 1.05))
+    axes.set(xlabel="macs_ratio (MACs ÷ dense)", ylabel=metric.replace("_", " "), xlim=(0, 1.05))
     axes.set_title(plain(f"{result['target']}, {result['split']} split"), fontsize=9)
     axes.legend(fontsize=8)
     written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
