@@ -68,6 +68,9 @@ class CompressedLayer(nn.Module):
             raise ValueError(f"layer {plan.index} of a compressed model was called without a trace: call the model, which passes one")
         inputs = dict(zip(plan.adapter.positional, args, strict=False)) | kwargs
         flow = trace.flow(plan.stack)
+        if flow.causal_only:
+            # While it is traced, transformers makes a mask all the same, with which attention takes twice the time.
+            inputs["attention_mask"] = None
         if flow.state is None:
             hidden_states = flow.begin(plan.adapter.begin(flow, hidden_states, inputs.get("attention_mask")), hidden_states)
         elif plan.takes_present:

@@ -136,6 +136,7 @@ class Decoder(TextModel):
         assert isinstance(tokens, Tensor)
         number = tokens.shape[1]
         flow.documents, flow.special = _documents(trace, inputs), _special(cls.stack_config(model.config), inputs.get("input_ids"))
+        flow.causal_only = flow.documents is None and cls._causal_only(model, number, inputs)
         if number == 1 and flow.special is not None and not bool(flow.special.any()):
             # One question to the device for a step of generation, instead of work in each layer that has to allow for such tokens.
             flow.special = None
@@ -155,6 +156,16 @@ class Decoder(TextModel):
         flow.earlier = flow.seen
         if flow.seen and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == flow.seen + number:
             flow.earlier = mask[:, : flow.seen].sum(-1)
+
+    @classmethod
+    def _causal_only(cls, model: PreTrainedModel, number: int, inputs: Mapping[str, Any]) -> bool:
+        """Whether the inputs, ``number`` tokens a row, hide no earlier token: there is no padding, packing, cache or shorter window."""
+        settings: Any = cls.stack_config(model.config)
+        given = any(inputs.get(name) is not None for name in ("attention_mask", "position_ids", "past_key_values"))
+        # Exported graphs serve rows of one token too, for which SDPA's own mask is another.
+        if given or torch.compiler.is_exporting() or settings._attn_implementation != "sdpa":
+            return False
+        return all(window is None or window >= number for window in cls.windows(settings))
 
 
 def _special(config: Any, ids: Any) -> Tensor | None:

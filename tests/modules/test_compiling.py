@@ -80,3 +80,20 @@ def test_steps_of_one_shape_are_one_graph_with_the_gradients_of_eager_steps(name
         for (key, ours), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, key=key: f"{key}: {text}")
     assert counter.frame_count == 1
+
+
+def test_a_compiled_decoder_without_padding_has_sdpa_s_own_mask() -> None:
+    model, inputs, found = _text_model().train(), _text(2), []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        # Recomputed layers are graphs inside the graph.
+        graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        attention = torch.nn.functional.scaled_dot_product_attention
+        calls = [node for inner in graphs for node in inner.nodes if node.target is attention]
+        found.extend((call.kwargs["attn_mask"], call.kwargs["is_causal"]) for call in calls)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.compile(backend=backend, fullgraph=True)
+    _step(model, inputs, 0)
+    assert set(found) == {(None, True)}
