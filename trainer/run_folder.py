@@ -27,6 +27,8 @@ from .recipe.schema import Recipe
 MODEL, ADAPTER, RECIPE, ARMS, DATA = "model", "adapter", "recipe.yaml", "baselines", "data"
 # Facts of an export, with the hashes of its files.
 EXPORTED = "export.json"
+# Files of exports that are graphs.
+GRAPHS = ("model.onnx", "model.pt2")
 # Files of transformers beside the weights.
 TOKENIZER, PROCESSOR, PROCESSOR_OF_CHATS = "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"
 
@@ -277,8 +279,14 @@ def check_files(weights: Path) -> None:
 
     Raises:
         DamagedFile: a file is missing or differs.
+        FileNotFoundError: the folder has a graph and no weights.
         ValueError: the index of the weights lists a file outside the folder.
     """
+    if graph := next((name for name in GRAPHS if (weights / name).is_file()), None):
+        raise FileNotFoundError(
+            f"{weights} holds {graph}, a graph without weights that can be loaded: run it as its README.md shows, and name here the run that it "
+            "is of, or an export of --format merged or standalone"
+        )
     check_hashes(weights)
     if not is_adapter(weights):
         check_weights(weights)

@@ -15,6 +15,7 @@ from laconic.trainer.build.initial_weights import start_of
 from laconic.trainer.build.tower import with_own_tower
 from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
+from laconic.trainer.export.formats import onnx, torch_export
 from laconic.trainer.measure.tables import cost_of_model
 from laconic.trainer.recipe.files import dump, load
 from laconic.trainer.recipe.schema import ModelRecipe
@@ -127,6 +128,14 @@ def test_damaged_records_of_a_run_are_named(content: str, tmp_path: Path) -> Non
     (tmp_path / "hashes.json").write_text("[1]")
     with pytest.raises(DamagedFile, match=r"hashes\.json is damaged: it holds list"):
         check_files(tmp_path)
+
+
+@pytest.mark.parametrize("graph", [onnx.FILE, torch_export.FILE])
+def test_an_export_that_is_a_graph_is_not_loaded(graph: str, tmp_path: Path) -> None:
+    for name in (graph, "config.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=rf"holds {graph}, a graph .*: run it as its README\.md shows"):
+        load_model(tmp_path)
 
 
 def test_nothing_of_an_earlier_run_is_left(tmp_path: Path) -> None:
