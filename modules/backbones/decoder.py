@@ -101,7 +101,13 @@ class DecoderLayers(TextLayers):
 
 
 class Decoder(TextModel):
-    """A model that predicts the next token at every token."""
+    """A model that predicts the next token at every token.
+
+    Attributes:
+        mask_inputs: names of the inputs of a forward that say which tokens see which.
+    """
+
+    mask_inputs: ClassVar[tuple[str, ...]] = ("attention_mask", "position_ids", "past_key_values")
 
     @classmethod
     def token_spec(cls, model: PreTrainedModel, stack: Stack) -> TokenSpec:
@@ -161,7 +167,7 @@ class Decoder(TextModel):
     def _causal_only(cls, model: PreTrainedModel, number: int, inputs: Mapping[str, Any]) -> bool:
         """Whether the inputs, ``number`` tokens a row, hide no earlier token: there is no padding, packing, cache or shorter window."""
         settings: Any = cls.stack_config(model.config)
-        given = any(inputs.get(name) is not None for name in ("attention_mask", "position_ids", "past_key_values"))
+        given = any(inputs.get(name) is not None for name in cls.mask_inputs)
         # Exported graphs serve rows of one token too, for which SDPA's own mask is another.
         if given or torch.compiler.is_exporting() or settings._attn_implementation != "sdpa":
             return False

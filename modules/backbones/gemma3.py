@@ -55,6 +55,7 @@ class Gemma3(GridTower):
     # transformers finds the images of a row by positions, which start again in each chat.
     no_packing = "transformers' masks let chats of a row see tokens of each other's images"
     types_at = "token_type_ids"
+    mask_inputs = (*GridTower.mask_inputs, types_at)
     classes: ClassVar[tuple[str, ...]] = ("Gemma3Model", "Gemma3ForConditionalGeneration")
 
     @classmethod

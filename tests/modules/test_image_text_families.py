@@ -59,6 +59,13 @@ def test_keep_1_is_the_dense_model_bit_for_bit_loss_and_gradients(family: str, n
         assert (ours[key] is None and value.grad is None) or torch.equal(ours[key], value.grad), key
 
 
+@pytest.mark.parametrize("family", _families())
+def test_a_row_without_a_mask_is_seen_as_by_the_dense_model(family: str) -> None:
+    given = given_of(row(family, 1))
+    ours = _model(family, "random", 1.0)(**given, trace=Trace(), use_cache=False).logits
+    assert torch.equal(ours, dense(family)(**given, use_cache=False).logits)
+
+
 @pytest.mark.parametrize(("family", "name"), _pairs("random", "last_query"))
 def test_a_real_drop_equals_a_mask_in_every_layer_behind_it(family: str, name: str) -> None:
     given, model, plain = given_of(row(family, 1)), _model(family, name), dense(family)
