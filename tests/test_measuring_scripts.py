@@ -42,3 +42,6 @@ def test_an_arm_that_does_not_exist_is_refused(oracle: Any, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         oracle.main(["lamma"])
     assert "lamma: arms are tome, learned, evidence, threshold, llama" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        oracle.main(["threshold", "--compiled"])
+    assert "threshold: arms with --compiled are tome, learned, evidence, llama" in capsys.readouterr().err

@@ -27,8 +27,8 @@ from .recipe.schema import Recipe
 MODEL, ADAPTER, RECIPE, ARMS, DATA = "model", "adapter", "recipe.yaml", "baselines", "data"
 # Facts of an export, with the hashes of its files.
 EXPORTED = "export.json"
-# Files of exports that are graphs.
-GRAPHS = ("model.onnx", "model.pt2")
+# Files of exports that are graphs, by format.
+GRAPHS = {"onnx": "model.onnx", "torch-export": "model.pt2"}
 # Files of transformers beside the weights.
 TOKENIZER, PROCESSOR, PROCESSOR_OF_CHATS = "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"
 
@@ -282,7 +282,8 @@ def check_files(weights: Path) -> None:
         FileNotFoundError: the folder has a graph and no weights.
         ValueError: the index of the weights lists a file outside the folder.
     """
-    if graph := next((name for name in GRAPHS if (weights / name).is_file()), None):
+    graph = next((name for name in GRAPHS.values() if (weights / name).is_file()), None)
+    if graph is not None and not any(any(weights.glob(kind)) for kind in ("*.safetensors", "*.bin")):
         raise FileNotFoundError(
             f"{weights} holds {graph}, a graph without weights that can be loaded: run it as its README.md shows, and name here the run that it "
             "is of, or an export of --format merged or standalone"

@@ -165,13 +165,16 @@ class Decoder(TextModel):
 
     @classmethod
     def _causal_only(cls, model: PreTrainedModel, number: int, inputs: Mapping[str, Any]) -> bool:
-        """Whether the inputs, ``number`` tokens a row, hide no earlier token: there is no padding, packing, cache or shorter window."""
-        settings: Any = cls.stack_config(model.config)
-        given = any(inputs.get(name) is not None for name in cls.mask_inputs)
-        # Exported graphs serve rows of one token too, for which SDPA's own mask is another.
-        if given or torch.compiler.is_exporting() or settings._attn_implementation != "sdpa":
+        """Whether no earlier token of a row of ``number`` tokens is hidden by padding, packing, a cache or a window, and a graph is compiled.
+
+        Without a graph transformers makes no mask then. Exported graphs serve rows of one token too, for which SDPA's own mask is another.
+        """
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return False
-        return all(window is None or window >= number for window in cls.windows(settings))
+        settings: Any = cls.stack_config(model.config)
+        window = getattr(settings, "sliding_window", None)
+        plain = settings._attn_implementation == "sdpa" and (window is None or window > number)
+        return plain and all(inputs.get(name) is None for name in cls.mask_inputs)
 
 
 def _special(config: Any, ids: Any) -> Tensor | None:

@@ -79,7 +79,7 @@ class Flow:
         valid: (B, N) bool, False for padding; None if there is no padding, or if the layers' mask marks it.
         documents: (B, N) int64, document of each token in packed rows, -1 for padding; None if a row is one document.
         special: (B, N) bool, tokens that begin or end a text, by the model's config; None if the config names none, or without ids.
-        causal_only: a token sees all earlier ones of its row, so that a mask of the model says nothing that SDPA's own does not.
+        causal_only: a graph is compiled in which a token sees all earlier ones of its row: a mask of the model says no more than SDPA's own.
         visual: (B, N) bool, tokens that come from images or video; None in a model without them.
         absent: (B, N) bool, tokens that an earlier stack removed: no layer of this stack processes them; None if none was removed.
         pixel_values: (B, channels, height, width) the model's input, for parts that read pixels; None otherwise.

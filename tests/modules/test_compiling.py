@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from laconic import CompressionConfig, StageConfig, Trace, compress
 from laconic.modules.compress import checkpoint_activations
+from laconic.trainer.tasks.base import task_named
 from tests import matrix
 from tests.matrix import decoders
 
@@ -82,18 +83,43 @@ def test_steps_of_one_shape_are_one_graph_with_the_gradients_of_eager_steps(name
     assert counter.frame_count == 1
 
 
-def test_a_compiled_decoder_without_padding_has_sdpa_s_own_mask() -> None:
-    model, inputs, found = _text_model().train(), _text(2), []
+def _masks(step: Callable[[], Any], compiled: Any) -> set[tuple[bool, bool]]:
+    """Of each attention in the graph of a step: whether it has a mask, and whether it is causal by itself."""
+    found = set()
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
         # Recomputed layers are graphs inside the graph.
         graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
         attention = torch.nn.functional.scaled_dot_product_attention
         calls = [node for inner in graphs for node in inner.nodes if node.target is attention]
-        found.extend((call.kwargs["attn_mask"], call.kwargs["is_causal"]) for call in calls)
+        found.update((call.kwargs["attn_mask"] is not None, call.kwargs["is_causal"]) for call in calls)
         return graph.forward
 
     torch._dynamo.reset()
-    model.compile(backend=backend, fullgraph=True)
-    _step(model, inputs, 0)
-    assert set(found) == {(None, True)}
+    compiled.compile(backend=backend, fullgraph=True)
+    step()
+    return found
+
+
+def test_a_compiled_decoder_whose_rows_are_whole_has_sdpa_s_own_mask() -> None:
+    model, inputs = _text_model().train(), _text(2)
+    assert _masks(lambda: _step(model, inputs, 0), model) == {(False, True)}
+    # As a task trains it, with the positions and documents of its rows.
+    rows, tokens = inputs["input_ids"].shape
+    model, places = _text_model().train(), torch.arange(tokens).expand(rows, -1)
+    batch = {**inputs, "position_ids": places, "documents": torch.zeros_like(places)}
+    task: Any = task_named("causal_lm")
+    assert _masks(lambda: task.loss(model, batch, trace=Trace(labels=inputs["labels"])), model.base_model) == {(False, True)}
+
+
+@pytest.mark.parametrize("layer_types", [None, ["full_attention"] * 4])
+def test_a_window_shorter_than_the_row_stays_in_a_compiled_graph(layer_types: list[str] | None) -> None:
+    config = transformers.MistralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+        sliding_window=4, layer_types=layer_types,
+    )  # fmt: skip
+    stage = StageConfig(layer=1, site="around", keep=0.5, scorer="linear", selector="threshold", protect={"first": 1})
+    model = compress(transformers.MistralForCausalLM._from_config(config, attn_implementation="sdpa"), CompressionConfig([stage])).train()
+    ids = torch.arange(12)[None]
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    assert _masks(lambda: _step(model, inputs, 0), model) == {(True, False)}

@@ -21,7 +21,7 @@ from laconic.trainer.probe.attention_rank import attention_ranks, rank_share
 from laconic.trainer.probe.meter import Measured, Meter
 from laconic.trainer.probe.part import Part
 from laconic.trainer.probe.plan import greedy
-from laconic.trainer.probe.planning import PlanOptions, check_plan, write_plan
+from laconic.trainer.probe.planning import WRITTEN, PlanOptions, check_plan, write_plan
 from laconic.trainer.probe.plot import plot
 from laconic.trainer.probe.probe import Options, Probe
 from laconic.trainer.recipe.files import load
@@ -140,14 +140,39 @@ def test_a_plan_s_recipe_has_the_probed_weights_in_place_of_those_of_its_base(ba
     [
         ("vit_digits", "data.batch_size=4", "is a recipe of task = image_classification, and the model is probed for causal_lm"),
         ("llm_lora", "data.sequence_length=none", "data.sequence_length"),
+        ("llm_finetune", "data.sequence_length=32", r"data.name = 'json' needs data.data_files or data.data_dir"),
     ],
 )
 def test_a_plan_whose_recipe_would_be_wrong_is_refused_before_anything_is_measured(
     base: str, override: str, message: str, folder: Path, tmp_path: Path
 ) -> None:
     probe = _probe(folder, tmp_path / "p.json")
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(ValueError, match=message):
         check_plan(probe, PlanOptions.of("macs_ratio=0.8", tmp_path / "p.yaml", base, True, "", "linear"), [override])
+    assert {path.name for path in tmp_path.iterdir()} == {"p.json"}
+
+
+def test_a_plan_that_cannot_be_measured_or_laid_over_its_base_is_refused_before_anything_is_measured(folder: Path, tmp_path: Path) -> None:
+    probe = _probe(folder, tmp_path / "p.json")
+
+    def check(plan: str, base: str | None, shortcut: str | None = None, to: str = "p.yaml") -> None:
+        check_plan(probe, PlanOptions.of(plan, tmp_path / to, base, True, "", "linear", shortcut), _given(folder))
+
+    check("macs_ratio=0.8", None)
+    with pytest.raises(ValueError, match=r"--plan macs_ratio=0.01 cannot be met"):
+        check("macs_ratio=0.01", None)
+    (tmp_path / "own.yaml").write_text("base: llm_finetune\nmodel: {settings: {attention_dropout: 0.1}}\n")
+    with pytest.raises(ValueError, match=r"--base own sets model.settings, and the plan is for the model as it was measured"):
+        check("macs_ratio=0.8", "own")
+    (tmp_path / "plan.yaml").write_text(f"# {WRITTEN}\nbase: llm_finetune\n")
+    with pytest.raises(ValueError, match=r"--base plan is --overlay itself"):
+        check("macs_ratio=0.8", "plan", to="plan.yaml")
+
+
+def test_a_plan_needs_rows_to_fit_what_it_fits(folder: Path, tmp_path: Path) -> None:
+    probe = _probe(folder, tmp_path / "p.json", rows=40)
+    with pytest.raises(ValueError, match="all 30 training rows are measured"):
+        check_plan(probe, PlanOptions.of("macs_ratio=0.8", tmp_path / "p.yaml", None, True, "", "linear", "linear"), _given(folder))
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from laconic import from_pretrained
@@ -136,6 +137,9 @@ def test_an_export_that_is_a_graph_is_not_loaded(graph: str, tmp_path: Path) -> 
         (tmp_path / name).write_text("{}")
     with pytest.raises(FileNotFoundError, match=rf"holds {graph}, a graph .*: run it as its README\.md shows"):
         load_model(tmp_path)
+    # A graph beside weights is not in the way.
+    save_file({}, tmp_path / "model.safetensors")
+    check_files(tmp_path)
 
 
 def test_nothing_of_an_earlier_run_is_left(tmp_path: Path) -> None:

@@ -29,6 +29,10 @@ def write(found: Comparison, jobs: Sequence[Job], scale: Mapping[str, float], pl
     section.append(tag("p", f"From here on: the runs of seed {jobs[0].seed}, side by side.", kind="soft"))
     if other := [name for name in found.arms if scale[name] != 1]:
         section.append(
-            tag("p", f"There the macs_ratio of {', '.join(other)} is to a dense model with inputs of the same size.", kind="soft")
+            tag(
+                "p",
+                f"There the macs_ratio of {', '.join(other)} is to its own dense model; in the table above to the recipe's.",
+                kind="soft",
+            )
         )
     write_page([job.run.path for job in jobs if job.seed == jobs[0].seed], to, {"Comparison": section}, f"Comparison of {found.recipe}")

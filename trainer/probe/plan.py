@@ -59,8 +59,7 @@ def greedy(options: Sequence[Part], target: float, loss: Loss, cost: Cost) -> li
     chosen: dict[int, Part] = {}
     steps: list[Step] = []
     now, spent = loss(()), cost(())
-    if (lowest := _lowest(options, cost)) > target:
-        raise ValueError(f"--plan macs_ratio={target:g} cannot be met: with every part left out it is still {lowest:.4f}; raise it")
+    check_target(options, target, cost)
 
     def beside(part: Part) -> list[Part]:
         return [*(other for layer, other in chosen.items() if layer != part.layer), part]
@@ -103,11 +102,12 @@ def _last(best: _Move, fitting: list[_Move], at: int, now: float, measured: Call
     return best
 
 
-def _lowest(options: Sequence[Part], cost: Cost) -> float:
-    """``macs_ratio`` with the cheapest option of every layer."""
+def check_target(options: Sequence[Part], target: float, cost: Cost) -> None:
+    """Raises ValueError if the cheapest option of every layer does not meet the target. Arguments as of ``greedy``."""
     cheapest: dict[int, Part] = {}
     for part in options:
         other = cheapest.get(part.layer)
         if other is None or cost([part]) < cost([other]):
             cheapest[part.layer] = part
-    return cost(list(cheapest.values()))
+    if (least := cost(list(cheapest.values()))) > target:
+        raise ValueError(f"--plan macs_ratio={target:g} cannot be met: with every part left out it is still {least:.4f}; raise it")

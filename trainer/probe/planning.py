@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..recipe.files import apply_override, find, load, read
 from ..show.target import check_folder
 from .overlay import overlay, planned
 from .part import Part
-from .plan import greedy
+from .plan import check_target, greedy
 from .probe import Probe
 
 # Begin of the first line of a plan's recipe.
@@ -74,16 +75,26 @@ def _share(text: str) -> float | None:
 
 
 def check_plan(probe: Probe, options: PlanOptions, overrides: Sequence[str]) -> None:
-    """Raises RecipeError if there can be no such plan, or its recipe would be wrong: before anything is measured."""
+    """Raises ValueError if there can be no such plan, or its recipe would be wrong: before anything is measured."""
     if probe.meter.config is not None:
         raise RecipeError("--plan is for a dense model, and this one has stages of its own: plan for the model that it was trained from")
     _check_overlay(options.overlay)
+    offered = _offered(probe, options)
+    check_target(offered, options.target, partial(_cost, probe, options))
+    if any(part.fitted for part in offered):
+        probe.others()
     stages = [stage_of(probe, Part(0, "around", keep, shortcut=options.shortcut), options) for keep in (0.0, 0.5)]
-    with tempfile.TemporaryDirectory() as folder:
+    # Beside the recipe, where its base is found in the same way.
+    with tempfile.NamedTemporaryFile(
+        "w", suffix=".yaml", prefix=f"{options.overlay.stem}.", dir=options.overlay.parent, encoding="utf-8"
+    ) as trial:
         for stage in stages:
-            trial = Path(folder) / options.overlay.name
-            trial.write_text(_recipe(probe, options, overrides, [stage], ""))
-            recipe = load(str(trial)).recipe
+            trial.seek(0)
+            trial.truncate()
+            trial.write(_recipe(probe, options, overrides, [stage], ""))
+            trial.flush()
+            recipe = load(trial.name).recipe
+    _ = recipe.data.source
     if recipe.task != (task := str(probe.record.settings["task"])):
         raise RecipeError(
             f"--base {options.base} is a recipe of task = {recipe.task}, and the model is probed for {task}: name another base"
@@ -118,8 +129,13 @@ def stage_of(probe: Probe, part: Part, options: PlanOptions) -> StageConfig:
 def _recipe(probe: Probe, options: PlanOptions, overrides: Sequence[str], stages: Sequence[StageConfig], remark: str) -> str:
     """The plan's recipe: the probed weights in place of those of its base."""
     base, target = base_of(probe, options), str(probe.record.settings["model"])
-    given = read(find(base)).get("model") or {}
+    beside = options.overlay.parent / f"{base}.yaml"
+    if beside.resolve() == options.overlay.resolve():
+        raise RecipeError(f"--base {base} is --overlay itself: name another file")
+    given = read(beside if beside.is_file() else find(base)).get("model") or {}
     model: dict[str, Any] = {key: None for key in _SOURCES if given.get(key) is not None}
+    if other := [key for key, value in given.items() if key not in (*_SOURCES, "attention") and value not in (None, False, {})]:
+        raise RecipeError(f"--base {base} sets model.{other[0]}, and the plan is for the model as it was measured: name a base without it")
     model["gguf_file" if target.endswith(".gguf") else "name"] = target
     blocks: dict[str, Any] = {"model": model}
     for override in overrides:
@@ -127,27 +143,34 @@ def _recipe(probe: Probe, options: PlanOptions, overrides: Sequence[str], stages
     return overlay(base, blocks, stages, remark)
 
 
+def _scorer(options: PlanOptions) -> str:
+    """Scorer by which tokens are chosen while the plan is measured."""
+    return options.scorer if part_class("scorer", PartConfig.of(options.scorer, "scorer")).fits_updates else "random"
+
+
+def _offered(probe: Probe, options: PlanOptions) -> list[Part]:
+    """The parts from which a plan may choose."""
+    sites = [replace(part, shortcut=options.shortcut) for part in probe.parts if options.halves or part.site == "around"]
+    some = [replace(part, keep=keep, scorer=_scorer(options)) for part in sites if part.site == "around" for keep in options.keeps]
+    return [*sites, *some]
+
+
+def _cost(probe: Probe, options: PlanOptions, parts: Sequence[Part]) -> float:
+    """``macs_ratio`` with these parts."""
+    return probe.meter.macs_ratio([stage_of(probe, part, options) for part in parts])
+
+
 def write_plan(probe: Probe, options: PlanOptions, overrides: Sequence[str]) -> None:
     """Plans by measured loss, and writes the recipe and the record. Where a layer processes some tokens, they are those of a scorer that is
     fitted, and random ones for any other."""
-    scorer = options.scorer if part_class("scorer", PartConfig.of(options.scorer, "scorer")).fits_updates else "random"
-    sites = [replace(part, shortcut=options.shortcut) for part in probe.parts if options.halves or part.site == "around"]
-    some = [replace(part, keep=keep, scorer=scorer) for part in sites if part.site == "around" for keep in options.keeps]
-
-    def cost(parts: Sequence[Part]) -> float:
-        return probe.meter.macs_ratio([stage_of(probe, part, options) for part in parts])
-
-    try:
-        steps = greedy([*sites, *some], options.target, lambda parts: probe.measure(parts).loss, cost)
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
+    steps = greedy(_offered(probe, options), options.target, lambda parts: probe.measure(parts).loss, partial(_cost, probe, options))
     for step in steps:
         probe.console.print(f"chosen: {step.part.key}, loss {step.loss:.4f}, macs_ratio {step.macs_ratio:.4f}", highlight=False)
     stages = [stage_of(probe, part, options) for part in planned(steps)]
     dense = probe.meter.whole.loss
     remark = (
         f"{WRITTEN} {probe.record.settings['model']}: loss {dense:.4f} → {steps[-1].loss:.4f} on {probe.meter.answers:,} answers "
-        f"at macs_ratio {steps[-1].macs_ratio:.4f}, before training, by tokens of scorer '{scorer}' where keep is above 0."
+        f"at macs_ratio {steps[-1].macs_ratio:.4f}, before training, by tokens of scorer '{_scorer(options)}' where keep is above 0."
     )
     probe.record.plan = {
         "target": options.target, "macs_ratio": steps[-1].macs_ratio, "loss": steps[-1].loss, "keeps": options.keeps, "halves": options.halves,

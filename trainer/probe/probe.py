@@ -80,7 +80,7 @@ class Probe:
             raise RecipeError(f"task = {recipe.task} has no labels by which a layer could be measured: probe a model of another task")
         data = opened_data(task.of_run(recipe, RunFolder.of(weights)), model.config, model, target)
         self.meter = Meter(model, task, batches_of(data, options.rows, options.batch_size), task.size(recipe), recipe.seed)
-        self._others = functools.partial(batches_of, data, FIT_ROWS, options.batch_size, options.rows)
+        self.others = functools.partial(batches_of, data, FIT_ROWS, options.batch_size, options.rows)
         self._fitted: set[tuple[str, str | None]] = set()
         own = () if self.meter.config is None else self.meter.config.of_stack(self.stack.name)
         self.parts = offered(self.stack, [int(stage.layer) for stage in own])
@@ -119,7 +119,7 @@ class Probe:
                 if these:
                     what = " and ".join(name for name in (scorer, shortcut) if name not in ("random", None))
                     self.console.print(f"fitting {what} {', '.join(together)} to {FIT_ROWS} rows", highlight=False)
-                    self.meter.fit([part.measured(self.stack, self.scope) for part in these], self._others())
+                    self.meter.fit([part.measured(self.stack, self.scope) for part in these], self.others())
             self._fitted.add((scorer, shortcut))
 
     def run(self) -> None:

@@ -85,7 +85,10 @@ class CausalLM(LanguageModel):
         if batch["input_ids"].ndim == 3:
             # Rows of bags, in a phase of training.
             return read_bags(model, batch["input_ids"], batch["labels"], batch["position_ids"])
-        return read(model, batch["input_ids"], batch["labels"], batch["position_ids"], _apart(batch["documents"]), **options)
+        documents = _apart(batch["documents"])
+        # Positions from 0 on are the model's own, and that there is no packing must be known without asking the device.
+        places = None if documents is None else batch["position_ids"]
+        return read(model, batch["input_ids"], batch["labels"], places, documents, **options)
 
     @classmethod
     def teach(cls, model: PreTrainedModel, batch: Mapping[str, Any], recipe: DistillationRecipe, **options: Any) -> Taught:

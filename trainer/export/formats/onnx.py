@@ -14,11 +14,12 @@ from torch.onnx import OnnxExporterError
 from transformers import PreTrainedModel
 
 from ...errors import RecipeError
+from ...run_folder import GRAPHS
 from ..base import Format
 from ..capture import captured, check_static
 from ..source import ExportSource, Settings
 
-FILE = "model.onnx"
+FILE = GRAPHS["onnx"]
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
+from ...run_folder import GRAPHS
 from ..base import Format
 from ..capture import captured, check_static
 from ..source import ExportSource, Settings
 
-FILE = "model.pt2"
+FILE = GRAPHS["torch-export"]
 
 
 class TorchExport(Format):
