@@ -112,6 +112,7 @@ def test_a_compiled_decoder_whose_rows_are_whole_has_sdpa_s_own_mask() -> None:
     assert _masks(lambda: task.loss(model, batch, trace=Trace(labels=inputs["labels"])), model.base_model) == {(False, True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer_types", [None, ["full_attention"] * 4])
 def test_a_window_shorter_than_the_row_stays_in_a_compiled_graph(layer_types: list[str] | None) -> None:
     config = transformers.MistralConfig(

@@ -65,8 +65,9 @@ def test_a_file_of_results_is_checked_before_they_are_measured(tmp_path: Path) -
     ):
         with pytest.raises(RecipeError, match=f"--to: {path} {message}"):
             check_target("--to", path, ("points",))
+    options = PlanOptions.of("macs_ratio=0.5", report.rename(tmp_path / "mine.yaml"), None, True, "", "update")
     with pytest.raises(RecipeError, match="exists, and no plan wrote it"):
-        check_plan(_Dense(), PlanOptions.of("macs_ratio=0.5", report.rename(tmp_path / "mine.yaml"), None, True, "", "update"))  # type: ignore[arg-type]
+        check_plan(_Dense(), options, [])  # type: ignore[arg-type]
 
 
 class _Dense:
