@@ -13,12 +13,12 @@ from ...modules.checkpoints.whole_files import write_file
 from ...modules.config import COMPLETE, PartConfig, StageConfig
 from ...modules.registry import part_class
 from ..errors import RecipeError
-from ..recipe.files import apply_override, find, load, read
+from ..recipe.files import apply_override, load, path_of_base, read
 from ..show.target import check_folder
 from .overlay import overlay, planned
 from .part import Part
 from .plan import check_target, greedy
-from .probe import Probe
+from .probe import HALF, Probe
 
 # Begin of the first line of a plan's recipe.
 WRITTEN = "Written by laconic probe"
@@ -83,17 +83,14 @@ def check_plan(probe: Probe, options: PlanOptions, overrides: Sequence[str]) -> 
     check_target(offered, options.target, partial(_cost, probe, options))
     if any(part.fitted for part in offered):
         probe.others()
-    stages = [stage_of(probe, Part(0, "around", keep, shortcut=options.shortcut), options) for keep in (0.0, 0.5)]
+    stages = [stage_of(probe, Part(layer, "around", keep, shortcut=options.shortcut), options) for layer, keep in enumerate((0.0, HALF))]
     # Beside the recipe, where its base is found in the same way.
-    with tempfile.NamedTemporaryFile(
-        "w", suffix=".yaml", prefix=f"{options.overlay.stem}.", dir=options.overlay.parent, encoding="utf-8"
-    ) as trial:
-        for stage in stages:
-            trial.seek(0)
-            trial.truncate()
-            trial.write(_recipe(probe, options, overrides, [stage], ""))
-            trial.flush()
-            recipe = load(trial.name).recipe
+    beside = {"prefix": f"{options.overlay.stem}.", "suffix": ".yaml", "dir": options.overlay.parent}
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", **beside) as trial:
+        trial.write(_recipe(probe, options, overrides, stages, ""))
+        trial.flush()
+        recipe = load(trial.name).recipe
+    # Raises where the data are files, and none are named.
     _ = recipe.data.source
     if recipe.task != (task := str(probe.record.settings["task"])):
         raise RecipeError(
@@ -129,10 +126,10 @@ def stage_of(probe: Probe, part: Part, options: PlanOptions) -> StageConfig:
 def _recipe(probe: Probe, options: PlanOptions, overrides: Sequence[str], stages: Sequence[StageConfig], remark: str) -> str:
     """The plan's recipe: the probed weights in place of those of its base."""
     base, target = base_of(probe, options), str(probe.record.settings["model"])
-    beside = options.overlay.parent / f"{base}.yaml"
-    if beside.resolve() == options.overlay.resolve():
+    path = path_of_base(base, options.overlay)
+    if path.resolve() == options.overlay.resolve():
         raise RecipeError(f"--base {base} is --overlay itself: name another file")
-    given = read(beside if beside.is_file() else find(base)).get("model") or {}
+    given = read(path).get("model") or {}
     model: dict[str, Any] = {key: None for key in _SOURCES if given.get(key) is not None}
     if other := [key for key, value in given.items() if key not in (*_SOURCES, "attention") and value not in (None, False, {})]:
         raise RecipeError(f"--base {base} sets model.{other[0]}, and the plan is for the model as it was measured: name a base without it")

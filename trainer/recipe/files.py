@@ -196,11 +196,16 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return data
     if not isinstance(base, str) or not base:
         raise RecipeError(f"{path.name}: base = {base!r} must be the name of one recipe, or of a file beside this one without .yaml")
-    beside = path.parent / f"{base}.yaml"
-    under = read(beside if os.path.isfile(beside) else find(base), (*seen, path))
+    under = read(path_of_base(base, path), (*seen, path))
     if replaces_stages(under.get("compression"), data.get("compression")):
         del under["compression"]
     return merged(under, data)
+
+
+def path_of_base(base: str, overlay: Path) -> Path:
+    """The file of a base: the one beside the overlay first. Raises RecipeError if there is none."""
+    beside = overlay.parent / f"{base}.yaml"
+    return beside if os.path.isfile(beside) else find(base)
 
 
 def _parsed(path: Path) -> dict[str, Any]:
