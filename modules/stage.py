@@ -338,11 +338,13 @@ class Stage(CountsTokens, nn.Module):
     def _request(self, keep: float, count: int | Tensor, present: int | Tensor, site: SiteInput) -> Request:
         state, trace = site.state, site.trace
         selected = self._selected(count, present)
+        own = self.config.keep
         if self.selector.adaptive and self.merger.extra and keep < 1:
             # The merger's added token is one of the requested tokens.
             mean = present.double().mean() if isinstance(present, Tensor) else present
-            keep = max(float(keep - self.merger.extra / max(float(mean), 1.0)), 1e-6)
-        request = Request(keep, selected, site.hidden_states, trace.lookahead)
+            added = self.merger.extra / max(float(mean), 1.0)
+            keep, own = max(float(keep - added), 1e-6), None if own is None else max(float(own - added), 1e-6)
+        request = Request(keep, selected, site.hidden_states, trace.lookahead, own=own)
         if not self.selector.draws and (self.estimator is None or (isinstance(trace.noise, float) and trace.noise == 0)):
             return request
         rows = trace.rows_identity(state.rows, state.position.device)

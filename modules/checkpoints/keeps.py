@@ -24,7 +24,7 @@ def set_keep(model: PreTrainedModel, keep: float | Mapping[str, float]) -> None:
             decision of another one (``share``) have its keep.
 
     Raises:
-        ValueError: a fraction is out of range, a stage does not exist, it holds the one keep that it was trained for, or it takes over the
+        ValueError: a fraction is out of range, a stage does not exist, it keeps what its router learned, or it takes over the
             decision of another one, which keeps another fraction.
     """
     stages = {name: stage for name, stage in stages_of(model).items() if not stage.config.left_out}
@@ -49,5 +49,6 @@ def set_keep(model: PreTrainedModel, keep: float | Mapping[str, float]) -> None:
             raise ValueError(f"keep of stage {name!r} = {value} must be in (0, 1]: the fraction that is kept, not removed")
         check_movable([stages[name]], "keep", value)
     for name, value in given.items():
+        stages[name].selector.move_cut(stages[name].config.keep, value)
         stages[name].config = replace(stages[name].config, keep=value, tokens=None)
     model.config.compression = CompressionConfig.from_dict(model.config.compression).with_keep(given).to_dict()

@@ -18,7 +18,9 @@ def check_movable(stages: Iterable[Stage], key: str, least: float) -> None:
     for stage in stages:
         where, selector, merger = f"stage {stage.config.key!r}", *(stage.config.part(kind).name for kind in ("selector", "merger"))
         if stage.selector.one_keep:
-            raise ValueError(f"{where}: selector {selector!r} has a threshold of one keep, and {key} requests others: take top_k")
+            raise ValueError(
+                f"{where}: selector {selector!r} keeps what its router learned, and {key} requests other keeps: take top_k, threshold or predictor"
+            )
         if stage.merger.outputs is not None:
             raise ValueError(f"{where}: merger {merger!r} makes one number of tokens, and {key} requests others: take another merger")
         check_halves([stage], key, least)

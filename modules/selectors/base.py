@@ -29,6 +29,7 @@ class Request:
         lookahead: non-causal decisions are allowed in evaluation too.
         noise: strength of the exploration noise in training; 0 for none.
         draws: (B, M) uniform draws in (0, 1); None if neither exploration noise nor the selector needs them.
+        own: the stage's own keep, from which ``keep`` differs if it is of this forward alone; None if the stage has none.
     """
 
     keep: float
@@ -37,6 +38,7 @@ class Request:
     lookahead: bool = False
     noise: float | Tensor = 0.0
     draws: Tensor | None = None
+    own: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Selector(nn.Module):
     adaptive: ClassVar[bool] = False
     needs_probabilities: ClassVar[bool] = False
     cuts: ClassVar[bool] = False
-    one_keep: ClassVar[bool] = False
+    # A class variable or a property.
+    one_keep: bool = False
     draws: ClassVar[bool] = False
     explores: ClassVar[bool] = False
     ignores_noise: ClassVar[bool] = False
@@ -115,6 +118,9 @@ class Selector(nn.Module):
 
     def set_cut(self, keep: float) -> None:
         """Sets the threshold so that this fraction of scores that are uniform in (0, 1) is kept, without training."""
+
+    def move_cut(self, before: float, keep: float) -> None:
+        """Moves a threshold that follows scores from one keep of the stage to another one."""
 
     def is_noncausal(self, request: Request) -> bool:
         """The decision for this request will depend on later tokens."""

@@ -67,7 +67,7 @@ class PredictorSelector(ThresholdSelector):
             decision: Decision = self.top_k(scores, state, request)
             return decision
         logits = self.logits(request.hidden_states)
-        return self.decide(logits > self.threshold, logits, state)
+        return self.decide(logits > self.cut_for(request), logits, state)
 
     def auxiliary(self, decision: Decision, state: TokenState, request: Request) -> Auxiliary:
         if not self.is_noncausal(request):
@@ -75,10 +75,10 @@ class PredictorSelector(ThresholdSelector):
         logits, routable = self.logits(request.hidden_states), state.routable
         chosen = decision.kept_mask(state.tokens)
         if self.training:
-            self.follow(logits.detach(), routable, request.keep)
+            self.follow(logits.detach(), routable, request)
         number = routable.sum().clamp(min=1)
         losses = functional.binary_cross_entropy_with_logits(logits, chosen.to(logits.dtype), reduction="none")
-        agrees = ((logits > self.threshold) == chosen) & routable
+        agrees = ((logits > self.cut_for(request)) == chosen) & routable
         return Auxiliary(self.weight * (losses * routable).sum() / number, agrees.sum() / number)
 
     def macs(self, shape: StackShape, tokens: int) -> int:

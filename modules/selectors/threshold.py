@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,14 +18,20 @@ from .base import Request, Selector, everything
 from .top_k import TopKSelector
 
 
+# Fractions whose thresholds are followed besides that of the stage's own keep.
+_LEVELS = 31
+# A batch counts in full for its own fraction, and less for others, down to the least at this distance and beyond.
+_NEAR, _LEAST = 0.25, 0.05
+
+
 class ThresholdSelector(Selector):
     """Keeps the tokens whose score is above a threshold, so that a row with more content keeps more tokens.
 
     In training the threshold is computed for each batch, so that exactly the requested fraction of the batch is kept; with
-    ``equal_rows``, of each row, which needs no padding. A buffer, saved with the weights, follows these thresholds as a moving average.
-    In evaluation the buffer is the threshold, and each token is decided by itself; ``Trace.keep`` changes the threshold only in
-    training. Where the requested fraction moves, the buffer moves by as much as the newest batch's threshold does, without the average's
-    lag. Before the first training batch evaluation uses top-k; a causal model refuses it.
+    ``equal_rows``, of each row, which needs no padding. A buffer, saved with the weights, follows the threshold of the stage's own keep as
+    a moving average, and in evaluation each token is decided by it alone. A second buffer follows the thresholds of 31 other fractions,
+    between which those of other keeps are interpolated (``Trace.keep``, ``set_keep``); a batch counts less for fractions far from the one
+    it was trained with. Before the first training batch evaluation uses top-k; a causal model refuses it.
 
     Args:
         spec: the tokens to select from.
@@ -38,8 +45,7 @@ class ThresholdSelector(Selector):
 
     adaptive = True
     cuts = True
-    one_keep = True
-    float32_buffers = ("threshold", "batches", "requested")
+    float32_buffers = ("threshold", "batches", "levels")
 
     def __init__(
         self,
@@ -59,11 +65,11 @@ class ThresholdSelector(Selector):
         self.top_k = TopKSelector(spec, bucket)
         self.threshold: Tensor
         self.batches: Tensor
-        self.requested: Tensor
+        self.levels: Tensor
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.register_buffer("batches", torch.zeros((), dtype=torch.float32))
-        # The fraction that the threshold was last set for.
-        self.register_buffer("requested", torch.ones((), dtype=torch.float32))
+        # Thresholds of the fractions of _fractions.
+        self.register_buffer("levels", torch.zeros(_LEVELS, dtype=torch.float32))
         self._set = False
 
     @property
@@ -80,6 +86,11 @@ class ThresholdSelector(Selector):
         return self.calibrate
 
     @property
+    def one_keep(self) -> bool:  # type: ignore[override]
+        # A fixed threshold keeps what the router learned.
+        return not self.calibrate
+
+    @property
     def calibrates(self) -> bool:
         return self.calibrate
 
@@ -87,7 +98,7 @@ class ThresholdSelector(Selector):
     def reset(self) -> None:
         self.threshold.zero_()
         self.batches.zero_()
-        self.requested.fill_(1)
+        self.levels.zero_()
         self._set = False
 
     @property
@@ -105,16 +116,36 @@ class ThresholdSelector(Selector):
     @torch.no_grad()
     def set_cut(self, keep: float) -> None:
         self.threshold.fill_(1 - keep)
-        self.requested.fill_(keep)
+        self.levels.copy_(1 - _fractions(self.levels))
         self.batches.fill_(1)
+
+    @torch.no_grad()
+    def move_cut(self, before: float, keep: float) -> None:
+        if self.calibrate:
+            self.threshold.copy_(self.cut_for(Request(keep, 0, own=before)))
+
+    def cut_for(self, request: Request) -> Tensor:
+        """The threshold in evaluation: that of the stage's own keep, or of another requested one."""
+        own = request.own
+        if not self.calibrate or request.keep == own:
+            return self.threshold
+        level = self._level(request.keep)
+        # Exact at the stage's own keep. One that keeps everything has no threshold.
+        return level if own is None or own >= 1 else level + self.threshold - self._level(own)
+
+    def _level(self, keep: float) -> Tensor:
+        """The threshold of a fraction by the two nearest levels."""
+        place = keep * (_LEVELS + 1) - 1
+        lower = min(max(math.floor(place), 0), _LEVELS - 2)
+        return self.levels[lower].lerp(self.levels[lower + 1], place - lower)
 
     @torch.no_grad()
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
         if request.keep >= 1:
             return everything(state)
-        cut = self.threshold
+        cut = self.cut_for(request)
         if self.training and self.calibrate:
-            cut = self.follow(scores, state.routable, request.keep)
+            cut = self.follow(scores, state.routable, request)
             if self.equal_rows:
                 return self._by_rows(scores, state, request)
         elif self.calibrate and not self.causal and not self.batches.bool():
@@ -146,24 +177,38 @@ class ThresholdSelector(Selector):
             self._buffers[name] = cast.float() if buffer.is_meta or cast.is_meta else buffer.to(cast.device, torch.float32)
         return self
 
-    def follow(self, scores: Tensor, routable: Tensor, keep: float) -> Tensor:
-        """The threshold that keeps the fraction ``keep`` of the routable (B, M) scores, mean over the ranks that have such scores; updates
-        the moving average."""
+    def follow(self, scores: Tensor, routable: Tensor, request: Request) -> Tensor:
+        """The threshold that keeps the requested fraction of the routable (B, M) scores, mean over the ranks that have such scores; updates
+        the moving averages."""
+        own = request.keep if request.own is None else request.own
         order = scores.masked_fill(~routable, float("-inf")).flatten().sort(descending=True).values
         present = routable.sum()
-        # For the fraction that is requested now, and for the last one. The index must stay within the routable tokens: the -inf of other
-        # tokens would spoil the moving average.
-        shares = torch.stack([torch.full_like(self.requested, keep), self.requested])
-        kept = (present * shares).round().long().clamp(max=present - 1).clamp(min=0)
+        asked = [torch.full_like(self.levels[:1], keep) for keep in (request.keep, own)]
+        fractions = _fractions(self.levels)
+        # The index must stay within the routable tokens: the -inf of other tokens would spoil the moving averages.
+        kept = (present * torch.cat([*asked, fractions])).round().long().clamp(max=present - 1).clamp(min=0)
         some = present > 0
-        sums = torch.cat([torch.where(some, order.gather(0, kept), 0.0), some.to(order.dtype)[None]])
+        sums = torch.cat([torch.where(some, order.gather(0, kept), 0.0), some.to(order.dtype)[None]]).to(self.levels.dtype)
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(sums)
-        *totals, ranks = sums.to(self.threshold.dtype)
-        # Without a routable token on any rank the threshold stays.
-        fitting, before = (torch.where(ranks > 0, total / ranks.clamp(min=1), self.threshold) for total in totals)
-        rate = torch.where(self.batches == 0, 1.0, self.rate)
-        self.threshold.add_(fitting - before).lerp_(fitting, rate.to(self.threshold.dtype))
+        ranks = sums[-1]
+        # Without a routable token on any rank they stay.
+        found = torch.where(ranks > 0, sums[:-1] / ranks.clamp(min=1), torch.cat([self.threshold.expand(2), self.levels]))
+        first = self.batches == 0
+        self.threshold.lerp_(found[1], torch.where(first, 1.0, self.rate * _weight(abs(request.keep - own))))
+        self.levels.lerp_(found[2:], torch.where(first, 1.0, self.rate * _weights((fractions - request.keep).abs())))
         self.batches.add_(ranks > 0).clamp_(max=1)
-        self.requested.copy_(torch.where(ranks > 0, keep, self.requested))
-        return fitting
+        return found[0]
+
+
+def _fractions(like: Tensor) -> Tensor:
+    """(_LEVELS,) fractions evenly between 0 and 1."""
+    return torch.arange(1, _LEVELS + 1, dtype=like.dtype, device=like.device) / (_LEVELS + 1)
+
+
+def _weight(distance: float) -> float:
+    return max(_LEAST, 1 - distance / _NEAR)
+
+
+def _weights(distances: Tensor) -> Tensor:
+    return (1 - distances / _NEAR).clamp(min=_LEAST)

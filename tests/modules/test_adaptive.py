@@ -63,17 +63,34 @@ def test_the_threshold_follows_the_scores_of_the_batch() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_threshold_follows_a_moving_request_without_lag(causal: bool) -> None:
+@pytest.mark.parametrize("keeps", [[0.9 - 0.025 * step for step in range(25)], [0.1 + 0.8 * (7 * step % 25) / 25 for step in range(50)]])
+def test_a_threshold_knows_all_keeps_whatever_the_training_steps_request(causal: bool, keeps: list[float]) -> None:
     selector, state = (
         ThresholdSelector(replace(SPEC, causal=causal), rate=0.1).train(),
         TokenState.initial(8, 500, 0, None, torch.device("cpu")),
     )
-    for step in range(25):
-        keep = 0.9 - 0.025 * step
+    for step, keep in enumerate(keeps):
         scores = torch.randn(8, 500, generator=torch.Generator().manual_seed(step))
-        selector(scores, state, Request(keep, round(500 * keep)))
-        # An average over ten batches alone would be behind by a fifth.
-        assert float((scores > selector.threshold).float().mean()) == pytest.approx(keep, abs=0.03)
+        selector(scores, state, Request(keep, round(500 * keep), own=0.3))
+    assert float((scores > selector.threshold).float().mean()) == pytest.approx(0.3, abs=0.02)
+    for keep in (0.05, 0.1, 0.25, 0.3, 0.5, 0.77, 0.95):
+        found = selector.eval()(scores, state, Request(keep, round(500 * keep), own=0.3)).kept_mask(500)
+        assert float(found.float().mean()) == pytest.approx(keep, abs=0.02)
+
+
+def test_thresholds_move_to_another_keep_of_the_stage_and_are_exact_at_their_own() -> None:
+    selector, state = ThresholdSelector(SPEC).train(), TokenState.initial(8, 501, 1, None, torch.device("cpu"))
+    scores = torch.randn(8, 501, generator=torch.Generator().manual_seed(0))
+    selector(scores, state, Request(0.3, 150, own=0.3))
+    routable = scores[:, 1:].flatten()
+    # Of 4,000 tokens, the one after the first 1,200.
+    assert float(selector.threshold) == float(routable.sort(descending=True).values[1200])
+    other = selector.eval()(scores, state, Request(0.6, 300, own=0.3)).kept_mask(501)
+    selector.move_cut(0.3, 0.6)
+    assert torch.equal(selector(scores, state, Request(0.6, 300, own=0.6)).kept_mask(501), other)
+    assert float(other[:, 1:].float().mean()) == pytest.approx(0.6, abs=0.005)
+    selector.move_cut(0.6, 0.3)
+    assert float((routable > selector.threshold).float().mean()) == pytest.approx(0.3, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -83,10 +100,10 @@ def test_a_process_without_a_routable_token_pulls_no_threshold(
     own: int, other: tuple[float, int], expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(torch.tensor((other[0], *other))))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(torch.tensor((*[other[0]] * 33, other[1]))))
     selector = ThresholdSelector(SPEC)
     selector.threshold.fill_(7)
-    found = selector.follow(torch.tensor([[9.0, 0.5, 0.1]]), torch.arange(3)[None] < own, 0.34)
+    found = selector.follow(torch.tensor([[9.0, 0.5, 0.1]]), torch.arange(3)[None] < own, Request(0.34, 1))
     assert float(found) == float(selector.threshold) == expected
     assert bool(selector.batches) == bool(own or other[1])
 

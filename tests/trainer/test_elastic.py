@@ -17,7 +17,7 @@ from laconic.trainer.errors import RecipeError
 from laconic.trainer.recipe.files import load
 from laconic.trainer.run import train_arm
 from laconic.trainer.show.sweep import draw, swept
-from tests.matrix import dense, images
+from tests.matrix import decoders, dense, images
 from tests.trainer.export_runs import written_run
 
 
@@ -58,9 +58,39 @@ def test_keeps_that_a_stage_cannot_have_are_refused() -> None:
         set_keep(_model(), {"before_7": 0.5})
     with pytest.raises(ValueError, match="the model has none"):
         set_keep(dense("vit"), 0.5)
-    held = compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.5, scorer="learned", selector="threshold")]))
-    with pytest.raises(ValueError, match="selector 'threshold' has a threshold of one keep, and keep requests others"):
-        set_keep(held, 0.4)
+    for selector in ("gumbel", {"name": "threshold", "calibrate": False}):
+        held = compress(dense("vit"), CompressionConfig([StageConfig(layer=1, keep=0.5, scorer="learned", selector=selector)]))
+        with pytest.raises(
+            ValueError, match="keeps what its router learned, and keep requests other keeps: take top_k, threshold or predictor"
+        ):
+            set_keep(held, 0.4)
+
+
+@pytest.mark.parametrize("selector", ["threshold", "predictor"])
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_a_model_with_thresholds_keeps_what_is_requested_at_any_keep(name: str, selector: str, tmp_path: Path) -> None:
+    scorer, site = ("learned", "before") if name == "vit" else ("linear", "around")
+    stages = [StageConfig(layer=layer, keep=0.5, scorer=scorer, selector=selector, site=site) for layer in (1, 2)]
+    model = compress((dense if name == "vit" else decoders.dense)(name), CompressionConfig(stages)).train()
+    generator = torch.Generator().manual_seed(0)
+    for stage in stages_of(model).values():
+        for parameter in stage.scorer.parameters():
+            parameter.data.normal_(0, 1, generator=generator)
+    batch = torch.randn(16, *images().shape[1:], generator=generator) if name == "vit" else torch.randint(48, (16, 24), generator=generator)
+    for step in range(200):
+        keep = 0.1 + 0.8 * (7 * step % 25) / 25
+        with torch.no_grad():
+            model(batch, trace=Trace(step=step, keep=dict.fromkeys(stages_of(model), keep)))
+    model.save_pretrained(tmp_path)
+    for keep in (0.2, 0.5, 0.8):
+        fewer, trace = from_pretrained(tmp_path, keep=keep), Trace()
+        fewer(batch, trace=trace)
+        # An untrained predictor chooses other tokens than the scores, so that later stages see others than in training.
+        for routing in list(trace.routings.values())[: 1 if selector == "predictor" else None]:
+            kept = (routing.kept_mask & routing.routable).sum() / routing.routable.sum()
+            assert float(kept) == pytest.approx(keep, abs=0.12 if name == "vit" else 0.06)
+        fewer.save_pretrained(tmp_path / "fewer")
+        assert torch.equal(from_pretrained(tmp_path / "fewer")(batch).logits, fewer(batch).logits)
 
 
 @pytest.mark.slow

@@ -160,7 +160,11 @@ _PAIRS = ("budget=null", "compression.stages=[{layer: 1, scorer: bipartite, keep
         ("vit_digits_dense", ["distillation={teacher: self}"], "is the model with more tokens, and the recipe has no compression"),
         ("vit_digits", ["distillation={teacher: self, keep: 0.8, hidden: 1}"], "which has fewer by keep: set distillation.hidden=0"),
         ("vit_digits", ["distillation={teacher: self, keep: 0.8, milder: {}}"], "distillation.keep = 0.8 has no effect"),
-        ("vit_digits_adaptive", ["distillation={teacher: self, keep: 0.8}"], "has a threshold of one keep, and distillation.keep requests"),
+        (
+            "vit_digits",
+            ["compression.stages=[{layer: 0, scorer: learned, selector: gumbel}]", "distillation={teacher: self, keep: 0.8}"],
+            "keeps what its router learned, and distillation.keep requests",
+        ),
         ("llm_pretrain", ["budget=null", "training_keep={lowest: 0.2}"], "stages .* have no keep and there is no budget"),
         (
             "vit_digits",
