@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import registry
 from .backbones.layer_adapter import LayerAdapter
@@ -283,7 +284,7 @@ class Stage(CountsTokens, nn.Module):
             entering, kept = (float(n.sum()) if isinstance(n, Tensor) else float(n) for n in (present, count))
             keep = kept / entering if entering else 1.0
         site = site if state is site.state else replace(site, state=state)
-        scored: Scored = self.scorer(site)
+        scored = self._score(site)
         if units is not None:
             mean = units.mean(scored.scores)
             scored = replace(scored, scores=units.spread(mean))
@@ -328,6 +329,15 @@ class Stage(CountsTokens, nn.Module):
         if self.training and auxiliary.loss is not None:
             estimate = replace(estimate, loss=auxiliary.loss if estimate.loss is None else estimate.loss + auxiliary.loss)
         return Choice(scored, decision, estimate, keep, noncausal, auxiliary.agreement, skipped)
+
+    def _score(self, site: SiteInput) -> Scored:
+        """Scores, recomputed in backward where the layer is: what a scorer holds in float32 is more than what a layer is then worth."""
+        if self.training and torch.is_grad_enabled() and getattr(site.layer, "gradient_checkpointing", False):
+            # Scores have no random number but those of draws, which are functions of the row and the place.
+            recomputed: Scored = checkpoint(self.scorer, site, use_reentrant=False, preserve_rng_state=False)
+            return recomputed
+        scored: Scored = self.scorer(site)
+        return scored
 
     def _ranked(self, scores: Tensor, trace: Trace) -> Tensor:
         """Scores by which tokens are selected: those that the last stage has left out gain ``spread``."""

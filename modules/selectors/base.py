@@ -119,8 +119,8 @@ class Selector(nn.Module):
     def set_cut(self, keep: float) -> None:
         """Sets the threshold so that this fraction of scores that are uniform in (0, 1) is kept, without training."""
 
-    def move_cut(self, before: float, keep: float) -> None:
-        """Moves a threshold that follows scores from one keep of the stage to another one."""
+    def move_cut(self, before: float | None, keep: float) -> None:
+        """Moves a threshold that follows scores from one keep of the stage, None if it has none, to another one."""
 
     def is_noncausal(self, request: Request) -> bool:
         """The decision for this request will depend on later tokens."""

@@ -17,7 +17,6 @@ from ..tokens.state import TokenState
 from .base import Request, Selector, everything
 from .top_k import TopKSelector
 
-
 # Fractions whose thresholds are followed besides that of the stage's own keep.
 _LEVELS = 31
 # A batch counts in full for its own fraction, and less for others, down to the least at this distance and beyond.
@@ -120,7 +119,7 @@ class ThresholdSelector(Selector):
         self.batches.fill_(1)
 
     @torch.no_grad()
-    def move_cut(self, before: float, keep: float) -> None:
+    def move_cut(self, before: float | None, keep: float) -> None:
         if self.calibrate:
             self.threshold.copy_(self.cut_for(Request(keep, 0, own=before)))
 
