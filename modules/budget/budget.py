@@ -18,7 +18,7 @@ from ..cost.cost import CostModel
 from ..tokens.trace import Trace
 from .config import BudgetConfig
 from .controllers.base import Controller
-from .gaps import gaps_of, kernel_width, spread_of
+from .gaps import gaps_of, kernel_width, mean_and_spread
 from .regularizers.base import Regularizer
 from .schedules import SCHEDULES, progress, staircase
 
@@ -223,7 +223,7 @@ class Budget:
             assert self.controller is not None
             self._step = step
             self._gaps.setdefault(name, []).append(gap.detach().double())
-            total = total + self.controller.loss(gap, states[name], penalized).float()
+            total = total + self.controller.loss(gap, states[name]).float()
         value: Tensor | None = None
         weight: float | Tensor = 0.0
         if self.regularizer is not None and trained:
@@ -250,11 +250,11 @@ class Budget:
         if self.controller is None or target >= 1:
             return {}, 0.0
         zero = torch.zeros(1, device=next(iter(trace.routings.values())).scores.device)
-        spreads = {it.config.key: spread_of(trace.routings.get(it.config.key), zero, over_ranks) for it in self.held}
-        widths = {it.config.key: kernel_width(spreads[it.config.key], trace.noise if it.selector.explores else 0.0) for it in self.held}
+        found = {it.config.key: mean_and_spread(trace.routings.get(it.config.key), zero, over_ranks) for it in self.held}
+        widths = {it.config.key: kernel_width(*found[it.config.key], trace.noise if it.selector.explores else 0.0) for it in self.held}
         gaps = gaps_of(trace, self.held, self.config.measure, target, self.keep(step), self.cost, widths, over_ranks)
         # Without a least spread every term is 0, and has no gradient.
-        narrow = [(self.controller.least_spread - spread).clamp(min=0).square() for spread in spreads.values()]
+        narrow = [(self.controller.least_spread - spread).clamp(min=0).square() for _, spread in found.values()]
         return gaps, torch.stack(narrow).sum()
 
     def _advance(self, step: int) -> None:

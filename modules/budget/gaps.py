@@ -77,8 +77,9 @@ def kept_by_row(routing: Routing, width: Tensor) -> tuple[Tensor, Tensor]:
     return count + soft - soft.detach(), present
 
 
-def spread_of(routing: Routing | None, zero: Tensor, over_ranks: Reduce = None) -> Tensor:
-    """Scalar: standard deviation of a stage's scores over the routable tokens of all processes, with gradient; 0.001 if it did not run.
+def mean_and_spread(routing: Routing | None, zero: Tensor, over_ranks: Reduce = None) -> tuple[Tensor, Tensor]:
+    """Scalars: mean, without gradient, and standard deviation, with it, of a stage's scores over the routable tokens of all processes; 0
+    and 0.001 if it did not run.
 
     Args:
         routing: of the stage; None if it did not run in this process.
@@ -90,17 +91,21 @@ def spread_of(routing: Routing | None, zero: Tensor, over_ranks: Reduce = None) 
     mean, _ = mean_and_any(scores, weight, over_ranks)
     variance, _ = mean_and_any((scores - mean.detach()).square(), weight, over_ranks)
     # The square root has no gradient at 0, where there is nothing to push apart either.
-    return (variance + 1e-6).sqrt()
+    return mean.detach(), (variance + 1e-6).sqrt()
 
 
-def kernel_width(spread: Tensor, noise: float | Tensor) -> Tensor:
+def kernel_width(mean: Tensor, spread: Tensor, noise: float | Tensor) -> Tensor:
     """Scalar: width of the kernels that estimate the density at the cut, at least 0.05.
 
+    Where all scores are on one side of the cut there is no density, and nothing would bring them back. Kernels then reach from the scores
+    to the cut.
+
     Args:
+        mean: mean of the scores.
         spread: standard deviation of the scores.
         noise: logistic noise on the compared scores, under which kernels of this width are exact on average; 0 without any.
     """
-    half = 0.5 * spread.detach()
+    half = 0.5 * torch.maximum(spread.detach(), mean.abs() - 2 * spread.detach())
     return (torch.maximum(half, noise) if isinstance(noise, Tensor) else half.clamp(min=noise)).clamp(min=0.05)
 
 

@@ -15,7 +15,7 @@ from laconic.modules.budget.config import BudgetConfig
 from laconic.modules.budget.controllers.augmented_lagrangian import AugmentedLagrangian
 from laconic.modules.budget.controllers.base import Controller
 from laconic.modules.budget.controllers.nupi import NuPI
-from laconic.modules.budget.gaps import kept_by_row, kernel_width, spread_of
+from laconic.modules.budget.gaps import kept_by_row, kernel_width, mean_and_spread
 from laconic.modules.budget.regularizers.base import Regularizer
 from laconic.modules.budget.regularizers.binomial import Binomial, surprise
 from laconic.modules.budget.regularizers.diversity import Diversity
@@ -44,7 +44,7 @@ def _toy(controller: Controller, steps: int) -> list[float]:
     for _ in range(steps):
         optimizer.zero_grad()
         gap = x.exp() - math.e
-        (0.5 * x.square() + controller.loss(gap, state, regularized=False)).backward()
+        (0.5 * x.square() + controller.loss(gap, state)).backward()
         optimizer.step()
         state = controller.update(x.detach().exp() - math.e, state)
         course.append(float(x.detach()))
@@ -233,13 +233,28 @@ def test_the_derivative_of_a_gap_is_the_density_of_scores_at_the_cut() -> None:
     for spread, noise in ((0.5, 0.0), (2.0, 0.0), (2.0, 1.5)):
         shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
         routing = _routing(draws * spread + 0.3 * spread + shift, 0.5)
-        width = kernel_width(spread_of(routing, torch.zeros(1)), noise)
+        width = kernel_width(*mean_and_spread(routing, torch.zeros(1)), noise)
         assert float(width) == pytest.approx(max(noise, 0.5 * spread), rel=0.02)
         count, present = kept_by_row(routing, width)
         (gradient,) = torch.autograd.grad((count / present).mean(), shift)
         # Logistic noise has the variance noise²·π²/3.
         wide = math.sqrt(spread**2 + (float(width) * math.pi) ** 2 / 3)
         assert float(gradient) == pytest.approx(math.exp(-((0.3 * spread / wide) ** 2) / 2) / (wide * math.sqrt(2 * math.pi)), rel=0.07)
+
+
+@pytest.mark.parametrize("mean", [-25.0, 25.0])
+@pytest.mark.parametrize("regularizer", [None, "ratio_mse"])
+def test_scores_that_are_all_on_one_side_of_the_cut_are_brought_back(mean: float, regularizer: str | None) -> None:
+    """As of a router that had learned to keep next to nothing: probabilities and the density at the cut say nothing there."""
+    budget = _budget(measure="keep", target=0.1 if mean < 0 else 0.9, regularizer=regularizer)
+    scores = (mean + 5 * torch.randn(8, 64, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    optimizer = torch.optim.Adam([scores], 0.3)
+    for step in range(300):
+        optimizer.zero_grad()
+        loss = budget.loss(Trace(routings={"before_1": _routing(scores, budget.config.target, (scores > 0).sum(-1))}), step)
+        loss.total.backward()
+        optimizer.step()
+    assert abs(float(loss.gaps["before_1"])) < 0.02
 
 
 def test_scores_near_the_cut_are_pushed_apart_and_others_are_left_alone() -> None:

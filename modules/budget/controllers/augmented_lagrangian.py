@@ -17,8 +17,8 @@ class AugmentedLagrangian(Controller):
 
     The same as proportional-integral control: the multiplier moves until the achieved value is the requested one, whatever the task pulls
     towards, and the penalty damps the swings that a multiplier alone would have. The penalty c grows by ``growth`` each time that, over
-    ``every`` steps, the mean gap has not shrunk to ``shrink`` of what it was and is above ``tolerance``. With a regularizer in the budget
-    that one is the penalty, and its weight grows as c does.
+    ``every`` steps, the mean gap has not shrunk to ``shrink`` of what it was and is above ``tolerance``. The weight of a regularizer that
+    holds the ratio grows as c does.
 
     Attributes:
         rate: step of the multiplier for each unit of the gap.
@@ -45,9 +45,8 @@ class AugmentedLagrangian(Controller):
     def weight(self, state: Mapping[str, Tensor]) -> Tensor | float:
         return state["penalty"] / self.penalty if self.penalty else 1.0
 
-    def loss(self, gap: Tensor, state: Mapping[str, Tensor], regularized: bool) -> Tensor:
-        multiplied = state["multiplier"].to(gap.dtype) * gap
-        return multiplied if regularized else multiplied + 0.5 * state["penalty"].to(gap.dtype) * gap.square()
+    def loss(self, gap: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        return state["multiplier"].to(gap.dtype) * gap + 0.5 * state["penalty"].to(gap.dtype) * gap.square()
 
     def update(self, gap: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         multiplier = (state["multiplier"] + self.rate * gap).clamp(-self.highest, self.highest)

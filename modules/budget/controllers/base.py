@@ -44,13 +44,12 @@ class Controller:
         """Factor on the weight of the budget's regularizer."""
         return 1.0
 
-    def loss(self, gap: Tensor, state: Mapping[str, Tensor], regularized: bool) -> Tensor:
+    def loss(self, gap: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """Scalar: the term of the loss.
 
         Args:
             gap: scalar, achieved less requested, with gradient.
             state: the state of this constraint.
-            regularized: the budget has a regularizer that holds the ratio, and takes the place of the controller's own penalty.
         """
         raise NotImplementedError
 

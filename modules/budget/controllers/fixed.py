@@ -24,7 +24,7 @@ class Fixed(Controller):
     def holds(self) -> bool:
         return False
 
-    def loss(self, gap: Tensor, state: Mapping[str, Tensor], regularized: bool) -> Tensor:
+    def loss(self, gap: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         return gap * 0
 
     def update(self, gap: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

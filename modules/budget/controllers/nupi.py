@@ -39,7 +39,7 @@ class NuPI(Controller):
         zero = torch.zeros((), dtype=torch.float64, device=device)
         return {"multiplier": zero, "average": zero}
 
-    def loss(self, gap: Tensor, state: Mapping[str, Tensor], regularized: bool) -> Tensor:
+    def loss(self, gap: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         return state["multiplier"].to(gap.dtype) * gap
 
     def update(self, gap: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
