@@ -247,12 +247,15 @@ def test_the_derivative_of_a_gap_is_the_density_of_scores_at_the_cut() -> None:
 def test_scores_that_are_all_on_one_side_of_the_cut_are_brought_back(mean: float, regularizer: str | None) -> None:
     """As of a router that had learned to keep next to nothing: probabilities and the density at the cut say nothing there."""
     budget = _budget(measure="keep", target=0.1 if mean < 0 else 0.9, regularizer=regularizer)
-    scores = (mean + 5 * torch.randn(8, 64, generator=torch.Generator().manual_seed(0))).requires_grad_()
-    optimizer = torch.optim.Adam([scores], 0.3)
-    for step in range(300):
+    draws = mean + 5 * torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    shift = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.Adam([shift], 0.2)
+    for step in range(600):
         optimizer.zero_grad()
+        scores = draws + shift
         loss = budget.loss(Trace(routings={"before_1": _routing(scores, budget.config.target, (scores > 0).sum(-1))}), step)
-        loss.total.backward()
+        # The task pulls further away, as weakly as one that a few tokens more change little.
+        (loss.total - 1e-3 * math.copysign(1, mean) * shift).backward()
         optimizer.step()
     assert abs(float(loss.gaps["before_1"])) < 0.02
 
