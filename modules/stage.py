@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -116,7 +117,12 @@ class Stage(CountsTokens, nn.Module):
     @property
     def needs_threshold(self) -> bool:
         """True if the decisions of a causal stage depend on a threshold that has seen no score yet."""
-        return self.adapter.causal and not self.whole and self.selector.uncalibrated
+        return not self.whole and self._open
+
+    @property
+    def _open(self) -> bool:
+        """The same, for a keep below 1 that this forward alone requests too."""
+        return self.adapter.causal and self.selector.uncalibrated
 
     @property
     def chunks(self) -> bool:
@@ -283,13 +289,14 @@ class Stage(CountsTokens, nn.Module):
             # The config gives a number of tokens: convert it to a fraction of this input.
             entering, kept = (float(n.sum()) if isinstance(n, Tensor) else float(n) for n in (present, count))
             keep = kept / entering if entering else 1.0
+        own = keep if requested is None else self.config.keep
         site = site if state is site.state else replace(site, state=state)
         scored = self._score(site)
         if units is not None:
             mean = units.mean(scored.scores)
             scored = replace(scored, scores=units.spread(mean))
         request = self._request(
-            keep, count, present, site if units is None else replace(site, state=choices, hidden_states=units.mean(site.hidden_states))
+            keep, own, count, present, site if units is None else replace(site, state=choices, hidden_states=units.mean(site.hidden_states))
         )
         complete = self.config.scope in COMPLETE
         noncausal = self.scorer.lookahead or self.selector.is_noncausal(request)
@@ -308,7 +315,7 @@ class Stage(CountsTokens, nn.Module):
         if decision is None and complete and not fewer:
             # The scope has no tokens, as in every generation step after the first, or all of them are kept: no selection is needed.
             decision = everything(state)
-        if decision is None and keep < 1 and not noncausal and not self.selector.training and self.needs_threshold:
+        if decision is None and keep < 1 and not noncausal and not self.selector.training and self._open:
             raise ValueError(
                 f"stage {self.config.key!r}: its threshold has seen no score, so that any number of tokens would pass: train the model, call "
                 "laconic.start_routers(model, batches), or run laconic calibrate on its folder"
@@ -333,8 +340,10 @@ class Stage(CountsTokens, nn.Module):
     def _score(self, site: SiteInput) -> Scored:
         """Scores, recomputed in backward where the layer is: what a scorer holds in float32 is more than what a layer is then worth."""
         if self.training and torch.is_grad_enabled() and getattr(site.layer, "gradient_checkpointing", False):
-            # Scores have no random number but those of draws, which are functions of the row and the place.
-            recomputed: Scored = checkpoint(self.scorer, site, use_reentrant=False, preserve_rng_state=False)
+            # As it is now, without what the forward adds later: the graph holds the inputs, and what holds the graph would never be freed.
+            flow, trace = copy.copy(site.flow), replace(site.trace, routings={}, flows={})
+            flow.left = list(flow.left)
+            recomputed: Scored = checkpoint(self.scorer, replace(site, flow=flow, trace=trace), use_reentrant=False)
             return recomputed
         scored: Scored = self.scorer(site)
         return scored
@@ -345,10 +354,9 @@ class Stage(CountsTokens, nn.Module):
             return scores
         return scores + self.config.spread * ~trace.routings[self.reads].kept_mask
 
-    def _request(self, keep: float, count: int | Tensor, present: int | Tensor, site: SiteInput) -> Request:
+    def _request(self, keep: float, own: float | None, count: int | Tensor, present: int | Tensor, site: SiteInput) -> Request:
         state, trace = site.state, site.trace
         selected = self._selected(count, present)
-        own = self.config.keep
         if self.selector.adaptive and self.merger.extra and keep < 1:
             # The merger's added token is one of the requested tokens.
             mean = present.double().mean() if isinstance(present, Tensor) else present

@@ -17,8 +17,8 @@ from ..tokens.state import TokenState
 from .base import Request, Selector, everything
 from .top_k import TopKSelector
 
-# Fractions whose thresholds are followed besides that of the stage's own keep.
-_LEVELS = 31
+# Thresholds are followed of fractions with evenly spaced log-odds from -_FAR to _FAR (.002 to .998), besides that of the stage's own keep.
+_LEVELS, _FAR = 63, 6.2
 # A batch counts in full for its own fraction, and less for others, down to the least at this distance and beyond.
 _NEAR, _LEAST = 0.25, 0.05
 
@@ -28,7 +28,7 @@ class ThresholdSelector(Selector):
 
     In training the threshold is computed for each batch, so that exactly the requested fraction of the batch is kept; with
     ``equal_rows``, of each row, which needs no padding. A buffer, saved with the weights, follows the threshold of the stage's own keep as
-    a moving average, and in evaluation each token is decided by it alone. A second buffer follows the thresholds of 31 other fractions,
+    a moving average, and in evaluation each token is decided by it alone. A second buffer follows the thresholds of 63 other fractions,
     between which those of other keeps are interpolated (``Trace.keep``, ``set_keep``); a batch counts less for fractions far from the one
     it was trained with. Before the first training batch evaluation uses top-k; a causal model refuses it.
 
@@ -133,8 +133,9 @@ class ThresholdSelector(Selector):
         return level if own is None or own >= 1 else level + self.threshold - self._level(own)
 
     def _level(self, keep: float) -> Tensor:
-        """The threshold of a fraction by the two nearest levels."""
-        place = keep * (_LEVELS + 1) - 1
+        """The threshold of a fraction by the two nearest levels; the outermost ones stand for what lies beyond."""
+        odds = math.log(keep) - math.log1p(-keep) if 0 < keep < 1 else math.copysign(math.inf, keep - 0.5)
+        place = (min(max(odds, -_FAR), _FAR) + _FAR) / (2 * _FAR) * (_LEVELS - 1)
         lower = min(max(math.floor(place), 0), _LEVELS - 2)
         return self.levels[lower].lerp(self.levels[lower + 1], place - lower)
 
@@ -201,8 +202,8 @@ class ThresholdSelector(Selector):
 
 
 def _fractions(like: Tensor) -> Tensor:
-    """(_LEVELS,) fractions evenly between 0 and 1."""
-    return torch.arange(1, _LEVELS + 1, dtype=like.dtype, device=like.device) / (_LEVELS + 1)
+    """(_LEVELS,) fractions whose thresholds are followed."""
+    return torch.linspace(-_FAR, _FAR, _LEVELS, dtype=like.dtype, device=like.device).sigmoid()
 
 
 def _weight(distance: float) -> float:

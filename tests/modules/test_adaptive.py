@@ -73,9 +73,9 @@ def test_a_threshold_knows_all_keeps_whatever_the_training_steps_request(causal:
         scores = torch.randn(8, 500, generator=torch.Generator().manual_seed(step))
         selector(scores, state, Request(keep, round(500 * keep), own=0.3))
     assert float((scores > selector.threshold).float().mean()) == pytest.approx(0.3, abs=0.02)
-    for keep in (0.05, 0.1, 0.25, 0.3, 0.5, 0.77, 0.95):
+    for keep in (0.01, 0.02, 0.05, 0.1, 0.25, 0.3, 0.5, 0.77, 0.95, 0.98, 0.99):
         found = selector.eval()(scores, state, Request(keep, round(500 * keep), own=0.3)).kept_mask(500)
-        assert float(found.float().mean()) == pytest.approx(keep, abs=0.02)
+        assert float(found.float().mean()) == pytest.approx(keep, abs=0.1 * min(keep, 1 - keep) + 0.005)
 
 
 def test_thresholds_move_to_another_keep_of_the_stage_and_are_exact_at_their_own() -> None:
@@ -100,7 +100,7 @@ def test_a_process_without_a_routable_token_pulls_no_threshold(
     own: int, other: tuple[float, int], expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(torch.tensor((*[other[0]] * 33, other[1]))))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(torch.tensor((*[other[0]] * 65, other[1]))))
     selector = ThresholdSelector(SPEC)
     selector.threshold.fill_(7)
     found = selector.follow(torch.tensor([[9.0, 0.5, 0.1]]), torch.arange(3)[None] < own, Request(0.34, 1))

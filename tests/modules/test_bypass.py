@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +149,7 @@ def test_rows_of_training_are_equally_long_and_deployed_ones_as_long_as_they_sco
     scores = torch.cat([torch.randn(1, 40) - 3, torch.randn(1, 40) + 3])
     assert selector(scores, _state(2, 40), Request(0.25, 10, None, False)).index.shape == (2, 10)
     assert selector.is_noncausal(Request(0.25, 10, None, False))
-    deployed = selector.eval()(scores, _state(2, 40), Request(0.25, 10, None, False))
+    deployed = selector.eval()(scores, _state(2, 40), Request(0.25, 10, None, False, own=0.25))
     assert deployed.kept_mask(40).sum(-1).tolist() == [0, 20]
 
 
@@ -210,3 +212,37 @@ def test_stages_hold_little_where_layers_are_recomputed(scorer: str) -> None:
     )
     # Without recomputation a scorer holds every token in float32, twice.
     assert found < 1.25 * dense_bytes, (found, dense_bytes)
+
+
+def test_a_recomputed_scorer_holds_no_graph_that_nobody_needs() -> None:
+    model = compress(
+        dense("llama"), CompressionConfig([StageConfig(layer=1, site="around", keep=0.5, scorer="linear", selector="threshold")])
+    )
+    checkpoint_activations(model.train())
+    traces = []
+    for step in range(3):
+        trace = Trace(step=step)
+        out = model(input_ids=tokens(), labels=tokens(), trace=trace)
+        if step == 1:
+            out.loss.backward()
+        traces.append(weakref.ref(trace))
+        del trace, out
+    gc.collect()
+    assert [trace() for trace in traces] == [None] * 3
+
+
+def test_a_recomputed_scorer_draws_the_same_numbers() -> None:
+    gradients = []
+    for recomputed in (False, True):
+        model = compress(
+            dense("llama"), CompressionConfig([StageConfig(layer=1, site="around", keep=0.5, scorer="linear", selector="top_k")])
+        )
+        stage = stages_of(model)["around_1"]
+        stage.scorer.norm = nn.Sequential(stage.scorer.norm, nn.Dropout(0.3))
+        if recomputed:
+            checkpoint_activations(model)
+        torch.manual_seed(0)
+        model.train()(input_ids=tokens(), labels=tokens(), trace=Trace(lookahead=True)).loss.backward()
+        gradients.append(stage.scorer.score.weight.grad)
+    assert float(gradients[0].abs().sum()) > 0
+    torch.testing.assert_close(gradients[0], gradients[1])

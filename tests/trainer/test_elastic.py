@@ -93,6 +93,19 @@ def test_a_model_with_thresholds_keeps_what_is_requested_at_any_keep(name: str, 
         assert torch.equal(from_pretrained(tmp_path / "fewer")(batch).logits, fewer(batch).logits)
 
 
+def test_a_keep_for_which_a_threshold_has_seen_no_score_is_refused() -> None:
+    model = compress(
+        decoders.dense("llama"), CompressionConfig([StageConfig(layer=1, site="around", keep=1.0, scorer="linear", selector="threshold")])
+    )
+    ids = torch.arange(2, 40)[None]
+    model.eval()(ids)
+    with pytest.raises(ValueError, match="its threshold has seen no score"):
+        model(ids, trace=Trace(keep={"around_1": 0.5}))
+    set_keep(model, 0.5)
+    with pytest.raises(ValueError, match="its threshold has seen no score"):
+        model(ids)
+
+
 @pytest.mark.slow
 def test_an_export_at_another_keep_has_it_and_no_figure_of_the_trained_one(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", _model())
