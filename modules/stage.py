@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from . import registry
 from .backbones.layer_adapter import LayerAdapter
@@ -24,6 +22,8 @@ from .selectors.base import Auxiliary, Request, Selector, everything
 from .shortcuts.base import Shortcut
 from .site import SiteInput, TokenSpec
 from .stages.left_out import NoScores, NoTokens, no_decision
+from .stages.refused import refused_noncausal, refused_unset
+from .stages.scoring import scores_of
 from .tokens.bypass import passing
 from .tokens.dechunk import smoothing_macs
 from .tokens.draws import uniform
@@ -117,12 +117,7 @@ class Stage(CountsTokens, nn.Module):
     @property
     def needs_threshold(self) -> bool:
         """True if the decisions of a causal stage depend on a threshold that has seen no score yet."""
-        return not self.whole and self._open
-
-    @property
-    def _open(self) -> bool:
-        """The same, for a keep below 1 that this forward alone requests too."""
-        return self.adapter.causal and self.selector.uncalibrated
+        return self.adapter.causal and not self.whole and self.selector.uncalibrated
 
     @property
     def chunks(self) -> bool:
@@ -291,7 +286,7 @@ class Stage(CountsTokens, nn.Module):
             keep = kept / entering if entering else 1.0
         own = keep if requested is None else self.config.keep
         site = site if state is site.state else replace(site, state=state)
-        scored = self._score(site)
+        scored = scores_of(self.scorer, site)
         if units is not None:
             mean = units.mean(scored.scores)
             scored = replace(scored, scores=units.spread(mean))
@@ -301,11 +296,7 @@ class Stage(CountsTokens, nn.Module):
         complete = self.config.scope in COMPLETE
         noncausal = self.scorer.lookahead or self.selector.is_noncausal(request)
         if noncausal and self.adapter.causal and not complete and not self.training and not trace.lookahead and keep < 1:
-            raise ValueError(
-                f"stage {self.config.key!r} is non-causal: its decisions depend on later tokens, which do not exist yet in generation. "
-                "Train with scorer 'linear' and selector 'predictor' or 'threshold', or pass Trace(lookahead=True) to allow non-causal "
-                "decisions in evaluation"
-            )
+            raise refused_noncausal(self.config.key)
         decision = trace.replay.get(self.config.key)
         # A threshold decides for each token, whatever their number.
         enough = present * 0 if self.selector.adaptive else count
@@ -315,11 +306,9 @@ class Stage(CountsTokens, nn.Module):
         if decision is None and complete and not fewer:
             # The scope has no tokens, as in every generation step after the first, or all of them are kept: no selection is needed.
             decision = everything(state)
-        if decision is None and keep < 1 and not noncausal and not self.selector.training and self._open:
-            raise ValueError(
-                f"stage {self.config.key!r}: its threshold has seen no score, so that any number of tokens would pass: train the model, call "
-                "laconic.start_routers(model, batches), or run laconic calibrate on its folder"
-            )
+        deployed = keep < 1 and self.adapter.causal and not noncausal and not self.selector.training
+        if decision is None and deployed and self.selector.uncalibrated:
+            raise refused_unset(self.config.key)
         auxiliary = Auxiliary()
         if units is None:
             if decision is None:
@@ -336,17 +325,6 @@ class Stage(CountsTokens, nn.Module):
         if self.training and auxiliary.loss is not None:
             estimate = replace(estimate, loss=auxiliary.loss if estimate.loss is None else estimate.loss + auxiliary.loss)
         return Choice(scored, decision, estimate, keep, noncausal, auxiliary.agreement, skipped)
-
-    def _score(self, site: SiteInput) -> Scored:
-        """Scores, recomputed in backward where the layer is: what a scorer holds in float32 is more than what a layer is then worth."""
-        if self.training and torch.is_grad_enabled() and getattr(site.layer, "gradient_checkpointing", False):
-            # As it is now, without what the forward adds later: the graph holds the inputs, and what holds the graph would never be freed.
-            flow, trace = copy.copy(site.flow), replace(site.trace, routings={}, flows={})
-            flow.left = list(flow.left)
-            recomputed: Scored = checkpoint(self.scorer, replace(site, flow=flow, trace=trace), use_reentrant=False)
-            return recomputed
-        scored: Scored = self.scorer(site)
-        return scored
 
     def _ranked(self, scores: Tensor, trace: Trace) -> Tensor:
         """Scores by which tokens are selected: those that the last stage has left out gain ``spread``."""
