@@ -157,8 +157,8 @@ def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None 
         options: what else is measured.
 
     Raises:
-        RecipeError: the model has no stages, or stages that keep what their router learned, and keeps or arms are given; the task or the model has no such
-            arm; or the reference has other inputs or classes.
+        RecipeError: the model has no stages, or stages that keep what their router learned, and keeps or arms are given; the task or the
+            model has no such arm; or the reference has other inputs or classes.
 
     The controls use the same weights without retraining, so they show the value of the router's selection at inference; models
     trained with a control are in the report's ``baselines``. A gate (``estimator: gate``) is kept for the controls and removed with the

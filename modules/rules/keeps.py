@@ -19,7 +19,8 @@ def check_movable(stages: Iterable[Stage], key: str, least: float) -> None:
         where, selector, merger = f"stage {stage.config.key!r}", *(stage.config.part(kind).name for kind in ("selector", "merger"))
         if stage.selector.one_keep:
             raise ValueError(
-                f"{where}: selector {selector!r} keeps what its router learned, and {key} requests other keeps: take top_k, threshold or predictor"
+                f"{where}: selector {selector!r} keeps what its router learned, and {key} requests other keeps: take top_k, threshold or "
+                "predictor"
             )
         if stage.merger.outputs is not None:
             raise ValueError(f"{where}: merger {merger!r} makes one number of tokens, and {key} requests others: take another merger")

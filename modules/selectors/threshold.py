@@ -143,9 +143,9 @@ class ThresholdSelector(Selector):
     def forward(self, scores: Tensor, state: TokenState, request: Request) -> Decision:
         if request.keep >= 1:
             return everything(state)
-        cut = self.cut_for(request)
-        if self.training and self.calibrate:
-            cut = self.follow(scores, state.routable, request)
+        followed = self.training and self.calibrate
+        cut = self.follow(scores, state.routable, request) if followed else self.cut_for(request)
+        if followed:
             if self.equal_rows:
                 return self._by_rows(scores, state, request)
         elif self.calibrate and not self.causal and not self.batches.bool():
@@ -184,9 +184,9 @@ class ThresholdSelector(Selector):
         order = scores.masked_fill(~routable, float("-inf")).flatten().sort(descending=True).values
         present = routable.sum()
         asked = [torch.full_like(self.levels[:1], keep) for keep in (request.keep, own)]
-        fractions = _fractions(self.levels)
+        fractions = torch.cat([*asked, _fractions(self.levels)])
         # The index must stay within the routable tokens: the -inf of other tokens would spoil the moving averages.
-        kept = (present * torch.cat([*asked, fractions])).round().long().clamp(max=present - 1).clamp(min=0)
+        kept = (present * fractions).round().long().clamp(max=present - 1).clamp(min=0)
         some = present > 0
         sums = torch.cat([torch.where(some, order.gather(0, kept), 0.0), some.to(order.dtype)[None]]).to(self.levels.dtype)
         if distributed.is_available() and distributed.is_initialized():
@@ -194,9 +194,10 @@ class ThresholdSelector(Selector):
         ranks = sums[-1]
         # Without a routable token on any rank they stay.
         found = torch.where(ranks > 0, sums[:-1] / ranks.clamp(min=1), torch.cat([self.threshold.expand(2), self.levels]))
-        first = self.batches == 0
-        self.threshold.lerp_(found[1], torch.where(first, 1.0, self.rate * _weight(abs(request.keep - own))))
-        self.levels.lerp_(found[2:], torch.where(first, 1.0, self.rate * _weights((fractions - request.keep).abs())))
+        weights = (1 - (fractions[1:] - request.keep).abs() / _NEAR).clamp(min=_LEAST)
+        rates = torch.where(self.batches == 0, 1.0, self.rate * weights)
+        self.threshold.lerp_(found[1], rates[0])
+        self.levels.lerp_(found[2:], rates[1:])
         self.batches.add_(ranks > 0).clamp_(max=1)
         return found[0]
 
@@ -204,11 +205,3 @@ class ThresholdSelector(Selector):
 def _fractions(like: Tensor) -> Tensor:
     """(_LEVELS,) fractions whose thresholds are followed."""
     return torch.linspace(-_FAR, _FAR, _LEVELS, dtype=like.dtype, device=like.device).sigmoid()
-
-
-def _weight(distance: float) -> float:
-    return max(_LEAST, 1 - distance / _NEAR)
-
-
-def _weights(distances: Tensor) -> Tensor:
-    return (1 - distances / _NEAR).clamp(min=_LEAST)
