@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.rows import BadRows, on_device
-from ..modules.budget.start_routers import start_routers
+from ..modules.budget.start_routers import calibrate_other_keeps, start_routers
 from ..modules.checkpoints.adapter_folder import is_adapter, read_adapter, write_adapter
 from ..modules.checkpoints.adapter_saving import stage_state
 from ..modules.checkpoints.whole_files import HASHES, whole_folder, write_hashes
@@ -71,6 +71,7 @@ def calibrate(target: str, recipe: Recipe, weights: str, rows: int, console: Con
         return task.forward(model, batch, trace=trace)
 
     start_routers(model, batches, run, recipe.seed)
+    calibrate_other_keeps(model, batches, run, recipe.seed)
     count, cost = KeepCount(), cost_model(model, size=task.size(recipe))
     assert cost is not None
     with torch.no_grad():

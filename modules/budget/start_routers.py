@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..backbones.stack import sharded
+from ..selectors.threshold import ThresholdSelector
 from ..stage import Stage, stages_of
 from ..tokens.trace import Trace
 
 # Tokens of a stage that scorers and shortcuts are fitted to, and bytes of tokens before and after layers that are held at the same time.
 TOKENS, HELD_BYTES = 8192, 2 << 30
+# Keeps at which thresholds of other keeps than the own one are measured.
+KEEPS = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1)
 # (model, batch, trace=…) -> anything: one forward.
 Run = Callable[..., Any]
 
@@ -69,6 +73,40 @@ def start_routers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], 
     finally:
         model.train(training)
     return found
+
+
+@torch.no_grad()
+def calibrate_other_keeps(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], run: Run = _call, seed: int = 0, keeps: Sequence[float] = KEEPS
+) -> None:
+    """Sets the thresholds of other keeps than the stages' own, measured where all stages have the same one and interpolated between these.
+
+    Args:
+        model: compressed model, whose stages have thresholds of their own keeps.
+        batches: a few batches of data, on the model's device.
+        run: one forward; by default ``model(**batch, trace=trace)``.
+        seed: seed of random scores.
+        keeps: keeps at which they are measured.
+    """
+    stages = {name: stage for name, stage in stages_of(model).items() if stage.selector.calibrates and not stage.config.left_out}
+    selectors = {name: stage.selector for name, stage in stages.items() if isinstance(stage.selector, ThresholdSelector)}
+    before = {name: copy.deepcopy(selector.state_dict()) for name, selector in selectors.items()}
+    given, training = list(batches), model.training
+    found: dict[str, dict[float, Tensor]] = {name: {} for name in selectors}
+    model.train(False)
+    try:
+        for keep in keeps:
+            for selector in selectors.values():
+                selector.reset()
+            _calibrate(list(stages.values()), model, given, run, seed, dict.fromkeys(stages, keep))
+            for name, selector in selectors.items():
+                found[name][keep] = selector.levels.clone()
+    finally:
+        for name, selector in selectors.items():
+            selector.load_state_dict(before[name])
+        model.train(training)
+    for name, selector in selectors.items():
+        selector.join_levels(found[name])
 
 
 def needs_fit(stage: Stage) -> bool:
@@ -128,14 +166,23 @@ def _whole(model: PreTrainedModel) -> dict[str, float]:
     return {name: 1.0 for name, stage in stages_of(model).items() if stage.bypass and (not stage.config.left_out or needs_fit(stage))}
 
 
-def _calibrate(stages: list[Stage], model: PreTrainedModel, batches: list[Mapping[str, Any]], run: Run, seed: int) -> None:
-    """Thresholds as after a few training batches: decisions by rank, which they follow. Other stages that have none yet are whole."""
+def _calibrate(
+    stages: list[Stage],
+    model: PreTrainedModel,
+    batches: list[Mapping[str, Any]],
+    run: Run,
+    seed: int,
+    keeps: Mapping[str, float] | None = None,
+) -> None:
+    """Thresholds as after a few training batches: decisions by rank, which they follow. Without ``keeps`` other stages that have none yet
+    are whole."""
     if not stages:
         return
     for stage in stages:
         stage.selector.train()
-    whole = {} if all(stage.bypass for stage in stages) else _whole(model)
+    if keeps is None:
+        keeps = {} if all(stage.bypass for stage in stages) else _whole(model)
     for number, batch in enumerate(batches):
-        run(model, batch, trace=Trace(seed=seed, step=number, keep=whole, lookahead=True))
+        run(model, batch, trace=Trace(seed=seed, step=number, keep=keeps, lookahead=True))
     for stage in stages:
         stage.selector.eval()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -132,10 +133,19 @@ class ThresholdSelector(Selector):
         # Exact at the stage's own keep. One that keeps everything has no threshold.
         return level if own is None or own >= 1 else level + self.threshold - self._level(own)
 
+    @torch.no_grad()
+    def join_levels(self, found: Mapping[float, Tensor]) -> None:
+        """Sets ``levels`` from what they were after batches with each of these keeps: each fraction's from the keeps next to it."""
+        keeps = sorted(found)
+        places = torch.linspace(-_FAR, _FAR, _LEVELS, dtype=self.levels.dtype, device=self.levels.device)
+        self.levels.copy_(found[keeps[0]])
+        for lower, upper in pairwise(keeps):
+            share = (places - _log_odds(lower)) / (_log_odds(upper) - _log_odds(lower))
+            self.levels.copy_(torch.where(share > 0, found[lower].lerp(found[upper], share.clamp(0, 1)), self.levels))
+
     def _level(self, keep: float) -> Tensor:
         """The threshold of a fraction by the two nearest levels; the outermost ones stand for what lies beyond."""
-        odds = math.log(keep) - math.log1p(-keep) if 0 < keep < 1 else math.copysign(math.inf, keep - 0.5)
-        place = (min(max(odds, -_FAR), _FAR) + _FAR) / (2 * _FAR) * (_LEVELS - 1)
+        place = (min(max(_log_odds(keep), -_FAR), _FAR) + _FAR) / (2 * _FAR) * (_LEVELS - 1)
         lower = min(max(math.floor(place), 0), _LEVELS - 2)
         return self.levels[lower].lerp(self.levels[lower + 1], place - lower)
 
@@ -195,11 +205,16 @@ class ThresholdSelector(Selector):
         # Without a routable token on any rank they stay.
         found = torch.where(ranks > 0, sums[:-1] / ranks.clamp(min=1), torch.cat([self.threshold.expand(2), self.levels]))
         weights = (1 - (fractions[1:] - request.keep).abs() / _NEAR).clamp(min=_LEAST)
-        rates = torch.where(self.batches == 0, 1.0, self.rate * weights)
+        # The plain mean of the first batches, which become a moving average.
+        rates = torch.where(self.batches == 0, 1.0, weights / (self.batches + 1).clamp(max=1 / self.rate))
         self.threshold.lerp_(found[1], rates[0])
         self.levels.lerp_(found[2:], rates[1:])
-        self.batches.add_(ranks > 0).clamp_(max=1)
+        self.batches.add_(ranks > 0).clamp_(max=1 / self.rate)
         return found[0]
+
+
+def _log_odds(fraction: float) -> float:
+    return math.log(fraction) - math.log1p(-fraction) if 0 < fraction < 1 else math.copysign(math.inf, fraction - 0.5)
 
 
 def _fractions(like: Tensor) -> Tensor:

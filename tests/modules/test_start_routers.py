@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, stages_of, start_routers
+from laconic.modules.budget.start_routers import calibrate_other_keeps
 from laconic.modules.scorers.update import UpdateScorer, rank_correlation
 from laconic.modules.site import TokenSpec
 from laconic.modules.tokens.trace import Update
+from tests.matrix import spread
 from tests.matrix.decoders import dense, tokens
 
 BATCHES = [{"input_ids": tokens(16, 48, seed)} for seed in range(3)]
@@ -65,6 +67,33 @@ def test_any_threshold_of_a_causal_model_is_set() -> None:
     assert model.training
     model.eval()(**HELD_OUT, trace=trace)
     assert [routing.achieved for routing in trace.routings.values()] == pytest.approx([0.25, 0.25], abs=0.08)
+
+
+def test_thresholds_of_other_keeps_are_measured_where_earlier_stages_have_that_keep_too() -> None:
+    stages = [StageConfig(layer=layer, site="around", keep=0.25, scorer="linear", selector="threshold") for layer in (1, 2)]
+    model = spread(compress(dense("llama"), CompressionConfig(stages)), seed=0, std=1.0)
+
+    def strayed(keep: float) -> float:
+        far = 0.0
+        traces = [Trace(keep=dict.fromkeys(stages_of(model), keep)) for _ in BATCHES]
+        for batch, trace in zip(BATCHES, traces, strict=True):
+            model(**batch, trace=trace)
+        for name in stages_of(model):
+            far = max(far, abs(sum(float(trace.routings[name].achieved) for trace in traces) / len(BATCHES) - keep))
+        return far
+
+    # What layer 2 scores depends on how many tokens layer 1 processes.
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(30)
+    for stage in stages_of(model).values():
+        stage.selector.reset()
+    start_routers(model, BATCHES)
+    with torch.no_grad():
+        own, rough = strayed(0.25), strayed(0.9)
+        calibrate_other_keeps(model, BATCHES)
+        assert strayed(0.25) == own
+        assert rough > 0.05
+        assert max(strayed(keep) for keep in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.8, 0.9)) < 0.03
 
 
 def test_the_auxiliary_loss_is_the_error_of_the_prediction_for_processed_tokens() -> None:
