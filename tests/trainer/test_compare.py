@@ -128,10 +128,12 @@ def test_smaller_inputs_have_as_many_tokens_as_the_compressed_arm() -> None:
 
 
 @pytest.mark.parametrize("name", ["pooled", "downsampled"])
-def test_no_smaller_input_has_a_teacher(name: str) -> None:
-    main = load("vit_digits_elastic", QUICK)
+def test_no_smaller_input_has_a_teacher(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "taught.yaml"
+    path.write_text("base: vit_digits_elastic\ndistillation: {teacher: self, milder: {start: 0.2, end: 0.4}, weight: 0.5}\n")
+    main = load(str(path), QUICK)
     assert main.recipe.distillation is not None
-    assert load("vit_digits_elastic", smaller_input(main, name, [*QUICK, "distillation.weight=0.3"])).recipe.distillation is None
+    assert load(str(path), smaller_input(main, name, [*QUICK, "distillation.weight=0.3"])).recipe.distillation is None
 
 
 WRONG = [
