@@ -93,6 +93,17 @@ def test_thresholds_move_to_another_keep_of_the_stage_and_are_exact_at_their_own
     assert float((routable > selector.threshold).float().mean()) == pytest.approx(0.3, abs=1e-3)
 
 
+def test_the_threshold_begins_as_the_mean_of_its_batches_and_goes_on_as_their_moving_average() -> None:
+    selector, state = ThresholdSelector(SPEC, rate=0.25).train(), TokenState.initial(1, 4, 0, None, torch.device("cpu"))
+    found = []
+    for step in range(6):
+        # Half of the scores are above 1 + step.
+        selector(torch.tensor([[3.0, 2.0, 1.0, 0.0]]) + step, state, Request(0.5, 2))
+        found.append(float(selector.threshold))
+    assert found[:4] == pytest.approx([1, 1.5, 2, 2.5])
+    assert found[4:] == pytest.approx([2.5 + 0.25 * (5 - 2.5), 3.125 + 0.25 * (6 - 3.125)])
+
+
 @pytest.mark.parametrize(
     ("own", "other", "expected"), [(0, (0.25, 1), 0.25), (3, (0.25, 1), (0.5 + 0.25) / 2), (3, (0, 0), 0.5), (0, (0, 0), 7.0)]
 )
