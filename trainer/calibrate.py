@@ -71,7 +71,8 @@ def calibrate(target: str, recipe: Recipe, weights: str, rows: int, console: Con
         return task.forward(model, batch, trace=trace)
 
     start_routers(model, batches, run, recipe.seed)
-    calibrate_other_keeps(model, batches, run, recipe.seed)
+    names = [stage.config.key for stage in chosen]
+    calibrate_other_keeps(model, names, batches, run, recipe.seed)
     count, cost = KeepCount(), cost_model(model, size=task.size(recipe))
     assert cost is not None
     with torch.no_grad():
@@ -79,7 +80,6 @@ def calibrate(target: str, recipe: Recipe, weights: str, rows: int, console: Con
             trace = Trace(seed=recipe.seed, step=number)
             run(model, batch, trace=trace)
             count.add(trace, cost, len(batch["sample_ids"]))
-    names = [stage.config.key for stage in chosen]
     found = {"requested": {name: cost().keep[name] for name in names}, "achieved": {name: count.achieved[name] for name in names}}
     write_stages(folder, {name: value.cpu() for name, value in stage_state(model).items()})
     for name in names:

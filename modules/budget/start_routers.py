@@ -77,25 +77,25 @@ def start_routers(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], 
 
 @torch.no_grad()
 def calibrate_other_keeps(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], run: Run = _call, seed: int = 0, keeps: Sequence[float] = KEEPS
+    model: PreTrainedModel, names: Sequence[str], batches: Iterable[Mapping[str, Any]], run: Run = _call, seed: int = 0
 ) -> None:
-    """Sets the thresholds of other keeps than the stages' own, measured where all stages have the same one and interpolated between these.
+    """Sets the thresholds of other keeps than the stages' own, measured where these stages have the same one and interpolated between them.
 
     Args:
-        model: compressed model, whose stages have thresholds of their own keeps.
+        model: compressed model.
+        names: stages whose thresholds follow scores; those of their own keeps are set.
         batches: a few batches of data, on the model's device.
         run: one forward; by default ``model(**batch, trace=trace)``.
         seed: seed of random scores.
-        keeps: keeps at which they are measured.
     """
-    stages = {name: stage for name, stage in stages_of(model).items() if stage.selector.calibrates and not stage.config.left_out}
+    stages = {name: stages_of(model)[name] for name in names}
     selectors = {name: stage.selector for name, stage in stages.items() if isinstance(stage.selector, ThresholdSelector)}
     before = {name: copy.deepcopy(selector.state_dict()) for name, selector in selectors.items()}
     given, training = list(batches), model.training
     found: dict[str, dict[float, Tensor]] = {name: {} for name in selectors}
     model.train(False)
     try:
-        for keep in keeps:
+        for keep in KEEPS:
             for selector in selectors.values():
                 selector.reset()
             _calibrate(list(stages.values()), model, given, run, seed, dict.fromkeys(stages, keep))

@@ -137,7 +137,7 @@ class ThresholdSelector(Selector):
     def join_levels(self, found: Mapping[float, Tensor]) -> None:
         """Sets ``levels`` from what they were after batches with each of these keeps: each fraction's from the keeps next to it."""
         keeps = sorted(found)
-        places = torch.linspace(-_FAR, _FAR, _LEVELS, dtype=self.levels.dtype, device=self.levels.device)
+        places = _fractions(self.levels).logit()
         self.levels.copy_(found[keeps[0]])
         for lower, upper in pairwise(keeps):
             share = (places - _log_odds(lower)) / (_log_odds(upper) - _log_odds(lower))

@@ -90,7 +90,7 @@ def test_thresholds_of_other_keeps_are_measured_where_earlier_stages_have_that_k
     start_routers(model, BATCHES)
     with torch.no_grad():
         own, rough = strayed(0.25), strayed(0.9)
-        calibrate_other_keeps(model, BATCHES)
+        calibrate_other_keeps(model, list(stages_of(model)), BATCHES)
         assert strayed(0.25) == own
         assert rough > 0.05
         assert max(strayed(keep) for keep in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.8, 0.9)) < 0.03
