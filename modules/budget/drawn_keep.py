@@ -5,19 +5,23 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .schedules import linear, progress
+from .schedules import SCHEDULES, linear, progress
+
+DRAWS = ("linear", "reciprocal")
 
 
 @dataclass(frozen=True)
 class DrawnKeep:
-    """The keep of every stage in a training step: one of some values, or uniform between two.
+    """The keep of every stage in a training step: one of some values, or any value between two.
 
     The draw is a function of seed and step: the same on every rank, in every batch of an accumulated step, and after resuming.
 
     Attributes:
-        choices: values that are equally likely (M3, arXiv 2405.17430, draws scales); empty for a uniform draw.
-        lowest: lower end of a uniform draw.
-        highest: upper end of a uniform draw.
+        choices: values that are equally likely (M3, arXiv 2405.17430, draws scales); empty for a draw between two values.
+        lowest: lower end of a draw between two values.
+        highest: its upper end.
+        draw: how such a draw is spread, like the budget's schedules of these names: ``linear`` is even in the keep, ``reciprocal`` even in
+            the compression factor 1 ÷ keep, so that more steps keep few tokens.
         start: lower end at step 0, from which it moves to ``lowest`` on a straight line; None has ``lowest`` from the first step.
         until: fraction of training at which ``lowest`` is reached.
         full: probability of a step with all tokens, whatever else is drawn.
@@ -26,6 +30,7 @@ class DrawnKeep:
     choices: tuple[float, ...] = ()
     lowest: float | None = None
     highest: float = 1.0
+    draw: str = "linear"
     start: float | None = None
     until: float = 1.0
     full: float = 0.0
@@ -35,16 +40,18 @@ class DrawnKeep:
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", tuple(self.choices))
         if bool(self.choices) == (self.lowest is not None):
-            raise ValueError("training_keep: give either choices, a list of keeps, or lowest, the smallest keep of a uniform draw")
+            raise ValueError("training_keep: give either choices, a list of keeps, or lowest, the smallest keep of a draw between two")
         keeps = {"lowest": self.lowest, "highest": self.highest, "start": self.start} | {
             f"choices[{i}]": k for i, k in enumerate(self.choices)
         }
         for name, value in keeps.items():
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"training_keep.{name} = {value} must be in (0, 1]: the fraction that is kept, not removed")
-        if self.choices and (self.highest != 1 or self.start is not None or self.until != 1):
+        if self.draw not in DRAWS:
+            raise ValueError(f"training_keep.draw = {self.draw!r} is unknown: {' or '.join(DRAWS)}, even in the keep or in 1 ÷ keep")
+        if self.choices and (self.highest != 1 or self.draw != "linear" or self.start is not None or self.until != 1):
             raise ValueError(
-                "training_keep: highest, start and until are of a uniform draw: remove them, or give lowest in place of choices"
+                "training_keep: highest, draw, start and until are of a draw between two values: remove them, or give lowest in place of choices"
             )
         for name in ("lowest", "start"):
             value = getattr(self, name)
@@ -62,7 +69,7 @@ class DrawnKeep:
         return min(self.choices or [end for end in (self.lowest, self.start) if end is not None])
 
     def bounds(self, step: int, total_steps: int) -> tuple[float, float]:
-        """Lower and upper end of the uniform draw at a step."""
+        """Lower and upper end of the draw at a step."""
         assert self.lowest is not None
         start = self.lowest if self.start is None else self.start
         return linear(start, self.lowest, progress(step, self.until, total_steps)), self.highest
@@ -78,4 +85,7 @@ class DrawnKeep:
         draws = random.Random(f"{seed} {step}")
         if draws.random() < self.full:
             return 1.0
-        return draws.choice(self.choices) if self.choices else draws.uniform(*self.bounds(step, total_steps))
+        if self.choices:
+            return draws.choice(self.choices)
+        lowest, highest = self.bounds(step, total_steps)
+        return SCHEDULES[self.draw](lowest, highest, draws.random())

@@ -121,6 +121,8 @@ def test_a_draw_is_of_seed_and_step_and_meets_its_range_and_shares() -> None:
     spread = [_drawn(lowest=0.2, highest=0.6).keep(step, 4000, 0) for step in range(4000)]
     assert 0.2 <= min(spread) < 0.21
     assert 0.59 < max(spread) <= 0.6
+    factors = [1 / _drawn(lowest=0.1, draw="reciprocal").keep(step, 4000, 0) for step in range(4000)]
+    assert [round(sum(low <= factor < low + 3 for factor in factors) / 4000, 1) for low in (1, 4, 7)] == [0.3, 0.3, 0.3]
 
 
 def test_steps_in_which_the_teacher_would_be_the_student_have_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +158,8 @@ _PAIRS = ("budget=null", "compression.stages=[{layer: 1, scorer: bipartite, keep
         ("vit_digits", ["training_keep={}"], "give either choices, a list of keeps, or lowest"),
         ("vit_digits", ["training_keep={choices: [0.5, 2]}"], r"training_keep.choices\[1\] = 2.0 must be in"),
         ("vit_digits", ["training_keep={lowest: 0.2, until: 0.5}"], "training_keep.until = 0.5 is where the way from start ends"),
+        ("vit_digits", ["training_keep={lowest: 0.2, draw: even}"], "training_keep.draw = 'even' is unknown: linear or reciprocal"),
+        ("vit_digits", ["training_keep={choices: [0.2], draw: reciprocal}"], "highest, draw, start and until are of a draw between two"),
         ("vit_digits", ["training_keep={lowest: 0.8, highest: 0.5}"], "training_keep.lowest = 0.8 must be at most highest, 0.5"),
         ("vit_digits_dense", ["distillation={teacher: self}"], "is the model with more tokens, and the recipe has no compression"),
         ("vit_digits", ["distillation={teacher: self, keep: 0.8, hidden: 1}"], "which has fewer by keep: set distillation.hidden=0"),
