@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from laconic import from_pretrained
+from laconic import from_pretrained, stages_of
 from laconic.modules.checkpoints.base_weights import weights_hash
 from laconic.modules.checkpoints.lora import is_lora
 from laconic.trainer.build.build import build
@@ -159,6 +159,24 @@ def test_exports_and_evaluation_answer_like_the_run(runs: Path, tmp_path: Path, 
     assert found[0] == found[1] == found[2] == json.loads((run / "report.json").read_text())["quality"]["compressed"]
     with pytest.raises(RecipeError, match=r"trained all weights, .*use --format merged"):
         export(str(runs / "base"), str(tmp_path / "none"), "adapter")
+
+
+@pytest.mark.usefixtures("quick_exports")
+def test_an_adapter_that_was_trained_at_many_keeps_loads_and_is_exported_at_any(runs: Path, tmp_path: Path, console: Console) -> None:
+    run = runs / "elastic"
+    drawn = ["budget=null", "compression.stages.0.keep=0.5", "training_keep={lowest: 0.2, draw: reciprocal}", "trainer.max_steps=2"]
+    train_arm(load("vit_lora", _overrides(runs, "elastic", *drawn)), "arm", run, console)
+    fewer = from_pretrained(run, keep=0.25)
+    assert not torch.equal(_probe(fewer), _probe(from_pretrained(run)))
+    record = export(str(run), str(tmp_path / "adapter"), "adapter", keep=0.25)
+    again = from_pretrained(tmp_path / "adapter")
+    assert [stage.config.keep for stage in stages_of(again).values()] == [0.25]
+    assert torch.equal(_probe(again), _probe(fewer))
+    assert record["keep"] == {"before_0": {"requested": 0.25, "achieved": None}}
+    # The run's figures are of the keep that it was trained at.
+    assert json.loads((tmp_path / "adapter" / "manifest.json").read_text())["ratio"] == {}
+    export(str(run), str(tmp_path / "merged"), keep=0.25)
+    assert (_probe(from_pretrained(tmp_path / "merged")) - _probe(fewer)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("left", ["lora", "lora/adapter", "lora/checkpoints/3.ckpt"])

@@ -56,6 +56,7 @@ class ExportSource:
         model: model with its stages, in evaluation mode, float32; a format may change it while writing.
         report: report of the run; None if there is none.
         inputs: a few rows on which answers are compared.
+        keep: another keep of all stages than the trained one, which the model has; None if it is the trained one.
     """
 
     run: RunFolder
@@ -63,6 +64,7 @@ class ExportSource:
     model: PreTrainedModel
     report: Mapping[str, Any] | None
     inputs: Mapping[str, Tensor]
+    keep: float | None = None
 
     @staticmethod
     def open(folder: str, whole: bool = False, keep: float | None = None) -> ExportSource:
@@ -91,6 +93,7 @@ class ExportSource:
             model=model,
             report=report,
             inputs=task.probe(model.config, size if whole and isinstance(size, int) else None),
+            keep=keep,
         )
 
     def batches(self) -> list[dict[str, Tensor]]:

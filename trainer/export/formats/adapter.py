@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -50,12 +51,18 @@ def load(folder):
     @classmethod
     def reference(cls, source: ExportSource) -> PreTrainedModel:
         # Its LoRA is not merged: merging rounds the weights, and so gives other answers.
-        return source.model if source.run.adapter is None else from_pretrained(source.run.adapter)
+        return source.model if source.run.adapter is None else from_pretrained(source.run.adapter, keep=source.keep)
 
     @classmethod
     def write(cls, source: ExportSource, settings: Settings, folder: Path) -> None:
         assert source.run.adapter is not None
-        write_adapter(read_adapter(source.run.adapter), folder)
+        adapter = read_adapter(source.run.adapter)
+        if source.keep is not None:
+            # Thresholds move with the keep, and the run's figures are of its own.
+            state = source.model.state_dict()
+            stages = {name: state[name] for name in adapter.stages}
+            adapter = replace(adapter, compression=source.model.config.compression, stages=stages, ratio={})
+        write_adapter(adapter, folder)
 
     @classmethod
     def usage(cls, model: PreTrainedModel) -> str:
