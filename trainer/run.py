@@ -44,6 +44,7 @@ from .errors import RecipeError
 from .measure.answers import write_answers
 from .measure.arms import bench_models, print_claims, print_step_times
 from .measure.bench import Bench
+from .measure.cures import Cures
 from .measure.phase_costs import phase_facts, phase_lines
 from .measure.report import Report, table, with_bench
 from .measure.results import Trained, arm_of, ratio_of, report_of
@@ -265,11 +266,8 @@ def train_arm(
             if count.reasons:
                 output.line(f"bad rows{f' of the {count.split} data' if count.split else ''}: {count.summary()}")
         built = stages_of(parts.model).values()
-        budget = parts.budget
-        one = budget is not None and budget.config.measure != "keep"
-        shared = [stage.config.key for stage in budget.held] if budget is not None and one else []
-        ratio = (module.achieved_macs_ratio, budget.config.target) if budget is not None and budget.config.measure == "macs_ratio" else None
-        far = strayed(built, {} if parts.cost is None else parts.cost().keep, module.achieved_keep, str(folder), shared, ratio)
+        asked = {} if parts.cost is None else parts.cost().keep
+        far = strayed(built, asked, module.achieved_keep, str(folder), Cures(parts.budget), module.achieved)
         for remark in (*module.quality.remarks(parts.data), *far, *phase_lines(phase_facts(parts, line.spent), module.task.unit)):
             output.line(remark)
     if collective.rank() == 0 and (answers := module.quality.answered(parts.data)):

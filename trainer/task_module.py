@@ -223,9 +223,9 @@ class TaskModule(lightning.LightningModule):
         return self._kept.uses
 
     @property
-    def achieved_macs_ratio(self) -> float:
-        """Mean ``macs_ratio`` of the rows of the last validation or test, each with its own token counts."""
-        return self._kept.macs_ratio
+    def achieved(self) -> dict[str, float]:
+        """Mean ``macs_ratio`` and ``mean_token_fraction`` of the rows of the last validation or test, each with its own token counts."""
+        return {"macs_ratio": self._kept.macs_ratio, "mean_token_fraction": self._kept.mean_token_fraction}
 
     def _check_rows(self, batch: dict[str, Any]) -> None:
         """Counts the batches of all ranks; an error on one rank is raised on all, because they wait for each other."""

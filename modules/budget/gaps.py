@@ -28,7 +28,8 @@ def gaps_of(
     """Gaps of one forward by constraint, float32 scalars over all processes, with gradient.
 
     With the measure ``keep`` every stage that the budget holds is a constraint. With another one the model is a single constraint, named
-    as the measure: its stages may share the tokens out among themselves, so that each learns a keep of its own. Every process reduces the
+    as the measure: its stages may share the tokens out among themselves, so that each learns a keep of its own. Its value is that of the
+    report, from the lengths of the batch's own rows; its gradient is that of rows of the configured length. Every process reduces the
     same scalars, also for a stage that did not run here, in a batch without an image for example; where it ran nowhere the gap is 0.
 
     Args:
@@ -53,11 +54,15 @@ def gaps_of(
         shares = {key: _share(counts[key], over_ranks) for key in keys}
         keep = {key: torch.where(there, share, requested[key]) for key, (share, there) in shares.items()}
         some = torch.stack([there for _, there in shares.values()]).any()
-        return {measure: (cost.soft(_of_all(trace, cost, keep), measure) - target) * some}
-    ratio = cost.soft(_of_all(trace, cost, {key: kept / present.clamp(min=1) for key, (kept, present) in counts.items()}), measure)
-    # A row of more tokens counts for more, as in the MACs of a whole data set.
-    mean, some = mean_and_any(ratio, counts[keys[0]][1].to(ratio.dtype), over_ranks)
-    return {measure: (mean - target) * some}
+        soft = cost.soft(_of_all(trace, cost, keep), measure)
+    else:
+        ratio = cost.soft(_of_all(trace, cost, {key: kept / present.clamp(min=1) for key, (kept, present) in counts.items()}), measure)
+        # A row of more tokens counts for more, as in the MACs of a whole data set.
+        soft, some = mean_and_any(ratio, counts[keys[0]][1].to(ratio.dtype), over_ranks)
+    # Processes have to reduce the same scalars, whatever their rows.
+    if over_ranks is not None or not cost.as_configured(trace):
+        soft = _achieved(trace, cost, measure, soft, over_ranks) + soft - soft.detach()
+    return {measure: (soft - target) * some}
 
 
 def kept_by_row(routing: Routing, width: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +119,18 @@ def _share(count: tuple[Tensor, Tensor], over_ranks: Reduce) -> tuple[Tensor, Te
     kept, present = count
     weight = present.to(kept.dtype)
     return mean_and_any(kept / weight.clamp(min=1), weight, over_ranks)
+
+
+def _achieved(trace: Trace, cost: CostModel, measure: str, soft: Tensor, over_ranks: Reduce) -> Tensor:
+    """Scalar without gradient: the measure over the rows of all processes, as a report counts it. Synchronises with the device."""
+    uses = cost.uses(trace)
+    if measure == "macs_ratio":
+        # In rows of the configured size: MACs may be too many for a float32.
+        rows = sum(use.dense_macs for use in uses.values()) / cost.row_macs
+    else:
+        rows = sum(use.dense_tokens for use in uses.values())
+    value, weight = torch.tensor([[cost.ratio(uses, measure)], [rows]], dtype=soft.dtype, device=soft.device)
+    return mean_and_any(value, weight, over_ranks)[0]
 
 
 def _of_all(trace: Trace, cost: CostModel, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:

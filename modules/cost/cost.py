@@ -26,12 +26,16 @@ class StackUse:
         present: those of the dense model.
         macs: MACs of the compressed model.
         dense_macs: MACs of the dense model.
+        tokens: tokens processed with the protected ones, mean over the stack's layers.
+        dense_tokens: those of the dense model.
     """
 
     processed: float = 0.0
     present: float = 0.0
     macs: float = 0.0
     dense_macs: float = 0.0
+    tokens: float = 0.0
+    dense_tokens: float = 0.0
 
     def __add__(self, other: StackUse) -> StackUse:
         return StackUse(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
@@ -239,10 +243,30 @@ class CostModel:
         assert isinstance(ratio, Tensor)
         return ratio
 
-    def achieved(self, trace: Trace) -> float:
-        """Achieved ``macs_ratio`` of a forward: MACs of its rows, each with its own token counts, ÷ their MACs in the dense model."""
-        uses = self.uses(trace).values()
-        return sum(use.macs for use in uses) / sum(use.dense_macs for use in uses)
+    def achieved(self, trace: Trace, measure: str = "macs_ratio") -> float:
+        """Achieved ``macs_ratio`` or ``mean_token_fraction`` of a forward: MACs or tokens of its rows, each with its own counts, ÷ those in
+        the dense model.
+        """
+        return self.ratio(self.uses(trace), measure)
+
+    def ratio(self, uses: Mapping[str, StackUse], measure: str) -> float:
+        """``macs_ratio`` or ``mean_token_fraction`` of what the stacks did."""
+        if measure == "macs_ratio":
+            return sum(use.macs for use in uses.values()) / sum(use.dense_macs for use in uses.values())
+        # A stack counts by its layers, as in Cost.mean_token_fraction; one that did not run, by no layer.
+        ran = {name: self.shapes[name].layers for name in self._shown if uses[name].dense_tokens}
+        fractions = sum(layers * uses[name].tokens / uses[name].dense_tokens for name, layers in ran.items())
+        return fractions / sum(ran.values()) if ran else 1.0
+
+    def as_configured(self, trace: Trace) -> bool:
+        """The model is one stack, and every row of a forward has the configured number of tokens and no padding."""
+        tokens = trace.flow(self._adapter.stack_name).dense
+        return len(self.shapes) == 1 and not isinstance(tokens, Tensor) and tokens == self.main.tokens
+
+    @property
+    def row_macs(self) -> float:
+        """MACs of a row of the configured size in the dense model."""
+        return sum(shape.rows * (shape.model_macs(shape.dense_layers()) + shape.dense_only_macs) for shape in self.shapes.values())
 
     def uses(self, trace: Trace) -> dict[str, StackUse]:
         """The StackUse of each stack in a forward."""
@@ -254,14 +278,17 @@ class CostModel:
             unread = rows * configured.dense_only_macs
             if name not in self._shown or not rows or flow.state is None:
                 dense = rows * configured.model_macs(configured.dense_layers())
-                found[name] = StackUse(rows * configured.routable, rows * configured.routable, dense, dense + unread)
+                routable, tokens = rows * configured.routable, rows * configured.tokens
+                found[name] = StackUse(routable, routable, dense, dense + unread, tokens, tokens)
                 continue
             compressed, whole = self._achieved(name, trace)
-            present = _mean(flow.original + flow.gone)
-            protected = _mean(flow.dense) - present
+            present, dense_tokens = _mean(flow.original + flow.gone), _mean(flow.dense)
             layers: Any = sum(tokens.attention + tokens.mlp for tokens in flow.layer_tokens.values())
-            processed = _mean(layers) / (2 * len(flow.layer_tokens)) - protected
-            found[name] = StackUse(rows * processed, rows * present, rows * compressed, rows * whole + unread)
+            tokens = _mean(layers) / (2 * len(flow.layer_tokens))
+            processed = tokens - (dense_tokens - present)
+            found[name] = StackUse(
+                rows * processed, rows * present, rows * compressed, rows * whole + unread, rows * tokens, rows * dense_tokens
+            )
         return found
 
     @staticmethod

@@ -89,8 +89,3 @@ def test_stages_that_keep_another_share_are_named_with_the_cure() -> None:
     (line,) = strayed(built, requested, {"around_0": 0.5, "around_1": 0.415, "around_2": 0.45}, "runs/x")
     assert "differ by more than 0.02: around_2 0.450 of 0.400; laconic calibrate runs/x sets thresholds anew" in line
     assert strayed(built, requested, requested, "runs/x") == []
-    # Stages that share one target of the model out among themselves are held to the model's ratio.
-    away = {"around_0": 0.4, "around_1": 0.7, "around_2": 0.1}
-    assert strayed(built, requested, away, "runs/x", ("around_1", "around_2"), (0.51, 0.5)) == []
-    (line,) = strayed(built, requested, away, "runs/x", ("around_1", "around_2"), (0.6, 0.5))
-    assert "macs_ratio achieved on held-out data is 0.600, and 0.500 was requested; train longer" in line

@@ -12,13 +12,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from laconic import CompressionConfig, StageConfig, compress
+from laconic import BudgetConfig, CompressionConfig, StageConfig, compress
+from laconic.modules.budget.budget import Budget
 from laconic.modules.stage import Stage, stages_of
 from laconic.modules.tokens.decision import Decision
 from laconic.modules.tokens.state import TokenState
 from laconic.modules.tokens.trace import Routing
 from laconic.trainer.callbacks.health import RouterHealth
 from laconic.trainer.callbacks.progress import RunLog
+from laconic.trainer.measure.cures import Cures
 from laconic.trainer.measure.router_health import WINDOW, Signs, warnings_of
 from tests.matrix import dense, images, traced
 
@@ -28,6 +30,11 @@ ROWS, TOKENS = 6, 16
 def _stage(selector: str = "gumbel") -> Stage:
     stages = CompressionConfig([StageConfig(layer=1, scorer="learned", selector=selector, keep=0.5)])
     return stages_of(compress(dense("vit"), stages))["before_1"]
+
+
+def _cures(layers: int = 1) -> Cures:
+    stages = CompressionConfig([StageConfig(layer=layer, scorer="learned", selector="gumbel") for layer in range(layers)])
+    return Cures(Budget(BudgetConfig(target=0.5, measure="macs_ratio"), dense("vit"), stages))
 
 
 def _signs(scores: torch.Tensor, gradient: float | None = 1.0, requested: float = 0.5, position: torch.Tensor | None = None) -> Signs:
@@ -64,7 +71,7 @@ _CASES: dict[str, tuple[Signs, dict[str, str]]] = {
 @pytest.mark.parametrize("case", list(_CASES))
 def test_a_router_that_does_not_learn_is_named_with_what_to_change(case: str) -> None:
     signs, expected = _CASES[case]
-    found = warnings_of(_stage(), [signs] * WINDOW, None if signs.gradient is None else 1.0)
+    found = warnings_of(_stage(), [signs] * WINDOW, None if signs.gradient is None else 1.0, _cures())
     assert found.keys() == expected.keys()
     for kind, message in expected.items():
         assert re.search(f"^stage before_1 .*{message}", found[kind]), found[kind]
@@ -76,7 +83,7 @@ def test_a_selector_that_fixes_the_count_is_not_blamed_for_it() -> None:
 
 def test_stages_that_share_a_target_may_keep_everything_or_nothing_while_they_learn() -> None:
     for shift, kind in ((-20.0, "dead"), (20.0, "collapsed")):
-        found = [warnings_of(_stage(), [_signs(_scores() + shift, gradient)] * WINDOW, 1.0, shared=True) for gradient in (1.0, 1e-3)]
+        found = [warnings_of(_stage(), [_signs(_scores() + shift, gradient)] * WINDOW, 1.0, _cures(2)) for gradient in (1.0, 1e-3)]
         assert found[0] == {}
         assert kind in found[1]
 

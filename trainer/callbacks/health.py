@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...modules.stage import stages_of
 from ..build.trainable import grouped
+from ..measure.cures import Cures
 from ..measure.router_health import WINDOW, Signs, warnings_of
 from .progress import RunLog
 
@@ -96,8 +97,7 @@ class RouterHealth(Callback):
         for logger in trainer.loggers if scalars else ():
             logger.log_metrics(scalars, step)
         model: Any = module.model
-        stages, budget = stages_of(model), module.budget
-        shared = budget is not None and budget.config.measure != "keep" and len(budget.held) > 1
+        stages, cures = stages_of(model), Cures(module.budget)  # type: ignore[arg-type]
         for name, routing in ({} if outputs["trace"] is None else outputs["trace"].routings).items():
             stage = stages[name]
             if stage.estimator is None or stage.config.follows is not None or not routing.routed:
@@ -106,7 +106,7 @@ class RouterHealth(Callback):
             window.append(Signs.of(routing, values.get(f"router {name}")))
             if len(window) < WINDOW:
                 continue
-            for kind, message in warnings_of(stage, window, self._largest.get(name), shared).items():
+            for kind, message in warnings_of(stage, window, self._largest.get(name), cures).items():
                 if (name, kind) not in self._known:
                     self._known.add((name, kind))
                     self.warnings.append(f"step {step}: {message}")

@@ -38,13 +38,15 @@ class Arm:
         per_second: images or tokens per second, by the task's unit, over ``train_seconds``; None if nothing was trained.
         train_macs_ratio: MACs of the training steps ÷ those of as many dense steps, from the budget's schedule, the drawn keeps or the
             phases.
-        train_macs: multiply-accumulates of all forwards in training, of rows of the configured size; None without a cost model.
+        train_macs: multiply-accumulates of the trained model's forwards, of rows of the configured size, without those of a teacher; None
+            without a cost model.
         phases: steps, amount, seconds and MACs of each phase; empty if the run has no phases.
         step_seconds: median time of a training step; None if not measured.
         speedup: dense ÷ this arm, from pairs; None if not measured.
         of_oracle: oracle ÷ this arm, from pairs; None if not measured.
         memory: bytes of a training step; None if not measured.
         macs_ratio_requested: target of the budget, if it is a ``macs_ratio``; None otherwise.
+        mean_token_fraction_requested: likewise.
         fitted: ``scorers``, rank correlation with the updates that they were fitted to, and ``shortcuts``, share of the updates' squares that
             they predict, over held-out tokens, by stage; empty if nothing was fitted.
         gradients: ``mean`` and ``largest`` norm of the gradient over the logged steps, before clipping, by the groups of ``parameters``;
@@ -69,6 +71,7 @@ class Arm:
     of_oracle: float | None = None
     memory: int | None = None
     macs_ratio_requested: float | None = None
+    mean_token_fraction_requested: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stacks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
@@ -93,6 +96,7 @@ class Report:
     baselines: Mapping[str, Any]
     seed: int
     macs_ratio_requested: float | None = None
+    mean_token_fraction_requested: float | None = None
     train_seconds: float | None = None
     train_macs_ratio: float | None = None
     train_macs: int | None = None

@@ -36,11 +36,10 @@ def arm_of(recipe: str, parts: RunParts, module: TaskModule, line: StepLine) -> 
         quality=module.quality.value,
         details=_details(parts, module),
         keep={"requested": {} if cost is None else dict(cost.keep), "achieved": module.achieved_keep},
-        macs_ratio=module.achieved_macs_ratio,
-        macs_ratio_requested=parts.budget.config.target
-        if parts.budget is not None and parts.budget.config.measure == "macs_ratio"
-        else None,
-        mean_token_fraction=1.0 if cost is None else cost.mean_token_fraction,
+        macs_ratio=module.achieved["macs_ratio"],
+        macs_ratio_requested=_target(parts, "macs_ratio"),
+        mean_token_fraction=module.achieved["mean_token_fraction"],
+        mean_token_fraction_requested=_target(parts, "mean_token_fraction"),
         train_seconds=throughput.seconds,
         per_second=throughput.mean,
         train_macs_ratio=ratio,
@@ -55,6 +54,11 @@ def arm_of(recipe: str, parts: RunParts, module: TaskModule, line: StepLine) -> 
             for name, use in (module.achieved_uses.items() if cost is not None else ())
         },
     )
+
+
+def _target(parts: RunParts, measure: str) -> float | None:
+    """The budget's target, if it is of this measure."""
+    return None if parts.budget is None or parts.budget.config.measure != measure else parts.budget.config.target
 
 
 def _training_ratio(parts: RunParts, cost: Cost) -> float:
@@ -115,6 +119,7 @@ def report_of(loaded: LoadedRecipe, arms: Mapping[str, Trained], measured: Bench
         macs_ratio=arm.macs_ratio,
         macs_ratio_requested=arm.macs_ratio_requested,
         mean_token_fraction=arm.mean_token_fraction,
+        mean_token_fraction_requested=arm.mean_token_fraction_requested,
         step_time={
             "dense": measured.dense_seconds if measured else None,
             "compressed": times.seconds if times else None,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...modules.stage import Stage
 from ...modules.tokens.trace import Routing
+from .cures import Cures, any_of
 
 # Logged steps in a row that have to show a sign.
 WINDOW = 3
@@ -56,16 +57,17 @@ class Signs:
         return cls(kept, present, int(routable.any(-1).sum()), routing.requested, far, at.cpu(), gradient)
 
 
-def warnings_of(stage: Stage, window: Sequence[Signs], largest: float | None, shared: bool = False) -> dict[str, str]:
+def warnings_of(stage: Stage, window: Sequence[Signs], largest: float | None, cures: Cures | None = None) -> dict[str, str]:
     """What the last logged steps say of a stage that learns: a message by the kind of fault; none for a healthy one.
 
     Args:
         stage: the stage.
         window: signs of ``WINDOW`` logged steps, one after the other.
         largest: largest gradient norm of its scorer in any logged step so far; None if no gradient is known.
-        shared: several stages share one target of the model out among themselves. Then one that keeps everything, or next to nothing, may
-            have learned to, and is named only if its gradient has vanished too.
+        cures: of the run. Where several stages share one target of the model out among themselves, one that keeps everything, or next to
+            nothing, may have learned to, and is named only if its gradient has vanished too.
     """
+    cures = cures or Cures()
     name, found = f"stage {stage.config.key}", {}
     kept, present, rows = (sum(getattr(signs, key) for signs in window) for key in ("kept", "present", "rows"))
     requested = sum(signs.requested for signs in window) / len(window)
@@ -76,35 +78,35 @@ def warnings_of(stage: Stage, window: Sequence[Signs], largest: float | None, sh
     gradients = [signs.gradient for signs in window if signs.gradient is not None]
     known = largest is not None and len(gradients) == len(window)
     vanished = known and max(gradients) <= max(0.01 * float(largest or 0), 1e-8)
-    decides = stage.selector.needs_probabilities and (vanished or not shared)
+    decides = stage.selector.needs_probabilities and (vanished or not cures.shared)
     # A row without a token above the cut keeps its best one.
     least = max(rows / present, 0.005)
     if decides and keep <= least and requested > 2 * least:
+        change = any_of([*cures.noise(stage), "lower optimizer.router_lr", *cures.controller("smaller")])
         found["dead"] = (
-            f"{name} is dead: {seen} it kept {kept:,} of {present:,} tokens, and {requested:.3f} was requested; raise budget.noise or "
-            "budget.noise_until, lower optimizer.router_lr, or give budget.controller a smaller rate; if nothing is needed there, keep: 0 "
-            "around the layer costs no router"
+            f"{name} is dead: {seen} it kept {kept:,} of {present:,} tokens, and {requested:.3f} was requested; {change}; if nothing is needed "
+            "there, keep: 0 around the layer costs no router"
         )
     elif decides and keep >= 0.995 and requested < 0.9:
-        found["collapsed"] = (
-            f"{name} has collapsed: {seen} it kept every token, and {requested:.3f} was requested; lower budget.target, raise budget.noise, "
-            "or remove the stage if others do what it should"
-        )
+        change = any_of([*cures.controller("larger"), *cures.noise(stage), "remove the stage if others do what it should"])
+        found["collapsed"] = f"{name} has collapsed: {seen} it kept every token, and {requested:.3f} was requested; {change}"
     if known and max(gradients) == 0 and requested < 1:
         found["dead"] = (
             f"{name} is dead: {seen} the gradient of its scorer was 0; take another estimator (key_bias, or gate around a layer), or check "
             "that layers which compute something follow"
         )
     if "collapsed" not in found and _same_places(window, rows, keep):
+        change = any_of([*cures.regularizer(stage, "diversity", "uniformity"), *cures.noise(stage), "move it to an earlier layer"])
         found["collapsed"] = (
             f"{name} has collapsed: {seen} it kept the same places in every row ({keep:.3f} of {rows} rows); scorer uniform_grid does the "
-            "same for less; set budget.regularizer=diversity or uniformity, raise budget.noise, or move it to an earlier layer"
+            f"same for less; {change}"
         )
     if vanished and "dead" not in found and all(signs.saturated is not None and signs.saturated >= 0.99 for signs in window):
+        cooler = ["raise the estimator's temperature"] if hasattr(stage.estimator, "temperature") else []
+        change = any_of([*cures.regularizer(stage, "z_loss"), *cooler, "lower optimizer.router_lr"])
         found["saturated"] = (
             f"{name} is saturated: {seen} 99 % of its probabilities were within 0.001 of 0 or 1, and the gradient of its scorer was at most "
-            f"{max(gradients):.1e}, of {largest:.1e} before; set budget.regularizer=z_loss, raise the estimator's temperature, or lower "
-            "optimizer.router_lr"
+            f"{max(gradients):.1e}, of {largest:.1e} before; {change}"
         )
     return found
 

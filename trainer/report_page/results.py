@@ -117,6 +117,7 @@ def _values(arm: Arm) -> dict[str, dict[str, Any]]:
         "step time": arm.step_time,
         "further values": {
             "mean token fraction": arm.mean_token_fraction,
+            "mean token fraction, requested": arm.mean_token_fraction_requested,
             "macs_ratio, mean over training": arm.train_macs_ratio,
             **{key: value for key, value in arm.details.items() if not isinstance(value, Mapping | list)},
         },

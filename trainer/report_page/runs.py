@@ -145,6 +145,7 @@ def _own(report: Report) -> Arm:
             "macs_ratio": _measured(report.macs_ratio),
             "mean_token_fraction": _measured(report.mean_token_fraction),
             "macs_ratio_requested": report.macs_ratio_requested,
+            "mean_token_fraction_requested": report.mean_token_fraction_requested,
             "train_seconds": _measured(report.train_seconds),
             "per_second": report.throughput.get("per_second"),
             "train_macs_ratio": _measured(report.train_macs_ratio),

@@ -30,6 +30,7 @@ class AugmentedLagrangian(Controller):
         highest: bound of the multiplier's size, and of c.
     """
 
+    pace = "rate"
     rate: float = 0.1
     penalty: float = 10.0
     growth: float = 1.2

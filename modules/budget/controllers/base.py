@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,10 +20,12 @@ class Controller:
     returns a new one, so that nothing is held outside of it.
 
     Attributes:
+        pace: name of the option with which the target is reached faster; empty without one.
         least_spread: standard deviation of a stage's scores, in log-odds, below which the budget pushes them apart, so that a step moves the
             count by few tokens; 0 leaves them alone.
     """
 
+    pace: ClassVar[str] = ""
     least_spread: float = 1.0
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ class NuPI(Controller):
         highest: bound of the multiplier's size.
     """
 
+    pace = "integral"
     integral: float = 0.1
     proportional: float = 10.0
     memory: float = 0.0

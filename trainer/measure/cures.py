@@ -1,0 +1,52 @@
+"""What to change where routers do not learn, or do not meet the ratio."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...modules.budget.budget import Budget
+from ...modules.stage import Stage
+
+
+@dataclass(frozen=True)
+class Cures:
+    """Advice that names only keys which the recipe accepts as it is.
+
+    Attributes:
+        budget: the budget of the run; None without one.
+    """
+
+    budget: Budget | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Several stages share one target of the model out among themselves."""
+        return self.budget is not None and self.budget.config.measure != "keep" and len(self.budget.held) > 1
+
+    def controller(self, word: str) -> list[str]:
+        """How the ratio is reached faster or more slowly.
+
+        Args:
+            word: ``larger`` or ``smaller``.
+        """
+        if self.budget is None or self.budget.controller is None:
+            return []
+        controller = self.budget.controller
+        return [f"give budget.controller a {word} {controller.pace}" if controller.pace else f"give budget.regularizer a {word} weight"]
+
+    def regularizer(self, stage: Stage, *names: str) -> list[str]:
+        """One of these regularizers, where it is free to set: one that holds the ratio has to stay."""
+        budget = self.budget
+        if budget is None or not stage.scorer.probabilities:
+            return []
+        needed = budget.controller is not None and not budget.controller.holds
+        return [] if needed else [f"set budget.regularizer={' or '.join(names)}"]
+
+    def noise(self, stage: Stage) -> list[str]:
+        """Exploration, where the stage's decisions have it."""
+        return [] if self.budget is None or stage.selector.ignores_noise else ["raise budget.noise"]
+
+
+def any_of(cures: list[str]) -> str:
+    """ "a", "a or b", "a, b or c"."""
+    return " or ".join([", ".join(cures[:-1]), cures[-1]] if len(cures) > 1 else cures)
