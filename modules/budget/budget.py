@@ -22,6 +22,9 @@ from .gaps import gaps_of, kernel_width, mean_and_spread
 from .regularizers.base import Regularizer
 from .schedules import SCHEDULES, progress, staircase
 
+# The controller where selectors leave the count to the budget, and none is named.
+DEFAULT = "augmented_lagrangian"
+
 
 @dataclass(frozen=True)
 class BudgetLoss:
@@ -107,9 +110,10 @@ class Budget:
         self.compression = compression.with_keep(self.resolve(config.target))
         self.regularizer = build_regularizer(config)
         if config.schedule != "constant":
-            self.resolve(config.start)
+            self.resolve(config.start, "start")
         free = set(self.free)
         self.held = [stage for stage in self.cost.stages if stage.config.key in free and stage.selector.needs_probabilities]
+        self._check_reach()
         self.controller = build_controller(config, bool(self.held))
         self.controls: dict[str, dict[str, Tensor]] = {}
         # Gaps of the step under way: it may have several forwards.
@@ -124,32 +128,61 @@ class Budget:
                 "(a top-k selector holds the count by itself), or take scorer 'learned', or 'linear' in a causal model"
             )
 
-    def resolve(self, target: float) -> dict[str, float]:
-        """The largest keeps whose measure is at most ``target``, by name of each stage without its own keep."""
+    def resolve(self, target: float, key: str = "target") -> dict[str, float]:
+        """The largest keeps whose measure is at most ``target``, by name of each stage without its own keep.
+
+        Args:
+            target: requested value of the measure.
+            key: of the budget, which an error names.
+        """
         if self.config.measure == "keep":
             return self._spread(target)
         if target not in self._keeps:
-            self._keeps[target] = self._keep_for(target)
+            self._keeps[target] = self._keep_for(target, key)
         return self._spread(self._keeps[target])
 
     def _spread(self, keep: float) -> dict[str, float]:
         """A keep shared out by the powers of ``shares``, by stage name."""
         return {key: keep**power for key, power in self._powers.items()}
 
-    def _keep_for(self, target: float) -> float:
+    def _keep_for(self, target: float, key: str) -> float:
         """The largest keep, to four decimals, whose measure is at most ``target``."""
         low, high = 1, 10_000
         if target >= 1 or self._ratio(high) <= target:
             return 1.0
         if self._ratio(low) > target:
             raise ValueError(
-                f"budget.target = {target} cannot be met: with one token left the {self.config.measure} is still {self._ratio(low):.4f}; "
-                "raise the target, move the first stage to an earlier layer, or put stages around more layers"
+                f"budget.{key} = {target} cannot be met: with one token left the {self.config.measure} is still {self._ratio(low):.4f}; "
+                "raise it, move the first stage to an earlier layer, or put stages around more layers"
             )
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self._ratio(middle) <= target else (low, middle)
         return low / 10_000
+
+    def _check_reach(self) -> None:
+        """Raises ValueError if a keep leaves less than a token of whole rows, or no decisions of routers can close the gap to the target."""
+        config = self.config
+        if config.measure == "keep":
+            least = min(config.target, config.start if config.schedule != "constant" else 1.0)
+            keeps = self._spread(least)
+            present = self.cost(keeps).present
+            for stage in self.cost.stages:
+                key = stage.config.key
+                # Around a layer, and in causal models, a row may lose every token. Stages one after the other round what is left.
+                one = key in keeps and not stage.bypass and not stage.adapter.causal
+                whole = one and (stage in self.held or present[key] == self.cost.shapes[stage.config.stack].routable)
+                if whole and keeps[key] * present[key] < 0.5:
+                    raise ValueError(
+                        f"budget.{'target' if least == config.target else 'start'} = {least} cannot be met: stage {key} always keeps one of "
+                        f"its {present[key]:g} tokens, a keep of {1 / present[key]:.4f}; raise it to that or more, or the size of the input"
+                    )
+        elif self.held and config.target < 1 and self._ratio(10_000) < config.target - 0.005:
+            raise ValueError(
+                f"budget.target = {config.target} cannot be met: with every token of the stages that the budget decides for, the "
+                f"{config.measure} is {self._ratio(10_000):.4f}, because other stages have a keep of their own; lower the target, or leave "
+                "their keep out"
+            )
 
     @property
     def floor(self) -> float:
@@ -172,8 +205,11 @@ class Budget:
     def keep(self, step: int) -> dict[str, float]:
         """The keep requested at a step, by name of each stage without its own keep."""
         target = self.target(step)
+        if self.config.measure == "keep":
+            return self.resolve(target)
         # Keeps that need a search have four decimals, so four decimals of the target are enough.
-        return self.resolve(target if self.config.measure == "keep" else round(target, 4))
+        rounded = round(target, 4)
+        return self.resolve(target if rounded < self.floor else rounded)
 
     @property
     def training_macs_ratio(self) -> float:
@@ -271,21 +307,31 @@ class Budget:
         state = self.controls.get(name) or self.controller.start(device)
         return {key: value.to(device) for key, value in state.items()}
 
+    @property
+    def _controller_name(self) -> str | None:
+        return None if self.controller is None else PartConfig.of(self.config.controller or DEFAULT, "controller").name
+
     def state_dict(self) -> dict[str, Any]:
         """The state of the controller, for a checkpoint: training that loads it goes on exactly."""
         controls = {name: {key: value.cpu() for key, value in state.items()} for name, state in self.controls.items()}
-        return {"controls": controls, "step": self._step, "gaps": {name: torch.stack(gaps).cpu() for name, gaps in self._gaps.items()}}
+        gaps = {name: torch.stack(gaps).cpu() for name, gaps in self._gaps.items()}
+        return {"controller": self._controller_name, "controls": controls, "step": self._step, "gaps": gaps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets the state that ``state_dict`` gave.
 
         Raises:
-            ValueError: entries are missing: the state is not that of a budget.
+            ValueError: entries are missing, so that the state is not that of a budget, or it is that of another controller.
         """
-        if missing := [key for key in ("controls", "step", "gaps") if key not in state]:
+        if missing := [key for key in ("controller", "controls", "step", "gaps") if key not in state]:
             raise ValueError(
                 f"the checkpoint's state of the budget lacks {', '.join(missing)}, so that budget.controller cannot go on from it: resume from a "
                 "checkpoint that this version saved, or start a new run from its weights"
+            )
+        if state["controller"] != self._controller_name:
+            raise ValueError(
+                f"the checkpoint's state of the budget is that of controller {state['controller']!r}, and budget.controller is "
+                f"{self._controller_name!r}: set it to the checkpoint's, or start a new run from its weights"
             )
         self.controls = {name: dict(values) for name, values in state["controls"].items()}
         self._step, self._gaps = int(state["step"]), {name: list(gaps.unbind()) for name, gaps in state["gaps"].items()}
@@ -322,6 +368,6 @@ def build_controller(config: BudgetConfig, held: bool) -> Controller | None:
                 "fix the count by themselves; remove it, or take selector 'gumbel', or 'threshold' with calibrate: false"
             )
         return None
-    built = registry.build("controller", PartConfig.of(config.controller or "augmented_lagrangian", "controller"))
+    built = registry.build("controller", PartConfig.of(config.controller or DEFAULT, "controller"))
     assert isinstance(built, Controller)
     return built

@@ -47,8 +47,19 @@ def test_a_stage_with_its_own_keep_has_it_and_the_others_meet_the_target() -> No
 def test_targets_that_cannot_be_met_or_decide_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be met: with one token left the macs_ratio is still"):
         _budget(target=0.1)
-    with pytest.raises(ValueError, match="cannot be met"):
+    with pytest.raises(ValueError, match=r"budget.start = 0.1 cannot be met"):
         _budget(target=0.6, schedule="linear", start=0.1)
+    with pytest.raises(ValueError, match=r"budget.target = 0.2 cannot be met: with one token left the mean_token_fraction is still 0.29"):
+        _budget(target=0.2, measure="mean_token_fraction")
+    with pytest.raises(
+        ValueError, match=r"budget.target = 0.001 cannot be met: stage before_1 always keeps one of its 36 tokens, a keep of 0.0278"
+    ):
+        _budget(target=0.001, measure="keep")
+    held = [StageConfig(layer=1, keep=0.25), StageConfig(layer=2, scorer="learned", selector="gumbel")]
+    with pytest.raises(
+        ValueError, match=r"budget.target = 0.95 cannot be met: with every token .* the macs_ratio is 0.\d+, because other stages"
+    ):
+        Budget(BudgetConfig(target=0.95), dense("vit"), CompressionConfig(held))
     with pytest.raises(ValueError, match="no stage's scorer has any"):
         Budget(BudgetConfig(regularizer="ratio_mse"), dense("vit"), CompressionConfig([StageConfig(layer=1, scorer="evidence")]))
     with pytest.raises(ValueError, match="nothing to decide"):

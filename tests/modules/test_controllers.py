@@ -297,6 +297,14 @@ def test_a_checkpoint_without_the_controllers_state_is_named(state: dict[str, An
         _budget(measure="keep").load_state_dict(state)
 
 
+def test_the_state_of_another_controller_is_refused_with_both_names() -> None:
+    state = _budget(measure="keep", target=0.5).state_dict()
+    with pytest.raises(ValueError, match="is that of controller 'augmented_lagrangian', and budget.controller is 'nupi': set it to the"):
+        _budget(measure="keep", target=0.5, controller="nupi").load_state_dict(state)
+    # Its options may be others.
+    _budget(measure="keep", target=0.5, controller={"name": "augmented_lagrangian", "rate": 1.0}).load_state_dict(state)
+
+
 def test_at_full_length_a_controller_waits() -> None:
     budget = _budget(target=0.6, schedule="step", start=1.0, schedule_until=0.5)
     model, trace = compress(dense("vit"), budget.compression).train(), budget.trace(0)

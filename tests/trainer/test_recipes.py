@@ -231,6 +231,10 @@ def test_unknown_recipes_and_circles_are_named(tmp_path: Path) -> None:
         (["compression.stages.0.layer=9"], r"layer = 9 must be an integer from 0 to 5, the backbone has 6 layers"),
         (["compression.stages.0.scorer=lerned"], r"did you mean 'learned'"),
         (["budget.target=0.02"], r"budget.target = 0.02 cannot be met"),
+        (
+            ["budget=null", "compression.stages.0.keep=0.5", "compression.stages.0.scorer=learned", "compression.stages.0.selector=gumbel"],
+            r"keep tokens with probability above 0.5, and nothing brings that to the requested keep",
+        ),
         (["data.canvas.size=40"], r"data.canvas.size = 40 does not fit model.config: image_size = 32"),
         (["model.config.model_type=resnet"], r"no backbone adapter for model_type 'resnet'"),
         (["model.config.model_type=bert"], r"bert has no image classification head in transformers"),

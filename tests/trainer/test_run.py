@@ -101,7 +101,13 @@ def test_arms_see_the_same_samples_and_the_same_first_weights(tmp_path: Path, qu
 CONTROLLED = ["compression.stages.0.scorer=learned", "compression.stages.0.selector=gumbel", "budget.noise=1", "budget.target=0.5"]
 
 
-@pytest.mark.parametrize(("accumulate", "own"), [(1, []), (2, CONTROLLED)], ids=["plain", "accumulated_and_controlled"])
+# The target, the ramp and the exploration noise move on every step.
+SCHEDULED = [*CONTROLLED, "budget.controller=nupi", "budget.schedule=linear", "budget.schedule_until=1", "budget.noise_until=1"]
+DRAWN = ["budget=null", "compression.stages.0.keep=0.5", "training_keep={lowest: 0.2, draw: reciprocal, start: 0.8}"]
+RESUMED = {"plain": (1, []), "accumulated_and_controlled": (2, CONTROLLED), "scheduled": (1, SCHEDULED), "drawn": (1, DRAWN)}
+
+
+@pytest.mark.parametrize(("accumulate", "own"), RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(
     tmp_path: Path, quick: list[str], console: Console, accumulate: int, own: list[str]
 ) -> None:

@@ -37,6 +37,8 @@ def test_a_target_below_the_floor_is_refused_with_the_floor() -> None:
     Calibration(0.4, POINTS, 1.0, 1, "cpu").check()
     with pytest.raises(RecipeError, match=r"budget.target = 0.3 of the dense step's time cannot be met on cpu: .* still takes 0.375"):
         Calibration(0.3, POINTS, 1.0, 1, "cpu").check()
+    with pytest.raises(RecipeError, match=r"budget.start = 0.2 of the dense step's time cannot be met on cpu: .* still takes 0.375"):
+        Calibration(0.5, POINTS, 1.0, 1, "cpu").check(0.2)
 
 
 def test_the_target_and_the_start_of_a_schedule_are_calibrated_and_full_length_stays_full_length() -> None:

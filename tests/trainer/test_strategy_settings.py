@@ -22,6 +22,7 @@ from tests.trainer.two_ranks_settings import (
     FURTHER,
     LANGUAGE,
     MASKED,
+    MOVING,
     PHASED,
     SETTINGS,
     TAUGHT,
@@ -110,9 +111,9 @@ def test_a_model_that_teaches_itself_with_drawn_keeps_and_rates_by_part_learns_a
     torch.testing.assert_close(weights(ours), weights(expected), rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["plain", "deepspeed_3"])
-def test_dropout_of_every_rank_goes_on_where_it_was(name: str, two_ranks: Path) -> None:
-    unbroken, resumed = weights(two_ranks / f"dropout_{name}", "unbroken"), weights(two_ranks / f"dropout_{name}")
+@pytest.mark.parametrize("name", list(MOVING))
+def test_dropout_schedules_and_controllers_of_every_rank_go_on_where_they_were(name: str, two_ranks: Path) -> None:
+    unbroken, resumed = weights(two_ranks / name, "unbroken"), weights(two_ranks / name)
     assert all(torch.equal(value, resumed[key]) for key, value in unbroken.items())
 
 

@@ -29,6 +29,13 @@ NAN = [*TWO, "optimizer.lr=1e30", "trainer.clip=0", "trainer.max_steps=30"]
 DROPOUT = "model.config.hidden_dropout_prob=0.1"
 LEARNED = ["compression.stages.0.scorer=learned", "compression.stages.0.layer=1", "compression.stages.0.selector=gumbel",
            "budget.noise=1", "budget.target=0.8", "budget.regularizer=macs_squared"]  # fmt: skip
+# What is drawn, scheduled or controlled goes on where a run was stopped, on every rank.
+MOVING = {
+    "dropout_plain": ["trainer.strategy=plain", DROPOUT],
+    "dropout_deepspeed_3": ["trainer.strategy=deepspeed_3", DROPOUT, PARTITION],
+    "controlled_plain": ["trainer.strategy=plain", *LEARNED, "budget.schedule=linear", "budget.schedule_until=1"],
+    "controlled_deepspeed_3": ["trainer.strategy=deepspeed_3", *LEARNED, "budget.controller=nupi", "budget.noise_until=1", PARTITION],
+}
 SETTINGS = {
     "accumulate": ["trainer.strategy=deepspeed_2", "trainer.accumulate=2", "trainer.max_steps=3"],
     "bf16_2": ["trainer.strategy=deepspeed_2", "trainer.precision=bf16", "trainer.gradient_checkpointing=true"],
@@ -71,8 +78,8 @@ def settings(folder: Path) -> dict[str, Any]:
         results[name] = trained(folder / name, [*TWO, *overrides])
     for name in STRATEGIES:
         results[f"masked_{name}"] = trained(folder / f"masked_{name}", [*TWO, *MASKED, *STRATEGIES[name]], recipe="mae_digits")
-    for name in ("plain", "deepspeed_3"):
-        broken(folder / f"dropout_{name}", "model", trained, [*TWO, "trainer.checkpoint_every=4", DROPOUT, *STRATEGIES[name]])
+    for name, overrides in MOVING.items():
+        broken(folder / name, "model", trained, [*TWO, "trainer.checkpoint_every=4", *overrides])
     for name in LANGUAGE:
         overrides = [*TWO_TEXT, *{**STRATEGIES, **FURTHER}[name]]
         results[f"text_{name}"] = collective.gather(_routed(folder / f"text_{name}", overrides))

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageClassification, PretrainedConfig
 from ...modules.backbones import adapter_of
 from ...modules.budget.budget import Budget
 from ...modules.checkpoints.foreign_config import settings_errors
-from ...modules.compatibility import check_deployable
+from ...modules.compatibility import check_deployable, check_held
 from ...modules.cost.cost import CostModel
 from ..distributed.strategies import check as check_strategy
 from ..errors import RecipeError
@@ -118,6 +118,8 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
         if counted is not None:
             # Checked here, because evaluation would find it only after training.
             check_floor(recipe, counted)
+            if recipe.budget is None:
+                check_held(counted.stages, held=False)
             check_deployable(stage for stage in counted.stages if stage.adapter.causal)
             check_keeps(recipe, counted.stages)
         task.fit_data(recipe, data, config, counted)

@@ -37,14 +37,15 @@ class Calibration:
         """Time of a step ÷ dense with one token left at each site."""
         return monotone(self.points)[0][1]
 
-    def check(self) -> None:
-        """Raises RecipeError if no keep is as fast as the target."""
-        if self.target < self.floor:
-            raise RecipeError(
-                f"budget.target = {self.target} of the dense step's time cannot be met on {self.device}: with one token left a step still "
-                f"takes {self.floor:.3f}; raise the target, move the first stage to an earlier layer, put stages around more layers, or take a "
-                "larger model or batch, whose steps are less overhead"
-            )
+    def check(self, start: float = 1.0) -> None:
+        """Raises RecipeError if no keep is as fast as the target, or as the value that its schedule starts from."""
+        for name, value in (("target", self.target), ("start", start)):
+            if value < self.floor:
+                raise RecipeError(
+                    f"budget.{name} = {value} of the dense step's time cannot be met on {self.device}: with one token left a step still "
+                    f"takes {self.floor:.3f}; raise it, move the first stage to an earlier layer, put stages around more layers, or take a "
+                    "larger model or batch, whose steps are less overhead"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

@@ -74,7 +74,8 @@ def calibrate(parts: RunParts, target: float, console: Console, seconds: float =
         return Calibration(target, tuple(sorted(points.items())), dense_seconds, _ROUNDS, name_of_device(device))
 
     first = found(measure(_LEVELS, _FIRST_ROUNDS))
-    first.check()
+    start = budget.config.start if budget.config.schedule != "constant" else 1.0
+    first.check(start)
     place = (first.macs_ratio - floor) / (1 - floor)
     around = tuple(dict.fromkeys(min(1.0, max(0.0, place + difference)) for difference in _AROUND))
     # The first points near the target are the less exact ones.
@@ -82,7 +83,7 @@ def calibrate(parts: RunParts, target: float, console: Console, seconds: float =
     for macs in near:
         del points[macs]
     result = found(measure(around, _ROUNDS))
-    result.check()
+    result.check(start)
     return result
 
 
