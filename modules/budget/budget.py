@@ -253,7 +253,7 @@ class Budget:
         self._advance(step)
         gaps, apart = self._gaps_of(trace, step, over_ranks)
         total = total + apart
-        penalized = self.regularizer is not None and self.regularizer.holds_ratio
+        penalized = self.regularizer is not None and self.regularizer.holds_ratio and self.regularizer.grows
         states = {name: self._control(name, gap.device) for name, gap in gaps.items()}
         for name, gap in gaps.items():
             assert self.controller is not None

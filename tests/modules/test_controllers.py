@@ -71,6 +71,11 @@ def test_the_state_of_nupi_follows_its_formula() -> None:
     # ξ: .3, then .075 - .15; μ: .5·.4 + 2·.3, then + .5·(-.2) + 2·(-.075 - .3).
     assert float(state["average"]) == pytest.approx(-0.075)
     assert float(state["multiplier"]) == pytest.approx(0.8 - 0.1 - 0.75)
+    # The weights answer to the gap of their own step, not to that of the step before: μ is -.05 + .5·.6 + 2·(.43125 + .075).
+    gap = torch.tensor(0.6, requires_grad=True)
+    controller.loss(gap, state).backward()
+    assert float(gap.grad) == pytest.approx(-0.05 + 0.3 + 2 * (0.25 * -0.075 + 0.75 * 0.6 + 0.075))  # type: ignore[arg-type]
+    assert float(state["multiplier"]) == pytest.approx(-0.05)
 
 
 def test_the_penalty_grows_while_the_gap_does_not_shrink_and_is_bounded() -> None:
@@ -258,6 +263,17 @@ def test_scores_that_are_all_on_one_side_of_the_cut_are_brought_back(mean: float
         (loss.total - 1e-3 * math.copysign(1, mean) * shift).backward()
         optimizer.step()
     assert abs(float(loss.gaps["before_1"])) < 0.02
+
+
+@pytest.mark.parametrize(("regularizer", "grows"), [("ratio_mse", True), ("two_sided_l1", False)])
+def test_a_pull_that_does_not_weaken_near_the_target_keeps_its_weight(regularizer: str, grows: bool) -> None:
+    budget = _budget(measure="keep", target=0.5, regularizer=regularizer, controller={"name": "augmented_lagrangian", "every": 1})
+    weights = []
+    for step in range(4):
+        scores = torch.ones(2, 4, requires_grad=True)
+        weights.append(float(budget.loss(Trace(routings={"before_1": _routing(scores, 0.5, torch.tensor([4, 4]))}), step).weight))
+    # The gap does not shrink, so that the penalty grows.
+    assert (weights[-1] > weights[0]) == grows
 
 
 def test_scores_near_the_cut_are_pushed_apart_and_others_are_left_alone() -> None:

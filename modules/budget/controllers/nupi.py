@@ -26,8 +26,8 @@ class NuPI(Controller):
     """
 
     pace = "integral"
-    integral: float = 0.1
-    proportional: float = 10.0
+    integral: float = 0.3
+    proportional: float = 20.0
     memory: float = 0.0
     highest: float = 1000.0
 
@@ -41,7 +41,8 @@ class NuPI(Controller):
         return {"multiplier": zero, "average": zero}
 
     def loss(self, gap: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        return state["multiplier"].to(gap.dtype) * gap
+        # The multiplier moves before the weights do: one that answers to the step before swings.
+        return self.update(gap.detach().double(), state)["multiplier"].to(gap.dtype) * gap
 
     def update(self, gap: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         average = self.memory * state["average"] + (1 - self.memory) * gap

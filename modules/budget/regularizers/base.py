@@ -78,9 +78,11 @@ class Regularizer:
     Attributes:
         weight: weight of the loss at the end of its ramp.
         holds_ratio: it is 0 or least at the requested ratio, so that it can take the place of a controller's penalty.
+        grows: a controller's factor applies to its weight. Not where the pull does not weaken near the target: more of it swings more.
     """
 
     holds_ratio: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
     weight: float = 1.0
 
     def __call__(

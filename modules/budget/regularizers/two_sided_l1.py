@@ -18,6 +18,7 @@ class TwoSidedL1(StageRegularizer):
     Its pull does not weaken near the target, so that a penalty of fixed weight can hold it where the weight is above the pull of the task.
     """
 
+    grows = False
     weight: float = 20.0
 
     def of_stage(self, routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
