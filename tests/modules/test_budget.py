@@ -68,7 +68,7 @@ def test_targets_that_cannot_be_met_or_decide_nothing_are_refused() -> None:
         BudgetConfig(target=1.2)
     with pytest.raises(ValueError, match="regularizer 'ratio_mze' does not exist: .*did you mean 'ratio_mse'"):
         BudgetConfig(regularizer="ratio_mze")
-    with pytest.raises(ValueError, match="has no option 'wieght': its options are weight; did you mean 'weight'"):
+    with pytest.raises(ValueError, match="has no option 'wieght': its options are weight, per; did you mean 'weight'"):
         _budget(target=0.6, regularizer={"name": "ratio_mse", "wieght": 1})
 
 

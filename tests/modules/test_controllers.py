@@ -23,6 +23,7 @@ from laconic.modules.budget.regularizers.entropy import Entropy
 from laconic.modules.budget.regularizers.hinge import Hinge
 from laconic.modules.budget.regularizers.minimum_activation import MinimumActivation
 from laconic.modules.budget.regularizers.ponder import Ponder, stopping
+from laconic.modules.budget.regularizers.ratio_mse import RatioMSE
 from laconic.modules.budget.regularizers.two_sided_l1 import TwoSidedL1
 from laconic.modules.budget.regularizers.uniformity import Uniformity
 from laconic.modules.budget.regularizers.z_loss import ZLoss
@@ -55,6 +56,28 @@ def test_an_augmented_lagrangian_solves_the_toy_problem_to_six_digits() -> None:
     course = _toy(AugmentedLagrangian(rate=0.1, penalty=1.0, growth=1.0), 200)
     assert course[:6] == pytest.approx(TOY, abs=1e-6)
     assert course[200] == pytest.approx(1.00000002, abs=1e-8)
+
+
+def test_a_gap_of_minus_a_tenth_costs_what_the_form_with_two_lambdas_says() -> None:
+    """λ₁·(s - t) + λ₂·(s - t)² of CoFi (arXiv 2204.00408), with .3 and 2, for s = .4 and t = .5; and 20·abs(t - c) of SkipGPT."""
+    state = {"multiplier": torch.tensor(0.3, dtype=torch.float64), "penalty": torch.tensor(4.0, dtype=torch.float64)}
+    assert float(AugmentedLagrangian().loss(torch.tensor(0.4 - 0.5), state)) == pytest.approx(-0.01)
+    l1 = TwoSidedL1()
+    assert l1.weight * float(l1.of_stage(_routing(_logit(0.6, 0.6, 0.6, 0.6)[None], 0.5), None)) == pytest.approx(2.0)
+
+
+def test_rows_count_by_their_tokens_in_a_regularizer_as_in_a_report() -> None:
+    """Rows of 8 and 2 tokens, of which 4 and 2 are kept: 6 of 10."""
+    scores = torch.tensor([[3.0] * 4 + [-3.0] * 4, [3.0] * 2 + [-3.0] * 6])
+    real = torch.arange(8) < torch.tensor([[8], [2]])
+    routing = _routing(scores, 0.6, torch.tensor([4, 2]))
+    routing = replace(routing, state=TokenState.initial(2, 8, ~torch.ones_like(real), real, scores.device))
+    for regularizer in (TwoSidedL1(), Hinge(), RatioMSE()):
+        assert float(regularizer.of_stage(routing, None)) == pytest.approx(0, abs=1e-6)
+    # Every row by itself: half of one row, and all of the other.
+    assert float(RatioMSE(per="row").of_stage(routing, None)) == pytest.approx((0.1**2 + 0.4**2) / 2)
+    with pytest.raises(ValueError, match="per = 'rows' must be row, batch or null"):
+        RatioMSE(per="rows")
 
 
 def test_a_multiplier_alone_swings_and_its_proportional_part_damps_it() -> None:
@@ -135,6 +158,10 @@ def test_tokens_stop_where_a_stage_does_not_keep_them() -> None:
     assert stops.tolist() == pytest.approx([0.5, 0.3, 0.2])
     requested = [_routing(_logit(*[keep] * 4)[None], keep) for keep in (0.5, 0.4)]
     assert float(Ponder()(requested, None, CostModel(dense("vit")))) == pytest.approx(0.7, abs=1e-6)
+    # Stops .75, .05, .2 where .5, .3, .2 are wanted.
+    away = [_routing(_logit(*[keep] * 4)[None], wanted) for keep, wanted in ((0.25, 0.5), (0.8, 0.4))]
+    divergence = 0.75 * math.log(0.75 / 0.5) + 0.05 * math.log(0.05 / 0.3)
+    assert float(Ponder(prior=3.0)(away, None, CostModel(dense("vit")))) == pytest.approx(0.25 + 0.2 + 3 * divergence, abs=1e-6)
     around = [replace(routing, bypass=True) for routing in requested]
     assert float(Ponder()(around, None, CostModel(dense("vit")))) == pytest.approx(0.9, abs=1e-6)
 

@@ -49,8 +49,12 @@ def soft_keep(routing: Routing) -> Tensor:
 
 
 def mean_keep(routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Mean of ``soft_keep`` over the rows of all processes, and a bool scalar: some of them has a routable token."""
-    return mean_and_any(soft_keep(routing), routing.routable.any(-1), over_ranks)
+    """Mean of ``soft_keep`` over the routable tokens of all processes, and a bool scalar: there are any.
+
+    A row of more tokens counts for more, as in the achieved keep of a controller and of a report.
+    """
+    soft = soft_keep(routing)
+    return mean_and_any(soft, routing.routable.sum(-1).to(soft.dtype), over_ranks)
 
 
 def by_place(routing: Routing, places: int) -> tuple[Tensor, Tensor]:
