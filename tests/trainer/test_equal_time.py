@@ -19,6 +19,7 @@ from laconic.trainer.recipe.files import load
 from laconic.trainer.recipe.schema import Recipe
 from laconic.trainer.run_folder import RunFolder
 from tests.trainer.conftest import QUICK
+from tests.trainer.small_recipes import small
 
 
 def test_equal_time_sets_steps_by_measured_ratios_and_a_comparison_that_goes_on_has_the_same(
@@ -47,10 +48,6 @@ def test_equal_time_sets_steps_by_measured_ratios_and_a_comparison_that_goes_on_
     own = arms_of("vit_digits", ["dense"], ["dense:trainer.max_steps=9"])[1]
     with pytest.raises(RecipeError, match="arm dense has a length of its own, and --equal time sets it"):
         of_equal_time(own, main.recipe, 500, tmp_path, console)
-    bags = arms_of("llm_superposition", ["learned", "dense"], [])[1]
-    assert bags[1].load(0).phases is None
-    with pytest.raises(RecipeError, match="arm learned has phases, whose steps take different times"):
-        of_equal_time(bags, bags[0].load(0), 500, tmp_path, console)
 
 
 def test_step_times_of_other_settings_are_measured_anew_until_a_run_has_begun(
@@ -100,6 +97,38 @@ def test_steps_of_routers_that_decide_the_count_are_timed_at_the_requested_keep(
     free = load("vit_digits", [*given, "compression.stages.0.selector=gumbel"]).recipe
     # Untrained, gumbel keeps about half.
     assert step_times({"fixed": load("vit_digits", given).recipe}, free)["fixed"] == pytest.approx(1, abs=0.15)
+
+
+def test_steps_of_phases_count_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    def operations(step: Callable[[], None], device: torch.device) -> float:
+        with FlopCounterMode(display=False) as counter:
+            step()
+        return float(counter.get_total_flops())
+
+    monkeypatch.setattr("laconic.trainer.measure.bench._timed", operations)
+    monkeypatch.setattr("laconic.trainer.measure.bench.WARM_UP_ROUNDS", 0)
+    monkeypatch.setattr(equal_time, "ROUNDS", 1)
+    given = [*small("llm_pretrain_dense", Path(), QUICK), "baselines=[]", "trainer.max_steps=10", "data.batch_size=4"]
+    dense, patches, bags = (
+        load("llm_pretrain_dense", [*given, *own]).recipe
+        for own in ([], ["phases=[{share: 0.6, patch_level: 2}, {}]"], ["phases=[{share: 0.5, superposition: 2}, {}]"])
+    )
+    found = step_times({"patches": patches, "bags": bags}, dense)
+    # Half of the rows in three fifths of the steps, and rows of as many bags as tokens.
+    assert found["patches"] == pytest.approx(0.7, abs=0.02)
+    assert found["bags"] == pytest.approx(1, abs=0.03)
+    # The other way round: a recipe with phases, and its dense arm.
+    assert step_times({"dense": dense}, patches)["dense"] == pytest.approx(1 / found["patches"], rel=1e-3)
+    stages = [
+        "budget=null",
+        "compression.stages.0.selector=top_k",
+        "compression.stages.0.scorer=random",
+        "phases=[{share: 0.5, keep: 0.2}, {}]",
+    ]
+    kept, whole = (
+        load("vit_digits", [*QUICK, "model.config.patch_size=4", *own]).recipe for own in (stages, ["compression=null", "budget=null"])
+    )
+    assert 0.55 < step_times({"kept": kept}, whole)["kept"] < 0.75
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 import itertools
@@ -25,6 +26,7 @@ from ..errors import RecipeError
 from ..measure.arms import device_of_steps, name_of_device, step_of
 from ..measure.bench import paired_ratio, paired_times
 from ..measure.step_time import holding
+from ..recipe.phases import PhasePlan
 from ..recipe.schema import Recipe
 from ..run_folder import RunFolder
 from ..tasks.base import task_named
@@ -51,7 +53,7 @@ def of_equal_time(arms: Sequence[Arm], main: Recipe, steps: int, folder: Path, c
         at_once: number of trainings at the same time, which share the cores.
 
     Raises:
-        RecipeError: an arm has a length of its own, phases or a compiled model, runs of it have begun whose length was of other settings or
+        RecipeError: an arm has a length of its own or a compiled model, runs of it have begun whose length was of other settings or
             another device, or the file is damaged.
     """
     recipes = {arm.name: arm.load(main.seed) for arm in arms}
@@ -87,25 +89,32 @@ def step_times(recipes: Mapping[str, Recipe], main: Recipe) -> dict[str, float]:
     """Time of a training step of each recipe ÷ that of ``main``: medians of the ratios of interleaved rounds, in rotating order.
 
     A step is loading its batch, forward, backward, clipping and optimizer, with the keeps that training ends with. Selectors that leave the
-    count to their router have a threshold that keeps what is requested: routers are not trained yet. A teacher is left out. Two models are
-    held at a time, and none afterwards.
+    count to their router have a threshold that keeps what is requested: routers are not trained yet. A teacher is left out. Steps of each phase
+    of a recipe are measured by themselves, and their mean over its steps counts. Two models are held at a time, and none afterwards.
     """
-    device, ours, found = device_of_steps(), _step(main), {}
-    for name, recipe in recipes.items():
-        times = paired_times({"": ours, name: _step(recipe)}, device, ROUNDS)
-        found[name] = paired_ratio(times[name], times[""]).median
-        _free()
+    # Its last phase is ordinary training.
+    *_, (_, ours) = _steps(main)
+    _free()
+    own = _mean(main, ours) if main.phases else 1.0
+    found = {name: _mean(recipe, ours) / own for name, recipe in recipes.items()}
     del ours
     _free()
     return found
 
 
+def _mean(recipe: Recipe, ours: Callable[[], None]) -> float:
+    """Mean time of a recipe's training steps ÷ the time of another step."""
+    found = 0.0
+    for share, step in _steps(recipe):
+        times = paired_times({"": ours, "other": step}, device_of_steps(), ROUNDS)
+        found += share * paired_ratio(times["other"], times[""]).median
+        del step
+        _free()
+    return found
+
+
 def _check(name: str, recipe: Recipe, main: Recipe) -> None:
-    """Raises RecipeError if an arm's steps have not one time each, or it has a length already."""
-    if recipe.phases is not None:
-        raise RecipeError(
-            f"arm {name} has phases, whose steps take different times: give --equal steps, and set lengths by ARM:trainer.max_steps"
-        )
+    """Raises RecipeError if an arm's steps are measured otherwise than they train, or it has a length already."""
     if recipe.trainer.compile:
         raise RecipeError(
             f"arm {name} has trainer.compile = true, and --equal time measures steps that are not compiled: set trainer.compile=false, or "
@@ -161,11 +170,18 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
-def _step(recipe: Recipe) -> Callable[[], None]:
-    """A function that makes one training step, from loading to optimizer."""
+def _steps(recipe: Recipe) -> Iterator[tuple[float, Callable[[], None]]]:
+    """By phase, its share of the steps and a function that makes one of its training steps, from loading to optimizer."""
     parts = build(task_named(recipe.task).resolved(recipe))
     lightning.seed_everything(recipe.seed, verbose=False)
-    return step_of(parts, holding(parts.model).to(device_of_steps()), _batches(parts))
+    model, plan = holding(parts.model).to(device_of_steps()), parts.phases
+    if plan is None:
+        yield 1.0, step_of(parts, model, _batches(parts))
+        return
+    for steps, phase in zip(plan.steps, plan.phases, strict=True):
+        alone = replace(parts, phases=PhasePlan((phase,), (parts.total_steps,), plan.stages))
+        step = step_of(alone, model, _batches(alone))
+        yield steps / parts.total_steps, functools.partial(step, plan.keep(phase)) if plan.stages else step
 
 
 def _batches(parts: RunParts) -> Iterator[dict[str, Any]]:
