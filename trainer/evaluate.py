@@ -130,7 +130,8 @@ class _Evaluation:
             # All tokens of smaller images, against those of whole ones.
             small, whole = (cost_model(model, size=self.task.size(self.recipe)) for model in (arm.forward.model, self.dense))
             if small is not None and whole is not None:
-                self.found[name] = replace(found, macs_ratio=small().dense_macs / whole().dense_macs)
+                ratio, fraction = small().dense_macs / whole().dense_macs, small().dense_tokens / whole().dense_tokens
+                self.found[name] = replace(found, macs_ratio=ratio, mean_token_fraction=fraction)
         return arm.forward, arm.facts
 
     def agreements(self, reference: str) -> tuple[Groups | None, dict[str, Agreement]]:
@@ -201,6 +202,7 @@ def evaluate(target: str, recipe: Recipe, console: Console, weights: str | None 
                 this.task.metric: found.quality,
                 "keep": found.keep,
                 "macs_ratio": found.macs_ratio,
+                "mean_token_fraction": found.mean_token_fraction,
                 "latency": found.latency,
                 "position_bias": found.position_bias,
                 "against_reference": asdict(agreements[name]) if name in agreements else None,

@@ -81,7 +81,7 @@ class BudgetMixin:
         if self.budget is None:
             return trace.auxiliary_loss
         if trace.routings:
-            return self.budget.loss(trace, trace.step, collective.mean).total
+            return self.budget.loss(trace, trace.step, collective.over_ranks()).total
         # Stages of a vision tower did not run: no row of the batch has an image.
         host: Any = self
         if host.args.world_size > 1 and (self.budget.controller is not None or self.budget.regularizer is not None):
@@ -123,6 +123,7 @@ class BudgetMixin:
         logs.update({f"{evaluated or ''}keep/{name}": value for name, value in kept.achieved.items()})
         if kept.rows:
             logs[f"{evaluated or ''}macs_ratio"] = kept.macs_ratio
+            logs[f"{evaluated or ''}mean_token_fraction"] = kept.mean_token_fraction
         kept.clear()
         parent: Any = super()
         parent.log(logs, *args, **kwargs)

@@ -111,7 +111,7 @@ class TaskModule(lightning.LightningModule):
         of_budget = None
         if trace is not None and trace.routings:
             if self.budget is not None:
-                of_budget = self.budget.loss(trace, self.global_step, collective.mean)
+                of_budget = self.budget.loss(trace, self.global_step, collective.over_ranks())
                 loss = loss + of_budget.total
             elif trace.auxiliary_loss is not None:
                 loss = loss + trace.auxiliary_loss

@@ -107,6 +107,7 @@ class Budget:
         # Caches: a moving schedule needs a keep at every step.
         self._keeps: dict[float, float] = {}
         self._ratios: dict[int, float] = {}
+        self._floor: float | None = None
         self.compression = compression.with_keep(self.resolve(config.target))
         self.regularizer = build_regularizer(config)
         if config.schedule != "constant":
@@ -150,9 +151,9 @@ class Budget:
         low, high = 1, 10_000
         if target >= 1 or self._ratio(high) <= target:
             return 1.0
-        if self._ratio(low) > target:
+        if self.floor > target:
             raise ValueError(
-                f"budget.{key} = {target} cannot be met: with one token left the {self.config.measure} is still {self._ratio(low):.4f}; "
+                f"budget.{key} = {target} cannot be met: with one token left the {self.config.measure} is still {self.floor:.4f}; "
                 "raise it, move the first stage to an earlier layer, or put stages around more layers"
             )
         while high - low > 1:
@@ -169,25 +170,37 @@ class Budget:
             present = self.cost(keeps).present
             for stage in self.cost.stages:
                 key = stage.config.key
-                # Around a layer, and in causal models, a row may lose every token. Stages one after the other round what is left.
-                one = key in keeps and not stage.bypass and not stage.adapter.causal
-                whole = one and (stage in self.held or present[key] == self.cost.shapes[stage.config.stack].routable)
-                if whole and keeps[key] * present[key] < 0.5:
+                if key not in keeps or stage.adapter.causal:
+                    continue
+                # Where a number is rounded, half a token is one; behind other stages so is less, of the few that are left.
+                whole = present[key] == self.cost.shapes[stage.config.stack].routable
+                left, enough = keeps[key] * present[key], 1 - 1e-6 if stage in self.held else 0.5 if whole else 0.0
+                if left < enough:
                     raise ValueError(
-                        f"budget.{'target' if least == config.target else 'start'} = {least} cannot be met: stage {key} always keeps one of "
-                        f"its {present[key]:g} tokens, a keep of {1 / present[key]:.4f}; raise it to that or more, or the size of the input"
+                        f"budget.{'target' if least == config.target else 'start'} = {least} cannot be met: it leaves {left:.2g} of "
+                        f"{present[key]:g} tokens at stage {key}, and one always stays; raise it"
                     )
         elif self.held and config.target < 1 and self._ratio(10_000) < config.target - 0.005:
+            other = any(stage.config.key not in self.free for stage in self.cost.stages)
+            why = "because other stages have a keep of their own; lower the target, or leave their keep out"
             raise ValueError(
                 f"budget.target = {config.target} cannot be met: with every token of the stages that the budget decides for, the "
-                f"{config.measure} is {self._ratio(10_000):.4f}, because other stages have a keep of their own; lower the target, or leave "
-                "their keep out"
+                f"{config.measure} is {self._ratio(10_000):.4f}, "
+                + (why if other else "because the dense model computes more than a compressed one; lower the target")
             )
 
     @property
     def floor(self) -> float:
         """The measure with one token left: no target can be below it."""
-        return self._ratio(1)
+        if self._floor is None:
+            keeps = self._spread(1 / 10_000)
+            for stage in self.cost.stages:
+                key = stage.config.key
+                if key in keeps and stage.selector.needs_probabilities and not stage.adapter.causal:
+                    # Its number is no rounded one: a row keeps at least its best token.
+                    keeps[key] = max(keeps[key], min(1.0, 1 / self.cost(keeps).present[key]))
+            self._floor = float(getattr(self.cost(keeps), self.config.measure))
+        return self._floor
 
     def _ratio(self, keep: int) -> float:
         """The measure at keep = ``keep`` / 10,000."""
@@ -281,9 +294,11 @@ class Budget:
         )
 
     def _gaps_of(self, trace: Trace, step: int, over_ranks: Callable[[Tensor], Tensor] | None) -> tuple[dict[str, Tensor], Tensor | float]:
-        """The gaps of a forward by constraint, and the loss that keeps scores apart; none before a schedule has left full length."""
+        """The gaps of a forward by constraint, and the loss that keeps scores apart; none before a schedule has left full length, or a value
+        that keeping every token does not reach: no decision could close these gaps, and the controller would wind up."""
         target = self.target(step)
-        if self.controller is None or target >= 1:
+        moving = target != self.config.target and self.config.measure != "keep"
+        if self.controller is None or target >= 1 or (moving and target >= self._ratio(10_000)):
             return {}, 0.0
         zero = torch.zeros(1, device=next(iter(trace.routings.values())).scores.device)
         found = {it.config.key: mean_and_spread(trace.routings.get(it.config.key), zero, over_ranks) for it in self.held}

@@ -52,7 +52,8 @@ def test_targets_that_cannot_be_met_or_decide_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match=r"budget.target = 0.2 cannot be met: with one token left the mean_token_fraction is still 0.29"):
         _budget(target=0.2, measure="mean_token_fraction")
     with pytest.raises(
-        ValueError, match=r"budget.target = 0.001 cannot be met: stage before_1 always keeps one of its 36 tokens, a keep of 0.0278"
+        ValueError,
+        match=r"budget.target = 0.001 cannot be met: it leaves 0.036 of 36 tokens at stage before_1, and one always stays; raise it",
     ):
         _budget(target=0.001, measure="keep")
     held = [StageConfig(layer=1, keep=0.25), StageConfig(layer=2, scorer="learned", selector="gumbel")]

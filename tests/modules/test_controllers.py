@@ -292,7 +292,7 @@ def test_scores_that_are_all_on_one_side_of_the_cut_are_brought_back(mean: float
     assert abs(float(loss.gaps["before_1"])) < 0.02
 
 
-@pytest.mark.parametrize(("regularizer", "grows"), [("ratio_mse", True), ("two_sided_l1", False)])
+@pytest.mark.parametrize(("regularizer", "grows"), [("ratio_mse", True), ("two_sided_l1", False), ("hinge", False)])
 def test_a_pull_that_does_not_weaken_near_the_target_keeps_its_weight(regularizer: str, grows: bool) -> None:
     budget = _budget(measure="keep", target=0.5, regularizer=regularizer, controller={"name": "augmented_lagrangian", "every": 1})
     weights = []

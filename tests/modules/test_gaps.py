@@ -11,7 +11,7 @@ from laconic import CompressionConfig, StageConfig, Trace, compress
 from laconic.modules.budget.budget import Budget
 from laconic.modules.budget.config import BudgetConfig
 from laconic.modules.tokens.keep_count import KeepCount
-from tests.matrix import encoders
+from tests.matrix import dense, encoders, images
 from tests.matrix.case import spread
 
 LENGTHS = (24, 17, 9, 24, 5, 3)
@@ -87,3 +87,30 @@ def test_whole_rows_of_the_configured_length_need_no_count_of_their_own(family: 
     assert budget.cost.as_configured(trace)
     (gap,) = budget.loss(trace, 0).gaps.values()
     assert float(gap) + 0.7 == pytest.approx(budget.cost.achieved(trace, measure), abs=1e-6)
+
+
+def test_a_schedule_waits_where_keeping_every_token_does_not_reach_its_value() -> None:
+    """A stage with a keep of its own: nothing that the router decides closes the gap to the first values, and a multiplier would wind up."""
+    stages = CompressionConfig([StageConfig(layer=1, keep=0.25), StageConfig(layer=2, scorer="learned", selector="gumbel")])
+    config = BudgetConfig(target=0.46, schedule="linear", start=1.0, schedule_until=1.0)
+    budget = Budget(config, dense("vit"), stages, total_steps=100)
+    model, waited = compress(dense("vit"), budget.compression), []
+    for step in range(0, 100, 10):
+        trace = budget.trace(step)
+        model(images(), trace=trace)
+        waited.append(not budget.loss(trace, step).gaps)
+    reach = budget.cost(dict.fromkeys(budget.free, 1.0)).macs_ratio
+    assert waited == [budget.target(step) >= reach for step in range(0, 100, 10)]
+    assert waited[0]
+    assert not waited[-1]
+
+
+@pytest.mark.parametrize(
+    ("measure", "refused", "accepted"), [("macs_ratio", 0.37, 0.38), ("mean_token_fraction", 0.28, 0.3), ("keep", 0.02, 0.028)]
+)
+def test_a_router_keeps_at_least_one_token_of_a_row(measure: str, refused: float, accepted: float) -> None:
+    """So the floor is that of one token, not that of a share of a token."""
+    stages = CompressionConfig([StageConfig(layer=1, scorer="learned", selector="gumbel")])
+    Budget(BudgetConfig(measure=measure, target=accepted), dense("vit"), stages)
+    with pytest.raises(ValueError, match=f"budget.target = {refused} cannot be met"):
+        Budget(BudgetConfig(measure=measure, target=refused), dense("vit"), stages)

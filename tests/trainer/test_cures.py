@@ -15,9 +15,8 @@ from tests.matrix import dense
 
 
 def _cures(**settings: Any) -> Cures:
-    stages = CompressionConfig(
-        [StageConfig(layer=layer, scorer="learned", selector=settings.pop("selector", "gumbel")) for layer in settings.pop("layers", [1])]
-    )
+    selector, layers = settings.pop("selector", "gumbel"), settings.pop("layers", [1])
+    stages = CompressionConfig([StageConfig(layer=layer, scorer="learned", selector=selector) for layer in layers])
     return Cures(Budget(BudgetConfig(target=0.5, **settings), dense("vit"), stages))
 
 
@@ -62,6 +61,20 @@ def test_advice_names_keys_that_the_recipe_accepts(name: str) -> None:
     for change in changes.values():
         # Raises ValueError where a key is refused.
         _cures(**{**SETTINGS[name], **change})
+
+
+def test_a_stage_that_a_regularizer_alone_holds_keeps_it() -> None:
+    parts = {"scorer": "learned"}
+    own = [StageConfig(layer=1, keep=0.5, selector="gumbel", **parts), StageConfig(layer=2, selector="top_k", **parts)]
+    cures = Cures(Budget(BudgetConfig(target=0.5, regularizer="ratio_mse"), dense("vit"), CompressionConfig(own)))
+    stage = next(iter(stages_of(compress(dense("vit"), cures.budget.compression)).values()))  # type: ignore[union-attr]
+    assert (cures.regularizer(stage, "diversity"), cures.controller("larger", stage)) == ([], [])
+    # A controller does not hold what has a keep of its own.
+    both = [StageConfig(layer=1, keep=0.5, selector="gumbel", **parts), StageConfig(layer=2, selector="gumbel", **parts)]
+    cures = Cures(Budget(BudgetConfig(target=0.5), dense("vit"), CompressionConfig(both)))
+    first, second = stages_of(compress(dense("vit"), cures.budget.compression)).values()  # type: ignore[union-attr]
+    assert cures.controller("larger", first) == []
+    assert cures.controller("larger", second) == ["give budget.controller a larger rate"]
 
 
 def test_without_a_budget_there_is_no_advice_on_one() -> None:

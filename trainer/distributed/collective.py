@@ -75,6 +75,12 @@ def mean(value: Tensor) -> Tensor:
     return value + (whole / distributed.get_world_size() - value.detach())
 
 
+def over_ranks() -> Callable[[Tensor], Tensor] | None:
+    """``mean`` where several processes run; None with one, which has nothing to wait for."""
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return mean if several else None
+
+
 def any_rank(flag: bool) -> bool:
     """True on all ranks if the flag is True on any rank."""
     return total([float(flag)])[0] > 0

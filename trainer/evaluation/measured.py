@@ -32,6 +32,7 @@ class Evaluated:
         quality: the task's metric on the held-out split.
         keep: achieved keep by stage.
         macs_ratio: mean over the rows.
+        mean_token_fraction: mean over the rows.
         latency: median seconds of the forward of a full batch; None if no batch was full.
         position_bias: where kept tokens lie, by stage: ``KeptPlaces.bias``.
         remarks: what to know of the quality, one line each.
@@ -41,6 +42,7 @@ class Evaluated:
     quality: float
     keep: Mapping[str, float]
     macs_ratio: float
+    mean_token_fraction: float
     latency: float | None
     position_bias: Mapping[str, Any]
     remarks: Sequence[str]
@@ -108,6 +110,7 @@ def measured(model: PreTrainedModel, data: Splits, recipe: Recipe, task: type[Ta
         quality=quality.value,
         keep=kept.achieved,
         macs_ratio=kept.macs_ratio,
+        mean_token_fraction=kept.mean_token_fraction,
         latency=statistics.median(seconds) if seconds else None,
         position_bias=places.bias,
         remarks=quality.remarks(data),

@@ -23,23 +23,30 @@ class Cures:
         """Several stages share one target of the model out among themselves."""
         return self.budget is not None and self.budget.config.measure != "keep" and len(self.budget.held) > 1
 
-    def controller(self, word: str) -> list[str]:
-        """How the ratio is reached faster or more slowly.
+    def controller(self, word: str, *stages: Stage) -> list[str]:
+        """How the ratio of stages is reached faster or more slowly, where the budget holds it.
 
         Args:
             word: ``larger`` or ``smaller``.
+            stages: the stages; without any the whole model.
         """
-        if self.budget is None or self.budget.controller is None:
+        budget = self.budget
+        if budget is None or budget.controller is None:
             return []
-        controller = self.budget.controller
-        return [f"give budget.controller a {word} {controller.pace}" if controller.pace else f"give budget.regularizer a {word} weight"]
+        held = {stage.config.key for stage in budget.held}
+        if stages and not held & {stage.config.key for stage in stages}:
+            return []
+        if budget.controller.pace:
+            return [f"give budget.controller a {word} {budget.controller.pace}"]
+        return [] if budget.regularizer is None else [f"give budget.regularizer a {word} weight"]
 
     def regularizer(self, stage: Stage, *names: str) -> list[str]:
         """One of these regularizers, where it is free to set: one that holds the ratio has to stay."""
         budget = self.budget
         if budget is None or not stage.scorer.probabilities:
             return []
-        needed = budget.controller is not None and not budget.controller.holds
+        holds = budget.controller is not None and budget.controller.holds
+        needed = budget.regularizer is not None and budget.regularizer.holds_ratio and not holds
         return [] if needed else [f"set budget.regularizer={' or '.join(names)}"]
 
     def noise(self, stage: Stage) -> list[str]:

@@ -82,13 +82,13 @@ def warnings_of(stage: Stage, window: Sequence[Signs], largest: float | None, cu
     # A row without a token above the cut keeps its best one.
     least = max(rows / present, 0.005)
     if decides and keep <= least and requested > 2 * least:
-        change = any_of([*cures.noise(stage), "lower optimizer.router_lr", *cures.controller("smaller")])
+        change = any_of([*cures.noise(stage), "lower optimizer.router_lr", *cures.controller("smaller", stage)])
         found["dead"] = (
             f"{name} is dead: {seen} it kept {kept:,} of {present:,} tokens, and {requested:.3f} was requested; {change}; if nothing is needed "
             "there, keep: 0 around the layer costs no router"
         )
     elif decides and keep >= 0.995 and requested < 0.9:
-        change = any_of([*cures.controller("larger"), *cures.noise(stage), "remove the stage if others do what it should"])
+        change = any_of([*cures.controller("larger", stage), *cures.noise(stage), "remove the stage if others do what it should"])
         found["collapsed"] = f"{name} has collapsed: {seen} it kept every token, and {requested:.3f} was requested; {change}"
     if known and max(gradients) == 0 and requested < 1:
         found["dead"] = (
@@ -96,7 +96,8 @@ def warnings_of(stage: Stage, window: Sequence[Signs], largest: float | None, cu
             "that layers which compute something follow"
         )
     if "collapsed" not in found and _same_places(window, rows, keep):
-        change = any_of([*cures.regularizer(stage, "diversity", "uniformity"), *cures.noise(stage), "move it to an earlier layer"])
+        elsewhere = "move it to an earlier layer" if stage.config.layer else "move it to a later layer, whose tokens know their context"
+        change = any_of([*cures.regularizer(stage, "diversity", "uniformity"), *cures.noise(stage), elsewhere])
         found["collapsed"] = (
             f"{name} has collapsed: {seen} it kept the same places in every row ({keep:.3f} of {rows} rows); scorer uniform_grid does the "
             f"same for less; {change}"

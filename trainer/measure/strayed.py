@@ -61,7 +61,7 @@ def _cure(stages: list[Stage], folder: str, cures: Cures) -> str:
     if any(stage.selector.calibrates and stage.adapter.causal for stage in stages):
         return f"laconic calibrate {folder} sets thresholds anew, and a smaller rate of the selector averages over more batches"
     if any(stage.selector.needs_probabilities for stage in stages):
-        return any_of([_LONGER, *cures.controller("larger")])
+        return any_of([_LONGER, *cures.controller("larger", *stages)])
     return (
         "their thresholds hold the share of the training rows, and the held-out ones score differently: a smaller rate of the selector averages "
         "over more batches, and selector top_k keeps the requested number in every row"

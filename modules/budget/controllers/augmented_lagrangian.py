@@ -18,7 +18,7 @@ class AugmentedLagrangian(Controller):
     The same as proportional-integral control: the multiplier moves until the achieved value is the requested one, whatever the task pulls
     towards, and the penalty damps the swings that a multiplier alone would have. The penalty c grows by ``growth`` each time that, over
     ``every`` steps, the mean gap has not shrunk to ``shrink`` of what it was and is above ``tolerance``. The weight of a regularizer that
-    holds the ratio grows as c does.
+    holds the ratio grows as c does, unless its ``grows`` is False.
 
     Attributes:
         rate: step of the multiplier for each unit of the gap.

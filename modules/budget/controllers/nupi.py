@@ -13,8 +13,10 @@ from .base import Controller
 
 @dataclass(frozen=True)
 class NuPI(Controller):
-    """μ·h for a gap h; after each step μ ← μ + integral·h + proportional·(ξ - ξ before), with ξ ← memory·ξ + (1 - memory)·h
+    """μ·h for a gap h, with μ ← μ + integral·h + proportional·(ξ - ξ before) and ξ ← memory·ξ + (1 - memory)·h
     (νPI, arXiv 2406.04558).
+
+    μ moves first: the loss has the one that follows from the gap of the batch at hand, while the state moves once a step, by the mean gap.
 
     At ``memory`` 0 and ``proportional`` 0 it is gradient ascent on the multiplier, which swings around the target.
 

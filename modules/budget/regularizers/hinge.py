@@ -18,6 +18,7 @@ class Hinge(StageRegularizer):
     It is max(0, t - f) in terms of the share f that is removed, with t the share to remove.
     """
 
+    grows = False
     weight: float = 1.0
 
     def of_stage(self, routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
