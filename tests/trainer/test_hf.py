@@ -147,7 +147,7 @@ def test_a_controller_goes_on_where_the_trainers_checkpoint_left_it(tmp_path: Pa
     # A checkpoint that a Trainer without a budget wrote.
     saved = tmp_path / "broken" / "checkpoint-2" / "budget.pt"
     saved.rename(tmp_path / "budget.pt")
-    with pytest.raises(ValueError, match="the checkpoint's state of the budget lacks controls, step, gaps"):
+    with pytest.raises(ValueError, match="the checkpoint's state of the budget lacks controller, controls, step, gaps"):
         trained(tmp_path / "broken", True, 4)
     (tmp_path / "budget.pt").rename(saved)
     again, resumed = trained(tmp_path / "broken", True, 4)
