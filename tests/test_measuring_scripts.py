@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,3 +46,32 @@ def test_an_arm_that_does_not_exist_is_refused(oracle: Any, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         oracle.main(["threshold", "--compiled"])
     assert "threshold: arms with --compiled are tome, learned, evidence, llama" in capsys.readouterr().err
+
+
+def test_the_ratio_script_runs_what_something_holds_and_tables_the_gaps() -> None:
+    ratio = loaded_script("ratio")
+    options = SimpleNamespace(
+        selectors=["gumbel", "calibrated"], regularizers=["ratio_mse", "none"], controllers=["augmented_lagrangian", "fixed"]
+    )
+    kinds = ratio._kinds(options)
+    # A fixed penalty of nothing holds nothing, and a threshold that follows its scores needs neither.
+    assert kinds == [
+        ("gumbel", "ratio_mse", "augmented_lagrangian"),
+        ("gumbel", "ratio_mse", "fixed"),
+        ("gumbel", "none", "augmented_lagrangian"),
+        ("calibrated", "none", "none"),
+    ]
+    rows = [
+        {"selector": selector, "regularizer": regularizer, "controller": controller, "target": target, "achieved": target + 0.01 * number}
+        for number, (selector, regularizer, controller) in enumerate(kinds)
+        for target in (0.1, 0.5)
+    ]
+    table = ratio._table(rows)
+    assert [list(column.cells) for column in table.columns][-1] == ["+0.000", "+0.010", "+0.020", "+0.030"]
+    figure = ratio._plot(rows)
+    assert [axes.get_title() for axes in figure.axes] == ["gumbel", "holds the count itself"]
+    assert [line.get_label() for line in figure.axes[0].lines] == [
+        "ratio_mse, augmented_lagrangian",
+        "ratio_mse, fixed",
+        "augmented_lagrangian",
+    ]
