@@ -83,8 +83,10 @@ def test_step_times_of_other_settings_are_measured_anew_until_a_run_has_begun(
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.slow
-def test_steps_of_routers_that_decide_the_count_are_timed_at_the_requested_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def in_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps last as long as they have floating-point operations, and one round is enough."""
+
     def operations(step: Callable[[], None], device: torch.device) -> float:
         with FlopCounterMode(display=False) as counter:
             step()
@@ -93,21 +95,19 @@ def test_steps_of_routers_that_decide_the_count_are_timed_at_the_requested_keep(
     monkeypatch.setattr("laconic.trainer.measure.bench._timed", operations)
     monkeypatch.setattr("laconic.trainer.measure.bench.WARM_UP_ROUNDS", 0)
     monkeypatch.setattr(equal_time, "ROUNDS", 1)
+
+
+@pytest.mark.usefixtures("in_operations")
+@pytest.mark.slow
+def test_steps_of_routers_that_decide_the_count_are_timed_at_the_requested_keep() -> None:
     given = [*QUICK, "model.config.patch_size=4", "budget.measure=keep", "budget.target=0.2", "compression.stages.0.scorer=learned"]
     free = load("vit_digits", [*given, "compression.stages.0.selector=gumbel"]).recipe
     # Untrained, gumbel keeps about half.
     assert step_times({"fixed": load("vit_digits", given).recipe}, free)["fixed"] == pytest.approx(1, abs=0.15)
 
 
-def test_steps_of_phases_count_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    def operations(step: Callable[[], None], device: torch.device) -> float:
-        with FlopCounterMode(display=False) as counter:
-            step()
-        return float(counter.get_total_flops())
-
-    monkeypatch.setattr("laconic.trainer.measure.bench._timed", operations)
-    monkeypatch.setattr("laconic.trainer.measure.bench.WARM_UP_ROUNDS", 0)
-    monkeypatch.setattr(equal_time, "ROUNDS", 1)
+@pytest.mark.usefixtures("in_operations")
+def test_steps_of_phases_count_by_their_shares() -> None:
     given = [*small("llm_pretrain_dense", Path(), QUICK), "baselines=[]", "trainer.max_steps=10", "data.batch_size=4"]
     dense, patches, bags = (
         load("llm_pretrain_dense", [*given, *own]).recipe
