@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from rich.console import Console
+from tensorboard.summary.writer import event_file_writer
 
 from laconic.modules.checkpoints.whole_files import DamagedFile
 from laconic.trainer.errors import RecipeError
@@ -178,9 +179,11 @@ def test_a_page_that_cannot_be_written_is_one_line_and_no_error(tmp_path: Path) 
     assert console.export_text().startswith("no page was written: DamagedFile: ")
 
 
-def test_a_resumed_runs_curves_hold_each_step_once_as_it_was_in_the_end(tmp_path: Path) -> None:
-    for first, value in ((1, 1.0), (3, 2.0)):
+def test_a_resumed_runs_curves_hold_each_step_once_as_it_was_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, (first, value) in enumerate(((1, 1.0), (3, 2.0))):
         logger = TensorBoardLogger(tmp_path, name="tensorboard", version="")
+        # As of the ninth and tenth file of a process, whose names are in another order.
+        monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9 + number))
         for step in range(first, first + 4):
             logger.log_metrics({"train/loss": math.inf if first == 3 and step in (4, 6) else value}, step)
         logger.finalize("success")

@@ -48,7 +48,9 @@ def _of_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     sizes = {events.SCALARS: 0, events.TENSORS: 0, events.IMAGES: 1, events.HISTOGRAMS: 1, events.COMPRESSED_HISTOGRAMS: 1}
     accumulator = events.EventAccumulator(str(folder), size_guidance=sizes, purge_orphaned_data=False)
     accumulator.Reload()
-    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()[events.SCALARS]}
+    # By time: files that were begun within one second are read by their names, whose last number is ordered as text.
+    scalars = {tag: sorted(accumulator.Scalars(tag), key=lambda event: event.wall_time) for tag in accumulator.Tags()[events.SCALARS]}
+    return {tag: [(event.step, event.value) for event in found] for tag, found in scalars.items()}
 
 
 def _of_csv(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
