@@ -107,6 +107,7 @@ def test_steps_of_routers_that_decide_the_count_are_timed_at_the_requested_keep(
 
 
 @pytest.mark.usefixtures("in_operations")
+@pytest.mark.slow
 def test_steps_of_phases_count_by_their_shares() -> None:
     given = [*small("llm_pretrain_dense", Path(), QUICK), "baselines=[]", "trainer.max_steps=10", "data.batch_size=4"]
     dense, patches, bags = (

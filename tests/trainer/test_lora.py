@@ -162,6 +162,7 @@ def test_exports_and_evaluation_answer_like_the_run(runs: Path, tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("quick_exports")
+@pytest.mark.slow
 def test_an_adapter_that_was_trained_at_many_keeps_loads_and_is_exported_at_any(runs: Path, tmp_path: Path, console: Console) -> None:
     run = runs / "elastic"
     drawn = ["budget=null", "compression.stages.0.keep=0.5", "training_keep={lowest: 0.2, draw: reciprocal}", "trainer.max_steps=2"]
