@@ -101,6 +101,7 @@ def _masks(step: Callable[[], Any], compiled: Any) -> set[tuple[bool, bool]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_compiled_decoder_whose_rows_are_whole_has_sdpa_s_own_mask() -> None:
     model, inputs = _text_model().train(), _text(2)
     assert _masks(lambda: _step(model, inputs, 0), model) == {(False, True)}

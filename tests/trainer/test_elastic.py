@@ -66,7 +66,7 @@ def test_keeps_that_a_stage_cannot_have_are_refused() -> None:
             set_keep(held, 0.4)
 
 
-@pytest.mark.parametrize("selector", ["threshold", "predictor"])
+@pytest.mark.parametrize("selector", ["threshold", pytest.param("predictor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["vit", "llama"])
 def test_a_model_with_thresholds_keeps_what_is_requested_at_any_keep(name: str, selector: str, tmp_path: Path) -> None:
     scorer, site = ("learned", "before") if name == "vit" else ("linear", "around")
