@@ -104,6 +104,8 @@ class Budget:
         if not any(self._powers.values()):
             raise ValueError("budget.shares is 0 for every stack, so that budget.target has nothing to decide: raise one of them")
         self.cost = CostModel(model, compression, size)
+        free = set(self.free)
+        self.held = [stage for stage in self.cost.stages if stage.config.key in free and stage.selector.needs_probabilities]
         # Caches: a moving schedule needs a keep at every step.
         self._keeps: dict[float, float] = {}
         self._ratios: dict[int, float] = {}
@@ -112,8 +114,6 @@ class Budget:
         self.regularizer = build_regularizer(config)
         if config.schedule != "constant":
             self.resolve(config.start, "start")
-        free = set(self.free)
-        self.held = [stage for stage in self.cost.stages if stage.config.key in free and stage.selector.needs_probabilities]
         self._check_reach()
         self.controller = build_controller(config, bool(self.held))
         self.controls: dict[str, dict[str, Tensor]] = {}
@@ -194,10 +194,10 @@ class Budget:
         """The measure with one token left: no target can be below it."""
         if self._floor is None:
             keeps = self._spread(1 / 10_000)
-            for stage in self.cost.stages:
-                key = stage.config.key
-                if key in keeps and stage.selector.needs_probabilities and not stage.adapter.causal:
+            for stage in self.held:
+                if not stage.adapter.causal:
                     # Its number is no rounded one: a row keeps at least its best token.
+                    key = stage.config.key
                     keeps[key] = max(keeps[key], min(1.0, 1 / self.cost(keeps).present[key]))
             self._floor = float(getattr(self.cost(keeps), self.config.measure))
         return self._floor

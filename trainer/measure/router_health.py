@@ -96,7 +96,7 @@ def warnings_of(stage: Stage, window: Sequence[Signs], largest: float | None, cu
             "that layers which compute something follow"
         )
     if "collapsed" not in found and _same_places(window, rows, keep):
-        elsewhere = "move it to an earlier layer" if stage.config.layer else "move it to a later layer, whose tokens know their context"
+        elsewhere = "move it to an earlier layer" if stage.config.layer else "take another scorer"
         change = any_of([*cures.regularizer(stage, "diversity", "uniformity"), *cures.noise(stage), elsewhere])
         found["collapsed"] = (
             f"{name} has collapsed: {seen} it kept the same places in every row ({keep:.3f} of {rows} rows); scorer uniform_grid does the "
