@@ -87,13 +87,13 @@ def test_7_prefill_equals_a_shorter_prefill_and_decoding(family: str, method: Me
 def test_7_greedy_generation_with_and_without_cache_agrees(family: str, method: Method) -> None:
     model = compressed(family, method, 0.5, 0.6)
     ids, mask = _rows(method)
-    how = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    how = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
     with_cache = model.generate(ids, **how)
     assert torch.equal(with_cache, model.generate(ids, use_cache=False, **how))
     if not method.positional:
         for row in range(3):
             alone = model.generate(ids[row : row + 1][:, mask[row].bool()], **{**how, "attention_mask": None})
-            assert torch.equal(alone[0, -12:], with_cache[row, -12:])
+            assert torch.equal(alone[0, -8:], with_cache[row, -8:])
 
 
 @pairs

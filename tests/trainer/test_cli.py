@@ -83,13 +83,18 @@ def test_wrong_input_exits_2(arguments: tuple[str, ...], message: str, laconic: 
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_its_evaluation_export_and_cost_speak_json(tmp_path: Path, quick: list[str], laconic: Laconic) -> None:
-    run = str(tmp_path / "run")
+def test_a_run_and_its_evaluation_speak_json(tmp_path: Path, quick: list[str], laconic: Laconic) -> None:
     done = laconic("train", "vit_digits", *quick, "baselines=[]", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "report.json").read_text())
-    evaluated = json.loads(laconic("evaluate", run, "--json").stdout)
+    evaluated = json.loads(laconic("evaluate", str(tmp_path / "run"), "--json").stdout)
     assert evaluated["variants"]["compressed"]["keep"] == json.loads(done.stdout)["keep"]["achieved"]
+
+
+@pytest.mark.slow
+def test_an_export_and_the_cost_of_a_recipe_and_its_run_speak_json(tmp_path: Path, quick: list[str], laconic: Laconic) -> None:
+    run = str(tmp_path / "run")
+    assert laconic("train", "vit_digits", *quick, "baselines=[]").returncode == 0
     exported = laconic("export", run, "--to", str(tmp_path / "out"), "--json")
     assert json.loads(exported.stdout)["format"] == "merged"
     costs = [json.loads(laconic(*call, "--json").stdout) for call in (("cost", "vit_digits", *quick), ("cost", "--model", run))]
