@@ -145,8 +145,8 @@ class Stage(CountsTokens, nn.Module):
 
     def _idles(self, trace: Trace) -> bool:
         """The router need not run: every token is kept, and nothing learns from the scores or compares them with updates."""
-        learns = self.training and (self.estimator is not None or self.scorer.learns_updates)
         name = self.config.key
+        learns = self.training and name not in trace.idle and (self.estimator is not None or self.scorer.learns_updates)
         return not (learns or name in trace.updates or name in trace.replay) and self.idle_at(trace.keep.get(name, self.config.keep))
 
     @property
@@ -208,7 +208,7 @@ class Stage(CountsTokens, nn.Module):
             kept = part.present if decision.rows is None or decision.valid is None else decision.valid.sum(-1)
         self._record(trace, choice, state, kept)
         after = inner(before, part)
-        learns = self.training and self.scorer.learns_updates
+        learns = self.training and choice.routed and self.scorer.learns_updates
         if self.config.key in trace.updates or learns:
             update = Update.of(before, after, part.valid)
             loss = self.scorer.update_loss(through.of(choice.scored.scores), update) if learns else None
@@ -324,7 +324,8 @@ class Stage(CountsTokens, nn.Module):
             estimate = self.estimator(site, scored, decision)
         if self.training and auxiliary.loss is not None:
             estimate = replace(estimate, loss=auxiliary.loss if estimate.loss is None else estimate.loss + auxiliary.loss)
-        return Choice(scored, decision, estimate, keep, noncausal, auxiliary.agreement, skipped)
+        asked = keep if requested is None and self.config.tokens is not None else self.share(keep)
+        return Choice(scored, decision, estimate, asked, noncausal, auxiliary.agreement, skipped)
 
     def _ranked(self, scores: Tensor, trace: Trace) -> Tensor:
         """Scores by which tokens are selected: those that the last stage has left out gain ``spread``."""
@@ -382,6 +383,8 @@ class Stage(CountsTokens, nn.Module):
             auxiliary_loss=choice.estimate.loss,
             agreement=choice.agreement,
             routed=choice.routed,
+            free=self.selector.needs_probabilities if self.config.follows is None else trace.routings[str(self.reads)].free,
+            length=trace.flow(self.config.stack).dense,
         )
 
     def macs(self, shape: StackShape, tokens: int, kept: int) -> int:

@@ -13,7 +13,6 @@ from ..modules.budget.schedules import progress
 from ..modules.cost.cost import CostModel
 from ..modules.tokens.keep_count import KeepCount
 from ..modules.tokens.trace import Trace
-from .distributed import collective
 
 # File of the controller's state in a checkpoint of the Trainer.
 CONTROLS = "budget.pt"
@@ -81,7 +80,7 @@ class BudgetMixin:
         if self.budget is None:
             return trace.auxiliary_loss
         if trace.routings:
-            return self.budget.loss(trace, trace.step, collective.over_ranks()).total
+            return self.budget.loss(trace, trace.step).total
         # Stages of a vision tower did not run: no row of the batch has an image.
         host: Any = self
         if host.args.world_size > 1 and (self.budget.controller is not None or self.budget.regularizer is not None):

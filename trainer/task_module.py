@@ -13,7 +13,7 @@ from ..data.rows import BadRow, BadRowCount, BadRows
 from ..modules.budget.budget import Budget
 from ..modules.budget.schedules import progress
 from ..modules.checkpoints.training_checkpoint import KEY, STATE_PREFIX, about, of_same_model
-from ..modules.cost.cost import StackUse
+from ..modules.cost.stack_use import StackUse
 from ..modules.decoding.generation import can_look_ahead
 from ..modules.stage import stages_of
 from ..modules.tokens.keep_count import KeepCount
@@ -111,7 +111,7 @@ class TaskModule(lightning.LightningModule):
         of_budget = None
         if trace is not None and trace.routings:
             if self.budget is not None:
-                of_budget = self.budget.loss(trace, self.global_step, collective.over_ranks())
+                of_budget = self.budget.loss(trace, self.global_step)
                 loss = loss + of_budget.total
             elif trace.auxiliary_loss is not None:
                 loss = loss + trace.auxiliary_loss
@@ -129,7 +129,8 @@ class TaskModule(lightning.LightningModule):
             drawn = self.training_keep.keep(self.global_step, self.total_steps, self.seed)
             trace.keep = {name: drawn for name, stage in stages_of(self.model).items() if not stage.config.left_out}
         elif self.phases is not None:
-            trace.keep = self.phases.keep(self.phases.at(self.global_step))
+            phase = self.phases.at(self.global_step)
+            trace.keep, trace.idle = self.phases.keep(phase), self.phases.idle(phase)
         return trace
 
     @staticmethod
@@ -220,11 +221,11 @@ class TaskModule(lightning.LightningModule):
     @property
     def achieved_uses(self) -> dict[str, StackUse]:
         """StackUse by stack over the last validation or test; empty for a model of one stack."""
-        return self._kept.uses
+        return {name: use for name, use in self._kept.uses.items() if self.cost is not None and name in self.cost.by_stack}
 
     @property
     def achieved(self) -> dict[str, float]:
-        """Mean ``macs_ratio`` and ``mean_token_fraction`` of the rows of the last validation or test, each with its own token counts."""
+        """``macs_ratio`` and ``mean_token_fraction`` of all rows of the last validation or test, each with its own token counts."""
         return {"macs_ratio": self._kept.macs_ratio, "mean_token_fraction": self._kept.mean_token_fraction}
 
     def _check_rows(self, batch: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from ..compatibility import check_held, check_noise
 from ..config import CompressionConfig, PartConfig
 from ..cost.cost import CostModel
 from ..tokens.trace import Trace
+from . import processes
 from .config import BudgetConfig
 from .controllers.base import Controller
 from .gaps import gaps_of, kernel_width, mean_and_spread
@@ -86,6 +87,10 @@ class Budget:
             raise ValueError(
                 "budget.measure = 'step_time' depends on the device, and is calibrated by laconic train: in a loop of your own set "
                 "budget.measure = 'macs_ratio' and a budget.target whose measured step takes as long as it may"
+            )
+        if config.schedule != "constant" and total_steps == 1:
+            raise ValueError(
+                f"budget.schedule = {config.schedule!r} moves the target over training, and total_steps is 1: give Budget the optimizer steps"
             )
         self.config = config
         self.total_steps = total_steps
@@ -193,13 +198,7 @@ class Budget:
     def floor(self) -> float:
         """The measure with one token left: no target can be below it."""
         if self._floor is None:
-            keeps = self._spread(1 / 10_000)
-            for stage in self.held:
-                if not stage.adapter.causal:
-                    # Its number is no rounded one: a row keeps at least its best token.
-                    key = stage.config.key
-                    keeps[key] = max(keeps[key], min(1.0, 1 / self.cost(keeps).present[key]))
-            self._floor = float(getattr(self.cost(keeps), self.config.measure))
+            self._floor = float(getattr(self.cost(self._spread(1 / 10_000)), self.config.measure))
         return self._floor
 
     def _ratio(self, keep: int) -> float:
@@ -250,13 +249,15 @@ class Budget:
         Args:
             trace: Trace of the forward.
             step: optimizer step, for the ramp.
-            over_ranks: mean of a scalar over processes, with this process's gradient; None with one process.
+            over_ranks: mean of a scalar over processes, with this process's gradient; None is that over all processes of
+                ``torch.distributed``, if there are several.
 
         Raises:
             ValueError: no stage ran with this trace.
         """
         if not trace.routings:
             raise ValueError("the trace has no routing: pass it to the model's forward as trace=trace, before calling loss")
+        over_ranks = over_ranks or processes.over_ranks()
         device = next(iter(trace.routings.values())).scores.device
         trained = [routing for routing in trace.routings.values() if routing.probabilities]
         total = torch.zeros((), device=device)

@@ -134,7 +134,7 @@ def _achieved(trace: Trace, cost: CostModel, measure: str, soft: Tensor, over_ra
 
 
 def _of_all(trace: Trace, cost: CostModel, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The keeps of held stages, of those that follow them, and the requested ones of all others, which a schedule may have moved."""
+    """The keeps of held stages, of those that follow them, and what all others keep, by row or of all rows as those of held stages."""
     found = dict(keep)
     like = next(iter(keep.values()))
     for stage in cost.stages:
@@ -144,5 +144,6 @@ def _of_all(trace: Trace, cost: CostModel, keep: Mapping[str, Tensor]) -> dict[s
         if stage.config.follows is not None and stage.reads in found:
             found[key] = found[str(stage.reads)]
         elif routing is not None and routing.requested:
-            found[key] = torch.full((), routing.requested, dtype=like.dtype, device=like.device)
+            kept, present = (torch.as_tensor(count, device=like.device, dtype=like.dtype) for count in (routing.kept, routing.present))
+            found[key] = kept / present.clamp(min=1) if like.dim() else kept.sum() / present.sum().clamp(min=1)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,40 +15,7 @@ from ..config import CompressionConfig
 from ..stage import Stage, stages_of
 from ..tokens.trace import Trace
 from .shape import LayerTokens, StackShape
-
-
-@dataclass(frozen=True)
-class StackUse:
-    """What a forward did in one stack, as sums over rows, to be added up over forwards.
-
-    Attributes:
-        processed: routable tokens, mean over the stack's layers.
-        present: those of the dense model.
-        macs: MACs of the compressed model.
-        dense_macs: MACs of the dense model.
-        tokens: tokens processed with the protected ones, mean over the stack's layers.
-        dense_tokens: those of the dense model.
-    """
-
-    processed: float = 0.0
-    present: float = 0.0
-    macs: float = 0.0
-    dense_macs: float = 0.0
-    tokens: float = 0.0
-    dense_tokens: float = 0.0
-
-    def __add__(self, other: StackUse) -> StackUse:
-        return StackUse(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
-
-    @property
-    def keep(self) -> float:
-        """Routable tokens processed ÷ those of the dense model; 1 without any."""
-        return self.processed / self.present if self.present else 1.0
-
-    @property
-    def macs_ratio(self) -> float:
-        """MACs ÷ dense MACs; 1 if the stack did not run."""
-        return self.macs / self.dense_macs if self.dense_macs else 1.0
+from .stack_use import StackUse, ratio_of
 
 
 @dataclass(frozen=True)
@@ -193,7 +160,7 @@ class CostModel:
             keep={
                 stage.config.key: leaving[stage.config.key] / present[stage.config.key]
                 if stage.config.keep is None
-                else requested.get(stage.config.key, stage.config.keep)
+                else stage.share(requested.get(stage.config.key, stage.config.keep))
                 for stage in self.stages
             },
             present=present,
@@ -251,12 +218,12 @@ class CostModel:
 
     def ratio(self, uses: Mapping[str, StackUse], measure: str) -> float:
         """``macs_ratio`` or ``mean_token_fraction`` of what the stacks did."""
-        if measure == "macs_ratio":
-            return sum(use.macs for use in uses.values()) / sum(use.dense_macs for use in uses.values())
-        # A stack counts by its layers, as in Cost.mean_token_fraction; one that did not run, by no layer.
-        ran = {name: self.shapes[name].layers for name in self._shown if uses[name].dense_tokens}
-        fractions = sum(layers * uses[name].tokens / uses[name].dense_tokens for name, layers in ran.items())
-        return fractions / sum(ran.values()) if ran else 1.0
+        return ratio_of(uses, measure, self.layers)
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """Number of layers of each stack with stages, by name."""
+        return {name: self.shapes[name].layers for name in self._shown}
 
     def as_configured(self, trace: Trace) -> bool:
         """The model is one stack, and every row of a forward has the configured number of tokens and no padding."""

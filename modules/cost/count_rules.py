@@ -51,11 +51,13 @@ class StageCount:
         original: routable tokens before the first stage.
         index: index of the stage among the stages of its stack, from 0.
         stages: number of stages of its stack.
+        least: tokens that always stay, 0 for a stage around a layer.
     """
 
     original: int | Tensor
     index: int
     stages: int = 1
+    least: int = 1
 
 
 # (present, keep, stage) -> routable tokens that leave the stage, a merger's fused token included
@@ -70,8 +72,8 @@ def _dynamicvit(present: int | Tensor, keep: float, stage: StageCount) -> int | 
     """int(n0 * keep^(stage + 1)), counted from the tokens before the first stage (DynamicViT, arXiv 2106.02034)."""
     fraction = keep ** (stage.index + 1)
     if isinstance(stage.original, Tensor):
-        return torch.minimum(torch.floor(stage.original.double() * fraction + 1e-9).long().clamp(min=1), torch.as_tensor(present))
-    return min(int(present), max(1, math.floor(stage.original * fraction + 1e-9)))
+        return at_most(torch.floor(stage.original.double() * fraction + 1e-9).long().clamp(min=1), present)
+    return at_most(max(1, math.floor(stage.original * fraction + 1e-9)), present)
 
 
 def cosine_keep(keep: float, index: int, stages: int) -> float:
@@ -81,9 +83,9 @@ def cosine_keep(keep: float, index: int, stages: int) -> float:
 
 
 def _cosine(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:
-    """``tokens_kept`` of ``cosine_keep``; 0 where that is 0, for stages around layers."""
+    """``tokens_kept`` of ``cosine_keep``; where that is 0, the least."""
     of_stage = cosine_keep(keep, stage.index, stage.stages)
-    return tokens_kept(present, of_stage) if of_stage > 1e-9 else present * 0
+    return tokens_kept(present, of_stage) if of_stage > 1e-9 else at_most(present, stage.least)
 
 
 def linear_keep(keep: float, index: int, stages: int) -> float:
@@ -94,8 +96,7 @@ def linear_keep(keep: float, index: int, stages: int) -> float:
 
 def _linear(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:
     """``linear_keep`` of the tokens before the first stage, at most those that are present."""
-    count = tokens_kept(stage.original, linear_keep(keep, stage.index, stage.stages))
-    return torch.minimum(count, torch.as_tensor(present)) if isinstance(count, Tensor) else min(int(count), int(present))
+    return at_most(tokens_kept(stage.original, linear_keep(keep, stage.index, stage.stages)), present)
 
 
 def _evit(present: int | Tensor, keep: float, stage: StageCount) -> int | Tensor:
@@ -117,9 +118,32 @@ def at_least_half(present: int | Tensor, count: int | Tensor) -> int | Tensor:
     return max(int(count), present - present // 2)
 
 
-def at_most(count: int | Tensor, most: int) -> int | Tensor:
-    """The smaller of ``count`` and ``most``."""
-    return count.clamp(max=most) if isinstance(count, Tensor) else min(count, most)
+def at_most(count: int | Tensor, most: int | Tensor) -> int | Tensor:
+    """The smaller of two numbers, each of them one for all rows or one a row."""
+    if isinstance(count, Tensor):
+        return torch.minimum(count, most) if isinstance(most, Tensor) else count.clamp(max=most)
+    return most.clamp(max=count) if isinstance(most, Tensor) else min(count, most)
+
+
+def share_of(rule: str, keep: float, index: int, stages: int, around: bool) -> float:
+    """The fraction of the routable tokens at a stage that a rule keeps, before it is a whole number of tokens; ``keep`` itself of rules
+    that do not change it over depth.
+
+    Args:
+        rule: name of the rule.
+        keep: keep of all stages of the stack.
+        index: index of the stage among them.
+        stages: number of them.
+        around: the stages are around layers, so that every one sees all tokens.
+    """
+    if rule == "cosine":
+        return cosine_keep(keep, index, stages)
+    if rule == "dynamicvit":
+        return keep ** (index + 1) if around else keep
+    if rule == "linear":
+        before = 1.0 if around or index == 0 else linear_keep(keep, index - 1, stages)
+        return linear_keep(keep, index, stages) / before
+    return keep
 
 
 COUNT_RULES: dict[str, CountRule] = {

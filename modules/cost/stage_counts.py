@@ -8,7 +8,7 @@ from ..config import StageConfig
 from ..mergers.base import Merger
 from ..scorers.base import Scorer
 from ..selectors.base import Selector
-from .count_rules import COUNT_RULES, StageCount, at_least_half, at_most
+from .count_rules import COUNT_RULES, StageCount, at_least_half, at_most, share_of
 
 
 class CountsTokens:
@@ -52,17 +52,28 @@ class CountsTokens:
             count = at_most(present, max(1, self.config.tokens // self.unit))
         else:
             assert requested is not None
-            count = COUNT_RULES[self.config.count or self.scorer.count](present, requested, StageCount(original, self.place, self.places))
+            place = StageCount(original, self.place, self.places, 0 if self.config.bypass else 1)
+            count = COUNT_RULES[self.rule](present, requested, place)
         if self.merger.most is not None:
             count = at_most(count, self.merger.most // self.unit)
         return at_least_half(present, count) if self.scorer.matches else count
+
+    @property
+    def rule(self) -> str:
+        """Name of the count rule."""
+        return self.config.count or self.scorer.count
+
+    def share(self, keep: float) -> float:
+        """Keep that the count rule asks of this stage where all stages of its stack have the given one."""
+        return keep if keep in (0, 1) else share_of(self.rule, keep, self.place, self.places, self.config.bypass)
 
     def expected(self, present: float, original: float, keep: float | None = None) -> float:
         """``count`` for the cost model. If rows keep different numbers, the mean, which may be fractional."""
         if self.selector.adaptive:
             requested = self.config.keep if keep is None else keep
             assert requested is not None
-            return present * requested
+            # A row of a model that is not causal keeps at least its best token.
+            return present * requested if self.selector.causal else max(present * requested, min(1.0, present))
         count = self.count(round(present), round(original), keep)
         assert isinstance(count, int)
         return count

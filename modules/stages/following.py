@@ -81,7 +81,8 @@ class FollowingStage(Stage):
         scored, estimate = Scored(led.scores), Estimate()
         untouched = decision.empty and (self.estimator is None or not self.estimator.of_bypassed)
         skipped = untouched and self._may_skip(site.layer, site.flow)
-        if self.estimator is not None and (self.training or self.estimator.in_evaluation) and not skipped:
+        learns = self.training and self.config.key not in site.trace.idle
+        if self.estimator is not None and (learns or self.estimator.in_evaluation) and not skipped:
             estimate = self.estimator(replace(site, state=state), scored, decision)
         return Choice(scored, decision, estimate, led.requested, led.lookahead, None, skipped, led.routed)
 

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..cost.cost import CostModel, StackUse
+from ..cost.cost import CostModel
+from ..cost.stack_use import StackUse, ratio_of
 from .trace import Trace
 
 
 @dataclass
 class KeepCount:
-    """Achieved keep by stage over several forwards, summed over all rows before dividing.
+    """Achieved keep by stage over several forwards, summed over all rows before dividing, so that it does not depend on how rows are batched.
 
     Attributes:
         totals: routable tokens (kept, present) by stage name.
-        macs: sum of ``macs_ratio`` over the rows.
-        fractions: sum of ``mean_token_fraction`` over the rows.
-        rows: number of rows in both sums.
-        uses: StackUse by stack name, of models of several stacks.
+        rows: number of rows.
+        uses: StackUse by stack name.
+        layers: number of layers of each stack with stages, by name.
     """
 
     totals: dict[str, tuple[int, int]] = field(default_factory=dict)
-    macs: float = 0.0
-    fractions: float = 0.0
     rows: int = 0
     uses: dict[str, StackUse] = field(default_factory=dict)
+    layers: dict[str, int] = field(default_factory=dict)
 
     def add(self, trace: Trace, cost: CostModel, rows: int) -> None:
         """Adds the counts of one forward.
@@ -34,17 +33,14 @@ class KeepCount:
             cost: cost model of the model.
             rows: rows of the batch; a stage of a tower has images instead.
         """
-        uses = cost.uses(trace)
         totals = {name: routing.counts() for name, routing in trace.routings.items()}
-        ratio, fraction = (cost.ratio(uses, measure) for measure in ("macs_ratio", "mean_token_fraction"))
-        stacks = {name: use for name, use in uses.items() if name in cost.by_stack}
-        self.merge(KeepCount(totals, ratio * rows, fraction * rows, rows, stacks))
+        self.merge(KeepCount(totals, rows, cost.uses(trace), cost.layers))
 
     def clear(self) -> None:
         """Resets all counts."""
         self.totals.clear()
         self.uses.clear()
-        self.macs, self.fractions, self.rows = 0.0, 0.0, 0
+        self.rows = 0
 
     def merge(self, other: KeepCount) -> None:
         """Adds the counts of other forwards, for example of another rank."""
@@ -53,7 +49,7 @@ class KeepCount:
             self.totals[name] = (before[0] + kept, before[1] + present)
         for name, use in other.uses.items():
             self.uses[name] = self.uses.get(name, StackUse()) + use
-        self.macs, self.fractions, self.rows = self.macs + other.macs, self.fractions + other.fractions, self.rows + other.rows
+        self.rows, self.layers = self.rows + other.rows, {**self.layers, **other.layers}
 
     @property
     def achieved(self) -> dict[str, float]:
@@ -62,10 +58,10 @@ class KeepCount:
 
     @property
     def macs_ratio(self) -> float:
-        """Mean of ``macs_ratio`` over the rows; 1 if there are no rows, as for a dense model."""
-        return self.macs / self.rows if self.rows else 1.0
+        """MACs of all rows ÷ those in the dense model; 1 if there are no rows, as for a dense model."""
+        return ratio_of(self.uses, "macs_ratio", self.layers)
 
     @property
     def mean_token_fraction(self) -> float:
-        """Mean of ``mean_token_fraction`` over the rows, likewise."""
-        return self.fractions / self.rows if self.rows else 1.0
+        """Tokens that a layer processes ÷ those in the dense model, of all rows, mean over layers; likewise."""
+        return ratio_of(self.uses, "mean_token_fraction", self.layers)

@@ -68,7 +68,7 @@ class Routing:
         probabilities: the sigmoid of a score is a keep probability.
         decision: the kept slots.
         state: TokenState before the stage; tokens outside its scope are protected.
-        requested: keep requested by the config or the schedule.
+        requested: keep requested by the config or the schedule, at this stage by its count rule.
         present: routable tokens entering, one int for every row or int64 (B,).
         kept: routable tokens leaving, likewise; in a bypass, routable tokens processed.
         lookahead: the decision for a token depends on later tokens.
@@ -79,6 +79,8 @@ class Routing:
             is missing.
         update: what the layer changed in the tokens that it processed; None unless ``Trace.updates`` requests it.
         routed: scorer and selector ran; False where every token is kept and nothing needs the scores, which are 0 then.
+        free: the selector leaves the number of tokens to the router.
+        length: tokens of each original row without padding, protected ones included, one int for every row or int64 (B,).
     """
 
     stage: str
@@ -96,6 +98,8 @@ class Routing:
     agreement: Tensor | None = None
     update: Update | None = None
     routed: bool = True
+    free: bool = False
+    length: int | Tensor = 0
 
     def with_update(self, update: Update, loss: Tensor | None) -> Routing:
         """The routing with an update, and with the loss of a scorer that learns to predict it."""
@@ -145,6 +149,7 @@ class Trace:
         noise: strength of the exploration noise on trained scores, 0 in evaluation.
         progress: share of training that is done, for parts that change over it; 1 in evaluation.
         keep: requested keep by stage name, which replaces the stages' own; for schedules.
+        idle: names of stages with keep 1 that do nothing in this forward, so that their routers learn nothing in training either; for phases.
         labels: labels for estimators: (B,) int64 or (B, classes) probabilities per row; (B, N) int64 per token of a language model;
             (B, N, classes) per original token, zeros for a token without a label; or (B, height, width) int64 per pixel. The labels that
             a model is called with are used only in its own loss.
@@ -173,6 +178,7 @@ class Trace:
     noise: float | Tensor = 0.0
     progress: float | Tensor = 1.0
     keep: Mapping[str, float] = field(default_factory=dict)
+    idle: Container[str] = ()
     labels: Tensor | None = None
     replay: Mapping[str, Decision] = field(default_factory=dict)
     lookahead: bool = False

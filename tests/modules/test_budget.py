@@ -233,7 +233,7 @@ def test_rows_without_a_routable_token_do_not_count_in_a_regularizer(name: str, 
         state = TokenState.initial(len(present), 8, protected, torch.ones_like(protected), torch.device("cpu"))
         scores = torch.full(state.position.shape, 1.0)
         kept = torch.tensor(present) // 4
-        return Routing("before_1", scores, True, everything(state), state, 0.5, torch.tensor(present), kept, False, adaptive)
+        return Routing("before_1", scores, True, everything(state), state, 0.5, torch.tensor(present), kept, False, adaptive, free=adaptive)
 
     def loss(of: Routing) -> float:
         assert budget.regularizer is not None

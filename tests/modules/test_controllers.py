@@ -122,7 +122,19 @@ def _routing(scores: torch.Tensor, requested: float, kept: torch.Tensor | None =
     real = torch.ones(scores.shape, dtype=torch.bool)
     state = TokenState.initial(*scores.shape, ~real, real, scores.device)
     count = scores.shape[1] if kept is None else kept
-    return Routing("before_1", scores, True, everything(state), state, requested, scores.shape[1], count, False, kept is not None)
+    return Routing(
+        "before_1",
+        scores,
+        True,
+        everything(state),
+        state,
+        requested,
+        scores.shape[1],
+        count,
+        False,
+        kept is not None,
+        free=kept is not None,
+    )
 
 
 def _logit(*probabilities: float) -> torch.Tensor:

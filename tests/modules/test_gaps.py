@@ -114,3 +114,28 @@ def test_a_router_keeps_at_least_one_token_of_a_row(measure: str, refused: float
     Budget(BudgetConfig(measure=measure, target=accepted), dense("vit"), stages)
     with pytest.raises(ValueError, match=f"budget.target = {refused} cannot be met"):
         Budget(BudgetConfig(measure=measure, target=refused), dense("vit"), stages)
+
+
+@pytest.mark.parametrize("measure", ["macs_ratio", "mean_token_fraction"])
+@pytest.mark.parametrize("count", [None, "cosine", "dynamicvit"])
+def test_the_gap_counts_what_stages_of_another_keep_really_keep(count: str | None, measure: str) -> None:
+    others = [StageConfig(layer=layer, site="around", keep=0.6, scorer="random", count=count) for layer in (1, 2, 3)]
+    stages = CompressionConfig([StageConfig(layer=0, scorer="learned", selector="gumbel"), *others])
+    budget = Budget(BudgetConfig(measure=measure, target=0.4), dense("vit"), stages)
+    model, trace = compress(dense("vit"), budget.compression).train(), budget.trace(0)
+    model(images(4), trace=trace)
+    (gap,) = budget.loss(trace, 0).gaps.values()
+    assert float(gap) + 0.4 == pytest.approx(budget.cost.achieved(trace, measure), abs=1e-6)
+
+
+@pytest.mark.parametrize("batches", [[1, 1, 1, 1, 1, 1], [2, 4], [6]])
+def test_what_is_achieved_does_not_depend_on_how_rows_are_batched(batches: list[int]) -> None:
+    budget = _budget("bert", "macs_ratio", 24)
+    count, begin = KeepCount(), 0
+    for rows in batches:
+        count.add(_traced(budget, "bert", slice(begin, begin + rows)), budget.cost, rows)
+        begin += rows
+    whole = KeepCount()
+    whole.add(_traced(budget, "bert", slice(None)), budget.cost, len(LENGTHS))
+    assert count.macs_ratio == pytest.approx(whole.macs_ratio, rel=1e-6)
+    assert count.mean_token_fraction == pytest.approx(whole.mean_token_fraction, rel=1e-6)

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 from ...modules.checkpoints.whole_files import DamagedFile
 from ..errors import RecipeError
@@ -61,24 +61,6 @@ def largest(values: Sequence[float]) -> list[float]:
     most = torch.tensor(values, dtype=torch.float64)
     distributed.all_reduce(most, distributed.ReduceOp.MAX, group=_control)
     return most.tolist()
-
-
-def mean(value: Tensor) -> Tensor:
-    """The mean over ranks, with the gradient of this rank's value: averaging gradients over ranks then gives the gradient of the mean.
-
-    Works without ``start`` in any process group, also that of another trainer.
-    """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return value
-    whole = value.detach().clone()
-    distributed.all_reduce(whole)
-    return value + (whole / distributed.get_world_size() - value.detach())
-
-
-def over_ranks() -> Callable[[Tensor], Tensor] | None:
-    """``mean`` where several processes run; None with one, which has nothing to wait for."""
-    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    return mean if several else None
 
 
 def any_rank(flag: bool) -> bool:

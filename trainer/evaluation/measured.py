@@ -31,8 +31,8 @@ class Evaluated:
     Attributes:
         quality: the task's metric on the held-out split.
         keep: achieved keep by stage.
-        macs_ratio: mean over the rows.
-        mean_token_fraction: mean over the rows.
+        macs_ratio: MACs of all rows ÷ those in the dense model.
+        mean_token_fraction: tokens of all rows likewise, mean over layers.
         latency: median seconds of the forward of a full batch; None if no batch was full.
         position_bias: where kept tokens lie, by stage: ``KeptPlaces.bias``.
         remarks: what to know of the quality, one line each.

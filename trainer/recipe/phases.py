@@ -11,22 +11,24 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from ...data.recipe import Block, Count
+from ...data.recipe import Block
 from ...modules.config import CompressionConfig
 
 ORDINARY, _KINDS = "ordinary", ("superposition", "patch_level", "keep")
+# A bag of one token is ordinary training.
+Bag = Annotated[int, Field(ge=2, le=2**53)]
 
 
 class PhaseRecipe(Block):
     """A phase of training: bags of tokens, a keep of stages, or ordinary training."""
 
     share: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="share of the steps; null, in one phase, is the rest")
-    superposition: Count | None = Field(
+    superposition: Bag | None = Field(
         None,
         description="consecutive tokens that enter as one, the mean of their embeddings, and predict those of the next bag (2605.06546); a "
         "row has as many bags as data.sequence_length, so a step reads so many times more text at its usual cost",
     )
-    patch_level: Count | None = Field(
+    patch_level: Bag | None = Field(
         None,
         description="the same (2407.12665), with so many times fewer rows in a step, so that it reads its usual text at a fraction of the cost",
     )
@@ -65,6 +67,14 @@ class PhaseRecipe(Block):
     def name(self) -> str:
         """What the phase does, in step lines and reports."""
         return self.kind if self.kind == ORDINARY else f"{self.kind} {getattr(self, self.kind):g}"
+
+    def setting(self, number: int) -> str:
+        """Key and value of what the phase does, for messages.
+
+        Args:
+            number: index among the recipe's phases.
+        """
+        return f"phases.{number}.{self.name.replace(' ', ' = ')}"
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,10 @@ class PhasePlan:
         """Keep of the stages in a phase, by stage name."""
         return dict.fromkeys(self.stages, 1.0 if phase.keep is None else phase.keep)
 
+    def idle(self, phase: PhaseRecipe) -> tuple[str, ...]:
+        """Names of the stages that do nothing in a phase: their routers do not run, and learn nothing."""
+        return self.stages if phase.keep in (None, 1) else ()
+
 
 def check_phases(recipe: Any) -> None:
     """Raises ValueError, with the cure, if the phases of a recipe do not go together with each other or with its other blocks.
@@ -151,9 +165,9 @@ def check_phases(recipe: Any) -> None:
         )
     for number, phase in enumerate(phases):
         if phase.bag is not None:
-            _check_bags(recipe, phase, f"phases.{number}.{phase.name.replace(' ', ' = ')}")
+            _check_bags(recipe, phase, phase.setting(number))
         if phase.keep is not None:
-            _check_keep(recipe, f"phases.{number}.keep = {phase.keep:g}")
+            _check_keep(recipe, phase.setting(number))
 
 
 def _check_shares(phases: Sequence[PhaseRecipe]) -> None:

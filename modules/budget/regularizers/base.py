@@ -36,14 +36,14 @@ def mean_and_any(values: Tensor, counted: Tensor, over_ranks: Callable[[Tensor],
 def soft_keep(routing: Routing) -> Tensor:
     """(B,) mean keep probability over the routable tokens of each row, with gradient.
 
-    If rows keep different numbers of tokens, the value is the achieved keep, because probabilities can meet a target that the decisions
-    miss; the gradient is still that of the probabilities.
+    If the selector leaves the count to the router, the value is the achieved keep, because probabilities can meet a target that the
+    decisions miss; the gradient is still that of the probabilities. The count of other selectors does not move with them.
     """
     probabilities, routable = routing.soft, routing.routable
     assert probabilities is not None
     number = routable.sum(-1).clamp(min=1)
     soft = (probabilities * routable).sum(-1) / number
-    if not routing.adaptive:
+    if not routing.free:
         return soft
     return torch.as_tensor(routing.kept, device=soft.device) / number + soft - soft.detach()
 
@@ -57,13 +57,22 @@ def mean_keep(routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -
     return mean_and_any(soft, routing.routable.sum(-1).to(soft.dtype), over_ranks)
 
 
+def share_of_rows(routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Scalar without gradient: kept ÷ present routable tokens of all processes."""
+    weight = routing.routable.sum(-1).to(routing.scores.dtype)
+    kept = torch.as_tensor(routing.kept, device=weight.device).expand_as(weight)
+    return mean_and_any(kept / weight.clamp(min=1), weight, over_ranks)[0]
+
+
 def by_place(routing: Routing, places: int) -> tuple[Tensor, Tensor]:
-    """(B, places) sums of the keep probabilities, with gradient, and numbers of the routable tokens of each row at each place, by their position
-    in the row."""
+    """(B, places) sums of the keep probabilities, with gradient, and numbers of the routable tokens of each row at each place, by their
+    position in the original row."""
     soft, position = routing.soft, routing.state.position
     assert soft is not None
     weight = routing.routable.to(soft.dtype)
-    last = (position + 1).masked_fill(~routing.routable, 0).amax(-1, keepdim=True).clamp(min=1)
+    last = (position + 1).masked_fill(~routing.routable, 0).amax(-1, keepdim=True)
+    # Padding on the left moves positions up.
+    last = torch.maximum(last, torch.as_tensor(routing.length, device=last.device).view(-1, 1)).clamp(min=1)
     place = (position * places // last).clamp(0, places - 1)
     empty = soft.new_zeros(len(soft), places)
     return empty.scatter_add(1, place, soft * weight), empty.scatter_add(1, place, weight)

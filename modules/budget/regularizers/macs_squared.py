@@ -10,14 +10,15 @@ from torch import Tensor
 
 from ...cost.cost import CostModel
 from ...tokens.trace import Routing
-from .base import Regularizer, mean_keep
+from .base import Regularizer, mean_keep, share_of_rows
 
 
 @dataclass(frozen=True)
 class MacsSquared(Regularizer):
     """(soft macs_ratio - target)², with the MACs of the soft token counts (LTMP, arXiv 2305.19115, with weight 10).
 
-    If the budget's measure is not ``macs_ratio``, the target is the ``macs_ratio`` of the requested keeps.
+    If the budget's measure is not ``macs_ratio``, the target is the ``macs_ratio`` of the requested keeps. Beside stages that leave the count
+    to their router, the others count as what they keep, which does not move with their probabilities.
     """
 
     weight: float = 10.0
@@ -29,9 +30,12 @@ class MacsSquared(Regularizer):
         cost: CostModel,
         over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        requested = {routing.stage: routing.requested for routing in routings}
-        if target is None:
-            target = cost(requested).macs_ratio
         keeps = {routing.stage: mean_keep(routing, over_ranks)[0] for routing in routings}
+        if any(routing.free for routing in routings):
+            keeps |= {routing.stage: share_of_rows(routing, over_ranks) for routing in routings if not routing.free}
         soft = cost.soft(keeps)
-        return (soft - torch.as_tensor(target, dtype=soft.dtype, device=soft.device)).square()
+        if target is None:
+            wanted = cost.soft({routing.stage: soft.new_full((), routing.requested) for routing in routings})
+        else:
+            wanted = torch.as_tensor(target, dtype=soft.dtype, device=soft.device)
+        return (soft - wanted).square()
