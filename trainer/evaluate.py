@@ -43,6 +43,7 @@ class Options:
         arms: names of arms with a smaller input, of ``evaluation.smaller.ARMS``.
         equal: what these have in common with the compressed model: ``tokens`` or ``latency``.
         batch_sizes: rows of the batches whose forwards are timed in pairs.
+        given: option that the keeps are of, for messages.
     """
 
     keeps: Sequence[float] = ()
@@ -50,6 +51,7 @@ class Options:
     arms: Sequence[str] = ()
     equal: str = "tokens"
     batch_sizes: Sequence[int] = ()
+    given: str = "--keep"
 
 
 class _Evaluation:
@@ -221,11 +223,11 @@ def _check(model: PreTrainedModel, options: Options) -> None:
         if not 0 < keep <= 1:
             raise RecipeError(f"--keep {keep} must be in (0, 1]: the fraction that is kept, not removed")
     if keeps and not stages:
-        raise RecipeError("--keep is of stages, and the model has none: remove it")
+        raise RecipeError(f"{options.given} is of stages, and the model has none: remove it")
     if options.arms and not stages:
         raise RecipeError("--arms have as many tokens as the stages leave, and the model has no stages: remove it")
     try:
-        check_movable(stages if keeps else [], "--keep", min(keeps, default=1.0))
+        check_movable(stages if keeps else [], options.given, min(keeps, default=1.0))
     except ValueError as error:
         raise RecipeError(str(error)) from None
 

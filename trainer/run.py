@@ -334,7 +334,9 @@ def _leaves_unused(module: TaskModule, parts: RunParts) -> bool:
     """True if a training step leaves parameters without gradient, found on a step of one row; DDP needs to know."""
     if stage_of(parts.recipe.trainer) or collective.world_size() == 1:
         return False
-    if parts.recipe.training_keep is not None or any(phase.keep is not None for phase in parts.recipe.phases or ()):
+    ends = () if parts.budget is None else (parts.budget.keep(0), parts.budget.keep(parts.total_steps - 1))
+    whole = any(keep == 1 for keeps in ends for keep in keeps.values())
+    if whole or parts.recipe.training_keep is not None or any(phase.keep is not None for phase in parts.recipe.phases or ()):
         # A step with all tokens trains no router.
         return True
     rows = parts.data.train_rows

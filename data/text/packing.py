@@ -207,6 +207,11 @@ class PackedRows(Dataset[dict[str, Any]]):
         """The same documents in rows of bags."""
         return PackedRows(self.corpus, self.tokens.with_bags(bag), self.whole)
 
+    @property
+    def predicted(self) -> int:
+        """Tokens that an epoch can predict: every part without its first bag, which has no predecessor. Prompts count as text."""
+        return int(np.maximum(self.plan.stop - self.plan.start - self.tokens.grain, 0).sum())
+
     def __len__(self) -> int:
         return len(self.plan.first) - 1
 

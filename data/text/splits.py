@@ -256,8 +256,8 @@ def _packed(split: str, rows: Any, encoder: Encoder, tokens: Tokens, counted: Ba
     """
     corpus, bad = encoded(split, rows, encoder, counted)
     packed = PackedRows(corpus, tokens, whole=encoder.prompts)
-    # The first token of a part is not predicted. A document with a prompt has a learned token after it, or is bad.
-    if not (packed.plan.stop - packed.plan.start > 1).any():
+    # A document with a prompt has a learned token after it, or is bad.
+    if not packed.predicted:
         raise ValueError(
             f"no token of the {split} data is predicted: {len(rows)} rows, {bad} of them bad, hold no text to "
             f"learn from; check data.{split}_split and data.max_bad_fraction"

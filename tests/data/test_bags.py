@@ -20,10 +20,14 @@ from tests.data.texts import jsonl, small_tokenizer
 FILLER = 99
 
 
-def _rows(lengths: list[int], bag: int, whole: bool) -> list[dict[str, Any]]:
+def _packed(lengths: list[int], bag: int, whole: bool) -> PackedRows:
     """Rows of 4 bags of documents whose tokens count on from one to the next."""
     corpus = Corpus([np.arange(sum(lengths), dtype=np.int32)], np.asarray(lengths))
-    rows = PackedRows(corpus, Tokens(4, FILLER, np.ones(100, np.int64)).with_bags(bag), whole)
+    return PackedRows(corpus, Tokens(4, FILLER, np.ones(100, np.int64)).with_bags(bag), whole)
+
+
+def _rows(lengths: list[int], bag: int, whole: bool) -> list[dict[str, Any]]:
+    rows = _packed(lengths, bag, whole)
     return [rows[index] for index in range(len(rows))]
 
 
@@ -54,6 +58,14 @@ def test_the_first_bag_of_a_document_is_not_predicted_and_positions_count_bags()
     # The rest of the second document goes on as one of its own.
     assert second["labels"].tolist() == [[IGNORE_TOKEN] * 2, [9, 10], [11, 12], [IGNORE_TOKEN] * 2]
     assert second["documents"].tolist() == [0, 0, 0, PADDING]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_tokens_that_rows_predict_are_counted_without_reading_them(whole: bool) -> None:
+    lengths = [5, 12, 1, 3, 7, 4]
+    for bag in (3, 4, 12):
+        assert _packed(lengths, bag, whole).predicted == sum(row["predicted"] for row in _rows(lengths, bag, whole))
+    assert _packed(lengths, 12, whole).predicted == 0
 
 
 def test_phases_read_what_one_process_reads_and_go_on_where_a_checkpoint_was() -> None:

@@ -107,6 +107,27 @@ def test_a_ratio_replaces_keeps_of_stages_and_of_methods() -> None:
     assert (recipe.compression.stages[0].part("scorer").name, recipe.compression.stages[0].keep) == ("pivots", None)
 
 
+def test_a_ratio_replaces_drawn_keeps_and_phases(tmp_path: Path) -> None:
+    recipe = _arms("vit_digits_elastic", "learned,learned@0.5", "training_keep.full=0.1")["learned@0.5"].load(0)
+    assert recipe.budget is not None
+    assert (recipe.budget.target, recipe.training_keep) == (0.5, None)
+    phased = tmp_path / "phased.yaml"
+    phased.write_text(
+        "base: vit_digits_dense\nbaselines: []\ncompression: {stages: [{layer: 1, scorer: random, selector: top_k}]}\n"
+        "phases: [{share: 0.5, keep: 0.5}, {}]\n"
+    )
+    arms = _arms(str(phased), "learned,pooled,pooled@0.6,learned@0.6", *QUICK, "phases.0.share=0.4")
+    found = {name: arm.load(0) for name, arm in arms.items()}
+    assert [recipe.phases is None for recipe in found.values()] == [False, True, True, True]
+    assert found["learned@0.6"].budget is not None
+    # It answers with all tokens.
+    keeps = [found[name].compression.stages[0].keep for name in ("pooled", "pooled@0.6")]  # type: ignore[union-attr]
+    assert keeps[0] == 1.0
+    assert keeps[1] < 0.8
+    with pytest.raises(RecipeError, match="llm_patch_level has no compression"):
+        _arms("llm_patch_level", "learned@0.5")
+
+
 def test_smaller_inputs_have_as_many_tokens_as_the_compressed_arm() -> None:
     small = [*QUICK, "budget.measure=keep", "budget.target=0.25"]
     arms = _arms("vit_digits", "learned,pooled,downsampled,downsampled@0.9,random", *small)

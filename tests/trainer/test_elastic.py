@@ -122,6 +122,9 @@ def test_a_sweep_is_ten_keeps_and_a_curve(tmp_path: Path) -> None:
     for wrong in ("0.1", "0.5:0.1", "0:1", "a:b"):
         with pytest.raises(RecipeError, match=f"--sweep {wrong}"):
             swept(wrong)
+    with pytest.raises(RecipeError, match=r"--sweep 0.0002:1: keeps have three decimals, so that the lowest must be at least 0.001"):
+        swept("0.0002:1")
+    assert swept("0.001:1")[0] == 0.001
     variants = {f"keep {keep}": {"macs_ratio": keep, "accuracy": keep} for keep in swept("0.1:1")}
     result = {
         "target": "run",

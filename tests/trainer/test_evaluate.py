@@ -172,6 +172,13 @@ def test_options_that_a_model_or_task_cannot_have_are_refused(run: Path, console
         evaluate(str(run), recipe, console, options=Options(dense=str(run)))
     with pytest.raises(RecipeError, match="--arms have as many tokens as the stages leave, and the model has no stages"):
         evaluate(str(run.parent / "dense"), recipe, console, options=Options(arms=("pooled",)))
+    for keeps, message in (
+        (["--keep", "0.5"], "--keep is of stages, and the model has none"),
+        (["--sweep", "0.1:1"], "--sweep 0.1:1 is of stages, and the model has none"),
+        (["--sweep", "0.1:1", "--keep", "0.5"], "--keep with --sweep 0.1:1 is of stages, and the model has none"),
+    ):
+        done = CliRunner().invoke(app, ["evaluate", str(run.parent / "dense"), *keeps])
+        assert (done.exit_code != 0, message in done.output) == (True, True), done.output
     for given, message in (
         (["--arms", "uniform"], "--arms uniform: the arms with a smaller input are pooled, downsampled"),
         (["--equal", "latency"], "--equal latency is of --arms, and none is given"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from laconic.data.rows import collate
+from laconic.data.rows import BadRowCount, collate
 from laconic.data.text.packing import Corpus, PackedRows, Tokens
+from laconic.data.text.splits import TextData
 from laconic.modules.tokens.labels import IGNORE_TOKEN
 from laconic.trainer.build.build import build
+from laconic.trainer.build.opened_data import check_rows
+from laconic.trainer.build.validate import validate
 from laconic.trainer.measure.phase_costs import mean_phase_ratio
+from laconic.trainer.measure.results import training_ratio
+from laconic.trainer.recipe.baselines import load_baselines
 from laconic.trainer.recipe.files import load
 from laconic.trainer.recipe.phases import PhasePlan, PhaseRecipe
 from laconic.trainer.run import train, train_arm
@@ -190,7 +196,8 @@ def test_a_step_belongs_to_the_phase_that_its_share_gives_it() -> None:
         ("llm_pretrain_dense", ["phases=[{share: 1, superposition: 4}, {}]"], "add up to 1, and one phase without a share gets the rest"),
         ("llm_pretrain_dense", ["phases=[{share: 0.5, superposition: 4, keep: 0.5}, {}]"], "a phase has one of superposition and keep"),
         ("llm_pretrain_dense", ["phases=[{share: 0.5}, {}]"], "phases has no effect"),
-        ("llm_pretrain_dense", ["phases=[{share: 0.5, superposition: 0}, {}]"], "phases.0.superposition = 0"),
+        ("llm_pretrain_dense", ["phases=[{share: 0.5, superposition: 1}, {}]"], "superposition = 1: .* greater than or equal to 2"),
+        ("llm_pretrain_dense", ["phases=[{share: 0.5, patch_level: 1}, {}]"], "patch_level = 1: .* greater than or equal to 2"),
         (
             "llm_pretrain_dense",
             ["phases=[{share: 0.5, superposition: 4}, {}]", "trainer.max_steps=null", "trainer.max_epochs=1"],
@@ -207,3 +214,58 @@ def test_a_stage_with_an_effect_at_full_length_is_refused(quick: list[str]) -> N
     stages = "compression={stages: [{layer: 1, site: around, scorer: linear, selector: top_k, estimator: gate}]}"
     with pytest.raises(ValueError, match=r"stage 'around_1' has an effect on tokens that are kept"):
         build(load("vit_digits_dense", ["phases=[{share: 0.5, keep: 0.5}, {}]", stages, *quick]).recipe)
+
+
+def test_rows_of_bags_that_are_fewer_than_a_batch_are_refused_before_training(quick: list[str]) -> None:
+    overrides = [*_text(quick), "data.train_samples=2", "data.batch_size=8", "data.sequence_length=512"]
+    with pytest.raises(
+        ValueError, match=r"^phases.0.superposition = 16: rows of bags are 16 times as long as others, .* fewer than a batch of 8"
+    ):
+        validate(load("llm_pretrain_dense", [*overrides, "phases=[{share: 0.5, superposition: 16}, {}]"]).recipe)
+    # As many bags a row, and a batch of fewer rows.
+    validate(load("llm_pretrain_dense", [*overrides, "phases=[{share: 0.5, patch_level: 8}, {}]"]).recipe)
+
+
+def test_bags_that_predict_no_token_are_refused_and_few_are_a_remark(quick: list[str]) -> None:
+    lengths = np.asarray([3, 4, 2, 4] * 40)
+    rows = PackedRows(Corpus([np.ones(lengths.sum(), np.int32)], lengths), Tokens(8, 0, np.ones(40, np.int64)), whole=False)
+    data = TextData(train=rows, validation=rows, test=rows, tokenizer=None, length=8, counted=BadRowCount(0.0))
+
+    def remarks(phase: str, data: TextData = data) -> list[str]:
+        return check_rows(load("llm_pretrain_dense", [*_text(quick), f"phases=[{{share: 0.5, {phase}}}, {{}}]"]).recipe, data)
+
+    with pytest.raises(
+        ValueError, match=r"^phases.0.superposition = 4 predicts no token: no document has more than 4 tokens, .* smaller bag"
+    ):
+        remarks("superposition: 4")
+    # Five of thirteen, less what rows begin with that go on with a document.
+    assert remarks("patch_level: 2") == [
+        "phases.0.patch_level = 2 predicts 34 % of the tokens, as the first bag of a document is not predicted: take a smaller bag, or longer "
+        "documents"
+    ]
+    longer = replace(data, train=PackedRows(Corpus(rows.corpus.tokens, np.asarray([52] * 10)), rows.tokens, whole=False))
+    assert remarks("superposition: 4", longer) == []
+
+
+def test_a_family_without_a_cost_model_has_no_ratio_of_phases(quick: list[str]) -> None:
+    parts = build(load("llm_patch_level", [*_text(quick), "trainer.max_steps=6"]).recipe)
+    assert training_ratio(parts) == pytest.approx(2 / 3)
+    assert training_ratio(replace(parts, cost=None)) is None
+    assert training_ratio(replace(parts, cost=None, phases=None)) == 1.0
+
+
+@pytest.mark.parametrize(("given", "steps"), [([], 1200), (["trainer.max_steps=900"], 600), (["trainer.max_steps=1"], 1)])
+def test_the_dense_control_arm_of_phases_has_its_share_of_other_steps(given: list[str], steps: int) -> None:
+    found = load_baselines(load("llm_patch_level", given), given)
+    assert [arm.recipe.trainer.max_steps for arm in found.arms] == [steps]
+    assert found.notes == []
+
+
+def test_other_phases_leave_the_dense_control_arm_as_it_is_with_a_note() -> None:
+    given = ["phases.0.share=0.5"]
+    found = load_baselines(load("llm_patch_level", given), given)
+    assert [arm.recipe.trainer.max_steps for arm in found.arms] == [1200]
+    (note,) = found.notes
+    assert note.startswith(
+        "control arm llm_pretrain_dense has a length that does not follow phases, which is set: its train_macs may differ"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from laconic.data.rows import collate
 from laconic.trainer.build.build import build
 from laconic.trainer.evaluate import evaluate
 from laconic.trainer.recipe.files import load
-from laconic.trainer.run import train
+from laconic.trainer.run import _leaves_unused, train
 from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base import task_named
 
@@ -94,3 +95,31 @@ def test_evaluation_is_at_full_length_and_bit_equal_to_the_model_without_stages(
 def test_a_stair_larger_than_the_target_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"budget.increment = 2.0 must be in \[0, 1\)"):
         load("llm_random_ltd", ["budget.increment=2"])
+
+
+@pytest.mark.parametrize(
+    ("budget", "unused"),
+    [
+        ("{measure: keep, target: 1, start: 0.5, schedule: step, schedule_until: 0.5}", True),
+        ("{measure: keep, target: 0.5, schedule: linear}", True),
+        ("{measure: keep, target: 0.5, start: 0.75, schedule: linear}", False),
+    ],
+)
+def test_ranks_are_told_of_a_predictor_that_trains_nothing_at_full_length(
+    budget: str, unused: bool, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = "compression={stages: [{layer: 1, scorer: learned, selector: predictor}]}"
+    parts = build(load("vit_digits_dense", [*quick, stages, f"budget={budget}"]).recipe)
+    module = task_named(parts.recipe.task).module(parts)
+    # DDP crashes in the first step that leaves a parameter without gradient, unless it was told.
+    without = set()
+    for step in range(2):
+        monkeypatch.setattr(type(module), "global_step", step)
+        parts.model.zero_grad(set_to_none=True)
+        parts.model.train()
+        module.losses(collate([parts.data.train[index] for index in range(4)]))["loss"].backward()
+        without |= {name for name, parameter in parts.model.named_parameters() if parameter.grad is None}
+    assert bool(without) == unused
+    monkeypatch.setattr(type(module), "global_step", 0)
+    monkeypatch.setattr("laconic.trainer.run.collective", SimpleNamespace(world_size=lambda: 2))
+    assert _leaves_unused(module, parts) == unused

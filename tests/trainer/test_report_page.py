@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from html.parser import HTMLParser
 from pathlib import Path
@@ -125,6 +126,16 @@ def test_a_run_is_shown_with_its_control_arms_curves_cost_and_recipe(tmp_path: P
         "train/loss over training steps; at the end: run 0.08333, dense 0.1667"
     ]
     assert "new/one" in page.text
+
+
+def test_an_unknown_cost_of_training_is_left_out(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    written = json.loads((run / "report.json").read_text())
+    assert written["baselines"]["dense"]["train_macs_ratio"] == 1.0
+    written["baselines"]["dense"]["train_macs_ratio"] = None
+    (run / "report.json").write_text(json.dumps(written))
+    write_page([run], run / "report.html")
+    assert "macs_ratio, mean over training" not in Page(run / "report.html").text
 
 
 def test_text_of_runs_stays_text(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from laconic.trainer.build.build import build
 from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.losses.teachers import SelfTeacher
+from laconic.trainer.measure.results import training_ratio
 from laconic.trainer.recipe.files import load
 from laconic.trainer.recipe.schema import DistillationRecipe
 from laconic.trainer.task_module import TaskModule
@@ -147,6 +148,29 @@ def test_steps_in_which_the_teacher_would_be_the_student_have_none(tmp_path: Pat
         calls.clear()
 
 
+def test_a_causal_model_has_no_teacher_until_its_thresholds_have_seen_scores(tmp_path: Path) -> None:
+    stages = "compression={stages: [{layer: 1, site: around, keep: 0.3, scorer: linear, selector: threshold, estimator: gate}]}"
+    milder = "distillation={teacher: self, milder: {start: 0.2, end: 0.3}}"
+    module, batch = _module("llm_pretrain_dense", tmp_path, stages, milder, "trainer.start_rows=0")
+    assert module.losses(batch)["distillation"] is None
+    assert module.losses(batch)["distillation"] is not None
+    # One with all tokens needs no threshold.
+    module, batch = _module("llm_pretrain_dense", tmp_path, stages, "distillation={teacher: self}", "trainer.start_rows=0")
+    assert module.losses(batch)["distillation"] is not None
+
+
+def test_the_cost_of_training_is_the_mean_over_the_keeps_of_all_steps() -> None:
+    for draws in ("{choices: [0.1, 0.4, 1]}", "{lowest: 0.1, draw: reciprocal}"):
+        parts = build(load("vit_digits_elastic", [*QUICK, "trainer.max_steps=1000", f"training_keep={draws}"]).recipe)
+        drawn, (stage,), cost = parts.recipe.training_keep, stages_of(parts.model), parts.cost
+        assert drawn is not None
+        assert cost is not None
+        exact = [cost({stage: drawn.keep(step, 1000, 0)}).macs_ratio for step in range(1000)]
+        # Three decimals of a keep.
+        assert training_ratio(parts) == pytest.approx(sum(exact) / 1000, rel=1e-3)
+
+
+_AS_MANY = "distillation={teacher: self, keep: 0.3}"
 _PAIRS = ("budget=null", "compression.stages=[{layer: 1, scorer: bipartite, keep: 0.5}]")
 
 
@@ -181,9 +205,33 @@ _PAIRS = ("budget=null", "compression.stages=[{layer: 1, scorer: bipartite, keep
             ["compression.stages=[{layer: 1, scorer: bipartite}]", "budget={measure: keep, target: 1, start: 0.3, schedule: linear}"],
             "and budget.start requests a keep of 0.3",
         ),
+        ("vit_digits_elastic", ["training_keep=null", _AS_MANY], "= 0.3 keeps as many tokens as the student does in every step.*: raise"),
+        ("vit_digits_elastic", ["training_keep={choices: [0.3, 0.3]}", _AS_MANY], "so that no step has a teacher: raise distillation.keep"),
+        ("vit_digits_elastic", ["training_keep={lowest: 0.3, highest: 0.3}", _AS_MANY], "so that no step has a teacher: raise"),
+        ("vit_digits_elastic", ["training_keep={lowest: 0.3, full: 1}", "distillation={teacher: self}"], "no step has a teacher: lower"),
+        ("vit_digits", ["budget.measure=keep", "budget.target=0.3", _AS_MANY], "so that no step has a teacher: raise distillation.keep"),
+        (
+            "vit_digits_elastic",
+            ["training_keep=null", "compression.stages=[{layer: 1, keep: 0.3}, {layer: 0, site: around, keep: 0}]", _AS_MANY],
+            "so that no step has a teacher: raise distillation.keep",
+        ),
         ("text_classify", ["distillation={teacher: dense_self}"], "distillation.teacher = 'dense_self' is for image classifiers, and task"),
     ],
 )
 def test_what_has_no_meaning_is_refused_with_the_cure(name: str, overrides: list[str], message: str) -> None:
     with pytest.raises((RecipeError, ValueError), match=message):
         validate(load(name, [*QUICK, "baselines=[]", *overrides]).recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("vit_digits_elastic", ["training_keep=null", "compression.stages.0.keep=0.25"]),
+        ("vit_digits_elastic", ["training_keep={choices: [0.3], full: 0.5}"]),
+        ("vit_digits_elastic", ["training_keep={lowest: 0.3, highest: 0.3, full: 0.5}"]),
+        ("vit_digits_elastic", ["training_keep={lowest: 0.2, highest: 0.3}"]),
+        ("vit_digits", ["budget={measure: keep, target: 0.3, schedule: linear}"]),
+    ],
+)
+def test_a_teacher_with_the_students_keep_in_some_steps_is_allowed(name: str, overrides: list[str]) -> None:
+    validate(load(name, [*QUICK, "baselines=[]", *overrides, _AS_MANY]).recipe)

@@ -59,6 +59,7 @@ CASES = [
     [("vit_digits", ["trainer.bench_rounds=0"])],
     [("vit_digits", [])],
     [("vit_digits", []), ("vit_digits", ["budget.schedule=constant"])],
+    [("vit_digits", ["budget.schedule=step", "budget.start=0.9"])],
     [("vit_digits", [])],
 ]
 # Where each key is read.

@@ -13,6 +13,8 @@ from ..recipe.schema import Recipe
 
 # Rows of each split that are read.
 READ = 8
+# Share of predicted tokens below which a phase of bags gets a remark.
+FEW = 0.5
 
 
 def check_rows(recipe: Recipe, data: Splits) -> list[str]:
@@ -23,7 +25,7 @@ def check_rows(recipe: Recipe, data: Splits) -> list[str]:
         data: its splits.
 
     Raises:
-        ValueError: a split has no rows, or the training rows are fewer than a batch of all processes.
+        ValueError: a split has no rows, the training rows of a phase are fewer than a batch of all processes, or a phase predicts no token.
         BadRows: more rows are bad than ``data.max_bad_fraction`` allows.
     """
     lines = list(data.remarks)
@@ -31,6 +33,7 @@ def check_rows(recipe: Recipe, data: Splits) -> list[str]:
         return lines
     # Raises for too few rows.
     data.train_batches(recipe.data.batch_size, 1, recipe.seed, 0, processes_of(recipe.trainer))
+    lines += _check_bags(recipe, data)
     splits: dict[str, Any] = {"train": data.train, "validation": data.validation} | ({"test": data.test} if data.has_test else {})
     for split, rows in splits.items():
         if not len(rows):
@@ -41,4 +44,33 @@ def check_rows(recipe: Recipe, data: Splits) -> list[str]:
         count.add(len(chosen), bad)
         if bad:
             lines.append(f"{split}, {len(chosen)} rows read: bad rows {count.summary()}")
+    return lines
+
+
+def _check_bags(recipe: Recipe, data: Splits) -> list[str]:
+    """A line for each phase of bags that predicts few tokens. Raises ValueError if it predicts none, or has fewer rows than a batch."""
+    lines = []
+    for number, phase in enumerate(recipe.phases or ()):
+        if phase.bag is None:
+            continue
+        key, bagged = phase.setting(number), data.in_bags(phase.bag)
+        rows: Any = bagged.train
+        if not rows.predicted:
+            raise ValueError(
+                f"{key} predicts no token: no document has more than {phase.bag} tokens, and the first bag of a document is not predicted; "
+                "take a smaller bag, or longer documents"
+            )
+        try:
+            bagged.train_batches(recipe.data.batch_size // phase.fewer_rows, 1, recipe.seed, 0, processes_of(recipe.trainer))
+        except ValueError as error:
+            raise ValueError(
+                f"{key}: rows of bags are {phase.bag} times as long as others, and there are fewer of them: {error}, take a smaller bag, or "
+                "use more text"
+            ) from None
+        share = rows.predicted / rows.corpus.size
+        if share < FEW:
+            lines.append(
+                f"{key} predicts {100 * share:.0f} % of the tokens, as the first bag of a document is not predicted: take a smaller bag, or "
+                "longer documents"
+            )
     return lines

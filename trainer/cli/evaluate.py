@@ -46,7 +46,8 @@ def evaluate(
         keeps = [*(keep or []), *(swept(sweep) if sweep else [])]
         if plot is not None:
             check_plot(plot, keeps)
-        options = Options(keeps, dense, arms_of(arms, equal), equal, numbers("--batch-sizes", batch_sizes, least=1))
+        given = " with ".join([*(["--keep"] if keep else []), *([f"--sweep {sweep}"] if sweep else [])])
+        options = Options(keeps, dense, arms_of(arms, equal), equal, numbers("--batch-sizes", batch_sizes, least=1), given)
         recipe, weights = recipe_of(target, overrides or [])
         start = start_of(ModelRecipe(name=weights))
         assert start is not None

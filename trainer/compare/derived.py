@@ -23,6 +23,8 @@ ITSELF = ("learned", "compressed")
 DERIVED = {"random": "random", "uniform": "uniform_grid"}
 # Arms whose input is smaller, from the start.
 NAMES = ("pooled", "downsampled")
+# Blocks that such an arm lacks.
+_NOT_SMALLER = ("budget", "training_keep", "phases", "distillation")
 # Selectors that turn any scores into a decision.
 _PLAIN = ("top_k", "threshold")
 
@@ -48,23 +50,26 @@ def with_scorer(main: LoadedRecipe, scorer: str, common: Sequence[str]) -> list[
     chosen = [_chosen_by(stage, scorer) for stage in compression.stages]
     if _has_method(main.source, common):
         return [*common, f"compression.scorer={scorer}", "compression.estimator=null"]
-    return [_block("compression", {**compression.to_dict(), "stages": chosen}), *_without_stages(common)]
+    return [_block("compression", {**compression.to_dict(), "stages": chosen}), *_without(common, "compression")]
 
 
 def at_ratio(source: str, overrides: Sequence[str], ratio: float) -> list[str]:
-    """Overrides of a recipe at another ``macs_ratio``: that of its budget, or in place of its stages' own keeps.
+    """Overrides of a recipe at another ``macs_ratio``: that of its budget, or in place of its stages' own keeps, drawn keeps and phases.
 
     Raises:
         RecipeError: it has no stages.
     """
     main = load(source, [item for item in overrides if "{seed}" not in item])
-    compression, budget = _stages(main), f"budget={{measure: macs_ratio, target: {ratio}}}"
+    compression = _stages(main)
     if main.recipe.budget is not None:
         return [*overrides, "budget.measure=macs_ratio", f"budget.target={ratio}"]
+    # Drawn keeps and phases would set the keeps of the same steps.
+    other = [f"budget={{measure: macs_ratio, target: {ratio}}}", "training_keep=null", "phases=null"]
+    overrides = _without(overrides, "training_keep", "phases")
     if _has_method(source, overrides):
-        return [*overrides, "compression.keep=null", budget]
+        return [*overrides, "compression.keep=null", *other]
     stages = [replace(stage, **({} if stage.left_out else {"keep": None, "tokens": None})) for stage in compression.stages]
-    return [_block("compression", compression.with_stages(stages).to_dict()), *_without_stages(overrides), budget]
+    return [_block("compression", compression.with_stages(stages).to_dict()), *_without(overrides, "compression"), *other]
 
 
 def smaller_input(main: LoadedRecipe, name: str, common: Sequence[str]) -> list[str]:
@@ -86,9 +91,9 @@ def smaller_input(main: LoadedRecipe, name: str, common: Sequence[str]) -> list[
     made(main.recipe, 1.0)
     keep = validate(main.recipe).mean_keep
     if name == "pooled":
-        kept = [item for item in _without_stages(common) if not item.startswith(("budget", "training_keep", "distillation"))]
+        kept = _without(common, "compression", *_NOT_SMALLER)
         # A teacher would see the smaller input too, and of another size most have no weights: neither arm has one.
-        return [*made(main.recipe, round(keep, 4)), "budget=null", "training_keep=null", "distillation=null", *kept]
+        return [*made(main.recipe, round(keep, 4)), *(f"{block}=null" for block in _NOT_SMALLER), *kept]
     return [*dense(common), *made(main.recipe, round(main.recipe.model.image_scale * math.sqrt(keep), 4))]
 
 
@@ -120,9 +125,9 @@ def _chosen_by(stage: StageConfig, scorer: str) -> dict[str, Any]:
     return {**data, "scorer": PartConfig(scorer).to_dict(), "estimator": None, **({"merger": "drop"} if merger.needs_partner else {})}
 
 
-def _without_stages(overrides: Sequence[str]) -> list[str]:
-    """Overrides of all but the stages."""
-    return [item for item in overrides if not item.startswith(("compression.", "compression="))]
+def _without(overrides: Sequence[str], *blocks: str) -> list[str]:
+    """Overrides of all but these blocks."""
+    return [item for item in overrides if item.partition("=")[0].split(".")[0] not in blocks]
 
 
 def _block(key: str, data: Any) -> str:

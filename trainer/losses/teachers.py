@@ -11,7 +11,7 @@ from transformers import AutoModelForImageClassification, PretrainedConfig, PreT
 from ...modules.budget.schedules import linear, progress
 from ...modules.checkpoints.base_weights import check_weights
 from ...modules.checkpoints.foreign_config import load_config
-from ...modules.stage import stages_of
+from ...modules.stage import Stage, stages_of
 from ...modules.tokens.trace import Trace
 from ..build.initial_weights import start_of
 from ..build.model_settings import set_outputs
@@ -87,11 +87,13 @@ class SelfTeacher:
         return None if teacher == student else teacher
 
     def __call__(self, task: Any, student: PreTrainedModel, batch: Mapping[str, Any], trace: Trace | None) -> Taught | None:
-        """What the model says with the teacher's keeps; None in a step in which these are the student's. Arguments as of GivenTeacher."""
+        """What the model says with the teacher's keeps; None in a step in which these are the student's, or in which a threshold that they
+        need has seen no score: the student's training forward sets it. Arguments as of GivenTeacher.
+        """
         assert trace is not None
         assert isinstance(trace.step, int)
         keep = self.keeps(trace.keep, trace.step)
-        if keep is None:
+        if keep is None or any(_unset(stage, keep[name]) for name, stage in stages_of(student).items()):
             return None
         other = Trace(step=trace.step, seed=trace.seed, sample_ids=trace.sample_ids, keep=keep, lookahead=True)
         # In evaluation mode thresholds do not follow the teacher's scores.
@@ -100,6 +102,11 @@ class SelfTeacher:
             taught: Taught = task.teach(student, batch, self.recipe, trace=other)
         student.train()
         return taught
+
+
+def _unset(stage: Stage, keep: float) -> bool:
+    """True if a causal stage cannot decide at this keep, because its threshold has seen no score yet."""
+    return keep not in (0, 1) and stage.adapter.causal and stage.selector.uncalibrated
 
 
 def teacher_of(parts: RunParts) -> GivenTeacher | SelfTeacher | None:

@@ -32,12 +32,12 @@ class Arm:
         keep: ``requested`` and ``achieved`` keep by stage.
         stacks: by stack of a vision-language model, ``requested`` and ``achieved`` of ``visual_keep``, visual tokens processed ÷ present
             as a mean over its layers, and of its ``macs_ratio``; empty for other models.
-        macs_ratio: mean over the held-out rows, from the token counts of each row.
-        mean_token_fraction: mean over the held-out rows.
+        macs_ratio: MACs of the held-out rows, from the token counts of each, ÷ those in the dense model.
+        mean_token_fraction: tokens of the held-out rows likewise, mean over layers.
         train_seconds: seconds of training steps, with loading.
         per_second: images or tokens per second, by the task's unit, over ``train_seconds``; None if nothing was trained.
         train_macs_ratio: MACs of the training steps ÷ those of as many dense steps, from the budget's schedule, the drawn keeps or the
-            phases.
+            phases; None for phases of a family without a cost model.
         train_macs: multiply-accumulates of the trained model's forwards, of rows of the configured size, without those of a teacher; None
             without a cost model.
         phases: steps, amount, seconds and MACs of each phase; empty if the run has no phases.
@@ -63,7 +63,7 @@ class Arm:
     mean_token_fraction: float
     train_seconds: float
     per_second: float | None = None
-    train_macs_ratio: float = 1.0
+    train_macs_ratio: float | None = 1.0
     train_macs: int | None = None
     phases: Sequence[Mapping[str, Any]] = ()
     step_seconds: float | None = None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...modules.cost.cost import Cost
 from ..build.parts import RunParts
 from ..build.trainable import parameter_counts
 from ..callbacks.progress import StepLine
@@ -16,6 +16,9 @@ from .bench import Bench
 from .phase_costs import mean_phase_ratio, phase_facts, training_rows
 from .report import Arm, Report, versions, with_bench
 from .tables import cost_rows
+
+# Steps over which the mean of drawn keeps is taken.
+_STEPS = 20_000
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Trained:
 def arm_of(recipe: str, parts: RunParts, module: TaskModule, line: StepLine) -> Arm:
     """The results of a trained arm, without its measured speed."""
     cost, throughput = None if parts.cost is None else parts.cost(), line.throughput
-    ratio = 1.0 if cost is None else _training_ratio(parts, cost)
+    ratio = training_ratio(parts)
     return Arm(
         recipe=recipe,
         quality=module.quality.value,
@@ -43,7 +46,7 @@ def arm_of(recipe: str, parts: RunParts, module: TaskModule, line: StepLine) -> 
         train_seconds=throughput.seconds,
         per_second=throughput.mean,
         train_macs_ratio=ratio,
-        train_macs=None if cost is None else round(training_rows(parts) * cost.dense_macs * ratio),
+        train_macs=None if cost is None or ratio is None else round(training_rows(parts) * cost.dense_macs * ratio),
         phases=phase_facts(parts, line.spent),
         parameters=parameter_counts(parts.model),
         stacks={
@@ -61,20 +64,23 @@ def _target(parts: RunParts, measure: str) -> float | None:
     return None if parts.budget is None or parts.budget.config.measure != measure else parts.budget.config.target
 
 
-def _training_ratio(parts: RunParts, cost: Cost) -> float:
-    """Mean ``macs_ratio`` of the student's forward in training."""
+def training_ratio(parts: RunParts) -> float | None:
+    """Mean ``macs_ratio`` of the student's forward in training; None if it is unknown: of phases, without a cost model."""
+    if parts.cost is None:
+        return 1.0 if parts.phases is None else None
     if parts.budget is not None:
         return parts.budget.training_macs_ratio
     if parts.phases is not None:
         return mean_phase_ratio(parts, parts.phases)
     drawn = parts.recipe.training_keep
     if drawn is None:
-        return cost.macs_ratio
-    assert parts.cost is not None
-    steps = range(0, parts.total_steps, max(1, parts.total_steps // 200))
-    keeps = [drawn.keep(step, parts.total_steps, parts.recipe.seed) for step in steps]
+        return parts.cost().macs_ratio
+    number = min(parts.total_steps, _STEPS)
+    keeps = (drawn.keep(parts.total_steps * place // number, parts.total_steps, parts.recipe.seed) for place in range(number))
+    # With three decimals, so that at most a thousand costs are computed.
+    times = Counter(max(0.001, round(keep, 3)) for keep in keeps)
     moved = [stage.config.key for stage in parts.cost.stages if not stage.config.left_out]
-    return sum(parts.cost(dict.fromkeys(moved, keep)).macs_ratio for keep in keeps) / len(keeps)
+    return sum(steps * parts.cost(dict.fromkeys(moved, keep)).macs_ratio for keep, steps in times.items()) / number
 
 
 def ratio_of(arm: Arm, parts: RunParts) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Baselines:
 
     Attributes:
         arms: the recipes, in the order of their training.
-        notes: why an arm is left out, one line each.
+        notes: why an arm is left out, or costs more or less training than the recipe, one line each.
     """
 
     arms: list[LoadedRecipe]
@@ -33,20 +33,31 @@ def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> Baselines:
     into the recipe leave out the arms that they make incomparable: arms with stages of their own, those of another model, and for a dense
     recipe the dense ones.
 
+    A recipe with phases and its dense arms have numbers of steps of one cost: an override of ``trainer.max_steps`` changes both by one factor.
+
     Raises:
         RecipeError: an arm is not comparable with the recipe as it is written.
     """
     arms, notes = [], []
     other = next((path for path in (item.partition("=")[0] for item in overrides) if defines(path)), None)
     for name in loaded.recipe.baselines:
-        dense = load(name).recipe.compression is None
-        arm = load(name, [item for item in overrides if shared(item, dense)])
+        as_written = load(name).recipe
+        dense = as_written.compression is None
+        given = [item for item in overrides if shared(item, dense)]
+        if dense and loaded.recipe.phases:
+            given += _scaled_length(loaded, as_written, overrides)
+        arm = load(name, given)
         if other is not None and (reason := incomparable(loaded.recipe, arm.recipe)) is not None:
             notes.append(f"control arm {name} is left out, because {other} is set: {reason}")
             continue
         own = ("distillation", "lora", "training_keep", "phases") if arm.recipe.compression is not None else ()
         check_alike(loaded, arm, ("model", *own))
         arms.append(arm)
+        if dense and loaded.recipe.phases and any(_head(item) == "phases" for item in overrides):
+            notes.append(
+                f"control arm {name} has a length that does not follow phases, which is set: its train_macs may differ from that of {loaded.name}; "
+                "laconic compare --equal time compares them at equal time"
+            )
     return Baselines(arms, notes)
 
 
@@ -65,6 +76,18 @@ def check_alike(main: LoadedRecipe, arm: LoadedRecipe, blocks: Sequence[str] = (
     length = () if main.recipe.phases and arm.recipe.compression is None else ("max_steps",)
     for key in (*length, "max_epochs", "accumulate", "precision", "devices", "num_nodes"):
         _require_equal(main, arm, f"trainer.{key}", getattr(main.recipe.trainer, key), getattr(arm.recipe.trainer, key), otherwise)
+
+
+def _scaled_length(loaded: LoadedRecipe, arm: Recipe, overrides: Sequence[str]) -> list[str]:
+    """Override of a dense arm's steps, by the factor by which overrides have changed those of a recipe with phases."""
+    steps, own, of_arm = loaded.recipe.trainer.max_steps, load(loaded.source).recipe.trainer.max_steps, arm.trainer.max_steps
+    if steps is None or own is None or of_arm is None or all(_head(item) != "trainer" for item in overrides):
+        return []
+    return [f"trainer.max_steps={max(1, round(steps * of_arm / own))}"]
+
+
+def _head(override: str) -> str:
+    return override.partition("=")[0].partition(".")[0]
 
 
 def incomparable(main: Recipe, arm: Recipe) -> str | None:

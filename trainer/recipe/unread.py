@@ -185,6 +185,12 @@ TABLE = (
         "budget.schedule = 'constant' has the target from the first step: remove it, or set budget.schedule to linear, cosine, reciprocal or step",
     ),
     Unread(
+        ("budget.schedule_from",),
+        lambda r: r.budget is not None and r.budget.schedule == "step",
+        "budget.schedule = 'step' changes the target at budget.schedule_until alone: remove it, or set budget.schedule to linear, cosine or "
+        "reciprocal",
+    ),
+    Unread(
         ("budget.noise_until",),
         lambda r: r.budget is not None and r.budget.noise == 0,
         "budget.noise is 0: remove it, or set budget.noise",

@@ -148,7 +148,7 @@ def _own(report: Report) -> Arm:
             "mean_token_fraction_requested": report.mean_token_fraction_requested,
             "train_seconds": _measured(report.train_seconds),
             "per_second": report.throughput.get("per_second"),
-            "train_macs_ratio": _measured(report.train_macs_ratio),
+            "train_macs_ratio": report.train_macs_ratio,
             "step_seconds": report.step_time.get(own),
             "speedup": report.step_time.get("speedup"),
             "of_oracle": report.step_time.get("of_oracle"),

@@ -11,8 +11,8 @@ from ..errors import RecipeError
 from .figures import plain, save
 from .target import check_target
 
-# Keeps of a sweep.
-_POINTS = 10
+# Keeps of a sweep, and the least one that its decimals allow.
+_POINTS, _LEAST = 10, 0.001
 
 
 def swept(sweep: str) -> list[float]:
@@ -28,6 +28,8 @@ def swept(sweep: str) -> list[float]:
         raise RecipeError(f"--sweep {sweep} must be LOWEST:HIGHEST, two keeps: 0.1:1 for example") from None
     if not 0 < low < high <= 1:
         raise RecipeError(f"--sweep {sweep}: keeps must be in (0, 1], the lowest first: the fraction that is kept, not removed")
+    if low < _LEAST:
+        raise RecipeError(f"--sweep {sweep}: keeps have three decimals, so that the lowest must be at least {_LEAST:g}")
     return [round(low + (high - low) * point / (_POINTS - 1), 3) for point in range(_POINTS)]
 
 
