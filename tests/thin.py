@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+import pytest
 
 
 class Named(Protocol):
@@ -26,3 +28,12 @@ def thinned(pairs: Sequence[tuple[str, Row]], families: Collection[str], methods
     if missing:
         raise ValueError(f"{', '.join(sorted(missing))}: no family or method of these pairs")
     return [(family, method) for family, method in pairs if family in families or method.name in methods]
+
+
+def pairs(every: Sequence[tuple[str, Any]], often: Sequence[tuple[str, Any]]) -> pytest.MarkDecorator:
+    """Parametrizes families and methods; slow where others show the same."""
+    marked = [
+        pytest.param(family, method, id=f"{family}-{method.name}", marks=() if (family, method) in often else pytest.mark.slow)
+        for family, method in every
+    ]
+    return pytest.mark.parametrize(("family", "method"), marked)

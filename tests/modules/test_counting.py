@@ -11,6 +11,7 @@ from laconic.modules.cost.cost import CostModel
 from laconic.modules.cost.count_rules import COUNT_RULES, StageCount, cosine_keep, tokens_kept
 from laconic.modules.cost.shape import LayerTokens, StackShape
 from tests.matrix import PAIRS, Method, compressed, dense, images, inputs
+from tests.thin import pairs, thinned
 
 
 def _vit(width: int, layers: int, patch: int = 16, side: int = 224) -> StackShape:
@@ -109,7 +110,7 @@ def test_a_keep_outside_its_range_is_refused(keep: float) -> None:
 def test_the_cosine_rule_is_that_of_p_mod() -> None:
     assert [round(cosine_keep(0.5, layer, 32), 4) for layer in (0, 5, 10, 16, 31)] == [1, 0.9372, 0.7645, 0.4747, 0]
     assert sum(cosine_keep(0.5, layer, 32) for layer in range(32)) / 32 == pytest.approx(0.5)
-    assert [COUNT_RULES["cosine"](576, 0.5, StageCount(576, layer, 32)) for layer in (0, 5, 31)] == [576, 540, 0]
+    assert [COUNT_RULES["cosine"](576, 0.5, StageCount(576, layer, 32, 0)) for layer in (0, 5, 31)] == [576, 540, 0]
     # Limited to what a fraction can be.
     assert (cosine_keep(0.8, 0, 32), cosine_keep(0.2, 31, 32)) == (1, 0)
 
@@ -122,7 +123,7 @@ def test_count_rules_agree_on_numbers_and_tensors(rule: str) -> None:
         assert many.tolist() == [COUNT_RULES[rule](n, keep, StageCount(n, 1)) for n in range(1, 400)]
 
 
-@pytest.mark.parametrize(("family", "method"), PAIRS, ids=lambda value: getattr(value, "name", value))
+@pairs(PAIRS, thinned(PAIRS, ["vit"], ("learned", "gumbel", "around", "tome")))
 def test_analytic_macs_equal_a_counter_on_the_real_module(family: str, method: Method) -> None:
     model = compressed(family, method, 0.5, 0.6, attn_implementation="eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

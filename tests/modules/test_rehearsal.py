@@ -21,7 +21,7 @@ from laconic import modules as package
 from laconic.modules.tokens.ragged import Packing
 from tests import matrix
 from tests.matrix import decoders, encoders
-from tests.thin import thinned
+from tests.thin import pairs, thinned
 
 ROOT = Path(package.__file__ or "").resolve().parent
 
@@ -36,15 +36,6 @@ def _step(model: PreTrainedModel, inputs: dict[str, Tensor], labels: Tensor) -> 
     if trace.auxiliary_loss is not None:
         loss = loss + trace.auxiliary_loss
     loss.backward()
-
-
-def pairs(every: list[tuple[str, Any]], often: list[tuple[str, Any]]) -> pytest.MarkDecorator:
-    """Families and methods; slow where others show the same."""
-    marked = [
-        pytest.param(family, method, id=f"{family}-{method.name}", marks=() if (family, method) in often else pytest.mark.slow)
-        for family, method in every
-    ]
-    return pytest.mark.parametrize(("family", "method"), marked)
 
 
 # Rows that keep different numbers have numbers that the host must know to lay out the next tensor.

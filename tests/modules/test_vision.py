@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from laconic import decompress
 from tests.matrix import BACKBONES, FAMILIES, METHODS, PAIRS, Method, compressed, images, traced
+from tests.thin import pairs, thinned
 
 each_family = pytest.mark.parametrize("family", BACKBONES)
 
@@ -25,11 +26,10 @@ class _Given(nn.Module):
         return (self.hidden, None, None) if "noise" in kwargs else self.hidden
 
 
-@pytest.mark.parametrize(
-    ("family", "method"),
-    [pair for pair in PAIRS if FAMILIES[pair[0]].padded and not pair[1].positional],
-    ids=lambda value: getattr(value, "name", value),
-)
+PADDED = [pair for pair in PAIRS if FAMILIES[pair[0]].padded and not pair[1].positional]
+
+
+@pairs(PADDED, thinned(PADDED, ["vit"], ["learned"]))
 def test_5_left_and_right_padding_are_alike(family: str, method: Method) -> None:
     # A bias by place makes left and right differ by design; BEiT is tested without it.
     model = compressed(family, method, 0.5, 0.6, **({"use_relative_position_bias": False} if family == "beit" else {}))
