@@ -10,7 +10,7 @@ from torch import Tensor
 from ..cost.cost import CostModel
 from ..stage import Stage
 from ..tokens.trace import Routing, Trace
-from .regularizers.base import mean_and_any
+from .regularizers.base import kept_of_rows, kept_share, mean_and_any
 
 Reduce = Callable[[Tensor], Tensor] | None
 
@@ -47,11 +47,11 @@ def gaps_of(
     zero = torch.zeros(1, device=next(iter(trace.routings.values())).scores.device)
     counts = {key: kept_by_row(trace.routings[key], widths[key]) if key in trace.routings else (zero, zero) for key in keys}
     if measure == "keep":
-        shares = {key: _share(counts[key], over_ranks) for key in keys}
+        shares = {key: kept_share(*counts[key], over_ranks) for key in keys}
         return {key: (share - requested[key]) * there for key, (share, there) in shares.items()}
     if len({stage.config.stack for stage in held}) > 1:
         # The rows of stacks differ, images and texts: a mean of each stands for all.
-        shares = {key: _share(counts[key], over_ranks) for key in keys}
+        shares = {key: kept_share(*counts[key], over_ranks) for key in keys}
         keep = {key: torch.where(there, share, requested[key]) for key, (share, there) in shares.items()}
         some = torch.stack([there for _, there in shares.values()]).any()
         soft = cost.soft(_of_all(trace, cost, keep), measure)
@@ -78,8 +78,7 @@ def kept_by_row(routing: Routing, width: Tensor) -> tuple[Tensor, Tensor]:
     """
     soft = ((routing.scores / width).sigmoid() * routing.routable).sum(-1)
     present = routing.routable.sum(-1)
-    count = routing.kept.to(soft.dtype) if isinstance(routing.kept, Tensor) else torch.full_like(soft, routing.kept)
-    return count + soft - soft.detach(), present
+    return kept_of_rows(routing, soft.detach()) + soft - soft.detach(), present
 
 
 def mean_and_spread(routing: Routing | None, zero: Tensor, over_ranks: Reduce = None) -> tuple[Tensor, Tensor]:
@@ -114,13 +113,6 @@ def kernel_width(mean: Tensor, spread: Tensor, noise: float | Tensor) -> Tensor:
     return (torch.maximum(half, noise) if isinstance(noise, Tensor) else half.clamp(min=noise)).clamp(min=0.05)
 
 
-def _share(count: tuple[Tensor, Tensor], over_ranks: Reduce) -> tuple[Tensor, Tensor]:
-    """Kept ÷ present tokens of all processes, 0 without any, and whether there are any."""
-    kept, present = count
-    weight = present.to(kept.dtype)
-    return mean_and_any(kept / weight.clamp(min=1), weight, over_ranks)
-
-
 def _achieved(trace: Trace, cost: CostModel, measure: str, soft: Tensor, over_ranks: Reduce) -> Tensor:
     """Scalar without gradient: the measure over the rows of all processes, as a report counts it. Synchronises with the device."""
     uses = cost.uses(trace)
@@ -144,6 +136,7 @@ def _of_all(trace: Trace, cost: CostModel, keep: Mapping[str, Tensor]) -> dict[s
         if stage.config.follows is not None and stage.reads in found:
             found[key] = found[str(stage.reads)]
         elif routing is not None and routing.requested:
-            kept, present = (torch.as_tensor(count, device=like.device, dtype=like.dtype) for count in (routing.kept, routing.present))
+            present = routing.routable.sum(-1).to(like.dtype)
+            kept = kept_of_rows(routing, present)
             found[key] = kept / present.clamp(min=1) if like.dim() else kept.sum() / present.sum().clamp(min=1)
     return found

@@ -57,11 +57,15 @@ def mean_keep(routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -
     return mean_and_any(soft, routing.routable.sum(-1).to(soft.dtype), over_ranks)
 
 
-def share_of_rows(routing: Routing, over_ranks: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Scalar without gradient: kept ÷ present routable tokens of all processes."""
-    weight = routing.routable.sum(-1).to(routing.scores.dtype)
-    kept = torch.as_tensor(routing.kept, device=weight.device).expand_as(weight)
-    return mean_and_any(kept / weight.clamp(min=1), weight, over_ranks)[0]
+def kept_of_rows(routing: Routing, like: Tensor) -> Tensor:
+    """(B,) routable tokens that leave the stage, in the type of ``like``, without waiting for the device."""
+    return routing.kept.to(like.dtype) if isinstance(routing.kept, Tensor) else torch.full_like(like, routing.kept)
+
+
+def kept_share(kept: Tensor, present: Tensor, over_ranks: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Scalars: (B,) kept ÷ (B,) present tokens of all processes, 0 without any, and whether there are any."""
+    weight = present.to(kept.dtype)
+    return mean_and_any(kept / weight.clamp(min=1), weight, over_ranks)
 
 
 def by_place(routing: Routing, places: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +76,8 @@ def by_place(routing: Routing, places: int) -> tuple[Tensor, Tensor]:
     weight = routing.routable.to(soft.dtype)
     last = (position + 1).masked_fill(~routing.routable, 0).amax(-1, keepdim=True)
     # Padding on the left moves positions up.
-    last = torch.maximum(last, torch.as_tensor(routing.length, device=last.device).view(-1, 1)).clamp(min=1)
+    length = routing.length
+    last = torch.maximum(last, length.view(-1, 1)).clamp(min=1) if isinstance(length, Tensor) else last.clamp(min=max(1, length))
     place = (position * places // last).clamp(0, places - 1)
     empty = soft.new_zeros(len(soft), places)
     return empty.scatter_add(1, place, soft * weight), empty.scatter_add(1, place, weight)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...cost.cost import CostModel
 from ...tokens.trace import Routing
-from .base import Regularizer, mean_keep, share_of_rows
+from .base import Regularizer, kept_of_rows, kept_share, mean_keep
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,11 @@ class MacsSquared(Regularizer):
     ) -> Tensor:
         keeps = {routing.stage: mean_keep(routing, over_ranks)[0] for routing in routings}
         if any(routing.free for routing in routings):
-            keeps |= {routing.stage: share_of_rows(routing, over_ranks) for routing in routings if not routing.free}
+            fixed = {routing.stage: (routing, routing.routable.sum(-1).float()) for routing in routings if not routing.free}
+            keeps |= {
+                name: kept_share(kept_of_rows(routing, present), present, over_ranks)[0] for name, (routing, present) in fixed.items()
+            }
         soft = cost.soft(keeps)
-        if target is None:
-            wanted = cost.soft({routing.stage: soft.new_full((), routing.requested) for routing in routings})
-        else:
-            wanted = torch.as_tensor(target, dtype=soft.dtype, device=soft.device)
-        return (soft - wanted).square()
+        if target is not None:
+            return (soft - target).square()
+        return (soft - cost.soft({routing.stage: soft.new_full((), routing.requested) for routing in routings})).square()
