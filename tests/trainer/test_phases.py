@@ -21,6 +21,7 @@ from laconic.modules.tokens.labels import IGNORE_TOKEN
 from laconic.trainer.build.build import build
 from laconic.trainer.build.opened_data import check_rows
 from laconic.trainer.build.validate import validate
+from laconic.trainer.compare.arms import arms_of
 from laconic.trainer.measure.phase_costs import mean_phase_ratio
 from laconic.trainer.measure.results import training_ratio
 from laconic.trainer.recipe.baselines import load_baselines
@@ -259,6 +260,9 @@ def test_the_dense_control_arm_of_phases_has_its_share_of_other_steps(given: lis
     found = load_baselines(load("llm_patch_level", given), given)
     assert [arm.recipe.trainer.max_steps for arm in found.arms] == [steps]
     assert found.notes == []
+    # As an arm of a comparison it is the same recipe.
+    (compared,) = arms_of("llm_patch_level", ["llm_pretrain_dense"], given)[1]
+    assert compared.load(0).trainer.max_steps == steps
 
 
 def test_other_phases_leave_the_dense_control_arm_as_it_is_with_a_note() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..distributed.resume import differences
 from ..errors import RecipeError
-from ..recipe.baselines import check_alike, defines, incomparable, shared
+from ..recipe.baselines import check_alike, defines, incomparable, scaled_length, shared
 from ..recipe.files import SHIPPED, LoadedRecipe, find, load
 from ..recipe.methods import methods
 from ..recipe.schema import Recipe
@@ -177,8 +177,8 @@ def _beside(main: LoadedRecipe, name: str) -> str | None:
 
 def _of_file(main: LoadedRecipe, source: str, common: Sequence[str], replaced: bool) -> tuple[str, list[str]]:
     """An arm with a recipe of its own. Raises RecipeError if it has other samples or another length."""
-    all_tokens = load(source).recipe.compression is None
-    overrides = [item for item in common if shared(item, all_tokens)]
+    written = load(source).recipe
+    overrides = [item for item in common if shared(item, written.compression is None)] + scaled_length(main, written, common)
     arm = load(source, _of_first(overrides, source))
     if replaced and (reason := incomparable(main.recipe, arm.recipe)) is not None:
         raise RecipeError(f"not comparable with the stages of the overrides: {reason}")

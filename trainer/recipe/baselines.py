@@ -44,8 +44,7 @@ def load_baselines(loaded: LoadedRecipe, overrides: Sequence[str]) -> Baselines:
         as_written = load(name).recipe
         dense = as_written.compression is None
         given = [item for item in overrides if shared(item, dense)]
-        if dense and loaded.recipe.phases:
-            given += _scaled_length(loaded, as_written, overrides)
+        given += scaled_length(loaded, as_written, overrides)
         arm = load(name, given)
         if other is not None and (reason := incomparable(loaded.recipe, arm.recipe)) is not None:
             notes.append(f"control arm {name} is left out, because {other} is set: {reason}")
@@ -78,10 +77,12 @@ def check_alike(main: LoadedRecipe, arm: LoadedRecipe, blocks: Sequence[str] = (
         _require_equal(main, arm, f"trainer.{key}", getattr(main.recipe.trainer, key), getattr(arm.recipe.trainer, key), otherwise)
 
 
-def _scaled_length(loaded: LoadedRecipe, arm: Recipe, overrides: Sequence[str]) -> list[str]:
-    """Override of a dense arm's steps, by the factor by which overrides have changed those of a recipe with phases."""
+def scaled_length(loaded: LoadedRecipe, arm: Recipe, overrides: Sequence[str]) -> list[str]:
+    """Override of a dense arm's steps, by the factor by which overrides have changed those of a recipe with phases; none of other recipes."""
     steps, own, of_arm = loaded.recipe.trainer.max_steps, load(loaded.source).recipe.trainer.max_steps, arm.trainer.max_steps
-    if steps is None or own is None or of_arm is None or all(_head(item) != "trainer" for item in overrides):
+    if not loaded.recipe.phases or arm.compression is not None or all(_head(item) != "trainer" for item in overrides):
+        return []
+    if steps is None or own is None or of_arm is None:
         return []
     return [f"trainer.max_steps={max(1, round(steps * of_arm / own))}"]
 
