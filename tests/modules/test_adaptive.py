@@ -218,7 +218,9 @@ def test_macs_of_a_forward_are_the_mean_over_its_rows() -> None:
 
 
 @pytest.mark.parametrize("regularizer", ["macs_squared", pytest.param("ratio_mse", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("selector", ["gumbel", {"name": "threshold", "calibrate": False}], ids=["gumbel", "threshold"])
+@pytest.mark.parametrize(
+    "selector", ["gumbel", pytest.param({"name": "threshold", "calibrate": False}, marks=pytest.mark.slow)], ids=["gumbel", "threshold"]
+)
 def test_a_regularizer_holds_the_ratio_of_what_was_really_kept(regularizer: str, selector: Any) -> None:
     plain = dense("vit")
     config = CompressionConfig([StageConfig(layer=1, scorer={"name": "learned", "detach": True}, selector=selector)])

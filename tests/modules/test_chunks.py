@@ -150,7 +150,9 @@ def test_the_ratio_loss_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "selector", ["threshold", {"name": "threshold", "calibrate": False}, "gumbel"], ids=["calibrated", "half", "gumbel"]
+    "selector",
+    [pytest.param("threshold", marks=pytest.mark.slow), {"name": "threshold", "calibrate": False}, "gumbel"],
+    ids=["calibrated", "half", "gumbel"],
 )
 @pytest.mark.parametrize("merger", ["drop", pytest.param("chunk_mean", marks=pytest.mark.slow)])
 def test_training_holds_the_ratio_and_teaches_the_router(selector: Any, merger: str) -> None:

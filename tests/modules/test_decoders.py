@@ -11,14 +11,17 @@ from torch import Tensor
 
 from laconic import CompressionConfig, StageConfig, Trace, compress, stages_of
 from laconic.modules.decoding.cache import RoutedCache
+from tests import thin
 from tests.matrix import Method, stack_of
 from tests.matrix.decoders import DEPLOYED, FAMILIES, METHODS, PAIRS, VOCABULARY, compressed, dense, left_padded, tokens, traced
 from tests.thin import thinned
 
 names = {"ids": lambda value: getattr(value, "name", value)}
 families = pytest.mark.parametrize("family", FAMILIES)
-pairs = pytest.mark.parametrize(("family", "method"), PAIRS, **names)
-deployed = pytest.mark.parametrize(("family", "method"), DEPLOYED, **names)
+# Each kind of selector, of estimator and of site with every family.
+KINDS = ("threshold", "gate_random", "gate_predictor_mlp", "gumbel", "threshold_attention", "chunk_mean")
+pairs = thin.pairs(PAIRS, often=thinned(PAIRS, ["llama"], KINDS))
+deployed = thin.pairs(DEPLOYED, often=thinned(DEPLOYED, ["llama"], KINDS))
 # Generation is a loop around the steps that test_7_prefill takes with every pair.
 generating = pytest.mark.parametrize(
     ("family", "method"), thinned(DEPLOYED, ["llama"], ("predictor", "gate_random", "threshold_attention", "chunk_mean")), **names

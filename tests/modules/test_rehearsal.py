@@ -56,7 +56,7 @@ def test_a_training_step_on_images_asks_no_device(family: str, method: matrix.Me
 TEXT = [(family, method) for family, method in encoders.PAIRS if not method.adaptive]
 
 
-@pytest.mark.parametrize(("family", "method"), TEXT, ids=lambda value: getattr(value, "name", value))
+@pairs(TEXT, often=thinned(TEXT, ["bert"], ["learned"]))
 def test_a_training_step_on_texts_asks_no_device(family: str, method: matrix.Method) -> None:
     with torch.device("meta"):
         model = compress(encoders.dense(family), method.config(0.5, 0.6))

@@ -77,7 +77,7 @@ def test_a_model_with_thresholds_keeps_what_is_requested_at_any_keep(name: str, 
         for parameter in stage.scorer.parameters():
             parameter.data.normal_(0, 1, generator=generator)
     batch = torch.randn(16, *images().shape[1:], generator=generator) if name == "vit" else torch.randint(48, (16, 24), generator=generator)
-    for step in range(200):
+    for step in range(100):
         keep = 0.1 + 0.8 * (7 * step % 25) / 25
         with torch.no_grad():
             model(batch, trace=Trace(step=step, keep=dict.fromkeys(stages_of(model), keep)))
