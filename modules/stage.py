@@ -341,7 +341,7 @@ class Stage(CountsTokens, nn.Module):
             mean = present.double().mean() if isinstance(present, Tensor) else present
             added = self.merger.extra / max(float(mean), 1.0)
             keep, own = max(float(keep - added), 1e-6), None if own is None else max(float(own - added), 1e-6)
-        request = Request(keep, selected, site.hidden_states, trace.lookahead, own=own)
+        request = Request(keep, selected, site.hidden_states, trace.lookahead, own=own, alone=trace.alone)
         if not self.selector.draws and (self.estimator is None or (isinstance(trace.noise, float) and trace.noise == 0)):
             return request
         rows = trace.rows_identity(state.rows, state.position.device)

@@ -250,14 +250,14 @@ class Budget:
             trace: Trace of the forward.
             step: optimizer step, for the ramp.
             over_ranks: mean of a scalar over processes, with this process's gradient; None is that over all processes of
-                ``torch.distributed``, if there are several.
+                ``torch.distributed``, if there are several. A trace that is ``alone`` counts this process.
 
         Raises:
             ValueError: no stage ran with this trace.
         """
         if not trace.routings:
             raise ValueError("the trace has no routing: pass it to the model's forward as trace=trace, before calling loss")
-        over_ranks = over_ranks or processes.over_ranks()
+        over_ranks = None if trace.alone else over_ranks or processes.over_ranks()
         device = next(iter(trace.routings.values())).scores.device
         trained = [routing for routing in trace.routings.values() if routing.probabilities]
         total = torch.zeros((), device=device)

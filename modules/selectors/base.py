@@ -30,6 +30,7 @@ class Request:
         noise: strength of the exploration noise in training; 0 for none.
         draws: (B, M) uniform draws in (0, 1); None if neither exploration noise nor the selector needs them.
         own: the stage's own keep, from which ``keep`` differs if it is of this forward alone; None if the stage has none.
+        alone: no other process runs this forward.
     """
 
     keep: float
@@ -39,6 +40,7 @@ class Request:
     noise: float | Tensor = 0.0
     draws: Tensor | None = None
     own: float | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ class ThresholdSelector(Selector):
         kept = (present * fractions).round().long().clamp(max=present - 1).clamp(min=0)
         some = present > 0
         sums = torch.cat([torch.where(some, order.gather(0, kept), 0.0), some.to(order.dtype)[None]]).to(self.levels.dtype)
-        if distributed.is_available() and distributed.is_initialized():
+        if not request.alone and distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(sums)
         ranks = sums[-1]
         # Without a routable token on any rank they stay.

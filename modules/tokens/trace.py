@@ -163,6 +163,7 @@ class Trace:
         protected: (B, N) bool, tokens that no stage may touch, in addition to those that the model family protects; None without any.
         blank: the images of this forward are in padding, so that all processes call the same modules: stages before the language model
             keep all of their tokens and count none.
+        alone: only this process runs the forward, to measure it: thresholds and budgets ask no other one, which would not answer.
         updates: names of the bypass stages that record what their layer changes, ``Routing.update``.
 
     Set by the forward:
@@ -186,6 +187,7 @@ class Trace:
     prompt: Tensor | None = None
     protected: Tensor | None = None
     blank: bool = False
+    alone: bool = False
     updates: Container[str] = ()
     routings: dict[str, Routing] = field(default_factory=dict)
     flows: dict[str, Flow] = field(default_factory=dict)

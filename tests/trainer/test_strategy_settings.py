@@ -19,6 +19,7 @@ from laconic.trainer.run import train_arm
 from tests.trainer.test_strategies import ENVIRONMENT, check_learned_alike, check_resumed_alike, results_of, scalars, weights
 from tests.trainer.two_ranks_settings import (
     ACCUMULATED,
+    ALONE,
     FURTHER,
     LANGUAGE,
     MASKED,
@@ -121,6 +122,15 @@ def test_dropout_schedules_and_controllers_of_every_rank_go_on_where_they_were(n
 def test_phases_learn_as_on_one_process_and_resume_over_their_border(name: str, two_ranks: Path, one_process: Path) -> None:
     assert scalars(two_ranks / f"phased_{name}")[:6] == pytest.approx(scalars(one_process / "phased"), abs=1e-5)
     check_resumed_alike(two_ranks / f"phased_{name}")
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_first_process_measures_steps_while_the_other_waits(name: str, two_ranks: Path) -> None:
+    first, second = results_of(two_ranks)[f"alone_{name}"]
+    # The second has measured nothing: it has the calibration, or its refusal, from the first.
+    assert first[0] == second[0]
+    assert first[1] > 0
+    assert second[1] is None
 
 
 def test_both_processes_take_the_step_time_that_the_first_measured(two_ranks: Path) -> None:

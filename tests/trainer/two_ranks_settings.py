@@ -9,10 +9,11 @@ from unittest import mock
 
 from laconic.trainer.callbacks.guards import NotANumber
 from laconic.trainer.distributed import collective
+from laconic.trainer.errors import RecipeError
 from laconic.trainer.measure.calibration import Calibration
 from laconic.trainer.measure.step_time import calibration_of
 from laconic.trainer.recipe.files import load
-from laconic.trainer.run import silent, train_arm
+from laconic.trainer.run import silent, train, train_arm
 from laconic.trainer.run_folder import RunFolder
 from laconic.trainer.tasks.base_language_model import LanguageModelModule
 from tests.data.texts import jsonl, small_tokenizer
@@ -46,6 +47,12 @@ SETTINGS = {
 }  # fmt: skip
 # Pretraining with masks: the masks are the same on any number of ranks, and positions are frozen parameters.
 MASKED = ["compression.restore.layer=2", "model.config.decoder_hidden_size=8", "model.config.decoder_num_hidden_layers=1"]
+# Selectors and budgets that count over processes in training, in steps that one process measures while the other waits.
+ALONE = {
+    "gumbel": [*LEARNED, "trainer.bench_rounds=1"],
+    "threshold": ["compression.stages.0.selector=threshold", "trainer.bench_rounds=1"],
+    "predictor": ["compression.stages.0.selector=predictor", "trainer.bench_rounds=1"],
+}
 # Few tokens, and routers that let hardly any through: in some step a layer of some rank has none.
 TEXT = ["trainer.max_steps=4", "trainer.log_every=1", "trainer.bench_rounds=0", "baselines=[]", "model.config.vocab_size=300",
         "model.config.hidden_size=32", "model.config.intermediate_size=48", "model.config.num_hidden_layers=3",
@@ -95,6 +102,8 @@ def settings(folder: Path) -> dict[str, Any]:
     for name in STRATEGIES:
         given = [*PHASED, "trainer.devices=2", "data.batch_size=2", "trainer.checkpoint_every=4", *STRATEGIES[name]]
         broken(folder / f"phased_{name}", "model", functools.partial(trained, recipe="llm_pretrain_dense"), given)
+    for name, overrides in ALONE.items():
+        results[f"alone_{name}"] = collective.gather(_alone(folder / f"alone_{name}", [*TWO, "trainer.strategy=plain", *overrides]))
     results["calibrated"] = collective.gather(_calibrated(folder / "calibrated"))
     for name in STRATEGIES:
         results[f"nan_{name}"] = collective.gather(_nan([*NAN, *STRATEGIES[name]], folder / f"nan_{name}"))
@@ -129,6 +138,20 @@ def _routed(folder: Path, overrides: list[str]) -> list[int]:
     finally:
         LanguageModelModule.losses = losses  # type: ignore[method-assign]
     return counts
+
+
+def _alone(folder: Path, overrides: list[str]) -> list[Any]:
+    """What this process says of steps that the first measures by itself: before a training for a requested time, and behind one."""
+    (folder / "before").mkdir(parents=True, exist_ok=True)
+    given = [*overrides, f"output={folder / 'run'}"]
+    timed = load("vit_digits", [*given, "budget.measure=step_time", "budget.target=0.9"]).recipe
+    try:
+        found, _ = calibration_of(timed, RunFolder(folder / "before"), None, silent(), resumed=False)
+        before = str(found)
+    except RecipeError as error:
+        # A step of so small a model may take as long as a dense one.
+        before = str(error)
+    return [before, train(load("vit_digits", given), given, silent()).step_time["dense"]]
 
 
 def _calibrated(folder: Path) -> dict[str, Any]:

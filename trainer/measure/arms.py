@@ -95,6 +95,8 @@ def loss_of(parts: RunParts, model: PreTrainedModel, inputs: Mapping[str, Tensor
         if not hasattr(model.config, "compression"):
             return task.loss(model, inputs)
         trace = budget.trace(last, inputs["sample_ids"]) if budget is not None else Trace(sample_ids=inputs["sample_ids"])
+        # The first process measures while the others wait.
+        trace.alone = True
         if parts.phases is not None:
             trace.idle = parts.phases.idle(parts.phases.at(last))
         if keep is not None:
