@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -76,18 +77,25 @@ class TaskModule(lightning.LightningModule):
         self._bad: list[BadRow] = []
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Any]:
-        """Returns the result of ``losses``, for callbacks."""
+        """Returns the result of ``losses`` at the drawn keep, for callbacks; its ``loss`` is the mean over all keeps of the step."""
         self._check_rows(batch)
-        return self.losses(batch)
+        if self.training_keep is None:
+            return self.losses(batch)
+        found = [self.losses(batch, keep) for keep in self.training_keep.keeps(self.global_step, self.total_steps, self.seed)]
+        return {**found[0], "loss": torch.stack([each["loss"] for each in found]).mean()}
 
-    def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Losses of a training step, without counting bad rows.
+    def losses(self, batch: dict[str, Any], keep: float | None = None) -> dict[str, Any]:
+        """Losses of one forward of a training step, without counting bad rows.
+
+        Args:
+            batch: the batch.
+            keep: keep of every stage in place of the drawn one.
 
         Returns:
             ``loss`` with gradient, the task's own ``task_loss``, ``trace`` (or None), ``budget`` (a BudgetLoss or None) and
             ``distillation`` (a DistillationLoss or None).
         """
-        batch, trace = self.prepared(batch), self.training_trace(batch)
+        batch, trace = self.prepared(batch), self.training_trace(batch, keep)
         taught = None if self.teacher is None else self.teacher(self.task, self.model, batch, trace)
         if self.teacher is None or taught is None:
             task_loss = self.task.loss(self.model, batch, **self.with_trace(trace))
@@ -117,8 +125,8 @@ class TaskModule(lightning.LightningModule):
                 loss = loss + trace.auxiliary_loss
         return {"loss": loss, "task_loss": task_loss, "trace": trace, "budget": of_budget, "distillation": distillation}
 
-    def training_trace(self, batch: dict[str, Any]) -> Trace | None:
-        """The trace of a training forward; None for a dense model."""
+    def training_trace(self, batch: dict[str, Any], keep: float | None = None) -> Trace | None:
+        """The trace of a training forward, with ``keep`` in place of the drawn one; None for a dense model."""
         if not hasattr(self.model.config, "compression"):
             return None
         if self.budget is not None:
@@ -126,7 +134,7 @@ class TaskModule(lightning.LightningModule):
         done = progress(self.global_step, 1.0, self.total_steps)
         trace = Trace(step=self.global_step, seed=self.seed, sample_ids=batch["sample_ids"], progress=done)
         if self.training_keep is not None:
-            drawn = self.training_keep.keep(self.global_step, self.total_steps, self.seed)
+            drawn = self.training_keep.keep(self.global_step, self.total_steps, self.seed) if keep is None else keep
             trace.keep = {name: drawn for name, stage in stages_of(self.model).items() if not stage.config.left_out}
         elif self.phases is not None:
             phase = self.phases.at(self.global_step)

@@ -25,6 +25,8 @@ class DrawnKeep:
         start: lower end at step 0, from which it moves to ``lowest`` on a straight line; None has ``lowest`` from the first step.
         until: fraction of training at which ``lowest`` is reached.
         full: probability of a step with all tokens, whatever else is drawn.
+        also: keeps at which every batch is trained besides the drawn one, with the mean of the losses: the sandwich rule, which has the ends
+            of the range (arXiv 1903.05134). Each costs another forward and backward.
     """
 
     choices: tuple[float, ...] = ()
@@ -34,16 +36,17 @@ class DrawnKeep:
     start: float | None = None
     until: float = 1.0
     full: float = 0.0
+    also: tuple[float, ...] = ()
 
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 - read by pydantic where a recipe holds one
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", tuple(self.choices))
+        object.__setattr__(self, "also", tuple(self.also))
         if bool(self.choices) == (self.lowest is not None):
             raise ValueError("training_keep: give either choices, a list of keeps, or lowest, the smallest keep of a draw between two")
-        keeps = {"lowest": self.lowest, "highest": self.highest, "start": self.start} | {
-            f"choices[{i}]": k for i, k in enumerate(self.choices)
-        }
+        keeps = {"lowest": self.lowest, "highest": self.highest, "start": self.start}
+        keeps |= {f"{name}[{i}]": k for name in ("choices", "also") for i, k in enumerate(getattr(self, name))}
         for name, value in keeps.items():
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"training_keep.{name} = {value} must be in (0, 1]: the fraction that is kept, not removed")
@@ -65,8 +68,8 @@ class DrawnKeep:
 
     @property
     def least(self) -> float:
-        """The lowest keep that can be drawn."""
-        return min(self.choices or [end for end in (self.lowest, self.start) if end is not None])
+        """The lowest keep that a step can have."""
+        return min([*self.also, *(self.choices or [end for end in (self.lowest, self.start) if end is not None])])
 
     def bounds(self, step: int, total_steps: int) -> tuple[float, float]:
         """Lower and upper end of the draw at a step."""
@@ -74,8 +77,12 @@ class DrawnKeep:
         start = self.lowest if self.start is None else self.start
         return linear(start, self.lowest, progress(step, self.until, total_steps)), self.highest
 
+    def keeps(self, step: int, total_steps: int, seed: int) -> tuple[float, ...]:
+        """The keeps at which the batches of a step are trained: the drawn one, then others of ``also``."""
+        return tuple(dict.fromkeys([self.keep(step, total_steps, seed), *self.also]))
+
     def keep(self, step: int, total_steps: int, seed: int) -> float:
-        """The keep of every stage at a step of training.
+        """The drawn keep of every stage at a step of training.
 
         Args:
             step: optimizer step.

@@ -160,14 +160,35 @@ def test_a_causal_model_has_no_teacher_until_its_thresholds_have_seen_scores(tmp
 
 
 def test_the_cost_of_training_is_the_mean_over_the_keeps_of_all_steps() -> None:
-    for draws in ("{choices: [0.1, 0.4, 1]}", "{lowest: 0.1, draw: reciprocal}"):
+    for draws in ("{choices: [0.1, 0.4, 1]}", "{lowest: 0.1, draw: reciprocal}", "{choices: [0.1, 0.4], also: [0.1, 1]}"):
         parts = build(load("vit_digits_elastic", [*QUICK, "trainer.max_steps=1000", f"training_keep={draws}"]).recipe)
         drawn, (stage,), cost = parts.recipe.training_keep, stages_of(parts.model), parts.cost
         assert drawn is not None
         assert cost is not None
-        exact = [cost({stage: drawn.keep(step, 1000, 0)}).macs_ratio for step in range(1000)]
+        exact = [sum(cost({stage: keep}).macs_ratio for keep in drawn.keeps(step, 1000, 0)) for step in range(1000)]
         # Three decimals of a keep.
         assert training_ratio(parts) == pytest.approx(sum(exact) / 1000, rel=1e-3)
+
+
+def test_a_step_has_the_mean_loss_of_the_drawn_keep_and_of_those_that_every_step_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ["training_keep={choices: [0.3, 1], also: [1, 0.1]}", "data.mixing.mixup=0.8", "distillation={teacher: self, milder: {}}"]
+    module, batch = _module("vit_digits_elastic", tmp_path, *own)
+    monkeypatch.setattr(module, "_check_rows", lambda batch: None)
+    forwards = {0.3: (0.3, 1.0, 0.1), 1.0: (1.0, 0.1)}
+    drawn: Any = module.training_keep
+    for step in range(4):
+        monkeypatch.setattr(type(module), "global_step", step)
+        keep = drawn.keep(step, module.total_steps, module.seed)
+        found = module.training_step(batch, 0)
+        alone = [module.losses(batch, other) for other in forwards[keep]]
+        assert [each["trace"].routings["before_1"].requested for each in alone] == list(forwards[keep])
+        torch.testing.assert_close(found["loss"], sum(each["loss"] for each in alone) / len(alone))
+        # What is logged is of the drawn keep.
+        assert found["trace"].routings["before_1"].requested == keep
+        torch.testing.assert_close(found["task_loss"], alone[0]["task_loss"])
+    assert {drawn.keep(step, module.total_steps, module.seed) for step in range(4)} == {0.3, 1.0}
 
 
 _AS_MANY = "distillation={teacher: self, keep: 0.3}"
@@ -181,6 +202,8 @@ _PAIRS = ("budget=null", "compression.stages=[{layer: 1, scorer: bipartite, keep
         ("vit_digits_dense", ["training_keep={lowest: 0.2}"], "training_keep is the keep of stages, and compression is not set"),
         ("vit_digits", ["training_keep={}"], "give either choices, a list of keeps, or lowest"),
         ("vit_digits", ["training_keep={choices: [0.5, 2]}"], r"training_keep.choices\[1\] = 2.0 must be in"),
+        ("vit_digits", ["training_keep={lowest: 0.2, also: [0]}"], r"training_keep.also\[0\] = 0.0 must be in"),
+        ("vit_digits", [*_PAIRS, "training_keep={lowest: 0.5, also: [0.2]}"], "training_keep requests a keep of 0.2"),
         ("vit_digits", ["training_keep={lowest: 0.2, until: 0.5}"], "training_keep.until = 0.5 is where the way from start ends"),
         ("vit_digits", ["training_keep={lowest: 0.2, draw: even}"], "training_keep.draw = 'even' is unknown: linear or reciprocal"),
         ("vit_digits", ["training_keep={choices: [0.2], draw: reciprocal}"], "highest, draw, start and until are of a draw between two"),

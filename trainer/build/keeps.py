@@ -60,9 +60,9 @@ def _check_taught(recipe: Recipe, teacher: DistillationRecipe, stages: Iterable[
 
 def _only(drawn: DrawnKeep) -> float | None:
     """The keep that every step draws; None if steps can differ."""
-    if drawn.full == 1:
+    if drawn.full == 1 and not drawn.also:
         return 1.0
-    keeps = set(drawn.choices or (drawn.highest, drawn.lowest, drawn.start)) - {None} | ({1.0} if drawn.full else set())
+    keeps = set(drawn.choices or (drawn.highest, drawn.lowest, drawn.start)) - {None} | set(drawn.also) | ({1.0} if drawn.full else set())
     return keeps.pop() if len(keeps) == 1 else None
 
 

@@ -150,11 +150,14 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
         with settings_errors("distillation.teacher cannot be built"), torch.device("meta"):
             weights += 4 * sum(p.numel() for p in AutoModelForImageClassification.from_config(teacher).parameters())
     batch = recipe.data.batch_size / (2 if recipe.trainer.precision == "bf16" else 1)
-    activations, dense_activations = (
-        (0, 0)
-        if cost is None or counted is None
-        else (round(item * batch) + _logits_bytes(counted, recipe) for item in (cost.activation_bytes, cost.dense_activation_bytes))
-    )
+    activations = dense_activations = 0
+    if cost is not None and counted is not None:
+        # All forwards of a step are held until its backward.
+        also = () if recipe.training_keep is None else recipe.training_keep.also
+        moved = [stage.config.key for stage in counted.stages if not stage.config.left_out]
+        held_at_once = [cost, *(counted(dict.fromkeys(moved, keep)) for keep in also)]
+        activations = sum(round(item.activation_bytes * batch) + _logits_bytes(counted, recipe) for item in held_at_once)
+        dense_activations = round(cost.dense_activation_bytes * batch) + _logits_bytes(counted, recipe)
     return Checked(
         parameters=parameters,
         trainable=trainable,

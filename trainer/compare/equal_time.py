@@ -120,6 +120,10 @@ def _check(name: str, recipe: Recipe, main: Recipe) -> None:
             f"arm {name} has trainer.compile = true, and --equal time measures steps that are not compiled: set trainer.compile=false, or "
             "give --equal steps"
         )
+    if recipe.training_keep is not None and recipe.training_keep.also:
+        raise RecipeError(
+            f"arm {name} has training_keep.also, and --equal time measures steps of one forward: set training_keep.also=[], or give --equal steps"
+        )
     if (recipe.trainer.max_steps, recipe.trainer.max_epochs) != (main.trainer.max_steps, main.trainer.max_epochs):
         raise RecipeError(f"arm {name} has a length of its own, and --equal time sets it: remove trainer.max_steps, or give --equal steps")
 

@@ -65,7 +65,7 @@ def _target(parts: RunParts, measure: str) -> float | None:
 
 
 def training_ratio(parts: RunParts) -> float | None:
-    """Mean ``macs_ratio`` of the student's forward in training; None if it is unknown: of phases, without a cost model."""
+    """Mean ``macs_ratio`` of the student's forwards of a training step; None if it is unknown: of phases, without a cost model."""
     if parts.cost is None:
         return 1.0 if parts.phases is None else None
     if parts.budget is not None:
@@ -76,11 +76,12 @@ def training_ratio(parts: RunParts) -> float | None:
     if drawn is None:
         return parts.cost().macs_ratio
     number = min(parts.total_steps, _STEPS)
-    keeps = (drawn.keep(parts.total_steps * place // number, parts.total_steps, parts.recipe.seed) for place in range(number))
+    steps = (parts.total_steps * place // number for place in range(number))
+    keeps = (keep for step in steps for keep in drawn.keeps(step, parts.total_steps, parts.recipe.seed))
     # With three decimals, so that at most a thousand costs are computed.
     times = Counter(max(0.001, round(keep, 3)) for keep in keeps)
     moved = [stage.config.key for stage in parts.cost.stages if not stage.config.left_out]
-    return sum(steps * parts.cost(dict.fromkeys(moved, keep)).macs_ratio for keep, steps in times.items()) / number
+    return sum(often * parts.cost(dict.fromkeys(moved, keep)).macs_ratio for keep, often in times.items()) / number
 
 
 def ratio_of(arm: Arm, parts: RunParts) -> dict[str, Any]:

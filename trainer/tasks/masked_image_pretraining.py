@@ -37,8 +37,8 @@ _EVALUATION_SEED = 0
 class MaskedImageModule(TaskModule):
     """Trains the encoder and its decoder; the hidden patches of an image depend on (seed, step, sample id)."""
 
-    def losses(self, batch: dict[str, Any]) -> dict[str, Any]:
-        trace, pixels = self.training_trace(batch), batch["pixel_values"]
+    def losses(self, batch: dict[str, Any], keep: float | None = None) -> dict[str, Any]:
+        trace, pixels = self.training_trace(batch, keep), batch["pixel_values"]
         # Computed here, because the dense arm has no trace with the step.
         noise = masking_order(self.seed, self.global_step, batch["sample_ids"], patches_of(self.model.config))
         loss = self.model(pixel_values=pixels, noise=noise, **self.with_trace(trace)).loss
