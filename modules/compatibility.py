@@ -214,6 +214,11 @@ def scores_for_the_selector(candidate: Candidate) -> None:
         if stage.selector.needs_probabilities and not stage.scorer.probabilities:
             raise ValueError(f"{where}: selector {selector!r} needs keep probabilities, which scorer {scorer!r} does not give")
         if not stage.selector.adaptive:
+            if stage.selector.calibrates and stage.config.count not in (None, "round"):
+                raise ValueError(
+                    f"{where}: count = {stage.config.count!r} is a number of tokens, and in evaluation selector {selector!r} has a threshold, "
+                    "which follows keep: leave count out and give each stage its own keep, or take top_k"
+                )
             continue
         if stage.config.count is not None:
             raise ValueError(

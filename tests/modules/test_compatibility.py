@@ -180,6 +180,12 @@ CASES: dict[str, list[Case]] = {
     "scores_for_the_selector": [
         ("vit", [{"scorer": "evidence", "selector": "gumbel"}], None, "selector 'gumbel' needs keep probabilities"),
         ("vit", [{"selector": "threshold", "count": "evit"}], None, "count = 'evit' must be left out: selector 'threshold'"),
+        (
+            "gpt2",
+            [_PROMPT | {"selector": "predictor", "count": "cosine"}],
+            END,
+            "count = 'cosine' is a number of tokens, and in evaluation",
+        ),
         ("vit", [{"selector": "threshold", "keep": None, "tokens": 9}], None, "keeps a different number per row, which tokens = 9"),
         ("vit", [{"scorer": "bipartite", "selector": "threshold"}], None, "keeps a different number per row, which scorer 'bipartite'"),
     ],

@@ -56,7 +56,7 @@ def test_a_shape_applies_to_rows_of_unequal_length(count: str) -> None:
     behind = [StageConfig(layer=layer, keep=0.5, scorer="random", count=count) for layer in (2, 3)]
     _, trace = _vit([StageConfig(layer=1, scorer="learned", selector="gumbel"), *behind])
     assert all((torch.as_tensor(routing.kept) <= torch.as_tensor(routing.present)).all() for routing in trace.routings.values())
-    stages = [StageConfig(layer=layer, site="around", keep=0.4, scorer="linear", selector="predictor", count=count) for layer in (1, 2)]
+    stages = [StageConfig(layer=layer, site="around", keep=0.4, scorer="linear", selector="top_k", count=count) for layer in (1, 2)]
     model, trace = compress(decoders.dense("llama"), CompressionConfig(stages)).train(), Trace()
     model(decoders.tokens(2), trace=trace)
     assert len(trace.routings) == 2
