@@ -27,7 +27,7 @@ class BudgetMixin:
     tokens in this process's rows since the last log. With int64 ``sample_ids`` in the data set, a row's draws do not depend on its batch.
 
     Args:
-        budget: budget of the model; None if every stage has its own keep.
+        budget: budget of the model, which learns the number of optimizer steps here if it was not given; None if every stage has its own keep.
 
     Example:
         class BudgetTrainer(BudgetMixin, Trainer): ...   # the definition of laconic.BudgetTrainer
@@ -57,6 +57,9 @@ class BudgetMixin:
         sample_ids = inputs.pop("sample_ids", None)
         training = model.training
         if training and self.budget is not None:
+            if self.budget.total_steps == 1:
+                # Not given: the Trainer knows it.
+                self.budget.total_steps = host.state.max_steps
             trace = self.budget.trace(step, sample_ids)
         else:
             trace = Trace(step=step if training else 0, seed=host.args.seed, sample_ids=sample_ids)

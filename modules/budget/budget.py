@@ -55,7 +55,8 @@ class Budget:
         config: target, measure, regularizer and schedule.
         model: the dense model.
         compression: the stages; stages without ``keep`` and ``tokens`` share one keep, which the budget sets.
-        total_steps: number of optimizer steps in training, for schedules.
+        total_steps: number of optimizer steps in training, for all that changes over it: schedules, exploration noise, the regularizer's ramp
+            and temperatures of estimators.
         seed: seed of the random draws.
         size: input size, as for CostModel; None means the model's configured size.
 
@@ -237,7 +238,12 @@ class Budget:
             step: optimizer step.
             sample_ids: (B,) int64 identity of each row, so that draws do not depend on the batch or the rank.
             labels: labels for estimators, if the model is not called with ``labels``.
+
+        Raises:
+            ValueError: exploration is annealed over training, whose length the budget was not given.
         """
+        if self.config.noise and step > 0 and self.total_steps == 1:
+            raise ValueError("budget.noise is annealed over training, and total_steps is 1: give Budget the optimizer steps")
         noise = self.config.noise * (1 - progress(step, self.config.noise_until, self.total_steps))
         keep = self.keep(step) if self.target(step) != self.config.target else {}
         done = progress(step, 1.0, self.total_steps)

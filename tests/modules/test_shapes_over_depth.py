@@ -123,3 +123,7 @@ def test_a_schedule_without_the_number_of_steps_is_refused() -> None:
     stages = CompressionConfig([StageConfig(layer=1)])
     with pytest.raises(ValueError, match="schedule = 'linear' moves the target over training, and total_steps is 1: give Budget"):
         Budget(BudgetConfig(target=0.5, schedule="linear"), dense("vit"), stages)
+    noisy = Budget(BudgetConfig(target=0.5, noise=1.0), dense("vit"), stages)
+    assert noisy.trace(0).noise == 1
+    with pytest.raises(ValueError, match="noise is annealed over training, and total_steps is 1: give Budget"):
+        noisy.trace(1)

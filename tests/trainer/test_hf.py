@@ -99,6 +99,15 @@ def test_the_trace_knows_the_step_and_the_rows_and_the_budget_joins_the_loss(tmp
     assert logs[0]["loss"] == pytest.approx(loss.item(), abs=1e-4)
 
 
+def test_a_budget_that_was_not_given_the_number_of_steps_learns_it_from_the_trainer(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, 8, steps=4)
+    budget = Budget(BudgetConfig(target=0.7, noise=1.0, noise_until=1.0), dense("vit"), STAGES)
+    trainer.budget, noises, trace = budget, [], budget.trace
+    budget.trace = lambda *args: noises.append(trace(*args).noise) or trace(*args)  # type: ignore[method-assign, func-returns-value]
+    trainer.train()
+    assert noises == pytest.approx([1.0, 0.75, 0.5, 0.25])
+
+
 def test_evaluation_adds_no_loss_and_reports_what_was_kept(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, 8)
     metrics = trainer.evaluate()
