@@ -106,6 +106,11 @@ class Budget:
                 f"budget.shares names {', '.join(sorted(unknown))}, where no stage is without a keep of its own: "
                 f"such stages are in {', '.join(repr(name) for name in dict.fromkeys(stacks.values()))}"
             )
+        if config.shares and len(set(stacks.values())) == 1:
+            raise ValueError(
+                f"budget.shares = {dict(config.shares)} shares out by stack, and all stages without a keep of their own are in "
+                f"{next(iter(stacks.values())) or 'the only one'!r}: remove it"
+            )
         self._powers = {key: float(config.shares.get(stack, 1.0)) for key, stack in stacks.items()}
         if not any(self._powers.values()):
             raise ValueError("budget.shares is 0 for every stack, so that budget.target has nothing to decide: raise one of them")
@@ -169,7 +174,7 @@ class Budget:
 
     def _check_reach(self) -> None:
         """Raises ValueError if a keep leaves less than a token of whole rows, or no decisions of routers can close the gap to the target."""
-        config = self.config
+        config, other = self.config, any(stage.config.key not in self.free for stage in self.cost.stages)
         if config.measure == "keep":
             least = min(config.target, config.start if config.schedule != "constant" else 1.0)
             keeps = self._spread(least)
@@ -186,8 +191,7 @@ class Budget:
                         f"budget.{'target' if least == config.target else 'start'} = {least} cannot be met: it leaves {left:.2g} of "
                         f"{present[key]:g} tokens at stage {key}, and one always stays; raise it"
                     )
-        elif self.held and config.target < 1 and self._ratio(10_000) < config.target - 0.005:
-            other = any(stage.config.key not in self.free for stage in self.cost.stages)
+        elif (self.held or other) and config.target < 1 and self._ratio(10_000) < config.target - 0.005:
             why = "because other stages have a keep of their own; lower the target, or leave their keep out"
             raise ValueError(
                 f"budget.target = {config.target} cannot be met: with every token of the stages that the budget decides for, the "

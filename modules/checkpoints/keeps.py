@@ -43,7 +43,11 @@ def set_keep(model: PreTrainedModel, keep: float | Mapping[str, float]) -> None:
         if leader in given:
             given[name] = given[leader]
     if not given:
-        raise ValueError("keep is of stages, and the model has none: leave it out")
+        raise ValueError(
+            "keep names no stage: give a keep for all stages, or keeps by the name of a stage"
+            if stages
+            else "keep is of stages, and the model has none: leave it out"
+        )
     for name, value in given.items():
         if not 0 < value <= 1:
             raise ValueError(f"keep of stage {name!r} = {value} must be in (0, 1]: the fraction that is kept, not removed")

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+import yaml
 
 from laconic import BudgetConfig, CompressionConfig, StageConfig, compress, stages_of
 from laconic.modules.budget.budget import Budget
@@ -34,14 +35,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "threshold": {"selector": "threshold"},
     "not_calibrated": {"selector": {"name": "threshold", "calibrate": False}},
 }
+_RATE = "give a larger rate than in budget.controller='{name: augmented_lagrangian, rate: 0.1}'"
+_INTEGRAL = "give a larger integral than in budget.controller='{name: nupi, integral: 0.3}'"
+_WEIGHT = "give a larger weight than in budget.regularizer='{name: ratio_mse, weight: 2}'"
 _EXPECTED = {
-    "augmented_lagrangian": ["give budget.controller a larger rate", "set budget.regularizer=z_loss or diversity", "raise budget.noise"],
-    "nupi": ["give budget.controller a larger integral", "set budget.regularizer=z_loss or diversity", "raise budget.noise"],
+    "augmented_lagrangian": [_RATE, "set budget.regularizer=z_loss or diversity", "raise budget.noise"],
+    "nupi": [_INTEGRAL, "set budget.regularizer=z_loss or diversity", "raise budget.noise"],
     # The regularizer is what holds the ratio there.
-    "fixed": ["give budget.regularizer a larger weight", "raise budget.noise"],
+    "fixed": [_WEIGHT, "raise budget.noise"],
     "top_k": ["set budget.regularizer=z_loss or diversity", "raise budget.noise"],
     "threshold": ["set budget.regularizer=z_loss or diversity"],
-    "not_calibrated": ["give budget.controller a larger rate", "set budget.regularizer=z_loss or diversity", "raise budget.noise"],
+    "not_calibrated": [_RATE, "set budget.regularizer=z_loss or diversity", "raise budget.noise"],
 }
 
 
@@ -51,9 +55,8 @@ def test_advice_names_keys_that_the_recipe_accepts(name: str) -> None:
     changes: dict[str, dict[str, Any]] = {}
     for advice in _EXPECTED[name]:
         if "a larger" in advice:
-            key, option = re.findall(r"budget\.(\w+) a larger (\w+)", advice)[0]
-            part = SETTINGS[name].get(key, "augmented_lagrangian")
-            changes[advice] = {key: {"name": part, option: 50.0}}
+            option, key, part = re.findall(r"a larger (\w+) than in budget\.(\w+)='(.*)'", advice)[0]
+            changes[advice] = {key: {**yaml.safe_load(part), option: 50.0}}
         elif "regularizer=" in advice:
             changes[advice] = {"regularizer": "z_loss"}
         else:
@@ -74,7 +77,7 @@ def test_a_stage_that_a_regularizer_alone_holds_keeps_it() -> None:
     cures = Cures(Budget(BudgetConfig(target=0.5), dense("vit"), CompressionConfig(both)))
     first, second = stages_of(compress(dense("vit"), cures.budget.compression)).values()  # type: ignore[union-attr]
     assert cures.controller("larger", first) == []
-    assert cures.controller("larger", second) == ["give budget.controller a larger rate"]
+    assert cures.controller("larger", second) == [_RATE]
 
 
 def test_without_a_budget_there_is_no_advice_on_one() -> None:
@@ -95,9 +98,9 @@ def test_stages_that_stray_are_given_the_cure_of_their_own_kind() -> None:
     # A threshold that follows the scores has no controller.
     assert "hold the share of the training rows" in line(_cures(measure="keep", selector="threshold"), 0.524)
     held = line(_cures(measure="keep", controller="nupi"), 0.55)
-    assert held.endswith("train longer after the schedule of the budget has ended or give budget.controller a larger integral")
+    assert held.endswith(f"train longer after the schedule of the budget has ended or {_INTEGRAL}")
     fixed = line(_cures(measure="keep", controller="fixed", regularizer="ratio_mse"), 0.55)
-    assert fixed.endswith("or give budget.regularizer a larger weight")
+    assert fixed.endswith(f"or {_WEIGHT}")
 
 
 @pytest.mark.parametrize("measure", ["macs_ratio", "mean_token_fraction"])

@@ -56,6 +56,8 @@ def test_keeps_that_a_stage_cannot_have_are_refused() -> None:
         set_keep(_model(), 1.5)
     with pytest.raises(ValueError, match="keep names before_7, and the stages are before_1, before_2"):
         set_keep(_model(), {"before_7": 0.5})
+    with pytest.raises(ValueError, match="keep names no stage: give a keep for all stages, or keeps by the name of a stage"):
+        set_keep(_model(), {})
     with pytest.raises(ValueError, match="the model has none"):
         set_keep(dense("vit"), 0.5)
     for selector in ("gumbel", {"name": "threshold", "calibrate": False}):

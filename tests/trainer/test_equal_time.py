@@ -45,6 +45,12 @@ def test_equal_time_sets_steps_by_measured_ratios_and_a_comparison_that_goes_on_
     compiled = arms_of("vit_digits", ["dense"], ["trainer.compile=true"])[1]
     with pytest.raises(RecipeError, match="arm dense has trainer.compile = true, and --equal time measures steps that are not compiled"):
         of_equal_time(compiled, main.recipe, 500, tmp_path, console)
+    timed = arms_of("vit_digits", ["random"], ["budget.measure=step_time"])[1]
+    with pytest.raises(RecipeError, match="arm random has budget.measure = step_time, to which each run is calibrated when it trains"):
+        of_equal_time(timed, main.recipe, 500, tmp_path, console)
+    sandwich = arms_of("vit_digits_elastic", ["learned"], [])[1]
+    with pytest.raises(RecipeError, match=r"arm learned has training_keep.also, and --equal time measures steps of one forward: set"):
+        of_equal_time(sandwich, load("vit_digits_elastic").recipe, 500, tmp_path, console)
     own = arms_of("vit_digits", ["dense"], ["dense:trainer.max_steps=9"])[1]
     with pytest.raises(RecipeError, match="arm dense has a length of its own, and --equal time sets it"):
         of_equal_time(own, main.recipe, 500, tmp_path, console)

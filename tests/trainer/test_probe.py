@@ -19,6 +19,7 @@ from laconic.trainer.build.plain_recipe import recipe_of
 from laconic.trainer.errors import RecipeError
 from laconic.trainer.probe.attention_rank import attention_ranks, rank_share
 from laconic.trainer.probe.meter import Measured, Meter
+from laconic.trainer.probe.overlay import overlay
 from laconic.trainer.probe.part import Part
 from laconic.trainer.probe.plan import greedy
 from laconic.trainer.probe.planning import WRITTEN, PlanOptions, check_plan, write_plan
@@ -307,3 +308,10 @@ def test_a_plan_with_shortcuts_is_measured_with_them_and_with_the_tokens_of_its_
     assert all(stage.part("shortcut").name == "linear" for stage in planned.compression.stages)
     again = _probe(folder, tmp_path / "p.json")
     assert again.measure([part]) == probe.measure([part])
+
+
+def test_an_overlay_trains_the_keeps_of_its_plan_whatever_its_base_draws(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(overlay("vit_digits_elastic", {}, [StageConfig(layer=1, keep=0.5, scorer="learned")], "a plan"))
+    recipe = load(path).recipe
+    assert (recipe.training_keep, recipe.phases, recipe.budget) == (None, None, None)

@@ -70,6 +70,9 @@ def test_steps_that_train_compiled_are_not_measured_otherwise() -> None:
     for check in (validate, lambda recipe: calibration_of(recipe, RunFolder(Path()), None, Console(), resumed=False)):
         with pytest.raises(RecipeError, match="steps that are not compiled, and trainer.compile = true .*set trainer.compile=false or"):
             check(recipe)
+    taught = load("vit_digits", ["budget.measure=step_time", "distillation={teacher: self}"]).recipe
+    with pytest.raises(RecipeError, match="measures steps without a teacher, and distillation adds the teacher's forward to each: remove"):
+        validate(taught)
 
 
 @pytest.mark.parametrize("selector", ["top_k", pytest.param("gumbel", marks=pytest.mark.slow)])

@@ -31,6 +31,11 @@ def check_step_time(recipe: Recipe) -> None:
             "budget.measure = 'step_time' measures steps that are not compiled, and trainer.compile = true trains compiled ones: set "
             "trainer.compile=false or budget.measure=macs_ratio"
         )
+    if recipe.distillation is not None:
+        raise RecipeError(
+            "budget.measure = 'step_time' measures steps without a teacher, and distillation adds the teacher's forward to each: remove "
+            "distillation, or set budget.measure=macs_ratio"
+        )
 
 
 def with_macs(recipe: Recipe, calibration: Calibration | None = None) -> Recipe:

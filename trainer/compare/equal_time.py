@@ -21,6 +21,7 @@ from ...data.rows import on_device
 from ...modules.checkpoints.whole_files import write_json
 from ..build.build import build
 from ..build.parts import RunParts
+from ..build.step_target import needs_calibration
 from ..distributed.resume import FREE
 from ..errors import RecipeError
 from ..measure.arms import device_of_steps, name_of_device, step_of
@@ -119,6 +120,11 @@ def _check(name: str, recipe: Recipe, main: Recipe) -> None:
         raise RecipeError(
             f"arm {name} has trainer.compile = true, and --equal time measures steps that are not compiled: set trainer.compile=false, or "
             "give --equal steps"
+        )
+    if needs_calibration(recipe):
+        raise RecipeError(
+            f"arm {name} has budget.measure = step_time, to which each run is calibrated when it trains, and --equal time measures its steps "
+            "before: set budget.measure=macs_ratio with the target that a run was calibrated to, or give --equal steps"
         )
     if recipe.training_keep is not None and recipe.training_keep.also:
         raise RecipeError(

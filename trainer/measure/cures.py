@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...modules.budget.budget import Budget
+from ...modules.budget.budget import DEFAULT, Budget
+from ...modules.config import PartConfig
 from ...modules.stage import Stage
 
 
@@ -37,8 +38,13 @@ class Cures:
         if stages and not held & {stage.config.key for stage in stages}:
             return []
         if budget.controller.pace:
-            return [f"give budget.controller a {word} {budget.controller.pace}"]
-        return [] if budget.regularizer is None else [f"give budget.regularizer a {word} weight"]
+            pace, part = budget.controller.pace, PartConfig.of(budget.config.controller or DEFAULT, "controller")
+            now = getattr(budget.controller, pace)
+            return [f"give a {word} {pace} than in budget.controller={_with(part, pace, now)}"]
+        if budget.regularizer is None:
+            return []
+        part = PartConfig.of(budget.config.regularizer, "regularizer")
+        return [f"give a {word} weight than in budget.regularizer={_with(part, 'weight', budget.regularizer.weight)}"]
 
     def regularizer(self, stage: Stage, *names: str) -> list[str]:
         """One of these regularizers, where it is free to set: one that holds the ratio has to stay."""
@@ -52,6 +58,12 @@ class Cures:
     def noise(self, stage: Stage) -> list[str]:
         """Exploration, where the stage's decisions have it."""
         return [] if self.budget is None or stage.selector.ignores_noise else ["raise budget.noise"]
+
+
+def _with(part: PartConfig, option: str, value: float) -> str:
+    """A part as an override gives it, with its value of an option."""
+    settings = {"name": part.name, **part.options, option: value}
+    return "'{" + ", ".join(f"{key}: {each:g}" if isinstance(each, float) else f"{key}: {each}" for key, each in settings.items()) + "}'"
 
 
 def any_of(cures: list[str]) -> str:

@@ -31,7 +31,9 @@ def overlay(base: str, blocks: dict[str, Any], stages: Sequence[StageConfig], re
         settings = _settings(stage)
         group = groups.setdefault(repr(settings), {"layer": [], **settings})
         group["layer"].append(int(stage.layer))
-    data = {"base": base, **blocks, "compression": {"stages": list(groups.values()), "restore": None}, "budget": None, "baselines": []}
+    # The keeps of the plan are what is trained, whatever the base draws or schedules.
+    nothing = dict.fromkeys(("budget", "training_keep", "phases"))
+    data = {"base": base, **blocks, "compression": {"stages": list(groups.values()), "restore": None}, **nothing, "baselines": []}
     text: str = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=140, allow_unicode=True)
     return f"# {remark}\n{text}"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Controller
+from .base import Controller, check_pulls
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,14 @@ class AugmentedLagrangian(Controller):
     every: float = 20
     tolerance: float = 0.005
     highest: float = 1000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.growth < 1:
+            raise ValueError(
+                f"budget.controller: growth = {self.growth} must be at least 1: the penalty grows where the gap does not shrink"
+            )
+        check_pulls(self, "rate", "penalty")
 
     def start(self, device: torch.device) -> dict[str, Tensor]:
         zero = torch.zeros((), dtype=torch.float64, device=device)

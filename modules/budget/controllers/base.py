@@ -11,6 +11,16 @@ import torch
 from torch import Tensor
 
 
+def check_pulls(controller: Controller, *gains: str) -> None:
+    """Raises ValueError if a controller whose multiplier is at most ``highest`` has no gain above 0, or this bound is 0."""
+    for names in (gains, ("highest",)):
+        if not any(getattr(controller, name) for name in names):
+            raise ValueError(
+                f"budget.controller: {' and '.join(names)} = 0 leaves it without any pull to the target: raise {' or '.join(names)}, or take "
+                "controller 'fixed' with a regularizer"
+            )
+
+
 @dataclass(frozen=True)
 class Controller:
     """Turns the gap of a constraint into a term of the loss, and moves the state of this constraint after each optimizer step.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Controller
+from .base import Controller, check_pulls
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class NuPI(Controller):
         super().__post_init__()
         if self.memory >= 1:
             raise ValueError(f"budget.controller: memory = {self.memory} must be in [0, 1): at 1 the average would never move")
+        check_pulls(self, "integral", "proportional")
 
     def start(self, device: torch.device) -> dict[str, Tensor]:
         zero = torch.zeros((), dtype=torch.float64, device=device)
