@@ -111,8 +111,10 @@ def test_a_keep_for_which_a_threshold_has_seen_no_score_is_refused() -> None:
 @pytest.mark.slow
 def test_an_export_at_another_keep_has_it_and_no_figure_of_the_trained_one(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", _model())
+    report = (run / "report.json").read_bytes()
     done = CliRunner().invoke(app, ["export", str(run), "--to", str(tmp_path / "out"), "--keep", "0.25"])
     assert done.exit_code == 0, done.output
+    assert (run / "report.json").read_bytes() == report
     assert [stage.config.keep for stage in from_pretrained(tmp_path / "out").modules() if hasattr(stage, "merger")] == [0.25, 0.25]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "0.2500 requested, not measured" in card

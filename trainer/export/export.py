@@ -88,7 +88,9 @@ def export(
             "versions": versions(),
         }
         write_json(partial / EXPORTED, record)
-    _note_in_report(source, record)
+    if keep is None:
+        # The report is of the stages' own keeps.
+        _note_in_report(source, record)
     return record if push is None else record | {"pushed": push_to_hub(folder, push)}
 
 
