@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from laconic import Budget, BudgetConfig, CompressionConfig, StageConfig
+from laconic.trainer.build.build import build
 from laconic.trainer.build.step_target import with_macs
 from laconic.trainer.build.validate import validate
 from laconic.trainer.errors import RecipeError
@@ -73,6 +75,25 @@ def test_steps_that_train_compiled_are_not_measured_otherwise() -> None:
     taught = load("vit_digits", ["budget.measure=step_time", "distillation={teacher: self}"]).recipe
     with pytest.raises(RecipeError, match="measures steps without a teacher, and distillation adds the teacher's forward to each: remove"):
         validate(taught)
+
+
+@pytest.mark.parametrize(
+    ("stages", "target"),
+    [("{layer: 1, scorer: learned, selector: gumbel}, {layer: 2, tokens: 2, scorer: learned}", 0.9), ("{layer: 4, scorer: learned}", 0.2)],
+)
+def test_a_time_is_not_refused_by_the_macs_that_stand_for_it_before_it_is_measured(stages: str, target: float, quick: list[str]) -> None:
+    given = [
+        *quick,
+        "model.config.num_hidden_layers=6",
+        f"compression.stages=[{stages}]",
+        f"budget.target={target}",
+        "budget.regularizer=null",
+    ]
+    for measure, refused in (("macs_ratio", True), ("step_time", False)):
+        recipe = load("vit_digits", [*given, f"budget.measure={measure}"]).recipe
+        for check in (validate, build):
+            with pytest.raises((RecipeError, ValueError), match="cannot be met") if refused else contextlib.nullcontext():
+                check(recipe)
 
 
 @pytest.mark.parametrize("selector", ["top_k", pytest.param("gumbel", marks=pytest.mark.slow)])

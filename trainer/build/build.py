@@ -40,7 +40,7 @@ from .keeps import check_keeps
 from .model_settings import check_settings, set_outputs, with_settings
 from .part_rates import check_part_lr, freeze_parts
 from .parts import RunParts
-from .step_target import with_macs
+from .step_target import budget_of, needs_calibration, with_macs
 from .tower import load_tower, tower_config, with_own_tower
 from .trainable import quantization, train_parts
 from .vocabulary import fit_vocabulary, set_vocabulary
@@ -60,7 +60,7 @@ def build(
     Raises:
         ValueError: the recipe does not fit the real model or data: a layer or a column does not exist …
     """
-    recipe, task = with_macs(recipe), task_named(recipe.task)
+    assumed, recipe, task = needs_calibration(recipe), with_macs(recipe), task_named(recipe.task)
     task.check(recipe)
     recipe = recipe.model_copy(update={"model": with_own_tower(recipe.model, resumed)})
     start = start_of(recipe.model)
@@ -76,18 +76,18 @@ def build(
     base = collective.from_rank_zero(lambda: _base(recipe, start))
     if shards is None:
         dense, new, start = _starting_model(recipe, config, data, task, start, of_weights)
-        model, cost, budget = _assemble(recipe, dense, steps, start, new)
+        model, cost, budget = _assemble(recipe, dense, steps, start, new, True, assumed)
     else:
         source, new = None, []
         if collective.rank() == 0:
             # A copy of the configuration, because compress changes it.
             dense, new, left = _starting_model(recipe, copy.deepcopy(config), data, task, start, of_weights)
-            source = _assemble(recipe, dense, steps, left, new)[0]
+            source = _assemble(recipe, dense, steps, left, new, True, assumed)[0]
         missing = new
         new = collective.from_rank_zero(lambda: missing)
         with zero3_init(shards):
             bare = recipe.model.model_copy(update={"name": None, "config": {}})
-            model, cost, budget = _assemble(recipe, build_model(bare, config, data, task), steps, start, new, filled=False)
+            model, cost, budget = _assemble(recipe, build_model(bare, config, data, task), steps, start, new, False, assumed)
         broadcast_weights(model, source)
     data = task.fit_data(recipe, data, config, cost)
     return RunParts(recipe, data, model, cost, budget, steps, base, phases)
@@ -167,15 +167,18 @@ def _starting_model(
 
 
 def _assemble(
-    recipe: Recipe, model: PreTrainedModel, steps: int, start: Start | None, new: Sequence[str], filled: bool = True
+    recipe: Recipe, model: PreTrainedModel, steps: int, start: Start | None, new: Sequence[str], filled: bool, assumed: bool
 ) -> tuple[PreTrainedModel, CostModel | None, Budget | None]:
-    """Compression, budget, cost model and LoRA on a dense model; if ``filled`` is False, the weights are set later."""
+    """Compression, budget, cost model and LoRA on a dense model; if ``filled`` is False, the weights are set later.
+
+    ``assumed`` is that of ``budget_of``.
+    """
     budget, size = None, task_named(recipe.task).size(recipe)
     if recipe.compression is not None:
         # Stages are initialised after the backbone, so that a dense arm starts from the same backbone weights.
         compression = recipe.compression
         if recipe.budget is not None:
-            budget = Budget(recipe.budget, model, compression, steps, recipe.seed, size)
+            budget = budget_of(recipe, model, compression, steps, assumed)
             compression = budget.compression
         elif recipe.phases:
             # Stages that phases decide for do nothing outside of them.

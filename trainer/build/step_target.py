@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from transformers import PreTrainedModel
+
+from ...modules.budget.budget import Budget
+from ...modules.budget.config import BudgetConfig
+from ...modules.config import CompressionConfig
 from ..distributed.deepspeed import stage_of
 from ..errors import RecipeError
 from ..measure.calibration import Calibration, macs_ratio_at
 from ..recipe.schema import Recipe
+from ..tasks.base import task_named
 
 STEP_TIME = "step_time"
 
@@ -55,3 +61,30 @@ def with_macs(recipe: Recipe, calibration: Calibration | None = None) -> Recipe:
 
     moved = replace(budget, measure="macs_ratio", target=macs(budget.target), start=macs(budget.start))
     return recipe.model_copy(update={"budget": moved})
+
+
+def budget_of(recipe: Recipe, model: PreTrainedModel, compression: CompressionConfig, steps: int, assumed: bool) -> Budget:
+    """The budget of a recipe ``with_macs``.
+
+    Args:
+        recipe: the recipe, whose budget is in ``macs_ratio`` or another measure of tokens.
+        model: the dense model.
+        compression: the stages.
+        steps: optimizer steps.
+        assumed: a time that is not calibrated yet stands for the ``macs_ratio``. It is moved to what the stages reach, since steps may take
+            more or less than their MACs: only the calibration knows which times are out of reach.
+
+    Raises:
+        ValueError: the target cannot be met.
+    """
+    config, size = recipe.budget, task_named(recipe.task).size(recipe)
+    assert config is not None
+    if assumed:
+        reach = Budget(BudgetConfig(measure="macs_ratio", target=1.0, shares=config.shares), model, compression, size=size)
+        most = reach.cost(reach.resolve(1.0)).macs_ratio
+
+        def within(target: float) -> float:
+            return target if target == 1 else min(max(target, reach.floor), most)
+
+        config = replace(config, target=within(config.target), start=within(config.start))
+    return Budget(config, model, compression, steps, recipe.seed, size)

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForImageClassification, PretrainedConfig
 
 from ...modules.backbones import adapter_of
-from ...modules.budget.budget import Budget
 from ...modules.checkpoints.foreign_config import settings_errors
 from ...modules.compatibility import check_deployable, check_held
 from ...modules.cost.cost import CostModel
@@ -29,7 +28,7 @@ from .initial_weights import check_start, start_of
 from .keeps import check_keeps
 from .opened_data import check_rows
 from .part_rates import check_part_lr, freeze_parts, groups_of, part_names, rates_of
-from .step_target import check_step_time, needs_calibration, with_macs
+from .step_target import budget_of, check_step_time, needs_calibration, with_macs
 from .tower import with_own_tower
 from .trainable import check_lora, parameter_counts, train_parts
 from .vocabulary import fit_vocabulary
@@ -113,7 +112,7 @@ def validate(recipe: Recipe, trained: PretrainedConfig | None = None, resumed: R
         model = build_model(recipe.model.model_copy(update={"name": None, "config": {}}), config, data, task)
         compression = recipe.compression
         if compression is not None and recipe.budget is not None:
-            compression = Budget(recipe.budget, model, compression, steps, recipe.seed, task.size(recipe)).compression
+            compression = budget_of(recipe, model, compression, steps, assumed).compression
         counted = cost_model(model, compression, task.size(recipe))
         if counted is not None:
             # Checked here, because evaluation would find it only after training.
