@@ -45,8 +45,9 @@ class DrawnKeep:
         object.__setattr__(self, "also", tuple(self.also))
         if bool(self.choices) == (self.lowest is not None):
             raise ValueError("training_keep: give either choices, a list of keeps, or lowest, the smallest keep of a draw between two")
-        keeps = {"lowest": self.lowest, "highest": self.highest, "start": self.start}
-        keeps |= {f"{name}[{i}]": k for name in ("choices", "also") for i, k in enumerate(getattr(self, name))}
+        keeps: dict[str, float | None] = {"lowest": self.lowest, "highest": self.highest, "start": self.start}
+        for name, values in (("choices", self.choices), ("also", self.also)):
+            keeps |= {f"{name}[{i}]": value for i, value in enumerate(values)}
         for name, value in keeps.items():
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"training_keep.{name} = {value} must be in (0, 1]: the fraction that is kept, not removed")
@@ -69,7 +70,8 @@ class DrawnKeep:
     @property
     def least(self) -> float:
         """The lowest keep that a step can have."""
-        return min([*self.also, *(self.choices or [end for end in (self.lowest, self.start) if end is not None])])
+        drawn = self.choices or tuple(end for end in (self.lowest, self.start) if end is not None)
+        return min(drawn + self.also)
 
     def bounds(self, step: int, total_steps: int) -> tuple[float, float]:
         """Lower and upper end of the draw at a step."""
