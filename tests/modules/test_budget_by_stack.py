@@ -23,3 +23,9 @@ def test_a_budget_shares_its_reduction_out_by_stack() -> None:
             Budget(BudgetConfig(shares=shares), dense(), config)
     with pytest.raises(ValueError, match="budget.shares.text = -1 must be a number of at least 0"):
         BudgetConfig(shares={"text": -1})
+    for stack in ("vision", "text"):
+        alone = CompressionConfig([stage for stage in stages if stage.stack == stack], config.restores)
+        with pytest.raises(
+            ValueError, match=f"shares out by stack, and all stages without a keep of their own are in '{stack}': remove it"
+        ):
+            Budget(BudgetConfig(target=0.95, shares={stack: 2}), dense(), alone)

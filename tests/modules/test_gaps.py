@@ -116,6 +116,13 @@ def test_a_router_keeps_at_least_one_token_of_a_row(measure: str, refused: float
         Budget(BudgetConfig(measure=measure, target=refused), dense("vit"), stages)
 
 
+@pytest.mark.parametrize("selector", ["top_k", "threshold"])
+def test_a_target_above_what_the_free_stages_reach_beside_others_is_refused(selector: str) -> None:
+    beside = [StageConfig(layer=1, scorer="learned", selector=selector), StageConfig(layer=2, keep=0.1, scorer="learned")]
+    with pytest.raises(ValueError, match="target = 0.9 cannot be met: with every token .* because other stages have a keep of their own"):
+        Budget(BudgetConfig(measure="macs_ratio", target=0.9), dense("vit"), CompressionConfig(beside))
+
+
 @pytest.mark.parametrize("measure", ["macs_ratio", "mean_token_fraction"])
 @pytest.mark.parametrize("count", [None, "cosine", "dynamicvit"])
 def test_the_gap_counts_what_stages_of_another_keep_really_keep(count: str | None, measure: str) -> None:

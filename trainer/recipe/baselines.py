@@ -79,9 +79,9 @@ def check_alike(main: LoadedRecipe, arm: LoadedRecipe, blocks: Sequence[str] = (
 
 def scaled_length(loaded: LoadedRecipe, arm: Recipe, overrides: Sequence[str]) -> list[str]:
     """Override of a dense arm's steps, by the factor by which overrides have changed those of a recipe with phases; none of other recipes."""
-    steps, own, of_arm = loaded.recipe.trainer.max_steps, load(loaded.source).recipe.trainer.max_steps, arm.trainer.max_steps
     if not loaded.recipe.phases or arm.compression is not None or all(_head(item) != "trainer" for item in overrides):
         return []
+    steps, own, of_arm = loaded.recipe.trainer.max_steps, load(loaded.source).recipe.trainer.max_steps, arm.trainer.max_steps
     if steps is None or own is None or of_arm is None:
         return []
     return [f"trainer.max_steps={max(1, round(steps * of_arm / own))}"]
